@@ -1,0 +1,2 @@
+from . import syntax
+def attach(file): return file

@@ -1,0 +1,214 @@
+"""Working on expressions: names, substitution, folding, numeric values.
+
+Everything is a pure function on the frozen nodes of `syntax`. `fold` knows the identities
+that are safe for every argument (`x + 0`, `1 * x`, `2 * 3`, `a and true`); it never
+reorders what a float could tell apart.
+
+    >>> fold(parse_expression("s * 1 + (4 - 4)"))
+    Name(id='s')
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from . import syntax
+from .functions import FUNCTIONS
+from .syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary
+
+Value = int | float | bool
+LIMIT = 2**62  # larger whole numbers than this are refused: no tensor has such a size
+
+TRUE, FALSE = Name("true"), Name("false")
+
+
+class NotConstant(Exception):
+    """The expression reads something that has no number; `node` is that part."""
+
+    def __init__(self, node: Expr, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+
+
+def number(value: Value, like: Expr | None = None) -> Expr:
+    """Return the literal for a value, standing where `like` stands."""
+    span = like.span if like is not None else Number(0).span
+    if isinstance(value, bool):
+        return Name("true" if value else "false", span)
+    return Number(value, repr(value), span)
+
+
+def rebuild(expr: Expr, visit: Callable[[Expr], Expr]) -> Expr:
+    """Return the node with `visit` applied to each direct subexpression."""
+    match expr:
+        case Unary(_, operand):
+            return replace(expr, operand=visit(operand))
+        case Binary(_, left, right):
+            return replace(expr, left=visit(left), right=visit(right))
+        case Compare(operands):
+            return replace(expr, operands=tuple(visit(each) for each in operands))
+        case Call(_, args, keywords):
+            return replace(
+                expr,
+                args=tuple(visit(each) for each in args),
+                keywords=tuple(replace(each, value=visit(each.value)) for each in keywords),
+            )
+        case Index(base, items):
+            return replace(expr, base=visit(base), items=tuple(visit(each) for each in items))
+        case syntax.Attribute(base):
+            return replace(expr, base=visit(base))
+        case syntax.ListOf(items):
+            return replace(expr, items=tuple(visit(each) for each in items))
+        case syntax.Range(low, high):
+            return replace(expr, low=visit(low), high=visit(high))
+        case syntax.Pipe(head, stages):
+            return replace(
+                expr,
+                head=None if head is None else visit(head),
+                stages=tuple(visit(each) for each in stages),
+            )
+        case _:
+            return expr
+
+
+def substitute(expr: Expr, values: Mapping[str, Expr]) -> Expr:
+    """Replace names by expressions; a called name is renamed when its value is a name."""
+    if isinstance(expr, Name):
+        return values.get(expr.id, expr)
+    expr = rebuild(expr, lambda each: substitute(each, values))
+    if isinstance(expr, Call) and isinstance(new := values.get(expr.function), Name):
+        return replace(expr, function=new.id)
+    return expr
+
+
+def names(expr: Expr) -> set[str]:
+    """Return every name that is read, called functions not included."""
+    return {node.id for node in syntax.walk(expr) if isinstance(node, Name)}
+
+
+def calls(expr: Expr, function: str) -> bool:
+    """Say whether a function is called anywhere in the expression."""
+    return any(isinstance(node, Call) and node.function == function for node in syntax.walk(expr))
+
+
+def evaluate(expr: Expr, values: Mapping[str, Value]) -> Value:
+    """Return the number (or truth) of an expression. Raises `NotConstant` where it has none."""
+    match expr:
+        case Number(value):
+            return value
+        case Name(id):
+            if id in ("true", "false"):
+                return id == "true"
+            if id not in values:
+                raise NotConstant(expr, f"`{id}` has no value here")
+            return values[id]
+        case Unary("not", operand):
+            return not evaluate(operand, values)
+        case Unary(_, operand):
+            return -evaluate(operand, values)
+        case Binary("and", left, right):
+            return bool(evaluate(left, values)) and bool(evaluate(right, values))
+        case Binary("or", left, right):
+            return bool(evaluate(left, values)) or bool(evaluate(right, values))
+        case Binary(op, left, right):
+            return _arithmetic(op, evaluate(left, values), evaluate(right, values), expr)
+        case Compare(operands, ops):
+            numbers = [evaluate(each, values) for each in operands]
+            return all(
+                _COMPARE[op](a, b) for op, a, b in zip(ops, numbers, numbers[1:], strict=False)
+            )
+        case Call(function, args, ()) if function in FUNCTIONS:
+            numbers = [evaluate(each, values) for each in args]
+            try:
+                return FUNCTIONS[function].value(*numbers)
+            except (ArithmeticError, ValueError, TypeError) as problem:
+                raise NotConstant(expr, str(problem)) from None
+        case _:
+            raise NotConstant(expr, "this is not a number")
+
+
+_COMPARE: dict[str, Callable[[Value, Value], bool]] = {
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}
+
+
+def _arithmetic(op: str, a: Value, b: Value, expr: Expr) -> Value:
+    try:
+        match op:
+            case "+":
+                result: Value = a + b
+            case "-":
+                result = a - b
+            case "*":
+                result = a * b
+            case "/":
+                result = a / b
+                if isinstance(a, int) and isinstance(b, int) and a % b == 0:
+                    result = a // b
+            case "//":
+                result = a // b
+            case "%":
+                result = a % b
+            case "**":
+                if isinstance(b, int) and abs(b) > 1024:
+                    raise OverflowError("the exponent is too large")
+                result = a**b
+            case _:
+                raise NotConstant(expr, f"`{op}` has no number")
+    except (ArithmeticError, ValueError) as problem:
+        raise NotConstant(expr, str(problem)) from None
+    if isinstance(result, complex) or (isinstance(result, float) and not math.isfinite(result)):
+        raise NotConstant(expr, "the result is not a finite number")
+    if isinstance(result, int) and abs(result) > LIMIT:
+        raise NotConstant(expr, "the result is too large")
+    return result
+
+
+def fold(expr: Expr) -> Expr:
+    """Evaluate what is constant and drop neutral elements."""
+    expr = rebuild(expr, fold)
+    match expr:
+        case Number() | Name() | syntax.String():
+            return expr
+        case Unary("not", Name("true")):
+            return FALSE
+        case Unary("not", Name("false")):
+            return TRUE
+        case Unary("-", Unary("-", inner)):
+            return inner
+        case Binary("and", Name("true"), other) | Binary("and", other, Name("true")):
+            return other
+        case Binary("and", Name("false"), _) | Binary("and", _, Name("false")):
+            return FALSE
+        case Binary("or", Name("false"), other) | Binary("or", other, Name("false")):
+            return other
+        case Binary("or", Name("true"), _) | Binary("or", _, Name("true")):
+            return TRUE
+        case Binary("and" | "or", left, right) if left == right:
+            return left
+        case Binary("+", Number(0), other) | Binary("+" | "-", other, Number(0)):
+            return other
+        case Binary("*", Number(1), other) | Binary("*" | "/" | "**", other, Number(1)):
+            return other
+        case Binary("*", Number(0) as zero, _) | Binary("*", _, Number(0) as zero):
+            return zero
+        case Binary("-", Number(0), other):
+            return Unary("-", other, expr.span)
+        case Call("where", (Name("true"), chosen, _), ()):
+            return chosen
+        case Call("where", (Name("false"), _, chosen), ()):
+            return chosen
+    if isinstance(expr, Unary | Binary | Compare | Call):
+        try:
+            return number(evaluate(expr, {}), expr)
+        except NotConstant:
+            return expr
+    return expr
