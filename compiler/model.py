@@ -1,0 +1,187 @@
+"""The checked architecture: every name resolved, every dimension a number.
+
+`check` makes these from syntax; `reference` gives them their meaning; `build` lowers them
+to a graph. Scalar expressions stay trees, but what they may read is now fixed:
+
+    score, mask, weights …   s p sum tau i j h n m seen, and t[…] for streams and tensors
+    mixer statements         q k v, states, streams, tensors, sizes as numbers
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..grammar.source import NOWHERE, Span
+from ..grammar.syntax import Expr, File
+from ..ops import Shape, Weight
+
+# ── streams ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A stream by name: `x`, `context`, `o`, or one the block declares."""
+
+    name: str
+    shape: Shape
+    span: Span = field(default=NOWHERE, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """An operation of `ops.OPS` on streams; its tensors live in the submodule `module`."""
+
+    op: str
+    inputs: tuple[Flow, ...]
+    options: tuple[tuple[str, object], ...]
+    shape: Shape
+    module: str = ""
+    span: Span = field(default=NOWHERE, compare=False, repr=False)
+
+
+Flow = Read | Apply
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """`let name = flow`, or q, k, v."""
+
+    name: str
+    flow: Flow
+
+    @property
+    def shape(self) -> Shape:
+        return self.flow.shape
+
+
+# ── how tokens mix ───────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Normalizer:
+    """Scores → weights.
+
+    Without `where`: p = numerator / denominator, the denominator (None for 1) in `sum`, the
+    row sum of the numerator over visible keys. With `where`: p = numerator, which reads the
+    row threshold `tau` that makes the condition true. `name` is for people.
+    """
+
+    name: str
+    numerator: Expr
+    denominator: Expr | None = None
+    where: Expr | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pairwise:
+    """`mix = attend`: every query against every key."""
+
+    scale: float
+    score: Expr
+    mask: Expr
+    normalize: Normalizer
+    weights: Expr
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a recurrence remembers, per head; `init` is a number or reads tensors[h]."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """`name <- value`; the name `o` is the output."""
+
+    name: str
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """A mixer with state: the statements run once a token, top to bottom, per query head.
+
+    In them q, k, v and streams with heads are vectors; a stream without heads is its slice
+    for the head: a number where it has one feature a head. A vector times a matrix scales
+    the rows. `causal` is false for the bidirectional form: all updates first, then outputs.
+    """
+
+    name: str
+    states: tuple[State, ...]
+    updates: tuple[Update, ...]
+    causal: bool = True
+
+
+# ── blocks and models ────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One attention layer. `streams` come in an order in which each reads earlier ones."""
+
+    name: str
+    width: int
+    context_width: int | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    streams: tuple[Stream, ...]
+    tensors: tuple[Weight, ...]
+    mix: Pairwise | Recurrence
+    out: Flow
+    span: Span = field(default=NOWHERE, compare=False, repr=False)
+
+    def stream(self, name: str) -> Stream | None:
+        return next((each for each in self.streams if each.name == name), None)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether keys run along the context's tokens."""
+        k = self.stream("k") or self.stream("v")
+        return k is not None and k.shape.tokens == "m"
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """`swiglu`: down(silu(gate x) · up x); `gelu`: down(gelu(up x))."""
+
+    kind: str
+    hidden: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A stack of pre-norm layers. `vocab` None takes raw features [b, n, width]."""
+
+    name: str
+    vocab: int | None
+    width: int
+    layers: tuple[Block, ...]
+    ffn: FeedForward | None
+    norm: str  # rms, layer, none
+    embed_position: str  # none, learned, sinusoidal
+    positions: int  # how many a learned table holds
+    tie: bool
+    head: str  # lm, classify, none
+    classes: int
+    dropout: float
+    span: Span = field(default=NOWHERE, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A checked file. `blocks` and `models` are elaborated at their default sizes.
+
+    A file with holes is a space: its `blocks` and `models` show the first choices, and
+    `holes` says so.
+    """
+
+    file: File
+    blocks: dict[str, Block]
+    models: dict[str, Model]
+    holes: bool = False

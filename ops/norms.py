@@ -1,0 +1,91 @@
+"""Normalisation over the last dimension: the whole width before `split`, each head after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .op import Op, Option, Options, Run, Weight
+from .shape import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _Norm(Op):
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        return inputs[0]
+
+    def flops(self, inputs: Sequence[Shape], options: Options) -> int:
+        return 4 * inputs[0].features
+
+
+class RmsNorm(_Norm):
+    """`rms_norm(eps = 1e-6)`: x / sqrt(mean(x²) + eps) · w (Zhang & Sennrich 2019)."""
+
+    name = "rms_norm"
+    options = (Option("eps", "number", 1e-6),)
+    suffix = "norm"
+
+    def weights(self, inputs: Sequence[Shape], options: Options) -> tuple[Weight, ...]:
+        return (Weight("weight", (inputs[0].dim,), "ones"),)
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        x = inputs[0]
+        square = x.pow(2).mean(-1, keepdim=True)
+        return x * (square + options["eps"]).rsqrt() * weights["weight"]
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        return f"self.{module}({inputs[0]})"
+
+    def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
+        return f"nn.RMSNorm({inputs[0].dim}, eps={options['eps']!r})"
+
+
+class LayerNorm(_Norm):
+    """`layer_norm(eps = 1e-5)`: (x − mean) / sqrt(var + eps) · w + b (Ba et al. 2016)."""
+
+    name = "layer_norm"
+    options = (Option("eps", "number", 1e-5),)
+    suffix = "norm"
+
+    def weights(self, inputs: Sequence[Shape], options: Options) -> tuple[Weight, ...]:
+        size = (inputs[0].dim,)
+        return (Weight("weight", size, "ones"), Weight("bias", size, "zeros"))
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        x = inputs[0] - inputs[0].mean(-1, keepdim=True)
+        variance = x.pow(2).mean(-1, keepdim=True)
+        return x * (variance + options["eps"]).rsqrt() * weights["weight"] + weights["bias"]
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        return f"self.{module}({inputs[0]})"
+
+    def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
+        return f"nn.LayerNorm({inputs[0].dim}, eps={options['eps']!r})"
+
+
+class L2Norm(_Norm):
+    """`l2_norm(eps = 1e-6)`: x / sqrt(Σx² + eps), finite at zero with its gradient."""
+
+    name = "l2_norm"
+    options = (Option("eps", "number", 1e-6),)
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        x = inputs[0]
+        return x * (x.pow(2).sum(-1, keepdim=True) + options["eps"]).rsqrt()
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        return f"l2_norm({inputs[0]}, {options['eps']!r})"
+
+    def helpers(self, options: Options) -> tuple[str, ...]:
+        return ("l2_norm",)

@@ -1,0 +1,107 @@
+"""What an operation is: one definition in one place.
+
+An `Op` says how a stage of a pipeline is called, what shapes it takes and gives, which
+learned tensors it owns, what it means (`eager`, the reference), how it is written in an
+emitted module (`text`) and what it costs. The checker, the reference, the emitter and the
+cost model all read the same object; none of them knows an operation by name.
+
+torch is imported only inside `eager`, so that a description can be checked without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..grammar.syntax import Expr
+from .shape import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Options = Mapping[str, Any]
+
+
+class Mismatch(Exception):
+    """The operation does not fit what it is given; `help` says what would."""
+
+    def __init__(self, message: str, label: str = "", help: str = "") -> None:
+        super().__init__(message)
+        self.message, self.label, self.help = message, label, help
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An argument of a stage. `kind` is size, number, flag, stream, or the words allowed."""
+
+    name: str
+    kind: str | tuple[str, ...]
+    default: Any = None
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor the module owns; `init` is a named scheme, or an expression over its indices."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: Expr | str
+    learned: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the eager meaning may look at besides its inputs."""
+
+    positions: Mapping[str, Tensor]  # tokens axis → [b or 1, tokens] absolute positions
+    training: bool = False
+
+
+class Op(ABC):
+    """One stage of a pipeline."""
+
+    name: str
+    options: tuple[Option, ...] = ()
+    suffix: str = ""  # its tensors live in the submodule `<stream>_<suffix>`
+
+    @abstractmethod
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        """Return the output's shape. Raises `Mismatch`."""
+
+    def needs(self, out: Shape, inputs: Sequence[Shape], options: Options) -> Shape | None:
+        """Return the shape its first input must have to give `out`, where that is fixed."""
+        return out
+
+    def complete(self, options: dict[str, Any], given: Shape, out: Shape | None) -> dict[str, Any]:
+        """Fill in what was left out, from the input's shape and the output that is needed."""
+        return options
+
+    def weights(self, inputs: Sequence[Shape], options: Options) -> tuple[Weight, ...]:
+        """Return the tensors it owns, named within its submodule."""
+        return ()
+
+    @abstractmethod
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        """Return the result: the meaning every other form of the operation is tested against."""
+
+    @abstractmethod
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        """Return a PyTorch expression for an emitted module; `module` is its submodule."""
+
+    def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
+        """Return the text that makes its submodule, if it has one."""
+        return ""
+
+    def helpers(self, options: Options) -> tuple[str, ...]:
+        """Return the names of the functions in `compiler.pieces` that its text calls."""
+        return ()
+
+    def flops(self, inputs: Sequence[Shape], options: Options) -> int:
+        """Return floating point operations per token (a multiply-add counts two)."""
+        return 0

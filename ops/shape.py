@@ -1,0 +1,26 @@
+"""The shape of a stream: [heads, tokens, dim], with or without the heads.
+
+`tokens` names the sequence it runs along: `n` for the block's own tokens, `m` for those of
+the context. At run time a stream is a tensor [b, heads, tokens, dim] or [b, tokens, dim].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    tokens: str
+    dim: int
+    heads: int | None = None
+
+    def __str__(self) -> str:
+        sizes = (self.tokens, self.dim) if self.heads is None else (
+            self.heads, self.tokens, self.dim)  # fmt: skip
+        return f"[{', '.join(map(str, sizes))}]"
+
+    @property
+    def features(self) -> int:
+        """Numbers per token."""
+        return self.dim * (self.heads or 1)
