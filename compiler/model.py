@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..grammar.diagnostics import Diagnostic
 from ..grammar.source import NOWHERE, Span
 from ..grammar.syntax import Expr, File
 from ..ops import Shape, Weight
@@ -108,12 +109,14 @@ class Recurrence:
     In them q, k, v and streams with heads are vectors; a stream without heads is its slice
     for the head: a number where it has one feature a head. A vector times a matrix scales
     the rows. `causal` is false for the bidirectional form: all updates first, then outputs.
+    `resets`: the states start anew where the segment of a token differs from the one before.
     """
 
     name: str
     states: tuple[State, ...]
     updates: tuple[Update, ...]
     causal: bool = True
+    resets: bool = False
 
 
 # ── blocks and models ────────────────────────────────────────────────────────────────────
@@ -175,13 +178,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A checked file. `blocks` and `models` are elaborated at their default sizes.
-
-    A file with holes is a space: its `blocks` and `models` show the first choices, and
-    `holes` says so.
-    """
+    """A checked file. `blocks` and `models` are elaborated at their default sizes."""
 
     file: File
     blocks: dict[str, Block]
     models: dict[str, Model]
-    holes: bool = False
+    warnings: tuple[Diagnostic, ...] = ()

@@ -8,6 +8,9 @@ the size of a text and the depth of its nesting are bounded here, for every late
     'a'
 """
 
+# A rule's method is handed where the rule stands, whether it needs to know or not.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -15,25 +18,29 @@ from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from lark import Lark, Token, UnexpectedInput, v_args
-from lark.exceptions import UnexpectedCharacters, VisitError
+from lark.exceptions import VisitError
 from lark.tree import Meta
 from lark.visitors import Transformer_NonRecursive
 
 from . import syntax
 from .comments import attach
-from .diagnostics import Diagnostic, LoomError, did_you_mean, error
-from .source import NOWHERE, Source, Span
+from .complaints import END, explain, without_statement
+from .diagnostics import Diagnostic, LoomError, error
+from .source import Piece, Source, Span
 
-E = TypeVar("E", bound=syntax.Expr)
+E = TypeVar("E", bound=syntax.Expr | syntax.Branch)
 H = TypeVar("H", syntax.Block, syntax.Model)
+
+Part = Literal["expression", "result", "statement", "head", "declared"]
 
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 64
+MAX_BRANCHES = 16  # so that the YAML form, three levels a branch, stays within MAX_DEPTH
 _MAX_REPORTED = 20
-_END = "nothing follows"
+_RECOVERABLE = MAX_BYTES // 8  # reading a larger text again and again would take too long
 _SUFFIX = {"K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -58,45 +65,69 @@ def read(path: str | Path) -> Source:
 def parse(text: str | Source, name: str = "<text>") -> syntax.File:
     """Parse a `.loom` text. Raises `LoomError` with every syntax error that was found."""
     source = text if isinstance(text, Source) else Source(name, text)
-    _bounded(source)
+    check_size(source)
+    whole = Piece(source, 0, len(source.text), _without_mark(source.text))
+    try:
+        file: syntax.File = _build(whole, "start")
+    except UnexpectedInput as problem:
+        raise LoomError(_all_problems(problem, whole)) from None
+    return attach(file)
+
+
+def _all_problems(problem: UnexpectedInput, whole: Piece) -> list[Diagnostic]:
+    """Explain the first problem, then read on without the statement it stands in."""
     found: list[Diagnostic] = []
-    remaining = source.text
-    while len(found) < _MAX_REPORTED:
-        try:
-            file = _build(source, remaining, 0, "start")
-        except UnexpectedInput as problem:
-            diagnostic = _explain(problem, source, 0, len(source.text))
-            if diagnostic.label == _END and found:
-                break
+    text = whole.text
+    while True:
+        diagnostic = explain(problem, replace(whole, text=text))
+        ended = diagnostic.label == END
+        # What is cut away can leave the rest unfinished: only a first error may say so.
+        if not (ended and found) and all(each.span != diagnostic.span for each in found):
             found.append(diagnostic)
-            if diagnostic.label == _END:
-                break
-            remaining, changed = _blank_statement(remaining, diagnostic.span.start)
-            if not changed or len(source.text) > MAX_BYTES // 8:
-                break
+        text, changed = without_statement(text, diagnostic.span.start)
+        if ended or not changed or len(found) >= _MAX_REPORTED or len(text) > _RECOVERABLE:
+            return found
+        try:
+            _build(replace(whole, text=text), "start")
+        except UnexpectedInput as another:
+            problem = another
+        except LoomError as others:
+            return [*found, *others.diagnostics]
         else:
-            if found:
-                break
-            assert isinstance(file, syntax.File)
-            return attach(file)
-    raise LoomError(found)
+            return found
+
+
+def _without_mark(text: str) -> str:
+    """Replace the byte order mark some editors write; the offsets stay what they are."""
+    return " " + text[1:] if text.startswith("\ufeff") else text
 
 
 def parse_expression(text: str, source: Source | None = None, offset: int = 0) -> syntax.Expr:
     """Parse one expression or pipeline whose text begins at `offset` of `source`."""
     source = source or Source("<expression>", text)
-    _bounded(Source(source.name, text), Span(source, offset, offset + 1))
-    try:
-        expr: syntax.Expr = _build(source, text, offset, "expression")
-    except UnexpectedInput as problem:
-        raise LoomError([_explain(problem, source, offset, len(text))]) from None
+    piece = Piece(source, offset, offset + len(text), text)
+    check_size(Source(source.name, text), piece.span(0, 1))
+    expr: syntax.Expr = parse_piece(piece, "expression")
     return expr
 
 
-def _build(source: Source, text: str, offset: int, start: str) -> Any:
-    tree = _lark().parse(text, start=start)
+def parse_piece(piece: Piece, start: Part) -> Any:
+    """Parse a piece of a larger text; `start` says what it holds.
+
+    An `expression` gives an `Expr`, a `result` (`s where s == 1`) a `Result`, a `statement` a
+    `Statement`, a `head` (`window(w = 8)`) a name and its parameters, a `declared`
+    (`z[heads]`) a name and its dimensions.
+    """
     try:
-        return _ToSyntax(source, offset).transform(tree)
+        return _build(piece, start)
+    except UnexpectedInput as problem:
+        raise LoomError([explain(problem, piece)]) from None
+
+
+def _build(piece: Piece, start: str) -> Any:
+    tree = _lark().parse(piece.text, start=start)
+    try:
+        return _ToSyntax(piece).transform(tree)
     except VisitError as problem:
         raise problem.orig_exc from None
 
@@ -107,7 +138,7 @@ def _lark() -> Lark:
     return Lark(
         grammar,
         parser="lalr",
-        start=["start", "expression"],
+        start=["start", *get_args(Part)],
         postlex=_LineEnds(),
         propagate_positions=True,
         maybe_placeholders=False,
@@ -123,9 +154,8 @@ class _LineEnds:
 
     always_accept = ("NEWLINE",)
     _unfinished = frozenset(
-        "OR AND NOT COMPARE PLUS MINUS STAR SLASH SLASHES PERCENT AT POWER "
-        "EQUAL VBAR COMMA COLON _BECOMES".split()
-    )
+        {"OR", "AND", "NOT", "COMPARE", "EQUAL", "VBAR", "COMMA", "COLON", "_BECOMES"}
+    ) | {"PLUS", "MINUS", "STAR", "SLASH", "SLASHES", "PERCENT", "AT", "POWER"}
 
     def process(self, stream: Iterator[Token]) -> Iterator[Token]:
         depth = 0
@@ -147,25 +177,20 @@ class _LineEnds:
 class _ToSyntax(Transformer_NonRecursive[Token, Any]):
     """One method a grammar rule; refuses trees that recursion could not walk later."""
 
-    def __init__(self, source: Source, offset: int) -> None:
+    def __init__(self, piece: Piece) -> None:
         super().__init__()
-        self._source = source
-        self._offset = offset
+        self._piece = piece
         self._depth: dict[int, int] = {}
 
     def _span(self, meta: Meta) -> Span:
-        if meta.empty:
-            return Span(self._source, self._offset, self._offset)
-        return Span(self._source, self._offset + meta.start_pos, self._offset + meta.end_pos)
+        return (
+            self._piece.span(0, 0) if meta.empty else self._piece.span(meta.start_pos, meta.end_pos)
+        )
 
-    def _at(self, token: Token) -> Span:
-        assert token.start_pos is not None and token.end_pos is not None
-        return Span(self._source, self._offset + token.start_pos, self._offset + token.end_pos)
-
-    def _node(self, node: E, *below: Any) -> E:
+    def _node(self, node: E, *below: Any, limit: int = MAX_DEPTH) -> E:
         depth = 1 + max((self._depth.get(id(each), 0) for each in below), default=0)
-        if depth > MAX_DEPTH:
-            label = f"more than {MAX_DEPTH} levels"
+        if depth > limit:
+            label = f"more than {limit} levels"
             raise error("L103", "this is nested too deeply", node.span, label)
         self._depth[id(node)] = depth
         return node
@@ -183,8 +208,9 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
         return self._node(syntax.Name(str(args[0]), self._span(meta)))
 
     def group(self, meta: Meta, args: list[Any]) -> syntax.Expr:
-        node = replace(args[0], span=self._span(meta))
-        return self._node(node, args[0])
+        node: syntax.Expr = replace(args[0], span=self._span(meta))
+        self._depth[id(node)] = self._depth[id(args[0])]  # parentheses are no level of the tree
+        return node
 
     def unary(self, meta: Meta, args: list[Any]) -> syntax.Expr:
         return self._node(syntax.Unary(str(args[0]), args[1], self._span(meta)), args[1])
@@ -232,6 +258,18 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
         expr: syntax.Expr = args[0]
         return expr
 
+    # pieces
+
+    def statement(self, meta: Meta, args: list[Any]) -> syntax.Statement:
+        statement: syntax.Statement = args[0]
+        return statement
+
+    def head(self, meta: Meta, args: list[Any]) -> tuple[str, tuple[syntax.Parameter, ...]]:
+        return str(args[0]), tuple(args[1]) if len(args) == 2 else ()
+
+    def declared(self, meta: Meta, args: list[Any]) -> tuple[str, tuple[syntax.Expr, ...]]:
+        return str(args[0]), args[1] if len(args) == 2 else ()
+
     # statements
 
     def setting(self, meta: Meta, args: list[Any]) -> syntax.Setting:
@@ -263,7 +301,9 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
         return syntax.Result(args[0], where, span=self._span(meta))
 
     def branch(self, meta: Meta, args: list[Any]) -> syntax.Branch:
-        return syntax.Branch(str(args[0]), args[1], span=self._span(meta))
+        node = syntax.Branch(str(args[0]), args[1], span=self._span(meta))
+        below = (each for each in args[1] if isinstance(each, syntax.Branch))
+        return self._node(node, *below, limit=MAX_BRANCHES)
 
     def body(self, meta: Meta, args: list[Any]) -> tuple[Any, ...]:
         return tuple(each for each in args if not isinstance(each, Token))
@@ -303,8 +343,7 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
 
     def start(self, meta: Meta, args: list[Any]) -> syntax.File:
         items = tuple(each for each in args if not isinstance(each, Token))
-        whole = Span(self._source, 0, len(self._source.text))
-        return syntax.File(items, span=whole)
+        return syntax.File(items, span=self._piece.span(0, len(self._piece.text)))
 
 
 class _Params(list[syntax.Parameter]):
@@ -331,68 +370,10 @@ def _number(text: str, span: Span) -> int | float:
     return int(value) if factor > 1 and value == int(value) else value
 
 
-# ── what went wrong ──────────────────────────────────────────────────────────────────────
-
-
-def _bounded(source: Source, at: Span = NOWHERE) -> None:
+def check_size(source: Source, at: Span | None = None) -> None:
+    """Refuse a text that is too large to be a description (L001)."""
     size = len(source.text)
     if size > MAX_BYTES:
-        span = at if at is not NOWHERE else Span(Source(source.name, ""), 0, 0)
-        raise error("L001", "this text is too large to be a description", span,
+        raise error("L001", "this text is too large to be a description",
+                    at or Span(Source(source.name, ""), 0, 0),
                     f"{size:,} characters, the limit is {MAX_BYTES:,}")  # fmt: skip
-
-
-_STARTS = {
-    "block": "block NAME { … }", "model": "model NAME { … }", "search": "search { … }",
-    "mask": "mask NAME = …", "score": "score NAME = …", "normalize": "normalize NAME = …",
-    "mix": "mix NAME { … }", "stage": "stage NAME = | …", "let": "let NAME = …",
-}  # fmt: skip
-
-
-def _explain(problem: UnexpectedInput, source: Source, offset: int, size: int) -> Diagnostic:
-    """Turn a lexer's or parser's complaint into a diagnostic in the user's terms."""
-    if isinstance(problem, UnexpectedCharacters):
-        at = offset + (problem.pos_in_stream or 0)
-        char = problem.char
-        span = Span(source, at, at + 1)
-        if char == '"':
-            return Diagnostic("L102", "this string does not end", span, "", "close it with `\"`")
-        return Diagnostic("L102", f"{char!r} does not belong in a description", span)
-    token: Token | None = getattr(problem, "token", None)
-    expected: set[str] = set(getattr(problem, "expected", ()) or getattr(problem, "accepts", ()))
-    if token is None or token.type == "$END":
-        at = offset + max(0, len(source.text.rstrip()) - 1 if not offset else size - 1)
-        return Diagnostic("L101", "the text ends too early", Span(source, at, at + 1),
-                          _END, _wanted(expected))  # fmt: skip
-    start = offset + (token.start_pos or 0)
-    span = Span(source, start, start + max(1, len(token)))
-    if token.type == "NEWLINE":
-        return Diagnostic("L101", "the line ends too early", span, "", _wanted(expected))
-    help = _wanted(expected)
-    if "BLOCK" in expected:
-        close = did_you_mean(str(token), _STARTS)
-        help = close or "at the top level stand: " + ", ".join(f"`{e}`" for e in _STARTS.values())
-    return Diagnostic("L101", f"`{token}` is not expected here", span, "", help)
-
-
-def _wanted(expected: set[str]) -> str:
-    for terminal, text in (
-        ("RBRACE", "close the `{`"), ("RPAR", "close the `(`"), ("RSQB", "close the `[`"),
-        ("NUMBER", "an expression belongs here"), ("EQUAL", "write `name = expression`"),
-        ("LBRACE", "write `{ … }`"), ("NAME", "a name belongs here"),
-    ):  # fmt: skip
-        if terminal in expected:
-            return text
-    return ""
-
-
-def _blank_statement(text: str, at: int) -> tuple[str, bool]:
-    """Replace the statement around an offset by spaces, so that the rest can be read too."""
-    at = min(at, max(0, len(text) - 1))
-    start = max(text.rfind(mark, 0, at) for mark in "\n;{}") + 1
-    ends = [end for mark in "\n;}" if (end := text.find(mark, at)) >= 0]
-    end = min(ends, default=len(text))
-    middle = text[start:end]
-    if not middle.strip() or "{" in middle:
-        return text, False
-    return text[:start] + " " * (end - start) + text[end:], True

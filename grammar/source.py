@@ -59,4 +59,25 @@ class Span:
         return Span(self.source, self.start, other.end)
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a source that is read on its own: all of it, or one scalar of a YAML file.
+
+    `exact` says that `text` stands there letter by letter; where it does not (a YAML string
+    with escapes), everything in it is said to stand at [start, end).
+    """
+
+    source: Source
+    start: int
+    end: int
+    text: str
+    exact: bool = True
+
+    def span(self, start: int, end: int) -> Span:
+        """Return where the characters [start, end) of the text stand in the source."""
+        if self.exact:
+            return Span(self.source, self.start + start, self.start + end)
+        return Span(self.source, self.start, self.end)
+
+
 NOWHERE = Span(Source("<built>", ""), 0, 0)

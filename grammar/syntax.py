@@ -8,6 +8,9 @@ meaning. All nodes are frozen and compare without their spans and comments.
 is  Setting("mask", Binary("and", Name("causal"), Call("window", (Number(256),))))
 """
 
+# `_span()` and `_comments()` make a new `field` each time: a dataclass must not share one.
+# ruff: noqa: RUF009
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from .source import NOWHERE, Span
 
 
 def _span() -> Span:
-    return field(default=NOWHERE, compare=False, repr=False)  # type: ignore[no-any-return]
+    return field(default=NOWHERE, compare=False, repr=False)
 
 
 # ── expressions ──────────────────────────────────────────────────────────────────────────
@@ -175,6 +178,14 @@ def walk(expr: Expr) -> Iterator[Expr]:
         stack.extend(reversed(children(node)))
 
 
+def depth(expr: Expr) -> int:
+    """Return how many levels the expression has; a name has one."""
+    level, row = 0, [expr]
+    while row:
+        level, row = level + 1, [child for each in row for child in children(each)]
+    return level
+
+
 # ── statements ───────────────────────────────────────────────────────────────────────────
 
 
@@ -190,7 +201,7 @@ SILENT = Comments()
 
 
 def _comments() -> Comments:
-    return field(default=SILENT, compare=False, repr=False)  # type: ignore[no-any-return]
+    return field(default=SILENT, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

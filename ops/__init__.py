@@ -1,7 +1,7 @@
 """What every operation means. One definition in one place; this is the list of them.
 
-    >>> OPS["split"].shape([Shape("n", 512)], {"heads": 8})
-    Shape(tokens='n', dim=64, heads=8)
+>>> OPS["split"].shape([Shape("n", 512)], {"heads": 8})
+Shape(tokens='n', dim=64, heads=8)
 """
 
 from __future__ import annotations

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return half precision as float32: the squares of 300 features overflow float16."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 class _Norm(Op):
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         return inputs[0]
@@ -33,9 +38,10 @@ class RmsNorm(_Norm):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        x = inputs[0]
+        x = wide(inputs[0])
         square = x.pow(2).mean(-1, keepdim=True)
-        return x * (square + options["eps"]).rsqrt() * weights["weight"]
+        y = x * (square + options["eps"]).rsqrt() * wide(weights["weight"])
+        return y.to(inputs[0].dtype)
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
@@ -59,9 +65,10 @@ class LayerNorm(_Norm):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        x = inputs[0] - inputs[0].mean(-1, keepdim=True)
-        variance = x.pow(2).mean(-1, keepdim=True)
-        return x * (variance + options["eps"]).rsqrt() * weights["weight"] + weights["bias"]
+        x = wide(inputs[0])
+        x = x - x.mean(-1, keepdim=True)
+        y = x * (x.pow(2).mean(-1, keepdim=True) + options["eps"]).rsqrt()
+        return (y * wide(weights["weight"]) + wide(weights["bias"])).to(inputs[0].dtype)
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
@@ -80,8 +87,9 @@ class L2Norm(_Norm):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        x = inputs[0]
-        return x * (x.pow(2).sum(-1, keepdim=True) + options["eps"]).rsqrt()
+        x = wide(inputs[0])
+        y = x * (x.pow(2).sum(-1, keepdim=True) + options["eps"]).rsqrt()
+        return y.to(inputs[0].dtype)
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip

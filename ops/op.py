@@ -58,6 +58,7 @@ class Run:
 
     positions: Mapping[str, Tensor]  # tokens axis → [b or 1, tokens] absolute positions
     training: bool = False
+    tokens: str = "n"  # the axis of the operation's own stream
 
 
 class Op(ABC):

@@ -49,7 +49,7 @@ class Pointwise(Op):
             ]
         values = {f"a{at}": x for at, x in enumerate(inputs)}
         result: Tensor = evaluate(options["expr"], values)
-        return result
+        return result.to(inputs[0].dtype) if result.is_floating_point() else result
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
@@ -136,7 +136,12 @@ def _call(name: str, args: list[Any]) -> Any:
     if not any(isinstance(arg, torch.Tensor) for arg in args):
         return FUNCTIONS[name].value(*args)
     like = next(arg for arg in args if isinstance(arg, torch.Tensor))
-    tensors = [torch.as_tensor(arg, device=like.device) for arg in args]
+    # Numbers as float64 scalars: they take the dtype of the tensors they meet, unrounded.
+    tensors = [
+        arg if isinstance(arg, torch.Tensor)
+        else torch.tensor(arg, dtype=torch.float64, device=like.device)
+        for arg in args
+    ]  # fmt: skip
     match name:
         case "min":
             return torch.minimum(*tensors)
@@ -145,11 +150,11 @@ def _call(name: str, args: list[Any]) -> Any:
         case "clip":
             return torch.minimum(torch.maximum(tensors[0], tensors[1]), tensors[2])
         case "where":
-            return torch.where(tensors[0].bool(), args[1], args[2])
+            return torch.where(tensors[0].bool(), tensors[1], tensors[2])
         case "ispow2":
             whole = tensors[0].long()
             return (whole > 0) & ((whole & (whole - 1)) == 0)
     if not like.is_floating_point() and name not in ("abs", "relu", "floor"):
-        like = like.to(torch.get_default_dtype())
+        like = like.double()
     function = getattr(torch, name, None) or getattr(functional, name)
     return function(like)

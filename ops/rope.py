@@ -49,7 +49,7 @@ class Rope(Op):
         turned = abs(dims)
         still = x.shape[-1] - turned
         part = x[..., still:] if dims < 0 else x[..., :turned]
-        position = run.positions["n"].to(torch.float64) / options["scaling"]
+        position = run.positions[run.tokens].to(torch.float64) / options["scaling"]
         power = torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned
         angle = position[..., None] * options["theta"] ** -power  # [b, n, r/2]
         angle = angle[:, None] if x.ndim == 4 else angle

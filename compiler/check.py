@@ -1,0 +1,105 @@
+"""syntax.File → model.Architecture: everything a text can get wrong, found at once.
+
+    arch = check(parse(text))             # raises LoomError with every finding
+    arch.blocks["local"].head_dim         # 64
+    block(arch, "local", width=512)       # the same block at another width
+
+A file with holes is a space; it is checked by checking plain files in which every
+alternative of every hole occurs (see `search.space`, which calls back here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..grammar import syntax
+from ..grammar.diagnostics import Diagnostic, did_you_mean, error
+from ..grammar.source import NOWHERE
+from ..grammar.syntax import Expr, File, Name
+from .blocks import Sizes, elaborate_block
+from .library import Library
+from .model import Architecture, Block, Model
+from .models import elaborate_model
+from .scope import Findings
+
+
+def check(file: File) -> Architecture:
+    """Check a plain file. Raises `LoomError` with all findings."""
+    findings = Findings()
+    _unique(file, findings)
+    library = Library.of(file)
+    blocks: dict[str, Block] = {}
+    models: dict[str, Model] = {}
+    warnings: list[Diagnostic] = []
+    for name, item in library.blocks.items():
+        if any(param.default is None for param in item.params):
+            continue  # it has no sizes until a model calls it
+        with findings.guard(), _bounded(item):
+            blocks[name] = elaborate_block(library, Name(name, item.span), Sizes(), warnings)
+    for name, each in library.models.items():
+        with findings.guard(), _bounded(each):
+            models[name] = elaborate_model(library, Name(name, each.span), warnings)
+    findings.settle()
+    return Architecture(file, blocks, models, tuple(dict.fromkeys(warnings)))
+
+
+@contextmanager
+def _bounded(item: syntax.Block | syntax.Model) -> Iterator[None]:
+    """Definitions that use definitions can nest deeper than any expression may be written."""
+    try:
+        yield
+    except RecursionError:
+        raise error("L213", f"`{item.name}` expands into too much", item.span,
+                    "its definitions nest too deeply") from None  # fmt: skip
+
+
+def _unique(file: File, findings: Findings) -> None:
+    seen: set[tuple[str, str]] = set()
+    for item in file.items:
+        kind = "definition" if isinstance(item, syntax.Definition) else "item"
+        name = getattr(item, "name", "search")
+        key = (item.kind if isinstance(item, syntax.Definition) else kind, name)
+        with findings.guard():
+            if key in seen:
+                raise error("L211", f"`{name}` is defined twice", item.span, "",
+                            "choose another name")  # fmt: skip
+        seen.add(key)
+
+
+def block(
+    arch: Architecture, name: str | Expr, width: int | None = None,
+    context_width: int | None = None,
+) -> Block:  # fmt: skip
+    """Return a block at a given width. Raises `LoomError` (L218 where there is no such block)."""
+    call = Name(name) if isinstance(name, str) else name
+    return elaborate_block(Library.of(arch.file), call, Sizes(width, context_width))
+
+
+def find(
+    arch: Architecture, name: str | None, width: int | None = None,
+    context_width: int | None = None,
+) -> Block | Model:  # fmt: skip
+    """Return the block or model of a name; without one, the only model, or the only block."""
+    if name is None:
+        name = _only(arch)
+    if name in arch.models:
+        return arch.models[name]
+    library = Library.of(arch.file)
+    if name not in library.blocks:
+        known = [*arch.models, *library.blocks]
+        have = ", ".join(f"`{each}`" for each in known) or "nothing"
+        raise error("L218", f"there is no block or model `{name}`", arch.file.span or NOWHERE,
+                    "", did_you_mean(name, known, f"this file has {have}"))  # fmt: skip
+    return block(arch, name, width, context_width)
+
+
+def _only(arch: Architecture) -> str:
+    for names in (list(arch.models), list(arch.blocks)):
+        if len(names) == 1:
+            return names[0]
+    known = [*arch.models, *arch.blocks]
+    if not known:
+        raise error("L218", "this file has no block and no model", arch.file.span)
+    raise error("L218", "which of these is meant?", arch.file.span, ", ".join(known),
+                f"write FILE:{known[0]}")  # fmt: skip

@@ -1,0 +1,110 @@
+"""How many pairs a mask lets through, exactly, for the cost of a block.
+
+    pairs(causal, 4096, 4096)  →  8,390,656
+
+Masks in which i and j matter only through i - j are counted along the diagonals; others
+row by row, in chunks.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..grammar.expr import TRUE, fold, names, number, rebuild, substitute
+from ..grammar.functions import FUNCTIONS
+from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary
+from .masks import linear, reads_data
+
+_CHUNK = 1 << 22  # points evaluated at once
+
+
+
+
+@lru_cache(maxsize=1024)
+def pairs(mask: Expr, n: int, m: int, heads: int = 1) -> int:
+    """Return how many (head, query, key) triples are visible; what depends on data counts."""
+    mask = _without_data(mask)
+    if "h" in names(mask):
+        return sum(
+            pairs(fold(substitute(mask, {"h": number(h)})), n, m) for h in range(heads)
+        )
+    if mask == TRUE:
+        return heads * n * m
+    if _by_distance(mask):
+        away = np.arange(-(m - 1), n)
+        seen = np.broadcast_to(numbers(mask, {"i": away, "j": np.zeros_like(away),
+                                              "n": n, "m": m}), away.shape)  # fmt: skip
+        length = np.minimum(n, m + away) - np.maximum(0, away)
+        return heads * int(np.sum(length[seen.astype(bool)]))
+    total = 0
+    j = np.arange(m)[None, :]
+    for start in range(0, n, rows := max(1, _CHUNK // max(1, m))):
+        i = np.arange(start, min(n, start + rows))[:, None]
+        seen = numbers(mask, {"i": i, "j": j, "n": n, "m": m})
+        total += int(np.sum(np.broadcast_to(seen, (i.shape[0], m)), dtype=np.int64))
+    return heads * total
+
+
+def _by_distance(expr: Expr) -> bool:
+    """Whether i and j matter only through i - j."""
+    if (line := linear(expr)) is not None:
+        return line[0] + line[1] == 0
+    if isinstance(expr, Binary | Unary | Compare | Call):
+        inner = rebuild(expr, lambda each: TRUE if _by_distance(each) else Name("!"))
+        return "!" not in names(inner)
+    return isinstance(expr, Name) and expr.id not in ("i", "j")
+
+
+def _without_data(mask: Expr) -> Expr:
+    """Take every comparison that reads data for true: an upper bound on what is visible."""
+    if isinstance(mask, Compare) and reads_data(mask):
+        return TRUE
+    if isinstance(mask, Unary) and reads_data(mask):
+        return TRUE
+    if isinstance(mask, Index):
+        return TRUE
+    return fold(rebuild(mask, _without_data)) if isinstance(mask, Binary) else mask
+
+
+def numbers(expr: Expr, values: dict[str, Any]) -> Any:
+    """Return the value of an expression over numpy arrays."""
+    match expr:
+        case Number(value):
+            return value
+        case Name("true" | "false" as id):
+            return id == "true"
+        case Name(id):
+            return values[id]
+        case Unary("not", operand):
+            return np.logical_not(numbers(operand, values))
+        case Unary(_, operand):
+            return -numbers(operand, values)
+        case Binary(op, left, right):
+            return _NUMPY[op](numbers(left, values), numbers(right, values))
+        case Compare(operands, ops):
+            sides = [numbers(each, values) for each in operands]
+            holds: Any = True
+            for op, a, b in zip(ops, sides, sides[1:], strict=False):
+                holds = np.logical_and(holds, _NUMPY[op](a, b))
+            return holds
+        case Call("ispow2", (arg,)):
+            whole = np.asarray(numbers(arg, values))
+            return (whole > 0) & ((whole & (whole - 1)) == 0)
+        case Call("where", (condition, yes, no)):
+            return np.where(numbers(condition, values), numbers(yes, values), numbers(no, values))
+        case Call(name, args):
+            function = _NUMPY.get(name) or np.vectorize(FUNCTIONS[name].value)
+            return function(*(numbers(arg, values) for arg in args))
+    raise TypeError(f"{type(expr).__name__} has no numbers")
+
+
+_NUMPY: dict[str, Any] = {
+    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.true_divide, "//": np.floor_divide,
+    "%": np.mod, "**": np.power, "and": np.logical_and, "or": np.logical_or, "<": np.less,
+    "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal,
+    "!=": np.not_equal, "abs": np.abs, "min": np.minimum, "max": np.maximum, "floor": np.floor,
+    "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
+}  # fmt: skip

@@ -1,0 +1,276 @@
+"""Pipelines: `x | linear(512) | rms_norm | split` as operations with shapes and names.
+
+A pipeline is elaborated in three steps: named stages are replaced by their bodies; what the
+target needs is carried back through the stages, so that `linear` and `split` know the sizes
+nobody wrote; then shapes run forward and every stage checks what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..grammar import syntax
+from ..grammar.diagnostics import did_you_mean, error
+from ..grammar.expr import fold, rebuild, substitute
+from ..grammar.functions import FUNCTIONS
+from ..grammar.source import Span
+from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
+from ..ops import OPS, Mismatch, Op, Shape
+from .library import bind
+from .model import Apply, Flow, Read
+from .scalars import body, resolve_function
+from .scope import Scope, suggest
+
+# What DESIGN names as a stage and a later version brings.
+LATER = {
+    "conv": "short convolutions", "pool": "pooling", "latents": "latents",
+    "previous": "streams of the layer below",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a pipeline is for: its name, and the shape it must have (None: any)."""
+
+    name: str
+    shape: Shape | None = None
+
+    @property
+    def module(self) -> str:
+        return "o" if self.name == "out" else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One operation with the arguments that were written, and further streams it reads."""
+
+    op: Op
+    options: dict[str, Any]
+    others: tuple[Flow, ...]
+    span: Span
+
+
+def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
+    """Return the flow of a pipeline, its submodules named, its final shape checked (L207)."""
+    flow = name_modules(_flow(scope, expr, target), target)
+    if target.shape is not None and flow.shape != target.shape:
+        raise error("L207", f"`{target.name}` does not have the shape that is needed", expr.span,
+                    f"it is {flow.shape}, needed is {target.shape}", _repair(flow.shape, target))  # fmt: skip
+    return flow
+
+
+def _repair(shape: Shape, target: Target) -> str:
+    wanted = target.shape
+    if wanted is not None and wanted.heads is not None and shape.heads is None:
+        return "end the pipeline with `split`"
+    if wanted is not None and wanted.heads is None and shape.heads is not None:
+        return "bring the heads together with `merge`"
+    return ""
+
+
+def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
+    match expr:
+        case Name(id, span):
+            shape = scope.shape(id, span)
+            if shape is None:
+                later = f"{LATER[id]} are not available yet" if id in LATER else ""
+                raise error("L221" if later else "L201", later or f"there is no stream `{id}`", span,
+                            "", suggest(id, scope.declared, scope.inputs))  # fmt: skip
+            return Read(id, shape, span)
+        case syntax.Pipe(None, _):
+            raise error("L208", "this pipeline has no stream to start from", expr.span, "",
+                        "begin it with `x` or another stream")  # fmt: skip
+        case syntax.Pipe(head, stages):
+            assert head is not None
+            return _pipe(scope, _flow(scope, head, replace(target, shape=None)), stages, target)
+        case syntax.Attribute(Name("previous")):
+            raise error("L221", "streams of the layer below are not available yet", expr.span)
+        case Unary() | Binary() | Compare() | Call():
+            return _arithmetic(scope, expr, target)
+        case _:
+            raise error("L208", "this is not a stream", expr.span, "",
+                        "a stream is a name or a pipeline such as `x | linear | split`")  # fmt: skip
+
+
+def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
+    """`(one - 0.3 * two)`: streams become operands of one elementwise operation."""
+    operands: list[Flow] = []
+
+    def visit(part: Expr) -> Expr:
+        if isinstance(part, Number):
+            return part
+        if isinstance(part, Name) and part.id in scope.numbers:
+            return part
+        if isinstance(part, Call) and part.function not in FUNCTIONS:
+            raise error("L201", f"`{part.function}` is not a function of streams", part.span, "",
+                        did_you_mean(part.function, FUNCTIONS))  # fmt: skip
+        if isinstance(part, Unary | Binary | Compare | Call):
+            return rebuild(part, visit)
+        flow = _flow(scope, part, replace(target, shape=None))
+        if flow not in operands:
+            operands.append(flow)
+        return Name(f"a{operands.index(flow)}", part.span)
+
+    inside = visit(expr)
+    free = frozenset(f"a{at}" for at in range(len(operands)))
+    body_ = resolve_function(scope, inside, free)
+    if not operands:
+        raise error("L208", "this is a number, not a stream", expr.span)
+    return _apply(_Stage(OPS["pointwise"], {"expr": body_}, tuple(operands), expr.span), None)
+
+
+# ── stages ───────────────────────────────────────────────────────────────────────────────
+
+
+def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> Flow:
+    steps = [step for stage in stages for step in _expand(scope, stage, target)]
+    wanted: list[Shape | None] = [target.shape] * len(steps)
+    for at in range(len(steps) - 1, 0, -1):
+        out = wanted[at]
+        step = steps[at]
+        shapes = [Shape("n", 1), *(each.shape for each in step.others)]
+        options = step.op.complete(dict(step.options), Shape("n", 1), out)
+        wanted[at - 1] = None if out is None else step.op.needs(out, shapes, options)
+    for step, out in zip(steps, wanted, strict=True):
+        given = head.shape
+        if step.op.name == "split" and step.options["heads"] is None and (
+            out is None or out.heads is None
+        ):
+            step.options["heads"] = scope.numbers["heads"]
+        options = step.op.complete(dict(step.options), given, out)
+        head = _apply(replace(step, options=options), head)
+    return head
+
+
+def _apply(step: _Stage, head: Flow | None) -> Apply:
+    inputs = step.others if head is None else (head, *step.others)
+    shapes = [each.shape for each in inputs]
+    try:
+        shape = step.op.shape(shapes, step.options)
+    except Mismatch as problem:
+        raise error("L206", problem.message, step.span, problem.label, problem.help) from None
+    if shape.features > 1 << 24:
+        raise error("L203", "this stream is too wide", step.span, f"{shape.features:,} features")
+    module = step.op.suffix if step.op.weights(shapes, step.options) else ""
+    return Apply(step.op.name, inputs, tuple(step.options.items()), shape, module, step.span)
+
+
+def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
+    """Return the operations that one written stage stands for."""
+    if not isinstance(stage, Name | Call):
+        raise error("L208", "this is not a stage", stage.span, "",
+                    "a stage is a name or a call such as `linear(64)`")  # fmt: skip
+    name = stage.id if isinstance(stage, Name) else stage.function
+    args = () if isinstance(stage, Name) else stage.args
+    if definition := scope.library.find("stage", name):
+        with scope.inside(definition, stage.span):
+            result = body(scope, definition, stage)
+            if isinstance(result.value, syntax.Pipe) and result.value.head is None:
+                return [
+                    step for each in result.value.stages for step in _expand(scope, each, target)
+                ]
+            inside = resolve_function(scope, result.value, frozenset("x"))
+            return [_pointwise(substitute(inside, {"x": Name("a0")}), (), stage.span)]
+    if name == "gate":
+        (other,) = _exactly(stage, args, 1)
+        gate = _flow(scope, other, replace(target, shape=None))
+        return [_pointwise(Binary("*", Name("a0"), Name("a1")), (gate,), stage.span)]
+    if name == "scale":
+        (factor,) = _exactly(stage, args, 1)
+        value = scope.number(factor, "the factor of `scale`")
+        number = Number(value, repr(value), factor.span)
+        return [_pointwise(Binary("*", Name("a0"), number), (), stage.span)]
+    if name in FUNCTIONS and not FUNCTIONS[name].boolean and name != "where":
+        rest = tuple(
+            Number(value := scope.number(arg, f"an argument of `{name}`"), repr(value), arg.span)
+            for arg in _exactly(stage, args, FUNCTIONS[name].arity - 1)
+        )
+        return [_pointwise(Call(name, (Name("a0"), *rest)), (), stage.span)]
+    if name in OPS and name != "pointwise":
+        return [_operation(scope, OPS[name], stage, target)]
+    if name in LATER:
+        raise error("L221", f"{LATER[name]} (`{name}`) are not available yet", stage.span)
+    known = [*OPS, "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
+    raise error("L208", f"there is no stage `{name}`", stage.span, "", did_you_mean(name, known))
+
+
+def _pointwise(expr: Expr, others: tuple[Flow, ...], span: Span) -> _Stage:
+    return _Stage(OPS["pointwise"], {"expr": fold(expr)}, others, span)
+
+
+def _exactly(stage: Expr, args: tuple[Expr, ...], count: int) -> tuple[Expr, ...]:
+    keywords = stage.keywords if isinstance(stage, Call) else ()
+    if len(args) != count or keywords:
+        raise error("L209", f"this stage takes {count} plain arguments", stage.span,
+                    f"{len(args) + len(keywords)} given")  # fmt: skip
+    return args
+
+
+def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Stage:
+    params = tuple(
+        syntax.Parameter(each.name, None if each.required else Name("none"))
+        for each in op.options
+    )
+    values = bind(op.name, params, stage, stage.span)
+    options: dict[str, Any] = {}
+    others: list[Flow] = []
+    for option in op.options:
+        value = values[option.name]
+        if value == Name("none"):
+            options[option.name] = option.default
+        elif option.kind == "stream":
+            others.append(_flow(scope, value, replace(target, shape=None)))
+        else:
+            options[option.name] = _value(scope, op, option.name, option.kind, value)
+    return _Stage(op, options, tuple(others), stage.span)
+
+
+def _value(scope: Scope, op: Op, name: str, kind: str | tuple[str, ...], expr: Expr) -> Any:
+    what = f"`{name}` of `{op.name}`"
+    if kind == "size":
+        return scope.size(expr, what)
+    if kind == "number":
+        return scope.number(expr, what)
+    if kind == "flag":
+        if expr not in (Name("true"), Name("false")):
+            raise error("L222", f"{what} is true or false", expr.span)
+        return expr == Name("true")
+    word = expr.id if isinstance(expr, Name) else getattr(expr, "value", None)
+    if word not in kind:
+        raise error("L222", f"{what} is one of {', '.join(f'`{each}`' for each in kind)}",
+                    expr.span, "", did_you_mean(str(word), kind))  # fmt: skip
+    return word
+
+
+# ── names of submodules ──────────────────────────────────────────────────────────────────
+
+
+def name_modules(flow: Flow, target: Target) -> Flow:
+    """Name the submodules of a pipeline: `q_proj`; `q_proj_0`, `q_proj_1` where several."""
+    counts: dict[str, int] = {}
+
+    def count(node: Flow) -> None:
+        if isinstance(node, Apply):
+            for each in node.inputs:
+                count(each)
+            if node.module:
+                counts[node.module] = counts.get(node.module, 0) + 1
+
+    count(flow)
+    used: dict[str, int] = {}
+
+    def visit(node: Flow) -> Flow:
+        if isinstance(node, Read):
+            return node
+        inputs = tuple(visit(each) for each in node.inputs)
+        module = node.module
+        if module:
+            at = used.get(module, 0)
+            used[module] = at + 1
+            number = f"_{at}" if counts[module] > 1 else ""
+            module = f"{target.module}_{module}{number}"
+        return replace(node, inputs=inputs, module=module)
+
+    return visit(flow)

@@ -1,0 +1,102 @@
+"""Names and what they stand for: the standard library, and a file's own definitions over it.
+
+The standard library is written in Loom, in `grammar/std`; a file's definition of the same
+name comes first. `bind` puts the arguments of a call in place of a definition's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+
+from ..grammar import syntax
+from ..grammar.diagnostics import did_you_mean, error
+from ..grammar.expr import substitute
+from ..grammar.parse import parse
+from ..grammar.source import Source, Span
+from ..grammar.syntax import Definition, Expr, File, Statement
+
+
+@cache
+def standard() -> tuple[Definition, ...]:
+    """Return every definition of the standard library."""
+    folder = files(__package__.rpartition(".")[0] + ".grammar").joinpath("std")
+    found: list[Definition] = []
+    for entry in sorted(folder.iterdir(), key=lambda each: each.name):
+        source = Source(f"std/{entry.name}", entry.read_text(encoding="utf-8"))
+        found.extend(item for item in parse(source).items if isinstance(item, Definition))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What the names of one file mean."""
+
+    definitions: Mapping[tuple[str, str], Definition]
+    blocks: Mapping[str, syntax.Block]
+    models: Mapping[str, syntax.Model]
+    lets: Mapping[str, Expr]
+    search: syntax.Search | None = None
+
+    @staticmethod
+    def of(file: File) -> Library:
+        named = [*standard(), *(item for item in file.items if isinstance(item, Definition))]
+        return Library(
+            {(each.kind, each.name): each for each in named},
+            {item.name: item for item in file.items if isinstance(item, syntax.Block)},
+            {item.name: item for item in file.items if isinstance(item, syntax.Model)},
+            {item.name: item.value for item in file.items if isinstance(item, syntax.Let)},
+            next((item for item in file.items if isinstance(item, syntax.Search)), None),
+        )
+
+    def find(self, kind: str, name: str) -> Definition | None:
+        return self.definitions.get((kind, name))
+
+    def known(self, kind: str) -> Iterator[str]:
+        """Yield the names of a kind of definition."""
+        return (name for each, name in self.definitions if each == kind)
+
+
+def bind(
+    what: str, params: tuple[syntax.Parameter, ...], call: Expr, span: Span
+) -> dict[str, Expr]:
+    """Match the arguments of `name` or `name(a, k = b)` with parameters (L209)."""
+    args, keywords = (call.args, call.keywords) if isinstance(call, syntax.Call) else ((), ())
+    names = [param.name for param in params]
+    takes = f"it takes {', '.join(f'`{name}`' for name in names)}" if names else "it takes none"
+    if len(args) > len(params):
+        label = f"{len(args)} given"
+        raise error("L209", f"too many arguments for `{what}`", args[len(params)].span, label, takes)
+    values = dict(zip(names, args, strict=False))
+    for keyword in keywords:
+        if keyword.name not in names:
+            raise error("L209", f"`{what}` has no argument `{keyword.name}`", keyword.span, "",
+                        did_you_mean(keyword.name, names, takes))  # fmt: skip
+        if keyword.name in values:
+            raise error("L209", f"`{keyword.name}` is given twice", keyword.span)
+        values[keyword.name] = keyword.value
+    for param in params:
+        if param.name not in values:
+            if param.default is None:
+                raise error("L209", f"`{what}` needs `{param.name}`", span, "", takes)
+            values[param.name] = param.default
+    return values
+
+
+def substitute_statement(statement: Statement, values: Mapping[str, Expr]) -> Statement:
+    """Put expressions in place of names, everywhere in a statement."""
+    match statement:
+        case syntax.Setting() | syntax.Let() | syntax.Update():
+            return replace(statement, value=substitute(statement.value, values))
+        case syntax.Param() | syntax.State():
+            dims = tuple(substitute(each, values) for each in statement.dims)
+            return replace(statement, dims=dims, init=substitute(statement.init, values))
+        case syntax.Result(value, where):
+            where = None if where is None else substitute(where, values)
+            return replace(statement, value=substitute(value, values), where=where)
+        case syntax.Branch(_, body):
+            return replace(
+                statement, body=tuple(substitute_statement(each, values) for each in body)
+            )

@@ -1,0 +1,236 @@
+"""Models: layers as a list of blocks, and what stands around them.
+
+    layers = ([local] * 5 + [global]) * 2      → twelve blocks, in order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..grammar import syntax
+from ..grammar.diagnostics import Diagnostic, did_you_mean, error
+from ..grammar.expr import substitute
+from ..grammar.parse import parse_expression
+from ..grammar.syntax import Binary, Call, Expr, ListOf, Name
+from .blocks import Sizes, elaborate_block
+from .library import Library, bind
+from .model import Block, FeedForward, Model
+from .scope import Findings, Scope
+
+SETTINGS = {
+    "vocab": "none", "width": "", "layers": "", "ffn": "swiglu(8/3)", "norm": "rms",
+    "embed_position": "none", "tie": "false", "head": "", "dropout": "0", "patches": "none",
+}  # fmt: skip
+MAX_LAYERS = 1024
+
+
+def elaborate_model(
+    library: Library, call: Expr, warnings: list[Diagnostic] | None = None
+) -> Model:
+    """Return the checked model that `name` or `name(args)` stands for."""
+    reader = _Reader(library, call)
+    model = reader.read(warnings)
+    reader.findings.settle()
+    assert model is not None
+    return model
+
+
+class _Reader:
+    def __init__(self, library: Library, call: Expr) -> None:
+        self.library, self.findings = library, Findings()
+        self.syntax = find_model(library, call)
+        self.settings: dict[str, Expr] = {}
+        self.scope = Scope(library, self.findings)
+        values = dict(library.lets)
+        self._collect(call, values, [])
+
+    def _collect(self, call: Expr, lets: Mapping[str, Expr], open_: list[str]) -> None:
+        item = find_model(self.library, call)
+        if item.name in open_:
+            ring = " : ".join([*open_, item.name])
+            raise error("L212", f"`{item.name}` inherits from itself", call.span, ring)
+        values = {**lets, **bind(item.name, item.params, call, call.span)}
+        if item.base is not None:
+            self._collect(substitute(item.base, values), lets, [*open_, item.name])
+        seen: set[str] = set()
+        for statement in item.body:
+            with self.findings.guard():
+                name = getattr(statement, "name", "")
+                if name in seen:
+                    raise error("L211", f"`{name}` is set twice in one model", statement.span)
+                seen.add(name)
+                if isinstance(statement, syntax.Let):
+                    values[name] = substitute(statement.value, values)
+                elif isinstance(statement, syntax.Setting) and name in SETTINGS:
+                    self.settings[name] = substitute(statement.value, values)
+                else:
+                    raise error("L202", f"a model has no setting `{name}`", statement.span, "",
+                                did_you_mean(name, SETTINGS))  # fmt: skip
+
+    def get(self, name: str) -> Expr:
+        return self.settings.get(name) or parse_expression(SETTINGS[name])
+
+    def read(self, warnings: list[Diagnostic] | None) -> Model | None:
+        guard = self.findings.guard
+        for name in ("width", "layers"):
+            if name not in self.settings:
+                with guard():
+                    raise error("L202", f"a model needs `{name}`", self.syntax.span)
+        if self.get("patches") != Name("none"):
+            with guard():
+                raise error("L221", "`patches` is not available yet", self.get("patches").span)
+        self.findings.settle()
+        width = self.scope.size(self.get("width"), "`width`")
+        self.scope.numbers["width"] = width
+        vocab, layers, ffn = None, (), None
+        positions, classes, dropout = 0, 0, 0.0
+        norm = embed_position = head = "none"
+        tie = False
+        with guard():
+            vocab = self._vocab()
+        with guard():
+            layers = self._layers(width, warnings)
+        with guard():
+            ffn = self._ffn(width)
+        with guard():
+            norm = self._word("norm", ("rms", "layer", "none"))
+        with guard():
+            embed_position, positions = self._position()
+        with guard():
+            head, classes = self._head(vocab)
+        with guard():
+            tie = self._word("tie", ("true", "false")) == "true"
+            if tie and head != "lm":
+                raise error("L222", "only a language-model head can be tied", self.get("tie").span)
+        with guard():
+            dropout = float(self.scope.number(self.get("dropout"), "`dropout`"))
+            if not 0 <= dropout < 1:
+                raise error("L219", "a dropout rate lies in 0 <= p < 1", self.get("dropout").span)
+        if self.findings.diagnostics:
+            return None
+        return Model(self.syntax.name, vocab, width, layers, ffn, norm, embed_position, positions,
+                     tie, head, classes, dropout, self.syntax.span)  # fmt: skip
+
+    def _vocab(self) -> int | None:
+        vocab = self.get("vocab")
+        return None if vocab == Name("none") else self.scope.size(vocab, "`vocab`")
+
+    def _word(self, name: str, words: tuple[str, ...]) -> str:
+        value = self.get(name)
+        if not isinstance(value, Name) or value.id not in words:
+            shown = ", ".join(f"`{each}`" for each in words)
+            raise error("L222", f"`{name}` is one of {shown}", value.span, "",
+                        did_you_mean(getattr(value, "id", ""), words))  # fmt: skip
+        return value.id
+
+    def _call(self, name: str, words: tuple[str, ...]) -> tuple[str, int, Expr]:
+        """Read `word`, or `word(number)`; the number is 0 where there is none."""
+        value = self.get(name)
+        head = value.id if isinstance(value, Name) else getattr(value, "function", "")
+        if head not in words:
+            shown = ", ".join(f"`{each}`" for each in words)
+            raise error("L222", f"`{name}` is one of {shown}", value.span, "",
+                        did_you_mean(head, words))  # fmt: skip
+        args = value.args if isinstance(value, Call) else ()
+        if len(args) > 1 or (isinstance(value, Call) and value.keywords):
+            raise error("L209", f"`{head}` takes one plain argument", value.span)
+        return head, self.scope.size(args[0], f"`{head}`") if args else 0, value
+
+    def _position(self) -> tuple[str, int]:
+        head, count, value = self._call("embed_position", ("none", "learned", "sinusoidal"))
+        if head == "learned" and not count:
+            raise error("L209", "`learned` needs the number of positions", value.span, "",
+                        "write `learned(1024)`")  # fmt: skip
+        return head, count
+
+    def _head(self, vocab: int | None) -> tuple[str, int]:
+        if "head" not in self.settings:
+            return ("none" if vocab is None else "lm"), 0
+        head, count, value = self._call("head", ("lm", "classify", "none"))
+        if head == "lm" and vocab is None:
+            raise error("L222", "a language-model head needs a `vocab`", value.span)
+        if head == "classify" and not count:
+            raise error("L209", "`classify` needs the number of classes", value.span, "",
+                        "write `classify(10)`")  # fmt: skip
+        return head, count
+
+    def _ffn(self, width: int) -> FeedForward | None:
+        value = self.get("ffn")
+        if value == Name("none"):
+            return None
+        if not isinstance(value, Call) or value.function not in ("swiglu", "gelu"):
+            given = getattr(value, "function", getattr(value, "id", ""))
+            raise error("L222", "`ffn` is `swiglu(ratio)`, `gelu(ratio)` or `none`", value.span, "",
+                        did_you_mean(given, ("swiglu", "gelu", "none")))  # fmt: skip
+        if len(value.args) != 1 or value.keywords:
+            raise error("L209", f"`{value.function}` takes one plain argument", value.span)
+        ratio = float(self.scope.number(value.args[0], "the ratio"))
+        hidden = 8 * max(1, round(ratio * width / 8))
+        if ratio <= 0 or hidden > 1 << 24:
+            raise error("L203", "the hidden width is out of range", value.span, f"ratio = {ratio}")
+        return FeedForward(value.function, hidden)
+
+    def _layers(self, width: int, warnings: list[Diagnostic] | None) -> tuple[Block, ...]:
+        calls = self._list(self.get("layers"))
+        if not calls:
+            raise error("L203", "a model needs at least one layer", self.get("layers").span)
+        made: dict[Expr, Block] = {}
+        blocks: list[Block] = []
+        for at, call in enumerate(calls):
+            with self.findings.guard():
+                block = made.get(call)
+                if block is None or self._reads_layer(call):
+                    quiet = warnings if block is None else None
+                    block = elaborate_block(
+                        self.library, call, Sizes(width, None, at, len(calls)), quiet
+                    )
+                    made[call] = block
+                blocks.append(block)
+        return tuple(blocks)
+
+    def _reads_layer(self, call: Expr) -> bool:
+        """Whether any text of the file reads `layer`; then every layer is elaborated anew."""
+        return any(
+            isinstance(node, Name) and node.id == "layer"
+            for block in self.library.blocks.values()
+            for statement in block.body
+            if (value := getattr(statement, "value", getattr(statement, "init", None))) is not None
+            for node in syntax.walk(value)
+        )
+
+    def _list(self, expr: Expr) -> list[Expr]:
+        """Return the block calls of a list expression."""
+        match expr:
+            case ListOf(items):
+                done = [call for item in items for call in self._list(item)]
+            case Binary("+", left, right):
+                done = self._list(left) + self._list(right)
+            case Binary("*", times, ListOf() as items) | Binary("*", items, times):
+                count = self.scope.size(times, "a number of layers")
+                done = self._repeat(expr, self._list(items), count)
+            case Call("each", (times, item), ()):
+                count = self.scope.size(times, "a number of layers")
+                done = self._repeat(expr, self._list(item), count)
+            case Name() | Call():
+                done = [expr]
+            case _:
+                raise error("L218", "this is not a list of blocks", expr.span, "",
+                            "write `[a, b] * 3 + [c]`")  # fmt: skip
+        return self._repeat(expr, done, 1)
+
+    @staticmethod
+    def _repeat(expr: Expr, calls: list[Expr], count: int) -> list[Expr]:
+        if len(calls) * count > MAX_LAYERS:
+            raise error("L203", "this is more layers than a model can have", expr.span,
+                        f"{len(calls) * count:,}, the limit is {MAX_LAYERS:,}")  # fmt: skip
+        return calls * count
+
+
+def find_model(library: Library, call: Expr) -> syntax.Model:
+    """Return the model a name or call means (L218)."""
+    name = call.id if isinstance(call, Name) else getattr(call, "function", "")
+    if name not in library.models:
+        have = ", ".join(f"`{each}`" for each in library.models) or "none"
+        raise error("L218", f"there is no model `{name}`", call.span, "",
+                    did_you_mean(str(name), library.models, f"this file has {have}"))  # fmt: skip
+    return library.models[name]

@@ -1,0 +1,250 @@
+"""What a block and a model mean, straight from the checked architecture.
+
+This is the oracle of every compiled form: dense, plain PyTorch in any dtype, with no cache
+and no shortcut, sharing nothing with the compiler but `model`, `parameters` and what each
+operation itself says it means (`Op.eager`). Reading order: the design's 2.4 is
+`reference_attend`, 2.5 is `reference_scan`, 2.6 is `ReferenceModel` here.
+
+    >>> oracle = reference(block, dtype=torch.float64)
+    >>> oracle(x).shape == x.shape
+    True
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..ops import OPS, Run
+from .model import Block, Flow, Model, Read, Recurrence
+from .parameters import (
+    constants,
+    defaults,
+    initial,
+    model_weights,
+    norm_op,
+    norm_weights,
+    owned,
+    weights,
+)
+from .reference_attend import Given, attend
+from .reference_scan import scan
+
+
+def reference(
+    what: Block | Model,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> ReferenceBlock | ReferenceModel:
+    """Return the module that is the meaning of a block or a model.
+
+    Its state dict has the keys of `parameters.weights` or `model_weights`; the values are
+    drawn from the seed, the same in every dtype. The default dtype is torch's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(what, Block):
+        module: ReferenceBlock | ReferenceModel = ReferenceBlock(what)
+        tensors = weights(what)
+    else:
+        module = ReferenceModel(what)
+        tensors = model_weights(what)
+    for weight in tensors:
+        _own(module, weight.name, nn.Parameter(initial(weight, generator, dtype)))
+    for part in module.modules():
+        if isinstance(part, ReferenceBlock):
+            for weight in constants(part.architecture):
+                part.register_buffer(
+                    weight.name, initial(weight, generator, dtype), persistent=False
+                )
+    return module.to(device=device)
+
+
+class ReferenceBlock(nn.Module):
+    """One attention layer: streams, then mixing, then `out`."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.architecture = block
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the block's output [b, n, width].
+
+        x is [b, n, width]; context [b, m, context_width] for a block that reads one; segments
+        [b, n] the document of each token (default: all the same); positions [n] or [b, n] the
+        absolute position of each token (default: from 0). A context's count from 0.
+        """
+        block = self.architecture
+        _expect("x", x, block.width)
+        if block.context_width is not None:
+            if context is None:
+                raise ValueError(f"block `{block.name}` reads a context, and none was given")
+            _expect("context", context, block.context_width)
+        places = {"n": _positions(positions, x)}
+        streams = {"x": x}
+        if context is not None:
+            places["m"] = _positions(None, context)
+            streams["context"] = context
+        for stream in block.streams:
+            streams[stream.name] = self._flow(stream.flow, streams, places)
+        tensors = {each.name: self._tensor(each.name) for each in block.tensors}
+        given = Given(streams, tensors, places, segments, self.training)
+        if isinstance(block.mix, Recurrence):
+            o = scan(block, block.mix, given)
+        else:
+            o = attend(block, block.mix, given)
+        return self._flow(block.out, {**streams, "o": o}, places)
+
+    def _flow(self, flow: Flow, streams: dict[str, Tensor], positions: dict[str, Tensor]) -> Tensor:
+        if isinstance(flow, Read):
+            return streams[flow.name]
+        inputs = [self._flow(each, streams, positions) for each in flow.inputs]
+        tensors = {each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
+                   for each in owned(flow)}  # fmt: skip
+        run = Run(positions, self.training, flow.shape.tokens)
+        return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
+
+    def _tensor(self, name: str) -> Tensor:
+        return _tensor(self, name)
+
+
+class ReferenceModel(nn.Module):
+    """A stack of pre-norm layers: x + attn(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.architecture = model
+        if model.vocab is not None:
+            self.embed_tokens = nn.Module()
+        if model.embed_position == "learned":
+            self.embed_positions = nn.Module()
+        self.layers = nn.Module()
+        for at, block in enumerate(model.layers):
+            self.layers.add_module(str(at), nn.Module())
+            self.layers.get_submodule(str(at)).add_module("attn", ReferenceBlock(block))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits [b, n, vocab], classes [b, classes], or features [b, n, width].
+
+        x is [b, n] tokens, or [b, n, width] features for a model without a vocabulary; the
+        rest is as for a block, and handed to each.
+        """
+        model = self.architecture
+        if model.vocab is None:
+            _expect("x", x, model.width)
+        else:
+            x = functional.embedding(x, _tensor(self, "embed_tokens.weight"))
+        x = self._dropped(self._with_positions(x, _positions(positions, x)))
+        for at in range(len(model.layers)):
+            layer = f"layers.{at}"
+            y = self.get_submodule(f"{layer}.attn")(
+                self._norm(f"{layer}.attn_norm", x),
+                context=context,
+                segments=segments,
+                positions=positions,
+            )
+            x = x + self._dropped(y)
+            if model.ffn is not None:
+                y = self._feed_forward(f"{layer}.ffn", self._norm(f"{layer}.ffn_norm", x))
+                x = x + self._dropped(y)
+        x = self._norm("norm", x)
+        match model.head:
+            case "lm":
+                return (
+                    x @ _tensor(self, "embed_tokens.weight" if model.tie else "lm_head.weight").mT
+                )
+            case "classify":
+                return x.mean(1) @ _tensor(self, "head.weight").mT + _tensor(self, "head.bias")
+            case _:
+                return x
+
+    def _with_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        model = self.architecture
+        match model.embed_position:
+            case "learned":
+                table = _tensor(self, "embed_positions.weight")
+                if positions.numel() and int(positions.max()) >= len(table):
+                    raise ValueError(f"position {int(positions.max())} is past the "
+                                     f"{len(table)} learned positions")  # fmt: skip
+                return x + table[positions]
+            case "sinusoidal":
+                return x + sinusoidal(positions, model.width).to(x)
+            case _:
+                return x
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        op = norm_op(self.architecture)
+        if op is None:
+            return x
+        tensors = {each.name: _tensor(self, f"{name}.{each.name}")
+                   for each in norm_weights(self.architecture)}  # fmt: skip
+        return op.eager([x], defaults(op), tensors, Run({}, self.training))
+
+    def _feed_forward(self, name: str, x: Tensor) -> Tensor:
+        ffn = self.architecture.ffn
+        assert ffn is not None
+        up = x @ _tensor(self, f"{name}.up_proj.weight").mT
+        if ffn.kind == "swiglu":
+            up = functional.silu(x @ _tensor(self, f"{name}.gate_proj.weight").mT) * up
+        else:
+            up = functional.gelu(up)
+        return up @ _tensor(self, f"{name}.down_proj.weight").mT
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.architecture.dropout, self.training)
+
+
+def sinusoidal(positions: Tensor, width: int) -> Tensor:
+    """Return the position code of Vaswani et al. 2017 in float64, [b, n] → [b, n, width].
+
+    Feature 2c is sin(position / 10000**(2c / width)), feature 2c + 1 its cosine.
+    """
+    even = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
+    angle = positions[..., None].double() / 10000 ** (even / width)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :width]
+
+
+def _positions(given: Tensor | None, x: Tensor) -> Tensor:
+    """Return every token's position, [b, n]."""
+    batch, tokens = x.shape[:2]
+    if given is None:
+        given = torch.arange(tokens, device=x.device)
+    return given.expand(batch, tokens)
+
+
+def _expect(name: str, x: Tensor, width: int) -> None:
+    if x.ndim != 3 or x.shape[-1] != width:
+        raise ValueError(f"`{name}` should be [b, tokens, {width}], it is {list(x.shape)}")
+
+
+def _own(root: nn.Module, name: str, tensor: nn.Parameter) -> None:
+    """Register a parameter under a dotted name, making the modules on the way."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.register_parameter(last, tensor)
+
+
+def _tensor(root: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer by its dotted name."""
+    path, _, last = name.rpartition(".")
+    found: Tensor = getattr(root.get_submodule(path), last)
+    return found

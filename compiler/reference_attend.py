@@ -1,0 +1,363 @@
+"""The meaning of `mix = attend` (DESIGN 2.4), over the list of visible pairs.
+
+    s[h,i,j] = scale · q[h,i] · k[g,j]            g = h // (heads / kv_heads)
+    s        = score(s, h, i, j)
+    p        = normalize(s) over visible j;       p = 0 elsewhere
+    p        = weights(p, h, i, j)
+    o[h,i]   = Σ_j p[h,i,j] · v[g,j]
+
+The mask picks pairs (batch, head, query, key) out of the dense s; score, normaliser and
+weights are then evaluated on the vector of these pairs alone. What a row may not see is thus
+never computed with: it cannot make a NaN, and a row that sees nothing has no pairs, hence
+o = 0 and zero gradients. This costs memory, and buys a text that says what is meant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..grammar.expr import rebuild
+from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary
+from ..ops import Shape
+from ..ops.pointwise import evaluate
+from .model import Block, Normalizer, Pairwise
+
+Value = Tensor | int | float
+
+
+class Given(NamedTuple):
+    """What a block was called with, and the streams it made of that."""
+
+    streams: Mapping[str, Tensor]  # [b, heads, tokens, d] or [b, tokens, d]
+    tensors: Mapping[str, Tensor]  # params and consts
+    positions: Mapping[str, Tensor]  # tokens axis → [b, tokens]
+    segments: Tensor | None  # [b, n]; None: one document
+    training: bool
+
+
+def attend(block: Block, mix: Pairwise, given: Given) -> Tensor:
+    """Return the mixed heads [b, heads, n, value_dim].
+
+    Half precision is mixed in float32, for then no finite q and k give an infinite logit.
+    """
+    q, k, v = (_wide(given.streams[name]) for name in "qkv")
+    k, v = (each.repeat_interleave(block.heads // each.shape[1], dim=1) for each in (k, v))
+    s = mix.scale * (q @ k.mT)  # [b, H, n, m]
+
+    scope = _Scope(block, given, s.shape)
+    visible = scope.dense(mix.mask)
+    pairs = _Pairs(*visible.nonzero(as_tuple=True))
+    rows = _Rows(pairs, s.shape)
+    names = scope.names(pairs) | {"seen": rows.sum(torch.ones_like(pairs.key).double())}
+
+    def read(expr: Expr, more: Mapping[str, Value]) -> Value:
+        return scope.evaluate(expr, pairs, {**names, **more})
+
+    def column(expr: Expr, more: Mapping[str, Value]) -> Tensor:
+        """One number a pair, in the precision of s."""
+        return torch.as_tensor(read(expr, more)).to(s).expand(pairs.key.shape)
+
+    logits = column(mix.score, {"s": s[visible]})
+    weight = normalize(mix.normalize, logits, rows, read).to(s).expand(pairs.key.shape)
+    weight = column(mix.weights, {"s": logits, "p": weight})
+    p = torch.zeros_like(s).index_put(tuple(pairs), weight)
+    p = functional.dropout(p, mix.dropout, given.training)
+    return (p @ v).to(given.streams["v"].dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# ── who stands where ─────────────────────────────────────────────────────────────────────
+
+
+class _Pairs(NamedTuple):
+    """Pairs of tokens, as four index tensors that broadcast together."""
+
+    batch: Tensor
+    head: Tensor
+    query: Tensor
+    key: Tensor
+
+
+class _Rows:
+    """The rows (batch, head, query) that the pairs lie in: sums and maxima along them."""
+
+    def __init__(self, pairs: _Pairs, shape: torch.Size) -> None:
+        _, heads, queries, _ = shape
+        row = (pairs.batch * heads + pairs.head) * queries + pairs.query
+        _, self.of, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
+        self.first = counts.cumsum(0) - counts  # one pair of every row
+        self.count = len(counts)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return, for every pair, the sum of x over its row."""
+        x = x.expand(self.of.shape)
+        return x.new_zeros(self.count).index_add(0, self.of, x)[self.of]
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return, for every pair, the largest x of its row, as a constant."""
+        x = x.detach().expand(self.of.shape)
+        top = x.new_full((self.count,), -torch.inf)
+        return top.scatter_reduce(0, self.of, x, "amax")[self.of]
+
+
+class _Scope:
+    """What the names in an expression mean at some pairs."""
+
+    def __init__(self, block: Block, given: Given, shape: torch.Size) -> None:
+        self.block, self.given, self.shape = block, given, shape
+        self.key_axis = "m" if block.crosses else "n"
+        self.axes = {each.name: each.shape for each in block.streams}
+        self.axes["x"] = Shape("n", block.width)
+        self.axes["context"] = Shape("m", block.context_width or 0)
+
+    def dense(self, mask: Expr) -> Tensor:
+        """Return a mask at every pair there is, [b, H, n, m]."""
+        device = self.given.positions["n"].device
+        axes = (torch.arange(size, device=device) for size in self.shape)
+        places = _Pairs(*(at.reshape(-1, *[1] * (3 - d)) for d, at in enumerate(axes)))
+        seen = self.evaluate(mask, places, self.names(places))
+        return torch.as_tensor(seen, dtype=torch.bool, device=device).expand(self.shape)
+
+    def names(self, pairs: _Pairs) -> dict[str, Value]:
+        """Whole numbers are float64: exact up to 2**53, and they round nothing they meet."""
+        positions = self.given.positions
+        return {
+            "i": positions["n"][pairs.batch, pairs.query].double(),
+            "j": positions[self.key_axis][pairs.batch, pairs.key].double(),
+            "h": pairs.head.double(),
+            "n": self.shape[2],
+            "m": self.shape[3],
+        }
+
+    def evaluate(self, expr: Expr, pairs: _Pairs, names: Mapping[str, Value]) -> Value:
+        """Return the expression's value at each pair, or its one value."""
+        values = dict(names)
+
+        def look(node: Expr) -> Expr:
+            if not isinstance(node, Index):
+                return rebuild(node, look)
+            name = f"index {len(values)}"
+            values[name] = self._lookup(node, pairs, names)
+            return Name(name)
+
+        result: Value = evaluate(look(expr), values)
+        return result
+
+    def _lookup(self, node: Index, pairs: _Pairs, names: Mapping[str, Value]) -> Tensor:
+        """Return t[…]. What points past an end reads the element at that end."""
+        assert isinstance(node.base, Name)
+        name = node.base.id
+        items = [self.evaluate(each, pairs, names) for each in node.items]
+        if name in self.given.tensors:
+            return _take(self.given.tensors[name], (), items)
+        if name == "doc":
+            row = self._token(node.items[0], items[0], "n", pairs)
+            return _take(self._segments(node), (pairs.batch,), [row])
+        shape = self.axes[name]
+        at = 0 if shape.heads is None else 1
+        items[at] = self._token(node.items[at], items[at], shape.tokens, pairs)
+        return _take(self.given.streams[name], (pairs.batch,), items)
+
+    def _token(self, item: Expr, value: Value, axis: str, pairs: _Pairs) -> Value:
+        """Return which row of a stream a position is: i and j are the pair's own tokens."""
+        if item == Name("i") and axis == "n":
+            return pairs.query
+        if item == Name("j") and axis == self.key_axis:
+            return pairs.key
+        return value - self.given.positions[axis][pairs.batch, 0]
+
+    def _segments(self, node: Index) -> Tensor:
+        if self.given.segments is None:
+            return torch.zeros_like(self.given.positions["n"])
+        if self.block.crosses and node.items[0] != Name("i"):
+            raise ValueError("the tokens of a context have no segments: `doc[j]` has no meaning")
+        return self.given.segments
+
+
+def _take(table: Tensor, batch: tuple[Tensor, ...], items: list[Value]) -> Tensor:
+    """Return table[batch, items…]; dimensions of one element may be left out at the end."""
+    sizes = table.shape[len(batch) :]
+    if any(size != 1 for size in sizes[len(items) :]):
+        raise ValueError(f"{len(items)} indices for the dimensions {tuple(sizes)}")
+    items = items + [0] * (len(sizes) - len(items))
+    where = [
+        torch.as_tensor(item, device=table.device).floor().long().clamp(0, size - 1)
+        for item, size in zip(items, sizes, strict=True)
+    ]
+    return _wide(table[(*batch, *where)])
+
+
+# ── scores to weights ────────────────────────────────────────────────────────────────────
+
+Read = Callable[[Expr, Mapping[str, Value]], Value]
+
+
+def normalize(normalizer: Normalizer, s: Tensor, rows: _Rows, read: Read) -> Tensor:
+    """Return p at every pair: numerator / denominator, or the numerator at its threshold."""
+    if normalizer.where is not None:
+        s = s.double()  # a threshold next to logits of 1e4 needs more than seven digits
+        tau = _threshold(normalizer, s, rows, read)
+        return _stable(normalizer.numerator, {"s": s, "tau": tau[rows.of]}, rows, read).plain()
+    numerator = _stable(normalizer.numerator, {"s": s}, rows, read)
+    if normalizer.denominator is None:
+        return numerator.plain()
+    total = _Scaled(rows.sum(numerator.value), numerator.exponent)
+    return _divide(numerator, _stable(normalizer.denominator, {"s": s}, rows, read, total)).plain()
+
+
+class _Scaled(NamedTuple):
+    """The number value · e**exponent, one a pair.
+
+    The exponent is the same along a row and a constant to autograd. exp(x) is held as
+    exp(x − M) · e**M, M the row's maximum of x over visible keys; a sum takes the larger of
+    its terms' exponents; products add them. Nothing overflows that is finite in the end, and
+    as no step is approximate, neither is the gradient. So exp(s) / (exp(z) + sum) becomes
+
+        exp(s − M) e**(M − T) / (exp(0) e**(z − T) + Σ exp(s − M) e**(M − T)),  T = max(z, M)
+    """
+
+    value: Tensor
+    exponent: Tensor
+
+    def plain(self) -> Tensor:
+        return self.value * self.exponent.exp()
+
+
+def _stable(
+    expr: Expr, names: Mapping[str, Value], rows: _Rows, read: Read, total: _Scaled | None = None
+) -> _Scaled:
+    """Evaluate arithmetic over exponentials (and over `sum`) in scaled numbers."""
+
+    def go(node: Expr) -> _Scaled:
+        match node:
+            case Name("sum") if total is not None:
+                return total
+            case Call("exp", (power,), ()):
+                return _exponential(read(power, names), rows)
+            case Unary("-", operand):
+                x = go(operand)
+                return _Scaled(-x.value, x.exponent)
+            case Binary("+" | "-" | "*" | "/" as op, left, right):
+                return _ARITHMETIC[op](go(left), go(right))
+            case Binary("**", left, right):
+                base, power = read(left, names), read(right, names)
+                if isinstance(power, int | float):
+                    return _power(go(left), power)
+                if isinstance(base, int | float) and base > 0:
+                    return _exponential(power * math.log(base), rows)
+            case Call("sqrt", (operand,), ()):
+                return _power(go(operand), 0.5)
+            case Call("log", (operand,), ()):
+                x = go(operand)
+                return _plain(x.value.log() + x.exponent)
+            case Call("max" | "min" as name, (left, right), ()):
+                a, b, top = _aligned(go(left), go(right))
+                return _Scaled(torch.maximum(a, b) if name == "max" else torch.minimum(a, b), top)
+        return _plain(read(node, names))
+
+    if total is not None:
+        names = {**names, "sum": total.plain()}
+    return go(expr)
+
+
+def _plain(x: Value) -> _Scaled:
+    value = x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+    return _Scaled(value, torch.zeros_like(value))
+
+
+def _exponential(power: Value, rows: _Rows) -> _Scaled:
+    power = _plain(power).value
+    top = rows.max(power)
+    top = torch.where(top == -torch.inf, 0, top)  # a row of exp(−inf) is a row of zeros
+    return _Scaled((power - top).exp(), top)
+
+
+def _aligned(a: _Scaled, b: _Scaled) -> tuple[Tensor, Tensor, Tensor]:
+    top = torch.maximum(a.exponent, b.exponent)
+    return a.value * (a.exponent - top).exp(), b.value * (b.exponent - top).exp(), top
+
+
+def _add(a: _Scaled, b: _Scaled) -> _Scaled:
+    x, y, top = _aligned(a, b)
+    return _Scaled(x + y, top)
+
+
+def _subtract(a: _Scaled, b: _Scaled) -> _Scaled:
+    return _add(a, _Scaled(-b.value, b.exponent))
+
+
+def _multiply(a: _Scaled, b: _Scaled) -> _Scaled:
+    return _Scaled(a.value * b.value, a.exponent + b.exponent)
+
+
+def _divide(a: _Scaled, b: _Scaled) -> _Scaled:
+    """0 / 0 is 0, with no gradient: a row without any weight gives none."""
+    nothing = (a.value == 0) & (b.value == 0)
+    value = torch.where(nothing, 0, a.value / torch.where(nothing, 1, b.value))
+    return _Scaled(value, a.exponent - b.exponent)
+
+
+def _power(a: _Scaled, power: float) -> _Scaled:
+    """0 ** c has no gradient for 0 < c < 1, though the slope there is infinite."""
+    if not 0 < power < 1:
+        return _Scaled(a.value**power, a.exponent * power)
+    zero = a.value == 0
+    value = torch.where(zero, 0, torch.where(zero, 1, a.value) ** power)
+    return _Scaled(value, a.exponent * power)
+
+
+_ARITHMETIC: dict[str, Callable[[_Scaled, _Scaled], _Scaled]] = {
+    "+": _add, "-": _subtract, "*": _multiply, "/": _divide,
+}  # fmt: skip
+
+
+def _threshold(normalizer: Normalizer, s: Tensor, rows: _Rows, read: Read) -> Tensor:
+    """Return the tau of each row that makes `where left == right` true.
+
+    Bisection on F(tau) = left − right, which has to be monotone, down to neighbouring floats.
+    One Newton step, tau − F(tau) / F'(tau) with F' held constant, moves it by nothing and
+    gives it the gradient of the implicit function, −(∂F/∂s) / F'.
+    """
+    where = normalizer.where
+    if not (isinstance(where, Compare) and where.ops == ("==",)):
+        raise TypeError("`where` fixes the threshold by an equation, `where sum == 1`")
+    left, right = where.operands
+
+    def excess(tau: Tensor, s: Tensor) -> Tensor:
+        names: dict[str, Value] = {"s": s, "tau": tau[rows.of]}
+        names["sum"] = rows.sum(_stable(normalizer.numerator, names, rows, read).plain())
+        return torch.as_tensor(read(left, names) - read(right, names))[rows.first]
+
+    with torch.no_grad():
+        high = s.new_ones(rows.count)
+        low = -high
+        for _ in range(1000):
+            open_ = excess(low, s).sign() * excess(high, s).sign() > 0
+            if not open_.any():
+                break
+            low, high = torch.where(open_, 2 * low, low), torch.where(open_, 2 * high, high)
+        else:
+            raise ValueError(f"no tau makes `where` true in {int(open_.sum())} rows")
+        sign = excess(low, s).sign()
+        for _ in range(200):
+            tau = (low + high) / 2
+            if ((tau == low) | (tau == high)).all():
+                break
+            before = excess(tau, s).sign() == sign
+            low, high = torch.where(before, tau, low), torch.where(before, high, tau)
+        tau = (low + high) / 2
+
+    if not torch.is_grad_enabled():
+        return tau
+    at = tau.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(excess(at, s.detach()).sum(), at)
+    return tau - excess(tau, s) / torch.where(slope == 0, 1, slope)

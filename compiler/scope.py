@@ -1,0 +1,179 @@
+"""What a block under construction knows: its sizes, streams and tensors, and its findings.
+
+Streams are elaborated when they are first read, so they may be written in any order; what
+has been made stands in `streams`, each after those it reads. Definitions that bring streams
+or tensors of their own (`score temperature { let t = … }`) declare them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ..grammar import syntax
+from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
+from ..grammar.expr import NotConstant, Value, calls, evaluate, substitute
+from ..grammar.source import Span
+from ..grammar.syntax import Definition, Expr, Name
+from ..ops import Shape, Weight
+from .library import Library, bind, substitute_statement
+from .model import Stream
+
+MAX_SIZE = 1 << 24
+MAX_NODES = 20_000
+
+
+class Findings:
+    """Collects what is wrong; `guard` lets the rest of a text be checked too."""
+
+    def __init__(self) -> None:
+        self.diagnostics: list[Diagnostic] = []
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        try:
+            yield
+        except LoomError as problem:
+            self.diagnostics.extend(
+                each for each in problem.diagnostics if each not in self.diagnostics
+            )
+
+    def settle(self) -> None:
+        """Raise everything that was found, if anything was."""
+        if self.diagnostics:
+            raise LoomError(self.diagnostics)
+
+
+@dataclass
+class Scope:
+    """The state of one block's elaboration."""
+
+    library: Library
+    findings: Findings
+    numbers: dict[str, Value] = field(default_factory=dict)
+    declared: dict[str, syntax.Let] = field(default_factory=dict)
+    streams: dict[str, Stream] = field(default_factory=dict)
+    tensors: dict[str, Weight] = field(default_factory=dict)
+    inputs: dict[str, Shape] = field(default_factory=dict)  # x, context
+    grid: tuple[int, int] | None = None
+    elaborate: Callable[[str, Expr], Stream] | None = None
+    _open: list[str] = field(default_factory=list)
+    _expanded: dict[tuple[object, ...], dict[str, Expr]] = field(default_factory=dict)
+    _spent: int = 0
+
+    # numbers
+
+    def number(self, expr: Expr, what: str) -> Value:
+        """Return the value of a constant expression (L219)."""
+        try:
+            return evaluate(expr, self.numbers)
+        except NotConstant as problem:
+            help = ""
+            if isinstance(problem.node, Name):
+                help = did_you_mean(problem.node.id, self.numbers)
+            raise error("L219", f"{what} must be a number", problem.node.span, problem.reason,
+                        help) from None  # fmt: skip
+
+    def size(self, expr: Expr, what: str) -> int:
+        """Return a whole number fit to be a dimension (L203)."""
+        value = self.number(expr, what)
+        if isinstance(value, bool) or value != int(value) or not 1 <= value <= MAX_SIZE:
+            raise error("L203", f"{what} must be a whole number from 1 to {MAX_SIZE:,}",
+                        expr.span, f"it is {value}")  # fmt: skip
+        return int(value)
+
+    # streams and tensors
+
+    def shape(self, name: str, span: Span) -> Shape | None:
+        """Return the shape of a stream, elaborating it if need be; None if there is none."""
+        if name in self.inputs:
+            return self.inputs[name]
+        if name not in self.streams:
+            let = self.declared.get(name)
+            if let is None:
+                return None
+            if name in self._open:
+                ring = " → ".join([*self._open[self._open.index(name) :], name])
+                raise error("L212", f"`{name}` is defined in terms of itself", span, ring)
+            assert self.elaborate is not None
+            self._open.append(name)
+            try:
+                stream = self.elaborate(name, let.value)
+            finally:
+                self._open.pop()
+            self.streams[name] = stream
+        return self.streams[name].shape
+
+    def declare(self, statement: syntax.Let | syntax.Param, prefix: str = "") -> str:
+        """Take up a `let`, `param` or `const`; return the name it gets in the block."""
+        name = statement.name
+        if prefix and (name in self.declared or name in self.tensors or name in self.inputs):
+            name = f"{prefix}_{name}"
+        if name in self.declared or name in self.tensors or name in RESERVED:
+            why = "this name has a meaning of its own" if name in RESERVED else ""
+            raise error("L211", f"`{name}` is defined twice", statement.span, why,
+                        "choose another name")  # fmt: skip
+        if isinstance(statement, syntax.Let):
+            self.declared[name] = statement
+        else:
+            self.tensors[name] = self._tensor(name, statement)
+        return name
+
+    def _tensor(self, name: str, statement: syntax.Param) -> Weight:
+        sizes = tuple(self.size(dim, f"a dimension of `{name}`") for dim in statement.dims)
+        values = {id: syntax.Number(value, str(value)) for id, value in self.numbers.items()}
+        init = substitute(statement.init, values)
+        index = {"h": 0} if statement.dims else {}
+        if not calls(init, "normal"):
+            try:
+                evaluate(init, index)
+            except NotConstant as problem:
+                raise error("L219", f"the initial value of `{name}` must be a number",
+                            problem.node.span, problem.reason,
+                            "it may read `h`, the place along the first dimension, "
+                            "or be `normal(std)`") from None  # fmt: skip
+        return Weight(name, sizes, init, statement.learned)
+
+    # definitions
+
+    def expand(self, definition: Definition, call: Expr) -> dict[str, Expr]:
+        """Return what a definition's names stand for, once its streams are declared."""
+        values = bind(definition.name, definition.params, call, call.span)
+        key = (definition.kind, definition.name, tuple(values.items()))
+        if key in self._expanded:
+            return self._expanded[key]
+        for statement in definition.body:
+            if isinstance(statement, syntax.Let | syntax.Param):
+                bound = substitute_statement(statement, values)
+                assert isinstance(bound, syntax.Let | syntax.Param)
+                new = self.declare(bound, prefix=definition.name)
+                if new != statement.name:
+                    values[statement.name] = Name(new, statement.span)
+        self._expanded[key] = values
+        return values
+
+    @contextmanager
+    def inside(self, definition: Definition, span: Span) -> Iterator[None]:
+        """Guard against definitions that contain themselves, or grow without bound."""
+        label = f"{definition.kind} {definition.name}"
+        self._spent += 1
+        if label in self._open:
+            ring = " → ".join(each.split()[-1] for each in [*self._open, label])
+            raise error("L212", f"`{definition.name}` is defined in terms of itself", span, ring)
+        if self._spent > MAX_NODES:
+            raise error("L213", "this expands into too much", span,
+                        f"more than {MAX_NODES:,} definitions used")  # fmt: skip
+        self._open.append(label)
+        try:
+            yield
+        finally:
+            self._open.pop()
+
+
+RESERVED = frozenset("x context o s p i j h n m seen sum tau doc row col true false".split())
+
+
+def suggest(name: str, *known: Iterable[str]) -> str:
+    """Return a "did you mean" over several sets of names."""
+    return did_you_mean(name, [each for group in known for each in group])

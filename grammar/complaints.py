@@ -1,0 +1,109 @@
+"""What the lexer and the parser complain about, in the words of someone who writes Loom.
+
+Lark says "Unexpected token Token('$END', '')"; we say where the text stops, what would have
+been accepted there, and blank the statement at fault so that the rest can be read too.
+
+    block a {          error[L101]: the text ends too early
+      heads = 8          = help: close the `{` of line 1
+"""
+
+from __future__ import annotations
+
+import re
+
+from lark import Token, UnexpectedInput
+from lark.exceptions import UnexpectedCharacters
+
+from .diagnostics import Diagnostic, did_you_mean
+from .source import Piece
+
+END = "nothing follows"
+
+_STARTS = {
+    "block": "block NAME { … }", "model": "model NAME { … }", "search": "search { … }",
+    "mask": "mask NAME = …", "score": "score NAME = …", "normalize": "normalize NAME = …",
+    "weights": "weights NAME = …", "mix": "mix NAME { … }", "stage": "stage NAME = | …",
+    "let": "let NAME = …",
+}  # fmt: skip
+_WANTED = (
+    ("RBRACE", "close the `{`"), ("RPAR", "close the `(`"), ("RSQB", "close the `[`"),
+    ("NUMBER", "an expression belongs here"), ("EQUAL", "write `name = expression`"),
+    ("LBRACE", "write `{ … }`"), ("NAME", "a name belongs here"),
+)  # fmt: skip
+_CLOSING = {"RBRACE": "{", "RPAR": "(", "RSQB": "["}
+_BRACKETS = re.compile(r'"[^"\n]*"|#[^\n]*|[][(){}]')
+
+
+def explain(problem: UnexpectedInput, piece: Piece) -> Diagnostic:
+    """Turn a lexer's or parser's complaint into a diagnostic in the user's terms."""
+    if isinstance(problem, UnexpectedCharacters):
+        return _bad_character(problem, piece)
+    token: Token | None = getattr(problem, "token", None)
+    expected: set[str] = set(getattr(problem, "expected", ()) or getattr(problem, "accepts", ()))
+    if token is None or token.type == "$END":
+        at = max(0, len(piece.text.rstrip()) - 1)
+        help = _wanted(expected, piece, len(piece.text))
+        return Diagnostic("L101", "the text ends too early", piece.span(at, at + 1), END, help)
+    start = token.start_pos or 0
+    help = _wanted(expected, piece, start)
+    if token.type == "NEWLINE":
+        span = piece.span(start, start + 1)
+        return Diagnostic("L101", "the line ends too early", span, "", help)
+    if "BLOCK" in expected:
+        close = did_you_mean(str(token), _STARTS)
+        help = close or "at the top level stand: " + ", ".join(f"`{e}`" for e in _STARTS.values())
+    elif token == "==" and "EQUAL" in expected:
+        help = "write `=` to set, `==` to compare"
+    span = piece.span(start, start + max(1, len(token)))
+    return Diagnostic("L101", f"`{token}` is not expected here", span, "", help)
+
+
+def _bad_character(problem: UnexpectedCharacters, piece: Piece) -> Diagnostic:
+    at = problem.pos_in_stream or 0
+    char = piece.text[at]
+    span = piece.span(at, at + 1)
+    if char == '"':
+        return Diagnostic("L102", "this string does not end", span, "", 'close it with `"`')
+    if char.isdigit():
+        help = "a name begins with a letter, a number ends in K, M, G, Ki, Mi, Gi or a digit"
+        return Diagnostic("L102", "this number cannot be read", span, "", help)
+    if char.isalpha():
+        help = "names are made of a-z, A-Z, 0-9 and _"
+    else:
+        help = {"'": 'strings stand in `"`', "&": "write `and`", "!": "write `not`"}.get(char, "")
+    return Diagnostic("L102", f"{char!r} does not belong in a description", span, "", help)
+
+
+def _wanted(expected: set[str], piece: Piece, at: int) -> str:
+    for terminal, help in _WANTED:
+        if terminal in expected:
+            bracket = _CLOSING.get(terminal)
+            return help + (_opened(piece, at, bracket) if bracket else "")
+    return ""
+
+
+def _opened(piece: Piece, at: int, bracket: str) -> str:
+    """Return ` of line 3`: where the innermost open bracket of a kind stands."""
+    stack: list[int] = []
+    for match in _BRACKETS.finditer(piece.text, 0, at):
+        if match[0] in "{([":
+            stack.append(match.start())
+        elif match[0] in "})]" and stack:
+            stack.pop()
+    for start in reversed(stack):
+        if piece.text[start] == bracket:
+            line, _ = piece.source.position(piece.span(start, start + 1).start)
+            return f" of line {line}"
+    return ""
+
+
+def without_statement(text: str, at: int) -> tuple[str, bool]:
+    """Replace the statement around an offset by spaces, so that the rest can be read too."""
+    at = min(at, max(0, len(text) - 1))
+    start = max(text.rfind(mark, 0, at) for mark in "\n;{}") + 1
+    ends = [end for mark in "\n;}" if (end := text.find(mark, at)) >= 0]
+    end = min(ends, default=len(text))
+    middle = text[start:end]
+    if not middle.strip() or "{" in middle:
+        return text, False
+    return text[:start] + " " * (end - start) + text[end:], True

@@ -1,0 +1,256 @@
+"""What a hole is, and which holes are wrong.
+
+A hole is a call that stands where an expression would: it says what may be there. Nothing
+here draws; `problems` says in one pass what no draw could ever repair.
+
+    heads  = choose(4, 8, 16, weights = [1, 2, 1])
+    mask   = causal and window(pow2(16..256))
+    q      = x | linear | split | maybe(rms_norm)
+    layers = each(4, choose(local, delta))
+
+`maybe(e)` may stand where leaving something out means something: as a setting, a list's item,
+a stage, a named argument, or beside `and`, `or`, `+` and `*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..grammar import syntax
+from ..grammar.diagnostics import Diagnostic, did_you_mean
+from ..grammar.expr import NotConstant, Value, evaluate
+from ..grammar.format import show
+from ..grammar.syntax import Binary, Call, Expr, ListOf, Pipe, Range
+
+RANGES = ("integer", "pow2", "uniform", "loguniform")
+HOLES = ("choose", *RANGES, "maybe", "any")
+MAX_EACH = 4096
+_BOTH_SIDES = ("and", "or", "+", "*")  # what stays is the other side
+_RIGHT_SIDE = ("-", "/", "//", "**", "%")
+
+
+def is_hole(expr: Expr) -> bool:
+    """Say whether the expression itself is a hole; `each` repeats holes and is none."""
+    return isinstance(expr, Call) and expr.function in HOLES
+
+
+def contains_hole(expr: Expr) -> bool:
+    return any(is_hole(node) for node in syntax.walk(expr))
+
+
+def constant(expr: Expr) -> Value | None:
+    """Return the number of an expression that reads nothing, else None."""
+    try:
+        return evaluate(expr, {})
+    except NotConstant:
+        return None
+
+
+def powers(low: float, high: float) -> tuple[int, ...]:
+    """Return the powers of two in a range, ends included."""
+    return tuple(2**k for k in range(63) if low <= 2**k <= high)
+
+
+def weights_of(call: Call) -> tuple[float, ...]:
+    """Return the weights of a `choose` that `problems` has passed; empty where it has none."""
+    for keyword in call.keywords:
+        if keyword.name == "weights" and isinstance(keyword.value, ListOf):
+            return tuple(float(constant(each) or 0) for each in keyword.value.items)
+    return ()
+
+
+# ── all expressions of a file ────────────────────────────────────────────────────────────
+
+
+def expressions(item: syntax.Item | syntax.Statement) -> Iterator[tuple[Expr, bool]]:
+    """Yield each expression of an item, and whether it may be left out altogether."""
+    match item:
+        case syntax.Setting(_, value):
+            yield value, True
+        case syntax.Let(_, value) | syntax.Update(_, value):
+            yield value, False
+        case syntax.Param(_, dims, init) | syntax.State(_, dims, init):
+            yield from ((each, False) for each in (*dims, init))
+        case syntax.Result(value, where):
+            yield from ((each, False) for each in (value, where) if each is not None)
+        case syntax.Branch(_, body) | syntax.Search(body):
+            yield from _of_body(body)
+        case syntax.Block(_, params, base, body) | syntax.Model(_, params, base, body):
+            yield from _of_params(params)
+            if base is not None:
+                yield base, False
+            yield from _of_body(body)
+        case syntax.Definition(_, _, params, body):
+            yield from _of_params(params)
+            yield from _of_body(body)
+
+
+def _of_body(body: tuple[syntax.Statement, ...]) -> Iterator[tuple[Expr, bool]]:
+    for statement in body:
+        yield from expressions(statement)
+
+
+def _of_params(params: tuple[syntax.Parameter, ...]) -> Iterator[tuple[Expr, bool]]:
+    yield from ((each.default, False) for each in params if each.default is not None)
+
+
+# ── what is wrong ────────────────────────────────────────────────────────────────────────
+
+
+def problems(file: syntax.File) -> list[Diagnostic]:
+    """Return everything that is wrong with the holes of a file, used or not."""
+    found: list[Diagnostic] = []
+    for item in file.items:
+        for expr, optional in expressions(item):
+            found.extend(_misplaced(expr, optional))
+            for node in syntax.walk(expr):
+                if isinstance(node, Call) and (node.function in HOLES or node.function == "each"):
+                    found.extend(_of_call(node))
+    return found
+
+
+def _of_call(call: Call) -> Iterator[Diagnostic]:
+    match call.function:
+        case "choose":
+            yield from _of_choose(call)
+        case "maybe":
+            yield from _of_arguments(call, 1, "maybe(e)")
+        case "each":
+            yield from _of_each(call)
+        case "any":
+            yield Diagnostic(
+                "L508", "`any(…)` is not built yet", call.span, "",
+                "write the alternatives out: `choose(a, b, …)`",
+            )  # fmt: skip
+        case _:
+            yield from _of_range(call)
+
+
+def _of_arguments(call: Call, count: int, form: str) -> Iterator[Diagnostic]:
+    if len(call.args) != count or call.keywords:
+        label = f"{len(call.args)} given" if not call.keywords else ""
+        yield Diagnostic("L506", f"`{call.function}` has other arguments", call.span, label,
+                         f"write `{form}`")  # fmt: skip
+
+
+def _of_choose(call: Call) -> Iterator[Diagnostic]:
+    if not call.args:
+        yield Diagnostic("L502", "`choose` has nothing to choose from", call.span, "",
+                         "write `choose(a, b, …)`")  # fmt: skip
+    seen: set[str] = set()
+    for each in call.args:
+        if (text := show(each)) in seen:
+            yield Diagnostic("L511", f"`{text}` stands here twice", each.span, "",
+                             "to prefer it, give `weights = [..]`")  # fmt: skip
+        seen.add(text)
+    for keyword in call.keywords:
+        if keyword.name != "weights":
+            yield Diagnostic(
+                "L506", f"`choose` has no setting `{keyword.name}`", keyword.span, "",
+                did_you_mean(keyword.name, ["weights"], "it knows `weights = [..]`"),
+            )  # fmt: skip
+        else:
+            yield from _of_weights(keyword.value, len(call.args))
+
+
+def _of_weights(value: Expr, count: int) -> Iterator[Diagnostic]:
+    items = value.items if isinstance(value, ListOf) else None
+    if items is None or len(items) != count:
+        label = f"{count} alternatives, {len(items) if items is not None else 'no'} weights"
+        yield Diagnostic("L503", "`weights` must be a list with one number for each alternative",
+                         value.span, label)  # fmt: skip
+        return
+    numbers = [constant(each) for each in items]
+    for each, number in zip(items, numbers, strict=True):
+        if number is None or number < 0:
+            yield Diagnostic("L503", "a weight is a number, zero or more", each.span)
+    if all(number == 0 for number in numbers):
+        yield Diagnostic("L503", "one weight at least must be more than zero", value.span)
+
+
+def _of_range(call: Call) -> Iterator[Diagnostic]:
+    if len(call.args) != 1 or call.keywords or not isinstance(call.args[0], Range):
+        yield Diagnostic("L506", f"`{call.function}` takes one range", call.span, "",
+                         f"write `{call.function}(lo..hi)`")  # fmt: skip
+        return
+    low, high = constant(call.args[0].low), constant(call.args[0].high)
+    if low is not None and high is not None and (why := refusal(call.function, low, high)):
+        code, message, label = why
+        yield Diagnostic(code, message, call.args[0].span, label)
+
+
+def refusal(function: str, low: Value, high: Value) -> tuple[str, str, str] | None:
+    """Say why nothing can be drawn from a range, as (code, message, label); None if it can."""
+    label = f"{low}..{high}"
+    if function in ("integer", "pow2") and not (float(low).is_integer() and high == high // 1):
+        return "L506", f"the ends of `{function}` are whole numbers", label
+    if low > high:
+        return "L501", "this range is empty", f"{label}, the first number is the larger one"
+    if function == "pow2" and not powers(low, high):
+        return "L504", "there is no power of two in this range", label
+    if function == "loguniform" and low <= 0:
+        return "L505", "`loguniform` must begin above zero", label
+    return None
+
+
+def _of_each(call: Call) -> Iterator[Diagnostic]:
+    yield from _of_arguments(call, 2, "each(n, e)")
+    if len(call.args) == 2:
+        count = constant(call.args[0])
+        if count is not None and not (float(count).is_integer() and 0 <= count <= MAX_EACH):
+            label = f"{count}, the most is {MAX_EACH}"
+            yield Diagnostic("L509", "`each` repeats a whole number of times",
+                             call.args[0].span, label)  # fmt: skip
+
+
+# ── where something may be left out ──────────────────────────────────────────────────────
+
+
+def vanishes(expr: Expr) -> bool:
+    """Say whether a draw may leave nothing of the expression."""
+    match expr:
+        case Call("maybe"):
+            return True
+        case Call("choose", args):
+            return any(vanishes(each) for each in args)
+        case Binary(op, left, right) if op in _BOTH_SIDES:
+            return vanishes(left) and vanishes(right)
+        case Pipe(None, stages):
+            return all(vanishes(each) for each in stages)
+        case _:
+            return False
+
+
+def _misplaced(expr: Expr, optional: bool) -> Iterator[Diagnostic]:
+    if not optional and vanishes(expr):
+        yield Diagnostic(
+            "L507", "something has to stand here, with or without `maybe`", expr.span, "",
+            "write `choose(e, …)` and say what stands here otherwise",
+        )  # fmt: skip
+        return
+    for child, may in _places(expr, optional):
+        yield from _misplaced(child, may)
+
+
+def _places(expr: Expr, optional: bool) -> Iterator[tuple[Expr, bool]]:
+    """Yield the direct subexpressions, and whether each may be left out."""
+    match expr:
+        case Call("choose" | "maybe", args):
+            yield from ((each, optional) for each in args)
+        case Call("each", (count, inner)):
+            yield from ((count, False), (inner, True))
+        case Call(_, args, keywords):
+            yield from ((each, False) for each in args)
+            yield from ((each.value, True) for each in keywords)
+        case ListOf(items):
+            yield from ((each, True) for each in items)
+        case Pipe(head, stages):
+            if head is not None:
+                yield head, False
+            yield from ((each, True) for each in stages)
+        case Binary(op, left, right):
+            both = op in _BOTH_SIDES
+            yield left, both
+            yield right, both or op in _RIGHT_SIDE
+        case _:
+            yield from ((each, False) for each in syntax.children(expr))
