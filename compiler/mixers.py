@@ -59,7 +59,7 @@ def _update(visitor: _Mixer, update: syntax.Update) -> Update:
     value, dims = visitor.visit(update.value)
     known = visitor.locals
     needed = (visitor.scope.numbers["value_dim"],) if update.name == "o" else known.get(update.name)
-    if needed is not None and dims != needed and not (dims == () and update.name != "o"):
+    if needed is not None and dims != needed:
         raise error("L216", f"`{update.name}` has another shape", update.value.span,
                     f"{list(needed)} ← {list(dims)}")  # fmt: skip
     if update.name in ("q", "k", "v", "x") or update.name in visitor.scope.declared:

@@ -12,6 +12,7 @@ buffers outside its state dict. torch is imported only where values are drawn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -102,9 +103,9 @@ def initial(
     """Draw a tensor's first value on the CPU.
 
     Schemes: `linear` is nn.Linear's own (uniform in ±1/√in), `embedding` normal with standard
-    deviation 0.02, `ones`, `zeros`. Otherwise `init` is an expression over the indices of the
-    tensor, `h` the first, `i` and `j` the next two; in it `normal(std)` draws. Everything is
-    drawn in float64 and then cast: one seed gives the same weights in every dtype.
+    deviation 0.02, `ones`, `zeros`. Otherwise `init` is an expression, evaluated elementwise:
+    `h` is the index along the first dimension, `normal(std)` draws. Everything is drawn in
+    float64 and then cast: one seed gives the same weights in every dtype.
     """
     import torch
 
@@ -114,8 +115,9 @@ def initial(
     size, wide = weight.shape, torch.float64
     match weight.init:
         case "linear":
+            bound = 1 / math.sqrt(size[-1])
             unit = 2 * torch.rand(size, generator=generator, dtype=wide) - 1
-            return (unit * size[-1] ** -0.5).to(dtype)
+            return (unit * bound).to(dtype)
         case "embedding":
             return (0.02 * torch.randn(size, generator=generator, dtype=wide)).to(dtype)
         case "ones":
@@ -127,11 +129,9 @@ def initial(
         case init:
             pass
 
-    # Each axis counts along its own dimension: [a, 1, 1], [b, 1], [c].
-    values: dict[str, torch.Tensor] = {
-        name: torch.arange(count, dtype=wide).reshape(-1, *(1 for _ in size[at + 1 :]))
-        for at, (name, count) in enumerate(zip("hij", size, strict=False))
-    }
+    values: dict[str, torch.Tensor] = {}
+    if size:
+        values["h"] = torch.arange(size[0], dtype=wide).reshape(-1, *[1] * (len(size) - 1))
 
     def draw(expr: Expr) -> Expr:
         if isinstance(expr, Call) and expr.function == "normal":

@@ -46,7 +46,7 @@ def attend(block: Block, mix: Pairwise, given: Given) -> Tensor:
 
     Half precision is mixed in float32, for then no finite q and k give an infinite logit.
     """
-    q, k, v = (_wide(given.streams[name]) for name in "qkv")
+    q, k, v = (wide(given.streams[name]) for name in "qkv")
     k, v = (each.repeat_interleave(block.heads // each.shape[1], dim=1) for each in (k, v))
     s = mix.scale * (q @ k.mT)  # [b, H, n, m]
 
@@ -71,7 +71,8 @@ def attend(block: Block, mix: Pairwise, given: Given) -> Tensor:
     return (p @ v).to(given.streams["v"].dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Return half precision as float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -160,40 +161,31 @@ class _Scope:
         if name in self.given.tensors:
             return _take(self.given.tensors[name], (), items)
         if name == "doc":
-            row = self._token(node.items[0], items[0], "n", pairs)
-            return _take(self._segments(node), (pairs.batch,), [row])
+            segments = self.given.segments
+            if segments is None:
+                segments = torch.zeros_like(self.given.positions["n"])
+            return _take(segments, (pairs.batch,), [_token(node.items[0], pairs)])
         shape = self.axes[name]
         at = 0 if shape.heads is None else 1
-        items[at] = self._token(node.items[at], items[at], shape.tokens, pairs)
+        items[at] = _token(node.items[at], pairs)
         return _take(self.given.streams[name], (pairs.batch,), items)
 
-    def _token(self, item: Expr, value: Value, axis: str, pairs: _Pairs) -> Value:
-        """Return which row of a stream a position is: i and j are the pair's own tokens."""
-        if item == Name("i") and axis == "n":
-            return pairs.query
-        if item == Name("j") and axis == self.key_axis:
-            return pairs.key
-        return value - self.given.positions[axis][pairs.batch, 0]
 
-    def _segments(self, node: Index) -> Tensor:
-        if self.given.segments is None:
-            return torch.zeros_like(self.given.positions["n"])
-        if self.block.crosses and node.items[0] != Name("i"):
-            raise ValueError("the tokens of a context have no segments: `doc[j]` has no meaning")
-        return self.given.segments
+def _token(item: Expr, pairs: _Pairs) -> Tensor:
+    """Return which row of a stream is read: that of the pair's own query or key."""
+    if item not in (Name("i"), Name("j")):
+        raise TypeError("the tokens of a stream are read at `i` or `j`")
+    return pairs.query if item == Name("i") else pairs.key
 
 
 def _take(table: Tensor, batch: tuple[Tensor, ...], items: list[Value]) -> Tensor:
-    """Return table[batch, items…]; dimensions of one element may be left out at the end."""
+    """Return table[batch, items…]."""
     sizes = table.shape[len(batch) :]
-    if any(size != 1 for size in sizes[len(items) :]):
-        raise ValueError(f"{len(items)} indices for the dimensions {tuple(sizes)}")
-    items = items + [0] * (len(sizes) - len(items))
     where = [
         torch.as_tensor(item, device=table.device).floor().long().clamp(0, size - 1)
         for item, size in zip(items, sizes, strict=True)
     ]
-    return _wide(table[(*batch, *where)])
+    return wide(table[(*batch, *where)])
 
 
 # ── scores to weights ────────────────────────────────────────────────────────────────────
@@ -249,11 +241,11 @@ def _stable(
             case Binary("+" | "-" | "*" | "/" as op, left, right):
                 return _ARITHMETIC[op](go(left), go(right))
             case Binary("**", left, right):
-                base, power = read(left, names), read(right, names)
-                if isinstance(power, int | float):
-                    return _power(go(left), power)
+                base, exponent = read(left, names), read(right, names)
+                if isinstance(exponent, int | float):
+                    return _power(go(left), exponent)
                 if isinstance(base, int | float) and base > 0:
-                    return _exponential(power * math.log(base), rows)
+                    return _exponential(exponent * math.log(base), rows)
             case Call("sqrt", (operand,), ()):
                 return _power(go(operand), 0.5)
             case Call("log", (operand,), ()):
@@ -274,8 +266,8 @@ def _plain(x: Value) -> _Scaled:
     return _Scaled(value, torch.zeros_like(value))
 
 
-def _exponential(power: Value, rows: _Rows) -> _Scaled:
-    power = _plain(power).value
+def _exponential(exponent: Value, rows: _Rows) -> _Scaled:
+    power = _plain(exponent).value
     top = rows.max(power)
     top = torch.where(top == -torch.inf, 0, top)  # a row of exp(−inf) is a row of zeros
     return _Scaled((power - top).exp(), top)
@@ -323,7 +315,7 @@ _ARITHMETIC: dict[str, Callable[[_Scaled, _Scaled], _Scaled]] = {
 def _threshold(normalizer: Normalizer, s: Tensor, rows: _Rows, read: Read) -> Tensor:
     """Return the tau of each row that makes `where left == right` true.
 
-    Bisection on F(tau) = left − right, which has to be monotone, down to neighbouring floats.
+    Bisection on F(tau) = left − right, which has to be monotone, down to float64's precision.
     One Newton step, tau − F(tau) / F'(tau) with F' held constant, moves it by nothing and
     gives it the gradient of the implicit function, −(∂F/∂s) / F'.
     """
@@ -350,7 +342,7 @@ def _threshold(normalizer: Normalizer, s: Tensor, rows: _Rows, read: Read) -> Te
         sign = excess(low, s).sign()
         for _ in range(200):
             tau = (low + high) / 2
-            if ((tau == low) | (tau == high)).all():
+            if (high - low <= torch.finfo(s.dtype).eps * tau.abs().clamp(min=1)).all():
                 break
             before = excess(tau, s).sign() == sign
             low, high = torch.where(before, tau, low), torch.where(before, high, tau)

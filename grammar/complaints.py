@@ -39,7 +39,7 @@ def explain(problem: UnexpectedInput, piece: Piece) -> Diagnostic:
     if isinstance(problem, UnexpectedCharacters):
         return _bad_character(problem, piece)
     token: Token | None = getattr(problem, "token", None)
-    expected: set[str] = set(getattr(problem, "expected", ()) or getattr(problem, "accepts", ()))
+    expected = _accepted(problem)
     if token is None or token.type == "$END":
         at = max(0, len(piece.text.rstrip()) - 1)
         help = _wanted(expected, piece, len(piece.text))
@@ -52,7 +52,7 @@ def explain(problem: UnexpectedInput, piece: Piece) -> Diagnostic:
     if "BLOCK" in expected:
         close = did_you_mean(str(token), _STARTS)
         help = close or "at the top level stand: " + ", ".join(f"`{e}`" for e in _STARTS.values())
-    elif token == "==" and "EQUAL" in expected:
+    elif token.startswith("=") and piece.text[max(0, start - 1)] == "=":
         help = "write `=` to set, `==` to compare"
     span = piece.span(start, start + max(1, len(token)))
     return Diagnostic("L101", f"`{token}` is not expected here", span, "", help)
@@ -74,7 +74,21 @@ def _bad_character(problem: UnexpectedCharacters, piece: Piece) -> Diagnostic:
     return Diagnostic("L102", f"{char!r} does not belong in a description", span, "", help)
 
 
+def _accepted(problem: UnexpectedInput) -> set[str]:
+    """Return the terminals that could have stood here.
+
+    What a state of an LALR table expects includes what only other roads to it allow, so that
+    the parser tries each one (`accepts`) where it can.
+    """
+    return set(getattr(problem, "accepts", ()) or getattr(problem, "expected", ()) or ())
+
+
 def _wanted(expected: set[str], piece: Piece, at: int) -> str:
+    if "NEWLINE" in expected and "NUMBER" not in expected and piece.text[at : at + 1] != "}":
+        words = piece.text[_statement_start(piece.text, at) : at].split()
+        # `block b`: not two names that should not share a line, but a brace left open above.
+        if not ("RBRACE" in expected and len(words) == 1 and words[0] in _STARTS):
+            return "write one statement a line, or `;` between them"
     for terminal, help in _WANTED:
         if terminal in expected:
             bracket = _CLOSING.get(terminal)
@@ -97,10 +111,14 @@ def _opened(piece: Piece, at: int, bracket: str) -> str:
     return ""
 
 
+def _statement_start(text: str, at: int) -> int:
+    return max(text.rfind(mark, 0, at) for mark in "\n;{}") + 1
+
+
 def without_statement(text: str, at: int) -> tuple[str, bool]:
     """Replace the statement around an offset by spaces, so that the rest can be read too."""
     at = min(at, max(0, len(text) - 1))
-    start = max(text.rfind(mark, 0, at) for mark in "\n;{}") + 1
+    start = _statement_start(text, at)
     ends = [end for mark in "\n;}" if (end := text.find(mark, at)) >= 0]
     end = min(ends, default=len(text))
     middle = text[start:end]

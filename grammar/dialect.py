@@ -89,10 +89,14 @@ def _within(expr: Expr, level: float, dialect: Dialect, leaf: Leaf) -> str:
 
 
 def _triton_power(base: str, value: float) -> tuple[str, float]:
-    if isinstance(value, int) and 0 < value <= 4:
+    if isinstance(value, int) and 0 < value <= 8:
         return " * ".join([base] * value), 6
-    if isinstance(value, int) and -4 <= value < 0:
+    if isinstance(value, int) and -8 <= value < 0:
         return f"1.0 / ({' * '.join([base] * -value)})", 6
     if value == 0.5:
         return f"tl.sqrt({base})", _ATOM
+    if isinstance(value, int) and value % 2 == 0:  # a logarithm would lose a negative base
+        return f"tl.exp({value} * tl.log(tl.abs({base})))", _ATOM
+    if isinstance(value, int):
+        return f"{base} * tl.exp({value - 1} * tl.log(tl.abs({base})))", 6
     return f"tl.exp({value!r} * tl.log({base}))", _ATOM

@@ -15,143 +15,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from itertools import pairwise
 
 from . import syntax
 from .comments import Bodied, Node
-from .syntax import Branch, Definition, Expr, File, Let, Param, Result, Search, Setting, State
+from .from_yaml import KINDS, meant
+from .show import POSTFIX, declared, head, one_result, result, show, statement, within
+from .syntax import Branch, Definition, File, Let, Param, Result, Search, Setting, State
 
-N = TypeVar("N", bound=Node)
+__all__ = ["format_loom", "format_yaml", "show"]
 
 WIDTH = 100
 _UNEVEN = 12  # names whose lengths differ by this much are not aligned
-
-# ── expressions ──────────────────────────────────────────────────────────────────────────
-
-_PIPE, _NOT, _COMPARE, _RANGE, _SUM, _UNARY, _POSTFIX, _ATOM = 0, 3, 4, 5, 6, 8, 10, 11
-_BINARY = {
-    "or": 1, "and": 2, "+": 6, "-": 6, "*": 7, "/": 7, "//": 7, "%": 7, "@": 7, "**": 9,
-}  # fmt: skip
-
-
-def show(expr: Expr) -> str:
-    """Return an expression as Loom text, with no more parentheses than it needs.
-
-    >>> show(parse_expression("((a * b)) + (2 ** (c + 1))"))
-    'a * b + 2 ** (c + 1)'
-    """
-    return _shown(expr)[0]
-
-
-def _shown(expr: Expr) -> tuple[str, int]:
-    """Return the text and how tightly it binds."""
-    match expr:
-        case syntax.Number(value, text):
-            return text or repr(value), _ATOM if value >= 0 else _UNARY
-        case syntax.String(value):
-            return f'"{value}"', _ATOM
-        case syntax.Name(id):
-            return id, _ATOM
-        case syntax.Unary("not", operand):
-            return f"not {_within(operand, _NOT)}", _NOT
-        case syntax.Unary(op, operand):
-            return f"{op}{_within(operand, _UNARY)}", _UNARY
-        case syntax.Binary("**", left, right):
-            return f"{_within(left, _POSTFIX)} ** {_within(right, _UNARY)}", _BINARY["**"]
-        case syntax.Binary(op, left, right):
-            level = _BINARY[op]
-            return f"{_within(left, level)} {op} {_within(right, level + 1)}", level
-        case syntax.Compare(operands, ops):
-            first, *others = (_within(each, _RANGE) for each in operands)
-            rest = (f" {op} {other}" for op, other in zip(ops, others, strict=True))
-            return first + "".join(rest), _COMPARE
-        case syntax.Range(low, high):
-            return f"{_within(low, _SUM)}..{_within(high, _SUM)}", _RANGE
-        case syntax.Pipe(head, stages):
-            stream = "" if head is None else _within(head, _PIPE + 1) + " "
-            return stream + " ".join(f"| {_within(each, _PIPE + 1)}" for each in stages), _PIPE
-        case _:
-            return _postfix(expr), _POSTFIX
-
-
-def _postfix(expr: Expr) -> str:
-    match expr:
-        case syntax.Call(function, args, keywords):
-            named = [f"{each.name} = {show(each.value)}" for each in keywords]
-            return f"{function}({', '.join([*map(show, args), *named])})"
-        case syntax.Index(base, items):
-            return f"{_within(base, _POSTFIX)}[{', '.join(map(show, items))}]"
-        case syntax.Attribute(base, name):
-            dotted = isinstance(base, syntax.Number)  # `1.a` would read as the number `1.`
-            return f"({show(base)}).{name}" if dotted else f"{_within(base, _POSTFIX)}.{name}"
-        case syntax.ListOf(items):
-            return f"[{', '.join(map(show, items))}]"
-        case _:
-            raise TypeError(f"{type(expr).__name__} is not an expression")
-
-
-def _within(expr: Expr, level: int) -> str:
-    text, own = _shown(expr)
-    return text if own >= level else f"({text})"
-
-
-# ── statements, in one line ──────────────────────────────────────────────────────────────
-
-# A result that begins like this would be read as another statement, or as the end of the
-# statement above it.
-_MISREAD = re.compile(r"\||(?:let|param|const|state|branch)\b|where\b(?!\s*\()")
-
-
-def declared(name: str, dims: Iterable[Expr]) -> str:
-    """Return `z[heads]`, or the name alone."""
-    inside = ", ".join(map(show, dims))
-    return f"{name}[{inside}]" if inside else name
-
-
-def head(name: str, params: Iterable[syntax.Parameter]) -> str:
-    """Return `window(w = 64)`, or the name alone."""
-    inside = ", ".join(
-        each.name if each.default is None else f"{each.name} = {show(each.default)}"
-        for each in params
-    )
-    return f"{name}({inside})" if inside else name
-
-
-def result(node: Result) -> str:
-    """Return `value`, or `value where condition`."""
-    return show(node.value) + (f" where {show(node.where)}" if node.where is not None else "")
-
-
-def statement(node: Node, pad: int = 0) -> str:
-    """Return a statement without a body as one line; `pad` is the width of its name."""
-    match node:
-        case Setting(name, value):
-            return f"{name:{pad}} = {show(value)}"
-        case Let(name, value):
-            return f"let {name:{pad}} = {show(value)}"
-        case Param(name, dims, init, learned):
-            return f"{'param' if learned else 'const'} {declared(name, dims)} = {show(init)}"
-        case State(name, dims, init):
-            return f"state {declared(name, dims)} = {show(init)}"
-        case syntax.Update(name, value):
-            return f"{name} <- {show(value)}"
-        case Result(value) if _MISREAD.match(show(value)):
-            rest = "" if node.where is None else f" where {show(node.where)}"
-            return f"({show(value)}){rest}"
-        case Result():
-            return result(node)
-        case _:
-            raise TypeError(f"{type(node).__name__} has a body")
-
-
-def one_result(node: Node) -> Result | None:
-    """Return what `mask causal = …` is written with: the only statement of a definition."""
-    match node:
-        case Definition(body=(Result() as only,), closing=()) if only.comments == syntax.SILENT:
-            return only
-        case _:
-            return None
-
 
 # ── Loom ─────────────────────────────────────────────────────────────────────────────────
 
@@ -229,7 +105,7 @@ def _header(node: Bodied) -> str:
             return f"{kind} {head(name, params)}"
         case _:
             kind = "block" if isinstance(node, syntax.Block) else "model"
-            base = "" if node.base is None else f" : {_within(node.base, _POSTFIX)}"
+            base = "" if node.base is None else f" : {within(node.base, POSTFIX)}"
             return f"{kind} {head(node.name, node.params)}{base}"
 
 
@@ -244,7 +120,7 @@ def broken(text: str, indent: int) -> list[str]:
         return [" " * indent + text]
     stages = [at for at, mark, depth in _marks(text) if mark == "|" and depth == 0]
     cuts = [0, *stages, len(text)]
-    parts = [text[a:b].strip() for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [text[a:b].strip() for a, b in pairwise(cuts)]
     lines = _filled(parts[0], indent)
     for part in parts[1:]:
         lines += _filled(part, indent + 2)
@@ -271,9 +147,180 @@ def _filled(text: str, indent: int) -> list[str]:
     start, last = 0, 0
     margin = indent
     for at, mark, depth in [*_marks(text), (len(text), "", 0)]:
-        if margin + at - start > WIDTH + 1 and last > start:
+        if margin + len(text[start:at].rstrip()) > WIDTH and last > start:
             lines.append(" " * margin + text[start:last].rstrip())
             start, margin = last, indent + 4
         if depth or mark in "oa":
             last = at
     return [*lines, " " * margin + text[start:]]
+
+
+# ── YAML ─────────────────────────────────────────────────────────────────────────────────
+
+_GROUPS = {kind: group for group, kind in KINDS.items()}
+_UNPLAIN = re.compile(
+    r"[\s,\[\]{}#&*!|>'\"%@`]|[-?:](?!\S)"  # what a plain scalar cannot begin with
+)
+_UNPLAIN_INSIDE = re.compile(r": |:\Z| #|[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd]")
+_KEY_LIMIT = 1000  # YAML finds no longer keys without `?`
+
+
+def format_yaml(file: File) -> str:
+    """Return the file as YAML text, in the form that `from_yaml` reads."""
+    lines = _mapping([_entry(item, "file") for item in file.items], airy=True)
+    if file.closing and lines:
+        lines.append("")
+    lines += file.closing
+    return "".join(f"{line}\n" for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """The lines of one node: below its group's key, below its own, or (no key) a list's element."""
+
+    group: str
+    key: str
+    lines: tuple[str, ...]
+    above: tuple[str, ...] = ()
+
+
+def _entry(node: Node, owner: str) -> _Entry:
+    above, beside = node.comments.above, _beside(node)
+    if isinstance(node, Bodied):
+        return _bodied_entry(node)
+    match node:
+        case Let(name, value):
+            group, key, text = "let", name, _value(value)
+        case Param(name, dims, value, learned):
+            group, key = "param" if learned else "const", declared(name, dims)
+            text = _value(value)
+        case State(name, dims, value):
+            group, key, text = "state", declared(name, dims), _value(value)
+        case Setting(name, value) if name not in meant(owner):
+            group, key, text = "", name, _value(value)
+        case Result() if owner == "definition":
+            group, key, text = "", "value", _scalar(result(node))
+        case _:
+            owner = "mix"
+    if owner == "mix":
+        return _Entry("", "", (_scalar(statement(node)) + beside,), above)
+    return _Entry(group, key, _pair(key, [text + beside]), above)
+
+
+def _bodied_entry(node: Bodied) -> _Entry:
+    above, beside = node.comments.above, _beside(node)
+    match node:
+        case Search():
+            group, key, owner = "", "search", "search"
+        case Branch(name):
+            group, key, owner = "branches", name, "branch"
+        case Definition(kind, name, params):
+            group, key = _GROUPS[kind], head(name, params)
+            owner = "mix" if kind == "mix" else "definition"
+            if (only := one_result(node)) is not None:
+                return _Entry(group, key, _pair(key, [_scalar(result(only)) + beside]), above)
+        case syntax.Block(name, params):
+            group, key, owner = "blocks", head(name, params), "block"
+        case syntax.Model(name, params):
+            group, key, owner = "models", head(name, params), "model"
+    entries = [_entry(each, owner) for each in node.body]
+    if isinstance(node, syntax.Block | syntax.Model) and node.base is not None:
+        entries.insert(0, _Entry("", "base", _pair("base", [_value(node.base)])))
+    body = _mapping(entries)
+    opening = beside if body else "{}" + beside
+    return _Entry(group, key, _pair(key, [opening, *_indented([*body, *node.closing])]), above)
+
+
+def _pair(key: str, value: list[str]) -> tuple[str, ...]:
+    """Return the lines of `key: value`; a value that goes on below begins empty."""
+    key = _scalar(key)
+    mark = [key + ":"] if len(key) <= _KEY_LIMIT else ["? " + key, ":"]
+    space = "" if not value[0] or value[0].startswith("  ") else " "
+    return (*mark[:-1], mark[-1] + space + value[0], *value[1:])
+
+
+def _mapping(entries: list[_Entry], airy: bool = False) -> list[str]:
+    """Return a body: one mapping, or a list of them where a key would come twice."""
+    sections = _sections(entries)
+    if len(sections) == 1 and sections[0][0].key:
+        return _section(sections[0], airy)
+    lines: list[str] = []
+    for section in sections:
+        if airy and lines:
+            lines.append("")
+        below = _section(section, airy)
+        # Comment lines above the first entry stay above the dash.
+        dash = next(at for at, line in enumerate(below) if not line.startswith("#"))
+        lines += [*below[:dash], "- " + below[dash], *_indented(below[dash + 1 :])]
+    return lines
+
+
+def _sections(entries: list[_Entry]) -> list[list[_Entry]]:
+    sections: list[list[_Entry]] = []
+    taken: set[tuple[str, str]] = set()
+    for entry in entries:
+        above = sections[-1][-1] if sections else None
+        goes_on = above is not None and bool(above.key and entry.key)
+        if entry.group and above is not None and above.group == entry.group:
+            goes_on = goes_on and (entry.group, entry.key) not in taken
+        else:
+            goes_on = goes_on and ("", entry.group or entry.key) not in taken
+        if not goes_on:
+            sections.append([])
+            taken = set()
+        sections[-1].append(entry)
+        taken |= {("", entry.group or entry.key), (entry.group, entry.key)}
+    return sections
+
+
+def _section(entries: list[_Entry], airy: bool) -> list[str]:
+    lines: list[str] = []
+    group = ""
+    for at, entry in enumerate(entries):
+        opens = not entry.group or entry.group != group
+        long = len(entry.lines) > 1 or (at > 0 and len(entries[at - 1].lines) > 1)
+        if airy and at and (opens or long):
+            lines.append("")
+        group = entry.group
+        inside = [*entry.above, *entry.lines]
+        if opens and group:
+            lines += [*entry.above, f"{group}:", *_indented(entry.lines)]
+        else:
+            lines += _indented(inside) if group else inside
+    return lines
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" if line else "" for line in lines]
+
+
+def _value(expr: syntax.Expr) -> str:
+    """Return an expression as a scalar, or as a list where its items are plain."""
+    if isinstance(expr, syntax.ListOf):
+        items = [show(each) for each in expr.items]
+        if all(_is_plain(each) and not re.search(r"[,\[\]{}?:]", each) for each in items):
+            return f"[{', '.join(items)}]"
+    return _scalar(show(expr))
+
+
+def _is_plain(text: str) -> bool:
+    return not (_UNPLAIN.match(text) or _UNPLAIN_INSIDE.search(text))
+
+
+def _scalar(text: str) -> str:
+    """Return a scalar, in quotes only where YAML would read it otherwise."""
+    if _is_plain(text):
+        return text
+    if all(char.isprintable() for char in text):
+        if '"' not in text and "\\" not in text:
+            return f'"{text}"'
+        return "'" + text.replace("'", "''") + "'"
+    escaped = (char if char.isprintable() and char not in '"\\' else _escape(char) for char in text)
+    return '"' + "".join(escaped) + '"'
+
+
+def _escape(char: str) -> str:
+    if char in '"\\':
+        return "\\" + char
+    code = ord(char)
+    return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"

@@ -39,6 +39,7 @@ Part = Literal["expression", "result", "statement", "head", "declared"]
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 64
 MAX_BRANCHES = 16  # so that the YAML form, three levels a branch, stays within MAX_DEPTH
+_MAX_BRACKETS = 4 * MAX_DEPTH  # parentheses are no level of the tree, but cost time
 _MAX_REPORTED = 20
 _RECOVERABLE = MAX_BYTES // 8  # reading a larger text again and again would take too long
 _SUFFIX = {"K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -82,7 +83,7 @@ def _all_problems(problem: UnexpectedInput, whole: Piece) -> list[Diagnostic]:
         diagnostic = explain(problem, replace(whole, text=text))
         ended = diagnostic.label == END
         # What is cut away can leave the rest unfinished: only a first error may say so.
-        if not (ended and found) and all(each.span != diagnostic.span for each in found):
+        if not found or not (ended or _repeats(diagnostic, found)):
             found.append(diagnostic)
         text, changed = without_statement(text, diagnostic.span.start)
         if ended or not changed or len(found) >= _MAX_REPORTED or len(text) > _RECOVERABLE:
@@ -95,6 +96,14 @@ def _all_problems(problem: UnexpectedInput, whole: Piece) -> list[Diagnostic]:
             return [*found, *others.diagnostics]
         else:
             return found
+
+
+def _repeats(diagnostic: Diagnostic, found: list[Diagnostic]) -> bool:
+    """Say whether an error stands where another does, or comes of the same open bracket."""
+    return any(
+        each.span == diagnostic.span or (each.help == diagnostic.help and " of line " in each.help)
+        for each in found
+    )
 
 
 def _without_mark(text: str) -> str:
@@ -125,11 +134,15 @@ def parse_piece(piece: Piece, start: Part) -> Any:
 
 
 def _build(piece: Piece, start: str) -> Any:
-    tree = _lark().parse(piece.text, start=start)
     try:
+        tree = _lark().parse(piece.text, start=start)
         return _ToSyntax(piece).transform(tree)
     except VisitError as problem:
         raise problem.orig_exc from None
+    except _TooDeep as problem:
+        label = f"more than {_MAX_BRACKETS} open brackets"
+        span = piece.span(problem.start, problem.start + 1)
+        raise error("L103", "this is nested too deeply", span, label) from None
 
 
 @cache
@@ -143,6 +156,12 @@ def _lark() -> Lark:
         propagate_positions=True,
         maybe_placeholders=False,
     )
+
+
+class _TooDeep(Exception):
+    def __init__(self, start: int) -> None:
+        super().__init__(start)
+        self.start = start
 
 
 class _LineEnds:
@@ -167,6 +186,8 @@ class _LineEnds:
                 continue
             if token.type in ("LPAR", "LSQB"):
                 depth += 1
+                if depth > _MAX_BRACKETS:
+                    raise _TooDeep(token.start_pos or 0)
             elif token.type in ("RPAR", "RSQB"):
                 depth = max(0, depth - 1)
             last = token.type

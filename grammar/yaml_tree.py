@@ -83,7 +83,9 @@ def _events(source: Source) -> Iterator[yaml.Event]:
         mark = problem.problem_mark or problem.context_mark
         at = min(mark.index if mark else 0, max(0, len(source.text) - 1))
         what = problem.problem or problem.context or "this is not yaml"
-        help = "put the expression in quotes" if what.startswith("mapping values") else ""
+        quotable = what.startswith(("mapping values", "expected ','", "found character"))
+        help = "put the expression in quotes" if quotable else ""
+        help = "indent with spaces" if "'\\t'" in what else help
         raise error("L111", f"yaml: {what}", Span(source, at, at + 1), "", help) from None
     except yaml.reader.ReaderError as problem:
         at = problem.position
@@ -106,14 +108,14 @@ class _Builder:
 
     def take(self, event: yaml.Event) -> None:
         if getattr(event, "anchor", None) is not None:
-            self._refuse(event, "anchors and aliases", "write the value again")
+            self._refuse(event, "yaml anchors and aliases", "write the value again")
         if getattr(event, "tag", None) is not None:
-            self._refuse(event, "tags", "leave the tag away")
+            self._refuse(event, "yaml tags", "leave the tag away")
         match event:
             case yaml.DocumentStartEvent():
                 self._documents += 1
                 if self._documents > 1:
-                    self._refuse(event, "several documents", "use a file for each")
+                    self._refuse(event, "several yaml documents", "use a file for each")
             case yaml.ScalarEvent():
                 self._add(self._scalar(event))
             case yaml.CollectionStartEvent():
@@ -176,7 +178,7 @@ class _Builder:
         return Span(self.source, start, max(end, start + 1))
 
     def _refuse(self, event: yaml.Event, what: str, help: str) -> None:
-        message = f"yaml {what} are not allowed in a description"
+        message = f"{what} are not allowed in a description"
         raise LoomError([Diagnostic("L112", message, self._span(event), "", help)])
 
 

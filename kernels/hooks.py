@@ -13,14 +13,17 @@ tile could carry outside the tensor is masked.
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from keyword import iskeyword
 
 from ..grammar.derive import derivative
 from ..grammar.dialect import write
 from ..grammar.expr import fold, names, rebuild
-from ..grammar.syntax import Binary, Call, Expr, Index, Name, Number
-from .spec import TRUE, Attend, Tensor, counts_seen, index_names, is_whole, learned_reads
+from ..grammar.functions import FUNCTIONS
+from ..grammar.syntax import Binary, Call, Expr, Index, Name, Number, walk
+from .spec import TRUE, Attend, Tensor, index_names, is_whole, learned_reads
 
 _PAIR = ("b", "h", "i", "j", "n", "m", "seen", "T")
 _ROW = ("b", "h", "i", "n", "m", "seen", "T")
@@ -162,7 +165,16 @@ class _Body:
         self.lines: list[str] = []
 
     def write(self, expr: Expr) -> str:
-        return write(_floated(expr, self.spec), "triton", self._leaf)
+        """Return the text of an expression; what it would say twice gets a line of its own."""
+        expr = _floated(expr, self.spec)
+        while (twice := _said_twice(expr)) is not None:
+            stem = twice.function if isinstance(twice, Call) else "part"
+            name = self._fresh(stem, ())
+            text = write(twice, "triton", self._leaf)
+            self.lines.append(_wrapped(f"{name} = ", text))
+            self.bound[twice] = name
+            expr = _replaced(expr, twice, Name(name))
+        return write(expr, "triton", self._leaf)
 
     def _leaf(self, leaf: Name | Index) -> str:
         base = leaf.base if isinstance(leaf, Index) else leaf
@@ -183,7 +195,7 @@ class _Body:
         """`doc_i` for doc[i]; numbered when the index is no plain name, or the name is taken."""
         plain = "_".join((tensor, *indices)) if all(indices) else f"{tensor}_at"
         name, number = plain + self.ending, 2
-        while name in _TAKEN or name in self.bound.values():
+        while name in _TAKEN or iskeyword(name) or name in self.bound.values():
             name, number = f"{plain}{self.ending}_{number}", number + 1
         return name
 
@@ -223,6 +235,34 @@ def _floated(expr: Expr, spec: Attend) -> Expr:
             return expr
 
 
+def _said_twice(expr: Expr) -> Expr | None:
+    """Return the smallest call, or operand of a text that repeats it, that is printed twice."""
+    counted: Counter[Expr] = Counter()
+    for node in walk(expr):
+        match node:
+            case Call("where" | "abs" | "min" | "max"):
+                pass
+            case Call(function, args):
+                counted[node] += 1
+                for at, arg in enumerate(args):
+                    if FUNCTIONS[function].triton.count(f"{{{at}}}") > 1:
+                        counted[arg] += 2
+            case Binary("**", base, Number(value)) if isinstance(value, int):
+                counted[base] += 2
+            case Binary("//" | "%", left, right):
+                counted.update({left: 2, right: 2})
+    repeated = (
+        node for node, times in counted.items() if times > 1 and isinstance(node, Call | Binary)
+    )
+    return min(repeated, key=lambda node: len(list(walk(node))), default=None)
+
+
+def _replaced(expr: Expr, old: Expr, new: Expr) -> Expr:
+    if expr == old:
+        return new
+    return rebuild(expr, lambda each: _replaced(each, old, new))
+
+
 def _product(left: str, right: str) -> str:
     if right == "1":
         return left
@@ -241,6 +281,3 @@ def _wrapped(head: str, text: str) -> str:
         return head + text
     lines = textwrap.wrap(text, _WIDTH - 8, break_long_words=False, break_on_hyphens=False)
     return f"{head}(\n" + textwrap.indent("\n".join(lines), "    ") + "\n)"
-
-
-__all__ = ["counts_seen", "learned_sums", "print_hooks"]

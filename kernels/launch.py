@@ -19,15 +19,19 @@ Call = tuple[object, int, dict[str, object]]  # kernel, number of programs, argu
 
 # ── tiles ────────────────────────────────────────────────────────────────────────────────
 
-# Padded width of q·k or of v, whichever is larger → (rows, keys, warps, stages). Each choice
-# neither spills registers nor overflows shared memory, from sm_80 on (`aot` checks this).
+# Element size → padded width of q·k or of v, whichever is larger → rows, keys, warps, stages.
+# None of these spills registers or overflows shared memory, from sm_80 on (`aot` checks it).
 FORWARD_TILES: Tiles = {
-    2: {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2), 512: (32, 32, 4, 1)},
-    4: {32: (64, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 1)},
+    2: {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
+    4: {32: (64, 32, 4, 1), 64: (64, 16, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
-BACKWARD_TILES: Tiles = {
-    2: {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
-    4: {32: (32, 32, 4, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+QUERY_TILES: Tiles = {
+    2: {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
+    4: {32: (32, 16, 4, 1), 64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+}
+KEY_TILES: Tiles = {
+    2: {64: (32, 64, 8, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
+    4: {32: (16, 32, 4, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
 
 
@@ -106,7 +110,7 @@ class Pairwise:
     ) -> list[Call]:
         """The backward kernels, which fill grads: dq, dk, dv, row sums and column sums."""
         dq, dk, dv, rows, columns = grads
-        shape = tiles(BACKWARD_TILES, q, v)
+        by_rows, by_keys = tiles(QUERY_TILES, q, v), tiles(KEY_TILES, q, v)
         delta = torch.empty_like(stats[0])  # [b, H, n]
         n, heads, width = q.shape[2], q.shape[1], v.shape[-1]
         of_delta: dict[str, object] = {
@@ -115,19 +119,19 @@ class Pairwise:
             "n": n, "H": heads, "DV": width, "DVP": padded(width),
             "BLOCK_M": 32, "num_warps": 4, "num_stages": 1,
         }  # fmt: skip
-        shared = self._shared(q, k, v, stats, tensors) | shape
+        shared = self._shared(q, k, v, stats, tensors)
         shared |= {"B": q.shape[0], "DO": do, "Delta": delta, "do_strides": do.stride()[:3]}
         of_query = shared | self._hooks("extra", "row_pairs", "row_ends", backward=True)
-        of_query |= {"DQ": dq, "dq_strides": dq.stride()[:3]}
+        of_query |= {"DQ": dq, "dq_strides": dq.stride()[:3], **by_rows}
         of_query |= {"Rows": rows, "ROWS": len(self.rows)}
         of_key = shared | self._hooks("column_pairs", backward=True)
         of_key |= {"DK": dk, "dk_strides": dk.stride()[:3]}
         of_key |= {"DV_": dv, "dv_strides": dv.stride()[:3]}
-        of_key |= {"Columns": columns, "COLUMNS": len(self.columns)}
+        of_key |= {"Columns": columns, "COLUMNS": len(self.columns), **by_keys}
         return [
             (pairwise_delta, _programs(q, 32), of_delta),
-            (pairwise_backward_query, _programs(q, shape["BLOCK_M"]), of_query),
-            (pairwise_backward_key, _programs(k, shape["BLOCK_N"]), of_key),
+            (pairwise_backward_query, _programs(q, by_rows["BLOCK_M"]), of_query),
+            (pairwise_backward_key, _programs(k, by_keys["BLOCK_N"]), of_key),
         ]
 
     def _shared(
@@ -160,10 +164,11 @@ class Pairwise:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(q, k, v, tensors)
-        q, k, v = _row_major(q), _row_major(k), _row_major(v)
+        dtype = q.dtype
+        q, k, v = _readable(q), _readable(k), _readable(v)
         o, stats = self.forward_fake(q, k, v)
         _launch(self.forward_calls(q, k, v, o, stats, tensors), q)
-        return o, stats
+        return o.to(dtype), stats
 
     def forward_fake(
         self, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: torch.Tensor
@@ -184,7 +189,8 @@ class Pairwise:
         stats: torch.Tensor,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        q, k, v, do = _row_major(q), _row_major(k), _row_major(v), _row_major(do)
+        dtype = q.dtype
+        q, k, v, o, do = (_readable(each) for each in (q, k, v, o, do))
         dq, dk, dv, *_ = self.backward_fake(do, q, k, v, o, stats, *tensors)
         (batch, heads, n, _), m = q.shape, k.shape[2]
         rows = stats.new_empty(len(self.rows), batch, heads, n)
@@ -197,7 +203,7 @@ class Pairwise:
             for kept, buffer in ((self.rows, rows), (self.columns, columns))
             for (name, equation), each in zip(kept.items(), buffer, strict=True)
         ]
-        return dq, dk, dv, *sums
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), *sums
 
     def backward_fake(
         self, _do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -270,8 +276,10 @@ class Pairwise:
         return forward._opoverload
 
 
-def _row_major(x: torch.Tensor) -> torch.Tensor:
+def _readable(x: torch.Tensor) -> torch.Tensor:
     """The tensor with adjacent elements in its last axis; kernels take any other stride."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        x = x.float()  # only the interpreter runs there, and it multiplies bfloat16 as bits
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

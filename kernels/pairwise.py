@@ -201,6 +201,7 @@ def pairwise_forward(
         if PREFIX > 0:
             seen = count_keys(seen, 0, edge, b, h, i, n, m, T, mask, BLOCK_N)
         seen = count_keys(seen, low, high, b, h, i, n, m, T, mask, BLOCK_N)
+        seen = tl.maximum(seen, 1.0)  # so that hooks may divide by it where nothing is seen
         tl.store(Seen + kept, seen, mask=row < n)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)

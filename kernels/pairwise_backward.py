@@ -70,7 +70,7 @@ def pair_backward(
     has df = (dp - g'(Z) D) / g(Z) and ds = f'(s) df. All are zero where nothing is seen.
     """
     if numerator is None:
-        p = tl.where(visible, tl.exp(s - stat), 0.0)
+        p = tl.exp(tl.where(visible, s - stat, float("-inf")))
         ds = p * (dp - delta)
         df = ds
     else:
@@ -155,7 +155,7 @@ def pairwise_backward_query(
     delta = tl.load(Delta + kept, mask=row < n, other=0.0)
     seen = tl.zeros([BLOCK_M], tl.float32)
     if Seen is not None:
-        seen = tl.load(Seen + kept, mask=row < n, other=0.0)
+        seen = tl.load(Seen + kept, mask=row < n, other=1.0)
     q = load_rows(Q, q_strides, b, h, first, n, D, DP, BLOCK_M)
     do = load_rows(DO, do_strides, b, h, first, n, DV, DVP, BLOCK_M)
     dq = tl.zeros([BLOCK_M, DP], tl.float32)
@@ -209,7 +209,7 @@ def key_tiles(
         delta = tl.load(Delta + kept, mask=i < n, other=0.0)
         seen = tl.zeros([1, BLOCK_M], tl.float32)
         if Seen is not None:
-            seen = tl.load(Seen + kept, mask=i < n, other=0.0)
+            seen = tl.load(Seen + kept, mask=i < n, other=1.0)
         raw, s, visible = scored(k, q, b, h, i, j, n, m, seen, T, SCALE, score, mask)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         p, df, ds, draw = pair_backward(

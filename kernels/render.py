@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from functools import cache
+from keyword import iskeyword
 from pathlib import Path
 
+from ..grammar.show import show
 from .hooks import learned_sums, print_hooks
 from .spec import Attend, Reach, Tensor, counts_seen, obstacle
 
@@ -26,6 +29,7 @@ import triton.language as tl
 """
 _SOURCES = ("pairwise.py", "pairwise_backward.py", "launch.py")
 _FOR_TOOLS = re.compile(r"  # (fmt|noqa|type):.*")
+_OWN = frozenset({"q", "k", "v", "o", "do", "stats"})
 _FAR = 2**30  # beyond any number of tokens: such a bound bounds nothing
 
 
@@ -56,12 +60,13 @@ def render(spec: Attend, name: str, namespace: str) -> str:
     rows, columns = learned_sums(spec)
     lines = [f'    "{namespace}::{name}",', f"    scale={spec.scale!r},"]
     lines += _table("hooks", {role: f"_{name}_{role}" for role in hooks})
-    lines += _table("tensors", {t.name: _shape(t) for t in spec.tensors})
+    called = {tensor.name: _argument(tensor) for tensor in spec.tensors}
+    lines += _table("tensors", {_argument(each): _shape(each) for each in spec.tensors})
     lines += _reach(spec.reach)
     if counts_seen(spec):
         lines.append("    counts_seen=True,")
-    lines += _table("rows", {key: f'"{value}"' for key, value in rows.items()})
-    lines += _table("columns", {key: f'"{value}"' for key, value in columns.items()})
+    lines += _table("rows", {called[key]: f'"{value}"' for key, value in rows.items()})
+    lines += _table("columns", {called[key]: f'"{value}"' for key, value in columns.items()})
     body = "\n".join(lines)
     texts = [*hooks.values(), f"_{name} = Pairwise(\n{body}\n)\n", _function(spec, name)]
     return "\n\n".join(texts)
@@ -90,13 +95,38 @@ def _reach(reach: Reach) -> list[str]:
 
 
 def _function(spec: Attend, name: str) -> str:
-    tensors = [tensor.name for tensor in spec.tensors]
-    shapes = "".join(f", {t.name} {_shape(t).replace(chr(34), '')}" for t in spec.tensors)
-    args = "".join(f", {each}" for each in tensors)
-    typed = "".join(f",\n    {each}: torch.Tensor" for each in ("q", "k", "v", *tensors))
+    """Print the function that others call; its docstring says what it computes, with shapes."""
+    shapes = {"q": "(b, heads, n, d)", "k": "(b, kv_heads, m, d)", "v": "(b, kv_heads, m, dv)"}
+    shapes |= {_argument(each): _shape(each).replace('"', "") for each in spec.tensors}
+    room = max(len(each) for each in shapes) + 2
+    typed = "".join(f"    {each}: torch.Tensor,\n" for each in shapes)
+    lines = [f"    {each:{room}}{shape}" for each, shape in shapes.items()]
+    meaning = "\n".join(f"    {line}".rstrip() for line in [*_meaning(spec), "", *lines])
     return (
-        f"def {name}({typed[1:]},\n) -> torch.Tensor:\n"
-        f'    """Attend: q (b, heads, n, d), k and v (b, kv_heads, m, d and dv){shapes}.\n\n'
-        '    Returns (b, heads, n, dv).\n    """\n'
-        f"    return _{name}.op(q, k, v{args})[0]\n"
+        f"def {name}(\n{typed}) -> torch.Tensor:\n"
+        f'    """Attend: o[h, i] = Σ_j p[h, i, j] · v[j], as (b, heads, n, dv).\n\n'
+        f'{meaning}\n    """\n'
+        f"    return _{name}.op({', '.join(shapes)})[0]\n"
     )
+
+
+def _meaning(spec: Attend) -> list[str]:
+    """Say in the language's own words what is computed."""
+    said = [f"s = {show(spec.score)}, where s = {spec.scale!r} * (q[i] · k[j])"]
+    said.append(f"visible where {show(spec.mask)}")
+    if spec.numerator is not None:
+        over = "" if spec.denominator is None else f" / ({show(spec.denominator)})"
+        said.append(f"p = {show(spec.numerator)}{over}")
+    else:
+        extra = "" if spec.extra is None else f" + exp({show(spec.extra)})"
+        said.append("p = exp(s) / " + (f"(sum{extra})" if extra else "sum"))
+    return [
+        line
+        for each in said
+        for line in textwrap.wrap(each, 86, initial_indent="    ", subsequent_indent=" " * 8)
+    ]
+
+
+def _argument(tensor: Tensor) -> str:
+    """Return the name a tensor has in signatures: not a keyword, not an operator's own."""
+    return tensor.name + "_" * (iskeyword(tensor.name) or tensor.name in _OWN)

@@ -40,7 +40,7 @@ class RmsNorm(_Norm):
     ) -> Tensor:
         x = wide(inputs[0])
         square = x.pow(2).mean(-1, keepdim=True)
-        y = x * (square + options["eps"]).rsqrt() * wide(weights["weight"])
+        y: Tensor = x * (square + options["eps"]).rsqrt() * wide(weights["weight"])
         return y.to(inputs[0].dtype)
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
@@ -67,7 +67,7 @@ class LayerNorm(_Norm):
     ) -> Tensor:
         x = wide(inputs[0])
         x = x - x.mean(-1, keepdim=True)
-        y = x * (x.pow(2).mean(-1, keepdim=True) + options["eps"]).rsqrt()
+        y: Tensor = x * (x.pow(2).mean(-1, keepdim=True) + options["eps"]).rsqrt()
         return (y * wide(weights["weight"]) + wide(weights["bias"])).to(inputs[0].dtype)
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
@@ -88,7 +88,7 @@ class L2Norm(_Norm):
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
         x = wide(inputs[0])
-        y = x * (x.pow(2).sum(-1, keepdim=True) + options["eps"]).rsqrt()
+        y: Tensor = x * (x.pow(2).sum(-1, keepdim=True) + options["eps"]).rsqrt()
         return y.to(inputs[0].dtype)
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,

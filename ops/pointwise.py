@@ -44,9 +44,7 @@ class Pointwise(Op):
     ) -> Tensor:
         heads = max((x.shape[1] for x in inputs if x.ndim == 4), default=None)
         if heads is not None:
-            inputs = [
-                x if x.ndim == 4 else x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in inputs
-            ]
+            inputs = [x if x.ndim == 4 else _split(x, heads) for x in inputs]
         values = {f"a{at}": x for at, x in enumerate(inputs)}
         result: Tensor = evaluate(options["expr"], values)
         return result.to(inputs[0].dtype) if result.is_floating_point() else result
@@ -69,6 +67,11 @@ class Pointwise(Op):
 def _id(leaf: Name | Index) -> str:
     assert isinstance(leaf, Name)
     return leaf.id
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    b, n, width = x.shape
+    return x.reshape(b, n, heads, width // heads).transpose(1, 2)
 
 
 def evaluate(expr: Expr, values: Mapping[str, Any]) -> Any:

@@ -251,6 +251,7 @@ class Drawing:
         self, params: tuple[syntax.Parameter, ...], path: str, scope: Scope
     ) -> tuple[syntax.Parameter, ...]:
         """Draw the defaults of a definition's parameters."""
+
         def default(each: syntax.Parameter) -> Expr | None:
             if each.default is None:
                 return None
@@ -316,4 +317,3 @@ def _folded(before: Expr, after: Expr) -> Expr:
         isinstance(each, Number) and isinstance(each.value, int) for each in syntax.children(after)
     )
     return number(value, after) if exact else after
-

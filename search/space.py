@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..grammar import syntax
-from ..grammar.diagnostics import LoomError, error
+from ..grammar.diagnostics import LoomError
 from ..grammar.syntax import Call, Expr, Name
 from .choosers import Choice, Chooser, First, Recorded
 from .draw import Drawing, Tie
@@ -69,8 +69,9 @@ def draw(file: syntax.File, chooser: Chooser, *, keep_search: bool = False) -> s
         raise LoomError(found)
     search = search_of(file)
     named = _search_model(search)
-    roots = [item for item in file.items if isinstance(item, syntax.Model) and item.name == named]
-    return _Filling(file, chooser).file(roots or _named(file), search if keep_search else None)
+    every = _named(file)
+    roots = [each for each in every if isinstance(each, syntax.Model) and each.name == named]
+    return _Filling(file, chooser).file(roots or every, search if keep_search else None)
 
 
 def alternatives(file: syntax.File) -> Iterator[syntax.File]:
@@ -188,7 +189,8 @@ class _Filling:
         settings: dict[str, syntax.Statement] = {}
         base = self._inherit(model, model.name, scope, settings, [])
         body = self._drawing.body(tuple(settings.values()), model.name, scope)
-        return replace(model, params=(), base=base, body=body)
+        params = tuple(each for each in model.params if each.default is None)
+        return replace(model, params=params, base=base, body=body)
 
     def _inherit(
         self,
@@ -215,7 +217,9 @@ class _Filling:
                 name = statement.name
                 scope[name] = Tie(f"{path}.{name}", statement.value, scope)
             else:
-                key = statement.name if isinstance(statement, syntax.Setting) else str(id(statement))
+                key = (
+                    statement.name if isinstance(statement, syntax.Setting) else str(id(statement))
+                )
                 settings.pop(key, None)
                 settings[key] = statement
         return base
@@ -256,6 +260,3 @@ def _names(item: syntax.Item) -> set[str]:
             elif isinstance(node, Call):
                 found.add(node.function)
     return found
-
-
-__all__ = ["Hole", "LoomError", "alternatives", "draw", "error", "has_holes", "holes", "search_of"]

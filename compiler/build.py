@@ -1,0 +1,139 @@
+"""model.Block → graph.Graph: one node for every step of the meaning, nothing fused.
+
+    block { mask = causal }   →   q, k, v, s = similarity(q, k), visible = mask(),
+                                  p = normalize(s, visible), o = combine(p, v), y = …
+"""
+
+from __future__ import annotations
+
+from ..grammar.expr import TRUE
+from ..grammar.syntax import Expr, Index, Name, walk
+from ..ops import Weight
+from .blocks import flow_nodes
+from .graph import Dims, Graph, Node, dims_of
+from .model import Apply, Block, Flow, Pairwise, Read, Recurrence
+from .parameters import weights
+
+
+def build(block: Block) -> Graph:
+    """Return the unfused graph of a block."""
+    builder = _Builder(block)
+    builder.streams()
+    if isinstance(block.mix, Pairwise):
+        builder.pairwise(block.mix)
+    else:
+        builder.recurrence(block.mix)
+    output = builder.flow(block.out, "y")
+    return Graph(block, tuple(builder.nodes), output, weights(block))
+
+
+def tensors_read(*exprs: Expr | None) -> tuple[str, ...]:
+    """Return the streams and tensors that expressions index, in the order of reading."""
+    found = {
+        node.base.id: None
+        for expr in exprs
+        if expr is not None
+        for node in walk(expr)
+        if isinstance(node, Index) and isinstance(node.base, Name)
+    }
+    return tuple(found)
+
+
+class _Builder:
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.nodes: list[Node] = []
+        self.names: set[str] = set()
+        self.tensors: dict[str, Weight] = {each.name: each for each in block.tensors}
+
+    def add(self, name: str, op: str, inputs: tuple[str, ...], dims: Dims, **attrs: object) -> str:
+        self.names.add(name)
+        self.nodes.append(Node(name, op, inputs, dims, tuple(attrs.items()), "", self.block.span))
+        return name
+
+    def given(self, name: str) -> str:
+        """Return an argument, a param or a const as a node."""
+        if name in self.names:
+            return name
+        if name in self.tensors:
+            return self.add(name, "tensor", (), self.tensors[name].shape)
+        dims: dict[str, Dims] = {
+            "x": ("b", "n", self.block.width),
+            "context": ("b", "m", self.block.context_width or 0),
+            "doc": ("b", "n"),
+        }
+        return self.add(name, "input", (), dims[name])
+
+    def streams(self) -> None:
+        for stream in self.block.streams:
+            self.flow(stream.flow, stream.name)
+
+    def flow(self, flow: Flow, name: str) -> str:
+        """Add the nodes of a flow; its last one gets the name, the others `name.1` …"""
+        if isinstance(flow, Read):
+            if flow.name not in self.names:
+                self.given(flow.name)
+            return self._named(flow.name, name)
+        order = [node for node in flow_nodes(flow) if isinstance(node, Apply)]
+        made: dict[int, str] = {}
+        for at, node in enumerate(order):
+            inputs = tuple(
+                made[id(each)] if isinstance(each, Apply) else self._read(each.name)
+                for each in node.inputs
+            )
+            own = name if at == len(order) - 1 else f"{name}.{at + 1}"
+            self.names.add(own)
+            self.nodes.append(
+                Node(own, node.op, inputs, dims_of(node.shape), node.options, node.module,
+                     node.span)  # fmt: skip
+            )
+            made[id(node)] = own
+        return name
+
+    def _read(self, name: str) -> str:
+        return name if name in self.names else self.given(name)
+
+    def _named(self, source: str, name: str) -> str:
+        """A stream that is another one under a new name: `let g = q`."""
+        if source == name:
+            return name
+        node = next(each for each in self.nodes if each.name == source)
+        expr = Name("a0")
+        self.names.add(name)
+        self.nodes.append(Node(name, "pointwise", (source,), node.dims, (("expr", expr),)))
+        return name
+
+    def pairwise(self, mix: Pairwise) -> None:
+        block = self.block
+        keys = "m" if block.crosses else "n"
+        grid: Dims = ("b", block.heads, "n", keys)
+        read = {
+            name: tuple(self.given(each) for each in tensors_read(expr))
+            for name, expr in (
+                ("score", mix.score), ("mask", mix.mask), ("weights", mix.weights),
+            )
+        }  # fmt: skip
+        normal = tensors_read(mix.normalize.numerator, mix.normalize.denominator)
+        self.add("s", "similarity", ("q", "k"), grid, scale=mix.scale)
+        self.add("s.1", "score", ("s", *read["score"]), grid, expr=mix.score)
+        self.add("visible", "mask", read["mask"], grid, expr=mix.mask)
+        self.add("p", "normalize", ("s.1", "visible", *(self.given(each) for each in normal)),
+                 grid, normalizer=mix.normalize)  # fmt: skip
+        self.add("p.1", "weights", ("p", "visible", *read["weights"]), grid, expr=mix.weights)
+        last = self.add("p.2", "drop", ("p.1",), grid, rate=mix.dropout)
+        self.add("o", "combine", (last, "v"), ("b", block.heads, "n", block.value_dim))
+
+    def recurrence(self, mix: Recurrence) -> None:
+        read: dict[str, None] = {}
+        written = {each.name for each in mix.states} | {each.name for each in mix.updates}
+        for expr in (*(each.value for each in mix.updates), *(each.init for each in mix.states)):
+            for node in walk(expr):
+                if isinstance(node, Name) and node.id not in written and node != TRUE:
+                    known = node.id in self.names or node.id in self.tensors
+                    read |= {self.given(node.id): None} if known else {}
+        if mix.resets:
+            read[self.given("doc")] = None
+        self.add("o", "scan", tuple(read), ("b", self.block.heads, "n", self.block.value_dim),
+                 recurrence=mix)  # fmt: skip
+
+

@@ -1,0 +1,160 @@
+"""Choosing how each fused node is computed, with the reason, and why nothing faster was taken.
+
+    o = attend(q, k, v)   →   path `sdpa`: softmax of plain logits under a mask
+                              not `triton`: the target is the CPU
+
+Nothing falls back silently: what is chosen, and every obstacle, is on the node for
+`headloom explain` to print.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..grammar.expr import fold, substitute
+from ..grammar.show import show
+from ..grammar.syntax import Expr, Name
+from ..kernels import spec as kernel
+from .graph import Graph, Node
+from .masks import extent
+from .model import Normalizer
+from .normalizers import exponential
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a module is compiled for: PyTorch operations, or Triton kernels beside them."""
+
+    backend: str = "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """The path a node takes, why, and what stood in the way of the others."""
+
+    node: str
+    path: str  # triton, sdpa, dense, sequential
+    reason: str
+    obstacles: tuple[tuple[str, str], ...] = ()
+
+
+def choose(graph: Graph, target: Target) -> Graph:
+    """Return the graph with a `lowering` on every attention and recurrence."""
+    return replace(graph, nodes=tuple(_chosen(graph, node, target) for node in graph.nodes))
+
+
+def lowerings(graph: Graph) -> tuple[Lowering, ...]:
+    """Return the choices that were made."""
+    return tuple(
+        node.get("lowering") for node in graph.nodes if node.get("lowering") is not None
+    )
+
+
+def _chosen(graph: Graph, node: Node, target: Target) -> Node:
+    if node.op == "attend":
+        return node.having(lowering=_attend(graph, node, target))
+    if node.op == "scan":
+        return node.having(lowering=_scan(node))
+    return node
+
+
+def _scan(node: Node) -> Lowering:
+    return Lowering(node.name, "sequential", "the statements run token by token",
+                    (("chunkwise", "chunkwise recurrences are not generated yet"),))  # fmt: skip
+
+
+def _attend(graph: Graph, node: Node, target: Target) -> Lowering:
+    obstacles: list[tuple[str, str]] = []
+    why_not_triton = triton_obstacle(graph, node)
+    if target.backend != "triton":
+        why_not_triton = "the target is PyTorch alone (`--backend triton` asks for kernels)"
+    if why_not_triton is None:
+        spec = kernel_spec(graph, node)
+        return Lowering(node.name, "triton", _describe(spec) + "; steps with a cache and calls with "
+                        "positions of their own take the PyTorch text beside it")  # fmt: skip
+    obstacles.append(("triton", why_not_triton))
+    why_not_sdpa = sdpa_obstacle(node)
+    if why_not_sdpa is None:
+        return Lowering(node.name, "sdpa",
+                        "softmax of plain logits is what scaled_dot_product_attention computes",
+                        tuple(obstacles))  # fmt: skip
+    obstacles.append(("sdpa", why_not_sdpa))
+    return Lowering(node.name, "dense", "every pair is computed by PyTorch operations",
+                    tuple(obstacles))  # fmt: skip
+
+
+def _describe(spec: kernel.Attend) -> str:
+    reach = spec.reach
+    if reach.back is None and reach.ahead is None:
+        tiles = "every tile of keys is visited"
+    elif reach.back is None:
+        tiles = "tiles after the diagonal are never visited"
+    else:
+        tiles = f"only tiles within {reach.back} keys back are visited"
+    form = "a running maximum" if spec.exponential else "row sums"
+    return f"one fused kernel with {form}; {tiles}"
+
+
+def sdpa_obstacle(node: Node) -> str | None:
+    """Return why scaled_dot_product_attention does not say what the node means."""
+    if node.get("score") != Name("s"):
+        return f"it has no score function, here `{show(node.get('score'))}`"
+    form = exponential(node.get("normalizer"))
+    if form is None or not form.is_softmax:
+        return f"it normalises by softmax only, here by `{_shown(node.get('normalizer'))}`"
+    if node.get("weights") != Name("p"):
+        return f"it cannot change the weights, here `{show(node.get('weights'))}`"
+    return None
+
+
+def _shown(normalizer: Normalizer) -> str:
+    text = show(normalizer.numerator)
+    if normalizer.denominator is not None:
+        text += f" / ({show(normalizer.denominator)})"
+    if normalizer.where is not None:
+        text += f" where {show(normalizer.where)}"
+    return text
+
+
+def triton_obstacle(graph: Graph, node: Node) -> str | None:
+    """Return why the pairwise kernels cannot carry the node."""
+    normalizer: Normalizer = node.get("normalizer")
+    if normalizer.where is not None:
+        return f"`{normalizer.name}` needs a row threshold, which the kernels do not compute yet"
+    if node.get("weights") != Name("p"):
+        return "weights edited after the normaliser are not fused yet"
+    if node.get("rate"):
+        return "dropout on the weights is not fused yet"
+    return kernel.obstacle(kernel_spec(graph, node))
+
+
+def kernel_spec(graph: Graph, node: Node) -> kernel.Attend:
+    """Return the node as the kernels' own specification."""
+    normalizer: Normalizer = node.get("normalizer")
+    score: Expr = node.get("score")
+    mask: Expr = node.get("mask")
+    form = exponential(normalizer)
+    if form is not None:
+        score = fold(substitute(form.logit, {"s": score}))
+    return kernel.Attend(
+        score=score,
+        mask=mask,
+        exponential=form is not None,
+        extra=form.extra if form is not None else None,
+        numerator=normalizer.numerator if form is None else None,
+        denominator=normalizer.denominator if form is None else None,
+        scale=node.get("scale"),
+        tensors=tuple(_tensor(graph, name) for name in node.inputs[3:]),
+        reach=extent(mask).reach,
+    )
+
+
+def _tensor(graph: Graph, name: str) -> kernel.Tensor:
+    made = graph.node(name)
+    learned = {each.name for each in graph.weights}
+    if made.op == "tensor":
+        return kernel.Tensor(name, made.dims, batched=False, differentiable=name in learned)
+    shape = made.dims[1:]
+    if name == "doc":
+        return kernel.Tensor(name, shape, batched=True, differentiable=False)
+    return kernel.Tensor(name, shape, batched=True, differentiable=True)

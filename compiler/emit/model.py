@@ -1,0 +1,172 @@
+"""The model around the blocks: embeddings, pre-norm layers, head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..model import Block, Model
+from .text import indent
+
+_SWIGLU = '''class FeedForward(nn.Module):
+    """down(silu(gate x) * up x), {width} → {hidden} → {width}."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear({width}, {hidden}, bias=False)
+        self.up_proj = nn.Linear({width}, {hidden}, bias=False)
+        self.down_proj = nn.Linear({hidden}, {width}, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))'''
+
+_GELU = '''class FeedForward(nn.Module):
+    """down(gelu(up x)), {width} → {hidden} → {width}."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear({width}, {hidden}, bias=False)
+        self.down_proj = nn.Linear({hidden}, {width}, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))'''
+
+_NORMS = {"rms": "nn.RMSNorm({width}, eps=1e-06)", "layer": "nn.LayerNorm({width}, eps=1e-05)"}
+
+
+def classes(model: Model, name: str, which: Mapping[Block, str]) -> list[str]:
+    """Return the text of the classes around the blocks; `which` names each block's class."""
+    made = []
+    if model.ffn is not None:
+        template = _SWIGLU if model.ffn.kind == "swiglu" else _GELU
+        made.append(template.format(width=model.width, hidden=model.ffn.hidden))
+    made.append("\n".join(_layer(model)))
+    made.append("\n".join(_model(model, name, which)))
+    return made
+
+
+def _norm(model: Model) -> str:
+    return _NORMS[model.norm].format(width=model.width) if model.norm != "none" else ""
+
+
+def _layer(model: Model) -> list[str]:
+    normed = "self.{}(x)" if model.norm != "none" else "x"
+    init = ["super().__init__()"]
+    if model.norm != "none":
+        init.append(f"self.attn_norm = {_norm(model)}")
+    init.append("self.attn = attn")
+    if model.ffn is not None:
+        if model.norm != "none":
+            init.append(f"self.ffn_norm = {_norm(model)}")
+        init.append("self.ffn = FeedForward()")
+    drop = _dropout(model)
+    attended = f"self.attn({normed.format('attn_norm')}, **given)"
+    body = [f"x = x + {drop(attended)}"]
+    if model.ffn is not None:
+        fed = f"self.ffn({normed.format('ffn_norm')})"
+        body.append(f"x = x + {drop(fed)}")
+    body[-1] = body[-1].replace("x = ", "return ", 1)
+    what = "attention, then the feed-forward network" if model.ffn is not None else "attention"
+    return [
+        "class Layer(nn.Module):",
+        f'    """One layer: {what}, each around a residual."""',
+        "",
+        "    def __init__(self, attn: nn.Module) -> None:",
+        *indent(init, 2),
+        "",
+        "    def forward(self, x: Tensor, **given: object) -> Tensor:",
+        *indent(body, 2),
+    ]
+
+
+def _dropout(model: Model):  # type: ignore[no-untyped-def]
+    if not model.dropout:
+        return lambda text: text
+    return lambda text: f"F.dropout({text}, {model.dropout!r}, self.training)"
+
+
+def _model(model: Model, name: str, which: Mapping[Block, str]) -> list[str]:
+    shape = "tokens [b, n]" if model.vocab is not None else f"features [b, n, {model.width}]"
+    out = {"lm": f"logits [b, n, {model.vocab}]", "classify": f"logits [b, {model.classes}]",
+           "none": f"features [b, n, {model.width}]"}[model.head]  # fmt: skip
+    first = "tokens" if model.vocab is not None else "x"
+    return [
+        f"class {name}(nn.Module):",
+        f'    """{shape} → {out}."""',
+        "",
+        "    def __init__(self) -> None:",
+        *indent(_constructor(model, which), 2),
+        "",
+        "    def init_cache(self, batch: int, length: int) -> list:",
+        '        """Return one cache a layer, for sequences of up to `length` tokens."""',
+        "        return [layer.attn.init_cache(batch, length) for layer in self.layers]",
+        "",
+        "    def forward(",
+        "        self,",
+        f"        {first}: Tensor,",
+        "        *,",
+        "        context: Tensor | None = None,",
+        "        segments: Tensor | None = None,",
+        "        positions: Tensor | None = None,",
+        "        cache: list | None = None,",
+        "    ) -> Tensor:",
+        *indent(_forward(model), 2),
+    ]
+
+
+def _constructor(model: Model, which: Mapping[Block, str]) -> list[str]:
+    lines = ["super().__init__()"]
+    if model.vocab is not None:
+        lines += [f"self.embed_tokens = nn.Embedding({model.vocab}, {model.width})",
+                  "nn.init.normal_(self.embed_tokens.weight, std=0.02)"]  # fmt: skip
+    if model.embed_position == "learned":
+        lines += [f"self.embed_positions = nn.Embedding({model.positions}, {model.width})",
+                  "nn.init.normal_(self.embed_positions.weight, std=0.02)"]  # fmt: skip
+    blocks = ", ".join(f"{which[block]}()" for block in model.layers)
+    text = f"self.layers = nn.ModuleList(Layer(attn) for attn in ({blocks},))"
+    if len(text) > 84:
+        lines += ["attention = (", *(f"    {which[block]}()," for block in model.layers), ")",
+                  "self.layers = nn.ModuleList(Layer(attn) for attn in attention)"]  # fmt: skip
+    else:
+        lines.append(text)
+    if model.norm != "none":
+        lines.append(f"self.norm = {_norm(model)}")
+    if model.head == "lm":
+        lines.append(f"self.lm_head = nn.Linear({model.width}, {model.vocab}, bias=False)")
+        if model.tie:
+            lines.append("self.lm_head.weight = self.embed_tokens.weight")
+    if model.head == "classify":
+        lines.append(f"self.head = nn.Linear({model.width}, {model.classes})")
+    return lines
+
+
+def _forward(model: Model) -> list[str]:
+    drop = _dropout(model)
+    lines = []
+    if model.vocab is not None:
+        lines += ["if tokens.ndim != 2:",
+                  '    raise ValueError(f"`tokens` must be [b, n], it is {list(tokens.shape)}")',
+                  f"x = self.embed_tokens(tokens)  # [b, n, {model.width}]"]  # fmt: skip
+    if model.embed_position != "none":
+        lines += ["start = 0 if cache is None else cache[0].length",
+                  "at = torch.arange(start, start + x.shape[1], device=x.device)",
+                  "at = at if positions is None else positions"]  # fmt: skip
+        if model.embed_position == "learned":
+            lines += [f"if x.shape[1] + start > {model.positions}:",
+                      f'    raise ValueError("this model has {model.positions} positions; "',
+                      '                     f"{x.shape[1] + start} are needed")',
+                      "x = x + self.embed_positions(at)"]  # fmt: skip
+        else:
+            lines.append(f"x = x + sinusoidal(at, {model.width}, x.dtype)")
+    if model.dropout:
+        lines.append(f"x = {drop('x')}")
+    lines += ["caches = [None] * len(self.layers) if cache is None else cache",
+              "for layer, kept in zip(self.layers, caches, strict=True):",
+              "    x = layer(",
+              "        x, context=context, segments=segments, positions=positions, cache=kept",
+              "    )"]  # fmt: skip
+    if model.norm != "none":
+        lines.append("x = self.norm(x)")
+    end = {"lm": f"self.lm_head(x)  # [b, n, {model.vocab}]",
+           "classify": f"self.head(x.mean(dim=1))  # [b, {model.classes}]",
+           "none": f"x  # [b, n, {model.width}]"}[model.head]  # fmt: skip
+    return [*lines, f"return {end}"]

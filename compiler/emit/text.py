@@ -1,0 +1,91 @@
+"""Small things about Python text: names, parentheses, lines that are not too long."""
+
+from __future__ import annotations
+
+import ast
+import keyword
+from functools import cache
+from pathlib import Path
+
+LIMIT = 96
+_OURS = frozenset(
+    "self x b n m i j h s p f F nn math torch triton tl Tensor context segments positions cache "
+    "context_positions start visible seen step width rows added outputs plain wide weight".split()
+)
+
+
+def ident(name: str) -> str:
+    """Return a variable for a stream or state, away from the names the text itself uses."""
+    name = name.replace(".", "_")
+    return f"{name}_" if name in _OURS or keyword.iskeyword(name) or name in pieces() else name
+
+
+def class_name(name: str) -> str:
+    """Return `tiny_gemma` as `TinyGemma`."""
+    made = "".join(part[:1].upper() + part[1:] for part in name.split("_") if part) or "Block"
+    return made if made[0].isalpha() else f"Block{made}"
+
+
+def atomic(text: str) -> str:
+    """Return the text in parentheses unless it is one name, number, call or attribute."""
+    try:
+        node = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return f"({text})"
+    simple = ast.Name | ast.Constant | ast.Call | ast.Attribute | ast.Subscript
+    return text if isinstance(node, simple) else f"({text})"
+
+
+def is_name(text: str) -> bool:
+    return text.replace(".", "").replace("_", "").isalnum()
+
+
+def indent(lines: list[str], by: int = 1) -> list[str]:
+    return [f"{'    ' * by}{line}" if line else "" for line in lines]
+
+
+def comment(line: str, note: str) -> list[str]:
+    """Put a comment beside a line, or above it where there is no room."""
+    if not note:
+        return [line]
+    if len(line) + len(note) + 4 <= LIMIT + 4:
+        return [f"{line}  # {note}"]
+    return [f"# {note}", line]
+
+
+def call(head: str, args: list[str], tail: str = ")") -> list[str]:
+    """Return `head(args)` on one line, or with one argument a line."""
+    line = f"{head}({', '.join(args)}{tail}"
+    if len(line) <= LIMIT - 8:
+        return [line]
+    inside = ", ".join(args)
+    if len(inside) <= LIMIT - 12:
+        return [f"{head}(", f"    {inside}", tail]
+    return [f"{head}(", *(f"    {arg}," for arg in args), tail]
+
+
+@cache
+def pieces() -> dict[str, str]:
+    """Return the source text of every function and class of `pieces`, in their order."""
+    source = (Path(__file__).parent.parent / "pieces.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            text = lines[node.lineno - 1 : node.end_lineno]
+            found[node.name] = "\n".join(line.replace("  # fmt: skip", "") for line in text)
+    return found
+
+
+def needed_pieces(text: str) -> list[str]:
+    """Return the pieces that a text calls, and those that they call, in their order."""
+    wanted: set[str] = set()
+    queue = [text]
+    while queue:
+        used = {
+            node.id for node in ast.walk(ast.parse(queue.pop())) if isinstance(node, ast.Name)
+        }
+        new = (used & pieces().keys()) - wanted
+        wanted |= new
+        queue.extend(pieces()[name] for name in new)
+    return [name for name in pieces() if name in wanted]

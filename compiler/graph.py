@@ -1,0 +1,140 @@
+"""The graph: typed values, each made by one operation from earlier ones.
+
+    q  : [b, 8, n, 64]   = rope(q.1, theta=10000)
+    s  : [b, 8, n, m]    = similarity(q, k, scale=0.125)
+    o  : [b, 8, n, 64]   = attend(q, k, v)        # after fusion
+
+Nodes are frozen and in order: a node reads only what stands before it. Sizes are numbers
+or the symbols `b`, `n` and `m`. Scalar expressions travel inside nodes as trees. `verify`
+says what is wrong with a graph, and runs between the passes in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..grammar.source import NOWHERE, Span
+from ..ops import OPS, Shape, Weight
+from .model import Block
+
+Dims = tuple[int | str, ...]
+
+# Operations that are not stages of a pipeline: (least inputs, what they are).
+SPECIAL = {
+    "input": (0, "an argument of the module"),
+    "tensor": (0, "a param or const"),
+    "similarity": (2, "scale · q · k"),
+    "score": (1, "an expression in s"),
+    "mask": (0, "who sees whom"),
+    "normalize": (2, "scores and visibility to weights"),
+    "weights": (2, "an expression in p, where visible"),
+    "drop": (1, "dropout on the weights"),
+    "combine": (2, "Σ_j p v"),
+    "attend": (3, "all of these in one"),
+    "scan": (0, "a recurrence along the tokens"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One value and how it is made."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    dims: Dims
+    attrs: tuple[tuple[str, Any], ...] = ()
+    module: str = ""
+    span: Span = field(default=NOWHERE, compare=False, repr=False)
+
+    def get(self, name: str) -> Any:
+        """Return an attribute; None where it has none of this name."""
+        return dict(self.attrs).get(name)
+
+    def having(self, **attrs: Any) -> Node:
+        """Return the node with attributes replaced or added."""
+        return replace(self, attrs=tuple({**dict(self.attrs), **attrs}.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One block, lowered. `block` keeps the sizes and the source it came from."""
+
+    block: Block
+    nodes: tuple[Node, ...]
+    output: str
+    weights: tuple[Weight, ...]
+
+    def node(self, name: str) -> Node:
+        return next(each for each in self.nodes if each.name == name)
+
+    def of(self, op: str) -> Iterator[Node]:
+        """Yield the nodes of one operation."""
+        return (each for each in self.nodes if each.op == op)
+
+    def readers(self, name: str) -> tuple[Node, ...]:
+        return tuple(each for each in self.nodes if name in each.inputs)
+
+    def rewritten(self, nodes: Iterable[Node], renamed: dict[str, str] | None = None) -> Graph:
+        """Return the graph with other nodes; reads of renamed values follow."""
+        renamed = renamed or {}
+
+        def follow(name: str) -> str:
+            while name in renamed:
+                name = renamed[name]
+            return name
+
+        done = tuple(
+            replace(each, inputs=tuple(follow(name) for name in each.inputs)) for each in nodes
+        )
+        return replace(self, nodes=done, output=follow(self.output))
+
+
+def shape_of(dims: Dims) -> Shape:
+    """Return the stream shape of [b, n, d] or [b, h, n, d]."""
+    if len(dims) == 3:
+        return Shape(str(dims[1]), int(dims[2]))
+    return Shape(str(dims[2]), int(dims[3]), int(dims[1]))
+
+
+def dims_of(shape: Shape) -> Dims:
+    """Return the dimensions a stream has at run time."""
+    if shape.heads is None:
+        return ("b", shape.tokens, shape.dim)
+    return ("b", shape.heads, shape.tokens, shape.dim)
+
+
+def verify(graph: Graph) -> list[str]:
+    """Return what is wrong with a graph; an empty list where it is sound."""
+    wrong: list[str] = []
+    known: dict[str, Node] = {}
+    for node in graph.nodes:
+        wrong.extend(f"{node.name}: reads `{name}` before it is made"
+                     for name in node.inputs if name not in known)  # fmt: skip
+        if node.name in known:
+            wrong.append(f"{node.name}: made twice")
+        if node.op in OPS:
+            if all(name in known for name in node.inputs):
+                wrong.extend(_verify_stage(node, [known[name] for name in node.inputs]))
+        elif node.op not in SPECIAL:
+            wrong.append(f"{node.name}: there is no operation `{node.op}`")
+        elif len(node.inputs) < SPECIAL[node.op][0]:
+            wrong.append(f"{node.name}: `{node.op}` needs {SPECIAL[node.op][0]} inputs")
+        known[node.name] = node
+    if graph.output not in known:
+        wrong.append(f"the output `{graph.output}` is not made")
+    elif known[graph.output].dims != ("b", "n", graph.block.width):
+        wrong.append(f"the output is {known[graph.output].dims}")
+    return wrong
+
+
+def _verify_stage(node: Node, inputs: list[Node]) -> Iterator[str]:
+    op = OPS[node.op]
+    shapes = [shape_of(each.dims) for each in inputs]
+    dims = dims_of(op.shape(shapes, dict(node.attrs)))
+    if dims != node.dims:
+        yield f"{node.name}: is {node.dims}, `{node.op}` gives {dims}"
+    if op.weights(shapes, dict(node.attrs)) and not node.module:
+        yield f"{node.name}: owns tensors and has no module"

@@ -1,0 +1,80 @@
+"""Finding out algebraically what kind of normaliser an expression is.
+
+    exp(s) / sum                       exponential, nothing added
+    exp(s) / (exp(z[h]) + sum)         exponential, the logit z[h] added
+    exp(2 * s) / (1 + sum)             exponential in 2 * s, the logit 0 added
+    relu(s) ** 2 / sum                 ratio
+    relu(s - tau) where sum == 1       threshold
+
+An exponential normaliser can be computed with a running maximum: what is added to the sum
+takes part in it as one more logit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..grammar.expr import fold, names
+from ..grammar.syntax import Binary, Call, Expr, Name, Number
+from .model import Normalizer
+
+
+@dataclass(frozen=True, slots=True)
+class Exponential:
+    """p = exp(logit) / (sum + exp(extra)); `extra` None adds nothing."""
+
+    logit: Expr
+    extra: Expr | None = None
+
+    @property
+    def is_softmax(self) -> bool:
+        return self.logit == Name("s") and self.extra is None
+
+
+def exponential(normalizer: Normalizer) -> Exponential | None:
+    """Return the exponential form of a normaliser, or None where it has none."""
+    if normalizer.where is not None or normalizer.denominator is None:
+        return None
+    match normalizer.numerator:
+        case Call("exp", (logit,)):
+            pass
+        case _:
+            return None
+    terms = _terms(normalizer.denominator)
+    added = [term for term in terms if term != Name("sum")]
+    if len(added) != len(terms) - 1 or any("sum" in names(term) for term in added):
+        return None
+    if any({"s", "j"} & names(term) for term in added):
+        return None
+    if not added:
+        return Exponential(logit)
+    logs = [_log(term) for term in added]
+    if any(log is None for log in logs):
+        return None
+    if len(added) == 1:
+        return Exponential(logit, logs[0])
+    total = added[0]
+    for term in added[1:]:
+        total = Binary("+", total, term)
+    return Exponential(logit, Call("log", (total,)))
+
+
+def _terms(expr: Expr) -> list[Expr]:
+    match expr:
+        case Binary("+", left, right):
+            return [*_terms(left), *_terms(right)]
+        case _:
+            return [expr]
+
+
+def _log(term: Expr) -> Expr | None:
+    """Return the logarithm of a term that is certainly positive."""
+    match term:
+        case Number(value) if value > 0:
+            return Number(math.log(value), repr(math.log(value)))
+        case Call("exp", (inner,)):
+            return inner
+        case Binary("*", Number(value), Call("exp", (inner,))) if value > 0:
+            return fold(Binary("+", inner, Number(math.log(value))))
+    return None

@@ -1,0 +1,20 @@
+"""Passes: pure functions Graph → Graph, one a module, each opening with an example.
+
+`PASSES` is the order; `choose`, which needs to know the target, comes last in the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..graph import Graph
+from .drop_dead import drop_dead
+from .drop_identities import drop_identities
+from .fuse_attend import fuse_attend
+from .share import share
+
+Pass = Callable[[Graph], Graph]
+
+PASSES: tuple[Pass, ...] = (drop_identities, share, fuse_attend, drop_dead)
+
+__all__ = ["PASSES", "Pass"]

@@ -1,0 +1,18 @@
+"""Remove what does not reach the output.
+
+    g = sigmoid(g.1)        (nobody reads g)   →   nothing
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from ..graph import Graph
+
+
+def drop_dead(graph: Graph) -> Graph:
+    """Return the graph with only the nodes that the output depends on."""
+    reads = nx.DiGraph((name, node.name) for node in graph.nodes for name in node.inputs)
+    reads.add_node(graph.output)
+    needed = nx.ancestors(reads, graph.output) | {graph.output}
+    return graph.rewritten(node for node in graph.nodes if node.name in needed)

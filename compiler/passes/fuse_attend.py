@@ -1,0 +1,55 @@
+"""Bring one attention together into one node.
+
+    s = similarity(q, k, scale)
+    s.1 = score(s, slope, expr)
+    visible = mask(doc, expr)              o = attend(q, k, v, slope, doc,
+    p = normalize(s.1, visible)      →                scale, score, mask, normalizer,
+    p.1 = weights(p, visible)                         weights, rate)
+    p.2 = drop(p.1)
+    o = combine(p.2, v)
+
+Whether a kernel can carry the whole is decided afterwards, by `choose`.
+"""
+
+from __future__ import annotations
+
+from ...grammar.syntax import Name
+from ..graph import Graph, Node
+
+
+def fuse_attend(graph: Graph) -> Graph:
+    """Return the graph with every chain from similarity to combine as one `attend`."""
+    made = {node.name: node for node in graph.nodes}
+    return graph.rewritten(
+        _fused(made, node) if node.op == "combine" else node for node in graph.nodes
+    )
+
+
+def _fused(made: dict[str, Node], combine: Node) -> Node:
+    """Walk back from the weighted sum; steps that were identities are absent."""
+    at, values = made[combine.inputs[0]], combine.inputs[1]
+    steps: dict[str, Node] = {}
+    while True:
+        steps[at.op] = at
+        if at.op == "similarity":
+            break
+        at = made[at.inputs[0]]
+    mask = made[steps["normalize"].inputs[1]]
+    others = [
+        name
+        for step, skip in ((steps.get("score"), 1), (mask, 0), (steps["normalize"], 2),
+                           (steps.get("weights"), 2))
+        if step is not None
+        for name in step.inputs[skip:]
+    ]  # fmt: skip
+    inputs = (*steps["similarity"].inputs, values, *dict.fromkeys(others))
+    attrs = {
+        "scale": steps["similarity"].get("scale"),
+        "score": steps["score"].get("expr") if "score" in steps else Name("s"),
+        "mask": mask.get("expr"),
+        "normalizer": steps["normalize"].get("normalizer"),
+        "weights": steps["weights"].get("expr") if "weights" in steps else Name("p"),
+        "rate": steps["drop"].get("rate") if "drop" in steps else 0.0,
+    }
+    return Node(combine.name, "attend", inputs, combine.dims, tuple(attrs.items()), "",
+                combine.span)  # fmt: skip

@@ -1,0 +1,33 @@
+"""Compute the same thing once.
+
+    k.1 = rms_norm(c)                     k.1 = rms_norm(c)
+    k = split(k.1, heads=8)         →     k = split(k.1, heads=8)
+    v = split(k.1, heads=8)               (reads of v become reads of k)
+
+Operations with tensors of their own differ by their module, and random ones are never equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..graph import Graph, Node
+
+_RANDOM = ("dropout", "drop")
+
+
+def share(graph: Graph) -> Graph:
+    """Return the graph with equal nodes merged into the first of them."""
+    first: dict[Node, str] = {}
+    renamed: dict[str, str] = {}
+    kept: list[Node] = []
+    for node in graph.nodes:
+        inputs = tuple(renamed.get(name, name) for name in node.inputs)
+        node = replace(node, inputs=inputs)
+        key = replace(node, name="")
+        if node.op not in (*_RANDOM, "input", "tensor") and not node.module and key in first:
+            renamed[node.name] = first[key]
+            continue
+        first[key] = node.name
+        kept.append(node)
+    return graph.rewritten(kept, renamed)

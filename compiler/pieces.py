@@ -1,0 +1,244 @@
+"""The functions an emitted module may need, as ordinary code.
+
+The emitter copies the ones it uses, word for word, into the file it writes. Nothing here
+may use anything but torch and other pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def rope(x: Tensor, positions: Tensor, theta: float, dims: int = 0, scaling: float = 1.0) -> Tensor:
+    """Turn the feature pairs (c, c + r/2) of x [b, (h,) n, d] by angles that grow with position.
+
+    dims > 0 turns the first so many features, dims < 0 the last, 0 all of them.
+    """
+    turned = abs(dims) or x.shape[-1]
+    still = x.shape[-1] - turned
+    part = x[..., still:] if dims < 0 else x[..., :turned]
+    cos, sin = rope_angles(x, positions, turned, theta, scaling)
+    a, b = part.chunk(2, dim=-1)
+    done = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    if still == 0:
+        return done
+    return torch.cat([x[..., :still], done] if dims < 0 else [done, x[..., turned:]], dim=-1)
+
+
+def rope_interleaved(
+    x: Tensor, positions: Tensor, theta: float, dims: int = 0, scaling: float = 1.0
+) -> Tensor:
+    """Turn the feature pairs (2c, 2c + 1) of x [b, (h,) n, d] by angles that grow with position.
+
+    dims > 0 turns the first so many features, dims < 0 the last, 0 all of them.
+    """
+    turned = abs(dims) or x.shape[-1]
+    still = x.shape[-1] - turned
+    part = x[..., still:] if dims < 0 else x[..., :turned]
+    cos, sin = rope_angles(x, positions, turned, theta, scaling)
+    a, b = part[..., 0::2], part[..., 1::2]
+    done = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    if still == 0:
+        return done
+    return torch.cat([x[..., :still], done] if dims < 0 else [done, x[..., turned:]], dim=-1)
+
+
+def rope_angles(
+    x: Tensor, positions: Tensor, turned: int, theta: float, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [(b, 1,) n, r/2] for positions [n] or [b, n]."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    power = torch.arange(0, turned, 2, dtype=exact, device=x.device) / turned
+    angle = (positions.to(exact) / scaling)[..., None] * theta**-power
+    if positions.ndim == 2 and x.ndim == 4:
+        angle = angle[:, None]
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+def l2_norm(x: Tensor, eps: float) -> Tensor:
+    """Scale the last dimension of x to length one."""
+    return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+
+
+def sinusoidal(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return sines and cosines of positions [(b,) n] at falling frequencies: [(b,) n, width]."""
+    power = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
+    angle = positions[..., None].to(torch.float64) * 10_000**-power
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :width].to(dtype)
+
+
+def by_query(positions: Tensor) -> Tensor:
+    """Lay positions [n] or [b, n] along the queries of [b, h, n, m]."""
+    return positions[:, None, :, None] if positions.ndim == 2 else positions[:, None]
+
+
+def by_key(positions: Tensor) -> Tensor:
+    """Lay positions [m] or [b, m] along the keys of [b, h, n, m]."""
+    return positions[:, None, None, :] if positions.ndim == 2 else positions
+
+
+def expect(name: str, x: Tensor, width: int) -> None:
+    """Raise `ValueError` unless x is [b, tokens, width]."""
+    if x.ndim != 3 or x.shape[-1] != width:
+        raise ValueError(f"`{name}` must be [b, tokens, {width}], it is {list(x.shape)}")
+
+
+def row_threshold(weight: Callable[[Tensor, Tensor], Tensor], s: Tensor, visible: Tensor) -> Tensor:
+    """Return tau [..., 1] such that the visible weight(s, tau) of each row sum to one.
+
+    Bisection finds it; one Newton step outside of `no_grad` gives it its exact gradient.
+    """
+
+    def total(tau: Tensor) -> Tensor:
+        return weight(s, tau).masked_fill(~visible, 0).sum(-1, keepdim=True)
+
+    empty = ~visible.any(-1, keepdim=True)
+    with torch.no_grad():
+        top = s.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True).masked_fill(empty, 0)
+        scale = 1.0 + top.abs()
+        low, high = top - scale, top + scale
+        for _ in range(64):
+            if not bool((grow := (total(low) < 1) & ~empty).any()):
+                break
+            low = torch.where(grow, low - scale, low)
+            scale = scale * 2
+        scale = 1.0 + top.abs()
+        for _ in range(64):
+            if not bool((grow := (total(high) > 1) & ~empty).any()):
+                break
+            high = torch.where(grow, high + scale, high)
+            scale = scale * 2
+        for _ in range(80 if s.dtype == torch.float64 else 48):
+            middle = (low + high) / 2
+            above = total(middle) > 1
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    with torch.enable_grad():
+        tau = ((low + high) / 2).detach().requires_grad_()
+        slope = torch.autograd.grad(total(tau).sum(), tau)[0]
+    slope = torch.where(empty | (slope == 0), -torch.ones_like(slope), slope).detach()
+    tau = tau.detach()
+    return tau - (total(tau) - 1).masked_fill(empty, 0) / slope
+
+
+class KeyValueCache:
+    """What the tokens so far left behind for later queries to read.
+
+    `sizes` says what is kept of each token: name → (heads or None, features). With a `ring`,
+    only the first `prefix` tokens and the last `ring` are kept.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        sizes: dict[str, tuple[int | None, int]],
+        ring: int | None = None,
+        prefix: int = 0,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.length = 0
+        self.prefix = prefix
+        self.is_ring = ring is not None and prefix + ring < length
+        self.capacity = prefix + ring if ring is not None and self.is_ring else length
+        self.positions: Tensor | None = None  # kept only where they are not 0, 1, 2 …
+        self.kept = {
+            name: torch.zeros(
+                (batch, self.capacity, dim)
+                if heads is None
+                else (batch, heads, self.capacity, dim),
+                dtype=torch.int64 if name == "doc" else dtype,
+                device=device,
+            )
+            for name, (heads, dim) in sizes.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, whether written yet or not."""
+        return sum(each.nbytes for each in self.kept.values())
+
+    def update(self, positions: Tensor | None, **new: Tensor) -> tuple[Tensor, ...]:
+        """Take up new tokens; return all that is visible now, and the positions j of its keys."""
+        start, count = self.length, next(iter(new.values())).shape[-2]
+        end = start + count
+        if end > self.capacity and not self.is_ring:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {end} were given")
+        if self.is_ring and positions is not None:
+            raise ValueError("a cache that forgets counts positions itself; leave them out")
+        index = torch.arange(start, end, device=next(iter(new.values())).device)
+        self.length = end
+        if end <= self.capacity or count == 1:
+            self._write(index, new)
+            held = min(end, self.capacity)
+            return (*(each[..., :held, :] for each in self.kept.values()),
+                    self._places(positions, start, held))  # fmt: skip
+        held = min(start, self.capacity)
+        joined = [
+            torch.cat([old[..., :held, :], new[name]], dim=-2) for name, old in self.kept.items()
+        ]
+        places = torch.cat([self._slots(start, held), index])
+        keep = (index < self.prefix) | (index >= end - (self.capacity - self.prefix))
+        self._write(index[keep], {name: each[..., keep, :] for name, each in new.items()})
+        return (*joined, places)
+
+    def _write(self, index: Tensor, new: dict[str, Tensor]) -> None:
+        ring = max(1, self.capacity - self.prefix)
+        slots = torch.where(
+            index < self.prefix, index, self.prefix + (index - self.prefix) % ring
+        ) if self.is_ring else index  # fmt: skip
+        for name, each in new.items():
+            self.kept[name].index_copy_(self.kept[name].ndim - 2, slots,
+                                        each.detach().to(self.kept[name].dtype))  # fmt: skip
+
+    def _slots(self, length: int, held: int) -> Tensor:
+        """Return the position that each of the first `held` slots holds after `length` tokens."""
+        slot = torch.arange(held, device=next(iter(self.kept.values())).device)
+        if length <= self.capacity:
+            return slot
+        ring = self.capacity - self.prefix
+        latest = length - 1 - (length - 1 - slot) % ring
+        return torch.where(slot < self.prefix, slot, latest)
+
+    def _places(self, positions: Tensor | None, start: int, held: int) -> Tensor:
+        if positions is None and self.positions is None:
+            return self._slots(self.length, held)
+        count = self.length - start
+        device = next(iter(self.kept.values())).device
+        if self.positions is None:
+            batch = next(iter(self.kept.values())).shape[0]
+            self.positions = torch.arange(self.capacity, device=device).repeat(batch, 1)
+        new = torch.arange(start, self.length, device=device) if positions is None else positions
+        self.positions[:, start : start + count] = new
+        return self.positions[:, :held]
+
+
+class ContextCache:
+    """The keys and values of a context, computed once."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.kept: dict[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(each.nbytes for each in self.kept.values())
+
+
+class StateCache:
+    """The states of a recurrence after the tokens so far."""
+
+    def __init__(self, **states: Tensor) -> None:
+        self.length = 0
+        self.kept = states
+        self.doc: Tensor | None = None  # the segment of the last token, where segments are given
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(each.nbytes for each in self.kept.values())

@@ -1,0 +1,80 @@
+"""The road from a checked block to a module, in order, stoppable after every stage.
+
+    text ─parse→ File ─check→ Architecture ─build→ Graph ─PASSES→ Graph ─emit→ Code ─load→ Module
+
+    graph = lower(block, Target("torch"))
+    code = generate(block, Target("torch"))
+    module = load(code)()
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from ..grammar.from_yaml import parse_yaml
+from ..grammar.parse import parse, read
+from ..grammar.source import Source
+from ..grammar.syntax import File
+from .build import build
+from .choose import Target, choose
+from .emit import Code, emit
+from .graph import Graph
+from .model import Block, Model
+from .passes import PASSES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def parse_source(source: Source, format: str | None = None) -> File:
+    """Parse Loom or YAML, by the format said or the file's ending."""
+    format = format or ("yaml" if source.name.endswith((".yaml", ".yml")) else "loom")
+    return parse_yaml(source) if format == "yaml" else parse(source)
+
+
+def parse_path(path: str | Path) -> File:
+    """Read and parse a file."""
+    return parse_source(read(path))
+
+
+def lower(block: Block, target: Target) -> Graph:
+    """Return the graph of a block after all passes, every lowering chosen."""
+    graph = build(block)
+    for each in PASSES:
+        graph = each(graph)
+    return choose(graph, target)
+
+
+def graphs(what: Block | Model, target: Target) -> list[Graph]:
+    """Return the graphs of a block, or of every different block of a model, in order."""
+    blocks = (what,) if isinstance(what, Block) else tuple(dict.fromkeys(what.layers))
+    return [lower(block, target) for block in blocks]
+
+
+def generate(what: Block | Model, target: Target) -> Code:
+    """Return the standalone file of a block or model."""
+    return emit(what, graphs(what, target))
+
+
+def load(code: Code) -> type[nn.Module]:
+    """Execute a file's text and return its class; tracebacks and Triton see that very text."""
+    name = f"headloom_module_{code.digest}"
+    if name not in sys.modules:
+        filename = f"<{name}>"
+        linecache.cache[filename] = (
+            len(code.text), None, code.text.splitlines(keepends=True), filename
+        )  # fmt: skip
+        module = ModuleType(name)
+        module.__file__ = filename
+        sys.modules[name] = module
+        try:
+            exec(compile(code.text, filename, "exec"), module.__dict__)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    made: type[nn.Module] = getattr(sys.modules[name], code.name)
+    return made

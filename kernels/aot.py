@@ -1,0 +1,135 @@
+"""Compiling kernels ahead of time, without a GPU: do they fit the hardware they are for?
+
+    for each in compile_ahead(spec, targets=("sm_90",), head_dim=128):
+        print(each.kernel, each.registers, each.spills, each.shared, each.ok)
+
+The emitted text is compiled exactly as it would be launched, with pointers and strides
+aligned as torch aligns them. This runs in a process of its own, without TRITON_INTERPRET:
+that flag decides, once per process, what `@triton.jit` makes of a function.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, children
+from .render import IMPORTS, render, skeleton_text
+from .spec import Attend
+
+# Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, table of
+# compute capabilities; for CDNA3 the size of the local data share).
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+_NAME, _NAMESPACE = "attend", "headloom_ahead"
+_WORKER = Path(__file__).with_name("compile_worker.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel for one target: registers of a thread, bytes it spills, shared bytes."""
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    limit: int
+
+    @property
+    def ok(self) -> bool:
+        """Nothing spills, and a block's shared memory fits."""
+        return self.spills == 0 and self.shared <= self.limit
+
+
+def compile_ahead(
+    spec: Attend,
+    targets: tuple[str, ...] = ("sm_80", "sm_90"),
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    dtype: str = "bf16",
+    heads: int = 8,
+    kv_heads: int = 2,
+    backward: bool = True,
+) -> tuple[Compiled, ...]:
+    """Compile every kernel of a spec for each target: `sm_80`, `sm_90`, `sm_100`, `gfx942`.
+
+    `dtype` is `bf16`, `fp16` or `fp32`; `value_dim` defaults to `head_dim`. Raises
+    `ValueError` for a spec no kernel can carry, `RuntimeError` where compilation fails.
+    """
+    if unknown := set(targets) - set(SHARED_LIMIT):
+        raise ValueError(f"unknown targets: {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory() as folder:
+        emitted = Path(folder, "emitted.py")
+        text = (IMPORTS, skeleton_text(), render(spec, _NAME, _NAMESPACE))
+        emitted.write_text("\n\n".join(text), encoding="utf-8")
+        job = {
+            "path": str(emitted),
+            "name": f"_{_NAME}",
+            "targets": list(targets),
+            "q": [2, heads, 512, head_dim],
+            "k": [2, kv_heads, 512, head_dim],
+            "v": [2, kv_heads, 512, value_dim or head_dim],
+            "dtype": dtype,
+            "kinds": _kinds(spec),
+            "backward": backward,
+        }
+        rows = _work(job)
+    return tuple(Compiled(**row, limit=SHARED_LIMIT[row["target"]]) for row in rows)
+
+
+def _kinds(spec: Attend) -> dict[str, str]:
+    """Guess what the tensors hold from how they are read: flags, whole numbers or floats."""
+    found: dict[str, str] = {}
+
+    def visit(expr: Expr, kind: str) -> None:
+        match expr:
+            case Index(Name(name), items):
+                found[name] = kind
+                for item in items:
+                    visit(item, "i64")
+            case Binary("and" | "or", left, right):
+                visit(left, "i1")
+                visit(right, "i1")
+            case Unary("not", operand) | Call("where", (operand, *_)):
+                visit(operand, "i1")
+            case Binary("//" | "%", left, right):
+                visit(left, "i64")
+                visit(right, "i64")
+            case Compare(operands, ops):
+                plain = all(isinstance(each, Index | Number) for each in operands)
+                for each in operands:
+                    visit(each, "i64" if plain and set(ops) <= {"==", "!="} else "fp32")
+            case _:
+                for child in children(expr):
+                    visit(child, "fp32")
+
+    for part, expr, _ in spec.parts():
+        visit(expr, "i1" if part == "mask" else "fp32")
+    return found
+
+
+def _work(job: dict[str, object]) -> list[dict[str, object]]:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    done = subprocess.run(
+        [sys.executable, str(_WORKER)],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"ahead-of-time compilation failed:\n{done.stderr[-4000:]}")
+    rows: list[dict[str, object]] = json.loads(done.stdout.splitlines()[-1])
+    return rows

@@ -1,0 +1,71 @@
+"""From a drawn file to something that can be trained: the one place that knows the compiler.
+
+model   = elaborate(draw(file, chooser), "probe")
+key     = fingerprint(model, training)     the same for what means the same
+network = build(model, seed=0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from ..compiler.check import check
+from ..compiler.cost import cost
+from ..compiler.model import Block, Model, Normalizer, Recurrence
+from ..grammar import syntax
+from ..grammar.expr import fold
+from .objectives import Costs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_NAMED_FOR_PEOPLE = (Block, Model, Normalizer, Recurrence)
+
+
+def elaborate(file: syntax.File, name: str) -> Model:
+    """Return the checked model of a plain file. Raises `LoomError`."""
+    return check(file).models[name]
+
+
+def costs(model: Model) -> Costs:
+    return cost(model)
+
+
+def build(model: Model, seed: int) -> nn.Module:
+    """Return a network with seeded weights, from tokens [b, n] to logits [b, n, vocab]."""
+    from ..compiler.reference import reference
+
+    return reference(model, seed=seed)
+
+
+def emit(file: syntax.File, name: str) -> str | None:
+    """Return the standalone text of a model's module; None while nothing can emit one."""
+    return None
+
+
+def fingerprint(model: Model, *settings: object) -> str:
+    """Return a hash of what a model computes and how it is trained.
+
+    Names that only people read, spans and the order of writing do not count, and scalar
+    expressions count as folded: `window(2 * 8)` is `window(16)`.
+    """
+    text = repr((_plain(model), *(repr(each) for each in settings)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, syntax.Expr):
+        return repr(fold(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        skip = {"name"} if isinstance(value, _NAMED_FOR_PEOPLE) else set()
+        return (type(value).__name__, *(
+            _plain(getattr(value, each.name))
+            for each in dataclasses.fields(value) if each.compare and each.name not in skip
+        ))  # fmt: skip
+    if isinstance(value, tuple):
+        return tuple(_plain(each) for each in value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

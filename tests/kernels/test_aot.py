@@ -1,0 +1,50 @@
+"""Kernels compile for real hardware, in a process of their own, and fit it."""
+
+from __future__ import annotations
+
+import pytest
+from headloom.grammar.parse import parse_expression
+from headloom.kernels.aot import compile_ahead
+from headloom.kernels.spec import Attend, Reach, Tensor
+
+CAPPED = Attend(
+    score=parse_expression("50 * tanh(s / 50)"),
+    mask=parse_expression("j <= i"),
+    extra=parse_expression("z[h]"),
+    scale=0.125,
+    tensors=(Tensor("z", (8,), differentiable=True),),
+    reach=Reach(None, 0, 0),
+)
+DOCUMENTS = Attend(
+    score=parse_expression("s + g[j]"),
+    mask=parse_expression("(j < 4 or 0 <= i - j < 256) and doc[i] == doc[j] and keep[j]"),
+    exponential=False,
+    numerator=parse_expression("relu(s) ** 2 / seen"),
+    scale=0.125,
+    tensors=(
+        Tensor("g", ("m",), differentiable=True),
+        Tensor("doc", ("n",), batched=True),
+        Tensor("keep", ("m",)),
+    ),
+    reach=Reach(255, 0, 4),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_nothing_spills(head_dim: int, dtype: str) -> None:
+    found = compile_ahead(CAPPED, ("sm_80", "sm_90"), head_dim=head_dim, dtype=dtype)
+    assert len(found) == 8
+    assert [each for each in found if not each.ok] == []
+
+
+@pytest.mark.slow
+def test_whole_numbers_and_flags_compile() -> None:
+    found = compile_ahead(DOCUMENTS, ("sm_90",), head_dim=40, value_dim=24)
+    assert [each for each in found if not each.ok] == []
+
+
+def test_unknown_targets_are_named() -> None:
+    with pytest.raises(ValueError, match="sm_12"):
+        compile_ahead(CAPPED, ("sm_12",))
