@@ -1,0 +1,177 @@
+"""The Python door: what `import headloom as hl` offers, on top of the pipeline.
+
+    arch = hl.load("gemma.loom")
+    block = hl.compile(arch, "local", width=512)
+    oracle = hl.reference(arch, "local", width=512)
+    oracle.load_state_dict(block.state_dict())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..grammar.parse import read
+from ..grammar.source import Source
+from .check import check, find
+from .choose import Lowering, Target, lowerings
+from .cost import Cost, cost
+from .model import Architecture, Block, Model
+from .pipeline import generate, graphs, parse_source
+from .pipeline import load as load_code
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BACKENDS = ("auto", "torch", "triton")
+What = Architecture | str | Path
+
+
+def load(what: str | Path, format: str | None = None) -> Architecture:
+    """Read and check a description: a path, or with a format ("loom", "yaml") its text.
+
+    Raises `LoomError` with every finding; `.diagnostics` holds them as data.
+    """
+    if format not in (None, "loom", "yaml"):
+        raise ValueError(f'format is "loom" or "yaml", not {format!r}')
+    source = Source("<text>", str(what)) if format is not None else read(what)
+    return check(parse_source(source, format))
+
+
+def _architecture(what: What) -> Architecture:
+    return what if isinstance(what, Architecture) else load(what)
+
+
+def target(backend: str = "auto", device: str | torch.device | None = None) -> Target:
+    """Return what to compile for. `auto` takes Triton where a CUDA device is used."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend != "auto":
+        return Target(backend)
+    import torch
+
+    on_gpu = torch.device(device).type == "cuda" if device else torch.cuda.is_available()
+    return Target("triton" if on_gpu else "torch")
+
+
+def compile(
+    arch: What,
+    name: str | None = None,
+    *,
+    width: int | None = None,
+    context_width: int | None = None,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+) -> nn.Module:
+    """Compile a block or model to a module; without a name, the only model or block.
+
+    `width` is the block's input width (by default the one it says, or heads · head_dim);
+    `seed` fixes the first weights. Raises `LoomError` where the sizes do not fit.
+    """
+    return build_module(
+        find(_architecture(arch), name, width, context_width),
+        target(backend, device), device=device, dtype=dtype, seed=seed,
+    )  # fmt: skip
+
+
+def build_module(
+    what: Block | Model,
+    target: Target,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+) -> nn.Module:
+    """Generate, load and construct the module of a checked block or model."""
+    import torch
+
+    made = load_code(generate(what, target))
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        module = made()
+    return module.to(device=device, dtype=dtype)
+
+
+def reference(
+    arch: What,
+    name: str | None = None,
+    *,
+    width: int | None = None,
+    context_width: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Return the dense meaning as a module, with the same state dict keys as the compiled one."""
+    from .reference import reference as meaning
+
+    what = find(_architecture(arch), name, width, context_width)
+    return meaning(what, dtype=dtype, device=device, seed=seed)
+
+
+def emit(
+    arch: What,
+    name: str | None = None,
+    *,
+    width: int | None = None,
+    context_width: int | None = None,
+    backend: str = "auto",
+) -> str:
+    """Return the standalone Python file of a block or model."""
+    what = find(_architecture(arch), name, width, context_width)
+    return generate(what, target(backend)).text
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a block or model is computed, and what it costs."""
+
+    what: Block | Model
+    lowerings: tuple[Lowering, ...]
+    _cost: Cost
+
+    @property
+    def params(self) -> int:
+        return self._cost.params
+
+    @property
+    def flops(self) -> Callable[..., int]:
+        return self._cost.flops
+
+    @property
+    def cache_bytes(self) -> Callable[..., int]:
+        return self._cost.cache_bytes
+
+    @property
+    def activation_bytes(self) -> Callable[..., int]:
+        return self._cost.activation_bytes
+
+
+def explain(
+    arch: What,
+    name: str | None = None,
+    *,
+    width: int | None = None,
+    context_width: int | None = None,
+    backend: str = "auto",
+) -> Report:
+    """Say which path every attention and recurrence takes, why, and what stands in the way."""
+    return explained(find(_architecture(arch), name, width, context_width), target(backend))
+
+
+def explained(what: Block | Model, target: Target) -> Report:
+    """Return the report of a checked block or model."""
+    found = [
+        Lowering(graph.block.name, each.path, each.reason, each.obstacles)
+        for graph in graphs(what, target)
+        for each in lowerings(graph)
+    ]
+    return Report(what, tuple(found), cost(what))
+
+

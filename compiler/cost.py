@@ -1,0 +1,203 @@
+"""What a block or model costs, from the checked architecture alone: no tensors, no torch.
+
+    cost(model).params                        learned numbers
+    cost(model).flops(tokens=4096)            of one forward pass over one sequence
+    cost(model).cache_bytes(tokens=4096)      what decoding keeps after so many tokens
+    cost(model).activation_bytes(tokens=4096) of one forward pass, before any is freed
+
+A multiply-add counts two. Pairwise mixing counts visible pairs exactly; what a mask hides
+because of data (segments, streams) counts as visible. Against a context, `tokens` is the
+length of the context as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+
+from ..grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
+from ..ops import OPS, Shape, Weight
+from .blocks import flow_nodes, mix_exprs
+from .counting import pairs
+from .masks import extent
+from .model import Apply, Block, Model, Pairwise, Recurrence
+from .parameters import model_weights, weights
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The costs of one block or model."""
+
+    what: Block | Model
+
+    @property
+    def params(self) -> int:
+        """The number of learned numbers."""
+        own = weights(self.what) if isinstance(self.what, Block) else model_weights(self.what)
+        return sum(_size(each) for each in own)
+
+    def flops(self, tokens: int) -> int:
+        """Floating point operations of a forward pass over one sequence of so many tokens."""
+        if isinstance(self.what, Block):
+            return _block_flops(self.what, tokens)
+        model = self.what
+        per_layer = 0
+        if model.ffn is not None:
+            matrices = 3 if model.ffn.kind == "swiglu" else 2
+            per_layer = 2 * matrices * model.width * model.ffn.hidden
+        total = sum(
+            count * _block_flops(block, tokens) for block, count in Counter(model.layers).items()
+        )
+        if model.norm != "none":
+            per_layer += 4 * model.width * (2 if model.ffn is not None else 1)
+            total += 4 * model.width * tokens
+        total += per_layer * tokens * len(model.layers)
+        if model.head == "lm":
+            total += 2 * model.width * (model.vocab or 0) * tokens
+        if model.head == "classify":
+            total += 2 * model.width * model.classes
+        return total
+
+    def cache_bytes(self, tokens: int, dtype: str = "float32") -> int:
+        """Bytes that decoding keeps for one sequence of so many tokens."""
+        if isinstance(self.what, Block):
+            return _cache_bytes(self.what, tokens, dtype)
+        return sum(
+            count * _cache_bytes(block, tokens, dtype)
+            for block, count in Counter(self.what.layers).items()
+        )
+
+    def activation_bytes(self, tokens: int, dtype: str = "float32") -> int:
+        """Bytes of all intermediate results of a forward pass over one sequence.
+
+        A fused attention counts its output and one statistic a row, not its map.
+        """
+        if isinstance(self.what, Block):
+            return _activations(self.what) * tokens * BYTES[dtype]
+        model = self.what
+        total = sum(
+            count * _activations(block) for block, count in Counter(model.layers).items()
+        )
+        each = 2 * model.width  # the two residual sums
+        if model.norm != "none":
+            each += 2 * model.width
+        if model.ffn is not None:
+            each += model.width + (3 if model.ffn.kind == "swiglu" else 2) * model.ffn.hidden
+        total += each * len(model.layers) + model.width
+        total += {"lm": model.vocab or 0, "classify": 0, "none": 0}[model.head]
+        return total * tokens * BYTES[dtype]
+
+
+def cost(what: Block | Model) -> Cost:
+    """Return the costs of a block or model."""
+    return Cost(what)
+
+
+def _size(weight: Weight) -> int:
+    return prod(weight.shape) if weight.learned else 0
+
+
+def _applies(block: Block) -> list[Apply]:
+    flows = [*(each.flow for each in block.streams), block.out]
+    return [node for flow in flows for node in flow_nodes(flow) if isinstance(node, Apply)]
+
+
+def _block_flops(block: Block, tokens: int) -> int:
+    total = tokens * sum(
+        OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
+        for node in _applies(block)
+    )
+    if isinstance(block.mix, Recurrence):
+        return total + tokens * block.heads * _recurrence_flops(block, block.mix)
+    mix = block.mix
+    each = 2 * (block.head_dim + block.value_dim)
+    each += sum(_scalar_ops(expr) for expr in mix_exprs(mix) if expr != mix.mask)
+    return total + each * pairs(mix.mask, tokens, tokens, block.heads)
+
+
+def _scalar_ops(expr: Expr) -> int:
+    return sum(isinstance(node, Binary | Unary | Call) for node in walk(expr))
+
+
+def _recurrence_flops(block: Block, mix: Recurrence) -> int:
+    """Operations per token and head: sizes of all intermediate results, products twice."""
+    dims: dict[str, tuple[int, ...]] = {each.name: each.shape for each in mix.states}
+    for stream in block.streams:
+        shape = stream.shape
+        per_head = shape.dim if shape.heads is not None else shape.dim // block.heads
+        dims[stream.name] = (per_head,) if shape.heads is not None or per_head > 1 else ()
+    total = 0
+    for update in mix.updates:
+        work, made = _expr_flops(update.value, dims)
+        total += work
+        dims[update.name] = made
+    return total
+
+
+def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tuple[int, ...]]:
+    match expr:
+        case Name(id):
+            return 0, dims.get(id, ())
+        case Index():
+            return 0, ()
+        case Binary("@", left, right):
+            (one, a), (two, b) = _expr_flops(left, dims), _expr_flops(right, dims)
+            made = a[:-1] + b[1:]
+            return one + two + 2 * prod(made) * a[-1], made
+        case Call("outer", (left, right)):
+            (one, a), (two, b) = _expr_flops(left, dims), _expr_flops(right, dims)
+            return one + two + prod(a + b), a + b
+        case Call("sum" | "mean" | "norm" | "dot", args):
+            parts = [_expr_flops(arg, dims) for arg in args]
+            return sum(work + 2 * prod(made) for work, made in parts), ()
+        case Binary() | Unary() | Call():
+            inside = [
+                expr.left, expr.right] if isinstance(expr, Binary) else (
+                [expr.operand] if isinstance(expr, Unary) else list(expr.args))  # fmt: skip
+            parts = [_expr_flops(each, dims) for each in inside]
+            made = max((each for _, each in parts), key=len, default=())
+            return sum(work for work, _ in parts) + prod(made), made
+        case _:
+            return 0, ()
+
+
+def _cache_bytes(block: Block, tokens: int, dtype: str) -> int:
+    if isinstance(block.mix, Recurrence):
+        each = max(4, BYTES[dtype])
+        return each * block.heads * sum(prod(state.shape) for state in block.mix.states)
+    mix: Pairwise = block.mix
+    seen = extent(mix.mask)
+    held = tokens
+    if not block.crosses and seen.back is not None:
+        held = min(tokens, seen.prefix + seen.back + 1)
+    total = 0
+    for name in keyed_streams(block):
+        if name == "doc":
+            total += 8
+        else:
+            stream = block.stream(name)
+            assert stream is not None
+            total += stream.shape.features * BYTES[dtype]
+    return total * held
+
+
+def keyed_streams(block: Block) -> tuple[str, ...]:
+    """Return what a cache keeps of each token: k, v, and what expressions index by j."""
+    shapes: dict[str, Shape] = {each.name: each.shape for each in block.streams}
+    read = {
+        node.base.id: None
+        for expr in mix_exprs(block.mix)
+        for node in walk(expr)
+        if isinstance(node, Index) and isinstance(node.base, Name) and Name("j") in node.items
+        if node.base.id in shapes or node.base.id == "doc"
+    }
+    return tuple(dict.fromkeys(["k", "v", *read]))
+
+
+def _activations(block: Block) -> int:
+    """Numbers per token that a forward pass makes."""
+    total = sum(node.shape.features for node in _applies(block))
+    return total + block.heads * (block.value_dim + 1)
