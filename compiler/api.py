@@ -1,9 +1,9 @@
 """The Python door: what `import headloom as hl` offers, on top of the pipeline.
 
-    arch = hl.load("gemma.loom")
-    block = hl.compile(arch, "local", width=512)
-    oracle = hl.reference(arch, "local", width=512)
-    oracle.load_state_dict(block.state_dict())
+arch = hl.load("gemma.loom")
+block = hl.compile(arch, "local", width=512)
+oracle = hl.reference(arch, "local", width=512)
+oracle.load_state_dict(block.state_dict())
 """
 
 from __future__ import annotations
@@ -173,5 +173,3 @@ def explained(what: Block | Model, target: Target) -> Report:
         for each in lowerings(graph)
     ]
     return Report(what, tuple(found), cost(what))
-
-

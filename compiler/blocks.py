@@ -10,27 +10,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..grammar import syntax
-from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
+from ..grammar.diagnostics import Diagnostic, did_you_mean, error
 from ..grammar.expr import FALSE, TRUE, Value, names
-from ..grammar.parse import parse_expression
-from ..grammar.source import Span
-from ..grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, Statement, walk
+from ..grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
 from ..ops import OPS, Shape
 from .flows import Target, elaborate
-from .library import Library, bind, substitute_statement
+from .inheritance import Body
+from .library import Library
 from .masks import extent, sees_itself
 from .mixers import resolve_mixer
 from .model import Apply, Block, Flow, Pairwise, Read, Recurrence, Stream
 from .scalars import resolve, resolve_normalizer
 from .scope import Findings, Scope
 
-SETTINGS = {
-    "width": "", "context_width": "", "heads": "8", "kv_heads": "heads",
-    "head_dim": "width / heads", "value_dim": "head_dim", "source": "x", "q": "", "k": "", "v": "",
-    "position": "none", "similarity": "dot", "scale": "head_dim ** -0.5", "score": "s",
-    "mask": "all", "select": "none", "normalize": "softmax", "weights": "p", "mix": "attend",
-    "out": "o | merge | linear", "dropout": "0", "regularize": "none", "grid": "",
-}  # fmt: skip
 _PAIRWISE_ONLY = ("score", "normalize", "weights", "scale", "dropout")
 _LATER = {"similarity": "dot", "select": "none", "regularize": "none"}
 
@@ -50,11 +42,11 @@ def elaborate_block(
 ) -> Block:
     """Return the checked block that `name` or `name(args)` stands for."""
     findings = Findings()
-    body = _Body(library, call, findings)
+    body = Body(library, call, findings)
     scope = Scope(library, findings)
     _numbers(scope, body, sizes)
     findings.settle()
-    builder = _Builder(scope, body, sizes)
+    builder = _Builder(scope, body)
     block = builder.build()
     findings.settle()
     assert block is not None
@@ -63,89 +55,14 @@ def elaborate_block(
     return block
 
 
-def default_width(body: _Body, scope: Scope) -> int:
+def default_width(body: Body, scope: Scope) -> int:
     """Return the width of a block that stands alone and does not say: heads · head_dim or 64."""
     heads = scope.size(body.get("heads"), "`heads`")
     each = scope.size(body.get("head_dim"), "`head_dim`") if body.has("head_dim") else 64
     return heads * each
 
 
-class _Body:
-    """A block's statements with everything it inherits, the nearest word winning."""
-
-    def __init__(self, library: Library, call: Expr, findings: Findings) -> None:
-        self.settings: dict[str, syntax.Setting] = {}
-        self.lets: dict[str, syntax.Let | syntax.Param] = {}
-        self.block = find_block(library, call)
-        self.span = self.block.span
-        for body in reversed(list(_chain(library, call, []))):
-            self._merge(body, findings, library.lets)
-
-    def _merge(
-        self, body: tuple[Statement, ...], findings: Findings, lets: Mapping[str, Expr]
-    ) -> None:
-        seen: set[str] = set()
-        for statement in body:
-            with findings.guard():
-                name = getattr(statement, "name", "")
-                if name and name in seen:
-                    raise error("L211", f"`{name}` is set twice in one block", statement.span, "",
-                                "keep one of them")  # fmt: skip
-                seen.add(name)
-                statement = substitute_statement(statement, lets)
-                match statement:
-                    case syntax.Setting():
-                        if name not in SETTINGS:
-                            raise error("L202", f"a block has no setting `{name}`", statement.span,
-                                        "", did_you_mean(name, SETTINGS))  # fmt: skip
-                        self.settings[name] = statement
-                    case syntax.Let() | syntax.Param():
-                        self.lets[name] = statement
-                    case syntax.Branch():
-                        raise error("L221", "branches are not available yet", statement.span)
-                    case _:
-                        raise error("L202", "this does not belong in a block", statement.span, "",
-                                    "a block is made of settings, `let`, `param` and `const`")  # fmt: skip
-
-    def has(self, name: str) -> bool:
-        return name in self.settings
-
-    def get(self, name: str) -> Expr:
-        if name in self.settings:
-            return self.settings[name].value
-        return parse_expression(SETTINGS[name])
-
-    def span_of(self, name: str) -> Span:
-        return self.settings[name].value.span if name in self.settings else self.span
-
-
-def find_block(library: Library, call: Expr) -> syntax.Block:
-    """Return the block a name or call means (L218)."""
-    name = call.id if isinstance(call, Name) else getattr(call, "function", None)
-    if not isinstance(call, Name | Call) or name is None:
-        raise error("L218", "this is not a block", call.span, "", "name one, or call it")
-    if name not in library.blocks:
-        have = ", ".join(f"`{each}`" for each in library.blocks) or "none"
-        raise error("L218", f"there is no block `{name}`", call.span, "",
-                    did_you_mean(name, library.blocks, f"this file has {have}"))  # fmt: skip
-    return library.blocks[name]
-
-
-def _chain(library: Library, call: Expr, open_: list[str]) -> Iterator[tuple[Statement, ...]]:
-    """Yield the bodies of a block and its bases, nearest first, parameters in place."""
-    block = find_block(library, call)
-    if block.name in open_:
-        ring = " : ".join([*open_, block.name])
-        raise error("L212", f"`{block.name}` inherits from itself", call.span, ring)
-    values = bind(block.name, block.params, call, call.span)
-    yield tuple(substitute_statement(each, values) for each in block.body)
-    if block.base is not None:
-        result = substitute_statement(syntax.Result(block.base), values)
-        assert isinstance(result, syntax.Result)
-        yield from _chain(library, result.value, [*open_, block.name])
-
-
-def _numbers(scope: Scope, body: _Body, sizes: Sizes) -> None:
+def _numbers(scope: Scope, body: Body, sizes: Sizes) -> None:
     """Fill in the sizes, each of which may read those before it."""
     numbers: dict[str, Value] = scope.numbers
     numbers |= {"layer": sizes.layer, "depth": sizes.depth}
@@ -176,7 +93,7 @@ def _numbers(scope: Scope, body: _Body, sizes: Sizes) -> None:
                     f"use {choice}")  # fmt: skip
 
 
-def _divides_width(scope: Scope, body: _Body) -> None:
+def _divides_width(scope: Scope, body: Body) -> None:
     width, heads = int(scope.numbers["width"]), int(scope.numbers["heads"])
     if width % heads:
         raise error("L205", "`heads` must divide the width", body.span_of("heads"),
@@ -187,7 +104,7 @@ def _divides_width(scope: Scope, body: _Body) -> None:
 class _Builder:
     """Elaborates the parts of one block."""
 
-    def __init__(self, scope: Scope, body: _Body, sizes: Sizes) -> None:
+    def __init__(self, scope: Scope, body: Body) -> None:
         self.scope, self.body = scope, body
         self.numbers = {name: int(value) for name, value in scope.numbers.items()}
         scope.inputs = {
@@ -293,10 +210,10 @@ class _Builder:
                 known = ["attend", *self.scope.library.known("mix")]
                 raise error("L201", f"there is no mixer `{name}`", mix.span, "",
                             did_you_mean(name, known))  # fmt: skip
-            return resolve_mixer(self.scope, definition, mix, self._recurrent_mask(mix))
+            return resolve_mixer(self.scope, definition, mix, self._recurrent_mask())
         return self._pairwise()
 
-    def _recurrent_mask(self, mix: Expr) -> str:
+    def _recurrent_mask(self) -> str:
         mask = resolve(self.scope, self.body.get("mask"), "mask")
         document = Compare((Index(Name("doc"), (Name("i"),)), Index(Name("doc"), (Name("j"),))),
                            ("==",))  # fmt: skip
@@ -315,7 +232,9 @@ class _Builder:
                 scope.shape(name, body.span_of(name))
         keys = self._keys
         scale, dropout = 1.0, 0.0
-        score, mask, weights = Name("s"), TRUE, Name("p")
+        score: Expr = Name("s")
+        mask: Expr = TRUE
+        weights: Expr = Name("p")
         normalize = None
         with scope.findings.guard():
             scale = float(scope.number(body.get("scale"), "`scale`"))
@@ -404,9 +323,7 @@ def mix_exprs(mix: Pairwise | Recurrence) -> tuple[Expr, ...]:
     return (mix.score, mix.mask, mix.normalize.numerator, *below, mix.weights)
 
 
-def _needed(
-    streams: Mapping[str, Stream], mix: Pairwise | Recurrence, out: Flow
-) -> set[str]:
+def _needed(streams: Mapping[str, Stream], mix: Pairwise | Recurrence, out: Flow) -> set[str]:
     """Return the streams that reach the output."""
     roots = {node.id for expr in mix_exprs(mix) for node in walk(expr) if isinstance(node, Name)}
     if isinstance(mix, Pairwise):
@@ -427,7 +344,7 @@ def _needed(
     return needed
 
 
-def _warnings(block: Block, body: _Body) -> Iterator[Diagnostic]:
+def _warnings(block: Block, body: Body) -> Iterator[Diagnostic]:
     used = {each.name for each in block.streams} | {each.name for each in block.tensors}
     for name, let in body.lets.items():
         if name not in used:
@@ -451,6 +368,3 @@ def sees_something(block: Block) -> bool:
     if isinstance(block.mix, Recurrence):
         return True
     return block.mix.mask == TRUE or (not block.crosses and sees_itself(block.mix.mask))
-
-
-__all__ = ["SETTINGS", "LoomError", "Sizes", "elaborate_block", "flow_nodes", "sees_something"]

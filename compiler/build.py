@@ -1,7 +1,7 @@
 """model.Block → graph.Graph: one node for every step of the meaning, nothing fused.
 
-    block { mask = causal }   →   q, k, v, s = similarity(q, k), visible = mask(),
-                                  p = normalize(s, visible), o = combine(p, v), y = …
+block { mask = causal }   →   q, k, v, s = similarity(q, k), visible = mask(),
+                              p = normalize(s, visible), o = combine(p, v), y = …
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ class _Builder:
             own = name if at == len(order) - 1 else f"{name}.{at + 1}"
             self.names.add(own)
             self.nodes.append(
-                Node(own, node.op, inputs, dims_of(node.shape), node.options, node.module,
-                     node.span)  # fmt: skip
+                Node(
+                    own, node.op, inputs, dims_of(node.shape), node.options, node.module, node.span
+                )  # fmt: skip
             )
             made[id(node)] = own
         return name
@@ -135,5 +136,3 @@ class _Builder:
             read[self.given("doc")] = None
         self.add("o", "scan", tuple(read), ("b", self.block.heads, "n", self.block.value_dim),
                  recurrence=mix)  # fmt: skip
-
-

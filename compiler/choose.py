@@ -45,9 +45,7 @@ def choose(graph: Graph, target: Target) -> Graph:
 
 def lowerings(graph: Graph) -> tuple[Lowering, ...]:
     """Return the choices that were made."""
-    return tuple(
-        node.get("lowering") for node in graph.nodes if node.get("lowering") is not None
-    )
+    return tuple(node.get("lowering") for node in graph.nodes if node.get("lowering") is not None)
 
 
 def _chosen(graph: Graph, node: Node, target: Target) -> Node:
@@ -70,8 +68,8 @@ def _attend(graph: Graph, node: Node, target: Target) -> Lowering:
         why_not_triton = "the target is PyTorch alone (`--backend triton` asks for kernels)"
     if why_not_triton is None:
         spec = kernel_spec(graph, node)
-        return Lowering(node.name, "triton", _describe(spec) + "; steps with a cache and calls with "
-                        "positions of their own take the PyTorch text beside it")  # fmt: skip
+        beside = "steps with a cache and calls with positions of their own take the PyTorch text"
+        return Lowering(node.name, "triton", f"{_describe(spec)}; {beside} beside it")
     obstacles.append(("triton", why_not_triton))
     why_not_sdpa = sdpa_obstacle(node)
     if why_not_sdpa is None:

@@ -78,9 +78,7 @@ class Cost:
         if isinstance(self.what, Block):
             return _activations(self.what) * tokens * BYTES[dtype]
         model = self.what
-        total = sum(
-            count * _activations(block) for block, count in Counter(model.layers).items()
-        )
+        total = sum(count * _activations(block) for block, count in Counter(model.layers).items())
         each = 2 * model.width  # the two residual sums
         if model.norm != "none":
             each += 2 * model.width

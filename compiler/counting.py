@@ -21,16 +21,12 @@ from .masks import linear, reads_data
 _CHUNK = 1 << 22  # points evaluated at once
 
 
-
-
 @lru_cache(maxsize=1024)
 def pairs(mask: Expr, n: int, m: int, heads: int = 1) -> int:
     """Return how many (head, query, key) triples are visible; what depends on data counts."""
     mask = _without_data(mask)
     if "h" in names(mask):
-        return sum(
-            pairs(fold(substitute(mask, {"h": number(h)})), n, m) for h in range(heads)
-        )
+        return sum(pairs(fold(substitute(mask, {"h": number(h)})), n, m) for h in range(heads))
     if mask == TRUE:
         return heads * n * m
     if _by_distance(mask):

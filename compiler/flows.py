@@ -56,8 +56,9 @@ def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
     """Return the flow of a pipeline, its submodules named, its final shape checked (L207)."""
     flow = name_modules(_flow(scope, expr, target), target)
     if target.shape is not None and flow.shape != target.shape:
+        label = f"it is {flow.shape}, needed is {target.shape}"
         raise error("L207", f"`{target.name}` does not have the shape that is needed", expr.span,
-                    f"it is {flow.shape}, needed is {target.shape}", _repair(flow.shape, target))  # fmt: skip
+                    label, _repair(flow.shape, target))  # fmt: skip
     return flow
 
 
@@ -75,16 +76,18 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
         case Name(id, span):
             shape = scope.shape(id, span)
             if shape is None:
-                later = f"{LATER[id]} are not available yet" if id in LATER else ""
-                raise error("L221" if later else "L201", later or f"there is no stream `{id}`", span,
-                            "", suggest(id, scope.declared, scope.inputs))  # fmt: skip
+                if id in LATER:
+                    raise error("L221", f"{LATER[id]} are not available yet", span)
+                raise error("L201", f"there is no stream `{id}`", span, "",
+                            suggest(id, scope.declared, scope.inputs))  # fmt: skip
             return Read(id, shape, span)
         case syntax.Pipe(None, _):
             raise error("L208", "this pipeline has no stream to start from", expr.span, "",
                         "begin it with `x` or another stream")  # fmt: skip
         case syntax.Pipe(head, stages):
             assert head is not None
-            return _pipe(scope, _flow(scope, head, replace(target, shape=None)), stages, target)
+            first = _flow(scope, head, replace(target, shape=None))
+            return _pipe(scope, first, stages, target)
         case syntax.Attribute(Name("previous")):
             raise error("L221", "streams of the layer below are not available yet", expr.span)
         case Unary() | Binary() | Compare() | Call():
@@ -135,8 +138,10 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
         wanted[at - 1] = None if out is None else step.op.needs(out, shapes, options)
     for step, out in zip(steps, wanted, strict=True):
         given = head.shape
-        if step.op.name == "split" and step.options["heads"] is None and (
-            out is None or out.heads is None
+        if (
+            step.op.name == "split"
+            and step.options["heads"] is None
+            and (out is None or out.heads is None)
         ):
             step.options["heads"] = scope.numbers["heads"]
         options = step.op.complete(dict(step.options), given, out)
@@ -210,8 +215,7 @@ def _exactly(stage: Expr, args: tuple[Expr, ...], count: int) -> tuple[Expr, ...
 
 def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Stage:
     params = tuple(
-        syntax.Parameter(each.name, None if each.required else Name("none"))
-        for each in op.options
+        syntax.Parameter(each.name, None if each.required else Name("none")) for each in op.options
     )
     values = bind(op.name, params, stage, stage.span)
     options: dict[str, Any] = {}

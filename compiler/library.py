@@ -67,8 +67,8 @@ def bind(
     names = [param.name for param in params]
     takes = f"it takes {', '.join(f'`{name}`' for name in names)}" if names else "it takes none"
     if len(args) > len(params):
-        label = f"{len(args)} given"
-        raise error("L209", f"too many arguments for `{what}`", args[len(params)].span, label, takes)
+        raise error("L209", f"too many arguments for `{what}`", args[len(params)].span,
+                    f"{len(args)} given", takes)  # fmt: skip
     values = dict(zip(names, args, strict=False))
     for keyword in keywords:
         if keyword.name not in names:
@@ -100,3 +100,16 @@ def substitute_statement(statement: Statement, values: Mapping[str, Expr]) -> St
             return replace(
                 statement, body=tuple(substitute_statement(each, values) for each in body)
             )
+
+
+def statement_exprs(statement: Statement) -> tuple[Expr, ...]:
+    """Return every expression that stands directly in a statement."""
+    match statement:
+        case syntax.Setting() | syntax.Let() | syntax.Update():
+            return (statement.value,)
+        case syntax.Param() | syntax.State():
+            return (*statement.dims, statement.init)
+        case syntax.Result(value, where):
+            return (value,) if where is None else (value, where)
+        case syntax.Branch(_, body):
+            return tuple(expr for each in body for expr in statement_exprs(each))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, floor, inf
+
 from ..grammar.expr import TRUE, fold, number, rebuild, substitute
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, walk
 from ..kernels.spec import Reach
@@ -97,7 +98,7 @@ def _comparison(op: str, left: Expr, right: Expr) -> Extent:
         low = float(ceil(c / cj))
         return Extent(low=low, ahead=-low)
     if ci == 0 and cj > 0:  # j <= -c / cj
-        return Extent(prefix=max(0, int(floor(-c / cj)) + 1), low=inf, high=-inf)
+        return Extent(prefix=max(0, floor(-c / cj) + 1), low=inf, high=-inf)
     return Extent()
 
 
@@ -155,6 +156,4 @@ def reads_data(expr: Expr) -> bool:
 
 def reads(expr: Expr, tensor: str) -> bool:
     """Say whether an expression indexes a stream or tensor of this name."""
-    return any(
-        isinstance(node, Index) and node.base == Name(tensor) for node in walk(expr)
-    )
+    return any(isinstance(node, Index) and node.base == Name(tensor) for node in walk(expr))

@@ -68,9 +68,7 @@ def _update(visitor: _Mixer, update: syntax.Update) -> Update:
     return Update(update.name, fold(value))
 
 
-def _only_adds(
-    definition: Definition, updates: list[Update], states: set[str], call: Expr
-) -> None:
+def _only_adds(definition: Definition, updates: list[Update], states: set[str], call: Expr) -> None:
     for update in updates:
         match update.value:
             case Binary("+", Name(a), rest) | Binary("+", rest, Name(a)) if (
@@ -103,9 +101,7 @@ class _Mixer:
                 return Binary(op, a, b, expr.span), self._together(expr, one, two)
             case Compare(operands, ops):
                 sides = [self.visit(each) for each in operands]
-                dims: Dims = ()
-                for _, each in sides:
-                    dims = self._together(expr, dims, each)
+                dims = self._all_together(expr, [each for _, each in sides])
                 return Compare(tuple(each for each, _ in sides), ops, expr.span), dims
             case Call():
                 return self._call(expr)
@@ -160,6 +156,12 @@ class _Mixer:
         raise error("L216", "these shapes do not go together", expr.span,
                     f"{list(one)} and {list(two)}")  # fmt: skip
 
+    def _all_together(self, expr: Expr, shapes: list[Dims]) -> Dims:
+        dims: Dims = ()
+        for each in shapes:
+            dims = self._together(expr, dims, each)
+        return dims
+
     def _contract(self, expr: Expr, left: Expr, right: Expr) -> tuple[Expr, Dims]:
         (a, one), (b, two) = self.visit(left), self.visit(right)
         if not one or not two or one[-1] != two[0]:
@@ -188,9 +190,4 @@ class _Mixer:
                 raise error("L216", f"`{name}` takes two vectors", expr.span,
                             " and ".join(str(list(dims)) for dims in shapes))  # fmt: skip
             return done, () if name == "dot" else shapes[0] + shapes[1]
-        dims: Dims = ()
-        for each in shapes:
-            dims = self._together(expr, dims, each)
-        return done, dims
-
-
+        return done, self._all_together(expr, shapes)

@@ -1,6 +1,6 @@
 """Models: layers as a list of blocks, and what stands around them.
 
-    layers = ([local] * 5 + [global]) * 2      → twelve blocks, in order
+layers = ([local] * 5 + [global]) * 2      → twelve blocks, in order
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..grammar.expr import substitute
 from ..grammar.parse import parse_expression
 from ..grammar.syntax import Binary, Call, Expr, ListOf, Name
 from .blocks import Sizes, elaborate_block
-from .library import Library, bind
+from .library import Library, bind, statement_exprs
 from .model import Block, FeedForward, Model
 from .scope import Findings, Scope
 
@@ -82,7 +82,8 @@ class _Reader:
         self.findings.settle()
         width = self.scope.size(self.get("width"), "`width`")
         self.scope.numbers["width"] = width
-        vocab, layers, ffn = None, (), None
+        vocab, ffn = None, None
+        layers: tuple[Block, ...] = ()
         positions, classes, dropout = 0, 0, 0.0
         norm = embed_position = head = "none"
         tie = False
@@ -176,10 +177,11 @@ class _Reader:
             raise error("L203", "a model needs at least one layer", self.get("layers").span)
         made: dict[Expr, Block] = {}
         blocks: list[Block] = []
+        reads_layer = self._reads_layer()
         for at, call in enumerate(calls):
             with self.findings.guard():
                 block = made.get(call)
-                if block is None or self._reads_layer(call):
+                if block is None or reads_layer:
                     quiet = warnings if block is None else None
                     block = elaborate_block(
                         self.library, call, Sizes(width, None, at, len(calls)), quiet
@@ -188,14 +190,26 @@ class _Reader:
                 blocks.append(block)
         return tuple(blocks)
 
-    def _reads_layer(self, call: Expr) -> bool:
+    def _reads_layer(self) -> bool:
         """Whether any text of the file reads `layer`; then every layer is elaborated anew."""
+        library = self.library
+        holders: list[syntax.Block | syntax.Definition] = [
+            *library.blocks.values(),
+            *library.definitions.values(),
+        ]
+        defaults = [each.default for holder in holders for each in holder.params]
+        bases = [each.base for each in library.blocks.values()]
+        exprs = [
+            expr
+            for holder in holders
+            for statement in holder.body
+            for expr in statement_exprs(statement)
+        ]
         return any(
             isinstance(node, Name) and node.id == "layer"
-            for block in self.library.blocks.values()
-            for statement in block.body
-            if (value := getattr(statement, "value", getattr(statement, "init", None))) is not None
-            for node in syntax.walk(value)
+            for expr in (*exprs, *defaults, *bases, *library.lets.values(), self.get("layers"))
+            if expr is not None
+            for node in syntax.walk(expr)
         )
 
     def _list(self, expr: Expr) -> list[Expr]:

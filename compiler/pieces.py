@@ -50,9 +50,8 @@ def rope_angles(
     x: Tensor, positions: Tensor, turned: int, theta: float, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin [(b, 1,) n, r/2] for positions [n] or [b, n]."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    power = torch.arange(0, turned, 2, dtype=exact, device=x.device) / turned
-    angle = (positions.to(exact) / scaling)[..., None] * theta**-power
+    power = torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned
+    angle = (positions.to(torch.float64) / scaling)[..., None] * theta**-power
     if positions.ndim == 2 and x.ndim == 4:
         angle = angle[:, None]
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -60,7 +59,8 @@ def rope_angles(
 
 def l2_norm(x: Tensor, eps: float) -> Tensor:
     """Scale the last dimension of x to length one."""
-    return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (exact * (exact.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
 def sinusoidal(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,10 @@
 """The road from a checked block to a module, in order, stoppable after every stage.
 
-    text ─parse→ File ─check→ Architecture ─build→ Graph ─PASSES→ Graph ─emit→ Code ─load→ Module
+text ─parse→ File ─check→ Architecture ─build→ Graph ─PASSES→ Graph ─emit→ Code ─load→ Module
 
-    graph = lower(block, Target("torch"))
-    code = generate(block, Target("torch"))
-    module = load(code)()
+graph = lower(block, Target("torch"))
+code = generate(block, Target("torch"))
+module = load(code)()
 """
 
 from __future__ import annotations

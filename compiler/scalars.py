@@ -162,13 +162,13 @@ class _Resolver:
     def _stream_axes(self, expr: Index, name: str, items: tuple[Expr, ...]) -> tuple[str, ...]:
         shape = self.scope.shape(name, expr.base.span)
         if shape is None:
+            help = suggest(name, self.scope.declared, self.scope.tensors, ["doc"])
             raise error("L201", f"there is no stream or tensor `{name}`", expr.base.span,
-                        _elsewhere(self.scope, name),
-                        suggest(name, self.scope.declared, self.scope.tensors, ["doc"]))  # fmt: skip
+                        _elsewhere(self.scope, name), help)  # fmt: skip
         axes = ("token", "any") if shape.heads is None else ("any", "token", "any")
         if shape.dim > 1 and len(items) == len(axes) - 1:
-            raise error("L214", f"`{name}` has {len(axes)} dimensions", expr.span,
-                        f"it is {shape}", "index each of them, the tokens with `i` or `j`")  # fmt: skip
+            raise error("L214", f"`{name}` has {len(axes)} dimensions", expr.span, f"it is {shape}",
+                        "index each of them, the tokens with `i` or `j`")  # fmt: skip
         return axes
 
     def _token(self, name: str, item: Expr) -> None:

@@ -171,7 +171,10 @@ class Scope:
             self._open.pop()
 
 
-RESERVED = frozenset("x context o s p i j h n m seen sum tau doc row col true false".split())
+RESERVED = frozenset((
+    "x", "context", "o", "s", "p", "i", "j", "h", "n", "m", "seen", "sum", "tau", "doc", "row",
+    "col", "true", "false",
+))  # fmt: skip
 
 
 def suggest(name: str, *known: Iterable[str]) -> str:

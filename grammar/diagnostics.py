@@ -78,11 +78,9 @@ class Diagnostic:
 
 def _window(text: str, column: int, room: int = 100) -> tuple[str, int]:
     """Cut a very long line down to the part around a column; tabs become single spaces."""
-    text = "".join(char if char.isprintable() else " " for char in text)
-    if len(text) <= room:
-        return text, column
     start = max(0, min(column - 1 - room // 2, len(text) - room))
-    return text[start : start + room], column - start
+    shown = text[start : start + room]
+    return "".join(char if char.isprintable() else " " for char in shown), column - start
 
 
 class LoomError(Exception):

@@ -1,8 +1,8 @@
 """The tree as text again: canonical Loom, canonical YAML, and single expressions.
 
     block local {               one setting a line, `=` aligned among neighbours
-      heads    = 8
-      mask     = causal and window(256)
+      heads = 8
+      mask  = causal and window(256)
     }
 
 What is read back is the same tree with the same comments, and formatting it once more

@@ -39,7 +39,7 @@ from . import syntax
 from .comments import Extent, Found, place
 from .comments import Node as SyntaxNode
 from .diagnostics import Diagnostic, LoomError, did_you_mean
-from .parse import MAX_DEPTH, Part, check_size, parse_piece
+from .parse import MAX_DEPTH, MAX_REPORTED, Part, check_size, parse_piece
 from .source import Source, Span
 from .yaml_tree import Mapping, Node, Scalar, Sequence, load
 
@@ -73,7 +73,7 @@ def parse_yaml(text: str | Source, name: str = "<text>") -> syntax.File:
     reader = _Reader(source, document.comments, list(document.problems))
     items = reader.items(document.root)
     if reader.problems:
-        raise LoomError(sorted(reader.problems, key=lambda each: each.span.start))
+        raise reader.failure()
     file = syntax.File(items, span=Span(source, 0, len(source.text)))
     return place(file, document.comments, lambda node: reader.extents[id(node)])
 
@@ -88,6 +88,9 @@ class _Reader:
         self.extents: dict[int, Extent] = {}  # of the nodes made so far, by their identity
         self._source = source
         self._comments = comments
+
+    def failure(self) -> LoomError:
+        return LoomError(sorted(self.problems, key=lambda each: each.span.start)[:MAX_REPORTED])
 
     # the file
 
@@ -241,7 +244,7 @@ class _Reader:
         try:
             parsed: T = parse_piece(scalar.piece, part)
         except LoomError as problem:
-            self.problems += problem.diagnostics
+            self._found(*problem.diagnostics)
             return otherwise
         return parsed
 
@@ -301,7 +304,12 @@ class _Reader:
 
     def _add(self, code: str, message: str, node: Node, label: str = "", help: str = "") -> None:
         span = Span(self._source, node.start, max(node.end, node.start + 1))
-        self.problems.append(Diagnostic(code, message, span, label, help))
+        self._found(Diagnostic(code, message, span, label, help))
+
+    def _found(self, *diagnostics: Diagnostic) -> None:
+        self.problems += diagnostics
+        if len(self.problems) >= MAX_REPORTED:
+            raise self.failure()
 
 
 def _key(entry: Scalar | Entry) -> str:

@@ -40,7 +40,7 @@ MAX_BYTES = 1 << 18
 MAX_DEPTH = 64
 MAX_BRANCHES = 16  # so that the YAML form, three levels a branch, stays within MAX_DEPTH
 _MAX_BRACKETS = 4 * MAX_DEPTH  # parentheses are no level of the tree, but cost time
-_MAX_REPORTED = 20
+MAX_REPORTED = 20
 _RECOVERABLE = MAX_BYTES // 8  # reading a larger text again and again would take too long
 _SUFFIX = {"K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -86,7 +86,7 @@ def _all_problems(problem: UnexpectedInput, whole: Piece) -> list[Diagnostic]:
         if not found or not (ended or _repeats(diagnostic, found)):
             found.append(diagnostic)
         text, changed = without_statement(text, diagnostic.span.start)
-        if ended or not changed or len(found) >= _MAX_REPORTED or len(text) > _RECOVERABLE:
+        if ended or not changed or len(found) >= MAX_REPORTED or len(text) > _RECOVERABLE:
             return found
         try:
             _build(replace(whole, text=text), "start")
@@ -141,7 +141,8 @@ def _build(piece: Piece, start: str) -> Any:
         raise problem.orig_exc from None
     except _TooDeep as problem:
         label = f"more than {_MAX_BRACKETS} open brackets"
-        span = piece.span(problem.start, problem.start + 1)
+        at = problem.args[0].start_pos
+        span = piece.span(at, at + 1)
         raise error("L103", "this is nested too deeply", span, label) from None
 
 
@@ -159,9 +160,7 @@ def _lark() -> Lark:
 
 
 class _TooDeep(Exception):
-    def __init__(self, start: int) -> None:
-        super().__init__(start)
-        self.start = start
+    """Its argument is the bracket that is one too many."""
 
 
 class _LineEnds:
@@ -187,7 +186,7 @@ class _LineEnds:
             if token.type in ("LPAR", "LSQB"):
                 depth += 1
                 if depth > _MAX_BRACKETS:
-                    raise _TooDeep(token.start_pos or 0)
+                    raise _TooDeep(token)
             elif token.type in ("RPAR", "RSQB"):
                 depth = max(0, depth - 1)
             last = token.type

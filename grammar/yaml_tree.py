@@ -17,7 +17,7 @@ import yaml
 
 from .comments import Found
 from .diagnostics import Diagnostic, LoomError, error
-from .parse import MAX_DEPTH
+from .parse import MAX_DEPTH, MAX_REPORTED
 from .source import Piece, Source, Span
 
 _COMMENT = re.compile(r"#[^\n\r\x85\u2028\u2029]*")
@@ -165,7 +165,7 @@ class _Builder:
     def _find_twice(self, keys: list[Scalar]) -> None:
         seen: dict[str, Scalar] = {}
         for key in keys:
-            if first := seen.get(key.text):
+            if (first := seen.get(key.text)) and len(self.problems) < MAX_REPORTED:
                 line, _ = self.source.position(first.start)
                 help = "to write statements in any order, use a list of mappings"
                 span = Span(self.source, key.start, key.end)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, children
 from .render import IMPORTS, render, skeleton_text
@@ -118,7 +119,7 @@ def _kinds(spec: Attend) -> dict[str, str]:
     return found
 
 
-def _work(job: dict[str, object]) -> list[dict[str, object]]:
+def _work(job: dict[str, object]) -> list[dict[str, Any]]:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     done = subprocess.run(
@@ -131,5 +132,5 @@ def _work(job: dict[str, object]) -> list[dict[str, object]]:
     )
     if done.returncode:
         raise RuntimeError(f"ahead-of-time compilation failed:\n{done.stderr[-4000:]}")
-    rows: list[dict[str, object]] = json.loads(done.stdout.splitlines()[-1])
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows

@@ -56,6 +56,9 @@ def calls(attend: Any, job: dict[str, Any]) -> list[Any]:
 
 def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Return the types, constants and alignments of a launch, as the just-in-time path would."""
+    known = {param.name for param in kernel.params} | {"num_warps", "num_stages"}
+    if unknown := set(arguments) - known:  # the interpreter drops these, a GPU launch does not
+        raise TypeError(f"{kernel.__name__} takes no {', '.join(sorted(unknown))}")
     types: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     aligned: dict[Any, Any] = {}

@@ -9,7 +9,6 @@ and triton. One `Pairwise` holds what is particular to one attention and registe
 """
 
 import torch
-import triton
 
 from .pairwise import pairwise_forward
 from .pairwise_backward import pairwise_backward_key, pairwise_backward_query, pairwise_delta
@@ -23,7 +22,7 @@ Call = tuple[object, int, dict[str, object]]  # kernel, number of programs, argu
 # None of these spills registers or overflows shared memory, from sm_80 on (`aot` checks it).
 FORWARD_TILES: Tiles = {
     2: {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
-    4: {32: (64, 32, 4, 1), 64: (64, 16, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
+    4: {32: (64, 32, 4, 1), 64: (64, 16, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
 }
 QUERY_TILES: Tiles = {
     2: {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
@@ -76,7 +75,7 @@ class Pairwise:
         columns: dict[str, str],
     ) -> None:
         self.name, self.scale, self.hooks, self.tensors = name, scale, hooks, tensors
-        self.reach = {"BACK": back, "AHEAD": ahead, "PREFIX": prefix}
+        self.reach: dict[str, object] = {"BACK": back, "AHEAD": ahead, "PREFIX": prefix}
         self.counts_seen, self.rows, self.columns = counts_seen, rows, columns
         self.op = self._registered()
 
@@ -143,14 +142,15 @@ class Pairwise:
         tensors: tuple[torch.Tensor, ...],
     ) -> dict[str, object]:
         (_, heads, n, d), (_, kv_heads, m, dv) = q.shape, v.shape
-        return {
+        arguments: dict[str, object] = {
             "Q": q, "K": k, "V": v,
             "Stat": stats[0], "Seen": stats[1] if self.counts_seen else None,
             "T": tuple(each.contiguous() for each in tensors),
             "q_strides": q.stride()[:3], "k_strides": k.stride()[:3], "v_strides": v.stride()[:3],
             "n": n, "m": m, "H": heads, "G": heads // kv_heads,
             "D": d, "DV": dv, "DP": padded(d), "DVP": padded(dv), "SCALE": self.scale,
-        } | self.reach  # fmt: skip
+        }  # fmt: skip
+        return arguments | self.reach
 
     def _hooks(self, *roles: str, backward: bool) -> dict[str, object]:
         roles += ("score", "mask", "numerator", "denominator")
@@ -171,7 +171,7 @@ class Pairwise:
         return o.to(dtype), stats
 
     def forward_fake(
-        self, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: torch.Tensor
+        self, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_tensors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, heads, n, _ = q.shape
         # [b, heads, n, dv], laid out as [b, n, heads, dv], which merging heads reads for free
@@ -231,7 +231,7 @@ class Pairwise:
             if list(each.shape) != expected:
                 raise ValueError(f"{name} is {list(each.shape)}, not {expected}")
 
-    def _registered(self) -> torch._ops.OpOverload:
+    def _registered(self) -> object:
         """Register both operators, once per name: the name is a hash of this very text."""
         space, name = self.name.split("::")
         if hasattr(getattr(torch.ops, space), name):
@@ -266,7 +266,7 @@ class Pairwise:
         def gradient(
             ctx: torch.autograd.function.FunctionCtx, do: torch.Tensor, _: torch.Tensor
         ) -> tuple[torch.Tensor | None, ...]:
-            dq, dk, dv, *sums = backward._opoverload(do, *ctx.saved_tensors)
+            dq, dk, dv, *sums = backward._opoverload(do, *ctx.saved_tensors)  # type: ignore[attr-defined]
             of_tensors: list[torch.Tensor | None] = [None] * len(places)
             for at, each in zip(learned, sums, strict=True):
                 of_tensors[at] = each
@@ -285,11 +285,11 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 def _programs(x: torch.Tensor, block: int) -> int:
     """One program for each batch element, head and tile of `block` rows."""
-    return x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], block)
+    return x.shape[0] * x.shape[1] * -(-x.shape[2] // block)
 
 
 def _launch(calls: list[Call], like: torch.Tensor) -> None:
     """Run the kernels on the device that holds the tensors."""
-    with torch.cuda.device_of(like):
+    with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
         for kernel, programs, arguments in calls:
             kernel[(programs,)](**arguments)  # type: ignore[index]

@@ -43,12 +43,8 @@ def load_rows(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """X[b, h, start : start + BLOCK] as [BLOCK, PADDED], zero beyond `count` and WIDTH."""
-    base = (
-        X
-        + b * strides[0]
-        + tl.cast(h, tl.int64) * strides[1]
-        + tl.cast(start, tl.int64) * strides[2]
-    )
+    base = X + b * strides[0] + tl.cast(h, tl.int64) * strides[1]
+    base += tl.cast(start, tl.int64) * strides[2]
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, PADDED)[None, :]
     inside = start + row < count
@@ -63,12 +59,8 @@ def store_rows(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """X[b, h, start : start + BLOCK] = x, inside `count` and WIDTH."""
-    base = (
-        X
-        + b * strides[0]
-        + tl.cast(h, tl.int64) * strides[1]
-        + tl.cast(start, tl.int64) * strides[2]
-    )
+    base = X + b * strides[0] + tl.cast(h, tl.int64) * strides[1]
+    base += tl.cast(start, tl.int64) * strides[2]
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, PADDED)[None, :]
     inside = start + row < count

@@ -91,14 +91,10 @@ def reads(expr: Expr, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, Index |
     for node in walk(expr):
         match node:
             case Index(Name(name)) if name in known:
-                read = (known[name], node)
+                found.append((known[name], node))
             case Name(name) if name in known and not known[name].shape:
-                read = (known[name], node)
-            case _:
-                continue
-        if read not in found:
-            found.append(read)
-    return found
+                found.append((known[name], node))
+    return list(dict.fromkeys(found))
 
 
 def index_names(read: Index | Name) -> tuple[str, ...]:

@@ -1,12 +1,12 @@
 """One attention as PyTorch text: the method `attend`, and what the forward pass hands it.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        s = (q @ k.mT) * 0.125  # [b, 8, n, m]
-        s = 50 * torch.tanh(s / 50)
-        visible = (j <= i) & ((i - j).abs() < 256)
-        p = s.masked_fill(~visible, torch.finfo(s.dtype).min).softmax(-1)
-        p = p.masked_fill(~visible, 0)
-        return p.to(v.dtype) @ v
+def attend(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    s = (q @ k.mT) * 0.125  # [b, 8, n, m]
+    s = 50 * torch.tanh(s / 50)
+    visible = (j <= i) & ((i - j).abs() < 256)
+    p = s.masked_fill(~visible, torch.finfo(s.dtype).min).softmax(-1)
+    p = p.masked_fill(~visible, 0)
+    return p.to(v.dtype) @ v
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ...grammar.dialect import write
 from ...grammar.expr import TRUE, names
 from ...grammar.syntax import Compare, Expr, Index, Name, Number, walk
 from ..blocks import sees_something
-from ..choose import Lowering
+from ..choose import Lowering, sdpa_obstacle
 from ..graph import Graph, Node
 from ..model import Normalizer
 from ..normalizers import Exponential, exponential
-from .text import LIMIT, ident
+from .text import LIMIT, atomic, call, ident
 
 CAUSAL = Compare((Name("j"), Name("i")), ("<=",))
 
@@ -51,7 +51,7 @@ def operands(graph: Graph, node: Node) -> tuple[Operand, ...]:
 
 
 def _token(read: Index) -> str:
-    return next(item.id for item in read.items if item in (Name("i"), Name("j")))  # type: ignore[union-attr]
+    return next(item.id for item in read.items if item in (Name("i"), Name("j")))
 
 
 def _exprs(node: Node) -> tuple[Expr, ...]:
@@ -99,8 +99,6 @@ def method(graph: Graph, node: Node) -> list[str]:
 
 def sdpa_fits(node: Node, lowering: Lowering) -> bool:
     """The text beside a kernel is scaled_dot_product_attention too where that says it."""
-    from ..choose import sdpa_obstacle
-
     return lowering.path == "sdpa" or (lowering.path == "triton" and sdpa_obstacle(node) is None)
 
 
@@ -168,8 +166,6 @@ class _Writer:
         """Return a text with what is not visible replaced."""
         if self.mask == TRUE:
             return text
-        from .text import atomic
-
         return f"{atomic(text)}.masked_fill(~visible, {by})"
 
     def _normalize(self) -> None:
@@ -264,8 +260,6 @@ class _Writer:
 
 def sdpa_call(graph: Graph, node: Node, args: list[str], head: str) -> list[str]:
     """Return a call of scaled_dot_product_attention with what the node needs beyond `args`."""
-    from .text import call
-
     block = graph.block
     args = list(args)
     if node.get("rate"):

@@ -174,11 +174,15 @@ class _Writer:
             if self._needs_places:
                 lines.append("given = positions")
         if self._needs_places:
-            lines += ["if positions is None:",
-                      "    start = 0 if cache is None else cache.length",
-                      "    positions = torch.arange(start, start + n, device=x.device)"]  # fmt: skip
+            lines += [
+                "if positions is None:",
+                "    start = 0 if cache is None else cache.length",
+                "    positions = torch.arange(start, start + n, device=x.device)",
+            ]
         if self._reads_doc:
-            lines += ["doc = x.new_zeros(b, n, dtype=torch.int64) if segments is None else segments"]
+            lines += [
+                "doc = x.new_zeros(b, n, dtype=torch.int64) if segments is None else segments",
+            ]
         return lines
 
     @property
@@ -273,9 +277,7 @@ class _Writer:
         if self.kernel:
             rest = [self._kernel_operand(name) for name in self.attention.inputs[3:]]
             return call(f"o = {self.kernel}", [q, k, v, *rest])
-        return attend.sdpa_call(
-            self.graph, self.attention, [q, k, v, "is_causal=True"], "o = "
-        )
+        return attend.sdpa_call(self.graph, self.attention, [q, k, v, "is_causal=True"], "o = ")
 
     def _kernel_operand(self, name: str) -> str:
         return f"self.{name}" if self.graph.node(name).op == "tensor" else ident(name)
@@ -285,8 +287,11 @@ class _Writer:
         assert self.attention is not None
         if not extent(self.attention.get("mask")).causal:
             lines = ["places = positions"] if places else []
-            return [*lines, "if cache is not None:",
-                    '    raise ValueError("this block cannot decode: a query sees later keys")']  # fmt: skip
+            return [
+                *lines,
+                "if cache is not None:",
+                '    raise ValueError("this block cannot decode: a query sees later keys")',
+            ]
         given = "given" if self._needs_places else "positions"
         names, values = [], []
         for name in self.keyed:
@@ -366,10 +371,10 @@ def _tensor(weight: Weight) -> list[str]:
     init = weight.init
     assert not isinstance(init, str)
     if isinstance(init, Number | Unary) and not _count(init, Name("h")):
-        value = write(init, "torch", lambda leaf: "")
+        value = write(init, "torch", str)
         text = f"torch.full(({sizes}{',' if len(weight.shape) == 1 else ''}), float({value}))"
     elif isinstance(init, Call) and init.function == "normal":
-        deviation = write(init.args[0], "torch", lambda leaf: "")
+        deviation = write(init.args[0], "torch", str)
         text = f"torch.randn({sizes or '()'}) * {deviation}"
     else:
         rest = f".view(-1{', 1' * (len(weight.shape) - 1)})" if len(weight.shape) > 1 else ""
@@ -385,5 +390,3 @@ def _tensor(weight: Weight) -> list[str]:
 def _refuses(head: str, why: str) -> list[str]:
     return [head, f'    """Raise `ValueError`: {why}."""',
             f'    raise ValueError("this block cannot decode: {why}")']  # fmt: skip
-
-

@@ -1,9 +1,9 @@
 """A recurrence as PyTorch text: a loop over the tokens, statement by statement.
 
-    for step in range(n):
-        S = alpha[:, :, step, None, None] * S + k_[..., :, None] * v_[..., None, :]
-        outputs.append((q_[..., None, :] @ S).squeeze(-2))
-    o = torch.stack(outputs, dim=2)
+for step in range(n):
+    S = alpha[:, :, step, None, None] * S + k_[..., :, None] * v_[..., None, :]
+    outputs.append((q_[..., None, :] @ S).squeeze(-2))
+o = torch.stack(outputs, dim=2)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...grammar.dialect import write
+from ...grammar.expr import substitute
 from ...grammar.syntax import (
     Binary,
     Call,
@@ -124,7 +125,7 @@ def initial_states(graph: Graph, node: Node) -> list[str]:
     for each in mix.states:
         assert isinstance(each.init, Number | Unary)
         sizes = "".join(f", {size}" for size in each.shape)
-        value = write(each.init, "torch", lambda leaf: "")
+        value = write(each.init, "torch", str)
         lines.append(
             f"{ident(each.name)}=torch.full((batch, {graph.block.heads}{sizes}), {value}, "
             "dtype=dtype, device=device),"
@@ -234,8 +235,6 @@ def _token_of(name: str) -> str:
 
 def _renamed(known: _Ranks, expr: Expr, renamed: dict[str, str]) -> str:
     """Write an expression in which streams are those of the current token."""
-    from ...grammar.expr import substitute
-
     values = {name: Name(new) for name, new in renamed.items()}
     ranks = dict(known.known) | {new: known.known[name] for name, new in renamed.items()}
     inner = _Ranks(known.graph, ranks)

@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 
 LIMIT = 96
-_OURS = frozenset(
-    "self x b n m i j h s p f F nn math torch triton tl Tensor context segments positions cache "
-    "context_positions start visible seen step width rows added outputs plain wide weight".split()
-)
+_OURS = frozenset((
+    "self", "x", "b", "n", "m", "i", "j", "h", "s", "p", "f", "F", "nn", "math", "torch", "triton",
+    "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
+    "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
+))  # fmt: skip
 
 
 def ident(name: str) -> str:
@@ -82,9 +83,7 @@ def needed_pieces(text: str) -> list[str]:
     wanted: set[str] = set()
     queue = [text]
     while queue:
-        used = {
-            node.id for node in ast.walk(ast.parse(queue.pop())) if isinstance(node, ast.Name)
-        }
+        used = {node.id for node in ast.walk(ast.parse(queue.pop())) if isinstance(node, ast.Name)}
         new = (used & pieces().keys()) - wanted
         wanted |= new
         queue.extend(pieces()[name] for name in new)

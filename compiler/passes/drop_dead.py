@@ -1,6 +1,6 @@
 """Remove what does not reach the output.
 
-    g = sigmoid(g.1)        (nobody reads g)   →   nothing
+g = sigmoid(g.1)        (nobody reads g)   →   nothing
 """
 
 from __future__ import annotations

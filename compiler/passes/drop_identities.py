@@ -1,8 +1,8 @@
 """Remove steps that change nothing.
 
-    s.1 = score(s, expr=s)                 p.1 = weights(p, visible, expr=p)
-    p = normalize(s.1, visible)      →     p = normalize(s, visible)
-    o = combine(p.1, v)                    o = combine(p, v)
+s.1 = score(s, expr=s)                 p.1 = weights(p, visible, expr=p)
+p = normalize(s.1, visible)      →     p = normalize(s, visible)
+o = combine(p.1, v)                    o = combine(p, v)
 """
 
 from __future__ import annotations

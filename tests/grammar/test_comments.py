@@ -108,7 +108,7 @@ def test_no_comment_of_yaml_is_lost(text):
     assert format_yaml(parse_yaml(formatted)) == formatted
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=30)
 @given(files())
 def test_comments_pass_from_form_to_form(file):
     count = len(re.findall("#", format_loom(file)))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from .strategies import everything, expressions, files
 
-quiet = settings(derandomize=True, deadline=None, max_examples=150)
+quiet = settings(derandomize=True, deadline=None, max_examples=80)
 
 
 @quiet

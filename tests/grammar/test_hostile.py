@@ -66,7 +66,7 @@ def test_any_bytes(tmp_path_factory, content):
 )  # fmt: skip
 def test_huge_texts_are_answered_soon(text):
     start = time.monotonic()
-    for whole in (f"let a = {text}", f"mask a {{ {text} }}", text):
+    for whole in (f"let a = {text}", text):
         attempt(parse, whole)
     assert time.monotonic() - start < SOON
 

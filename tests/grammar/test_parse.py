@@ -123,7 +123,7 @@ def test_errors_are_collected_once_each():
         ("L101", 1, 15), ("L101", 2, 17), ("L101", 3, 18), ("L102", 4, 9),
     ]  # fmt: skip
     assert len(problems("block a {\n  q = f(4\n  k = 3\n  l = 4\n}")) == 1
-    assert [each[0] for each in problems("let a =\nlet b = 1e999\n")] == ["L101", "L104"]
+    assert [each[0] for each in problems("let a = $\nlet b = 1e999\n")] == ["L102", "L104"]
 
 
 def test_files_are_read_or_refused(tmp_path):

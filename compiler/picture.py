@@ -1,0 +1,88 @@
+"""Pictures in text: a mask as blocks, a graph as lines.
+
+    i ▏█             each row is a query, each column a key
+      ▏██            █ visible, · not; two rows share a line of text as ▀ and ▄
+"""
+
+from __future__ import annotations
+
+from ..grammar.expr import TRUE
+from ..grammar.show import show
+from ..grammar.syntax import Expr
+from .graph import Graph, Node
+from .model import Block, Pairwise
+from .normalizers import exponential
+
+_HALVES = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
+
+
+def mask_picture(block: Block, tokens: int = 32) -> list[str]:
+    """Return the mask of head 0 as lines of text; [] for a recurrence or a mask of streams."""
+    import torch
+
+    from .verify_masks import visible_pairs
+
+    if not isinstance(block.mix, Pairwise):
+        return []
+    seen = visible_pairs(block, tokens, tokens, torch.zeros(1, tokens, dtype=torch.int64))
+    if seen is None:
+        return []
+    rows = seen[0].tolist()
+    rows += [[False] * tokens] * (len(rows) % 2)
+    return [
+        "".join(_HALVES[bool(a), bool(b)] for a, b in zip(top, bottom, strict=True))
+        for top, bottom in zip(rows[::2], rows[1::2], strict=True)
+    ]
+
+
+def graph_lines(graph: Graph) -> list[str]:
+    """Return one line a node: name, dimensions, operation, inputs, what it was told."""
+    names = [node.name for node in graph.nodes]
+    wide = max(map(len, names), default=0)
+    shapes = {node.name: f"[{', '.join(map(str, node.dims))}]" for node in graph.nodes}
+    most = max(map(len, shapes.values()), default=0)
+    return [
+        f"{node.name:<{wide}} : {shapes[node.name]:<{most}} = {node.op}({', '.join(node.inputs)})"
+        f"{_attrs(node)}"
+        for node in graph.nodes
+    ]
+
+
+def _attrs(node: Node) -> str:
+    shown = []
+    for name, value in node.attrs:
+        if name == "lowering":
+            shown.append(f"path: {value.path}")
+        elif name == "normalizer":
+            form = exponential(value)
+            shown.append(f"normalize: {value.name}{' (exponential)' if form else ''}")
+        elif name == "recurrence":
+            shown.append(f"mix: {value.name}")
+        elif isinstance(value, Expr):
+            if value != TRUE:
+                shown.append(f"{name}: {show(value)}")
+        elif value is not None:
+            shown.append(f"{name}: {value}")
+    if node.module:
+        shown.insert(0, f"self.{node.module}")
+    return f"   # {'; '.join(shown)}" if shown else ""
+
+
+def describe(block: Block) -> list[tuple[str, str]]:
+    """Return what a reader wants to know of a block first, as (name, value) pairs."""
+    heads = f"{block.heads} × {block.head_dim}"
+    if block.kv_heads != block.heads:
+        heads += f", {block.kv_heads} key/value heads"
+    if block.value_dim != block.head_dim:
+        heads += f", values of {block.value_dim}"
+    lines = [("width", str(block.width)), ("heads", heads)]
+    if block.context_width is not None:
+        lines.append(("context width", str(block.context_width)))
+    if isinstance(block.mix, Pairwise):
+        mix = block.mix
+        lines += [("score", show(mix.score)), ("mask", show(mix.mask)),
+                  ("normalize", mix.normalize.name)]  # fmt: skip
+    else:
+        lines.append(("mix", block.mix.name))
+        lines += [("", f"{each.name} <- {show(each.value)}") for each in block.mix.updates]
+    return lines

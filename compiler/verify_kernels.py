@@ -1,0 +1,71 @@
+"""What the kernel checks need to know: whether there is a kernel, and whether it can run here.
+
+Without a CUDA device the kernels run in Triton's interpreter, which has to be asked for
+before triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+
+import torch
+
+from .choose import Target, kernel_spec, lowerings
+from .graph import Graph
+from .model import Block, Model
+from .pipeline import lower
+
+
+def _kernel_graph(block: Block) -> Graph | str:
+    """Return the graph whose attention is a kernel, or why there is none."""
+    graph = lower(block, Target("triton"))
+    for each in lowerings(graph):
+        if each.path == "triton":
+            return graph
+        reasons = dict(each.obstacles)
+        return reasons.get("triton") or reasons.get("chunkwise") or "no kernel carries it"
+    return "it has no attention"
+
+
+def interpreted(block: Block) -> str | None:
+    """Return why the block's kernels cannot be run here, or None."""
+    graph = _kernel_graph(block)
+    if isinstance(graph, str):
+        return graph
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return None if can_run_kernels() else (
+        "triton was imported without TRITON_INTERPRET=1, and there is no CUDA device")  # fmt: skip
+
+
+def can_run_kernels() -> bool:
+    """Say whether kernels run in this process, asking for the interpreter while that is possible."""
+    if torch.cuda.is_available():
+        return True
+    if "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[int, float]:
+    """Compile a block's kernels for GPUs. Raises `RuntimeError` where one spills or overflows."""
+    from ..kernels.aot import compile_ahead
+
+    if not targets:
+        return "no targets were named (`--target sm_90`)"
+    assert isinstance(what, Block)
+    graph = _kernel_graph(what)
+    if isinstance(graph, str):
+        return graph
+    spec = kernel_spec(graph, next(graph.of("attend")))
+    found = compile_ahead(spec, targets, what.head_dim, what.value_dim,
+                          heads=what.heads, kv_heads=what.kv_heads)  # fmt: skip
+    for each in found:
+        if not each.ok:
+            raise RuntimeError(f"{each.kernel} on {each.target} spills {each.spills} bytes and "
+                               f"takes {each.shared} of {each.limit} shared")  # fmt: skip
+    return len(found), 0.0
