@@ -19,7 +19,8 @@ from .check import check, find
 from .choose import Lowering, Target, lowerings
 from .cost import Cost, cost
 from .model import Architecture, Block, Model
-from .pipeline import generate, graphs, parse_source
+from .parse import parse_source
+from .pipeline import generate, graphs
 from .pipeline import load as load_code
 
 if TYPE_CHECKING:

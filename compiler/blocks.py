@@ -80,13 +80,13 @@ def _numbers(scope: Scope, body: Body, sizes: Sizes) -> None:
         numbers["context_width"] = numbers["width"]
     for name in ("heads", "kv_heads", "head_dim", "value_dim"):
         with scope.findings.guard():
-            if name == "head_dim" and not body.has(name):
+            if name == "head_dim" and not body.has(name) and "heads" in numbers:
                 _divides_width(scope, body)
             numbers[name] = scope.size(body.get(name), f"`{name}`")
     scope.findings.settle()
     heads, kv_heads = int(numbers["heads"]), int(numbers["kv_heads"])
     if heads % kv_heads:
-        fits = [str(each) for each in range(1, heads + 1) if heads % each == 0][:8]
+        fits = [str(each) for each in range(1, min(heads, 4096) + 1) if heads % each == 0][:8]
         choice = f"{', '.join(fits[:-1])} or {fits[-1]}" if len(fits) > 1 else fits[0]
         raise error("L204", "`kv_heads` must divide `heads`", body.span_of("kv_heads"),
                     f"heads = {heads}, kv_heads = {kv_heads}, remainder {heads % kv_heads}",

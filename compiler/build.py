@@ -86,7 +86,7 @@ class _Builder:
             self.nodes.append(
                 Node(
                     own, node.op, inputs, dims_of(node.shape), node.options, node.module, node.span
-                )  # fmt: skip
+                )
             )
             made[id(node)] = own
         return name

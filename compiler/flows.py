@@ -93,8 +93,8 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
         case Unary() | Binary() | Compare() | Call():
             return _arithmetic(scope, expr, target)
         case _:
-            raise error("L208", "this is not a stream", expr.span, "",
-                        "a stream is a name or a pipeline such as `x | linear | split`")  # fmt: skip
+            help = "a stream is a name or a pipeline such as `x | linear | split`"
+            raise error("L208", "this is not a stream", expr.span, "", help)
 
 
 def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
@@ -131,22 +131,22 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
     steps = [step for stage in stages for step in _expand(scope, stage, target)]
     wanted: list[Shape | None] = [target.shape] * len(steps)
     for at in range(len(steps) - 1, 0, -1):
-        out = wanted[at]
-        step = steps[at]
+        out, step = wanted[at], steps[at]
         shapes = [Shape("n", 1), *(each.shape for each in step.others)]
-        options = step.op.complete(dict(step.options), Shape("n", 1), out)
+        options = _completed(scope, step, shapes[0], out)
         wanted[at - 1] = None if out is None else step.op.needs(out, shapes, options)
     for step, out in zip(steps, wanted, strict=True):
-        given = head.shape
-        if (
-            step.op.name == "split"
-            and step.options["heads"] is None
-            and (out is None or out.heads is None)
-        ):
-            step.options["heads"] = scope.numbers["heads"]
-        options = step.op.complete(dict(step.options), given, out)
-        head = _apply(replace(step, options=options), head)
+        head = _apply(replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
+
+
+def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> dict[str, Any]:
+    """Fill in what was not written; a `split` for no target gives the query heads."""
+    options = dict(step.options)
+    targetless = out is None or out.heads is None
+    if step.op.name == "split" and options["heads"] is None and targetless:
+        options["heads"] = scope.numbers["heads"]
+    return step.op.complete(options, given, out)
 
 
 def _apply(step: _Stage, head: Flow | None) -> Apply:
@@ -222,7 +222,7 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
     others: list[Flow] = []
     for option in op.options:
         value = values[option.name]
-        if value == Name("none"):
+        if value == Name("none") and not option.required:
             options[option.name] = option.default
         elif option.kind == "stream":
             others.append(_flow(scope, value, replace(target, shape=None)))

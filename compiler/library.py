@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from itertools import islice
 
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
@@ -17,6 +18,9 @@ from ..grammar.expr import substitute
 from ..grammar.parse import parse
 from ..grammar.source import Source, Span
 from ..grammar.syntax import Definition, Expr, File, Statement
+
+
+MAX_NODES = 20_000  # parts of an expression, and uses of definitions in a block
 
 
 @cache
@@ -47,7 +51,7 @@ class Library:
             {(each.kind, each.name): each for each in named},
             {item.name: item for item in file.items if isinstance(item, syntax.Block)},
             {item.name: item for item in file.items if isinstance(item, syntax.Model)},
-            {item.name: item.value for item in file.items if isinstance(item, syntax.Let)},
+            _lets(file),
             next((item for item in file.items if isinstance(item, syntax.Search)), None),
         )
 
@@ -57,6 +61,24 @@ class Library:
     def known(self, kind: str) -> Iterator[str]:
         """Yield the names of a kind of definition."""
         return (name for each, name in self.definitions if each == kind)
+
+
+def _lets(file: File) -> dict[str, Expr]:
+    """Return the values of a file's lets, those above in place of their names."""
+    lets: dict[str, Expr] = {}
+    for item in file.items:
+        if isinstance(item, syntax.Let):
+            lets[item.name] = put(item.value, lets)
+    return lets
+
+
+def put(expr: Expr, values: Mapping[str, Expr]) -> Expr:
+    """Put expressions in place of names (L213 where the result is too large)."""
+    done = substitute(expr, values)
+    if sum(1 for _ in islice(syntax.walk(done), MAX_NODES + 1)) > MAX_NODES:
+        raise error("L213", "this expands into too much", expr.span,
+                    f"more than {MAX_NODES:,} parts")  # fmt: skip
+    return done
 
 
 def bind(
@@ -89,13 +111,13 @@ def substitute_statement(statement: Statement, values: Mapping[str, Expr]) -> St
     """Put expressions in place of names, everywhere in a statement."""
     match statement:
         case syntax.Setting() | syntax.Let() | syntax.Update():
-            return replace(statement, value=substitute(statement.value, values))
+            return replace(statement, value=put(statement.value, values))
         case syntax.Param() | syntax.State():
-            dims = tuple(substitute(each, values) for each in statement.dims)
-            return replace(statement, dims=dims, init=substitute(statement.init, values))
+            dims = tuple(put(each, values) for each in statement.dims)
+            return replace(statement, dims=dims, init=put(statement.init, values))
         case syntax.Result(value, where):
-            where = None if where is None else substitute(where, values)
-            return replace(statement, value=substitute(value, values), where=where)
+            where = None if where is None else put(where, values)
+            return replace(statement, value=put(value, values), where=where)
         case syntax.Branch(_, body):
             return replace(
                 statement, body=tuple(substitute_statement(each, values) for each in body)

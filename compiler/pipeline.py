@@ -11,14 +11,9 @@ from __future__ import annotations
 
 import linecache
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..grammar.from_yaml import parse_yaml
-from ..grammar.parse import parse, read
-from ..grammar.source import Source
-from ..grammar.syntax import File
 from .build import build
 from .choose import Target, choose
 from .emit import Code, emit
@@ -28,17 +23,6 @@ from .passes import PASSES
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-def parse_source(source: Source, format: str | None = None) -> File:
-    """Parse Loom or YAML, by the format said or the file's ending."""
-    format = format or ("yaml" if source.name.endswith((".yaml", ".yml")) else "loom")
-    return parse_yaml(source) if format == "yaml" else parse(source)
-
-
-def parse_path(path: str | Path) -> File:
-    """Read and parse a file."""
-    return parse_source(read(path))
 
 
 def lower(block: Block, target: Target) -> Graph:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
@@ -17,11 +18,12 @@ from ..grammar.expr import NotConstant, Value, calls, evaluate, substitute
 from ..grammar.source import Span
 from ..grammar.syntax import Definition, Expr, Name
 from ..ops import Shape, Weight
-from .library import Library, bind, substitute_statement
+from .library import MAX_NODES, Library, bind, substitute_statement
 from .model import Stream
+from .names import taken
 
 MAX_SIZE = 1 << 24
-MAX_NODES = 20_000
+MAX_NUMBERS = 1 << 32
 
 
 class Findings:
@@ -110,9 +112,11 @@ class Scope:
         name = statement.name
         if prefix and (name in self.declared or name in self.tensors or name in self.inputs):
             name = f"{prefix}_{name}"
-        if name in self.declared or name in self.tensors or name in RESERVED:
-            why = "this name has a meaning of its own" if name in RESERVED else ""
-            raise error("L211", f"`{name}` is defined twice", statement.span, why,
+        if why := taken(name, tensor=isinstance(statement, syntax.Param)):
+            raise error("L215", f"`{name}` cannot be the name of this", statement.span, why,
+                        "choose another name")  # fmt: skip
+        if name in self.declared or name in self.tensors:
+            raise error("L211", f"`{name}` is defined twice", statement.span, "",
                         "choose another name")  # fmt: skip
         if isinstance(statement, syntax.Let):
             self.declared[name] = statement
@@ -122,6 +126,9 @@ class Scope:
 
     def _tensor(self, name: str, statement: syntax.Param) -> Weight:
         sizes = tuple(self.size(dim, f"a dimension of `{name}`") for dim in statement.dims)
+        if prod(sizes) > MAX_NUMBERS:
+            raise error("L203", f"`{name}` is too large", statement.span,
+                        f"{prod(sizes):,} numbers, the limit is {MAX_NUMBERS:,}")  # fmt: skip
         values = {id: syntax.Number(value, str(value)) for id, value in self.numbers.items()}
         init = substitute(statement.init, values)
         index = {"h": 0} if statement.dims else {}
@@ -169,12 +176,6 @@ class Scope:
             yield
         finally:
             self._open.pop()
-
-
-RESERVED = frozenset((
-    "x", "context", "o", "s", "p", "i", "j", "h", "n", "m", "seen", "sum", "tau", "doc", "row",
-    "col", "true", "false",
-))  # fmt: skip
 
 
 def suggest(name: str, *known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ class Compiled:
     def ok(self) -> bool:
         """Nothing spills, and a block's shared memory fits."""
         return self.spills == 0 and self.shared <= self.limit
+
+
+def cuda_tools() -> dict[str, Path | None]:
+    """Return the tools that triton's package brings for NVIDIA, None for one that is absent."""
+    spec = find_spec("triton")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    tools: dict[str, Path | None] = {}
+    for name in ("ptxas", "cuobjdump"):
+        paths = [Path(folder) / "backends/nvidia/bin" / name for folder in folders]
+        tools[name] = next((path for path in paths if path.is_file()), None)
+    return tools
 
 
 def compile_ahead(

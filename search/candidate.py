@@ -34,15 +34,24 @@ def costs(model: Model) -> Costs:
 
 
 def build(model: Model, seed: int) -> nn.Module:
-    """Return a network with seeded weights, from tokens [b, n] to logits [b, n, vocab]."""
-    from ..compiler.reference import reference
+    """Return a network with seeded weights, from tokens [b, n] to logits [b, n, vocab].
 
-    return reference(model, seed=seed)
+    It stands on a GPU where there is one.
+    """
+    import torch
+
+    from ..compiler.api import build_module, target
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return build_module(model, target(device=device), device=device, seed=seed)
 
 
-def emit(file: syntax.File, name: str) -> str | None:
-    """Return the standalone text of a model's module; None while nothing can emit one."""
-    return None
+def emit(model: Model) -> str:
+    """Return the standalone Python text of a model's module, for any machine."""
+    from ..compiler.api import target
+    from ..compiler.pipeline import generate
+
+    return generate(model, target("torch")).text
 
 
 def fingerprint(model: Model, *settings: object) -> str:

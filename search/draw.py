@@ -200,6 +200,8 @@ class Drawing:
             case _:
                 second = self.value(right, f"{path}.right", scope)
         assert first is not None
+        if isinstance(first, ListOf) and isinstance(second, ListOf):
+            return replace(first, items=first.items + second.items, span=expr.span)
         return replace(expr, left=first, right=second) if second is not None else first
 
     def _binary(

@@ -85,9 +85,8 @@ def _header(plan: Plan, trial: FrozenTrial) -> str:
 
 
 def _export(plan: Plan, trial: FrozenTrial, stem: Path) -> None:
-    text = candidate.emit(parse(trial.user_attrs["spec"]), plan.model)
-    if text is not None:
-        stem.with_suffix(".py").write_text(text, encoding="utf-8")
+    model = candidate.elaborate(parse(trial.user_attrs["spec"]), plan.model)
+    stem.with_suffix(".py").write_text(candidate.emit(model), encoding="utf-8")
     weights = weights_of(plan.out, trial.number)
     if weights.is_file():
         shutil.copyfile(weights, stem.with_suffix(".safetensors"))

@@ -70,7 +70,7 @@ def draw(file: syntax.File, chooser: Chooser, *, keep_search: bool = False) -> s
     search = search_of(file)
     named = _search_model(search)
     every = _named(file)
-    roots = [each for each in every if isinstance(each, syntax.Model) and each.name == named]
+    roots: list[Named] = [each for each in every if isinstance(each, syntax.Model) and each.name == named]
     return _Filling(file, chooser).file(roots or every, search if keep_search else None)
 
 

@@ -41,7 +41,8 @@ def train(
     The caller's random state is left as it was. Raises `TrainingFailed`.
     """
     deadline = time.monotonic() + training.timeout if training.timeout else math.inf
-    with torch.random.fork_rng(devices=[]):
+    device = next(module.parameters()).device
+    with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         optimizer = torch.optim.AdamW(
             module.parameters(), lr=training.lr, weight_decay=training.weight_decay
@@ -49,7 +50,7 @@ def train(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.rate)
         module.train()
         for step in range(training.steps):
-            tokens, targets = task.batch(step, training.batch, "train")
+            tokens, targets = _on(device, task.batch(step, training.batch, "train"))
             loss = _loss(module(tokens), targets)
             value = loss.item()
             if not math.isfinite(value):
@@ -72,13 +73,18 @@ def train(
 def evaluate(module: nn.Module, task: Task, examples: int) -> dict[str, float]:
     """Return the task's metrics, and the `loss`, on the first held-out examples."""
     module.eval()
-    tokens, targets = task.batch(_TEST_STEP, examples, "test")
+    device = next(module.parameters()).device
+    tokens, targets = _on(device, task.batch(_TEST_STEP, examples, "test"))
     with torch.no_grad():
         logits = torch.cat([module(part) for part in torch.split(tokens, _EVALUATED_AT_ONCE)])
     loss = _loss(logits, targets).item()
     if not math.isfinite(loss):
         raise TrainingFailed(f"diverged: the test loss is {loss}")
     return {**task.metrics(logits, targets), "loss": loss}
+
+
+def _on(device: torch.device, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return pair[0].to(device), pair[1].to(device)
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:

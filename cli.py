@@ -1,0 +1,377 @@
+"""The command line. Every command is a few lines over the same functions users can call.
+
+Exit status: 0 done; 1 the description is wrong (diagnostics on stderr); 2 wrong usage;
+3 verification failed. What a command answers goes to stdout, everything else to stderr.
+torch is imported only by the commands that need it.
+"""
+
+from __future__ import annotations
+
+import json as json_
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .grammar.diagnostics import Diagnostic, LoomError
+
+if TYPE_CHECKING:
+    from .compiler.model import Architecture, Block, Model
+    from .grammar.syntax import File
+
+WRONG_SPEC, NOT_VERIFIED = 1, 3
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="headloom")
+def main() -> None:
+    """Declare attention architectures; check, build, verify and search them.
+
+    \b
+    headloom new mine && headloom verify mine.loom
+    headloom build mine.loom -o mine.py
+    """
+
+
+def command(**settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """A command that turns `LoomError` into diagnostics and exit status 1."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            with _diagnosed(bool(kwargs.get("json"))):
+                function(*args, **kwargs)
+
+        return main.command(**settings)(run)
+
+    return decorate
+
+
+@contextmanager
+def _diagnosed(json: bool) -> Iterator[None]:
+    try:
+        yield
+    except LoomError as problem:
+        if json:
+            _print_json({"ok": False, "diagnostics": [d.to_json() for d in problem.diagnostics]})
+        for each in problem.diagnostics:
+            _complain(each)
+        count = sum(each.severity == "error" for each in problem.diagnostics)
+        click.secho(f"{count} error{'s' if count != 1 else ''}", fg="red", err=True)
+        sys.exit(WRONG_SPEC)
+    except BrokenPipeError:
+        sys.exit(0)
+    except OSError as problem:
+        name = f" `{problem.filename}`" if problem.filename else ""
+        raise click.ClickException(f"{(problem.strerror or str(problem)).lower()}{name}") from None
+
+
+def _complain(diagnostic: Diagnostic) -> None:
+    head, _, rest = diagnostic.render().partition("\n")
+    click.secho(head, fg="red" if diagnostic.severity == "error" else "yellow", bold=True, err=True)
+    click.echo(rest + "\n", err=True)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json_.dumps(value, indent=2, ensure_ascii=False))
+
+
+json_option = click.option("--json", is_flag=True, help="Print the answer as JSON.")
+width_option = click.option("--width", type=click.IntRange(1), help="Input width of a block.")
+backend_option = click.option(
+    "--backend", type=click.Choice(["auto", "torch", "triton"]), default="auto", show_default=True,
+    help="PyTorch operations alone, or Triton kernels where they can carry a block.",
+)  # fmt: skip
+
+
+def _split(what: str) -> tuple[str, str | None]:
+    """Split FILE[:NAME]."""
+    if Path(what).exists() or ":" not in what:
+        return what, None
+    path, _, name = what.rpartition(":")
+    return path, name or None
+
+
+def _parsed(path: str) -> File:
+    from .compiler.parse import parse_path
+
+    return parse_path(path)
+
+
+def _checked(path: str) -> tuple[Architecture, int]:
+    """Check a file; of a space, every alternative. Return the first and how many there are."""
+    from .compiler.check import check
+    from .search.space import alternatives, has_holes
+
+    file = _parsed(path)
+    if not has_holes(file):
+        return check(file), 1
+    found = [check(plain) for plain in alternatives(file)]
+    return found[0], len(found)
+
+
+def _found(what: str, width: int | None) -> Block | Model:
+    from .compiler.check import check, find
+
+    path, name = _split(what)
+    return find(check(_parsed(path)), name, width)
+
+
+# ── writing and checking descriptions ────────────────────────────────────────────────────
+
+_STARTER = """\
+# {name}: grouped-query attention in a sliding window. Change anything, then run
+#   headloom check {name}.loom && headloom verify {name}.loom
+block {name} {{
+  width    = 256
+  heads    = 8
+  kv_heads = 2
+  position = rope(theta = 10_000)
+  mask     = causal and window(64)
+}}
+"""
+
+
+@command()
+@click.argument("name")
+def new(name: str) -> None:
+    """Write NAME.loom, a small description to start from.
+
+    Example: headloom new mine
+    """
+    stem = name.removesuffix(".loom")
+    path = Path(f"{stem}.loom")
+    if not path.name.removesuffix(".loom").isidentifier():
+        raise click.UsageError(f"`{stem}` is not a name: use letters, digits and _")
+    if path.exists():
+        raise click.UsageError(f"`{path}` exists already")
+    path.write_text(_STARTER.format(name=path.stem), encoding="utf-8")
+    click.echo(f"wrote {path}; next: headloom verify {path}")
+
+
+@command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE…")
+@json_option
+def check(files: tuple[str, ...], json: bool) -> None:
+    """Check descriptions: names, kinds, sizes, definitions, holes.
+
+    Example: headloom check examples/*.loom
+    """
+    answers, wrong = [], []
+    for path in files:
+        try:
+            arch, count = _checked(path)
+        except LoomError as problem:
+            wrong.extend(problem.diagnostics)
+            continue
+        for warning in arch.warnings:
+            _complain(warning)
+        named = [*arch.blocks, *arch.models]
+        answers.append({"file": path, "defines": named, "alternatives": count,
+                        "warnings": [each.to_json() for each in arch.warnings]})  # fmt: skip
+        if not json:
+            space = f"; a space, {count} alternatives checked" if count > 1 else ""
+            click.echo(f"{path}: ok ({', '.join(named) or 'definitions only'}{space})")
+    if wrong:
+        raise LoomError(wrong)
+    if json:
+        _print_json({"ok": True, "files": answers})
+
+
+@command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE…")
+@click.option("--to", type=click.Choice(["loom", "yaml"]), help="Print in the other form.")
+@click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 if it would.")
+def fmt(files: tuple[str, ...], to: str | None, only_check: bool) -> None:
+    """Format descriptions in place, or print them as Loom or YAML.
+
+    Example: headloom fmt gemma.loom --to yaml > gemma.yaml
+    """
+    from .grammar.format import format_loom, format_yaml
+
+    changed = []
+    for path in files:
+        file = _parsed(path)
+        is_yaml = path.endswith((".yaml", ".yml"))
+        if to is not None:
+            click.echo(format_yaml(file) if to == "yaml" else format_loom(file), nl=False)
+            continue
+        text = format_yaml(file) if is_yaml else format_loom(file)
+        if text != Path(path).read_text(encoding="utf-8"):
+            changed.append(path)
+            if not only_check:
+                Path(path).write_text(text, encoding="utf-8")
+    for path in changed:
+        click.echo(f"{path}: {'would be ' if only_check else ''}formatted")
+    if only_check and changed:
+        sys.exit(1)
+
+
+# ── looking at an architecture ───────────────────────────────────────────────────────────
+
+
+@command()
+@click.argument("what", metavar="FILE[:NAME]")
+@width_option
+@click.option("--tokens", default=4096, show_default=True, help="Length for the costs.")
+@json_option
+def show(what: str, width: int | None, tokens: int, json: bool) -> None:
+    """Show a block or model: its parts, its graph, its mask as a picture, its cost.
+
+    Example: headloom show examples/gemma_like.loom:local
+    """
+    from .compiler import show as view
+
+    found = _found(what, width)
+    if json:
+        _print_json(view.as_json(found, tokens))
+    else:
+        view.show(found, tokens)
+
+
+@command()
+@click.argument("what", metavar="FILE[:NAME] | CODE")
+@width_option
+@backend_option
+@json_option
+def explain(what: str, width: int | None, backend: str, json: bool) -> None:
+    """Say how everything is computed and why, or what an error code means.
+
+    \b
+    Examples: headloom explain examples/gqa.loom --backend triton
+              headloom explain L204
+    """
+    if not Path(what).exists() and what[:1] in "LW" and what[1:].isdigit():
+        _explain_code(what)
+        return
+    from .compiler.api import explained, target
+
+    report = explained(_found(what, width), target(backend))
+    if json:
+        _print_json([{"block": each.node, "path": each.path, "reason": each.reason,
+                      "obstacles": dict(each.obstacles)} for each in report.lowerings])  # fmt: skip
+        return
+    for each in report.lowerings:
+        click.echo(f"{click.style(each.node, bold=True)}: {click.style(each.path, fg='green')}")
+        click.echo(f"  {each.reason}")
+        for path, why in each.obstacles:
+            click.echo(f"  not {path}: {why}")
+
+
+def _explain_code(code: str) -> None:
+    from .search.codes import CODES
+
+    if code not in CODES:
+        raise click.UsageError(f"there is no code {code}; there are {', '.join(sorted(CODES))}")
+    entry = CODES[code]
+    click.secho(f"{code}: {entry.title}", bold=True)
+    click.echo(f"\n{entry.explanation}")
+    if entry.example:
+        example = "\n".join(f"    {line}" for line in entry.example.strip().splitlines()[:20])
+        click.echo(f"\nFor example:\n\n{example}")
+
+
+# ── building and proving ─────────────────────────────────────────────────────────────────
+
+
+@command()
+@click.argument("what", metavar="FILE[:NAME]")
+@click.option("-o", "--out", type=click.Path(dir_okay=False), help="Where to write the file.")
+@width_option
+@backend_option
+@click.option("--emit", "stage", type=click.Choice(["syntax", "graph", "code", "kernels"]),
+              default="code", show_default=True, help="Stop after a stage and print it.")  # fmt: skip
+def build(what: str, out: str | None, width: int | None, backend: str, stage: str) -> None:
+    """Compile a block or model to a standalone Python file.
+
+    Example: headloom build examples/gqa.loom -o gqa.py
+    """
+    from .compiler.stages import stage_text
+
+    path, name = _split(what)
+    text = stage_text(_parsed(path), name, width, backend, stage)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        Path(out).write_text(text, encoding="utf-8")
+        click.echo(f"wrote {out} ({len(text.splitlines())} lines)", err=True)
+
+
+@command()
+@click.argument("what", metavar="FILE[:NAME]")
+@width_option
+@click.option("--target", "targets", multiple=True, metavar="ARCH",
+              help="Compile the kernels for a GPU too: sm_80, sm_90, sm_100, gfx942.")  # fmt: skip
+@click.option("--module", type=click.Path(exists=True, dir_okay=False),
+              help="Verify this built file instead of a new one.")  # fmt: skip
+@json_option
+def verify(what: str, width: int | None, targets: tuple[str, ...], module: str | None,
+           json: bool) -> None:  # fmt: skip
+    """Prove a compiled block or model against its meaning; exit 3 if something does not hold.
+
+    Example: headloom verify examples/gqa.loom --target sm_90
+    """
+    from .compiler import certificate
+
+    found = _found(what, width)
+    try:
+        result = certificate.make(found, targets, module)
+    except ValueError as problem:
+        raise click.UsageError(str(problem)) from None
+    if json:
+        _print_json(result.to_json())
+    else:
+        result.show()
+    if not result.ok:
+        sys.exit(NOT_VERIFIED)
+
+
+# ── searching ────────────────────────────────────────────────────────────────────────────
+
+
+@command()
+@click.argument("file")
+@click.option("--trials", type=click.IntRange(1), help="How many; by default what the file says.")
+@click.option("--sampler", type=click.Choice(["random", "tpe"]), help="How to draw.")
+@click.option("--seed", type=click.IntRange(0), help="Fixes draws, data and weights.")
+@click.option("--out", type=click.Path(file_okay=False), help="Folder of the study.")
+@click.option("--no-resume", is_flag=True, help="Refuse to go on with a study that exists.")
+@json_option
+def search(file: str, trials: int | None, sampler: str | None, seed: int | None,
+           out: str | None, no_resume: bool, json: bool) -> None:  # fmt: skip
+    """Search the space of a file with holes; goes on where an earlier run stopped.
+
+    Example: headloom search examples/search_mqar.loom --trials 8 --out runs/mqar
+    """
+    from .search import report, study
+    from .search.plan import read_plan
+
+    plan = read_plan(_parsed(file), trials=trials, sampler=sampler, seed=seed, out=out)
+    found = study.run(plan, resume=not no_resume, progress=False if json else None)
+    if json:
+        _print_json(report.summary(plan, found))
+    else:
+        report.show(plan, found)
+
+
+@command()
+@json_option
+def doctor(json: bool) -> None:
+    """Say what is installed, which devices there are, and what works here.
+
+    Example: headloom doctor
+    """
+    from .compiler import doctor as examine
+
+    findings = examine.examine()
+    if json:
+        _print_json([each.to_json() for each in findings])
+    else:
+        examine.show(findings)
+    if any(each.ok is False for each in findings):
+        sys.exit(1)

@@ -1,0 +1,83 @@
+"""The certificate of `headloom verify`: every check, what it found, and on what machine."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from ..kernels.aot import SHARED_LIMIT
+from .choose import Target
+from .emit import Code
+from .model import Block, Model
+from .pipeline import generate
+from .verify import Finding, checks_of, verify
+from .verify_kernels import can_run_kernels
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What all checks of one architecture found."""
+
+    name: str
+    digest: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(each.ok is not False for each in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the certificate as plain data."""
+        return {"ok": self.ok, "name": self.name, "code": self.digest, "torch": torch.__version__,
+                "machine": platform.machine(),
+                "findings": [asdict(each) for each in self.findings]}  # fmt: skip
+
+    def show(self, console: Console | None = None) -> None:
+        """Print it as a table; what failed comes last and in full."""
+        console = console or Console(highlight=False)
+        table = Table(title=f"{self.name} (code {self.digest}, torch {torch.__version__})",
+                      title_justify="left")  # fmt: skip
+        for name in ("", "check", "cases", "worst error", "note"):
+            table.add_column(name, justify="right" if name in ("cases", "worst error") else "left")
+        for each in self.findings:
+            mark = {True: "[green]holds[/]", False: "[red]FAILS[/]", None: "[dim]n/a[/]"}[each.ok]
+            numbers = (str(each.cases), f"{each.worst:.1e}") if each.ok else ("", "")
+            label = each.check if each.subject == self.name else f"{each.subject}: {each.check}"
+            table.add_row(mark, label, *numbers, "see below" if each.ok is False else each.note)
+        console.print(table)
+        for each in self.findings:
+            if each.ok is False:
+                console.print(f"{each.subject}: {each.check} does not hold: {each.note}",
+                              style="red", markup=False, soft_wrap=True)  # fmt: skip
+        held = sum(each.ok is True for each in self.findings)
+        console.print(f"{held} of {held + sum(e.ok is False for e in self.findings)} checks hold")
+
+
+def make(what: Block | Model, targets: tuple[str, ...], module: str | None) -> Certificate:
+    """Run every check, with a progress bar on a terminal. Raises `ValueError` on bad arguments."""
+    if unknown := set(targets) - set(SHARED_LIMIT):
+        known = ", ".join(SHARED_LIMIT)
+        raise ValueError(f"no such target: {', '.join(sorted(unknown))}; there are {known}")
+    can_run_kernels()
+    generated = generate(what, Target("torch"))
+    code = generated
+    if module is not None:
+        code = Code(Path(module).read_text(encoding="utf-8"), generated.name)
+    console = Console(stderr=True)
+    findings = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True,
+                  disable=not console.is_terminal) as bar:  # fmt: skip
+        given = code if module is not None else None
+        task = bar.add_task(f"verifying {what.name}", total=checks_of(what, given))
+        for each in verify(what, given, targets):
+            findings.append(each)
+            bar.update(task, advance=1, description=f"{each.subject}: {each.check}")
+    return Certificate(what.name, code.digest, tuple(findings))

@@ -1,0 +1,80 @@
+"""What `headloom show` prints: parts, graph, mask, cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from .choose import Target
+from .cost import cost
+from .model import Block, Model
+from .picture import describe, graph_lines, mask_picture
+from .pipeline import lower
+
+
+def show(what: Block | Model, tokens: int, console: Console | None = None) -> None:
+    """Print a block or model for a person."""
+    console = console or Console(highlight=False)
+    if isinstance(what, Model):
+        console.print(f"[bold]{what.name}[/]: {len(what.layers)} layers of width {what.width}"
+                      + (f", vocabulary {what.vocab}" if what.vocab else ""))  # fmt: skip
+        console.print("layers: " + " ".join(block.name for block in what.layers))
+    blocks = [what] if isinstance(what, Block) else list(dict.fromkeys(what.layers))
+    for block in blocks:
+        _show_block(block, console)
+    console.print(_costs(what, tokens))
+
+
+def _show_block(block: Block, console: Console) -> None:
+    parts = Table.grid(padding=(0, 2))
+    for name, value in describe(block):
+        parts.add_row(f"[cyan]{name}[/]", value)
+    panels = [Panel(parts, title=block.name, expand=False)]
+    picture = mask_picture(block)
+    if picture:
+        panels.append(Panel("\n".join(picture), title="queries ↓ keys →", expand=False))
+    console.print(Columns(panels))
+    for line in graph_lines(lower(block, Target("torch"))):
+        console.print(f"  {line}", style="dim", markup=False, soft_wrap=True)
+
+
+def _costs(what: Block | Model, tokens: int) -> Table:
+    table = Table(title="cost", title_justify="left")
+    table.add_column("")
+    lengths = sorted({1024, tokens, 4 * tokens})
+    for length in lengths:
+        table.add_column(f"{length:,} tokens", justify="right")
+    found = cost(what)
+    table.add_row("parameters", *[f"{found.params:,}"] * len(lengths))
+    table.add_row("flops, forward", *(f"{found.flops(n):.3g}" for n in lengths))
+    table.add_row("cache bytes, float32", *(f"{found.cache_bytes(n):,}" for n in lengths))
+    table.add_row("activation bytes", *(f"{found.activation_bytes(n):,}" for n in lengths))
+    return table
+
+
+def as_json(what: Block | Model, tokens: int) -> dict[str, Any]:
+    """Return the same for a program."""
+    found = cost(what)
+    blocks = [what] if isinstance(what, Block) else list(dict.fromkeys(what.layers))
+    answer: dict[str, Any] = {
+        "name": what.name,
+        "kind": "model" if isinstance(what, Model) else "block",
+        "width": what.width,
+        "tokens": tokens,
+        "params": found.params,
+        "flops": found.flops(tokens),
+        "cache_bytes": found.cache_bytes(tokens),
+        "activation_bytes": found.activation_bytes(tokens),
+        "blocks": [
+            {"name": block.name, **{name: value for name, value in describe(block) if name},
+             "graph": graph_lines(lower(block, Target("torch")))}
+            for block in blocks
+        ],
+    }  # fmt: skip
+    if isinstance(what, Model):
+        answer["layers"] = [block.name for block in what.layers]
+    return answer

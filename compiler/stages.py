@@ -1,0 +1,43 @@
+"""The text of any stage of the road, for `headloom build --emit STAGE`."""
+
+from __future__ import annotations
+
+from ..grammar.format import format_loom
+from ..grammar.syntax import File
+from .api import target
+from .check import check, find
+from .choose import kernel_spec, lowerings
+from .graph import Graph
+from .picture import graph_lines
+from .pipeline import generate, graphs
+
+
+def stage_text(file: File, name: str | None, width: int | None, backend: str, stage: str) -> str:
+    """Return the text of a stage: syntax, graph, code or kernels."""
+    if stage == "syntax":
+        return format_loom(file)
+    what = find(check(file), name, width)
+    if stage == "kernels":
+        return _kernels(graphs(what, target("triton")))
+    if stage == "graph":
+        texts = [
+            "\n".join([f"# {graph.block.name}", *graph_lines(graph)])
+            for graph in graphs(what, target(backend))
+        ]
+        return "\n\n".join(texts) + "\n"
+    return generate(what, target(backend)).text
+
+
+def _kernels(made: list[Graph]) -> str:
+    from ..kernels.render import render
+
+    texts = []
+    for graph in made:
+        for lowering in lowerings(graph):
+            if lowering.path == "triton":
+                spec = kernel_spec(graph, next(graph.of("attend")))
+                texts.append(render(spec, f"{graph.block.name}_attention", "headloom"))
+            else:
+                why = dict(lowering.obstacles).get("triton", lowering.reason)
+                texts.append(f"# {graph.block.name} has no kernel: {why}")
+    return "\n\n".join(text.strip("\n") for text in texts) + "\n"
