@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import __version__
+from .compiler.model import Architecture, Block, Model
 from .grammar.diagnostics import Diagnostic, LoomError
-
-if TYPE_CHECKING:
-    from .compiler.model import Architecture, Block, Model
-    from .grammar.syntax import File
+from .grammar.syntax import File
 
 WRONG_SPEC, NOT_VERIFIED = 1, 3
 

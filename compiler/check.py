@@ -18,6 +18,7 @@ from ..grammar.diagnostics import Diagnostic, did_you_mean, error
 from ..grammar.source import NOWHERE
 from ..grammar.syntax import Expr, File, Name
 from .blocks import Sizes, elaborate_block
+from .inheritance import find_block
 from .library import Library
 from .model import Architecture, Block, Model
 from .models import elaborate_model
@@ -73,7 +74,9 @@ def block(
 ) -> Block:  # fmt: skip
     """Return a block at a given width. Raises `LoomError` (L218 where there is no such block)."""
     call = Name(name) if isinstance(name, str) else name
-    return elaborate_block(Library.of(arch.file), call, Sizes(width, context_width))
+    library = Library.of(arch.file)
+    with _bounded(find_block(library, call)):
+        return elaborate_block(library, call, Sizes(width, context_width))
 
 
 def find(

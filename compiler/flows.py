@@ -13,12 +13,12 @@ from typing import Any
 
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
-from ..grammar.expr import fold, rebuild, substitute
+from ..grammar.expr import fold, rebuild
 from ..grammar.functions import FUNCTIONS
 from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
 from ..ops import OPS, Mismatch, Op, Shape
-from .library import bind
+from .library import bind, put
 from .model import Apply, Flow, Read
 from .scalars import body, resolve_function
 from .scope import Scope, suggest
@@ -177,7 +177,7 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
                     step for each in result.value.stages for step in _expand(scope, each, target)
                 ]
             inside = resolve_function(scope, result.value, frozenset("x"))
-            return [_pointwise(substitute(inside, {"x": Name("a0")}), (), stage.span)]
+            return [_pointwise(put(inside, {"x": Name("a0")}), (), stage.span)]
     if name == "gate":
         (other,) = _exactly(stage, args, 1)
         gate = _flow(scope, other, replace(target, shape=None))

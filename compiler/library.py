@@ -18,9 +18,10 @@ from ..grammar.expr import substitute
 from ..grammar.parse import parse
 from ..grammar.source import Source, Span
 from ..grammar.syntax import Definition, Expr, File, Statement
+from .names import taken
 
 
-MAX_NODES = 20_000  # parts of an expression, and uses of definitions in a block
+MAX_NODES = 20_000  # parts of one expression, and of all the definitions a block uses
 
 
 @cache
@@ -68,6 +69,9 @@ def _lets(file: File) -> dict[str, Expr]:
     lets: dict[str, Expr] = {}
     for item in file.items:
         if isinstance(item, syntax.Let):
+            if why := taken(item.name):
+                raise error("L215", f"`{item.name}` cannot be the name of this", item.span, why,
+                            "choose another name")  # fmt: skip
             lets[item.name] = put(item.value, lets)
     return lets
 
@@ -135,3 +139,10 @@ def statement_exprs(statement: Statement) -> tuple[Expr, ...]:
             return (value,) if where is None else (value, where)
         case syntax.Branch(_, body):
             return tuple(expr for each in body for expr in statement_exprs(each))
+
+
+@cache
+def size(definition: Definition) -> int:
+    """Return how many parts the expressions of a definition have."""
+    exprs = [expr for statement in definition.body for expr in statement_exprs(statement)]
+    return sum(1 for expr in exprs for _ in syntax.walk(expr))

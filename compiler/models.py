@@ -9,11 +9,10 @@ from collections.abc import Mapping
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, did_you_mean, error
-from ..grammar.expr import substitute
 from ..grammar.parse import parse_expression
 from ..grammar.syntax import Binary, Call, Expr, ListOf, Name
 from .blocks import Sizes, elaborate_block
-from .library import Library, bind, statement_exprs
+from .library import Library, bind, put, statement_exprs
 from .model import Block, FeedForward, Model
 from .scope import Findings, Scope
 
@@ -51,7 +50,7 @@ class _Reader:
             raise error("L212", f"`{item.name}` inherits from itself", call.span, ring)
         values = {**lets, **bind(item.name, item.params, call, call.span)}
         if item.base is not None:
-            self._collect(substitute(item.base, values), lets, [*open_, item.name])
+            self._collect(put(item.base, values), lets, [*open_, item.name])
         seen: set[str] = set()
         for statement in item.body:
             with self.findings.guard():
@@ -60,9 +59,9 @@ class _Reader:
                     raise error("L211", f"`{name}` is set twice in one model", statement.span)
                 seen.add(name)
                 if isinstance(statement, syntax.Let):
-                    values[name] = substitute(statement.value, values)
+                    values[name] = put(statement.value, values)
                 elif isinstance(statement, syntax.Setting) and name in SETTINGS:
-                    self.settings[name] = substitute(statement.value, values)
+                    self.settings[name] = put(statement.value, values)
                 else:
                     raise error("L202", f"a model has no setting `{name}`", statement.span, "",
                                 did_you_mean(name, SETTINGS))  # fmt: skip

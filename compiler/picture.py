@@ -1,38 +1,45 @@
 """Pictures in text: a mask as blocks, a graph as lines.
 
-    i ▏█             each row is a query, each column a key
-      ▏██            █ visible, · not; two rows share a line of text as ▀ and ▄
+    █▄··         each row is a query, each column a key; two rows share a line of text:
+    ███▄         █ both see the key, ▀ the upper one, ▄ the lower one, · neither
 """
 
 from __future__ import annotations
+
+import torch
 
 from ..grammar.expr import TRUE
 from ..grammar.show import show
 from ..grammar.syntax import Expr
 from .graph import Graph, Node
+from .masks import extent
 from .model import Block, Pairwise
 from .normalizers import exponential
+from .verify_masks import visible_pairs
 
 _HALVES = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 
 
-def mask_picture(block: Block, tokens: int = 32) -> list[str]:
-    """Return the mask of head 0 as lines of text; [] for a recurrence or a mask of streams."""
-    import torch
+def mask_picture(block: Block, cells: int = 32) -> list[str]:
+    """Return the mask of any head as lines of text; [] for a recurrence or a mask of streams.
 
-    from .verify_masks import visible_pairs
-
+    A mask that reaches further back than the picture is wide is shown scaled down: a cell is
+    then a square of tokens, visible where any pair in it is.
+    """
     if not isinstance(block.mix, Pairwise):
         return []
+    back = extent(block.mix.mask).back or 0
+    step = min(16, max(1, -(-2 * (back + 1) // cells)))
+    tokens = cells * step
     seen = visible_pairs(block, tokens, tokens, torch.zeros(1, tokens, dtype=torch.int64))
     if seen is None:
         return []
-    rows = seen[0].tolist()
-    rows += [[False] * tokens] * (len(rows) % 2)
-    return [
+    rows = seen[0].reshape(cells, step, cells, step).any(3).any(1).tolist()
+    lines = [
         "".join(_HALVES[bool(a), bool(b)] for a, b in zip(top, bottom, strict=True))
         for top, bottom in zip(rows[::2], rows[1::2], strict=True)
     ]
+    return [*lines, f"a cell is {step} tokens"] if step > 1 else lines
 
 
 def graph_lines(graph: Graph) -> list[str]:

@@ -14,9 +14,10 @@ from typing import Literal
 
 from ..grammar import syntax
 from ..grammar.diagnostics import error
-from ..grammar.expr import fold, names, number, substitute
+from ..grammar.expr import fold, names, number
 from ..grammar.functions import FUNCTIONS
 from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number, Unary
+from .library import put
 from .model import Normalizer
 from .scope import Scope, suggest
 
@@ -135,7 +136,7 @@ class _Resolver:
     def _compose(self, head: Expr | None, stages: tuple[Expr, ...]) -> Expr:
         done = Name("s") if head is None else self.want(head, "number")
         for stage in stages:
-            done = substitute(self.want(stage, "number"), {"s": done})
+            done = put(self.want(stage, "number"), {"s": done})
         return done
 
     def _index(self, expr: Index) -> Expr:
@@ -212,8 +213,8 @@ def body(scope: Scope, definition: Definition, call: Expr) -> syntax.Result:
     if not isinstance(last, syntax.Result):
         raise error("L220", f"`{definition.name}` has no value", definition.span, "",
                     "end it with an expression")  # fmt: skip
-    where = None if last.where is None else substitute(last.where, values)
-    return syntax.Result(substitute(last.value, values), where, span=last.span)
+    where = None if last.where is None else put(last.where, values)
+    return syntax.Result(put(last.value, values), where, span=last.span)
 
 
 def inline_stage(scope: Scope, stage: Definition, call: Call) -> Expr:
@@ -223,7 +224,7 @@ def inline_stage(scope: Scope, stage: Definition, call: Call) -> Expr:
     result = body(scope, stage, Name(stage.name, call.span))
     if isinstance(result.value, syntax.Pipe):
         raise error("L210", f"`{stage.name}` is a pipeline, not a function", call.span)
-    return substitute(result.value, {"x": call.args[0]})
+    return put(result.value, {"x": call.args[0]})
 
 
 def resolve(scope: Scope, expr: Expr, kind: str, keys: str = "n") -> Expr:

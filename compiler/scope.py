@@ -14,11 +14,11 @@ from math import prod
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
-from ..grammar.expr import NotConstant, Value, calls, evaluate, substitute
+from ..grammar.expr import NotConstant, Value, calls, evaluate
 from ..grammar.source import Span
 from ..grammar.syntax import Definition, Expr, Name
 from ..ops import Shape, Weight
-from .library import MAX_NODES, Library, bind, substitute_statement
+from .library import MAX_NODES, Library, bind, put, size, substitute_statement
 from .model import Stream
 from .names import taken
 
@@ -130,7 +130,7 @@ class Scope:
             raise error("L203", f"`{name}` is too large", statement.span,
                         f"{prod(sizes):,} numbers, the limit is {MAX_NUMBERS:,}")  # fmt: skip
         values = {id: syntax.Number(value, str(value)) for id, value in self.numbers.items()}
-        init = substitute(statement.init, values)
+        init = put(statement.init, values)
         index = {"h": 0} if statement.dims else {}
         if not calls(init, "normal"):
             try:
@@ -164,13 +164,13 @@ class Scope:
     def inside(self, definition: Definition, span: Span) -> Iterator[None]:
         """Guard against definitions that contain themselves, or grow without bound."""
         label = f"{definition.kind} {definition.name}"
-        self._spent += 1
+        self._spent += size(definition)
         if label in self._open:
             ring = " → ".join(each.split()[-1] for each in [*self._open, label])
             raise error("L212", f"`{definition.name}` is defined in terms of itself", span, ring)
         if self._spent > MAX_NODES:
             raise error("L213", "this expands into too much", span,
-                        f"more than {MAX_NODES:,} definitions used")  # fmt: skip
+                        f"more than {MAX_NODES:,} parts")  # fmt: skip
         self._open.append(label)
         try:
             yield

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..grammar.syntax import Binary, Compare, Name, Number
 from .api import build_module
+from .build import tensors_read
 from .choose import Target
 from .emit import Code
 from .masks import extent
@@ -26,6 +27,7 @@ from .pipeline import generate, load
 from .reference import reference
 from .verify_export import exported_output
 from .verify_kernels import ahead_of_time, interpreted
+from .verify_masks import visible_pairs
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-5, torch.bfloat16: 6e-2}
 
@@ -181,8 +183,6 @@ def _causal(block: Block) -> bool:
 
 
 def _reads_segments(block: Block) -> bool:
-    from .build import tensors_read
-
     if isinstance(block.mix, Recurrence):
         return block.mix.resets
     return "doc" in tensors_read(block.mix.mask, block.mix.score, block.mix.weights)
@@ -339,8 +339,6 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
     assert isinstance(block, Block)
     if isinstance(block.mix, Recurrence):
         return "a recurrence has no mask; causality covers it"
-    from .verify_masks import visible_pairs
-
     count = 0
     for case in CASES[1:]:
         x, given = subject.inputs(case)

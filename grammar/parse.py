@@ -13,6 +13,7 @@ the size of a text and the depth of its nesting are bounded here, for every late
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -20,6 +21,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+import lark
 from lark import Lark, Token, UnexpectedInput, v_args
 from lark.exceptions import VisitError
 from lark.tree import Meta
@@ -156,7 +158,25 @@ def _lark() -> Lark:
         postlex=_LineEnds(),
         propagate_positions=True,
         maybe_placeholders=False,
+        cache=_cache_file() or False,
     )
+
+
+def _cache_file() -> str | None:
+    """Return where the parser's tables are kept: building them takes longer than a check.
+
+    They are pickled, so they lie in the user's own folder; Lark rebuilds them when the
+    grammar or its own version is another. None where there is no such folder to write to.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(home, "headloom")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
+        return None
+    return str(folder / f"grammar-{lark.__version__}.pickle")
 
 
 class _TooDeep(Exception):

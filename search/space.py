@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 
 from ..grammar import syntax
 from ..grammar.diagnostics import LoomError
-from ..grammar.syntax import Call, Expr, Name
+from ..grammar.syntax import Name
+from . import sizing
 from .choosers import Choice, Chooser, First, Recorded
-from .draw import Drawing, Tie
+from .draw import Drawing
 from .holes import contains_hole, expressions, problems
-
-Named = syntax.Block | syntax.Model | syntax.Definition
+from .scoping import Named, Scoping, names_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,19 @@ def draw(file: syntax.File, chooser: Chooser, *, keep_search: bool = False) -> s
     """
     if found := problems(file):
         raise LoomError(found)
-    search = search_of(file)
-    named = _search_model(search)
-    every = _named(file)
-    roots: list[Named] = [each for each in every if isinstance(each, syntax.Model) and each.name == named]
-    return _Filling(file, chooser).file(roots or every, search if keep_search else None)
+    search = search_of(file) if keep_search else None
+    return _Filling(file, chooser).file(_roots(file), search)
+
+
+def size(file: syntax.File) -> int | None:
+    """Return how many architectures there are to draw; None where there is no end of them.
+
+    Two draws that mean the same count twice, and the search block's own holes not at all.
+    Raises `LoomError` (L501 to L512) for holes that cannot be filled.
+    """
+    if found := problems(file):
+        raise LoomError(found)
+    return sizing.size(Scoping(file), _roots(file))
 
 
 def alternatives(file: syntax.File) -> Iterator[syntax.File]:
@@ -101,12 +109,13 @@ def _search_model(search: syntax.Search | None) -> str | None:
     return None
 
 
-def _named(file: syntax.File) -> list[Named]:
+def _roots(file: syntax.File) -> list[Named]:
+    """Return what is drawn: the model that is searched, or everything."""
+    every = Scoping(file).items
+    named = _search_model(search_of(file))
     return [
-        item
-        for item in file.items
-        if isinstance(item, syntax.Block | syntax.Model | syntax.Definition)
-    ]
+        each for each in every if isinstance(each, syntax.Model) and each.name == named
+    ] or every
 
 
 def _cover(file: syntax.File, *, keep_search: bool) -> Iterator[tuple[syntax.File, Recorded]]:
@@ -118,7 +127,7 @@ def _cover(file: syntax.File, *, keep_search: bool) -> Iterator[tuple[syntax.Fil
     met: set[str] = set()
     while todo:
         record = Recorded(First(), todo.pop(0))
-        drawn = _Filling(file, record).file(_named(file), search)
+        drawn = _Filling(file, record).file(Scoping(file).items, search)
         path: dict[str, int] = {}
         for name, taken in record.taken.items():
             if name not in met:
@@ -134,129 +143,49 @@ class _Filling:
 
     def __init__(self, file: syntax.File, chooser: Chooser) -> None:
         self._file = file
-        self._items = _named(file)
-        named = {each.name: tuple(p.name for p in each.params) for each in self._items}
+        self._scoping = Scoping(file)
+        named = {each.name: tuple(p.name for p in each.params) for each in self._scoping.items}
         self._drawing = Drawing(chooser, named)
-        self._ties: dict[str, Tie] = {}
-        for item in file.items:
-            if isinstance(item, syntax.Let):
-                self._ties[item.name] = Tie(item.name, item.value, self._ties)
 
     def file(self, roots: list[Named], search: syntax.Search | None) -> syntax.File:
         drawn: dict[int, syntax.Item] = {}
         todo = list(roots)
         while todo:
             item = todo.pop(0)
-            if id(item) in drawn:
-                continue
-            drawn[id(item)] = self._item(item)
-            used = _names(drawn[id(item)])
-            todo.extend(each for each in self._items if each.name in used)
+            if id(item) not in drawn:
+                drawn[id(item)] = self._item(item)
+                todo.extend(self._scoping.called(names_in(drawn[id(item)])))
         if search is not None:
-            body = self._drawing.body(search.body, "search", self._ties)
+            body = self._drawing.body(search.body, "search", self._scoping.ties)
             drawn[id(search)] = replace(search, body=body)
         items = tuple(drawn[id(item)] for item in self._file.items if id(item) in drawn)
         return replace(self._file, items=items)
 
     def _item(self, item: Named) -> syntax.Item:
+        draw = self._drawing
         match item:
-            case syntax.Model():
-                return self._model(item)
-            case syntax.Block(name, params, base, body):
-                hidden = {each.name for each in params} | _declared(body)
-                scope = {key: tie for key, tie in self._ties.items() if key not in hidden}
+            case syntax.Model(name, params):
+                flat = self._scoping.flat(
+                    item, lambda base, scope: draw.whole(base, f"{name}.base", scope)
+                )
                 return replace(
                     item,
-                    params=self._drawing.parameters(params, name, scope),
-                    base=None if base is None else self._drawing.whole(base, f"{name}.base", scope),
-                    body=self._drawing.body(body, name, scope),
+                    params=tuple(each for each in params if each.default is None),
+                    base=flat.base,
+                    body=draw.body(flat.body, name, flat.scope),
+                )
+            case syntax.Block(name, params, base, body):
+                scope = self._scoping.of(item)
+                return replace(
+                    item,
+                    params=draw.parameters(params, name, scope),
+                    base=None if base is None else draw.whole(base, f"{name}.base", scope),
+                    body=draw.body(body, name, scope),
                 )
             case syntax.Definition(kind, name, params, body):
-                hidden = {each.name for each in params} | _declared(body)
-                scope = {key: tie for key, tie in self._ties.items() if key not in hidden}
-                path = f"{kind}.{name}"
+                scope = self._scoping.of(item)
                 return replace(
                     item,
-                    params=self._drawing.parameters(params, path, scope),
-                    body=self._drawing.body(body, path, scope),
+                    params=draw.parameters(params, f"{kind}.{name}", scope),
+                    body=draw.body(body, f"{kind}.{name}", scope),
                 )
-
-    # A model's `let`s are ties, and a model that inherits may change them; so models are
-    # drawn with what they inherit written out.
-
-    def _model(self, model: syntax.Model) -> syntax.Model:
-        scope = dict(self._ties)
-        settings: dict[str, syntax.Statement] = {}
-        base = self._inherit(model, model.name, scope, settings, [])
-        body = self._drawing.body(tuple(settings.values()), model.name, scope)
-        params = tuple(each for each in model.params if each.default is None)
-        return replace(model, params=params, base=base, body=body)
-
-    def _inherit(
-        self,
-        model: syntax.Model,
-        path: str,
-        scope: dict[str, Tie],
-        settings: dict[str, syntax.Statement],
-        below: list[str],
-    ) -> Expr | None:
-        """Collect ties and settings, the base's first; return a base that is not in the file."""
-        base = model.base
-        if base is not None:
-            base = self._drawing.whole(base, f"{path}.base", scope)
-            parent = self._parent(base)
-            if parent is not None and parent.name not in [*below, model.name]:
-                self._inherit(parent, path, scope, settings, [*below, model.name])
-                self._bind(parent, base, path, scope)
-                base = None
-        for each in model.params:
-            if each.default is not None:
-                scope[each.name] = Tie(f"{path}.{each.name}", each.default, scope)
-        for statement in model.body:
-            if isinstance(statement, syntax.Let):
-                name = statement.name
-                scope[name] = Tie(f"{path}.{name}", statement.value, scope)
-            else:
-                key = (
-                    statement.name if isinstance(statement, syntax.Setting) else str(id(statement))
-                )
-                settings.pop(key, None)
-                settings[key] = statement
-        return base
-
-    def _parent(self, base: Expr) -> syntax.Model | None:
-        name = base.id if isinstance(base, Name) else getattr(base, "function", None)
-        models = (each for each in self._items if isinstance(each, syntax.Model))
-        return next((each for each in models if each.name == name), None)
-
-    def _bind(self, parent: syntax.Model, base: Expr, path: str, scope: dict[str, Tie]) -> None:
-        if not isinstance(base, Call):
-            return
-        given = dict(zip((each.name for each in parent.params), base.args, strict=False))
-        given |= {each.name: each.value for each in base.keywords}
-        for name, value in given.items():
-            scope[name] = Tie(f"{path}.{name}", value, self._ties)
-
-
-def _declared(body: tuple[syntax.Statement, ...]) -> set[str]:
-    """Return the names that statements of a body introduce, branches included."""
-    found: set[str] = set()
-    for statement in body:
-        match statement:
-            case syntax.Let(name) | syntax.Param(name) | syntax.State(name):
-                found.add(name)
-            case syntax.Branch(name, inner):
-                found |= {name} | _declared(inner)
-    return found
-
-
-def _names(item: syntax.Item) -> set[str]:
-    """Return every name an item reads or calls."""
-    found: set[str] = set()
-    for expr, _ in expressions(item):
-        for node in syntax.walk(expr):
-            if isinstance(node, Name):
-                found.add(node.id)
-            elif isinstance(node, Call):
-                found.add(node.function)
-    return found

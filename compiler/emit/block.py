@@ -94,7 +94,7 @@ class _Writer:
         reach = extent(self.block.mix.mask)
         if not reach.causal:
             return _refuses(f"{head}KeyValueCache:", "its mask lets a query see later keys")
-        sizes = {name: self._size(name) for name in self.keyed}
+        sizes = {ident(name): self._size(name) for name in self.keyed}
         ring = "" if reach.back is None else f", ring={reach.back + 1}"
         ring += f", prefix={reach.prefix}" if ring and reach.prefix else ""
         shown = ", ".join(f'"{name}": {size}' for name, size in sizes.items())
@@ -297,8 +297,8 @@ class _Writer:
         for name in self.keyed:
             special = name not in self.attention.inputs[1:3]
             names.append(f"{ident(name)}_j" if special else ident(name))
-            values.append(f"{name}={ident(name)}[..., None]" if name == "doc"
-                          else f"{name}={ident(name)}")  # fmt: skip
+            doc = "[..., None]" if name == "doc" else ""
+            values.append(f"{ident(name)}={ident(name)}{doc}")
         lines = ["places = positions"] if places else []
         lines.append("if cache is not None:")
         lines += indent(call(f"{', '.join([*names, 'places' if places else '_'])} = cache.update",

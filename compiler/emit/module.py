@@ -52,7 +52,8 @@ def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
     main = class_name(names[0])
     if isinstance(what, Model):
         main = class_name(what.name)
-        main = f"{main}Model" if main in taken else main
+        while main in taken:
+            main = f"{main}Model"
         which = {graph.block: class_name(name) for graph, name in zip(graphs, names, strict=True)}
         classes += model_text.classes(what, main, which)
     body = "\n\n\n".join(classes)
@@ -67,13 +68,15 @@ def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
 
 
 def _names(graphs: Sequence[Graph]) -> list[str]:
-    """Give every graph its block's name, numbered where one name has several."""
+    """Give every graph its block's name, numbered where another class has it."""
     names: list[str] = []
+    taken: set[str] = set()
     for graph in graphs:
         name, at = graph.block.name, 2
-        while name in names:
+        while class_name(name) in taken:
             name, at = f"{graph.block.name}_{at}", at + 1
         names.append(name)
+        taken.add(class_name(name))
     return names
 
 

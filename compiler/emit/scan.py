@@ -8,10 +8,10 @@ o = torch.stack(outputs, dim=2)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from ...grammar.dialect import write
-from ...grammar.expr import substitute
 from ...grammar.syntax import (
     Binary,
     Call,
@@ -33,6 +33,7 @@ class _Ranks:
 
     graph: Graph
     known: dict[str, int]
+    texts: Mapping[str, str] = field(default_factory=dict)  # how a name is written, if not so
 
     def text(self, expr: Expr) -> tuple[str, int]:
         match expr:
@@ -41,7 +42,7 @@ class _Ranks:
             case Name("true" | "false" as id):
                 return id.capitalize(), 0
             case Name(id):
-                return ident(id) if id != "o" else "o", self.known[id]
+                return self.texts.get(id, ident(id)), self.known[id]
             case Index(Name(id), items):
                 rank = len(self.graph.node(id).dims) - len(items)
                 return f"self.{id}", rank
@@ -180,7 +181,7 @@ def _per_head(graph: Graph, name: str) -> tuple[str, int]:
 
 def _causal(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
     lines = ["for step in range(n):"]
-    inner = _Ranks(known.graph, known.known)
+    inner = replace(known, texts={name: _token_of(name) for name in streams})
     if mix.resets:
         names = ", ".join(states(mix))
         lines += [
@@ -194,23 +195,21 @@ def _causal(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
             name = ident(each.name)
             lines.append(f'        {name} = torch.where(fresh{dims}, anew["{name}"], {name})')
         assert names
-    lines += [f"    {_token_of(name)} = {_variable(name)}[:, :, step]" for name in streams]
-    renamed = {name: _token_of(name) for name in streams}
+    lines += [f"    {_token_of(name)} = {ident(name)}[:, :, step]" for name in streams]
     for update in mix.updates:
-        text = _renamed(inner, update.value, renamed)
-        lines.append(f"    {_target(update.name)} = {text}")
+        lines.append(f"    {ident(update.name)} = {inner.text(update.value)[0]}")
     lines.append("    outputs.append(o)")
     return lines
 
 
 def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
     own = {each.name for each in mix.states}
-    renamed = {name: _token_of(name) for name in streams}
-    tokens = [f"    {_token_of(name)} = {_variable(name)}[:, :, step]" for name in streams]
+    inner = replace(known, texts={name: _token_of(name) for name in streams})
+    tokens = [f"    {_token_of(name)} = {ident(name)}[:, :, step]" for name in streams]
 
     def statements(writes_states: bool) -> list[str]:
         return [
-            f"    {_target(each.name)} = {_renamed(known, each.value, renamed)}"
+            f"    {ident(each.name)} = {inner.text(each.value)[0]}"
             for each in mix.updates
             if each.name not in own or writes_states
             if each.name != "o" or not writes_states
@@ -221,21 +220,5 @@ def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
             "    outputs.append(o)"]  # fmt: skip
 
 
-def _target(name: str) -> str:
-    return "o" if name == "o" else ident(name)
-
-
-def _variable(name: str) -> str:
-    return ident(name)
-
-
 def _token_of(name: str) -> str:
     return f"{ident(name)}_t"
-
-
-def _renamed(known: _Ranks, expr: Expr, renamed: dict[str, str]) -> str:
-    """Write an expression in which streams are those of the current token."""
-    values = {name: Name(new) for name, new in renamed.items()}
-    ranks = dict(known.known) | {new: known.known[name] for name, new in renamed.items()}
-    inner = _Ranks(known.graph, ranks)
-    return inner.text(substitute(expr, values))[0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import keyword
+import re
 from functools import cache
 from pathlib import Path
 
@@ -12,19 +14,27 @@ _OURS = frozenset((
     "self", "x", "b", "n", "m", "i", "j", "h", "s", "p", "f", "F", "nn", "math", "torch", "triton",
     "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
+    "given", "places", "state", "last", "anew", "fresh", "tau",
 ))  # fmt: skip
+_CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor"))
+_MADE = re.compile(r"_$|__\d+$|_[ijt]$")  # endings that the text gives to names of its own
 
 
 def ident(name: str) -> str:
     """Return a variable for a stream or state, away from the names the text itself uses."""
-    name = name.replace(".", "_")
-    return f"{name}_" if name in _OURS or keyword.iskeyword(name) or name in pieces() else name
+    if "." in name:
+        return name.replace(".", "__")
+    ours = name in _OURS or name in pieces()
+    taken = ours or keyword.iskeyword(name) or hasattr(builtins, name) or _MADE.search(name)
+    return f"{name}_" if taken else name
 
 
 def class_name(name: str) -> str:
-    """Return `tiny_gemma` as `TinyGemma`."""
-    made = "".join(part[:1].upper() + part[1:] for part in name.split("_") if part) or "Block"
-    return made if made[0].isalpha() else f"Block{made}"
+    """Return `tiny_gemma` as `TinyGemma`, away from the classes the text itself uses."""
+    made = "".join(part[:1].upper() + part[1:] for part in name.split("_") if part)
+    made = made if made[:1].isalpha() else f"Block{made}"
+    taken = made in _CLASSES or made in pieces()
+    return f"{made}Block" if taken or keyword.iskeyword(made) or hasattr(builtins, made) else made
 
 
 def atomic(text: str) -> str:
