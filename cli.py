@@ -101,16 +101,13 @@ def _parsed(path: str) -> File:
     return parse_path(path)
 
 
-def _checked(path: str) -> tuple[Architecture, int]:
-    """Check a file; of a space, every alternative. Return the first and how many there are."""
+def _checked(path: str) -> list[Architecture]:
+    """Check a file; of a space, plain files in which every alternative occurs."""
     from .compiler.check import check
     from .search.space import alternatives, has_holes
 
     file = _parsed(path)
-    if not has_holes(file):
-        return check(file), 1
-    found = [check(plain) for plain in alternatives(file)]
-    return found[0], len(found)
+    return [check(plain) for plain in (alternatives(file) if has_holes(file) else [file])]
 
 
 def _found(what: str, width: int | None) -> Block | Model:
@@ -163,10 +160,11 @@ def check(files: tuple[str, ...], json: bool) -> None:
     answers, wrong = [], []
     for path in files:
         try:
-            arch, count = _checked(path)
+            found = _checked(path)
         except LoomError as problem:
             wrong.extend(problem.diagnostics)
             continue
+        arch, count = found[0], len(found)
         for warning in arch.warnings:
             _complain(warning)
         named = [*arch.blocks, *arch.models]
@@ -312,11 +310,15 @@ def verify(what: str, width: int | None, targets: tuple[str, ...], module: str |
            json: bool) -> None:  # fmt: skip
     """Prove a compiled block or model against its meaning; exit 3 if something does not hold.
 
+    Of a space, every alternative of its blocks is verified.
+
     Example: headloom verify examples/gqa.loom --target sm_90
     """
     from .compiler import certificate
+    from .compiler.check import find
 
-    found = _found(what, width)
+    path, name = _split(what)
+    found = [find(arch, name, width) for arch in _checked(path)]
     try:
         result = certificate.make(found, targets, module)
     except ValueError as problem:

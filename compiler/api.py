@@ -8,7 +8,8 @@ oracle.load_state_dict(block.state_dict())
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,8 +96,22 @@ def build_module(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        module = made()
+        with _exactly(dtype):
+            module = made()
     return module.to(device=device, dtype=dtype)
+
+
+@contextmanager
+def _exactly(dtype: torch.dtype | None) -> Iterator[None]:
+    """Make the tensors of a float64 module in float64: `const`s keep all their digits."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def reference(

@@ -23,6 +23,8 @@ from .model import Apply, Block, Flow, Pairwise, Read, Recurrence, Stream
 from .scalars import resolve, resolve_normalizer
 from .scope import Findings, Scope
 
+_GUESSES = {"heads": "", "kv_heads": "heads", "head_dim": "", "value_dim": "head_dim"}
+_ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = ("score", "normalize", "weights", "scale", "dropout")
 _LATER = {"similarity": "dot", "select": "none", "regularize": "none"}
 
@@ -45,9 +47,10 @@ def elaborate_block(
     body = Body(library, call, findings)
     scope = Scope(library, findings)
     _numbers(scope, body, sizes)
-    findings.settle()
-    builder = _Builder(scope, body)
-    block = builder.build()
+    sized = not findings.diagnostics
+    block = _Builder(scope, body).build()
+    if not sized:  # the sizes that were guessed only serve to find further misspelt names
+        findings.keep(lambda each: each.code not in _ABOUT_SHAPES)
     findings.settle()
     assert block is not None
     if warnings is not None:
@@ -78,19 +81,20 @@ def _numbers(scope: Scope, body: Body, sizes: Sizes) -> None:
         numbers["context_width"] = scope.size(body.get("context_width"), "`context_width`")
     else:
         numbers["context_width"] = numbers["width"]
-    for name in ("heads", "kv_heads", "head_dim", "value_dim"):
+    for name, guess in _GUESSES.items():
         with scope.findings.guard():
-            if name == "head_dim" and not body.has(name) and "heads" in numbers:
+            if name == "head_dim" and not body.has(name):
                 _divides_width(scope, body)
             numbers[name] = scope.size(body.get(name), f"`{name}`")
-    scope.findings.settle()
+        numbers.setdefault(name, numbers.get(guess, 64))
     heads, kv_heads = int(numbers["heads"]), int(numbers["kv_heads"])
     if heads % kv_heads:
-        fits = [str(each) for each in range(1, min(heads, 4096) + 1) if heads % each == 0][:8]
+        fits = [str(each) for each in range(1, heads + 1) if heads % each == 0][:8]
         choice = f"{', '.join(fits[:-1])} or {fits[-1]}" if len(fits) > 1 else fits[0]
-        raise error("L204", "`kv_heads` must divide `heads`", body.span_of("kv_heads"),
-                    f"heads = {heads}, kv_heads = {kv_heads}, remainder {heads % kv_heads}",
-                    f"use {choice}")  # fmt: skip
+        with scope.findings.guard():
+            raise error("L204", "`kv_heads` must divide `heads`", body.span_of("kv_heads"),
+                        f"heads = {heads}, kv_heads = {kv_heads}, remainder {heads % kv_heads}",
+                        f"use {choice}")  # fmt: skip
 
 
 def _divides_width(scope: Scope, body: Body) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .choose import Target
 from .emit import Code
 from .model import Block, Model
 from .pipeline import generate
-from .verify import Finding, checks_of, verify
+from .verify import Finding, checks_of, subjects, verify
 from .verify_kernels import can_run_kernels
 
 
@@ -60,24 +61,33 @@ class Certificate:
         console.print(f"{held} of {held + sum(e.ok is False for e in self.findings)} checks hold")
 
 
-def make(what: Block | Model, targets: tuple[str, ...], module: str | None) -> Certificate:
-    """Run every check, with a progress bar on a terminal. Raises `ValueError` on bad arguments."""
+def make(
+    whats: Sequence[Block | Model], targets: tuple[str, ...] = (), module: str | None = None
+) -> Certificate:
+    """Run every check, with a progress bar on a terminal. Raises `ValueError` on bad arguments.
+
+    Several models are the alternatives of a space: their different blocks are all verified,
+    and the first of the models. `module` is a built file to verify instead.
+    """
     if unknown := set(targets) - set(SHARED_LIMIT):
         known = ", ".join(SHARED_LIMIT)
         raise ValueError(f"no such target: {', '.join(sorted(unknown))}; there are {known}")
     can_run_kernels()
-    generated = generate(what, Target("torch"))
-    code = generated
+    main = whats[-1]
+    generated = generate(main, Target("torch"))
+    code = None
     if module is not None:
         code = Code(Path(module).read_text(encoding="utf-8"), generated.name)
+    parts = (main,) if code is not None else subjects(*whats)
     console = Console(stderr=True)
     findings = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True,
                   disable=not console.is_terminal) as bar:  # fmt: skip
-        given = code if module is not None else None
-        task = bar.add_task(f"verifying {what.name}", total=checks_of(what, given))
-        for each in verify(what, given, targets):
-            findings.append(each)
-            bar.update(task, advance=1, description=f"{each.subject}: {each.check}")
-    return Certificate(what.name, code.digest, tuple(findings))
+        total = sum(len(checks_of(part, code)) for part in parts)
+        task = bar.add_task(f"verifying {main.name}", total=total)
+        for part in parts:
+            for each in verify(part, code, targets):
+                findings.append(each)
+                bar.update(task, advance=1, description=f"{each.subject}: {each.check}")
+    return Certificate(main.name, (code or generated).digest, tuple(findings))

@@ -13,7 +13,7 @@ length of the context as well.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from ..grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
@@ -21,7 +21,7 @@ from ..ops import OPS, Shape, Weight
 from .blocks import flow_nodes, mix_exprs
 from .counting import pairs
 from .masks import extent
-from .model import Apply, Block, Model, Pairwise, Recurrence
+from .model import Apply, Block, Flow, Model, Pairwise, Read, Recurrence
 from .parameters import model_weights, weights
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -192,7 +192,20 @@ def keyed_streams(block: Block) -> tuple[str, ...]:
         if isinstance(node, Index) and isinstance(node.base, Name) and Name("j") in node.items
         if node.base.id in shapes or node.base.id == "doc"
     }
-    return tuple(dict.fromkeys(["k", "v", *read]))
+    made: dict[Flow, str] = {}
+    for name in ("k", "v", *read):
+        stream = block.stream(name)
+        flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
+        made.setdefault(flow, name)
+    return tuple(made.values())
+
+
+def _inlined(block: Block, flow: Flow) -> Flow:
+    """Return a flow in terms of x and context: equal flows are computed, and kept, once."""
+    if isinstance(flow, Apply):
+        return replace(flow, inputs=tuple(_inlined(block, each) for each in flow.inputs))
+    stream = block.stream(flow.name)
+    return flow if stream is None else _inlined(block, stream.flow)
 
 
 def _activations(block: Block) -> int:

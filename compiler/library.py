@@ -20,7 +20,6 @@ from ..grammar.source import Source, Span
 from ..grammar.syntax import Definition, Expr, File, Statement
 from .names import taken
 
-
 MAX_NODES = 20_000  # parts of one expression, and of all the definitions a block uses
 
 

@@ -157,3 +157,53 @@ def reads_data(expr: Expr) -> bool:
 def reads(expr: Expr, tensor: str) -> bool:
     """Say whether an expression indexes a stream or tensor of this name."""
     return any(isinstance(node, Index) and node.base == Name(tensor) for node in walk(expr))
+
+
+Bounds = tuple[float, float]
+
+
+def whole_range(expr: Expr, heads: int) -> Bounds | None:
+    """Return bounds on an expression over places; None where it may not be a whole number."""
+    match expr:
+        case Number(int() as value):
+            return value, value
+        case Name("h"):
+            return 0, heads - 1
+        case Name("i" | "j"):
+            return 0, inf
+        case Name("n" | "m"):
+            return 1, inf
+        case Unary("-", operand) if a := whole_range(operand, heads):
+            return -a[1], -a[0]
+        case Binary(op, left, right):
+            a, b = whole_range(left, heads), whole_range(right, heads)
+            return _combined(op, a, b) if a and b else None
+        case Call("abs", (arg,)) if a := whole_range(arg, heads):
+            return max(0, a[0], -a[1]), max(-a[0], a[1])
+        case Call("min" | "max" as name, (left, right)):
+            a, b = whole_range(left, heads), whole_range(right, heads)
+            pick = min if name == "min" else max
+            return (pick(a[0], b[0]), pick(a[1], b[1])) if a and b else None
+        case Call("clip", (arg, Number(int() as low), Number(int() as high))):
+            a = whole_range(arg, heads)
+            return (min(max(a[0], low), high), min(max(a[1], low), high)) if a else None
+    return None
+
+
+def _combined(op: str, a: Bounds, b: Bounds) -> Bounds | None:
+    match op:
+        case "+":
+            return a[0] + b[0], a[1] + b[1]
+        case "-":
+            return a[0] - b[1], a[1] - b[0]
+        case "*" if inf not in (*map(abs, a), *map(abs, b)):
+            ends = [x * y for x in a for y in b]
+            return min(ends), max(ends)
+        case "*":
+            return -inf, inf
+        case "//" if b[0] > 0:
+            ends = [x // y if abs(x) != inf else x for x in a for y in (b[0],)]
+            return min(*ends, 0), max(*ends, 0)
+        case "%" if b[0] > 0:
+            return 0, b[1] - 1
+    return None

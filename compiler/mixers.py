@@ -30,6 +30,10 @@ def resolve_mixer(scope: Scope, definition: Definition, call: Expr, mask: str) -
         values = scope.expand(definition, call)
         statements = [substitute_statement(each, values) for each in definition.body]
     states = tuple(_state(scope, each) for each in statements if isinstance(each, syntax.State))
+    for at, each in enumerate(states):
+        if each.name in {other.name for other in states[:at]}:
+            raise error("L211", f"`{each.name}` is defined twice", call.span, "",
+                        "choose another name")  # fmt: skip
     visitor = _Mixer(scope, {each.name: each.shape for each in states})
     updates = []
     for each in statements:
@@ -47,6 +51,12 @@ def resolve_mixer(scope: Scope, definition: Definition, call: Expr, mask: str) -
 
 
 def _state(scope: Scope, state: syntax.State) -> State:
+    if state.name in scope.declared or state.name in scope.tensors:
+        raise error("L211", f"`{state.name}` is defined twice", state.span,
+                    "it is a stream or a tensor already", "choose another name")  # fmt: skip
+    if state.name in ("o", "x", "context", "true", "false"):
+        raise error("L215", f"`{state.name}` cannot be the name of this", state.span,
+                    "this name has a meaning of its own", "choose another name")  # fmt: skip
     shape = tuple(scope.size(dim, f"a dimension of `{state.name}`") for dim in state.dims)
     if len(shape) > 2:
         raise error("L216", "a state is a number, a vector or a matrix", state.span,
@@ -56,14 +66,15 @@ def _state(scope: Scope, state: syntax.State) -> State:
 
 
 def _update(visitor: _Mixer, update: syntax.Update) -> Update:
-    value, dims = visitor.visit(update.value)
+    value, dims = visitor.want(update.value, False)
     known = visitor.locals
     needed = (visitor.scope.numbers["value_dim"],) if update.name == "o" else known.get(update.name)
     if needed is not None and dims != needed:
         raise error("L216", f"`{update.name}` has another shape", update.value.span,
                     f"{list(needed)} ← {list(dims)}")  # fmt: skip
-    if update.name in ("q", "k", "v", "x") or update.name in visitor.scope.declared:
-        raise error("L216", f"`{update.name}` is a stream and cannot be written", update.span)
+    if update.name in visitor.fixed or update.name in visitor.scope.declared:
+        raise error("L216", f"`{update.name}` cannot be written", update.span,
+                    "a mixer writes its states, `o`, and names of its own")  # fmt: skip
     known.setdefault(update.name, dims)
     return Update(update.name, fold(value))
 
@@ -85,6 +96,17 @@ class _Mixer:
     scope: Scope
     locals: dict[str, Dims]
 
+    @property
+    def fixed(self) -> set[str]:
+        return {"x", "context", "true", "false", *self.scope.tensors}
+
+    def want(self, expr: Expr, truth: bool) -> tuple[Expr, Dims]:
+        """Visit an expression that must be true or false, or a number (L210)."""
+        if _is_truth(expr) != truth:
+            is_, needs = ("a number", "true or false") if truth else ("true or false", "a number")
+            raise error("L210", f"this must be {needs}", expr.span, f"it is {is_}")
+        return self.visit(expr)
+
     def visit(self, expr: Expr) -> tuple[Expr, Dims]:
         match expr:
             case Number():
@@ -92,15 +114,16 @@ class _Mixer:
             case Name():
                 return self._name(expr)
             case Unary(op, operand):
-                value, dims = self.visit(operand)
+                value, dims = self.want(operand, op == "not")
                 return Unary(op, value, expr.span), dims
             case Binary("@", left, right):
                 return self._contract(expr, left, right)
             case Binary(op, left, right):
-                (a, one), (b, two) = self.visit(left), self.visit(right)
+                truth = op in ("and", "or")
+                (a, one), (b, two) = self.want(left, truth), self.want(right, truth)
                 return Binary(op, a, b, expr.span), self._together(expr, one, two)
             case Compare(operands, ops):
-                sides = [self.visit(each) for each in operands]
+                sides = [self.want(each, False) for each in operands]
                 dims = self._all_together(expr, [each for _, each in sides])
                 return Compare(tuple(each for each, _ in sides), ops, expr.span), dims
             case Call():
@@ -163,7 +186,7 @@ class _Mixer:
         return dims
 
     def _contract(self, expr: Expr, left: Expr, right: Expr) -> tuple[Expr, Dims]:
-        (a, one), (b, two) = self.visit(left), self.visit(right)
+        (a, one), (b, two) = self.want(left, False), self.want(right, False)
         if not one or not two or one[-1] != two[0]:
             raise error("L216", "`@` contracts the last dimension with the first", expr.span,
                         f"{list(one)} @ {list(two)}")  # fmt: skip
@@ -180,7 +203,7 @@ class _Mixer:
                         suggest(name, FUNCTIONS, VECTOR_FUNCTIONS))  # fmt: skip
         if len(expr.args) != arity or expr.keywords:
             raise error("L209", f"`{name}` takes {arity} plain arguments", expr.span)
-        parts = [self.visit(arg) for arg in expr.args]
+        parts = [self.want(arg, name == "where" and at == 0) for at, arg in enumerate(expr.args)]
         done = Call(name, tuple(value for value, _ in parts), (), expr.span)
         shapes = [dims for _, dims in parts]
         if name in ("sum", "mean", "norm"):
@@ -191,3 +214,12 @@ class _Mixer:
                             " and ".join(str(list(dims)) for dims in shapes))  # fmt: skip
             return done, () if name == "dot" else shapes[0] + shapes[1]
         return done, self._all_together(expr, shapes)
+
+
+def _is_truth(expr: Expr) -> bool:
+    match expr:
+        case Compare() | Unary("not") | Binary("and" | "or") | Name("true" | "false"):
+            return True
+        case Call(name):
+            return name in FUNCTIONS and FUNCTIONS[name].boolean
+    return False

@@ -1,7 +1,7 @@
 """Names that a block's own streams, tensors and states may not have, and why.
 
-    taken("seen")                    has a meaning of its own
-    taken("half", tensor=True)       is an attribute of every nn.Module
+taken("seen")                    has a meaning of its own
+taken("half", tensor=True)       is an attribute of every nn.Module
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODULE = frozenset((
     "set_extra_state", "set_submodule", "share_memory", "state_dict", "to", "to_empty", "train",
     "training", "type", "xpu", "zero_grad",
 ))  # fmt: skip
-METHODS = frozenset(("attend", "init_cache"))
+METHODS = frozenset(("attend", "init_cache", "initial"))
 
 
 def taken(name: str, tensor: bool = False) -> str:

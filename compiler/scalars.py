@@ -16,6 +16,7 @@ from ..grammar import syntax
 from ..grammar.diagnostics import error
 from ..grammar.expr import fold, names, number
 from ..grammar.functions import FUNCTIONS
+from ..grammar.source import NOWHERE
 from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number, Unary
 from .library import put
 from .model import Normalizer
@@ -155,9 +156,12 @@ class _Resolver:
         if len(items) != len(axes):
             raise error("L214", f"`{name}` has {len(axes)} dimensions", expr.span,
                         f"{len(items)} indices given")  # fmt: skip
-        for axis, item in zip(axes, items, strict=True):
+        sizes = self._sizes(name)
+        for at, (axis, item, size) in enumerate(zip(axes, items, sizes, strict=True)):
             if axis == "token":
                 self._token(name, item)
+            else:
+                self._place(name, item, size, only_numbers=at == 2)
         return Index(expr.base, items, expr.span)
 
     def _stream_axes(self, expr: Index, name: str, items: tuple[Expr, ...]) -> tuple[str, ...]:
@@ -171,6 +175,28 @@ class _Resolver:
             raise error("L214", f"`{name}` has {len(axes)} dimensions", expr.span, f"it is {shape}",
                         "index each of them, the tokens with `i` or `j`")  # fmt: skip
         return axes
+
+    def _sizes(self, name: str) -> tuple[int, ...]:
+        if name in self.scope.tensors:
+            return self.scope.tensors[name].shape
+        shape = self.scope.shape(name, NOWHERE)
+        if shape is None:  # doc
+            return (0,)
+        return (0, shape.dim) if shape.heads is None else (shape.heads, 0, shape.dim)
+
+    def _place(self, name: str, item: Expr, size: int, only_numbers: bool) -> None:
+        """Check an index that is not a token's: constants lie inside, streams take no i and j."""
+        known = fold(item)
+        if isinstance(known, Number) and (known.value != int(known.value)
+                                          or not 0 <= known.value < size):  # fmt: skip
+            raise error("L214", f"this index is outside of `{name}`", item.span,
+                        f"it is {known.value}, the size is {size}")  # fmt: skip
+        if isinstance(known, Number) or name in self.scope.tensors:
+            return
+        if only_numbers or names(known) != {"h"}:
+            raise error("L214", f"`{name}` cannot be read here", item.span,
+                        "heads are read at numbers or `h`, their features at numbers",
+                        "a `param` can be read anywhere")  # fmt: skip
 
     def _token(self, name: str, item: Expr) -> None:
         tokens = "n"

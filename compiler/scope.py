@@ -14,9 +14,9 @@ from math import prod
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
-from ..grammar.expr import NotConstant, Value, calls, evaluate
+from ..grammar.expr import NotConstant, Value, evaluate, rebuild
 from ..grammar.source import Span
-from ..grammar.syntax import Definition, Expr, Name
+from ..grammar.syntax import Call, Definition, Expr, Name
 from ..ops import Shape, Weight
 from .library import MAX_NODES, Library, bind, put, size, substitute_statement
 from .model import Stream
@@ -40,6 +40,10 @@ class Findings:
             self.diagnostics.extend(
                 each for each in problem.diagnostics if each not in self.diagnostics
             )
+
+    def keep(self, wanted: Callable[[Diagnostic], bool]) -> None:
+        """Forget the findings that are not wanted."""
+        self.diagnostics = [each for each in self.diagnostics if wanted(each)]
 
     def settle(self) -> None:
         """Raise everything that was found, if anything was."""
@@ -132,14 +136,13 @@ class Scope:
         values = {id: syntax.Number(value, str(value)) for id, value in self.numbers.items()}
         init = put(statement.init, values)
         index = {"h": 0} if statement.dims else {}
-        if not calls(init, "normal"):
-            try:
-                evaluate(init, index)
-            except NotConstant as problem:
-                raise error("L219", f"the initial value of `{name}` must be a number",
-                            problem.node.span, problem.reason,
-                            "it may read `h`, the place along the first dimension, "
-                            "or be `normal(std)`") from None  # fmt: skip
+        try:
+            evaluate(_drawn(init), index)
+        except NotConstant as problem:
+            raise error("L219", f"the initial value of `{name}` must be a number",
+                        problem.node.span, problem.reason,
+                        "it may read `h`, the place along the first dimension, "
+                        "and `normal(std)`") from None  # fmt: skip
         return Weight(name, sizes, init, statement.learned)
 
     # definitions
@@ -176,6 +179,15 @@ class Scope:
             yield
         finally:
             self._open.pop()
+
+
+def _drawn(init: Expr) -> Expr:
+    """Return an initial value with `normal(std)` read as std (L209)."""
+    if isinstance(init, Call) and init.function == "normal":
+        if len(init.args) != 1 or init.keywords:
+            raise error("L209", "`normal` takes one plain argument", init.span)
+        return _drawn(init.args[0])
+    return rebuild(init, _drawn)
 
 
 def suggest(name: str, *known: Iterable[str]) -> str:

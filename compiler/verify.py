@@ -1,7 +1,8 @@
 """Proving a compiled module against its meaning, check by check.
 
-    for finding in verify(block):
-        print(finding.check, finding.ok, finding.worst)
+    for each in subjects(model):              # its different blocks, then the whole
+        for finding in verify(each):
+            print(finding.subject, finding.check, finding.ok, finding.worst)
 
 Every check runs from the smallest case up and stops at the first that fails, so a finding
 names the smallest failing case. The oracle is `reference`, in float64, given the module's
@@ -115,37 +116,39 @@ class Subject:
         return x, given
 
 
+def subjects(*whats: Block | Model) -> tuple[Block | Model, ...]:
+    """Return what there is to verify: every different block, then the first model around them."""
+    blocks: dict[Block, None] = {}
+    for what in whats:
+        blocks |= dict.fromkeys((what,) if isinstance(what, Block) else what.layers)
+    models = [what for what in whats if isinstance(what, Model)][:1]
+    return (*blocks, *models)
+
+
 def verify(
     what: Block | Model, code: Code | None = None, targets: tuple[str, ...] = ()
 ) -> Iterator[Finding]:
-    """Yield what every check finds: of a block; of a model, and of its different blocks.
+    """Yield what every check of one block or model finds.
 
     `code` is another text to check instead of the generated one; `targets` are GPUs
     ("sm_90") that the kernels are compiled for ahead of time.
     """
-    if isinstance(what, Model) and code is None:
-        for block in dict.fromkeys(what.layers):
-            yield from _verify(block, None, targets)
-    yield from _verify(what, code, targets)
-
-
-def checks_of(what: Block | Model, code: Code | None = None) -> int:
-    """Return how many findings `verify` will yield."""
-    own = len(_COMMON) + (len(_OF_BLOCKS) + 2 if isinstance(what, Block) and code is None else 0)
-    if isinstance(what, Model) and code is None:
-        own += sum(checks_of(block) for block in dict.fromkeys(what.layers))
-    return own
-
-
-def _verify(what: Block | Model, code: Code | None, targets: tuple[str, ...]) -> Iterator[Finding]:
     subject = Subject.of(what, code)
-    for name, check in _COMMON.items():
-        yield _run(subject, name, check)
-    if isinstance(what, Block) and code is None:
-        for name, check in _OF_BLOCKS.items():
-            yield _run(subject, name, check)
-        yield _run(subject, "kernels in the interpreter", _interpreted)
-        yield _run(subject, "kernels ahead of time", lambda s: ahead_of_time(s.what, targets))
+    for name in checks_of(what, code):
+        if name == "kernels ahead of time":
+            yield _run(subject, name, lambda s: ahead_of_time(s.what, targets))
+        else:
+            yield _run(subject, name, CHECKS[name])
+
+
+def checks_of(what: Block | Model, code: Code | None = None) -> list[str]:
+    """Return the names of the checks that `verify` makes."""
+    names = list(_COMMON)
+    if isinstance(what, Block):
+        names.append("mask isolation")
+        if code is None:  # the others compile variants of the block, or its kernels
+            names += [*_OF_VARIANTS, "kernels ahead of time"]
+    return names
 
 
 def _run(subject: Subject, name: str, check: Check) -> Finding:
@@ -431,8 +434,9 @@ _COMMON: dict[str, Check] = {
     "causality": _causality,
     "exported file": _export,
 }
-_OF_BLOCKS: dict[str, Check] = {
-    "mask isolation": _isolation,
+_OF_VARIANTS: dict[str, Check] = {
     "rows that see nothing": _empty_rows,
     "extreme logits": _extreme,
+    "kernels in the interpreter": _interpreted,
 }
+CHECKS = _COMMON | {"mask isolation": _isolation} | _OF_VARIANTS

@@ -8,7 +8,8 @@
 
 The rules: at the end of a line, a comment goes beside the node that ends there, and after an
 opening brace beside the node it opens; inside an expression it moves above its statement;
-on a line of its own it goes above the next node of the body it stands in, or closes it.
+on a line of its own it goes above the next node of the body it stands in, or closes it; empty
+lines between such comments stay.
 None is ever lost: where a place is taken, the comment goes to the next one.
 
 `place` holds the rules for Loom and YAML alike; `attach` finds the comments of a Loom text.
@@ -141,10 +142,18 @@ def _put(owner: _Place, comment: Found, source: Source) -> None:
         if before is not None and source.position(max(0, before.at.end - 1))[0] == line:
             _beside(before, text)
         elif after < len(owner.inner):
-            owner.inner[after].above.append(text)
+            _above(owner.inner[after], text, line, source)
         else:
             owner.closing.append(text)
         return
+
+
+def _above(node: _Place, text: str, line: int, source: Source) -> None:
+    """Add a comment line, and an empty one after it where the text has one or more."""
+    node.above.append(text)
+    last, _ = source.position(len(source.text))
+    if line < last and not source.line(line + 1).strip():
+        node.above.append("")
 
 
 def _beside(node: _Place, text: str) -> None:

@@ -73,7 +73,7 @@ def _pads(nodes: Sequence[Node]) -> list[int]:
 def _node(node: Node, indent: int, pad: int) -> list[str]:
     """Return the lines of a node, its comments included."""
     margin = " " * indent
-    lines = [margin + comment for comment in node.comments.above]
+    lines = [(margin + comment).rstrip() for comment in node.comments.above]
     if (only := one_result(node)) is not None and isinstance(node, Definition):
         text = f"{node.kind} {head(node.name, node.params)} = {result(only)}"
         lines += broken(text, indent)

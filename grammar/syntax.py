@@ -191,7 +191,10 @@ def depth(expr: Expr) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Comments:
-    """The comment lines above a statement, and the one at the end of its line (with `#`)."""
+    """The comment lines above a statement, and the one at the end of its line (with `#`).
+
+    An empty line above stands for a gap between paragraphs.
+    """
 
     above: tuple[str, ...] = ()
     beside: str = ""

@@ -57,6 +57,11 @@ class Plan:
     def directions(self) -> list[Direction]:
         return ["maximize" if each.maximize else "minimize" for each in self.objectives]
 
+    @property
+    def place(self) -> Span:
+        """Where the text says what is required: `require`, or else the word `search`."""
+        return self.require.span if self.require is not None else _head(_only_search(self.file))
+
     def candidate(self, chooser: Chooser) -> tuple[syntax.File, Training]:
         """Draw one plain file, without its search block, and how it is to be trained."""
         drawn = draw(self.file, chooser, keep_search=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..grammar.parse import parse
@@ -104,9 +105,8 @@ def show(plan: Plan, study: optuna.Study, console: Console | None = None) -> Non
         table.add_column(f"{each.label} {'↑' if each.maximize else '↓'}", justify="right")
     table.add_column("drawn")
     for trial in front(study):
-        drawn = ", ".join(f"{name} = {value}" for name, value in _params(trial).items())
         values = [_shown(value) for _, value in _values(plan, trial)]
-        table.add_row(str(trial.number), *values, drawn)
+        table.add_row(str(trial.number), *values, escape(_drawn(trial)))
     console.print(table)
     console.print(f"specs in {plan.out / 'pareto'}, modules in {plan.out / 'best'}",
                   markup=False, highlight=False, soft_wrap=True)  # fmt: skip
@@ -161,6 +161,17 @@ def best(plan: Plan, study: optuna.Study) -> str:
 
 def _values(plan: Plan, trial: FrozenTrial) -> list[tuple[Any, float]]:
     return list(zip(plan.objectives, trial.values, strict=True))
+
+
+def _drawn(trial: FrozenTrial) -> str:
+    """Say what was drawn; a choice with draws of its own is said by them."""
+    params = _params(trial)
+    kept = (
+        (name, value)
+        for name, value in params.items()
+        if not any(other.startswith((f"{name}.", f"{name}[")) for other in params)
+    )
+    return ", ".join(f"{name} = {value}" for name, value in kept)
 
 
 def _params(trial: FrozenTrial) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class _Runner:
             if self._refused.total() >= MAX_REFUSED:
                 reason, times = self._refused.most_common(1)[0]
                 return error("L545", f"{MAX_REFUSED} draws in a row were refused",
-                             self._plan.file.span, f"{times} times: {reason}",
+                             self._plan.place, f"{times} times: {reason}",
                              "loosen `require`, or narrow the holes")  # fmt: skip
         return None
 

@@ -11,14 +11,26 @@ def attend(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tenso
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ...grammar.dialect import write
 from ...grammar.expr import TRUE, names
-from ...grammar.syntax import Compare, Expr, Index, Name, Number, walk
+from ...grammar.syntax import (
+    Binary,
+    Call,
+    Compare,
+    Expr,
+    Index,
+    Name,
+    Number,
+    children,
+    walk,
+)
 from ..blocks import sees_something
 from ..choose import Lowering, sdpa_obstacle
-from ..graph import Graph, Node
+from ..graph import Dims, Graph, Node
+from ..masks import whole_range
 from ..model import Normalizer
 from ..normalizers import Exponential, exponential
 from .text import LIMIT, atomic, call, ident
@@ -102,6 +114,22 @@ def sdpa_fits(node: Node, lowering: Lowering) -> bool:
     return lowering.path == "sdpa" or (lowering.path == "triton" and sdpa_obstacle(node) is None)
 
 
+PLACES = frozenset(("i", "j", "h", "n", "m"))
+_WHOLE = ("abs", "min", "max", "clip", "where", "floor", "ispow2")  # keep whole numbers whole
+
+
+def divides_places(expr: Expr) -> bool:
+    """Say whether PyTorch would compute something in float32, for it reads only whole numbers."""
+    if isinstance(expr, Index):
+        return False
+    turns = isinstance(expr, Binary) and expr.op in ("/", "**")
+    turns = turns or (isinstance(expr, Call) and expr.function not in _WHOLE)
+    reads = names(expr)
+    if turns and reads and reads <= PLACES and not any(isinstance(x, Index) for x in walk(expr)):
+        return True
+    return any(divides_places(each) for each in children(expr))
+
+
 class _Writer:
     def __init__(self, graph: Graph, node: Node) -> None:
         self.graph, self.node, self.block = graph, node, graph.block
@@ -114,7 +142,7 @@ class _Writer:
         if self.mask != TRUE:
             self._visible()
             args.append("attn_mask=visible")
-        return [*self.lines, *sdpa_call(self.graph, self.node, args, "return ")]
+        return [*self._sized(), *sdpa_call(self.graph, self.node, args, "return ")]
 
     def dense(self) -> list[str]:
         group = self.block.heads // self.block.kv_heads
@@ -128,13 +156,6 @@ class _Writer:
             "wide = torch.promote_types(q.dtype, torch.float32)",
             f"s = (q @ k.mT).to(wide){times}  # [b, {self.block.heads}, n, {keys}]",
         ]
-        if any("h" in names(expr) for expr in self._all()):
-            self.lines.append(
-                f"h = torch.arange({self.block.heads}, device=q.device)[:, None, None]"
-            )
-        for name, size in (("n", "q.shape[-2]"), ("m", "k.shape[-2]")):
-            if any(name in names(expr) for expr in self._all()):
-                self.lines.append(f"{name} = torch.tensor({size}, device=q.device)")
         if self.mask != TRUE:
             self._visible()
         if any("seen" in names(expr) for expr in self._all()):
@@ -153,10 +174,21 @@ class _Writer:
             self.lines.append(f"p = F.dropout(p, {self.node.get('rate')!r}, self.training)")
         dv = self.block.value_dim
         self.lines.append(f"return p.to(v.dtype) @ v  # [b, {self.block.heads}, n, {dv}]")
-        return self.lines
+        return self._sized()
 
     def _all(self) -> tuple[Expr, ...]:
         return _exprs(self.node)
+
+    def _sized(self) -> list[str]:
+        """Return the lines, the heads and numbers of tokens first where they are read."""
+        text = "\n".join(line.partition("  # ")[0] for line in self.lines)
+        made = {
+            "h": f"torch.arange({self.block.heads}, device=q.device)[:, None, None]",
+            "n": "torch.tensor(q.shape[-2], device=q.device)",
+            "m": "torch.tensor(k.shape[-2], device=q.device)",
+        }
+        read = [name for name in made if re.search(rf"\b{name}\b", text)]
+        return [*(f"{name} = {made[name]}" for name in read), *self.lines]
 
     def _visible(self) -> None:
         text = self._text(self.mask)
@@ -220,42 +252,56 @@ class _Writer:
     # leaves
 
     def _text(self, expr: Expr) -> str:
-        return write(expr, "torch", self._leaf)
+        wide = ".double()" if expr == self.mask else ".to(wide)"
+        suffix = wide if divides_places(expr) else ""
+        return write(expr, "torch", lambda leaf: self._leaf(leaf, suffix))
 
-    def _leaf(self, leaf: Name | Index) -> str:
+    def _leaf(self, leaf: Name | Index, wide: str) -> str:
+        """Write a name or a read; `wide` makes places floats where whole numbers would not do."""
         if isinstance(leaf, Name):
-            return "rows" if leaf.id == "sum" else leaf.id
+            return "rows" if leaf.id == "sum" else leaf.id + wide * (leaf.id in PLACES)
         assert isinstance(leaf.base, Name)
         name = leaf.base.id
         made = self.graph.node(name)
         if made.op == "tensor":
-            items = ", ".join(self._text(item) for item in leaf.items)
+            sizes = zip(leaf.items, made.dims, strict=True)
+            items = ", ".join(self._place(item, int(size)) for item, size in sizes)
             return f"self.{name}[{items}]" if items else f"self.{name}"
         operand = Operand(name, _token(leaf))
         along = "[:, None, :, None]" if operand.at == "i" else "[:, None, None, :]"
         if name == "doc":
             return f"{operand.variable}{along}"
-        text, has_heads = self._features(operand.variable, leaf, len(made.dims) == 4)
+        text, has_heads = self._features(operand.variable, leaf, made.dims)
         if has_heads:
             along = "[..., None]" if operand.at == "i" else "[..., None, :]"
         return text + along
 
-    def _features(self, variable: str, read: Index, heads: bool) -> tuple[str, bool]:
+    def _features(self, variable: str, read: Index, dims: Dims) -> tuple[str, bool]:
         """Pick the feature of a stream: [b, n], or [b, h, n] where it differs by head."""
         items = [item for item in read.items if item not in (Name("i"), Name("j"))]
-        feature = items[-1]
-        head = items[0] if heads else feature
-        if heads:
-            variable = f"{variable}[..., {self._text(feature)}]"  # [b, heads, n]
-        elif isinstance(feature, Number):
-            return f"{variable}[..., {feature.value}]", False
+        head, size = items[0], int(dims[1] if len(dims) == 4 else dims[2])
+        if len(dims) == 4:
+            assert isinstance(items[1], Number)
+            variable = f"{variable}[..., {items[1].value}]"  # [b, heads, n]
+        elif isinstance(head, Number):
+            return f"{variable}[..., {head.value}]", False
         else:
             variable = f"{variable}.mT"  # [b, heads, n]
-        if head == Name("h"):
-            return variable, True
         if isinstance(head, Number):
             return f"{variable}[:, {head.value}]", False
-        return f"{variable}[:, ({self._text(head)}).flatten()]", True
+        if head == Name("h") and size == self.block.heads:
+            return variable, True
+        return f"{variable}[:, ({self._place(head, size)}).flatten()]", True
+
+    def _place(self, item: Expr, size: int) -> str:
+        """Write an index into `size` elements: past an end, it reads the element at that end."""
+        bounds = whole_range(item, self.block.heads)
+        text = self._text(item)
+        if bounds is None:
+            text = f"({text}).floor().long()"
+        if bounds is None or bounds[0] < 0 or bounds[1] >= size:
+            text = f"{atomic(text)}.clamp(0, {size - 1})"
+        return text
 
 
 def sdpa_call(graph: Graph, node: Node, args: list[str], head: str) -> list[str]:

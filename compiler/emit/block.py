@@ -7,8 +7,9 @@ no name of its own stands inside the expression that reads it, while the line st
 from __future__ import annotations
 
 from ...grammar.dialect import write
+from ...grammar.expr import calls, evaluate, names, rebuild
 from ...grammar.show import show
-from ...grammar.syntax import Call, Expr, Name, Number, Unary, walk
+from ...grammar.syntax import Call, Expr, Index, Name, walk
 from ...ops import OPS, Weight
 from ..choose import Lowering
 from ..graph import Graph, Node, shape_of
@@ -24,6 +25,8 @@ def block_class(graph: Graph, name: str, kernel: str = "") -> list[str]:
     lines = [f"class {class_name(name)}(nn.Module):", *indent(_docstring(graph)), ""]
     lines += indent(writer.constructor())
     lines += ["", *indent(writer.init_cache()), "", *indent(writer.forward())]
+    for node in graph.of("scan"):
+        lines += ["", *indent(scan.initial(graph, node, writer.weight()))]
     for node in graph.of("attend"):
         lines += ["", *indent(attend.method(graph, node))]
     return lines
@@ -76,16 +79,11 @@ class _Writer:
 
     def init_cache(self) -> list[str]:
         head = "def init_cache(self, batch: int, length: int) -> "
-        weight = "weight = next(self.parameters())"
         if self.recurrence is not None:
             if not self.block.mix.causal:  # type: ignore[union-attr]
                 return _refuses(f"{head}StateCache:", "it reads the whole sequence at once")
-            made = scan.initial_states(self.graph, self.recurrence)
             return [f"{head}StateCache:", '    """Return the state before the first token."""',
-                    f"    {weight}",
-                    "    dtype, device = torch.promote_types(weight.dtype, torch.float32), "
-                    "weight.device",
-                    "    return StateCache(", *indent(made, 2), "    )"]  # fmt: skip
+                    "    return StateCache(**self.initial(batch))"]  # fmt: skip
         if self.crosses:
             return [f"{head}ContextCache:",
                     '    """Return room for the keys and values of a context."""',
@@ -101,11 +99,16 @@ class _Writer:
         what = "the last tokens" if ring else "`length` tokens"
         return [f"{head}KeyValueCache:",
                 f'    """Return an empty cache for the keys and values of {what}."""',
-                f"    {weight}",
+                f"    {self.weight()}",
                 "    return KeyValueCache(",
                 f"        batch, length, {{{shown}}}{ring}, dtype=weight.dtype, "
                 "device=weight.device",
                 "    )"]  # fmt: skip
+
+    def weight(self) -> str:
+        """Write what says the dtype and device of the module."""
+        default = "" if self.graph.weights else ", torch.empty(0)"
+        return f"weight = next(self.parameters(){default})"
 
     def _size(self, name: str) -> tuple[int | None, int]:
         if name == "doc":
@@ -258,14 +261,23 @@ class _Writer:
         q, k, v = (ident(name) for name in self.attention.inputs[:3])
         args = [q, k, v]
         places = attend.reads_places(self.attention)
-        lines += [f"{each.variable} = {ident(each.name)}" for each in operands]
+        kept = self.attention.inputs[1:3]  # these the cache gives anew
+        args_after = [
+            ident(each.name) if each.at == "j" and each.name in kept else each.variable
+            for each in operands
+        ]
+        lines += [
+            f"{each.variable} = {ident(each.name)}"
+            for each, arg in zip(operands, args_after, strict=True)
+            if arg == each.variable
+        ]
         if not self.crosses:
             lines += self._advance(places)
         elif places:
             lines.append(f"places = torch.arange({k}.shape[-2], device=x.device)")
         if places:
             args += ["by_query(positions)", "by_key(places)"]
-        args += [each.variable for each in operands]
+        args += args_after
         general = call("o = self.attend", args)
         dims = f"[b, {self.block.heads}, n, {self.block.value_dim}]"
         if self.crosses or not self._has_plain_form:
@@ -367,24 +379,43 @@ def _count(expr: Expr, part: Expr) -> int:
 def _tensor(weight: Weight) -> list[str]:
     """Return the lines that make a `param` or `const`."""
     lines = []
-    sizes = ", ".join(map(str, weight.shape))
+    size = "()" if not weight.shape else f"({', '.join(map(str, weight.shape))},)"
+    size = size if len(weight.shape) < 2 else size.replace(",)", ")")
     init = weight.init
     assert not isinstance(init, str)
-    if isinstance(init, Number | Unary) and not _count(init, Name("h")):
-        value = write(init, "torch", str)
-        text = f"torch.full(({sizes}{',' if len(weight.shape) == 1 else ''}), float({value}))"
-    elif isinstance(init, Call) and init.function == "normal":
-        deviation = write(init.args[0], "torch", str)
-        text = f"torch.randn({sizes or '()'}) * {deviation}"
+    if not names(init) and not calls(init, "normal"):
+        text = f"torch.full({size}, {float(evaluate(init, {}))!r})"
     else:
-        rest = f".view(-1{', 1' * (len(weight.shape) - 1)})" if len(weight.shape) > 1 else ""
-        lines.append(f"h = torch.arange({weight.shape[0] if weight.shape else 1}){rest}")
-        text = write(init, "torch", lambda leaf: leaf.id if isinstance(leaf, Name) else "")
-        text = f"({text}).float()" if len(weight.shape) <= 1 else (
-            f"({text}).float().expand({sizes}).clone()")  # fmt: skip
+        if "h" in names(init):
+            rest = f".view(-1{', 1' * (len(weight.shape) - 1)})" if len(weight.shape) > 1 else ""
+            lines.append(f"h = torch.arange({weight.shape[0]}, dtype=torch.float64){rest}")
+        text = f"({_initial(init, size)}).expand{size}.clone().to(torch.get_default_dtype())"
+        if len(weight.shape) < 2 or calls(init, "normal"):
+            text = text.replace(f".expand{size}.clone()", "")
     if weight.learned:
-        return [*lines, f"self.{weight.name} = nn.Parameter({text})  # [{sizes}]"]
-    return [*lines, f'self.register_buffer("{weight.name}", {text}, persistent=False)  # [{sizes}]']
+        made = call(f"self.{weight.name} = nn.Parameter", [text])
+    else:
+        made = call("self.register_buffer", [f'"{weight.name}"', text, "persistent=False"])
+    return [*lines, *made[:-1], f"{made[-1]}  # [{', '.join(map(str, weight.shape))}]"]
+
+
+def _initial(init: Expr, size: str) -> str:
+    """Write a first value over h, with a draw for every `normal(std)`."""
+    draws: dict[str, str] = {}
+
+    def drawn(expr: Expr) -> Expr:
+        if not (isinstance(expr, Call) and expr.function == "normal"):
+            return rebuild(expr, drawn)
+        text = f"torch.randn({size}, dtype=torch.float64) * {atomic(_initial(expr.args[0], size))}"
+        draws[f"draw {len(draws)}"] = text
+        return Name(f"draw {len(draws) - 1}")
+
+    def leaf(each: Name | Index) -> str:
+        assert isinstance(each, Name)
+        return f"({draws[each.id]})" if each.id in draws else each.id
+
+    pattern = drawn(init)
+    return draws["draw 0"] if pattern == Name("draw 0") else write(pattern, "torch", leaf)
 
 
 def _refuses(head: str, why: str) -> list[str]:

@@ -58,12 +58,11 @@ def _layer(model: Model) -> list[str]:
         if model.norm != "none":
             init.append(f"self.ffn_norm = {_norm(model)}")
         init.append("self.ffn = FeedForward()")
-    drop = _dropout(model)
     attended = f"self.attn({normed.format('attn_norm')}, **given)"
-    body = [f"x = x + {drop(attended)}"]
+    body = [f"x = x + {_dropped(model, attended)}"]
     if model.ffn is not None:
         fed = f"self.ffn({normed.format('ffn_norm')})"
-        body.append(f"x = x + {drop(fed)}")
+        body.append(f"x = x + {_dropped(model, fed)}")
     body[-1] = body[-1].replace("x = ", "return ", 1)
     what = "attention, then the feed-forward network" if model.ffn is not None else "attention"
     return [
@@ -78,10 +77,8 @@ def _layer(model: Model) -> list[str]:
     ]
 
 
-def _dropout(model: Model):  # type: ignore[no-untyped-def]
-    if not model.dropout:
-        return lambda text: text
-    return lambda text: f"F.dropout({text}, {model.dropout!r}, self.training)"
+def _dropped(model: Model, text: str) -> str:
+    return f"F.dropout({text}, {model.dropout!r}, self.training)" if model.dropout else text
 
 
 def _model(model: Model, name: str, which: Mapping[Block, str]) -> list[str]:
@@ -130,17 +127,14 @@ def _constructor(model: Model, which: Mapping[Block, str]) -> list[str]:
         lines.append(text)
     if model.norm != "none":
         lines.append(f"self.norm = {_norm(model)}")
-    if model.head == "lm":
+    if model.head == "lm" and not model.tie:
         lines.append(f"self.lm_head = nn.Linear({model.width}, {model.vocab}, bias=False)")
-        if model.tie:
-            lines.append("self.lm_head.weight = self.embed_tokens.weight")
     if model.head == "classify":
         lines.append(f"self.head = nn.Linear({model.width}, {model.classes})")
     return lines
 
 
 def _forward(model: Model) -> list[str]:
-    drop = _dropout(model)
     lines = []
     if model.vocab is not None:
         lines += ["if tokens.ndim != 2:",
@@ -158,7 +152,7 @@ def _forward(model: Model) -> list[str]:
         else:
             lines.append(f"x = x + sinusoidal(at, {model.width}, x.dtype)")
     if model.dropout:
-        lines.append(f"x = {drop('x')}")
+        lines.append(f"x = {_dropped(model, 'x')}")
     lines += ["caches = [None] * len(self.layers) if cache is None else cache",
               "for layer, kept in zip(self.layers, caches, strict=True):",
               "    x = layer(",
@@ -166,7 +160,8 @@ def _forward(model: Model) -> list[str]:
               "    )"]  # fmt: skip
     if model.norm != "none":
         lines.append("x = self.norm(x)")
-    end = {"lm": f"self.lm_head(x)  # [b, n, {model.vocab}]",
+    logits = "F.linear(x, self.embed_tokens.weight)" if model.tie else "self.lm_head(x)"
+    end = {"lm": f"{logits}  # [b, n, {model.vocab}]",
            "classify": f"self.head(x.mean(dim=1))  # [b, {model.classes}]",
            "none": f"x  # [b, n, {model.width}]"}[model.head]  # fmt: skip
     return [*lines, f"return {end}"]

@@ -12,6 +12,7 @@ from ..graph import Graph
 from ..model import Block, Model
 from . import model as model_text
 from .block import block_class
+from .lines import wrap
 from .text import class_name, needed_pieces, pieces
 
 _HASH = "@@HASH@@"
@@ -46,7 +47,7 @@ def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
                 spec = kernel_spec(graph, next(graph.of("attend")))
                 sections.append(render.render(spec, kernels[name], f"headloom_{_HASH}"))
     classes = [
-        "\n".join(block_class(graph, name, kernels.get(name, "")))
+        "\n".join(wrap(block_class(graph, name, kernels.get(name, ""))))
         for name, graph in zip(names, graphs, strict=True)
     ]
     main = class_name(names[0])

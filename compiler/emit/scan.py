@@ -8,23 +8,22 @@ o = torch.stack(outputs, dim=2)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from ...grammar.dialect import write
+from ...grammar.expr import evaluate, names, rebuild
 from ...grammar.syntax import (
     Binary,
     Call,
-    Compare,
     Expr,
     Index,
     Name,
     Number,
-    Unary,
 )
 from ..graph import Graph, Node
-from ..model import Recurrence
-from .text import atomic, ident
+from ..model import Recurrence, State
+from .text import atomic, call, ident, indent
 
 
 @dataclass
@@ -36,49 +35,52 @@ class _Ranks:
     texts: Mapping[str, str] = field(default_factory=dict)  # how a name is written, if not so
 
     def text(self, expr: Expr) -> tuple[str, int]:
-        match expr:
-            case Number(value):
-                return repr(value), 0
-            case Name("true" | "false" as id):
-                return id.capitalize(), 0
-            case Name(id):
-                return self.texts.get(id, ident(id)), self.known[id]
-            case Index(Name(id), items):
-                rank = len(self.graph.node(id).dims) - len(items)
-                return f"self.{id}", rank
-            case Unary(op, operand):
-                inner, rank = self.text(operand)
-                return f"{'~' if op == 'not' else '-'}{atomic(inner)}", rank
-            case Binary("@", left, right):
-                return self._contract(self.text(left), self.text(right))
-            case Binary(op, left, right):
-                (a, one), (b, two) = self.text(left), self.text(right)
-                rank = max(one, two)
-                both = Binary(op, Name("a0"), Name("a1"))
-                return _scalar(both, [_lift(a, one, rank), _lift(b, two, rank)]), rank
-            case Compare(operands, ops):
-                return self._elementwise(Compare(_slots(len(operands)), ops), operands)
-            case Call("sum" | "mean" as name, (arg,)):
-                inner, rank = self.text(arg)
-                axes = "-1" if rank == 1 else "(-2, -1)"
-                return (f"{atomic(inner)}.{name}({axes})" if rank else inner), 0
-            case Call("norm", (arg,)):
-                inner, rank = self.text(arg)
-                axes = "-1" if rank == 1 else "(-2, -1)"
-                return f"torch.linalg.vector_norm({inner}, dim={axes})" if rank else inner, 0
-            case Call("outer", (left, right)):
-                a, b = self.text(left)[0], self.text(right)[0]
-                return f"{atomic(a)}[..., :, None] * {atomic(b)}[..., None, :]", 2
-            case Call("dot", (left, right)):
-                return self._contract(self.text(left), self.text(right))
-            case Call(name, args):
-                return self._elementwise(Call(name, _slots(len(args))), args)
-        raise TypeError(f"{type(expr).__name__} in a mixer")
+        """Return an expression's text and rank, everything elementwise in it in one piece."""
+        leaves: list[tuple[str, int]] = []
+        pattern = self._pattern(expr, leaves)
+        rank = max((each for _, each in leaves), default=0)
 
-    def _elementwise(self, pattern: Expr, parts: tuple[Expr, ...]) -> tuple[str, int]:
-        texts = [self.text(part) for part in parts]
-        rank = max(each for _, each in texts)
-        return _scalar(pattern, [_lift(text, own, rank) for text, own in texts]), rank
+        def leaf(each: Name | Index) -> str:
+            assert isinstance(each, Name)
+            return _lift(*leaves[int(each.id[1:])], rank)
+
+        return write(pattern, "torch", leaf), rank
+
+    def _pattern(self, expr: Expr, leaves: list[tuple[str, int]]) -> Expr:
+        """Return the elementwise part of an expression, over a0, a1 … for what is below it."""
+
+        def below(text: str, rank: int) -> Expr:
+            leaves.append((text, rank))
+            return Name(f"a{len(leaves) - 1}")
+
+        match expr:
+            case Number() | Name("true" | "false"):
+                return expr
+            case Call("outer", (left, right)):
+                a, b = (atomic(self.text(each)[0]) for each in (left, right))
+                rows, columns = below(f"{a}[..., :, None]", 2), below(f"{b}[..., None, :]", 2)
+                return Binary("*", rows, columns)
+            case Name() | Index() | Binary("@") | Call("sum" | "mean" | "norm" | "dot"):
+                return below(*self._leaf(expr))
+            case _:
+                return rebuild(expr, lambda each: self._pattern(each, leaves))
+
+    def _leaf(self, expr: Expr) -> tuple[str, int]:
+        match expr:
+            case Name(id):
+                return self.texts.get(id, _variable(id)), self.known[id]
+            case Index(Name(id), items):
+                return f"self.{id}", len(self.graph.node(id).dims) - len(items)
+            case Binary("@", left, right) | Call("dot", (left, right)):
+                return self._contract(self.text(left), self.text(right))
+            case Call(name, (arg,)):
+                inner, rank = self.text(arg)
+                axes = "-1" if rank == 1 else "(-2, -1)"
+                if name == "norm":
+                    size = f"torch.linalg.vector_norm({inner}, dim={axes})"
+                    return (size if rank else f"({inner}).abs()"), 0
+                return (f"{atomic(inner)}.{name}({axes})" if rank else inner), 0
+        raise TypeError(f"{type(expr).__name__} in a mixer")
 
     @staticmethod
     def _contract(left: tuple[str, int], right: tuple[str, int]) -> tuple[str, int]:
@@ -92,84 +94,82 @@ class _Ranks:
         return f"{a} @ {b}", 2
 
 
-def _slots(count: int) -> tuple[Expr, ...]:
-    return tuple(Name(f"a{at}") for at in range(count))
-
-
-def _scalar(pattern: Expr, texts: list[str]) -> str:
-    """Write an elementwise pattern over a0, a1 … with texts in their places."""
-
-    def leaf(each: Name | Index) -> str:
-        assert isinstance(each, Name)
-        return atomic(texts[int(each.id[1:])])
-
-    return write(pattern, "torch", leaf)
-
-
 def _lift(text: str, rank: int, to: int) -> str:
     """Give a text the trailing dimensions to meet one of a higher rank."""
-    if rank == to or text.replace(".", "").replace("-", "").isdigit():
-        return text
-    if rank == 0:
-        return f"{atomic(text)}[..., {', '.join(['None'] * to)}]"
-    return f"{atomic(text)}[..., :, None]"
+    if rank == to:
+        return atomic(text)
+    dims = "..., None, None" if (rank, to) == (0, 2) else "..., None"
+    return f"{atomic(text)}[{dims}]"
+
+
+def states_of(mix: Recurrence) -> list[str]:
+    return [each.name for each in mix.states]
 
 
 def states(mix: Recurrence) -> list[str]:
+    """Return the variables of the states."""
     return [ident(each.name) for each in mix.states]
 
 
-def initial_states(graph: Graph, node: Node) -> list[str]:
-    """Return the lines that make a state cache, in `init_cache`."""
+def initial(graph: Graph, node: Node, weight: str) -> list[str]:
+    """Return the method that makes the states before the first token."""
     mix: Recurrence = node.get("recurrence")
-    lines = []
+    lines = [
+        "def initial(self, batch: int) -> dict[str, Tensor]:",
+        '    """Return the states before the first token."""',
+        f"    {weight}",
+        "    dtype = torch.promote_types(weight.dtype, torch.float32)",
+        "    return {",
+    ]
     for each in mix.states:
-        assert isinstance(each.init, Number | Unary)
         sizes = "".join(f", {size}" for size in each.shape)
-        value = write(each.init, "torch", str)
-        lines.append(
-            f"{ident(each.name)}=torch.full((batch, {graph.block.heads}{sizes}), {value}, "
-            "dtype=dtype, device=device),"
-        )
-    return lines
+        value = repr(float(evaluate(each.init, {})))
+        size = f"(batch, {graph.block.heads}{sizes})"
+        args = [size, value, "dtype=dtype", "device=weight.device"]
+        lines += indent(call(f'"{ident(each.name)}": torch.full', args, "),"), 2)
+    return [*lines, "    }"]
 
 
 def forward(graph: Graph, node: Node) -> list[str]:
     """Return the lines that run the recurrence, from the streams to `o`."""
     mix: Recurrence = node.get("recurrence")
     block = graph.block
-    streams = [name for name in node.inputs if graph.node(name).op not in ("tensor", "input")]
-    streams += [name for name in node.inputs if name == "x"]
+    streams = [name for name in node.inputs if graph.node(name).op != "tensor" and name != "doc"]
     ranks: dict[str, int] = {each.name: len(each.shape) for each in mix.states}
     lines = ["wide = torch.promote_types(x.dtype, torch.float32)"]
     for name in streams:
         text, ranks[name] = _per_head(graph, name)
-        lines.append(f"{ident(name)} = {text}.to(wide)")
+        lines.append(f"{_all_of(name)} = {text}.to(wide)")
     for each in mix.updates:
         ranks.setdefault(each.name, 1 if each.name == "o" else 0)
-    known = _Ranks(graph, ranks)
+    known = _Ranks(graph, ranks, {name: _token_of(name) for name in streams})
     for each in mix.updates:  # intermediate names have the rank of what is written to them
         if each.name != "o" and each.name not in {state.name for state in mix.states}:
             ranks[each.name] = known.text(each.value)[1]
-    lines += ["state = self.init_cache(b, n) if cache is None else cache"]
-    lines += [f'{name} = state.kept["{name}"]' for name in states(mix)]
+    cached = "state = self.initial(b) if cache is None else cache.kept"
+    lines += [cached] if mix.causal else ["state = self.initial(b)"]
+    lines += [f'{name} = state["{name}"]' for name in states(mix)]
+    if mix.resets:
+        lines.append("anew = self.initial(b)")
     lines.append("outputs = []")
     lines += _causal(known, mix, streams) if mix.causal else _both_ways(known, mix, streams)
     lines.append(f"o = torch.stack(outputs, dim=2).to(x.dtype)  "
                  f"# [b, {block.heads}, n, {block.value_dim}]")  # fmt: skip
     lines.append("if cache is not None:")
+    if not mix.causal:
+        why = "this block cannot decode: it reads the whole sequence at once"
+        return [*lines, f'    raise ValueError("{why}")']
     kept = ", ".join(f'"{name}": {name}.detach()' for name in states(mix))
     lines += [f"    cache.kept = {{{kept}}}", "    cache.length += n"]
     if mix.resets:
-        lines.append("    cache.doc = doc[:, -1]")
+        lines.append("    cache.doc = last")
     return lines
 
 
 def _per_head(graph: Graph, name: str) -> tuple[str, int]:
     """Return a stream as [b, heads, n] or [b, heads, n, d], and its rank per head."""
-    heads, dims, variable = graph.block.heads, graph.node(name).dims, ident(name)
-    if name == "x":
-        variable = "x"
+    heads, dims = graph.block.heads, graph.node(name).dims
+    variable = "x" if name == "x" else ident(name)
     if len(dims) == 4:
         group = heads // int(dims[1])
         return (f"{variable}.repeat_interleave({group}, dim=1)" if group > 1 else variable), 1
@@ -180,44 +180,92 @@ def _per_head(graph: Graph, name: str) -> tuple[str, int]:
 
 
 def _causal(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
-    lines = ["for step in range(n):"]
-    inner = replace(known, texts={name: _token_of(name) for name in streams})
-    if mix.resets:
-        names = ", ".join(states(mix))
-        lines += [
-            "    last = doc[:, step - 1] if step else state.doc",
-            "    if last is not None:",
-            "        anew = self.init_cache(b, n).kept",
-            "        fresh = (doc[:, step] != last)[:, None]",
-        ]
-        for each in mix.states:
-            dims = "".join("[..., None]" for _ in each.shape)
-            name = ident(each.name)
-            lines.append(f'        {name} = torch.where(fresh{dims}, anew["{name}"], {name})')
-        assert names
-    lines += [f"    {_token_of(name)} = {ident(name)}[:, :, step]" for name in streams]
-    for update in mix.updates:
-        lines.append(f"    {ident(update.name)} = {inner.text(update.value)[0]}")
-    lines.append("    outputs.append(o)")
+    return [
+        *(["last = None if cache is None else cache.doc"] if mix.resets else []),
+        "for step in range(n):",
+        *indent(_reset(mix)),
+        *indent(_tokens(streams)),
+        *indent(_statements(known, mix, [*states_of(mix), "o"])),
+        "    outputs.append(o)",
+    ]
+
+
+def _reset(mix: Recurrence) -> list[str]:
+    """Return the lines that begin the states anew where a segment begins."""
+    if not mix.resets:
+        return []
+    lines = ["if last is not None:", "    fresh = (doc[:, step] != last)[:, None]"]
+    lines += [
+        f'    {name} = torch.where(fresh{_lifted(each)}, anew["{name}"], {name})'
+        for each, name in zip(mix.states, states(mix), strict=True)
+    ]
+    return [*lines, "last = doc[:, step]"]
+
+
+def _lifted(state: State) -> str:
+    return f"[..., {', '.join(['None'] * len(state.shape))}]" if state.shape else ""
+
+
+def _tokens(streams: list[str]) -> list[str]:
+    return [f"{_token_of(name)} = {_all_of(name)}[:, :, step]" for name in streams]
+
+
+def _statements(known: _Ranks, mix: Recurrence, written: Collection[str]) -> list[str]:
+    """Return the updates of some states or of `o`, with those of all other names."""
+    everywhere = {*states_of(mix), "o"}
+    shapes = {each.name: each.shape for each in mix.states}
+    shapes["o"] = (known.graph.block.value_dim,)
+    batched = {*known.texts, *shapes}
+    lines = []
+    for each in mix.updates:
+        if each.name in everywhere and each.name not in written:
+            continue
+        text = known.text(each.value)[0]
+        if names(each.value) & batched:
+            batched.add(each.name)
+        elif each.name in shapes:  # the same for the whole batch
+            sizes = "".join(f", {size}" for size in shapes[each.name])
+            heads = known.graph.block.heads
+            text = f"torch.as_tensor({text}).expand(b, {heads}{sizes}).to(wide)"
+        lines.append(f"{_variable(each.name)} = {text}")
     return lines
 
 
 def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
-    own = {each.name for each in mix.states}
-    inner = replace(known, texts={name: _token_of(name) for name in streams})
-    tokens = [f"    {_token_of(name)} = {ident(name)}[:, :, step]" for name in streams]
-
-    def statements(writes_states: bool) -> list[str]:
+    update = indent(_statements(known, mix, states_of(mix)))
+    answer = [*indent(_statements(known, mix, ["o"])), "    outputs.append(o)"]
+    tokens = indent(_tokens(streams))
+    if not mix.resets:
         return [
-            f"    {ident(each.name)} = {inner.text(each.value)[0]}"
-            for each in mix.updates
-            if each.name not in own or writes_states
-            if each.name != "o" or not writes_states
-        ]
+            "for step in range(n):  # every token is taken up",
+            *tokens, *update,
+            "for step in range(n):  # before the first is answered",
+            *tokens, *answer,
+        ]  # fmt: skip
+    kept = "".join(f"{name}, " for name in states(mix))
+    ends = [
+        f"        {name} = torch.where(end{_lifted(each)}, history[step][{at}], {name})"
+        for at, (each, name) in enumerate(zip(mix.states, states(mix), strict=True))
+    ]
+    return [
+        "last, history = None, []",
+        "for step in range(n):  # every token is taken up",
+        *indent(_reset(mix)), *tokens, *update,
+        f"    history.append(({kept.rstrip() if len(mix.states) == 1 else kept.rstrip(', ')}))",
+        "for step in reversed(range(n)):  # and answered from where its segment ends",
+        "    if step < n - 1:",
+        "        end = (doc[:, step] != doc[:, step + 1])[:, None]",
+        *ends, *tokens, *answer,
+        "outputs.reverse()",
+    ]  # fmt: skip
 
-    return ["for step in range(n):  # every token is taken up", *tokens, *statements(True),
-            "for step in range(n):  # before the first is answered", *tokens, *statements(False),
-            "    outputs.append(o)"]  # fmt: skip
+
+def _variable(name: str) -> str:
+    return name if name == "o" else ident(name)
+
+
+def _all_of(name: str) -> str:
+    return f"{ident(name)}_h"
 
 
 def _token_of(name: str) -> str:

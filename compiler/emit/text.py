@@ -14,10 +14,11 @@ _OURS = frozenset((
     "self", "x", "b", "n", "m", "i", "j", "h", "s", "p", "f", "F", "nn", "math", "torch", "triton",
     "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
-    "given", "places", "state", "last", "anew", "fresh", "tau",
+    "given", "places", "state", "last", "anew", "fresh",
+    "history", "end", "tau", "o",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor"))
-_MADE = re.compile(r"_$|__\d+$|_[ijt]$")  # endings that the text gives to names of its own
+_MADE = re.compile(r"_$|__\d+$|_[hijt]$")  # endings that the text gives to names of its own
 
 
 def ident(name: str) -> str:

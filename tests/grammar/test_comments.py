@@ -113,3 +113,12 @@ def test_no_comment_of_yaml_is_lost(text):
 def test_comments_pass_from_form_to_form(file):
     count = len(re.findall("#", format_loom(file)))
     assert len(re.findall("#", format_loom(parse_yaml(format_yaml(file))))) == count
+
+
+def test_gaps_between_comments_stay():
+    text = "# what this file is\n\n# about a\nblock a {\n  # one\n\n  # two\n  heads = 8\n}\n"
+    file = parse(text)
+    assert file.items[0].comments.above == ("# what this file is", "", "# about a")
+    assert file.items[0].body[0].comments.above == ("# one", "", "# two")
+    assert format_loom(file) == text
+    assert format_loom(parse_yaml(format_yaml(file))) == text

@@ -23,7 +23,9 @@ def broken(text):
 
 
 def test_objectives_are_measured_or_static():
-    accuracy, cache = read_objectives(parse_expression("[accuracy, cache_bytes(tokens = 64)]"), True)
+    accuracy, cache = read_objectives(
+        parse_expression("[accuracy, cache_bytes(tokens = 64)]"), True
+    )
     assert accuracy.measured
     assert not cache.measured
     assert accuracy.of(Costs(), {"accuracy": 0.5}) == 0.5
@@ -33,7 +35,11 @@ def test_objectives_are_measured_or_static():
 
 @pytest.mark.parametrize(
     "text",
-    ["params < 3M", "params < 2M or flops(tokens = 1) <= 10", "1K <= cache_bytes(tokens = 4K) <= 4K"],
+    [
+        "params < 3M",
+        "params < 2M or flops(tokens = 1) <= 10",
+        "1K <= cache_bytes(tokens = 4K) <= 4K",
+    ],
 )
 def test_a_requirement_that_holds(text):
     assert broken(text) is None

@@ -29,12 +29,15 @@ model probe {
   vocab = 64; width = 32; dropout = maybe(uniform(0..0.5)); ffn = none
   layers = each(2, choose(local(w), global, delta)) + each(1, local(w = pow2(2..4)))
 }
-search { model = probe; task = mqar; maximize = accuracy; train = adamw(lr = loguniform(1e-4..1e-2)) }
+search { model = probe; task = mqar; maximize = accuracy
+  train = adamw(lr = loguniform(1e-4..1e-2)) }
 """
 )
 
 
-def model(layers: str, lets: str = "", blocks: str = "block a { heads = 2 }\nblock b { heads = 4 }"):
+def model(
+    layers: str, lets: str = "", blocks: str = "block a { heads = 2 }\nblock b { heads = 4 }"
+):
     return parse(f"{lets}\n{blocks}\nmodel m {{ width = 8; layers = {layers} }}\n")
 
 
@@ -66,9 +69,9 @@ def test_the_same_seed_draws_the_same():
 
 def test_names_of_draws_follow_the_text():
     assert [each.name for each in holes(SPACE)] == [
-        "base.heads", "global.q[2]", "global.q[3]", "local.mask", "unused.heads",
-        "probe.dropout", "probe.layers[0]", "probe.w", "probe.layers[1]",
-        "probe.layers[2].local.w", "search.train.lr", "local.mask.sink", "probe.dropout[0]",
+        "base.heads", "global.q[2]", "global.q[3]", "local.mask", "local.mask.sink", "unused.heads",
+        "probe.dropout", "probe.dropout[0]", "probe.layers[0]", "probe.w", "probe.layers[1]",
+        "probe.layers[2].local.w", "search.train.lr",
     ]  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def test_a_hole_in_a_choice_that_is_not_taken_is_never_drawn():
     asked = []
 
     class Asked(First):
-        def category(self, name, choices, weights):
+        def category(self, name, *_):
             asked.append(name)
             return 1 if name == "m.layers[0]" else 0
 
@@ -100,7 +103,7 @@ def test_a_repeated_list_is_drawn_once():
 
 def test_what_may_be_left_out():
     class Absent(First):
-        def category(self, name, choices, weights):
+        def category(self, _, choices, *__):
             return len(choices) - 1
 
     file = model("[a, maybe(b)]", blocks="""
@@ -161,7 +164,7 @@ def test_every_alternative_occurs():
         ("[a, b]", "", 1),
         ("each(3, choose(a, b))", "", 8),
         ("[choose(a, b)] * 3", "", 2),
-        ("each(2, choose(a, maybe(b)))", "", 9),
+        ("[choose(a, maybe(b))]", "", 3),
         ("each(2, choose(a(w), b))", "let w = pow2(16..256)", 16),
         ("each(integer(1..3), choose(a, b))", "", 14),
         ("[a(uniform(0..1))]", "", None),
@@ -181,9 +184,7 @@ def test_holes_of_a_block_count_once_and_only_where_it_is_used():
     blocks = "block a { heads = choose(1, 2, 4) }\nblock b : a { mask = causal }\n" \
              "block c { heads = 2; dropout = maybe(0.1) }"  # fmt: skip
     file = model("each(2, choose(a, b, c))", blocks=blocks)
-    search = parse("search { model = m; task = mqar; maximize = accuracy }").items
     file = parse(format_loom(file) + "search { model = m; task = mqar; maximize = accuracy }\n")
-    assert search
     # 4 pairs without c, 1 with c alone, 4 with both
     assert size(file) == 4 * 3 + 1 * 2 + 4 * 6
     seen = {draw(file, Random(seed)) for seed in range(2000)}

@@ -34,7 +34,7 @@ def test_its_identities(task, split):
 
 def test_looking_the_keys_up_has_accuracy_one():
     task = mqar(vocab=64, pairs=4, length=32)
-    tokens, targets = task.batch(0, 32, "test")
+    _, targets = task.batch(0, 32, "test")
     logits = torch.zeros(32, 32, 64)
     logits.scatter_(2, targets.clamp(min=0).unsqueeze(-1), 1.0)
     assert task.metrics(logits, targets) == {"accuracy": 1.0}
@@ -51,7 +51,12 @@ def test_every_draw_comes_from_the_seed(noise):
         return mqar(noise=noise, seed=seed).batch(step, 16, split)[0]
 
     assert torch.equal(batch(0, 0, "train"), batch(0, 0, "train"))
-    different = [batch(0, 0, "train"), batch(1, 0, "train"), batch(0, 1, "train"), batch(0, 0, "test")]
+    different = [
+        batch(0, 0, "train"),
+        batch(1, 0, "train"),
+        batch(0, 1, "train"),
+        batch(0, 0, "test"),
+    ]
     for index, one in enumerate(different):
         assert not any(torch.equal(one, other) for other in different[index + 1 :])
 
@@ -76,7 +81,13 @@ def test_what_cannot_be_trained_says_why():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"pairs": 0}, {"length": 31}, {"pairs": 9, "length": 32}, {"vocab": 9, "pairs": 4}, {"power": 0}],
+    [
+        {"pairs": 0},
+        {"length": 31},
+        {"pairs": 9, "length": 32},
+        {"vocab": 9, "pairs": 4},
+        {"power": 0},
+    ],
 )
 def test_settings_that_do_not_fit_are_refused(settings):
     with pytest.raises(ValueError, match="must"):

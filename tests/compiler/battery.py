@@ -1,0 +1,165 @@
+"""The blocks that every test of the compiler runs over: one line a feature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from headloom.compiler.check import block as block_of
+from headloom.compiler.check import check
+from headloom.compiler.model import Block
+from headloom.compiler.pipeline import generate, load
+from headloom.compiler.choose import Target
+from headloom.compiler.reference import reference
+from headloom.grammar.parse import parse
+from torch import Tensor, nn
+
+WIDTH = 16
+EXAMPLES = sorted(
+    path for path in (Path(__file__).parents[2] / "examples").glob("*.loom")
+    if "search" not in path.name
+)  # fmt: skip
+
+CAUSAL = "heads = 4; head_dim = 4; mask = causal"
+SETTINGS = {
+    # masks
+    "all": "heads = 4",
+    "causal": "heads = 4; mask = causal",
+    "window": "heads = 4; mask = causal and window(3)",
+    "both_ways_window": "heads = 4; mask = window(3)",
+    "sink": "heads = 4; mask = causal and (window(3) or sink(2))",
+    "prefix": "heads = 4; mask = prefix(3)",
+    "strided": "heads = 4; mask = causal and strided(3)",
+    "blocks": "heads = 4; mask = causal and blocks(3)",
+    "power": "heads = 4; mask = causal and power",
+    "document": "heads = 4; mask = causal and document",
+    "by_head": "heads = 4; mask = causal and (i - j) % (h + 1) == 0",
+    "strictly_before": "heads = 4; mask = j < i",
+    "negated": "heads = 4; mask = causal and not (i - j == 2 or j > 7)",
+    "by_stream": "heads = 4; let keep = x | linear(1); mask = causal and (keep[j] > 0 or i == j)",
+    "by_fraction": "heads = 4; mask = causal and sqrt(i - j) <= 1.5 + i / 9",
+    # scores
+    "softcap": f"{CAUSAL}; score = softcap(5)",
+    "alibi": f"{CAUSAL}; position = alibi",
+    "alibi_of_six": "heads = 6; head_dim = 4; mask = causal; score = alibi",
+    "temperature": f"{CAUSAL}; score = temperature",
+    "composed": f"{CAUSAL}; position = alibi; score = temperature | softcap(3)",
+    "logarithm": f"{CAUSAL}; score = s - log(1 + abs(i - j)) / 3 + 2 ** (j - i)",
+    "bias_table": f"{CAUSAL}; param t[9, heads] = 0.1 * h; score = s + t[clip(i - j, 0, 8), h]",
+    "bias_past_the_end": f"{CAUSAL}; param t[3] = normal(1); score = s + t[i - j] + t[i / 2]",
+    "bias_of_key": f"{CAUSAL}; let g = x | linear(heads); score = s + g[j, h] - g[i, 1]",
+    "bias_of_key_head": f"{CAUSAL}; kv_heads = 2; score = s + k[h // 2, j, 1] * q[h, i, 0]",
+    "grid": "heads = 4; grid = [3, 4]; score = s - abs(row(i) - row(j)) - abs(col(i) - col(j))",
+    # normalisers and weights
+    "softmax_plus_one": f"{CAUSAL}; normalize = softmax_plus_one",
+    "learned_sink": f"{CAUSAL}; normalize = sink",
+    "sigmoid": f"{CAUSAL}; normalize = sigmoid",
+    "relu": f"{CAUSAL}; normalize = relu",
+    "squared_relu": f"{CAUSAL}; normalize = squared_relu",
+    "entmax": f"{CAUSAL}; normalize = entmax(1.5)",
+    "sparsemax": "heads = 4; normalize = sparsemax; mask = j < i",
+    "base_two": f"{CAUSAL}; normalize = 2 ** s / (3 + sum)",
+    "weights": f"{CAUSAL}; weights = 0.5 * p + 0.1 / seen",
+    "reads_n": "heads = 4; score = s + log(n) * j / m",
+    # streams
+    "grouped": "heads = 4; kv_heads = 2; mask = causal",
+    "one_key_head": "heads = 4; kv_heads = 1; head_dim = 6; value_dim = 3; mask = causal",
+    "rope": f"{CAUSAL}; position = rope",
+    "rope_interleaved": f"{CAUSAL}; position = rope(100, style = interleaved, scaling = 4)",
+    "rope_last": f"{CAUSAL}; position = rope(dims = -2)",
+    "rope_first": f"{CAUSAL}; position = rope(dims = 2)",
+    "normed": f"{CAUSAL}; q = x | linear | split | rms_norm; k = x | layer_norm | linear | split",
+    "l2": f"{CAUSAL}; q = x | linear | split | l2_norm; k = x | linear | split | l2_norm; scale = 5",
+    "gate": f"{CAUSAL}; let g = x | linear(heads * value_dim) | sigmoid;"
+            " out = o | merge | gate(g) | linear",
+    "gate_of_heads": f"{CAUSAL}; let g = x | linear(heads) | sigmoid; out = o | gate(g) | merge | linear",
+    "latent": f"{CAUSAL}; let c = x | linear(6) | rms_norm; k = c | linear | split; v = c | linear | split",
+    "shared": f"{CAUSAL}; let c = x | linear(16); k = c | split; v = c | split | silu",
+    "shared_wholly": f"{CAUSAL}; let c = x | linear(16); k = c | split; v = c | split",
+    "concat": f"{CAUSAL}; let r = x | linear(2) | rope | repeat(heads); k = x | linear(8) | split | concat(r)",
+    "arithmetic": f"{CAUSAL}; let a = x | linear; v = (a - 0.3 * x) | tanh | split;"
+                  " out = (o * 2) | merge | linear",
+    "two_linears": f"{CAUSAL}; q = x | linear(6, bias = true) | gelu | linear | split",
+    "no_weights": "heads = 4; q = x | split; k = x | split; v = x | split; out = o | merge; mask = causal",
+    "norm_of_heads": f"{CAUSAL}; out = o | rms_norm | merge | linear",
+    "odd_names": f"{CAUSAL}; let lambda = x | linear(heads) | sigmoid; let g_i = x | linear(heads);"
+                 " let range = x | linear(heads); let positions = x | linear(heads); let wide_ = x | linear(1);"
+                 " score = s * lambda[i, h] + g_i[j, h] + range[j, h] + positions[j, h] + wide_[j]",
+    # context
+    "cross": "heads = 4; source = context; context_width = 12",
+    "cross_masked": "heads = 4; source = context; context_width = 12; mask = j <= 2 * i;"
+                    " k = context | linear | split | rope; score = s - abs(2 * i - j)",
+    "cross_bias": "heads = 4; source = context; let g = context | linear(heads); score = s + g[j, h]",
+    # recurrences
+    "linear": "heads = 4; mix = linear; mask = causal",
+    "linear_both_ways": "heads = 4; mix = linear",
+    "linear_documents": "heads = 4; mix = linear; mask = document",
+    "delta": "heads = 4; mix = gated_delta; mask = causal; k = x | linear | split | l2_norm",
+    "delta_documents": "heads = 4; mix = gated_delta; mask = causal and document",
+    "delta_grouped": "heads = 4; kv_heads = 2; value_dim = 3; mix = gated_delta; mask = causal;"
+                     " let g = x | linear(heads) | sigmoid; out = o | gate(g) | merge | linear",
+    "leaky": "heads = 4; mix = leaky(0.5); mask = causal",
+    "odd_states": "heads = 4; mix = odd; mask = causal",
+}  # fmt: skip
+MIXERS = """
+mix leaky(c) {
+  param a[heads] = 0.9 - 0.1 * h
+  param b[head_dim] = 0.1
+  const w = 0.25
+  state S[head_dim, value_dim] = 0.5
+  state t = 1
+  u <- q * b
+  S <- a * S * 1e-1 + max(outer(k, v), -2) + where(t > 0.2, c * w, 0)
+  t <- min(t, 3) * c + norm(S) / 9 + mean(k)
+  o <- u @ S / (1 + abs(t)) + sum(v) * v
+}
+mix odd {
+  let last = x | linear(heads) | sigmoid
+  state n[value_dim] = 0
+  state fresh[value_dim] = 0
+  n <- last * n + v
+  fresh <- 2 * n - fresh / 2
+  o <- fresh + clip(n, -1, 1)
+}
+"""
+
+
+def source(name: str) -> str:
+    return f"{MIXERS}\nblock b {{ {SETTINGS[name]} }}\n"
+
+
+def block(text: str, name: str = "b", width: int | None = WIDTH) -> Block:
+    """Return a checked block: a name of the battery, or the text of settings."""
+    text = source(text) if text in SETTINGS else text
+    return block_of(check(parse(text)), name, width)
+
+
+def compiled(what: Block, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """Return the compiled module with random weights, constants in the wanted precision."""
+    from headloom.compiler.api import build_module
+
+    module = build_module(what, Target("torch"), dtype=dtype, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += (0.3 * noise).to(dtype)
+    return module.eval()
+
+
+def oracle(what: Block, module: nn.Module) -> nn.Module:
+    """Return the reference with the module's weights."""
+    dtype = next((each.dtype for each in module.parameters()), torch.float64)
+    meaning = reference(what, dtype=dtype)
+    meaning.load_state_dict(module.state_dict())
+    return meaning.eval()
+
+
+def inputs(what: Block, n: int = 11, m: int = 7, batch: int = 2) -> dict[str, Tensor]:
+    """Return random arguments for a block: x, context where it reads one, segments."""
+    generator = torch.Generator().manual_seed(n)
+    given = {"x": torch.randn(batch, n, what.width, generator=generator, dtype=torch.float64)}
+    if what.context_width is not None:
+        shape = (batch, m, what.context_width)
+        given["context"] = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return given

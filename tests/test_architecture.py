@@ -1,0 +1,96 @@
+"""Imports point one way: cli → search → compiler → {ops, kernels} → grammar, without cycles."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("grammar", "ops", "kernels", "compiler", "search")
+MAY_IMPORT = {
+    "grammar": {"grammar"},
+    "ops": {"ops", "grammar"},
+    "kernels": {"kernels", "grammar"},
+    "compiler": {"compiler", "ops", "kernels", "grammar"},
+    "search": {"search", "compiler", "ops", "grammar"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its dotted name within the package."""
+    found = {path.stem: path for path in (ROOT / "cli.py",)}
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """The modules of ours that a module imports, at its top or inside functions."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            target = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                inner = f"{target}.{alias.name}".strip(".")
+                found.add(inner if inner in modules() else target)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [
+                alias.name for alias in node.names]  # fmt: skip
+            assert not any(each.split(".")[0] == "headloom" for each in names), (
+                f"{name} imports headloom by name; imports of ours are relative")  # fmt: skip
+    return found - {name, ""}
+
+
+def test_arrows_point_one_way() -> None:
+    for name, path in modules().items():
+        folder = name.split(".")[0]
+        if folder in MAY_IMPORT:
+            wrong = {each for each in imports(name, path)
+                     if each.split(".")[0] not in MAY_IMPORT[folder]}  # fmt: skip
+            assert not wrong, f"{name} must not import {wrong}"
+
+
+def test_there_are_no_cycles() -> None:
+    graph = nx.DiGraph(
+        (name, each) for name, path in modules().items() for each in imports(name, path)
+        if path.name != "__init__.py"
+    )  # fmt: skip
+    assert list(nx.simple_cycles(graph)) == []
+
+
+def test_nothing_of_ours_hides_behind_type_checking() -> None:
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                hidden = [each for each in ast.walk(node)
+                          if isinstance(each, ast.ImportFrom) and each.level]  # fmt: skip
+                assert not hidden, name
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["headloom", "headloom.cli", "headloom.compiler.check", "headloom.compiler.cost",
+     "headloom.kernels.render", "headloom.search.space"],
+)  # fmt: skip
+def test_light_modules_do_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    """No machine paths in what is published."""
+    for path in ROOT.rglob("*.py"):
+        if any(part.startswith(".") or part in ("build", "runs") for part in path.parts):
+            continue
+        text = path.read_text()
+        assert "/wo" + "rk/" not in text, path
+        assert "/tm" + "p/" not in text, path
