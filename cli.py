@@ -157,7 +157,8 @@ def check(files: tuple[str, ...], json: bool) -> None:
 
     Example: headloom check examples/*.loom
     """
-    answers, wrong = [], []
+    answers: list[dict[str, Any]] = []
+    wrong: list[Diagnostic] = []
     for path in files:
         try:
             found = _checked(path)
@@ -260,11 +261,13 @@ def explain(what: str, width: int | None, backend: str, json: bool) -> None:
 
 
 def _explain_code(code: str) -> None:
-    from .search.codes import CODES
+    from .compiler.codes import CODES as COMPILER
+    from .search.codes import CODES as SEARCH
 
-    if code not in CODES:
-        raise click.UsageError(f"there is no code {code}; there are {', '.join(sorted(CODES))}")
-    entry = CODES[code]
+    codes = COMPILER | SEARCH
+    if code not in codes:
+        raise click.UsageError(f"there is no code {code}; there are {', '.join(sorted(codes))}")
+    entry = codes[code]
     click.secho(f"{code}: {entry.title}", bold=True)
     click.echo(f"\n{entry.explanation}")
     if entry.example:
@@ -281,7 +284,7 @@ def _explain_code(code: str) -> None:
 @width_option
 @backend_option
 @click.option("--emit", "stage", type=click.Choice(["syntax", "graph", "code", "kernels"]),
-              default="code", show_default=True, help="Stop after a stage and print it.")  # fmt: skip
+              default="code", show_default=True, help="Stop after a stage, print it.")  # fmt: skip
 def build(what: str, out: str | None, width: int | None, backend: str, stage: str) -> None:
     """Compile a block or model to a standalone Python file.
 

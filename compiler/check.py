@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, did_you_mean, error
+from ..grammar.functions import HOLES
 from ..grammar.source import NOWHERE
 from ..grammar.syntax import Expr, File, Name
 from .blocks import Sizes, elaborate_block
@@ -27,6 +28,7 @@ from .scope import Findings
 
 def check(file: File) -> Architecture:
     """Check a plain file. Raises `LoomError` with all findings."""
+    _plain(file)
     findings = Findings()
     _unique(file, findings)
     library = Library.of(file)
@@ -53,6 +55,18 @@ def _bounded(item: syntax.Block | syntax.Model) -> Iterator[None]:
     except RecursionError:
         raise error("L213", f"`{item.name}` expands into too much", item.span,
                     "its definitions nest too deeply") from None  # fmt: skip
+
+
+def _plain(file: File) -> None:
+    """Refuse a file that leaves something open outside of its search block (L223)."""
+    for item in file.items:
+        if isinstance(item, syntax.Search):
+            continue
+        for node in (each for _, expr in syntax.expressions(item) for each in syntax.walk(expr)):
+            if isinstance(node, syntax.Call) and node.function in HOLES:
+                raise error("L223", "this is a space, not an architecture", node.span,
+                            f"`{node.function}` leaves something open",
+                            "`headloom search` draws from it, and so does `hl.search`")  # fmt: skip
 
 
 def _unique(file: File, findings: Findings) -> None:

@@ -176,21 +176,26 @@ def _cache_bytes(block: Block, tokens: int, dtype: str) -> int:
         if name == "doc":
             total += 8
         else:
-            stream = block.stream(name)
-            assert stream is not None
-            total += stream.shape.features * BYTES[dtype]
+            total += _width(block, name) * BYTES[dtype]
     return total * held
+
+
+def _width(block: Block, name: str) -> int:
+    stream = block.stream(name)
+    if stream is not None:
+        return stream.shape.features
+    return block.width if name == "x" else block.context_width or 0
 
 
 def keyed_streams(block: Block) -> tuple[str, ...]:
     """Return what a cache keeps of each token: k, v, and what expressions index by j."""
-    shapes: dict[str, Shape] = {each.name: each.shape for each in block.streams}
+    shapes = {"x", "context", "doc"} | {each.name for each in block.streams}
     read = {
         node.base.id: None
         for expr in mix_exprs(block.mix)
         for node in walk(expr)
         if isinstance(node, Index) and isinstance(node.base, Name) and Name("j") in node.items
-        if node.base.id in shapes or node.base.id == "doc"
+        if node.base.id in shapes
     }
     made: dict[Flow, str] = {}
     for name in ("k", "v", *read):

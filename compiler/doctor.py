@@ -49,7 +49,7 @@ def examine() -> list[Finding]:
     """Look at everything."""
     findings = [
         Finding("python", sys.version_info >= (3, 11), platform.python_version()),
-        Finding("machine", True, f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
+        Finding("machine", True, f"{platform.platform(terse=True)}, {os.cpu_count()} cores"),
     ]
     findings += [_package(name) for name in PACKAGES]
     if find_spec("torch") is not None:

@@ -35,12 +35,13 @@ def resolve_mixer(scope: Scope, definition: Definition, call: Expr, mask: str) -
             raise error("L211", f"`{each.name}` is defined twice", call.span, "",
                         "choose another name")  # fmt: skip
     visitor = _Mixer(scope, {each.name: each.shape for each in states})
-    updates = []
-    for each in statements:
-        if isinstance(each, syntax.Update):
-            updates.append(_update(visitor, each))
-        elif not isinstance(each, syntax.State | syntax.Let | syntax.Param):
-            raise error("L216", "a mixer is made of states and `name <- expression`", each.span)
+    updates: list[Update] = []
+    for statement in statements:
+        if isinstance(statement, syntax.Update):
+            updates.append(_update(visitor, statement))
+        elif not isinstance(statement, syntax.State | syntax.Let | syntax.Param):
+            raise error("L216", "a mixer is made of states and `name <- expression`",
+                        statement.span)  # fmt: skip
     if not any(each.name == "o" for each in updates):
         raise error("L216", f"`{definition.name}` has no output", call.span, "",
                     "write `o <- …`")  # fmt: skip

@@ -1,7 +1,7 @@
 """Pictures in text: a mask as blocks, a graph as lines.
 
-    █▄··         each row is a query, each column a key; two rows share a line of text:
-    ███▄         █ both see the key, ▀ the upper one, ▄ the lower one, · neither
+█▄··         each row is a query, each column a key; two rows share a line of text:
+███▄         █ both see the key, ▀ the upper one, ▄ the lower one, · neither
 """
 
 from __future__ import annotations

@@ -172,6 +172,7 @@ class Scope:
             ring = " → ".join(each.split()[-1] for each in [*self._open, label])
             raise error("L212", f"`{definition.name}` is defined in terms of itself", span, ring)
         if self._spent > MAX_NODES:
+            self._spent = 0  # said once
             raise error("L213", "this expands into too much", span,
                         f"more than {MAX_NODES:,} parts")  # fmt: skip
         self._open.append(label)

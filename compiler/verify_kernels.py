@@ -41,7 +41,7 @@ def interpreted(block: Block) -> str | None:
 
 
 def can_run_kernels() -> bool:
-    """Say whether kernels run in this process, asking for the interpreter while that is possible."""
+    """Say whether kernels run in this process; ask for the interpreter while that is possible."""
     if torch.cuda.is_available():
         return True
     if "triton" not in sys.modules:

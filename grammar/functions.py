@@ -88,3 +88,7 @@ FUNCTIONS: dict[str, Function] = {
 
 # Functions over whole vectors and matrices, for recurrent mixers: name → number of arguments.
 VECTOR_FUNCTIONS = {"sum": 1, "mean": 1, "norm": 1, "outer": 2, "dot": 2}
+
+# Calls that leave something open: a description with any of them is a space to search.
+RANGES = ("integer", "pow2", "uniform", "loguniform")
+HOLES = ("choose", *RANGES, "maybe", "any")

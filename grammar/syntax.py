@@ -354,3 +354,30 @@ class File:
     items: tuple[Item, ...]
     closing: tuple[str, ...] = field(default=(), compare=False, repr=False)
     span: Span = _span()
+
+
+def expressions(node: Item | Statement | Parameter) -> Iterator[tuple[object, Expr]]:
+    """Yield every whole expression in an item or statement, with what it stands in."""
+    match node:
+        case Setting(_, value) | Let(_, value) | Update(_, value):
+            yield node, value
+        case Param(_, dims, init) | State(_, dims, init):
+            yield from ((node, each) for each in (*dims, init))
+        case Result(value, where):
+            yield from ((node, each) for each in (value, where) if each is not None)
+        case Parameter(_, default):
+            yield from ((node, each) for each in (default,) if each is not None)
+        case Branch() | Search():
+            yield from _of_all(node.body)
+        case Definition():
+            yield from _of_all((*node.params, *node.body))
+        case Block() | Model():
+            yield from _of_all(node.params)
+            if node.base is not None:
+                yield node, node.base
+            yield from _of_all(node.body)
+
+
+def _of_all(nodes: tuple[Statement | Parameter, ...]) -> Iterator[tuple[object, Expr]]:
+    for each in nodes:
+        yield from expressions(each)

@@ -32,8 +32,8 @@ class Split(Op):
         if x.heads is not None:
             raise Mismatch("this stream is split into heads already", f"it is {x}")
         if x.dim % heads:
-            raise Mismatch("`split` needs a width that the heads divide",
-                           f"width = {x.dim}, heads = {heads}, remainder {x.dim % heads}")  # fmt: skip
+            label = f"width = {x.dim}, heads = {heads}, remainder {x.dim % heads}"
+            raise Mismatch("`split` needs a width that the heads divide", label)
         return Shape(x.tokens, x.dim // heads, heads)
 
     def eager(
@@ -113,8 +113,9 @@ class Concat(Op):
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         x, y = inputs
         if (x.heads, x.tokens) != (y.heads, y.tokens):
+            help = "bring them together with `split` or `repeat`"
             raise Mismatch("`concat` needs streams of the same heads and tokens",
-                           f"{x} and {y}", "bring them together with `split` or `repeat`")  # fmt: skip
+                           f"{x} and {y}", help)  # fmt: skip
         return replace(x, dim=x.dim + y.dim)
 
     def eager(

@@ -36,8 +36,8 @@ class Rope(Op):
             raise Mismatch("`rope` turns an even number of the features there are",
                            f"dims = {dims}, features = {dim}")  # fmt: skip
         if options["theta"] <= 0 or options["scaling"] <= 0:
-            raise Mismatch("`rope` needs a positive base and scaling",
-                           f"theta = {options['theta']}, scaling = {options['scaling']}")  # fmt: skip
+            label = f"theta = {options['theta']}, scaling = {options['scaling']}"
+            raise Mismatch("`rope` needs a positive base and scaling", label)
         return inputs[0]
 
     def eager(

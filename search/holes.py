@@ -19,11 +19,10 @@ from collections.abc import Iterator
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, did_you_mean
 from ..grammar.expr import NotConstant, Value, evaluate
-from ..grammar.format import show
+from ..grammar.functions import HOLES
+from ..grammar.show import show
 from ..grammar.syntax import Binary, Call, Expr, ListOf, Pipe, Range
 
-RANGES = ("integer", "pow2", "uniform", "loguniform")
-HOLES = ("choose", *RANGES, "maybe", "any")
 MAX_EACH = 4096
 _BOTH_SIDES = ("and", "or", "+", "*")  # what stays is the other side
 _RIGHT_SIDE = ("-", "/", "//", "**", "%")
@@ -64,34 +63,8 @@ def weights_of(call: Call) -> tuple[float, ...]:
 
 def expressions(item: syntax.Item | syntax.Statement) -> Iterator[tuple[Expr, bool]]:
     """Yield each expression of an item, and whether it may be left out altogether."""
-    match item:
-        case syntax.Setting(_, value):
-            yield value, True
-        case syntax.Let(_, value) | syntax.Update(_, value):
-            yield value, False
-        case syntax.Param(_, dims, init) | syntax.State(_, dims, init):
-            yield from ((each, False) for each in (*dims, init))
-        case syntax.Result(value, where):
-            yield from ((each, False) for each in (value, where) if each is not None)
-        case syntax.Branch(_, body) | syntax.Search(body):
-            yield from _of_body(body)
-        case syntax.Block(_, params, base, body) | syntax.Model(_, params, base, body):
-            yield from _of_params(params)
-            if base is not None:
-                yield base, False
-            yield from _of_body(body)
-        case syntax.Definition(_, _, params, body):
-            yield from _of_params(params)
-            yield from _of_body(body)
-
-
-def _of_body(body: tuple[syntax.Statement, ...]) -> Iterator[tuple[Expr, bool]]:
-    for statement in body:
-        yield from expressions(statement)
-
-
-def _of_params(params: tuple[syntax.Parameter, ...]) -> Iterator[tuple[Expr, bool]]:
-    yield from ((each.default, False) for each in params if each.default is not None)
+    for owner, expr in syntax.expressions(item):
+        yield expr, isinstance(owner, syntax.Setting)
 
 
 # ── what is wrong ────────────────────────────────────────────────────────────────────────

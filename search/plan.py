@@ -40,7 +40,10 @@ _TRIES = 32  # draws in which the compiler must accept one, before anything is s
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to search and how. `spec` is the text two runs must share to be one study."""
+    """What to search and how. `spec` is the text two runs must share to be one study.
+
+    `seed` fixes the draws, and the data and weights where the text gives those no seed.
+    """
 
     file: syntax.File
     spec: str
@@ -69,7 +72,9 @@ class Plan:
         assert search is not None
         settings = {each.name: each.value for each in search.body if isinstance(each, Setting)}
         items = tuple(each for each in drawn.items if each is not search)
-        training = read_training(settings["train"]) if "train" in settings else Training()
+        training = Training(seed=self.seed)
+        if "train" in settings:
+            training = read_training(settings["train"], self.seed)
         return replace(drawn, items=items, closing=()), training
 
 
@@ -162,7 +167,8 @@ class _Reader:
         with self._guard():
             model = self._model()
         with self._guard():
-            task = read_task(self._settings["task"]) if "task" in self._settings else None
+            if "task" in self._settings:
+                task = read_task(self._settings["task"])
         with self._guard():
             objectives = self._objectives()
         with self._guard():
@@ -186,6 +192,7 @@ class _Reader:
         assert out is not None
         assert trials is not None
         assert seed is not None
+        task = read_task(self._settings["task"], seed)
         spec = _spec(self._file, self._search, sampler, seed)
         return Plan(self._file, spec, model, task, objectives, require,
                     trials, sampler, seed, out)  # fmt: skip

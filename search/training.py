@@ -38,13 +38,16 @@ class Training:
         return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def read_training(expr: Expr) -> Training:
-    """Return the settings of a drawn `train`. Raises `LoomError` (L529)."""
+def read_training(expr: Expr, seed: int = 0) -> Training:
+    """Return the settings of a drawn `train`; `seed` holds where it says none.
+
+    Raises `LoomError` (L529).
+    """
     name = expr.function if isinstance(expr, Call) else getattr(expr, "id", "")
     if name != "adamw":
         raise error("L529", f"there is no trainer `{name or 'like this'}`", expr.span, "",
                     did_you_mean(name, ["adamw"], "write `adamw(lr = …, steps = …)`"))  # fmt: skip
-    training = Training(**read(expr, known_of(Training), "L529"))
+    training = Training(**{"seed": seed, **read(expr, known_of(Training), "L529")})
     wrong = [
         Diagnostic("L529", f"`{name}` must be {what}", expr.span,
                    f"{name} = {getattr(training, name)}")

@@ -6,16 +6,15 @@ no name of its own stands inside the expression that reads it, while the line st
 
 from __future__ import annotations
 
-from ...grammar.dialect import write
-from ...grammar.expr import calls, evaluate, names, rebuild
 from ...grammar.show import show
-from ...grammar.syntax import Call, Expr, Index, Name, walk
-from ...ops import OPS, Weight
+from ...grammar.syntax import Expr, Name, walk
+from ...ops import OPS
 from ..choose import Lowering
 from ..graph import Graph, Node, shape_of
 from ..masks import extent
 from ..model import Pairwise
 from . import attend, scan
+from .tensors import tensor as tensor_lines
 from .text import LIMIT, atomic, call, class_name, comment, ident, indent
 
 
@@ -74,7 +73,7 @@ class _Writer:
                 made = OPS[node.op].constructor(shapes, dict(node.attrs))
                 lines.append(f"    self.{node.module} = {made}")
         for tensor in self.block.tensors:
-            lines += indent(_tensor(tensor))
+            lines += indent(tensor_lines(tensor))
         return lines
 
     def init_cache(self) -> list[str]:
@@ -374,48 +373,6 @@ class _Writer:
 
 def _count(expr: Expr, part: Expr) -> int:
     return sum(node == part for node in walk(expr))
-
-
-def _tensor(weight: Weight) -> list[str]:
-    """Return the lines that make a `param` or `const`."""
-    lines = []
-    size = "()" if not weight.shape else f"({', '.join(map(str, weight.shape))},)"
-    size = size if len(weight.shape) < 2 else size.replace(",)", ")")
-    init = weight.init
-    assert not isinstance(init, str)
-    if not names(init) and not calls(init, "normal"):
-        text = f"torch.full({size}, {float(evaluate(init, {}))!r})"
-    else:
-        if "h" in names(init):
-            rest = f".view(-1{', 1' * (len(weight.shape) - 1)})" if len(weight.shape) > 1 else ""
-            lines.append(f"h = torch.arange({weight.shape[0]}, dtype=torch.float64){rest}")
-        text = f"({_initial(init, size)}).expand{size}.clone().to(torch.get_default_dtype())"
-        if len(weight.shape) < 2 or calls(init, "normal"):
-            text = text.replace(f".expand{size}.clone()", "")
-    if weight.learned:
-        made = call(f"self.{weight.name} = nn.Parameter", [text])
-    else:
-        made = call("self.register_buffer", [f'"{weight.name}"', text, "persistent=False"])
-    return [*lines, *made[:-1], f"{made[-1]}  # [{', '.join(map(str, weight.shape))}]"]
-
-
-def _initial(init: Expr, size: str) -> str:
-    """Write a first value over h, with a draw for every `normal(std)`."""
-    draws: dict[str, str] = {}
-
-    def drawn(expr: Expr) -> Expr:
-        if not (isinstance(expr, Call) and expr.function == "normal"):
-            return rebuild(expr, drawn)
-        text = f"torch.randn({size}, dtype=torch.float64) * {atomic(_initial(expr.args[0], size))}"
-        draws[f"draw {len(draws)}"] = text
-        return Name(f"draw {len(draws) - 1}")
-
-    def leaf(each: Name | Index) -> str:
-        assert isinstance(each, Name)
-        return f"({draws[each.id]})" if each.id in draws else each.id
-
-    pattern = drawn(init)
-    return draws["draw 0"] if pattern == Name("draw 0") else write(pattern, "torch", leaf)
 
 
 def _refuses(head: str, why: str) -> list[str]:

@@ -169,7 +169,7 @@ def forward(graph: Graph, node: Node) -> list[str]:
 def _per_head(graph: Graph, name: str) -> tuple[str, int]:
     """Return a stream as [b, heads, n] or [b, heads, n, d], and its rank per head."""
     heads, dims = graph.block.heads, graph.node(name).dims
-    variable = "x" if name == "x" else ident(name)
+    variable = ident(name)
     if len(dims) == 4:
         group = heads // int(dims[1])
         return (f"{variable}.repeat_interleave({group}, dim=1)" if group > 1 else variable), 1

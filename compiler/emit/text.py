@@ -23,7 +23,7 @@ _MADE = re.compile(r"_$|__\d+$|_[hijt]$")  # endings that the text gives to name
 
 def ident(name: str) -> str:
     """Return a variable for a stream or state, away from the names the text itself uses."""
-    if "." in name:
+    if "." in name or name in ("x", "context"):
         return name.replace(".", "__")
     ours = name in _OURS or name in pieces()
     taken = ours or keyword.iskeyword(name) or hasattr(builtins, name) or _MADE.search(name)

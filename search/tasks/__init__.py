@@ -18,8 +18,11 @@ TASKS: dict[str, Callable[..., Task]] = {"mqar": mqar}
 __all__ = ["IGNORED", "TASKS", "Split", "Task", "read_task"]
 
 
-def read_task(expr: Expr) -> Task:
-    """Return the task an expression names. Raises `LoomError` (L524 unknown, L525 misfit)."""
+def read_task(expr: Expr, seed: int = 0) -> Task:
+    """Return the task an expression names, seeded with `seed` where it says none itself.
+
+    Raises `LoomError` (L524 unknown, L525 misfit).
+    """
     name = expr.function if isinstance(expr, Call) else getattr(expr, "id", "")
     if not isinstance(expr, Call | Name) or name not in TASKS:
         have = ", ".join(f"`{each}`" for each in TASKS)
@@ -27,7 +30,7 @@ def read_task(expr: Expr) -> Task:
                     did_you_mean(name, TASKS, f"there is {have}"))  # fmt: skip
     settings = read(expr, known_of(TASKS[name]), "L525")
     try:
-        return TASKS[name](**settings)
+        return TASKS[name](**{"seed": seed, **settings})
     except ValueError as problem:
         message, _, label = str(problem).partition("; ")
         raise error("L525", message, expr.span, label) from None

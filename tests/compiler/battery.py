@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from headloom.compiler.check import block as block_of
 from headloom.compiler.check import check
-from headloom.compiler.model import Block
-from headloom.compiler.pipeline import generate, load
 from headloom.compiler.choose import Target
+from headloom.compiler.model import Block
 from headloom.compiler.reference import reference
 from headloom.grammar.parse import parse
-from torch import Tensor, nn
 
 WIDTH = 16
 EXAMPLES = sorted(
@@ -49,6 +49,7 @@ SETTINGS = {
     "bias_past_the_end": f"{CAUSAL}; param t[3] = normal(1); score = s + t[i - j] + t[i / 2]",
     "bias_of_key": f"{CAUSAL}; let g = x | linear(heads); score = s + g[j, h] - g[i, 1]",
     "bias_of_key_head": f"{CAUSAL}; kv_heads = 2; score = s + k[h // 2, j, 1] * q[h, i, 0]",
+    "bias_of_input": f"{CAUSAL}; score = s + x[j, 3] * x[i, 0]",
     "grid": "heads = 4; grid = [3, 4]; score = s - abs(row(i) - row(j)) - abs(col(i) - col(j))",
     # normalisers and weights
     "softmax_plus_one": f"{CAUSAL}; normalize = softmax_plus_one",

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from headloom.compiler.check import check
 from headloom.compiler.choose import Target
 from headloom.compiler.cost import cost
@@ -15,7 +17,6 @@ from headloom.compiler.masks import extent
 from headloom.compiler.model import Block, Model, Pairwise, Recurrence
 from headloom.compiler.pipeline import generate, load
 from headloom.grammar.parse import parse
-from torch import Tensor, nn
 
 from .battery import EXAMPLES, SETTINGS, block, compiled, inputs, oracle
 

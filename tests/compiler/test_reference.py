@@ -7,6 +7,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from headloom.compiler.check import check, find
 from headloom.compiler.model import Block, Model
 from headloom.compiler.parameters import constants, initial, model_weights, weights
@@ -14,8 +17,6 @@ from headloom.compiler.reference import ReferenceModel, reference, sinusoidal
 from headloom.grammar.expr import TRUE
 from headloom.grammar.parse import parse, parse_expression
 from headloom.ops import Weight
-from torch import Tensor
-from torch.nn import functional
 
 BLOCK = """
 block b {

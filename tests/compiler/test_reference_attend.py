@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from headloom.compiler.check import check, find
 from headloom.compiler.reference import ReferenceBlock, reference
 from headloom.grammar.parse import parse
-from torch import Tensor
-from torch.nn import functional
 
 H, D, N = 4, 6, 11
 WIDTH = H * D

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from headloom.compiler.check import check, find
 from headloom.compiler.reference import ReferenceBlock, reference
 from headloom.grammar.parse import parse
-from torch import Tensor
-from torch.nn import functional
 
 H, D, E, N = 4, 6, 5, 9
 WIDTH = H * D

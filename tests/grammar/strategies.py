@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from hypothesis import strategies as st
+
 from headloom.grammar import syntax
 from headloom.grammar.comments import clean
 from headloom.grammar.functions import FUNCTIONS
-from hypothesis import strategies as st
 
 DECLARING = ("let", "param", "const", "state", "branch")
 ODD = (

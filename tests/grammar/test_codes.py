@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from headloom.grammar.codes import CODES
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.from_yaml import parse_yaml

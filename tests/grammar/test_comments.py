@@ -3,11 +3,12 @@ from __future__ import annotations
 import re
 
 import pytest
+from hypothesis import given, settings
+
 from headloom.grammar.format import format_loom, format_yaml
 from headloom.grammar.from_yaml import parse_yaml
 from headloom.grammar.parse import parse
 from headloom.grammar.syntax import Comments
-from hypothesis import given, settings
 
 from .strategies import files
 

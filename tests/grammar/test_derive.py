@@ -7,6 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
 from headloom.grammar.derive import derivative
 from headloom.grammar.dialect import write
 from headloom.grammar.expr import NotConstant, evaluate, fold, substitute
@@ -14,8 +17,6 @@ from headloom.grammar.format import show
 from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
 from headloom.grammar.syntax import Binary, Call, Compare, Name, Number, Unary
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from .strategies import scalars
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from headloom.grammar import expr, syntax
 from headloom.grammar.format import show
 from headloom.grammar.parse import parse_expression

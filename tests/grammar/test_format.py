@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+
 from headloom.grammar.format import WIDTH, format_loom, format_yaml, show
 from headloom.grammar.from_yaml import parse_yaml
 from headloom.grammar.parse import parse, parse_expression
 from headloom.grammar.syntax import Binary, Number
-from hypothesis import given, settings
 
 from .strategies import everything, expressions, files
 

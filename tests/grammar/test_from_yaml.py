@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from headloom.grammar import syntax
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.format import format_loom, format_yaml

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.from_yaml import parse_yaml
 from headloom.grammar.parse import MAX_BYTES, parse, parse_expression, read
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 N = 100_000
 SOON = 20.0  # seconds; the worst takes about three here

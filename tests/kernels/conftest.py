@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import triton
+
 from headloom.kernels.render import IMPORTS, render, skeleton_text
 from headloom.kernels.spec import Attend
 

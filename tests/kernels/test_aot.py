@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from headloom.grammar.parse import parse_expression
 from headloom.kernels.aot import compile_ahead
 from headloom.kernels.spec import Attend, Reach, Tensor

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+
 from headloom.grammar.parse import parse_expression
 from headloom.kernels.hooks import learned_sums, print_hooks
 from headloom.kernels.render import IMPORTS, render, skeleton_text

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from headloom.grammar.parse import parse_expression
 from headloom.kernels.render import IMPORTS, render, skeleton_text
 from headloom.kernels.spec import Attend, Reach, Tensor

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from headloom.grammar.parse import parse_expression
 from headloom.kernels.spec import Attend, Reach, Tensor, obstacle
 

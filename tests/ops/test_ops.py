@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from headloom.compiler import pieces
 from headloom.compiler.parameters import defaults, initial
 from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
 from headloom.ops import OPS, Mismatch, Run, Shape
 from headloom.ops.pointwise import evaluate
-from torch import Tensor, nn
-from torch.nn import functional
 
 B, N = 2, 5
 POSITIONS = {"n": torch.arange(N)[None], "m": 10 + torch.arange(N)[None]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from headloom.grammar.parse import parse
 from headloom.search.plan import read_plan
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse
 from headloom.search.codes import CODES

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from headloom.grammar.parse import parse_expression
 from headloom.search.objectives import read_objectives, read_requirement, violation
 

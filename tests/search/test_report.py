@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
 from headloom.compiler.check import check
 from headloom.grammar.parse import parse, read
 from headloom.search import candidate, report
 from headloom.search.plan import read_plan
 from headloom.search.space import size
 from headloom.search.study import run, search
-from rich.console import Console
-from safetensors.torch import load_file
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "search_mqar.loom"
 

@@ -5,14 +5,15 @@ import sys
 from itertools import islice
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from headloom.compiler.check import check
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
 from headloom.search.choosers import First, Random
 from headloom.search.space import alternatives, draw, has_holes, holes, size
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BLOCKS = """
 block base { heads = choose(2, 4, weights = [3, 1]); mask = causal }

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from headloom.grammar.diagnostics import LoomError
 from headloom.search.store import journal, opened
 from headloom.search.study import done, run, search

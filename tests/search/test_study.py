@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from optuna.trial import TrialState
+
 from headloom.grammar.diagnostics import LoomError
 from headloom.search import candidate, report, study, trainer
 from headloom.search.study import done, load, run
-from optuna.trial import TrialState
 
 
 def states(found) -> list[str]:

@@ -1,0 +1,303 @@
+"""What the checker refuses, and where it points; and that nothing makes it fail otherwise."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headloom.compiler.check import block, check, find
+from headloom.compiler.names import MODULE
+from headloom.compiler.pipeline import Target, generate, load
+from headloom.grammar.diagnostics import Diagnostic, LoomError
+from headloom.grammar.parse import parse
+
+from ..grammar.strategies import files
+from .battery import EXAMPLES, MIXERS, SETTINGS, source
+
+
+def findings(text: str) -> list[Diagnostic]:
+    try:
+        check(parse(text))
+    except LoomError as problem:
+        return list(problem.diagnostics)
+    return []
+
+
+def only(text: str) -> Diagnostic:
+    (found,) = findings(text)
+    return found
+
+
+def marked(found: Diagnostic) -> str:
+    return found.span.source.text[found.span.start : found.span.end]
+
+
+# ── spans ─────────────────────────────────────────────────────────────────────────────────
+
+POINTS = [
+    ("block a {\n  kv_head = 2\n}", "L202", (2, 3), "kv_head = 2", "did you mean `kv_heads`?"),
+    ("block a {\n  kv_heads = 3\n}", "L204", (2, 14), "3", "use 1, 2, 4 or 8"),
+    ("block a { mask = casual }", "L201", (1, 18), "casual", "did you mean `causal`?"),
+    ("block a { mask = causal and windw(3) }", "L201", (1, 29), "windw(3)",
+     "did you mean `window`?"),
+    ("block a { mask = i - j }", "L210", (1, 18), "i - j", ""),
+    ("block a { score = s + causal }", "L201", (1, 23), "causal", ""),
+    ("block a { q = x | linear | splt }", "L208", (1, 28), "splt", "did you mean `split`?"),
+    ("block a { q = y | linear | split }", "L201", (1, 15), "y", ""),
+    ("block a { heads = 1e12 }", "L203", (1, 19), "1e12", ""),
+    ("block a { mask = window(w = 4, v = 2) }", "L209", (1, 32), "v = 2", "did you mean `w`?"),
+    ("block a { mask = window(4, 5) }", "L209", (1, 28), "5", "it takes `w`"),
+    ("block a { dropout = 1.5 }", "L219", (1, 21), "1.5", ""),
+    ("block a { out = o | merge | linear(3) }", "L207", (1, 17), "o | merge | linear(3)", ""),
+    ("block a { let t = x | linear(8)\n score = s * t[j + 1, h] }", "L214", (2, 16), "j + 1",
+     "`i` are the queries' tokens, `j` the keys'"),
+    ("model m { width = 8; layers = [a] * 2 }\nblock a { heads = 3 }", "L205", (2, 19), "3",
+     "choose another number of heads, or set `head_dim`"),
+    ("model m { width = 8; layers = [b] }\nblock ab { heads = 2 }", "L218", (1, 32), "b",
+     "did you mean `ab`?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "code", "position", "words", "help"), POINTS)
+def test_a_finding_points_at_the_words(text, code, position, words, help):
+    found = only(text)
+    assert found.code == code
+    assert marked(found) == words
+    assert found.span.source.position(found.span.start) == position
+    assert found.help == help
+
+
+def test_the_values_that_matter_are_shown():
+    assert only("block a { kv_heads = 3 }").label == "heads = 8, kv_heads = 3, remainder 2"
+    shown = only("block a { width = 100 }").label
+    assert shown == "width = 100, heads = 8, remainder 4"
+
+
+def test_all_findings_are_reported_together():
+    found = findings("block a { mask = casual; score = t; heds = 3; dropout = 2 }\nblock b : c { }")
+    assert [each.code for each in found] == ["L202", "L219", "L201", "L201", "L218"] or {
+        each.code for each in found
+    } == {"L202", "L218"}
+
+
+# ── what is refused ───────────────────────────────────────────────────────────────────────
+
+REFUSED = {
+    "cyclic inheritance": ("L212", "block a : b { }\nblock b : c { }\nblock c : a { }"),
+    "cyclic model": ("L212", "model a : b { }\nmodel b : a { }"),
+    "cyclic mask": ("L212", "mask p = not q\nmask q = p\nblock a { mask = p }"),
+    "cyclic stage": ("L212", "stage f = | g\nstage g = | f\nblock a { q = x | f | split }"),
+    "cyclic normaliser": ("L212", "normalize f = g\nnormalize g = f\nblock a { normalize = f }"),
+    "cyclic lets": ("L212", "block a { let c = d | linear; let d = c | linear; q = c | split }"),
+    "cyclic numbers": ("L219", "let a = b\nlet b = a\nblock c { heads = a }"),
+    "no layers": ("L203", "block a { }\nmodel m { width = 64; layers = [] }"),
+    "many layers": ("L203", "block a { }\nmodel m { width = 64; layers = [a] * 10 ** 9 }"),
+    "each of many": ("L203", "block a { }\nmodel m { width = 64; layers = each(10 ** 9, a) }"),
+    "layers missing": ("L202", "model m { width = 64 }"),
+    "a large tensor": ("L203", "block a { param t[2 ** 24, 2 ** 24] = 0; score = s + t[h, h] }"),
+    "many heads": ("L204", "block a { heads = 2 ** 24 - 3; kv_heads = 2; head_dim = 1 }"),
+    "a wide stream": ("L203", "block a { q = x | linear(2 ** 24) | repeat(2 ** 20) }"),
+    "no number": ("L219", "block a { heads = 1 / 0 }"),
+    "a block as a number": ("L219", "block a { heads = a }"),
+    "a truth as a score": ("L210", "block a { score = i < j }"),
+    "a number as a mask": ("L210", "block a { mask = causal and 3 }"),
+    "matrices in a mask": ("L210", "block a { mask = i @ j }"),
+    "a stream in a mask": ("L214", "block a { let t = x | linear(8); mask = t > 0 }"),
+    "outside of a tensor": ("L214", "block a { param t[4] = 0; score = s + t[4] }"),
+    "between two places": ("L214", "block a { param t[4] = 0; score = s + t[1 / 3] }"),
+    "outside of a stream": ("L214", "block a { let t = x | linear(3); score = s + t[i, 3] }"),
+    "features by place": ("L214", "block a { let t = x | linear(9); score = s + t[i, i - j] }"),
+    "a stream of the context": (
+        "L214", "block a { source = context; let t = x | linear(1); score = s + t[j] }",
+    ),
+    "no value": ("L220", "mask m { }\nblock a { mask = m }"),
+    "tau without a condition": ("L220", "block a { normalize = relu(s - tau) }"),
+    "nothing seen": ("L210", "block a { mask = causal and false }"),
+    "truth in a mixer": ("L210", "mix m { o <- v + (k > 0) }\nblock a { mix = m; mask = causal }"),
+    "number in a mixer": ("L210", "mix m { o <- not v }\nblock a { mix = m; mask = causal }"),
+    "no output": ("L216", "mix m { state S = 0 }\nblock a { mix = m; mask = causal }"),
+    "state twice": (
+        "L211", "mix m { state S = 0; state S = 0; o <- v }\nblock a { mix = m; mask = causal }",
+    ),
+    "writes a stream": ("L216", "mix m { q <- k; o <- v }\nblock a { mix = m; mask = causal }"),
+    "needs causal": ("L217", "block a { mix = gated_delta }"),
+    "latents": ("L221", "block a { source = latents(4) }"),
+    "branches": ("L221", "block a { branch b { heads = 2 } }"),
+    "nothing to concatenate": ("L201", "block a { q = x | concat(none) | split }"),
+    "split twice over": ("L206", "block a { out = o | merge | linear | split | split }"),
+    "normal of two": ("L209", "block a { param t = normal(1, 2); score = s * t }"),
+    "tied without words": ("L222", "block a { }\nmodel m { width = 64; layers = [a]; tie = true }"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused(name):
+    code, text = REFUSED[name]
+    found = findings(text)
+    assert code in {each.code for each in found}
+    for each in found:
+        assert each.message
+        assert each.render()
+
+
+GROWING = {
+    "masks": ["mask m0 = j <= i", "mask m{n} = m{p} and m{p}", "mask = m40"],
+    "scores": ["score m0 = s", "score m{n} = m{p} + m{p}", "score = m40"],
+    "arguments": ["mask m0(a) = a > 0", "mask m{n}(a) = m{p}(a + a)", "mask = m40(i)"],
+    "stages": ["stage m0 = | silu", "stage m{n} = | m{p} | m{p}", "q = x | linear | m40 | split"],
+    "functions": ["stage m0 = x + x", "stage m{n} = m{p}(x) + m{p}(x)", "score = m40(s)"],
+    "lets": ["let m0 = 1 + 1", "let m{n} = m{p} + m{p}", "heads = m40"],
+    "pipelines": ["score m0 = s + s", "score m{n} = s", "score = m0" + " | m0" * 50],
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_what_doubles_is_stopped(name):
+    first, again, use = GROWING[name]
+    rows = [first, *(again.format(n=n, p=n - 1) for n in range(1, 41))]
+    found = findings("\n".join(rows) + f"\nblock a {{ {use} }}")
+    assert {each.code for each in found} == {"L213"}
+
+
+# ── names ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_names_of_every_module_are_known():
+    assert {name for name in dir(torch.nn.Module()) if not name.startswith("_")} == MODULE
+
+
+@pytest.mark.parametrize("name", ["half", "forward", "lambda", "init_cache", "_buffers", "i", "q"])
+def test_a_tensor_cannot_have_the_name(name):
+    found = only(f"block a {{ param {name}[heads] = 0; score = s + {name}[h] }}")
+    assert found.code == "L215"
+    assert marked(found).startswith(f"param {name}")
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "x", "o", "i", "seen", "doc", "heads", "layer"])
+def test_a_stream_cannot_have_the_name(name):
+    assert "L215" in {each.code for each in findings(f"block a {{ let {name} = x | linear }}")}
+
+
+def test_a_tensor_cannot_have_the_name_of_a_submodule():
+    text = "block a { heads = 2; head_dim = 4; param q_proj[heads] = 0; score = s + q_proj[h] }"
+    found = only(text)
+    assert (found.code, marked(found)) == ("L215", "param q_proj[heads] = 0")
+
+
+NAMES = ["lambda", "class", "import", "range", "list", "torch", "Tensor", "rope", "given", "places",
+         "x_", "x1", "t_i", "g_h", "q_1", "nn", "wide", "F", "expect", "state", "self", "len",
+         "forward", "half", "positions", "cache", "None", "True", "layer_norm"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_names_of_streams_compile(name):
+    text = f"""block a {{ heads = 2; head_dim = 4; mask = causal; let {name} = x | linear(2) | sigmoid
+               score = s * {name}[i, h] + {name}[j, h]; out = o | gate({name}) | merge | linear }}"""
+    module = load(generate(block(check(parse(text)), "a"), Target("torch")))()
+    x = torch.randn(1, 5, 8)
+    cache = module.init_cache(1, 5)
+    torch.testing.assert_close(module(x, cache=cache), module(x))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "n", "t", "S", "h", "i", "outputs", "step", "end", "b"])
+def test_odd_names_of_states_compile(name):
+    text = f"""mix m {{ state {name}[value_dim] = 0; {name} <- {name} / 2 + v; o <- {name} }}
+               block a {{ heads = 2; head_dim = 4; mask = causal; mix = m }}"""
+    module = load(generate(block(check(parse(text)), "a"), Target("torch")))()
+    x = torch.randn(1, 5, 8)
+    torch.testing.assert_close(module(x, cache=module.init_cache(1, 5)), module(x))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "none", "tensor", "layer", "feed_forward", "value_error",
+                                  "key_value_cache", "model", "f", "_", "a_b", "callable"])  # fmt: skip
+def test_odd_names_of_blocks_and_models_compile(name):
+    text = f"""block {name} {{ heads = 2; mask = causal }}
+               block aB {{ heads = 2 }}
+               model {name} {{ width = 8; layers = [{name}, aB] }}"""
+    arch = check(parse(text))
+    module = load(generate(arch.models[name], Target("torch")))()
+    assert module(torch.randn(1, 5, 8)).shape == (1, 5, 8)
+
+
+# ── lets and layers ───────────────────────────────────────────────────────────────────────
+
+
+def test_a_let_of_a_file_reads_those_above():
+    arch = check(parse("let a = 2\nlet b = a * 2\nblock c { heads = b; head_dim = a + b }"))
+    assert (arch.blocks["c"].heads, arch.blocks["c"].head_dim) == (4, 6)
+
+
+@pytest.mark.parametrize("text", [
+    "mask near = causal and window(2 ** layer)\nblock a { heads = 2; mask = near }",
+    "block a(w = layer + 1) { heads = 2; mask = causal and window(w) }",
+])  # fmt: skip
+def test_what_reads_the_layer_differs_by_layer(text):
+    arch = check(parse(f"{text}\nmodel m {{ width = 8; layers = [a] * 3 }}"))
+    assert len(set(arch.models["m"].layers)) == 3
+
+
+def test_a_width_is_given_from_outside():
+    arch = check(parse("block a { heads = 4 }"))
+    assert block(arch, "a", 24).head_dim == 6
+    with pytest.raises(LoomError, match="L205"):
+        find(arch, "a", 30)
+
+
+# ── nothing else is ever raised ───────────────────────────────────────────────────────────
+
+
+def outcome(text: str) -> None:
+    """Check a text that parses; anything but success and `LoomError` propagates."""
+    try:
+        file = parse(text)
+    except LoomError:
+        return
+    try:
+        check(file)
+    except LoomError as problem:
+        for each in problem.diagnostics:
+            assert each.message
+            assert 0 <= each.span.start <= each.span.end <= len(each.span.source.text)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+@given(files())
+def test_any_file_is_checked_or_refused(file):
+    try:
+        check(file)
+    except LoomError as problem:
+        assert all(each.message for each in problem.diagnostics)
+
+
+_TOKEN = re.compile(r"\s+|[A-Za-z_]\w*|\d[\w.]*|\*\*|//|<-|<=|>=|==|!=|\.\.|.", re.DOTALL)
+_TEXTS = [*(path.read_text() for path in EXAMPLES), *map(source, SETTINGS), MIXERS]
+_EXTRA = "none -1 0 1.5 1e12 doc[i] previous latents lambda normal(1) conv a.b 3..4 (x) | none"
+_WORDS = sorted({each for text in _TEXTS for each in _TOKEN.findall(text) if each.strip()}
+                | set(_EXTRA.split()))  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32))
+def test_a_text_with_words_exchanged_is_checked_or_refused(seed):
+    draw = random.Random(seed)
+    tokens = _TOKEN.findall(draw.choice(_TEXTS))
+    places = [at for at, each in enumerate(tokens) if each.strip()]
+    for _ in range(draw.randint(1, 4)):
+        tokens[draw.choice(places)] = draw.choice(_WORDS)
+    outcome("".join(tokens))
+
+
+def test_it_needs_no_torch():
+    import subprocess
+    import sys
+
+    program = "import sys, headloom.compiler.check; sys.exit('torch' in sys.modules)"
+    folder = Path(__file__).parent
+    assert subprocess.run([sys.executable, "-c", program], cwd=folder, check=False).returncode == 0
