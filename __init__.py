@@ -21,15 +21,16 @@ _DOOR = {
     "reference": ".compiler.api",
     "emit": ".compiler.api",
     "explain": ".compiler.api",
-    "search": ".search.study",
     "LoomError": ".grammar.diagnostics",
     "Diagnostic": ".grammar.diagnostics",
 }
 
-__all__ = [*_DOOR, "__version__"]
+__all__ = [*_DOOR, "__version__", "search"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "search":  # the folder of this name is callable
+        return import_module(".search", __name__)
     if name not in _DOOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_DOOR[name], __name__), name)

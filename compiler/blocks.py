@@ -17,7 +17,7 @@ from ..ops import OPS, Shape
 from .flows import Target, elaborate
 from .inheritance import Body
 from .library import Library
-from .masks import extent, sees_itself
+from .masks import extent, linear, sees_itself
 from .mixers import resolve_mixer
 from .model import Apply, Block, Flow, Pairwise, Read, Recurrence, Stream
 from .scalars import resolve, resolve_normalizer
@@ -224,7 +224,7 @@ class _Builder:
         parts = _conjuncts(mask)
         said = ["document"] if document in parts else []
         rest = [part for part in parts if part not in (document, TRUE)]
-        if all(extent(part) == extent(_CAUSAL) for part in rest):
+        if all(_is_causal(part) for part in rest):
             return " ".join([*said, "causal"] if rest else said)
         raise error("L217", "a recurrent mixer takes the masks `all`, `causal` and `document`",
                     self.body.span_of("mask"), "", "set `mask = causal`")  # fmt: skip
@@ -275,14 +275,20 @@ class _Builder:
         target = Target("out", Shape("n", numbers["width"]))
         return elaborate(scope, self.body.get("out"), target)
 
-    def _assemble(self, mix: Pairwise | Recurrence, out: Flow) -> Block:
+    def _assemble(self, mix: Pairwise | Recurrence, out: Flow) -> Block | None:
         needed = _needed(self.scope.streams, mix, out)
         streams = tuple(each for name, each in self.scope.streams.items() if name in needed)
-        reads_context = any(
-            isinstance(node, Read) and node.name == "context"
-            for flow in (*(each.flow for each in streams), out)
-            for node in flow_nodes(flow)
-        )
+        nodes = [
+            node for flow in (*(each.flow for each in streams), out) for node in flow_nodes(flow)
+        ]
+        reads_context = any(isinstance(node, Read) and node.name == "context" for node in nodes)
+        modules = {node.module for node in nodes if isinstance(node, Apply)}
+        for name in modules & self.scope.tensors.keys():
+            statement = self.body.lets.get(name)
+            with self.scope.findings.guard():
+                raise error("L215", f"`{name}` cannot be the name of this",
+                            statement.span if statement else self.body.span,
+                            "a pipeline's module has this name", "choose another name")  # fmt: skip
         n = self.numbers
         return Block(
             name=self.body.block.name,
@@ -301,6 +307,14 @@ class _Builder:
 
 
 _CAUSAL = Compare((Name("j"), Name("i")), ("<=",))
+
+
+def _is_causal(part: Expr) -> bool:
+    """Say whether a part of a mask is `j <= i`, however it is written."""
+    match part:
+        case Compare((left, right), (_,)) if linear(left) and linear(right):
+            return extent(part) == extent(_CAUSAL)
+    return False
 
 
 def _conjuncts(expr: Expr) -> list[Expr]:

@@ -73,6 +73,7 @@ def make(
         known = ", ".join(SHARED_LIMIT)
         raise ValueError(f"no such target: {', '.join(sorted(unknown))}; there are {known}")
     can_run_kernels()
+    torch.set_num_threads(1)  # the cases are small: waking another core takes longer than they do
     main = whats[-1]
     generated = generate(main, Target("torch"))
     code = None

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..grammar.expr import TRUE, fold, names, number, rebuild, substitute
 from ..grammar.functions import FUNCTIONS
-from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary
+from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, children
 from .masks import linear, reads_data
 
 _CHUNK = 1 << 22  # points evaluated at once
@@ -24,6 +24,11 @@ _CHUNK = 1 << 22  # points evaluated at once
 @lru_cache(maxsize=1024)
 def pairs(mask: Expr, n: int, m: int, heads: int = 1) -> int:
     """Return how many (head, query, key) triples are visible; what depends on data counts."""
+    with np.errstate(all="ignore"):  # a root of a distance that is negative sees nothing
+        return _pairs(mask, n, m, heads)
+
+
+def _pairs(mask: Expr, n: int, m: int, heads: int) -> int:
     mask = _without_data(mask)
     if "h" in names(mask):
         return sum(pairs(fold(substitute(mask, {"h": number(h)})), n, m) for h in range(heads))
@@ -45,12 +50,17 @@ def pairs(mask: Expr, n: int, m: int, heads: int = 1) -> int:
 
 
 def _by_distance(expr: Expr) -> bool:
-    """Whether i and j matter only through i - j."""
+    """Whether i and j matter only through i - j, as in `j <= i`."""
     if (line := linear(expr)) is not None:
         return line[0] + line[1] == 0
-    if isinstance(expr, Binary | Unary | Compare | Call):
-        inner = rebuild(expr, lambda each: TRUE if _by_distance(each) else Name("!"))
-        return "!" not in names(inner)
+    if isinstance(expr, Compare):
+        sides = zip(expr.operands, expr.operands[1:], strict=False)
+        return all(
+            _by_distance(Binary("-", a, b)) or (_by_distance(a) and _by_distance(b))
+            for a, b in sides
+        )
+    if isinstance(expr, Binary | Unary | Call):
+        return all(_by_distance(each) for each in children(expr))
     return isinstance(expr, Name) and expr.id not in ("i", "j")
 
 

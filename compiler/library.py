@@ -58,6 +58,23 @@ class Library:
     def find(self, kind: str, name: str) -> Definition | None:
         return self.definitions.get((kind, name))
 
+    def is_recursive(self, definition: Definition) -> bool:
+        """Say whether a definition's text leads back to it, whatever its arguments."""
+        reached: set[Definition] = set()
+        stack = [definition]
+        while stack:
+            each = stack.pop()
+            own = {param.name for param in each.params}
+            found = {used for name in called(each) - own for used in self._named(name)}
+            if definition in found:
+                return True
+            stack.extend(found - reached)
+            reached |= found
+        return False
+
+    def _named(self, name: str) -> Iterator[Definition]:
+        return (each for each in self.definitions.values() if each.name == name)
+
     def known(self, kind: str) -> Iterator[str]:
         """Yield the names of a kind of definition."""
         return (name for each, name in self.definitions if each == kind)
@@ -145,3 +162,15 @@ def size(definition: Definition) -> int:
     """Return how many parts the expressions of a definition have."""
     exprs = [expr for statement in definition.body for expr in statement_exprs(statement)]
     return sum(1 for expr in exprs for _ in syntax.walk(expr))
+
+
+def called(definition: Definition) -> set[str]:
+    """Return every name that the expressions of a definition read or call."""
+    nodes = [
+        node
+        for statement in definition.body
+        for expr in statement_exprs(statement)
+        for node in syntax.walk(expr)
+    ]
+    read = {node.id for node in nodes if isinstance(node, syntax.Name)}
+    return read | {node.function for node in nodes if isinstance(node, syntax.Call)}

@@ -35,10 +35,14 @@ class Extent:
     @property
     def back(self) -> int | None:
         """How many positions back a key outside the prefix can be seen; None: all."""
+        if self.low > self.high:  # the prefix is all there is
+            return 0
         return None if self.high == inf else max(0, int(self.high))
 
     @property
     def reach(self) -> Reach:
+        if self.low > self.high:
+            return Reach(back=0, ahead=0, prefix=self.prefix)
         ahead = None if self.low == -inf else int(-self.low)
         return Reach(back=None if self.high == inf else int(self.high), ahead=ahead,
                      prefix=self.prefix)  # fmt: skip
@@ -49,9 +53,7 @@ def extent(mask: Expr) -> Extent:
     """Return bounds on the positions of visible keys."""
     match mask:
         case Binary("and", left, right):
-            a, b = extent(left), extent(right)
-            return Extent(max(a.prefix, b.prefix), max(a.low, b.low), min(a.high, b.high),
-                          min(a.ahead, b.ahead))  # fmt: skip
+            return _both(extent(left), extent(right))
         case Binary("or", left, right):
             a, b = extent(left), extent(right)
             return Extent(max(a.prefix, b.prefix), min(a.low, b.low), max(a.high, b.high),
@@ -59,9 +61,7 @@ def extent(mask: Expr) -> Extent:
         case Compare(operands, ops):
             found = Extent()
             for op, a_, b_ in zip(ops, operands, operands[1:], strict=False):
-                one = _comparison(op, a_, b_)
-                found = Extent(max(found.prefix, one.prefix), max(found.low, one.low),
-                               min(found.high, one.high), min(found.ahead, one.ahead))  # fmt: skip
+                found = _both(found, _comparison(op, a_, b_))
             return found
         case Call("ispow2", (arg,)) if (line := linear(arg)) and line[:2] == (1, -1):
             return Extent(low=1 - line[2], ahead=line[2] - 1)
@@ -69,6 +69,12 @@ def extent(mask: Expr) -> Extent:
             return Extent(0, inf, -inf, -inf)
         case _:
             return Extent()
+
+
+def _both(a: Extent, b: Extent) -> Extent:
+    """Return bounds on what two masks let through together."""
+    prefix = max(a.prefix, b.prefix)
+    return Extent(prefix, max(a.low, b.low), min(a.high, b.high), min(a.ahead, b.ahead))
 
 
 def _comparison(op: str, left: Expr, right: Expr) -> Extent:
@@ -79,13 +85,13 @@ def _comparison(op: str, left: Expr, right: Expr) -> Extent:
             size = _same_block(left, right) or 1
             return Extent(low=1 - size, high=size - 1, ahead=size - 1)
         a, b = _comparison("<=", left, right), _comparison("<=", right, left)
-        return Extent(0, max(a.low, b.low), min(a.high, b.high), min(a.ahead, b.ahead))
+        return _both(a, b)
     if op not in ("<", "<="):
         return Extent()
     match left:  # abs(i - j) < w
         case Call("abs", (inner,)):
             a, b = _comparison(op, inner, right), _comparison(op, Unary("-", inner), right)
-            return Extent(0, max(a.low, b.low), min(a.high, b.high), min(a.ahead, b.ahead))
+            return _both(a, b)
     one, two = linear(left), linear(right)
     if one is None or two is None:
         return Extent()

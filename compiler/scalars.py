@@ -114,7 +114,8 @@ class _Resolver:
             op = "//" if name == "row" else "%"
             return Binary(op, self.want(expr.args[0], "number"), cols, expr.span), "number"
         if stage := self.scope.library.find("stage", name):
-            return self.visit(inline_stage(self.scope, stage, expr))
+            with self.scope.inside(stage, expr.span):
+                return self.visit(inline_stage(self.scope, stage, expr))
         if name not in FUNCTIONS:
             known = (FUNCTIONS, self.scope.library.known(self.kind))
             raise error("L201", f"`{name}` is not a function or a {self.kind}", expr.span,

@@ -168,7 +168,7 @@ class Scope:
         """Guard against definitions that contain themselves, or grow without bound."""
         label = f"{definition.kind} {definition.name}"
         self._spent += size(definition)
-        if label in self._open:
+        if label in self._open and self.library.is_recursive(definition):
             ring = " → ".join(each.split()[-1] for each in [*self._open, label])
             raise error("L212", f"`{definition.name}` is defined in terms of itself", span, ring)
         if self._spent > MAX_NODES:

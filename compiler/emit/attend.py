@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 
 from ...grammar.dialect import write
-from ...grammar.expr import TRUE, names
+from ...grammar.expr import TRUE, names, rebuild, substitute
 from ...grammar.syntax import (
     Binary,
     Call,
@@ -33,7 +33,7 @@ from ..graph import Dims, Graph, Node
 from ..masks import whole_range
 from ..model import Normalizer
 from ..normalizers import Exponential, exponential
-from .text import LIMIT, atomic, call, ident
+from .text import atomic, call, ident, indent
 
 CAUSAL = Compare((Name("j"), Name("i")), ("<=",))
 
@@ -102,11 +102,8 @@ def method(graph: Graph, node: Node) -> list[str]:
     body = writer.sdpa() if sdpa_fits(node, lowering) else writer.dense()
     places = ["i", "j"] if reads_places(node) else []
     given = [*"qkv", *places, *(each.variable for each in operands(graph, node))]
-    args = ", ".join(f"{name}: Tensor" for name in given)
-    head = f"def attend(self, {args}) -> Tensor:"
-    lines = [head] if len(head) <= LIMIT else [
-        "def attend(", f"    self, {args}", ") -> Tensor:"]  # fmt: skip
-    return [*lines, *(f"    {line}" for line in body)]
+    args = ["self", *(f"{name}: Tensor" for name in given)]
+    return [*call("def attend", args, ") -> Tensor:"), *indent(body)]
 
 
 def sdpa_fits(node: Node, lowering: Lowering) -> bool:
@@ -118,16 +115,19 @@ PLACES = frozenset(("i", "j", "h", "n", "m"))
 _WHOLE = ("abs", "min", "max", "clip", "where", "floor", "ispow2")  # keep whole numbers whole
 
 
-def divides_places(expr: Expr) -> bool:
-    """Say whether PyTorch would compute something in float32, for it reads only whole numbers."""
+def widened(expr: Expr, wide: str) -> Expr:
+    """Widen places (`i` → `i.double()`) where PyTorch would go on in float32 from whole numbers."""
     if isinstance(expr, Index):
-        return False
-    turns = isinstance(expr, Binary) and expr.op in ("/", "**")
+        return expr
+    turns = isinstance(expr, Binary) and (
+        expr.op in ("/", "**")
+        or any(isinstance(each, Number) and each.value % 1 for each in children(expr))
+    )
     turns = turns or (isinstance(expr, Call) and expr.function not in _WHOLE)
     reads = names(expr)
     if turns and reads and reads <= PLACES and not any(isinstance(x, Index) for x in walk(expr)):
-        return True
-    return any(divides_places(each) for each in children(expr))
+        return substitute(expr, {name: Name(f"{name}{wide}") for name in PLACES})
+    return rebuild(expr, lambda each: widened(each, wide))
 
 
 class _Writer:
@@ -253,13 +253,11 @@ class _Writer:
 
     def _text(self, expr: Expr) -> str:
         wide = ".double()" if expr == self.mask else ".to(wide)"
-        suffix = wide if divides_places(expr) else ""
-        return write(expr, "torch", lambda leaf: self._leaf(leaf, suffix))
+        return write(widened(expr, wide), "torch", self._leaf)
 
-    def _leaf(self, leaf: Name | Index, wide: str) -> str:
-        """Write a name or a read; `wide` makes places floats where whole numbers would not do."""
+    def _leaf(self, leaf: Name | Index) -> str:
         if isinstance(leaf, Name):
-            return "rows" if leaf.id == "sum" else leaf.id + wide * (leaf.id in PLACES)
+            return "rows" if leaf.id == "sum" else leaf.id
         assert isinstance(leaf.base, Name)
         name = leaf.base.id
         made = self.graph.node(name)

@@ -92,17 +92,16 @@ class _Writer:
         if not reach.causal:
             return _refuses(f"{head}KeyValueCache:", "its mask lets a query see later keys")
         sizes = {ident(name): self._size(name) for name in self.keyed}
-        ring = "" if reach.back is None else f", ring={reach.back + 1}"
-        ring += f", prefix={reach.prefix}" if ring and reach.prefix else ""
+        ring = [] if reach.back is None else [f"ring={reach.back + 1}"]
+        ring += [f"prefix={reach.prefix}"] if ring and reach.prefix else []
         shown = ", ".join(f'"{name}": {size}' for name, size in sizes.items())
+        args = ["batch", "length", f"{{{shown}}}", *ring, "dtype=weight.dtype",
+                "device=weight.device"]  # fmt: skip
         what = "the last tokens" if ring else "`length` tokens"
         return [f"{head}KeyValueCache:",
                 f'    """Return an empty cache for the keys and values of {what}."""',
                 f"    {self.weight()}",
-                "    return KeyValueCache(",
-                f"        batch, length, {{{shown}}}{ring}, dtype=weight.dtype, "
-                "device=weight.device",
-                "    )"]  # fmt: skip
+                *indent(call("return KeyValueCache", args))]  # fmt: skip
 
     def weight(self) -> str:
         """Write what says the dtype and device of the module."""
@@ -173,7 +172,7 @@ class _Writer:
         if self.attention is not None and not self.crosses:
             if self._has_plain_form:
                 lines.append("plain = cache is None and positions is None")
-            if self._needs_places:
+            if self._needs_places and extent(self.attention.get("mask")).causal:
                 lines.append("given = positions")
         if self._needs_places:
             lines += [

@@ -92,7 +92,8 @@ def _header(what: Block | Model, kernels: bool, body: str, helpers: list[str]) -
         lines += ["from collections.abc import Callable", ""]
     elif kernels:
         lines += [""]
-    lines += ["import torch"]
+    if kernels or "torch." in all_text:
+        lines += ["import torch"]
     if kernels or "F." in all_text:
         lines += ["import torch.nn.functional as F"]
     if kernels:

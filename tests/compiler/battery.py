@@ -84,8 +84,9 @@ SETTINGS = {
     "no_weights": "heads = 4; q = x | split; k = x | split; v = x | split; out = o | merge; mask = causal",
     "norm_of_heads": f"{CAUSAL}; out = o | rms_norm | merge | linear",
     "odd_names": f"{CAUSAL}; let lambda = x | linear(heads) | sigmoid; let g_i = x | linear(heads);"
-                 " let range = x | linear(heads); let positions = x | linear(heads); let wide_ = x | linear(1);"
-                 " score = s * lambda[i, h] + g_i[j, h] + range[j, h] + positions[j, h] + wide_[j]",
+                 " score = s * lambda[i, h] + g_i[j, h]",
+    "names_of_ours": f"{CAUSAL}; let range = x | linear(heads); let positions = x | linear(heads);"
+                     " let wide_ = x | linear(1); score = s * wide_[i] + range[j, h] + positions[j, h]",
     # context
     "cross": "heads = 4; source = context; context_width = 12",
     "cross_masked": "heads = 4; source = context; context_width = 12; mask = j <= 2 * i;"
@@ -108,11 +109,11 @@ mix leaky(c) {
   param b[head_dim] = 0.1
   const w = 0.25
   state S[head_dim, value_dim] = 0.5
-  state t = 1
+  state level = 1
   u <- q * b
-  S <- a * S * 1e-1 + max(outer(k, v), -2) + where(t > 0.2, c * w, 0)
-  t <- min(t, 3) * c + norm(S) / 9 + mean(k)
-  o <- u @ S / (1 + abs(t)) + sum(v) * v
+  S <- a * S * 1e-1 + max(outer(k, v), -2) + where(level > 0.2, c * w, 0)
+  level <- min(level, 3) * c + norm(S) / 9 + mean(k)
+  o <- u @ S / (1 + abs(level)) + sum(v) * v
 }
 mix odd {
   let last = x | linear(heads) | sigmoid

@@ -1,0 +1,112 @@
+"""The emitted files as texts: goldens, and what holds of each of them."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from headloom.compiler.check import check
+from headloom.compiler.choose import Target
+from headloom.compiler.emit.lines import WIDTH, wrap
+from headloom.compiler.emit.text import class_name, ident
+from headloom.compiler.model import Block
+from headloom.compiler.pipeline import generate
+from headloom.grammar.parse import parse
+
+from .battery import EXAMPLES, SETTINGS, block
+from .test_compile import MODELS, model
+
+HERE = Path(__file__).parent
+TORCH = Target("torch")
+RUFF = Path(sys.executable).parent / "ruff"
+
+
+def texts() -> dict[str, str]:
+    """Return every emitted text there is to look at, by a file's name."""
+    found = {name: generate(block(name), TORCH).text for name in SETTINGS}
+    found |= {f"model_{name}": generate(model(name), TORCH).text for name in MODELS}
+    for path in EXAMPLES:
+        arch = check(parse(path.read_text()))
+        for what in (*arch.blocks.values(), *arch.models.values()):
+            kind = "block" if isinstance(what, Block) else "model"
+            found[f"{path.stem}_{kind}_{what.name}"] = generate(what, TORCH).text
+    return found
+
+
+TEXTS = texts()
+
+
+@pytest.mark.parametrize("name", ["gqa", "gated_delta", "cross"])
+def test_an_example_is_emitted_as_the_golden(name: str, golden: Callable[[Path, str], None]):
+    arch = check(parse((HERE.parents[1] / "examples" / f"{name}.loom").read_text()))
+    (what,) = arch.blocks.values()
+    golden(HERE / "golden" / f"{name}.txt", generate(what, TORCH).text)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_stands_alone_and_is_pleasant_to_read(name):
+    text = TEXTS[name]
+    long = [line for line in text.splitlines() if len(line) > WIDTH]
+    assert not long
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
+    assert text.endswith("\n")
+    assert "fmt: skip" not in text
+    imported = {
+        alias.name.partition(".")[0] if isinstance(node, ast.Import) else str(node.module)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported <= {"torch", "collections.abc"}
+
+
+@pytest.mark.skipif(not (RUFF.exists() or shutil.which("ruff")), reason="ruff is not installed")
+def test_no_text_has_unused_or_unknown_names(tmp_path):
+    for name, text in TEXTS.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    ruff = str(RUFF) if RUFF.exists() else "ruff"
+    command = [ruff, "check", "--isolated", "--no-cache", "--line-length", "100",
+               "--select", "F,E9,E501", "--output-format", "concise", str(tmp_path)]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+
+
+def test_a_text_is_the_same_every_time():
+    for name in ("alibi", "delta", "cross_bias"):
+        assert generate(block(name), TORCH) == generate(block(name), TORCH)
+
+
+def test_a_long_statement_is_broken_and_means_the_same():
+    left = " + ".join(f"alpha_{at} * beta_{at}" for at in range(8))
+    lines = [
+        f"    value = ({left}).squeeze(-2) / torch.exp({left})  # [b, n]",
+        f"    return function({left}, {left}, last)",
+        "    short = 1",
+    ]
+    broken = wrap(lines)
+    assert max(map(len, broken)) <= WIDTH
+    assert broken[0] == "    # [b, n]"
+    assert broken[-1] == "    short = 1"
+    before, after = ("def f():\n" + "\n".join(each) for each in (lines, broken))
+    assert ast.dump(ast.parse(before)) == ast.dump(ast.parse(after))
+
+
+@pytest.mark.parametrize(("name", "variable"), [
+    ("gate", "gate"), ("x", "x"), ("lambda", "lambda_"), ("s", "s_"), ("rope", "rope_"),
+    ("k.1", "k__1"), ("t_i", "t_i_"), ("range", "range_"), ("s_", "s__"),
+])  # fmt: skip
+def test_variables_stay_away_from_the_texts_own(name, variable):
+    assert ident(name) == variable
+
+
+@pytest.mark.parametrize(("name", "made"), [
+    ("tiny_gemma", "TinyGemma"), ("none", "NoneBlock"), ("tensor", "TensorBlock"),
+    ("_", "Block"), ("layer", "LayerBlock"),
+])  # fmt: skip
+def test_classes_stay_away_from_the_texts_own(name, made):
+    assert class_name(name) == made

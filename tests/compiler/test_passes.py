@@ -1,0 +1,145 @@
+"""Each pass on a small graph, all passes on every example, and the verifier on broken graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from headloom.compiler.build import build
+from headloom.compiler.check import check
+from headloom.compiler.choose import Target, choose, lowerings
+from headloom.compiler.graph import Graph, Node, verify
+from headloom.compiler.passes import PASSES
+from headloom.compiler.passes.drop_dead import drop_dead
+from headloom.compiler.passes.drop_identities import drop_identities
+from headloom.compiler.passes.fuse_attend import fuse_attend
+from headloom.compiler.passes.share import share
+from headloom.compiler.pipeline import lower
+from headloom.grammar.parse import parse
+
+from .battery import EXAMPLES, SETTINGS, block
+
+
+def graph(settings: str) -> Graph:
+    return build(block(f"block b {{ heads = 4; {settings} }}"))
+
+
+def ops(what: Graph) -> list[str]:
+    return [node.op for node in what.nodes if node.op not in ("input", "tensor")]
+
+
+def test_the_graph_is_the_meaning_step_by_step():
+    made = graph("mask = causal; dropout = 0.1")
+    assert verify(made) == []
+    assert ops(made)[-9:-2] == [
+        "similarity", "score", "mask", "normalize", "weights", "drop", "combine",
+    ]  # fmt: skip
+    assert ops(made)[-2:] == ["merge", "linear"]
+    assert made.node("s").inputs == ("q", "k")
+    assert made.node(made.output).dims == ("b", "n", 16)
+
+
+def test_identities_are_dropped():
+    before = graph("mask = causal; let g = q")
+    after = drop_identities(before)
+    gone = {"score", "weights", "drop", "pointwise"}
+    assert gone - {"pointwise"} <= set(ops(before))
+    assert not gone & set(ops(after))
+    assert after.node("p").inputs[0] == "s"
+    assert verify(after) == []
+
+
+def test_what_does_something_stays():
+    before = graph("score = 2 * s; weights = p + 1; dropout = 0.1; q = x | linear | split | relu")
+    assert drop_identities(before) == before
+
+
+def test_equal_work_is_shared():
+    before = graph("let c = x | linear | rms_norm; k = c | split; v = c | split")
+    after = share(before)
+    assert ops(before).count("split") == 3
+    assert ops(after).count("split") == 2
+    assert after.node("o").inputs[1] == "k"
+    assert verify(after) == []
+
+
+@pytest.mark.parametrize("k", ["c | dropout(0.5) | split", "c | linear | split"])
+def test_draws_and_own_weights_are_not_shared(k):
+    before = graph(f"let c = x | linear; k = {k}; v = {k}")
+    assert ops(share(before)) == ops(before)
+
+
+def test_attention_becomes_one_node():
+    before = graph("mask = causal; position = alibi; normalize = sink; dropout = 0.1")
+    after = drop_dead(fuse_attend(before))
+    assert ops(after) == [each for each in ops(after) if each not in ops(before)[-9:-3]]
+    node = next(after.of("attend"))
+    assert node.inputs[:3] == ("q", "k", "v")
+    assert set(node.inputs[3:]) == {"slope", "z"}
+    assert node.get("rate") == 0.1
+    assert node.dims == before.node("o").dims
+    assert verify(after) == []
+
+
+def test_what_nobody_reads_is_dropped():
+    before = graph("mask = causal")
+    extra = Node("g", "pointwise", ("q",), before.node("q").dims)
+    more = replace(before, nodes=(*before.nodes, extra))
+    assert drop_dead(more) == before
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_pass_leaves_a_sound_graph(name):
+    made = build(block(name))
+    assert verify(made) == []
+    for each in PASSES:
+        made = each(made)
+        assert verify(made) == [], each.__name__
+        assert each(made) == made or each is not PASSES[-1]
+    chosen = choose(made, Target("torch"))
+    assert verify(chosen) == []
+    assert len(lowerings(chosen)) == 1
+    assert lowerings(chosen)[0].reason
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_has_a_sound_graph(path):
+    arch = check(parse(path.read_text()))
+    for what in arch.blocks.values():
+        for target in (Target("torch"), Target("triton")):
+            assert verify(lower(what, target)) == []
+
+
+# ── the verifier ──────────────────────────────────────────────────────────────────────────
+
+Break = Callable[[Graph], Graph]
+
+
+def _node(at: str, **changes: object) -> Break:
+    def change(before: Graph) -> Graph:
+        nodes = (replace(each, **changes) if each.name == at else each for each in before.nodes)
+        return replace(before, nodes=tuple(nodes))  # type: ignore[arg-type]
+
+    return change
+
+
+BROKEN: dict[str, tuple[Break, str]] = {
+    "order": (lambda g: replace(g, nodes=g.nodes[::-1]), "before it is made"),
+    "twice": (lambda g: replace(g, nodes=(*g.nodes, g.nodes[-1])), "made twice"),
+    "operation": (_node("s", op="similitude"), "there is no operation `similitude`"),
+    "inputs": (_node("s", inputs=("q",)), "`similarity` needs 2 inputs"),
+    "dims": (_node("q", dims=("b", 2, "n", 8)), "`split` gives ('b', 4, 'n', 4)"),
+    "module": (_node("q.1", module=""), "owns tensors and has no module"),
+    "output": (lambda g: replace(g, output="z"), "the output `z` is not made"),
+    "width": (lambda g: replace(g, output="o"), "the output is ('b', 4, 'n', 4)"),
+    "unknown": (_node("s", inputs=("q", "kk")), "reads `kk` before it is made"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_graph_is_caught(name):
+    change, words = BROKEN[name]
+    sound = graph("mask = causal")
+    assert verify(sound) == []
+    assert any(words in each for each in verify(change(sound)))
