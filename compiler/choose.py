@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from ..grammar.expr import fold, substitute
 from ..grammar.show import show
-from ..grammar.syntax import Expr, Name
+from ..grammar.syntax import Expr, Index, Name, walk
 from ..kernels import spec as kernel
 from .graph import Graph, Node
-from .masks import extent
+from .masks import extent, whole_range
 from .model import Normalizer
 from .normalizers import exponential
 
@@ -123,7 +123,26 @@ def triton_obstacle(graph: Graph, node: Node) -> str | None:
         return "weights edited after the normaliser are not fused yet"
     if node.get("rate"):
         return "dropout on the weights is not fused yet"
+    outside = _read_outside(graph, node)
+    if outside:
+        return f"`{outside}` is read at places that may lie outside of it"
     return kernel.obstacle(kernel_spec(graph, node))
+
+
+def _read_outside(graph: Graph, node: Node) -> str:
+    """Return a param or const whose index may leave it; a kernel reads memory as it is told."""
+    normalizer: Normalizer = node.get("normalizer")
+    for expr in (node.get("score"), node.get("mask"), normalizer.numerator, normalizer.denominator):
+        for read in walk(expr) if expr is not None else ():
+            if not (isinstance(read, Index) and isinstance(read.base, Name)):
+                continue
+            made = graph.node(read.base.id)
+            for item, size in zip(read.items, made.dims, strict=False):
+                bounds = whole_range(item, graph.block.heads) or (0, 0)
+                inside = bounds[0] >= 0 and bounds[1] < size if isinstance(size, int) else True
+                if made.op == "tensor" and not inside:
+                    return made.name
+    return ""
 
 
 def kernel_spec(graph: Graph, node: Node) -> kernel.Attend:

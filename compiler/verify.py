@@ -94,6 +94,12 @@ class Subject:
         blocks = (self.what,) if isinstance(self.what, Block) else self.what.layers
         return all(_causal(block) for block in blocks)
 
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The cases this subject can take: a learned table of positions ends somewhere."""
+        most = self.what.positions if isinstance(self.what, Model) else 0
+        return tuple(replace(each, tokens=min(each.tokens, most or each.tokens)) for each in CASES)
+
     def inputs(self, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw the arguments of a call."""
         draw = torch.Generator().manual_seed(case.seed)
@@ -242,7 +248,7 @@ def _forward(subject: Subject) -> tuple[int, float]:
     worst, count = 0.0, 0
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         module = subject.module.to(dtype)
-        for case in CASES if dtype == torch.float64 else CASES[1:3]:
+        for case in subject.cases if dtype == torch.float64 else subject.cases[1:3]:
             case = replace(case, dtype=dtype)
             x, given = subject.inputs(case)
             with torch.no_grad():
@@ -257,7 +263,7 @@ def _forward(subject: Subject) -> tuple[int, float]:
 
 
 def _gradients(subject: Subject) -> tuple[int, float]:
-    return compared_gradients(subject.module, subject.oracle, subject, CASES[:3])
+    return compared_gradients(subject.module, subject.oracle, subject, subject.cases[:3])
 
 
 def compared_gradients(
@@ -287,7 +293,7 @@ def _decoding(subject: Subject) -> str | tuple[int, float]:
     if isinstance(subject.what, Model) and subject.what.head == "classify":
         return "a classifier has one answer for the whole sequence"
     worst, count = 0.0, 0
-    for case in CASES[1:]:
+    for case in subject.cases[1:]:
         x, given = subject.inputs(case)
         n = case.tokens
         with torch.no_grad():
@@ -322,7 +328,7 @@ def _causality(subject: Subject) -> str | tuple[int, float]:
     if isinstance(subject.what, Model) and subject.what.head == "classify":
         return "a classifier reads the whole sequence"
     count = 0
-    for case in CASES[1:]:
+    for case in subject.cases[1:]:
         x, given = subject.inputs(case)
         with torch.no_grad():
             before = subject.module(x, **given)
@@ -345,7 +351,7 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
     if isinstance(block.mix, Recurrence):
         return "a recurrence has no mask; causality covers it"
     count = 0
-    for case in CASES[1:]:
+    for case in subject.cases[1:]:
         x, given = subject.inputs(case)
         seen = visible_pairs(block, case.tokens, case.context, given.get("segments"))
         if seen is None:
@@ -376,12 +382,12 @@ def _empty_rows(subject: Subject) -> str | tuple[int, float]:
     mask = Binary("and", block.mix.mask, late)
     blind = replace(block, mix=replace(block.mix, mask=mask))
     other = Subject.of(blind)
-    result = compared_gradients(other.module, other.oracle, other, CASES[:3])
-    x, given = other.inputs(CASES[2])
+    result = compared_gradients(other.module, other.oracle, other, other.cases[:3])
+    x, given = other.inputs(subject.cases[2])
     with torch.no_grad():
         y = other.module(x, **given)
     if not bool(torch.isfinite(y).all()):
-        raise Difference(f"rows that see nothing are not finite ({CASES[2]})")
+        raise Difference(f"rows that see nothing are not finite ({subject.cases[2]})")
     return result
 
 
@@ -394,7 +400,7 @@ def _extreme(subject: Subject) -> tuple[int, float]:
     else:
         other = subject
     worst, count = 0.0, 0
-    for case in CASES[1:3]:
+    for case in subject.cases[1:3]:
         x, given = other.inputs(case)
         x = x if isinstance(block.mix, Pairwise) else x * 100
         y, got = gradients(other.module, x, given, None)
@@ -408,7 +414,7 @@ def _extreme(subject: Subject) -> tuple[int, float]:
 
 
 def _export(subject: Subject) -> tuple[int, float]:
-    case = CASES[2]
+    case = subject.cases[2]
     x, given = subject.inputs(case)
     got = exported_output(subject.code, subject.module.state_dict(), x, given)
     with torch.no_grad():
@@ -423,7 +429,7 @@ def _interpreted(subject: Subject) -> str | tuple[int, float]:
         return found
     module = build_module(subject.what, Target("triton"), dtype=torch.float32).eval()
     module.load_state_dict(subject.module.state_dict())
-    cases = tuple(replace(case, dtype=torch.float32) for case in (CASES[1], CASES[2], CASES[3]))
+    cases = tuple(replace(case, dtype=torch.float32) for case in subject.cases[1:])
     oracle = reference(subject.what, dtype=torch.float64).eval()
     oracle.load_state_dict(module.state_dict())
     return compared_gradients(module, oracle, subject, cases)

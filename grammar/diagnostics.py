@@ -39,25 +39,25 @@ class Diagnostic:
         line, column = self.span.source.position(self.span.start)
         head = f"{self.severity}[{self.code}]: {self.message}"
         if not self.span.source.text:
-            note = [f"  = note: {self.label}"] if self.label else []
-            return "\n".join([head, *note, *self._help("")])
+            note = [f"   = note: {self.label}"] if self.label else []
+            return "\n".join([head, *note, *self._help("  ")])
         text = self.span.source.line(line)
         shown, column = _window(text, column)
         width = max(1, min(self.span.end - self.span.start, len(shown) - column + 1))
-        pad = " " * len(str(line))
+        pad = " " * (len(str(line)) + 1)
         return "\n".join(
             [
                 head,
-                f"{pad} --> {self.span.where}",
+                f"{pad}--> {self.span.where}",
                 f"{pad} |",
-                f"{line} | {shown}",
+                f" {line} | {shown}",
                 f"{pad} | {' ' * (column - 1)}{'^' * width} {self.label}".rstrip(),
-                *self._help(pad + " "),
+                *self._help(pad),
             ]
         )
 
     def _help(self, pad: str) -> list[str]:
-        return [f"{pad}= help: {self.help}"] if self.help else []
+        return [f"{pad} = help: {self.help}"] if self.help else []
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding as plain data."""

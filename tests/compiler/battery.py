@@ -70,28 +70,35 @@ SETTINGS = {
     "rope_last": f"{CAUSAL}; position = rope(dims = -2)",
     "rope_first": f"{CAUSAL}; position = rope(dims = 2)",
     "normed": f"{CAUSAL}; q = x | linear | split | rms_norm; k = x | layer_norm | linear | split",
-    "l2": f"{CAUSAL}; q = x | linear | split | l2_norm; k = x | linear | split | l2_norm; scale = 5",
+    "l2": f"{CAUSAL}; q = x | linear | split | l2_norm; k = x | linear | split | l2_norm;"
+          " scale = 5",
     "gate": f"{CAUSAL}; let g = x | linear(heads * value_dim) | sigmoid;"
             " out = o | merge | gate(g) | linear",
-    "gate_of_heads": f"{CAUSAL}; let g = x | linear(heads) | sigmoid; out = o | gate(g) | merge | linear",
-    "latent": f"{CAUSAL}; let c = x | linear(6) | rms_norm; k = c | linear | split; v = c | linear | split",
+    "gate_of_heads": f"{CAUSAL}; let g = x | linear(heads) | sigmoid;"
+                     " out = o | gate(g) | merge | linear",
+    "latent": f"{CAUSAL}; let c = x | linear(6) | rms_norm; k = c | linear | split;"
+              " v = c | linear | split",
     "shared": f"{CAUSAL}; let c = x | linear(16); k = c | split; v = c | split | silu",
     "shared_wholly": f"{CAUSAL}; let c = x | linear(16); k = c | split; v = c | split",
-    "concat": f"{CAUSAL}; let r = x | linear(2) | rope | repeat(heads); k = x | linear(8) | split | concat(r)",
+    "concat": f"{CAUSAL}; let r = x | linear(2) | rope | repeat(heads);"
+              " k = x | linear(8) | split | concat(r)",
     "arithmetic": f"{CAUSAL}; let a = x | linear; v = (a - 0.3 * x) | tanh | split;"
                   " out = (o * 2) | merge | linear",
     "two_linears": f"{CAUSAL}; q = x | linear(6, bias = true) | gelu | linear | split",
-    "no_weights": "heads = 4; q = x | split; k = x | split; v = x | split; out = o | merge; mask = causal",
+    "no_weights": "heads = 4; q = x | split; k = x | split; v = x | split; out = o | merge;"
+                  " mask = causal",
     "norm_of_heads": f"{CAUSAL}; out = o | rms_norm | merge | linear",
     "odd_names": f"{CAUSAL}; let lambda = x | linear(heads) | sigmoid; let g_i = x | linear(heads);"
                  " score = s * lambda[i, h] + g_i[j, h]",
     "names_of_ours": f"{CAUSAL}; let range = x | linear(heads); let positions = x | linear(heads);"
-                     " let wide_ = x | linear(1); score = s * wide_[i] + range[j, h] + positions[j, h]",
+                     " let wide_ = x | linear(1);"
+                     " score = s * wide_[i] + range[j, h] + positions[j, h]",
     # context
     "cross": "heads = 4; source = context; context_width = 12",
     "cross_masked": "heads = 4; source = context; context_width = 12; mask = j <= 2 * i;"
                     " k = context | linear | split | rope; score = s - abs(2 * i - j)",
-    "cross_bias": "heads = 4; source = context; let g = context | linear(heads); score = s + g[j, h]",
+    "cross_bias": "heads = 4; source = context; let g = context | linear(heads);"
+                  " score = s + g[j, h]",
     # recurrences
     "linear": "heads = 4; mix = linear; mask = causal",
     "linear_both_ways": "heads = 4; mix = linear",

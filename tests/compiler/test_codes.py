@@ -14,7 +14,8 @@ from headloom.compiler.codes import CODES, OWN
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
 
-FOLDERS = [Path(str(each.__file__)).parent for each in (headloom.compiler.codes, headloom.grammar.codes)]  # fmt: skip
+TABLES = (headloom.compiler.codes, headloom.grammar.codes)
+FOLDERS = [Path(str(each.__file__)).parent for each in TABLES]
 CODE = re.compile(r'"([LW]\d{3})"')
 
 

@@ -6,11 +6,12 @@ from math import prod
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from headloom.compiler.check import check
 from headloom.compiler.cost import cost
 from headloom.compiler.model import Model
 from headloom.grammar.parse import parse
-from torch.utils.flop_counter import FlopCounterMode
 
 from .battery import EXAMPLES, SETTINGS, block, compiled, inputs, oracle
 
@@ -31,19 +32,23 @@ def test_products_of_matrices_are_counted_as_pytorch_counts_them(name):
 
 
 def test_flops_by_hand():
-    what = block("heads = 2; head_dim = 4; mask = causal; score = softcap(5)".join(("block b {", "}")))
+    what = block(
+        "heads = 2; head_dim = 4; mask = causal; score = softcap(5)".join(("block b {", "}"))
+    )
     linears = 2 * 4 * 16 * 8  # q, k, v: 16 → 8; o: 8 → 16
-    each = 2 * (4 + 4) + 3  # the two products; c * tanh(s / c)
+    each = 2 * (4 + 4) + 3 + 1  # the two products; c * tanh(s / c); exp(s)
     assert cost(what).flops(10) == 10 * linears + 2 * 55 * each
 
 
 def test_a_window_costs_its_pairs_alone():
     near, far = block("window"), block("causal")
     pairs = 4 * (1000 * 1001 // 2 - (3 * 1000 - 3))
-    assert cost(far).flops(1000) - cost(near).flops(1000) == 2 * (4 + 4) * pairs
+    assert cost(far).flops(1000) - cost(near).flops(1000) == (2 * (4 + 4) + 1) * pairs
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "sink", "linear", "delta", "cross", "temperature"])
+@pytest.mark.parametrize(
+    "name", ["causal", "window", "sink", "linear", "delta", "cross", "temperature"]
+)
 def test_what_decoding_keeps(name):
     kept = {
         "causal": 100 * 32, "window": 3 * 32, "sink": 5 * 32, "linear": 4 * (16 + 4),

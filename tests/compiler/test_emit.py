@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from headloom.compiler.check import check
 from headloom.compiler.choose import Target
 from headloom.compiler.emit.lines import WIDTH, wrap

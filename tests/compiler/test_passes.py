@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+
 from headloom.compiler.build import build
 from headloom.compiler.check import check
 from headloom.compiler.choose import Target, choose, lowerings
@@ -143,3 +144,12 @@ def test_a_broken_graph_is_caught(name):
     sound = graph("mask = causal")
     assert verify(sound) == []
     assert any(words in each for each in verify(change(sound)))
+
+
+@pytest.mark.parametrize(("index", "path"), [
+    ("h % 3", "triton"), ("clip(j, 0, 2)", "triton"), ("j", "dense"), ("i - j", "dense"),
+    ("h", "dense"),
+])  # fmt: skip
+def test_a_kernel_reads_no_tensor_outside_of_it(index, path):
+    what = block(f"block b {{ heads = 4; const t[3] = h; score = s + t[{index}] }}")
+    assert lowerings(lower(what, Target("triton")))[0].path == path

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from headloom.compiler.check import block as block_of
 from headloom.compiler.check import check
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from .battery import MIXERS, compiled, inputs, oracle
 from .test_masks import random_mask
@@ -34,7 +35,8 @@ def random_block(seed: int) -> str:
     kv_heads = draw.choice([1, 2])
     heads = kv_heads * draw.choice([1, 2])
     lines = [f"heads = {heads}; kv_heads = {kv_heads}", "head_dim = 4",
-             f"value_dim = {draw.choice([3, 4])}", f"let g = x | linear(heads){draw.choice(['', ' | silu'])}",
+             f"value_dim = {draw.choice([3, 4])}",
+             "let g = x | linear(heads) | " + draw.choice(["silu", "tanh"]),
              "let e = x | linear(heads * value_dim) | sigmoid", "param t[5, heads] = normal(0.3)",
              f"q = x | linear | split{draw.choice(NORMS)}",
              f"k = x | linear | split{draw.choice(NORMS)}", f"position = {draw.choice(POSITIONS)}",
