@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ..grammar.expr import fold, substitute
 from ..grammar.show import show
-from ..grammar.syntax import Expr, Index, Name, walk
+from ..grammar.syntax import Expr, Index, Name, children, walk
 from ..kernels import spec as kernel
 from .graph import Graph, Node
 from .masks import extent, whole_range
@@ -68,8 +68,11 @@ def _attend(graph: Graph, node: Node, target: Target) -> Lowering:
         why_not_triton = "the target is PyTorch alone (`--backend triton` asks for kernels)"
     if why_not_triton is None:
         spec = kernel_spec(graph, node)
-        beside = "steps with a cache and calls with positions of their own take the PyTorch text"
-        return Lowering(node.name, "triton", f"{_describe(spec)}; {beside} beside it")
+        reason = _describe(spec)
+        if not always_fused(graph, node):
+            reason += ("; steps with a cache and calls with positions of their own take the "
+                       "PyTorch text beside it")  # fmt: skip
+        return Lowering(node.name, "triton", reason)
     obstacles.append(("triton", why_not_triton))
     why_not_sdpa = sdpa_obstacle(node)
     if why_not_sdpa is None:
@@ -91,6 +94,32 @@ def _describe(spec: kernel.Attend) -> str:
         tiles = f"only tiles within {reach.back} keys back are visited"
     form = "a running maximum" if spec.exponential else "row sums"
     return f"one fused kernel with {form}; {tiles}"
+
+
+def attend_exprs(node: Node) -> tuple[Expr, ...]:
+    """Return every expression of an attention."""
+    normalizer: Normalizer = node.get("normalizer")
+    below = (normalizer.denominator,) if normalizer.denominator is not None else ()
+    return (node.get("score"), node.get("mask"), normalizer.numerator, *below, node.get("weights"))
+
+
+def reads_places(graph: Graph, node: Node) -> bool:
+    """Say whether an attention looks at the positions i and j themselves, not only at streams."""
+    streams = {name for name in node.inputs if graph.node(name).op != "tensor"}
+
+    def reads(expr: Expr) -> bool:
+        if isinstance(expr, Index) and isinstance(expr.base, Name) and expr.base.id in streams:
+            # t[i, h] picks a row of a stream, whatever its position
+            rows = [each for each in expr.items if each not in (Name("i"), Name("j"))]
+            return any(reads(each) for each in rows)
+        return expr in (Name("i"), Name("j")) or any(reads(each) for each in children(expr))
+
+    return any(reads(expr) for expr in attend_exprs(node))
+
+
+def always_fused(graph: Graph, node: Node | None) -> bool:
+    """Say whether a kernel takes every call: all of a context is there at each of them."""
+    return node is not None and graph.block.crosses and not reads_places(graph, node)
 
 
 def sdpa_obstacle(node: Node) -> str | None:

@@ -27,7 +27,7 @@ from .model import Block, Model, Pairwise, Recurrence
 from .pipeline import generate, load
 from .reference import reference
 from .verify_export import exported_output
-from .verify_kernels import ahead_of_time, interpreted
+from .verify_kernels import CalledOperators, ahead_of_time, interpreted
 from .verify_masks import visible_pairs
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-5, torch.bfloat16: 6e-2}
@@ -430,6 +430,11 @@ def _interpreted(subject: Subject) -> str | tuple[int, float]:
     module = build_module(subject.what, Target("triton"), dtype=torch.float32).eval()
     module.load_state_dict(subject.module.state_dict())
     cases = tuple(replace(case, dtype=torch.float32) for case in subject.cases[1:])
+    x, given = subject.inputs(cases[0])
+    with CalledOperators() as called:
+        module(x, **given)
+    if not called.ours:
+        raise Difference("the module never calls its kernel")
     oracle = reference(subject.what, dtype=torch.float64).eval()
     oracle.load_state_dict(module.state_dict())
     return compared_gradients(module, oracle, subject, cases)

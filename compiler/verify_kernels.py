@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .choose import Target, kernel_spec, lowerings
 from .graph import Graph
@@ -27,6 +29,21 @@ def _kernel_graph(block: Block) -> Graph | str:
         reasons = dict(each.obstacles)
         return reasons.get("triton") or reasons.get("chunkwise") or "no kernel carries it"
     return "it has no attention"
+
+
+class CalledOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operators of emitted files that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ours: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace.startswith("headloom_"):
+            self.ours.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def interpreted(block: Block) -> str | None:

@@ -67,6 +67,7 @@ class Op(ABC):
     name: str
     options: tuple[Option, ...] = ()
     suffix: str = ""  # its tensors live in the submodule `<stream>_<suffix>`
+    positional: bool = False  # its text reads `positions`, or `context_positions` along "m"
 
     @abstractmethod
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:

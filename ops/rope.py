@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 class Rope(Op):
     name = "rope"
+    positional = True
     options = (
         Option("theta", "number", 10_000),
         Option("dims", "number"),

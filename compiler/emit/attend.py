@@ -28,7 +28,7 @@ from ...grammar.syntax import (
     walk,
 )
 from ..blocks import sees_something
-from ..choose import Lowering, sdpa_obstacle
+from ..choose import Lowering, attend_exprs, reads_places, sdpa_obstacle
 from ..graph import Dims, Graph, Node
 from ..masks import whole_range
 from ..model import Normalizer
@@ -53,7 +53,7 @@ class Operand:
 def operands(graph: Graph, node: Node) -> tuple[Operand, ...]:
     """Return the streams that the attention's expressions index, in the order of its inputs."""
     found: dict[Operand, None] = {}
-    for expr in _exprs(node):
+    for expr in attend_exprs(node):
         for part in walk(expr):
             if isinstance(part, Index) and isinstance(part.base, Name):
                 name = part.base.id
@@ -66,41 +66,12 @@ def _token(read: Index) -> str:
     return next(item.id for item in read.items if item in (Name("i"), Name("j")))
 
 
-def _exprs(node: Node) -> tuple[Expr, ...]:
-    normalizer: Normalizer = node.get("normalizer")
-    below = (normalizer.denominator,) if normalizer.denominator is not None else ()
-    return (node.get("score"), node.get("mask"), normalizer.numerator, *below, node.get("weights"))
-
-
-def reads_places(node: Node) -> bool:
-    """Say whether the attention looks at the positions i and j themselves."""
-    inside = {id(item) for expr in _exprs(node) for part in walk(expr)
-              if isinstance(part, Index) for item in part.items}  # fmt: skip
-    return any(
-        isinstance(part, Name) and part.id in ("i", "j") and id(part) not in inside
-        for expr in _exprs(node)
-        for part in walk(expr)
-    ) or any(_tensor_by_place(node))
-
-
-def _tensor_by_place(node: Node) -> list[bool]:
-    """Reads such as table[h, i - j], whose items are expressions over places."""
-    return [
-        True
-        for expr in _exprs(node)
-        for part in walk(expr)
-        if isinstance(part, Index)
-        for item in part.items
-        if not isinstance(item, Name) and {"i", "j"} & names(item)
-    ]
-
-
 def method(graph: Graph, node: Node) -> list[str]:
     """Return the lines of `def attend`."""
     writer = _Writer(graph, node)
     lowering: Lowering = node.get("lowering")
     body = writer.sdpa() if sdpa_fits(node, lowering) else writer.dense()
-    places = ["i", "j"] if reads_places(node) else []
+    places = ["i", "j"] if reads_places(graph, node) else []
     given = [*"qkv", *places, *(each.variable for each in operands(graph, node))]
     args = ["self", *(f"{name}: Tensor" for name in given)]
     return [*call("def attend", args, ") -> Tensor:"), *indent(body)]
@@ -177,7 +148,7 @@ class _Writer:
         return self._sized()
 
     def _all(self) -> tuple[Expr, ...]:
-        return _exprs(self.node)
+        return attend_exprs(self.node)
 
     def _sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...ops import OPS
-from ..choose import Lowering
+from ..choose import Lowering, always_fused, reads_places
 from ..graph import Graph, Node, shape_of
 from ..masks import extent
 from ..model import Pairwise
@@ -27,7 +27,8 @@ def block_class(graph: Graph, name: str, kernel: str = "") -> list[str]:
     for node in graph.of("scan"):
         lines += ["", *indent(scan.initial(graph, node, writer.weight()))]
     for node in graph.of("attend"):
-        lines += ["", *indent(attend.method(graph, node))]
+        if not writer.always_kernel:
+            lines += ["", *indent(attend.method(graph, node))]
     return lines
 
 
@@ -138,17 +139,12 @@ class _Writer:
         body += self._assign(self.graph.node(self.graph.output), "return")
         return lines + indent(body)
 
-    def _uses(self, *words: str) -> bool:
-        """Say whether any stage's text or the attention reads a variable."""
-        texts = [
-            OPS[node.op].text(
-                [ident(name) for name in node.inputs],
-                [shape_of(self.graph.node(name).dims) for name in node.inputs],
-                dict(node.attrs), node.module,
-            )
-            for node in self.graph.nodes if node.op in OPS
-        ]  # fmt: skip
-        return any(word in text for word in words for text in texts)
+    def _positional(self, tokens: str) -> bool:
+        """Say whether any stage of a stream along these tokens reads their positions."""
+        return any(
+            node.op in OPS and OPS[node.op].positional and tokens in node.dims
+            for node in self.graph.nodes
+        )
 
     def _sizes(self) -> list[str]:
         if self._needs_places or self.recurrence is not None or self._reads_doc:
@@ -164,15 +160,19 @@ class _Writer:
 
     @property
     def _needs_places(self) -> bool:
-        places = self.attention is not None and attend.reads_places(self.attention)
-        return self._uses(", positions") or places
+        places = self.attention is not None and reads_places(self.graph, self.attention)
+        return self._positional("n") or places
 
     def _places(self) -> list[str]:
         lines = []
-        if self.attention is not None and not self.crosses:
+        if self.attention is not None:
             if self._has_plain_form:
                 lines.append("plain = cache is None and positions is None")
-            if self._needs_places and extent(self.attention.get("mask")).causal:
+            if (
+                not self.crosses
+                and self._needs_places
+                and extent(self.attention.get("mask")).causal
+            ):
                 lines.append("given = positions")
         if self._needs_places:
             lines += [
@@ -188,21 +188,25 @@ class _Writer:
 
     @property
     def _has_plain_form(self) -> bool:
-        """Whether a call without cache and positions takes a faster text."""
+        """Whether only a call without cache and positions takes a faster text."""
         assert self.attention is not None
         lowering: Lowering = self.attention.get("lowering")
+        if self.crosses:
+            return bool(self.kernel) and not self.always_kernel
         causal = lowering.path == "sdpa" and self.attention.get("mask") == attend.CAUSAL
         return bool(self.kernel) or causal
+
+    @property
+    def always_kernel(self) -> bool:
+        """Whether the kernel takes every call: all of a context is there at each of them."""
+        return bool(self.kernel) and always_fused(self.graph, self.attention)
 
     def _streams(self) -> list[str]:
         """Write the nodes before the mixing; those of the context only where it is new."""
         own: list[str] = []
         far: list[str] = []
-        before = self.attention or self.recurrence
-        assert before is not None
-        needed = self._above(before)
         for node in self.graph.nodes:
-            if node.op not in OPS or node.name not in needed or self._inlined(node):
+            if node.op not in OPS or "o" in self._roots(node.name) or self._inlined(node):
                 continue
             lines = self._assign(node, f"{ident(node.name)} =")
             (far if "m" in node.dims else own).extend(lines)
@@ -211,7 +215,7 @@ class _Writer:
         width = self.block.context_width
         keep = ", ".join(f'"{name}": {ident(name)}' for name in self.keyed)
         have = ", ".join(ident(name) for name in self.keyed)
-        if self._uses("context_positions"):
+        if self._positional("m"):
             far.insert(0, "context_positions = torch.arange(context.shape[1], device=x.device)")
         return [*own,
                 "if cache is not None and cache.kept:",
@@ -226,22 +230,8 @@ class _Writer:
                 "if cache is not None:",
                 "    cache.length += n"]  # fmt: skip
 
-    def _above(self, node: Node) -> set[str]:
-        """Return the names of everything that a node depends on."""
-        found: set[str] = set()
-        stack = list(node.inputs)
-        while stack:
-            name = stack.pop()
-            if name not in found:
-                found.add(name)
-                stack.extend(self.graph.node(name).inputs)
-        # streams that only the output reads (a gate, say) are written before it as well
-        for each in self.graph.nodes:
-            if each.op in OPS and "o" not in self._roots(each.name):
-                found.add(each.name)
-        return found
-
     def _roots(self, name: str) -> set[str]:
+        """Return the names of everything that a node depends on, and its own."""
         found: set[str] = set()
         stack = [name]
         while stack:
@@ -258,7 +248,7 @@ class _Writer:
         operands = attend.operands(self.graph, self.attention)
         q, k, v = (ident(name) for name in self.attention.inputs[:3])
         args = [q, k, v]
-        places = attend.reads_places(self.attention)
+        places = reads_places(self.graph, self.attention)
         kept = self.attention.inputs[1:3]  # these the cache gives anew
         args_after = [
             ident(each.name) if each.at == "j" and each.name in kept else each.variable
@@ -278,7 +268,9 @@ class _Writer:
         args += args_after
         general = call("o = self.attend", args)
         dims = f"[b, {self.block.heads}, n, {self.block.value_dim}]"
-        if self.crosses or not self._has_plain_form:
+        if self.always_kernel:
+            return [*lines, *self._plain(q, k, v)]
+        if not self._has_plain_form:
             return [*lines, *comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
         return [*lines, "if plain:", *indent(self._plain(q, k, v)), "else:", *indent(general)]
 
