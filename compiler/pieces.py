@@ -123,6 +123,13 @@ def row_threshold(weight: Callable[[Tensor, Tensor], Tensor], s: Tensor, visible
     return tau - (total(tau) - 1).masked_fill(empty, 0) / slope
 
 
+def expect_per_token(name: str, given: Tensor, x: Tensor) -> None:
+    """Raise `ValueError` unless there is one number for each token of x: [n] or [b, n]."""
+    b, n = x.shape[:2]
+    if given.shape not in ((n,), (1, n), (b, n)):
+        raise ValueError(f"`{name}` must be [{n}] or [{b}, {n}], it is {list(given.shape)}")
+
+
 class KeyValueCache:
     """What the tokens so far left behind for later queries to read.
 
@@ -168,6 +175,10 @@ class KeyValueCache:
         end = start + count
         if end > self.capacity and not self.is_ring:
             raise ValueError(f"the cache holds {self.capacity} tokens; {end} were given")
+        for name, each in new.items():
+            if each.shape[0] != self.kept[name].shape[0]:
+                raise ValueError(f"the cache is for a batch of {self.kept[name].shape[0]}; "
+                                 f"{each.shape[0]} sequences were given")  # fmt: skip
         if self.is_ring and positions is not None:
             raise ValueError("a cache that forgets counts positions itself; leave them out")
         index = torch.arange(start, end, device=next(iter(new.values())).device)

@@ -290,6 +290,11 @@ def _programs(x: torch.Tensor, block: int) -> int:
 
 def _launch(calls: list[Call], like: torch.Tensor) -> None:
     """Run the kernels on the device that holds the tensors."""
+    if like.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "these kernels need a GPU: move the module there, take the one built for PyTorch "
+            "alone, or set TRITON_INTERPRET=1 before triton is imported to run them slowly"
+        )
     with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
         for kernel, programs, arguments in calls:
             kernel[(programs,)](**arguments)  # type: ignore[index]

@@ -179,10 +179,13 @@ class _Writer:
                 "if positions is None:",
                 "    start = 0 if cache is None else cache.length",
                 "    positions = torch.arange(start, start + n, device=x.device)",
+                'expect_per_token("positions", positions, x)',
             ]
         if self._reads_doc:
             lines += [
                 "doc = x.new_zeros(b, n, dtype=torch.int64) if segments is None else segments",
+                'expect_per_token("segments", doc, x)',
+                "doc = doc.expand(b, n)",
             ]
         return lines
 

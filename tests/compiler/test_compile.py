@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from headloom.compiler import api
 from headloom.compiler.check import check
 from headloom.compiler.choose import Target
 from headloom.compiler.cost import cost
@@ -300,3 +305,43 @@ def test_two_blocks_of_one_name_get_a_class_each():
     code = generate(model("lm"), Target("torch"))
     assert code.text.count("nn.Module):") == 1 + 2 + 3  # b, c at two windows; ffn, layer, model
     assert load(code) is load(code)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"segments": torch.zeros(2, 4, dtype=torch.int64)},
+            r"`segments` must be \[5\] or \[2, 5\]",
+        ),
+        ({"positions": torch.arange(4)}, r"`positions` must be \[5\] or \[2, 5\], it is \[4\]"),
+        ({"positions": torch.zeros(3, 5, dtype=torch.int64)}, "`positions` must be"),
+    ],
+)
+def test_what_stands_for_each_token_has_one_number_a_token(
+    given: dict[str, torch.Tensor], message: str
+) -> None:
+    text = "block a { width = 16; heads = 2; mask = causal and document }"
+    module = api.compile(api.load(text, format="loom"))
+    with pytest.raises(ValueError, match=message):
+        module(torch.randn(2, 5, 16), **given)
+
+
+def test_a_cache_is_for_one_batch_size() -> None:
+    module = api.compile(
+        api.load("block a { width = 16; heads = 2; mask = causal }", format="loom")
+    )
+    with pytest.raises(ValueError, match="for a batch of 2; 3 sequences"):
+        module(torch.randn(3, 5, 16), cache=module.init_cache(2, 8))
+
+
+def test_kernels_without_a_gpu_say_what_to_do(tmp_path: Path) -> None:
+    code = (
+        "import torch, headloom as hl\n"
+        "a = hl.load('block a { width = 16; heads = 2; mask = causal }', format='loom')\n"
+        "hl.compile(a, backend='triton', device='cpu')(torch.randn(1, 5, 16))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
+                          cwd=tmp_path, check=False)  # fmt: skip
+    assert "these kernels need a GPU" in done.stderr

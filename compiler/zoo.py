@@ -1,0 +1,142 @@
+"""The zoo: known mechanisms, each a `.loom` file of its own in `examples/zoo`.
+
+A file begins with what the mechanism is, in words, and then says three things by key. Lines
+after a key belong to it until the next one:
+
+    # Multi-query attention: all query heads read one key head and one value head.
+    # family: heads
+    # source: Shazeer 2019, Fast Transformer Decoding
+    # catalogue: #87 (its number in the project's catalogue, what is left out; or `none`)
+
+Everything else is the description itself, with one block named like the file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..grammar.diagnostics import did_you_mean
+from ..grammar.source import Source
+from .check import check, find
+from .cost import cost
+from .model import Block
+from .parse import parse_source
+
+KEYS = ("family", "source", "catalogue")
+_KEY = re.compile(rf"({'|'.join(KEYS)}): +(.*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A mechanism: the text of its file, and what the comment at its head says."""
+
+    name: str
+    text: str
+    about: str
+    family: str
+    source: str
+    catalogue: str
+
+    @property
+    def numbers(self) -> str:
+        """Its catalogue number as `#87`; "" where it has none."""
+        found = re.match(r"#\d+", self.catalogue)
+        return found[0] if found else ""
+
+    def block(self) -> Block:
+        """Check the file and return its block. Raises `LoomError`."""
+        arch = check(parse_source(Source(f"{self.name}.loom", self.text)))
+        found = find(arch, self.name)
+        assert isinstance(found, Block)
+        return found
+
+
+def folder() -> Path:
+    """Return where the files lie: `examples/zoo` in a checkout, `zoo` where it is installed."""
+    root = Path(__file__).parent.parent
+    checkout = root / "examples" / "zoo"
+    return checkout if checkout.is_dir() else root / "zoo"
+
+
+def names() -> list[str]:
+    """Return the names of all mechanisms."""
+    return sorted(path.stem for path in folder().glob("*.loom"))
+
+
+def entry(name: str) -> Entry:
+    """Return one mechanism. Raises `LookupError` where there is none of this name."""
+    if name not in names():
+        help = did_you_mean(name, names(), "`headloom zoo` lists them")
+        raise LookupError(f"there is no `{name}` in the zoo: {help}")
+    return read(name, (folder() / f"{name}.loom").read_text(encoding="utf-8"))
+
+
+def entries() -> list[Entry]:
+    """Return all mechanisms, those of a family together."""
+    return sorted(map(entry, names()), key=lambda each: (each.family, each.name))
+
+
+def read(name: str, text: str) -> Entry:
+    """Take the head of a file apart. Raises `ValueError` where a key is missing."""
+    said = {"about": ""}
+    key = "about"
+    for line in takewhile(lambda line: line.startswith("#"), text.splitlines()):
+        words = line.removeprefix("#").strip()
+        if match := _KEY.fullmatch(words):
+            key, words = match.groups()
+        said[key] = f"{said.get(key, '')} {words}".strip()
+    missing = [key for key in ("about", *KEYS) if not said.get(key)]
+    if missing:
+        raise ValueError(f"the head of `{name}.loom` does not say its {', '.join(missing)}")
+    return Entry(name, text, **said)
+
+
+def row(each: Entry, tokens: int) -> dict[str, Any]:
+    """Return what the table says of a mechanism.
+
+    `relative_flops` compares with plain attention of the same width and as many heads, in
+    which every token sees all.
+    """
+    block = each.block()
+    plain = f"block plain {{ width = {block.width}; heads = {block.heads} }}"
+    full = find(check(parse_source(Source("plain.loom", plain))), "plain")
+    found = cost(block)
+    return {
+        "name": each.name,
+        "catalogue": each.catalogue,
+        "family": each.family,
+        "about": each.about,
+        "source": each.source,
+        "tokens": tokens,
+        "params": found.params,
+        "flops": found.flops(tokens),
+        "relative_flops": found.flops(tokens) / cost(full).flops(tokens),
+        "cache_bytes": found.cache_bytes(tokens),
+    }
+
+
+def show_all(tokens: int, console: Console | None = None) -> None:
+    """Print a table of all mechanisms."""
+    console = console or Console(highlight=False)
+    table = Table(caption=f"for {tokens:,} tokens; float32; "
+                          "flops in parts of plain attention's of the same width and heads")  # fmt: skip
+    for title in ("mechanism", "catalogue", "family"):
+        table.add_column(title)
+    for title in ("parameters", "flops", "cache bytes"):
+        table.add_column(title, justify="right")
+    family = ""
+    for each in entries():
+        if family and each.family != family:
+            table.add_section()
+        family = each.family
+        said = row(each, tokens)
+        table.add_row(each.name, each.numbers, family, f"{said['params']:,}",
+                      f"{said['relative_flops']:.3f}", f"{said['cache_bytes']:,}")  # fmt: skip
+    console.print(table)
