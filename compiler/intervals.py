@@ -157,11 +157,13 @@ def extreme(a: Value, b: Value, pick: Any) -> Value:
     return Value(low, high, 1, run, a.ends & b.ends & free, a.reads | b.reads)
 
 
-def either(a: Value, b: Value, condition: frozenset[str]) -> Value:
-    """Return what `where(condition, a, b)` may be."""
-    low, high = np.minimum(a.low, b.low), np.maximum(a.high, b.high)
-    both = _rough(low, high, a, b)
-    return replace(both, reads=both.reads | condition, whole=a.whole and b.whole)
+def either(a: Value, b: Value, always: Array, never: Array, condition: frozenset[str]) -> Value:
+    """Return `where(condition, a, b)`; the condition surely holds, or not, at some rectangles."""
+    low = np.where(always, a.low, np.where(never, b.low, np.minimum(a.low, b.low)))
+    high = np.where(always, a.high, np.where(never, b.high, np.maximum(a.high, b.high)))
+    found = _rough(low, high, a, b)
+    return replace(found, reads=found.reads | condition, whole=a.whole and b.whole,
+                   ends=low == high)  # fmt: skip
 
 
 def floored(a: Value, divisor: int = 1) -> Value:

@@ -19,6 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -45,7 +46,7 @@ class Entry:
     catalogue: str
 
     @property
-    def numbers(self) -> str:
+    def number(self) -> str:
         """Its catalogue number as `#87`; "" where it has none."""
         found = re.match(r"#\d+", self.catalogue)
         return found[0] if found else ""
@@ -125,9 +126,10 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
 def show_all(tokens: int, console: Console | None = None) -> None:
     """Print a table of all mechanisms."""
     console = console or Console(highlight=False)
-    table = Table(caption=f"for {tokens:,} tokens; float32; "
+    table = Table(box=SIMPLE, caption=f"for {tokens:,} tokens; float32; "
                           "flops in parts of plain attention's of the same width and heads")  # fmt: skip
-    for title in ("mechanism", "catalogue", "family"):
+    table.add_column("mechanism", no_wrap=True, min_width=max(map(len, names())))
+    for title in ("#", "family"):
         table.add_column(title)
     for title in ("parameters", "flops", "cache bytes"):
         table.add_column(title, justify="right")
@@ -137,6 +139,6 @@ def show_all(tokens: int, console: Console | None = None) -> None:
             table.add_section()
         family = each.family
         said = row(each, tokens)
-        table.add_row(each.name, each.numbers, family, f"{said['params']:,}",
+        table.add_row(each.name, each.number, family, f"{said['params']:,}",
                       f"{said['relative_flops']:.3f}", f"{said['cache_bytes']:,}")  # fmt: skip
     console.print(table)

@@ -9,6 +9,7 @@ and triton. One `Pairwise` holds what is particular to one attention and registe
 """
 
 import torch
+import triton
 
 from .pairwise import pairwise_forward
 from .pairwise_backward import pairwise_backward_key, pairwise_backward_query, pairwise_delta
