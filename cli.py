@@ -104,10 +104,15 @@ def _parsed(path: str) -> File:
 def _checked(path: str) -> list[Architecture]:
     """Check a file; of a space, plain files in which every alternative occurs."""
     from .compiler.check import check
-    from .search.space import alternatives, has_holes
+    from .search.space import alternatives, has_holes, search_of
 
     file = _parsed(path)
-    return [check(plain) for plain in (alternatives(file) if has_holes(file) else [file])]
+    found = [check(plain) for plain in (alternatives(file) if has_holes(file) else [file])]
+    if search_of(file) is not None:
+        from .search.plan import read_plan
+
+        read_plan(file)
+    return found
 
 
 def _found(what: str, width: int | None) -> Block | Model:
@@ -378,3 +383,32 @@ def doctor(json: bool) -> None:
         examine.show(findings)
     if any(each.ok is False for each in findings):
         sys.exit(1)
+
+
+@command()
+@click.argument("name", required=False)
+@click.option("--tokens", default=4096, show_default=True, help="Length for the costs.")
+@json_option
+def zoo(name: str | None, tokens: int, json: bool) -> None:
+    """List the known mechanisms that come with Headloom, or show one: its text, its picture.
+
+    Example: headloom zoo sparsemax
+    """
+    from .compiler import show as view
+    from .compiler import zoo as mechanisms
+
+    if name is None:
+        if json:
+            _print_json([mechanisms.row(each, tokens) for each in mechanisms.entries()])
+        else:
+            mechanisms.show_all(tokens)
+        return
+    try:
+        found = mechanisms.entry(name)
+    except LookupError as problem:
+        raise click.UsageError(str(problem)) from None
+    if json:
+        _print_json({**mechanisms.row(found, tokens), "text": found.text})
+        return
+    click.echo(found.text)
+    view.show(found.block(), tokens)

@@ -25,7 +25,8 @@ from .scope import Findings, Scope
 
 _GUESSES = {"heads": "", "kv_heads": "heads", "head_dim": "", "value_dim": "head_dim"}
 _ABOUT_SHAPES = ("L206", "L207", "L216")
-_PAIRWISE_ONLY = ("score", "normalize", "weights", "scale", "dropout")
+_LATER_POSITIONS = ("relative",)
+_PAIRWISE_ONLY = ("position", "score", "normalize", "weights", "scale", "dropout")
 _LATER = {"similarity": "dot", "select": "none", "regularize": "none"}
 
 
@@ -54,7 +55,7 @@ def elaborate_block(
     findings.settle()
     assert block is not None
     if warnings is not None:
-        warnings.extend(_warnings(block, body))
+        warnings.extend(_warnings(block, body, library))
     return block
 
 
@@ -183,6 +184,8 @@ class _Builder:
             return None
         if name in OPS or library.find("stage", name):
             return position
+        if name in _LATER_POSITIONS:
+            raise error("L221", f"the position `{name}` is not available yet", position.span)
         known = ["none", "rope", *library.known("score"), *library.known("stage")]
         raise error("L208", f"there is no position `{name}`", position.span, "",
                     did_you_mean(name, known))  # fmt: skip
@@ -202,8 +205,13 @@ class _Builder:
         """The tokens keys run along: those of the stream that k starts from."""
         if self.body.get("source") == Name("context"):
             return "m"
-        k = self.body.get("k") if self.body.has("k") else Name("x")
-        return "m" if "context" in names(k) else "n"
+        read, queue = set(), ["k"]
+        while queue:  # through the `let`s between
+            name = queue.pop()
+            if name in self.scope.declared and name not in read:
+                queue += names(self.scope.declared[name].value)
+            read.add(name)
+        return "m" if "context" in read else "n"
 
     def _mix(self) -> Pairwise | Recurrence:
         mix = self.body.get("mix")
@@ -362,14 +370,21 @@ def _needed(streams: Mapping[str, Stream], mix: Pairwise | Recurrence, out: Flow
     return needed
 
 
-def _warnings(block: Block, body: Body) -> Iterator[Diagnostic]:
+def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic]:
     used = {each.name for each in block.streams} | {each.name for each in block.tensors}
     for name, let in body.lets.items():
         if name not in used:
             yield Diagnostic("W002", f"`{name}` is never used", let.span, severity="warning")
     if isinstance(block.mix, Recurrence):
+        own = {each.name for each in body.block.body if isinstance(each, syntax.Setting)}
+        position = body.get("position")
+        if (
+            library.find("score", getattr(position, "id", getattr(position, "function", "")))
+            is None
+        ):
+            own -= {"position"}  # a stage on q and k, which a recurrence reads too
         for name in _PAIRWISE_ONLY:
-            if name in {each.name for each in body.block.body if isinstance(each, syntax.Setting)}:
+            if name in own:
                 yield Diagnostic("W003", f"`{name}` has no effect beside a recurrent mixer",
                                  body.span_of(name), severity="warning")  # fmt: skip
         return

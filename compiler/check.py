@@ -41,6 +41,8 @@ def check(file: File) -> Architecture:
         with findings.guard(), _bounded(item):
             blocks[name] = elaborate_block(library, Name(name, item.span), Sizes(), warnings)
     for name, each in library.models.items():
+        if any(param.default is None for param in each.params):
+            continue
         with findings.guard(), _bounded(each):
             models[name] = elaborate_model(library, Name(name, each.span), warnings)
     findings.settle()

@@ -25,8 +25,8 @@ from .scope import Scope, suggest
 
 # What DESIGN names as a stage and a later version brings.
 LATER = {
-    "conv": "short convolutions", "pool": "pooling", "latents": "latents",
-    "previous": "streams of the layer below",
+    "conv": "short convolutions are", "pool": "pooling is", "latents": "latents are",
+    "previous": "streams of the layer below are",
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
             shape = scope.shape(id, span)
             if shape is None:
                 if id in LATER:
-                    raise error("L221", f"{LATER[id]} are not available yet", span)
+                    raise error("L221", f"{LATER[id]} not available yet", span)
                 raise error("L201", f"there is no stream `{id}`", span, "",
                             suggest(id, scope.declared, scope.inputs))  # fmt: skip
             return Read(id, shape, span)
@@ -196,7 +196,7 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
     if name in OPS and name != "pointwise":
         return [_operation(scope, OPS[name], stage, target)]
     if name in LATER:
-        raise error("L221", f"{LATER[name]} (`{name}`) are not available yet", stage.span)
+        raise error("L221", f"{LATER[name]} not available yet", stage.span)
     known = [*OPS, "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
     raise error("L208", f"there is no stage `{name}`", stage.span, "", did_you_mean(name, known))
 

@@ -53,8 +53,12 @@ class Value:
         return np.asarray((self.run - 1) * max(self.step, 1) >= self.high - self.low)
 
     def checked(self) -> Value:
-        """Return the value; raise `Unknown` where float64 would not hold it exactly."""
-        if np.max(self.high, initial=0) > LARGEST or np.min(self.low, initial=0) < -LARGEST:
+        """Return the value; raise `Unknown` where float64 would not hold it exactly.
+
+        Only a single rectangle is looked at: every proof is tried first on the one that holds
+        all others, and bounds only shrink.
+        """
+        if self.high.size == 1 and np.max(magnitude(self)) > LARGEST:
             raise Unknown
         return self
 
@@ -66,6 +70,8 @@ def constant(number: float) -> Value:
 
 def scaled(a: Value, factor: float) -> Value:
     """Return factor · a."""
+    if factor == 1:
+        return a
     low, high = (a.low, a.high) if factor >= 0 else (a.high, a.low)
     if not float(factor).is_integer():
         return _rough(low * factor, high * factor, a)

@@ -144,8 +144,7 @@ class _Mixer:
             return number(scope.numbers[id], expr), ()
         if id in scope.tensors:
             shape = scope.tensors[id].shape
-            per_head = len(shape) > 0 and shape[0] == scope.numbers["heads"]
-            if per_head:
+            if id in scope.per_head:
                 return Index(expr, (Name("h"),), expr.span), shape[1:]
             return Index(expr, (), expr.span), shape
         shape_ = scope.shape(id, expr.span)

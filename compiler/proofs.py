@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from math import isfinite
-from typing import Any, final
+from typing import final
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from . import intervals
 from .intervals import Array, Unknown, Value
 
 Scalar = int | float
+Line = tuple[dict[Expr, Scalar], Scalar]  # coefficients, and a constant
 _FINEST = 16  # coefficients in sixteenths are exact in float32 up to a million positions
 
 
@@ -84,16 +86,18 @@ class Segments:
     """
 
     def __init__(self, ids: Array, unit: int, ranked: bool) -> None:
-        steps = np.diff(ids)
-        self.size, self.unit, self.sorted = len(ids), unit, bool(np.all(steps >= 0))
+        grows = ids[1:] > ids[:-1]
+        self.size, self.unit = len(ids), unit
+        self.sorted = bool(np.all(grows | (ids[1:] == ids[:-1])))
         self.ranked = ranked and self.sorted  # then each range of ranks has no gaps
+        self.ids = ids
         if self.ranked:
-            ids = np.concatenate([[0], np.cumsum(steps > 0)])
-        self.ids = ids.astype(np.float64)
+            self.ids = np.zeros(self.size, np.int64)
+            np.cumsum(grows, out=self.ids[1:])
         self.levels: list[tuple[Array, Array]] = []
         if not self.sorted:
             starts = np.arange(0, self.size, unit)
-            low, high = (f.reduceat(self.ids, starts) for f in (np.minimum, np.maximum))
+            low, high = (f.reduceat(ids, starts) for f in (np.minimum, np.maximum))
             while True:
                 self.levels.append((low, high))
                 half = 1 << (len(self.levels) - 1)
@@ -106,7 +110,8 @@ class Segments:
         """Return the ids of the tokens at some positions."""
         first, last = place.low.astype(np.int64), place.high.astype(np.int64)
         if self.sorted:
-            low, high, ends = self.ids[first], self.ids[last], place.ends
+            low, high = (self.ids[each].astype(np.float64) for each in (first, last))
+            ends = place.ends
         else:
             low, high = self._extremes(first // self.unit, last // self.unit)
             ends = place.ends & (first % self.unit == 0)
@@ -140,7 +145,7 @@ def compares_ids_alone(mask: Expr) -> bool:
 # ── expressions ──────────────────────────────────────────────────────────────────────────
 
 
-def affine(expr: Expr) -> tuple[dict[Expr, Scalar], Scalar]:
+def affine(expr: Expr) -> Line:
     """Return coefficients and a constant: `2 * (i - j // 4) + 1` is {i: 2, j // 4: -2}, 1."""
     match expr:
         case Number(value):
@@ -164,7 +169,7 @@ def affine(expr: Expr) -> tuple[dict[Expr, Scalar], Scalar]:
     return {expr: 1}, 0
 
 
-def _times(line: tuple[dict[Expr, Scalar], Scalar], factor: Scalar) -> Any:
+def _times(line: Line, factor: Scalar) -> Line:
     if factor == 0:
         return {}, 0
     return {key: value * factor for key, value in line[0].items()}, line[1] * factor
@@ -247,17 +252,15 @@ class Prover:
 
     def _sum(self, terms: dict[Expr, Scalar], c: Scalar) -> Callable[[Rects], Value]:
         parts = [(factor, self._term(each)) for each, factor in terms.items()]
-        start = intervals.constant(c)
-        if len(parts) == 1 and parts[0][0] == 1 and c == 0:
-            return parts[0][1]
 
         def value(at: Rects) -> Value:
-            found, size = start, abs(np.asarray(float(c)))
-            for factor, part in parts:
-                each = intervals.scaled(part(at), factor)
-                found = intervals.total(found, each)
-                size = size if found.whole else size + intervals.magnitude(each)
-            return found if found.whole else intervals.widened(found, size)
+            each = [intervals.scaled(part(at), factor) for factor, part in parts]
+            if c or not each:
+                each.append(intervals.constant(c))
+            found = reduce(intervals.total, each)
+            if found.whole or not parts:
+                return found
+            return intervals.widened(found, sum(map(intervals.magnitude, each), np.zeros(())))
 
         return value
 

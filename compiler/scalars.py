@@ -129,6 +129,9 @@ class _Resolver:
             self.want(arg, "truth" if _TRUTH.get(name) == at else "number")
             for at, arg in enumerate(expr.args)
         )
+        if name == "ispow2" and not _is_whole(args[0]):
+            raise error("L210", "`ispow2` asks about a whole number", expr.args[0].span, "",
+                        "`//` divides whole numbers")  # fmt: skip
         return Call(name, args, (), expr.span), "truth" if function.boolean else "number"
 
     def _definition(self, definition: Definition, call: Expr) -> tuple[Expr, Kind]:
@@ -210,6 +213,23 @@ class _Resolver:
             shown = " or ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"
             raise error("L214", f"the tokens of `{name}` are read at {shown} here", item.span, "",
                         "`i` are the queries' tokens, `j` the keys'")  # fmt: skip
+
+
+def _is_whole(expr: Expr) -> bool:
+    """Say whether an expression over places is certainly a whole number."""
+    match expr:
+        case Number(value):
+            return isinstance(value, int)
+        case Name(id):
+            return id in PLACES or id == "seen"
+        case Index(Name(id)):
+            return id == "doc"
+        case Binary("/") | Binary("**"):
+            return False
+        case Call(name) if name not in ("abs", "min", "max", "clip", "relu"):
+            return False
+        case _:
+            return all(_is_whole(each) for each in syntax.children(expr))
 
 
 def is_function(call: Expr) -> bool:

@@ -14,7 +14,7 @@ from math import prod
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
-from ..grammar.expr import NotConstant, Value, evaluate, rebuild
+from ..grammar.expr import NotConstant, Value, calls, evaluate, rebuild
 from ..grammar.source import Span
 from ..grammar.syntax import Call, Definition, Expr, Name
 from ..ops import Shape, Weight
@@ -62,6 +62,7 @@ class Scope:
     streams: dict[str, Stream] = field(default_factory=dict)
     tensors: dict[str, Weight] = field(default_factory=dict)
     inputs: dict[str, Shape] = field(default_factory=dict)  # x, context
+    per_head: set[str] = field(default_factory=set)  # tensors declared as NAME[heads, …]
     grid: tuple[int, int] | None = None
     elaborate: Callable[[str, Expr], Stream] | None = None
     _open: list[str] = field(default_factory=list)
@@ -135,6 +136,12 @@ class Scope:
                         f"{prod(sizes):,} numbers, the limit is {MAX_NUMBERS:,}")  # fmt: skip
         values = {id: syntax.Number(value, str(value)) for id, value in self.numbers.items()}
         init = put(statement.init, values)
+        if not statement.learned and calls(init, "normal"):
+            raise error("L219", "a constant is not drawn", statement.init.span, "",
+                        "it is not in the state dict, so every module would have another; "
+                        "make it a `param`")  # fmt: skip
+        if statement.dims and statement.dims[0] == Name("heads"):
+            self.per_head.add(name)
         index = {"h": 0} if statement.dims else {}
         try:
             evaluate(_drawn(init), index)

@@ -7,12 +7,13 @@
 
 The mask is never evaluated at n × m points. Squares of 2**k tiles are judged as one by
 `proofs`, the undecided ones cut in four, and a tile that is undecided still is cut further,
-as far as `_WIDEST` allows; what cannot be proved is partial, which is slow and never wrong.
+as far as `_PATIENCE` goes; what cannot be proved is partial, which is slow and never wrong.
 A row keeps runs of equal tiles and not the tiles, so that `causal` takes two runs a row.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -40,6 +41,7 @@ EMPTY, PARTIAL, FULL = Kind.EMPTY, Kind.PARTIAL, Kind.FULL
 _OPEN = 3  # not decided yet
 _CHUNK = 1 << 15  # rectangles judged at once: what fits a cache
 _WIDEST = 1 << 18  # pieces of open tiles looked at in one step
+_PATIENCE = 1 << 22  # rectangles judged in all, then again pieces; what is left is partial
 
 
 class Run(NamedTuple):
@@ -54,7 +56,8 @@ class Run(NamedTuple):
 class BlockList:
     """The kept tiles of a mask: the runs of row r are row_ptr[r] up to row_ptr[r + 1].
 
-    Runs of a row are sorted, apart, and as long as they can be.
+    Runs of a row are sorted, apart, and as long as they can be. A kernel walks them as ranges,
+    or takes the tiles one by one from `tiles`.
     """
 
     n: int  # queries
@@ -124,9 +127,7 @@ class BlockList:
             row, column = place // width, place % width
             begun, ended = (_columns(row, column, change == way) for way in (1, -1))
             pieces.append((begun[0], begun[1], ended[1], np.full(len(begun[0]), full)))
-        column, start, stop, flags = (
-            np.concatenate(each) for each in zip(*pieces, strict=True)
-        )
+        column, start, stop, flags = (np.concatenate(each) for each in zip(*pieces, strict=True))
         return _packed(self.m, self.n, self.tile[::-1], column, start, stop, flags)
 
 
@@ -192,8 +193,10 @@ def classify(mask: Expr, n: int, m: int, tile: tuple[int, int] = (128, 128),
     return _descend(_Judge(masks, grid, segments), grid)
 
 
-def by_head(mask: Expr, n: int, m: int, tile: tuple[int, int] = (128, 128), heads: int = 1,
-            documents: ArrayLike | None = None, start: int = 0) -> tuple[BlockList, ...]:  # fmt: skip
+def by_head(
+    mask: Expr, n: int, m: int, tile: tuple[int, int] = (128, 128), heads: int = 1,
+    documents: ArrayLike | None = None, start: int = 0,
+) -> tuple[BlockList, ...]:  # fmt: skip
     """Return a list of tiles for each head; heads with the same mask share one."""
     found: dict[Expr, BlockList] = {}
     masks = [fold(substitute(mask, {"h": number(h)})) for h in range(heads)]
@@ -239,27 +242,30 @@ def _places(low: Array, high: Array, tile: int, size: int, name: str) -> Value:
 
 @final
 class _Judge:
-    """Decides rectangles. Between two bounds on the visible pairs: one that takes what reads
-    data for true, over all heads, and one that takes it for false, in every head."""
+    """Decides rectangles from two bounds on what is visible: what reads data taken for true,
+    in any head, and taken for false, in every head.
+    """
 
     def __init__(self, masks: list[Expr], grid: _Grid, segments: Segments | None) -> None:
         whole = [np.array([each - 1.0]) for each in (1, grid.n, 1, grid.m)]
         domain = grid.rects(whole[0], whole[1], whole[2], whole[3])
         self.upper = [Prover(each, domain, segments, optimistic=True) for each in masks]
         self.lower = self.upper
+        self.left = _PATIENCE
         if any(each.blind for each in self.upper):
             self.lower = [Prover(each, domain, segments, optimistic=False) for each in masks]
 
     def facts(self, at: Rects) -> tuple[Array, Array, Array, Array]:
         """Return, for each rectangle: may see, may hide, each tile sees, each tile hides."""
+        self.left -= len(at.i.low)
         over = [each.prove(at) for each in self.upper]
         under = over if self.lower is self.upper else [each.prove(at) for each in self.lower]
         most, least = over[0], under[0]
         for a, b in zip(over[1:], under[1:], strict=True):
             most, least = one_of(most, a), both(least, b)
         found = (most.maybe_true, least.maybe_false, most.has_true, least.has_false)
-        a, b, c, d = (np.broadcast_to(each, at.i.low.shape) for each in found)
-        return a, b, c | ~b, d | ~a
+        sees, hides, seen, hidden = (np.broadcast_to(each, at.i.low.shape) for each in found)
+        return sees, hides, seen | ~hides, hidden | ~sees
 
     def kinds(self, at: Rects) -> Array:
         sees, hides, has_seen, has_hidden = self.facts(at)
@@ -275,31 +281,39 @@ def _descend(judge: _Judge, grid: _Grid) -> BlockList:
         side *= 2
     shape = -(-rows // side), -(-columns // side)
     row, column = (each.ravel() for each in np.indices(shape))
-    stack, kept, open_ = [(side, row, column)], [], []
-    while stack:
-        side, row, column = stack.pop()
+    queue, kept, open_ = deque([(side, row, column)]), [], [(row[:0], column[:0])]
+    left = _PATIENCE
+    while queue:  # large squares first, so that patience ends with the small ones
+        side, row, column = queue.popleft()
         kinds = judge.kinds(grid.squares(side, row, column))
+        at = kinds == _OPEN
+        left -= 4 * int(at.sum())
+        if left < 0 and side > 1:
+            kinds[at] = PARTIAL
         for kind in (PARTIAL, FULL):
             at = kinds == kind
             kept.append(_pieces(grid, side, row[at], column[at], np.full(at.sum(), kind == FULL)))
         at = kinds == _OPEN
         if side == 1:
             open_.append((row[at], column[at]))
-            continue
-        row, column = (
-            np.concatenate([2 * each[at] + step for step in steps])
-            for each, steps in ((row, (0, 0, 1, 1)), (column, (0, 1, 0, 1)))
-        )
-        side //= 2
-        inside = (row * side < rows) & (column * side < columns)
-        stack += _chunks(side, row[inside], column[inside])
-    row, column = (np.concatenate(each) for each in zip(*open_, strict=True)) if open_ else ((), ())
-    for _, row_, column_ in _chunks(1, np.asarray(row), np.asarray(column)):
-        kinds = _looked_into(judge, grid, row_, column_)
+        else:
+            queue += _chunks(side // 2, *_halved(grid, side // 2, row[at], column[at]))
+    judge.left = _PATIENCE
+    for _, row, column in _chunks(1, *(np.concatenate(each) for each in zip(*open_, strict=True))):
+        kinds = _looked_into(judge, grid, row, column)
         at = kinds != EMPTY
-        kept.append(_pieces(grid, 1, row_[at], column_[at], kinds[at] == FULL))
+        kept.append(_pieces(grid, 1, row[at], column[at], kinds[at] == FULL))
     pieces: Any = (np.concatenate(each) for each in zip(*kept, strict=True))
     return _packed(grid.n, grid.m, grid.tile, *pieces)
+
+
+def _halved(grid: _Grid, side: int, row: Array, column: Array) -> tuple[Array, Array]:
+    """Cut squares into four of this side; what lies beyond the last tile is dropped."""
+    rows, columns = grid.shape
+    row = np.concatenate([2 * row + step for step in (0, 0, 1, 1)])
+    column = np.concatenate([2 * column + step for step in (0, 1, 0, 1)])
+    inside = (row * side < rows) & (column * side < columns)
+    return row[inside], column[inside]
 
 
 def _chunks(side: int, row: Array, column: Array) -> list[tuple[int, Array, Array]]:
@@ -319,8 +333,8 @@ def _pieces(grid: _Grid, side: int, row: Array, column: Array,
 def _looked_into(judge: _Judge, grid: _Grid, row: Array, column: Array) -> Array:
     """Return the kinds of open tiles: cut them until each shows both kinds of pairs, or is one.
 
-    Pieces of `causal and (window(252) or sink(4))` are full by the window or by the sink, and
-    together full, which no single comparison can say of the tile.
+    Some pieces of `causal and (window(252) or sink(4))` are full by the window and
+    others by the sink: together full, which no single comparison can say of the tile.
     """
     at = grid.squares(1, row, column)
     edges = [at.i.low - grid.start, at.i.high - grid.start, at.j.low, at.j.high]
@@ -340,7 +354,8 @@ def _looked_into(judge: _Judge, grid: _Grid, row: Array, column: Array) -> Array
             hides[owner[has_hidden]] = True
         left &= ~(sees & hides)[owner]
         point = (edges[0] == edges[1]) & (edges[2] == edges[3])
-        stuck = owner[left & point] if 4 * np.sum(left) <= limit else owner[left]
+        enough = judge.left < 0 or 4 * np.sum(left) > limit
+        stuck = owner[left] if enough else owner[left & point]
         sees[stuck] = hides[stuck] = True  # partial: a point nothing is known of, or too many
         left &= ~(sees & hides)[owner]
         owner, edges = _quartered(owner[left], *(each[left] for each in edges))

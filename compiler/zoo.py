@@ -126,8 +126,9 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
 def show_all(tokens: int, console: Console | None = None) -> None:
     """Print a table of all mechanisms."""
     console = console or Console(highlight=False)
-    table = Table(box=SIMPLE, caption=f"for {tokens:,} tokens; float32; "
-                          "flops in parts of plain attention's of the same width and heads")  # fmt: skip
+    caption = (f"for {tokens:,} tokens, caches in float32; flops: in parts of those of plain "
+               "attention, unmasked, of the same width and as many heads")  # fmt: skip
+    table = Table(box=SIMPLE, caption=caption)
     table.add_column("mechanism", no_wrap=True, min_width=max(map(len, names())))
     for title in ("#", "family"):
         table.add_column(title)

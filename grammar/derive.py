@@ -67,7 +67,10 @@ def _power(base: Expr, exponent: Expr, target: Expr) -> Expr:
     first = _product(_product(exponent, fold(Binary("**", base, lower))), of_base)
     if of_exponent == _ZERO:
         return first
-    log = Call("log", (base,))
+    positive = base  # 0 ** e does not change with e: no logarithm of zero
+    if not isinstance(base, Number):
+        positive = Call("where", (Compare((base, _ZERO), ("==",)), _ONE, base))
+    log = Call("log", (positive,))
     return _sum("+", first, _product(_product(Binary("**", base, exponent), log), of_exponent))
 
 

@@ -20,7 +20,7 @@ is a list of the language:
 
 Top-level keys: `let`, `masks`, `scores`, `normalizers`, `weights`, `mixers`, `stages`,
 `blocks`, `models` and `search`. In a body `let`, `param`, `const` and `state` group what is
-declared (`param: {z[heads]: 0}`), `branches` holds sub-blocks, `base` names what a block or
+declared (`param: {"z[heads]": 0}`), `branches` holds sub-blocks, `base` names what a block or
 model inherits from, `value` is the result of a definition (`value: s - z where …`), and
 every other key is a setting. A mapping is read from top to bottom; where a key would have
 to come twice, the file or body is a list of mappings, read in order. An element of a body's

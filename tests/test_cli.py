@@ -59,6 +59,15 @@ def test_check_reports_everything_and_exits_1(wrong: Path) -> None:
     assert (found["line"], found["column"]) == (4, 3)
 
 
+def test_check_reads_the_search_block(tmp_path: Path) -> None:
+    path = tmp_path / "space.loom"
+    path.write_text("search { model = nope; tsk = mqar; trials = 0 }")
+    result = run("check", path, "--json")
+    assert result.exit_code == 1
+    codes = {each["code"] for each in json.loads(result.stdout)["diagnostics"]}
+    assert {"L521", "L523"} <= codes
+
+
 def test_check_is_fast_and_does_not_import_torch() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "headloom", "check",
                str(EXAMPLES / "gqa.loom")]  # fmt: skip

@@ -137,10 +137,10 @@ class _Writer:
             )
             self.lines.append(f"seen = {count}.clamp(min=1).to(wide)")
         if self.node.get("score") != Name("s"):
-            self.lines.append(f"s = {self._text(self.node.get('score'))}")
+            self.lines.append(f"s = {self._spread(self.node.get('score'))}")
         self._normalize()
         if self.node.get("weights") != Name("p"):
-            self.lines.append(f"p = {self._hidden(self._text(self.node.get('weights')))}")
+            self.lines.append(f"p = {self._hidden(self._spread(self.node.get('weights')))}")
         if self.node.get("rate"):
             self.lines.append(f"p = F.dropout(p, {self.node.get('rate')!r}, self.training)")
         dv = self.block.value_dim
@@ -182,7 +182,7 @@ class _Writer:
 
     def _exponential(self, form: Exponential) -> None:
         if form.logit != Name("s"):
-            self.lines.append(f"s = {self._text(form.logit)}")
+            self.lines.append(f"s = {self._spread(form.logit)}")
         self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
         if form.extra is None:
             self.lines.append("p = s.softmax(-1)")
@@ -199,10 +199,10 @@ class _Writer:
     def _ratio(self) -> None:
         below = self.normalizer.denominator
         if below is None:
-            self.lines.append(f"p = {self._hidden(self._text(self.normalizer.numerator))}")
+            self.lines.append(f"p = {self._hidden(self._spread(self.normalizer.numerator))}")
             return
         self.lines += [
-            f"f = {self._hidden(self._text(self.normalizer.numerator))}",
+            f"f = {self._hidden(self._spread(self.normalizer.numerator))}",
             "rows = f.sum(-1, keepdim=True)",
             f"rows = {self._text(below)}",
             "p = f / rows.masked_fill(rows == 0, 1)",
@@ -225,6 +225,11 @@ class _Writer:
     def _text(self, expr: Expr) -> str:
         wide = ".double()" if expr == self.mask else ".to(wide)"
         return write(widened(expr, wide), "torch", self._leaf)
+
+    def _spread(self, expr: Expr) -> str:
+        """Return the text of a number for every pair, also where it does not read the logits."""
+        text = self._text(expr)
+        return text if {"s", "p"} & names(expr) else f"torch.zeros_like(s) + {atomic(text)}"
 
     def _leaf(self, leaf: Name | Index) -> str:
         if isinstance(leaf, Name):

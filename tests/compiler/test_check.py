@@ -19,6 +19,7 @@ from headloom.compiler.pipeline import Target, generate, load
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
 from headloom.grammar.show import show
+from headloom.grammar.syntax import Index, walk
 
 from ..grammar.strategies import files
 from .battery import EXAMPLES, MIXERS, SETTINGS, source
@@ -317,3 +318,52 @@ def test_it_needs_no_torch():
     program = "import sys, headloom.compiler.check; sys.exit('torch' in sys.modules)"
     folder = Path(__file__).parent
     assert subprocess.run([sys.executable, "-c", program], cwd=folder, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("block a { const c[heads] = normal(1); score = s + c[h]; mask = causal }", "L219"),
+        ("block a { mask = ispow2((i - j) / 2) }", "L210"),
+        ("block a { mask = ispow2(i - 0.5) }", "L210"),
+        ("block a { position = relative(8, 16) }", "L221"),
+    ],
+)
+def test_what_modules_would_not_agree_on_is_refused(text: str, code: str) -> None:
+    with pytest.raises(LoomError) as problem:
+        check(parse(text))
+    assert code in {each.code for each in problem.value.diagnostics}
+
+
+def test_a_score_as_position_has_no_effect_beside_a_mixer() -> None:
+    arch = check(parse("block a { mix = linear; mask = causal; position = alibi }"))
+    assert [each.code for each in arch.warnings] == ["W003"]
+    assert check(parse("block a { mix = linear; mask = causal; position = rope }")).warnings == ()
+
+
+def test_keys_of_a_context_may_come_through_a_let() -> None:
+    text = (
+        "block a { let c = context | linear(64); k = c | linear | split; v = c | linear | split }"
+    )
+    assert check(parse(text)).blocks["a"].crosses
+
+
+def test_a_model_that_needs_arguments_is_read_where_it_is_used() -> None:
+    text = """
+block b { mask = causal }
+model m(d) { width = 64; layers = [b] * d }
+model big : m(4) { ffn = none }
+"""
+    assert len(check(parse(text)).models["big"].layers) == 4
+
+
+def test_a_mixer_reads_a_tensor_by_head_where_it_is_written_so() -> None:
+    text = """
+mix m { param g[value_dim] = 1 + h; param f[heads] = 1; state z[value_dim] = 0
+        z <- z + v; o <- f * z * g }
+block a { heads = 4; head_dim = 4; mix = m; mask = causal }
+"""
+    block = check(parse(text)).blocks["a"]
+    reads = {node.base.id: len(node.items) for update in block.mix.updates
+             for node in walk(update.value) if isinstance(node, Index)}  # fmt: skip
+    assert reads == {"g": 0, "f": 1}
