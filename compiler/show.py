@@ -11,9 +11,10 @@ from rich.table import Table
 
 from .choose import Target
 from .cost import cost
-from .model import Block, Model
+from .model import Block, Model, Pairwise
 from .picture import describe, graph_lines, mask_picture
 from .pipeline import lower
+from .tiles import FULL, PARTIAL, classify
 
 
 def show(what: Block | Model, tokens: int, console: Console | None = None) -> None:
@@ -25,13 +26,13 @@ def show(what: Block | Model, tokens: int, console: Console | None = None) -> No
         console.print("layers: " + " ".join(block.name for block in what.layers))
     blocks = [what] if isinstance(what, Block) else list(dict.fromkeys(what.layers))
     for block in blocks:
-        _show_block(block, console)
+        _show_block(block, tokens, console)
     console.print(_costs(what, tokens))
 
 
-def _show_block(block: Block, console: Console) -> None:
+def _show_block(block: Block, tokens: int, console: Console) -> None:
     parts = Table.grid(padding=(0, 2))
-    for name, value in describe(block):
+    for name, value in [*describe(block), *_tiles(block, tokens)]:
         parts.add_row(f"[cyan]{name}[/]", value)
     panels = [Panel(parts, title=block.name, expand=False)]
     picture = mask_picture(block)
@@ -40,6 +41,16 @@ def _show_block(block: Block, console: Console) -> None:
     console.print(Columns(panels))
     for line in graph_lines(lower(block, Target("torch"))):
         console.print(f"  {line}", style="dim", markup=False, soft_wrap=True)
+
+
+def _tiles(block: Block, tokens: int) -> list[tuple[str, str]]:
+    """Say how much of the map a kernel with tiles of 128 would have to visit."""
+    if not isinstance(block.mix, Pairwise):
+        return []
+    found = classify(block.mix.mask, tokens, tokens, heads=block.heads)
+    rows, columns = found.shape
+    return [(f"tiles at {tokens:,}", f"{found.count(FULL) / (rows * columns):.1%} full, "
+             f"{found.count(PARTIAL) / (rows * columns):.1%} partial")]  # fmt: skip
 
 
 def _costs(what: Block | Model, tokens: int) -> Table:

@@ -342,9 +342,7 @@ def test_a_score_as_position_has_no_effect_beside_a_mixer() -> None:
 
 
 def test_keys_of_a_context_may_come_through_a_let() -> None:
-    text = (
-        "block a { let c = context | linear(64); k = c | linear | split; v = c | linear | split }"
-    )
+    text = "block a { let c = context; k = c | linear | split; v = c | linear | split }"
     assert check(parse(text)).blocks["a"].crosses
 
 
