@@ -20,6 +20,7 @@ def tree() -> set[str]:
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".loom", ".lark"):
                 found.add(f"headloom/{path.relative_to(ROOT).as_posix()}")
+    found |= {f"headloom/zoo/{path.name}" for path in (ROOT / "examples" / "zoo").glob("*.loom")}
     return found
 
 
@@ -50,5 +51,7 @@ def test_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
         f"assert headloom.__file__.startswith({str(site)!r})\n"
         "y = headloom.compile(headloom.load('a.loom'))(torch.randn(1, 5, 32))\n"
         "assert y.shape == (1, 5, 32)\n"
+        "from headloom.compiler import zoo\n"
+        "assert 'sparsemax' in zoo.names() and zoo.entry('swin').block().heads == 4\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)

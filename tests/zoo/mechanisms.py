@@ -1,0 +1,145 @@
+"""Mechanisms of the zoo for tests: built from their files, or from changed texts of them.
+
+plain = Mechanism("mha")
+flat = Mechanism("alibi", ("2 ** (-8 * (h + 1) / heads)", "0"), like=plain)
+assert_close(flat(x), plain(x))
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from headloom.compiler import zoo
+from headloom.compiler.api import build_module
+from headloom.compiler.check import check, find
+from headloom.compiler.choose import Target
+from headloom.compiler.model import Block, Recurrence
+from headloom.compiler.reference import ReferenceBlock, reference
+from headloom.compiler.reference_attend import Given, attend
+from headloom.compiler.reference_scan import scan
+from headloom.grammar.parse import parse
+
+N = 11
+MHA = "block mha { width = 32; heads = 4; mask = causal }"
+
+
+def text_of(name: str, *changes: tuple[str, str]) -> str:
+    """Return a file of the zoo with parts replaced, each of which must be there."""
+    text = zoo.entry(name).text
+    for old, new in changes:
+        assert old in text, f"`{old}` is not in {name}.loom"
+        text = text.replace(old, new)
+    return text
+
+
+@lru_cache(maxsize=256)
+def _made(text: str) -> tuple[Block, nn.Module]:
+    block = find(check(parse(text)), None)
+    assert isinstance(block, Block)
+    return block, build_module(block, Target("torch"), dtype=torch.float64, seed=0).eval()
+
+
+class Mechanism:
+    """A block by its name in the zoo or by its text, with random weights or those of another."""
+
+    meaning: ReferenceBlock
+
+    def __init__(self, what: str, *changes: tuple[str, str], like: Mechanism | None = None) -> None:
+        text = what if "{" in what else text_of(what, *changes)
+        self.block, self.module = _made(text)
+        self.meaning = reference(self.block, dtype=torch.float64).eval()
+        generator = torch.Generator().manual_seed(1)
+        theirs = dict(like.meaning.named_parameters()) if like else {}
+        with torch.no_grad():
+            for name, each in self.meaning.named_parameters():
+                if name in theirs and theirs[name].shape == each.shape:
+                    each.copy_(theirs[name])
+                else:
+                    noise = torch.randn(each.shape, generator=generator, dtype=torch.float64)
+                    each += 0.3 * noise
+
+    def set(self, **values: Any) -> Self:
+        """Give parameters values; `q_proj_weight` is `q_proj.weight`."""
+        mine = {name.replace(".", "_"): each for name, each in self.meaning.named_parameters()}
+        with torch.no_grad():
+            for name, value in values.items():
+                mine[name].copy_(torch.as_tensor(value, dtype=torch.float64).expand_as(mine[name]))
+        return self
+
+    def parameter(self, name: str) -> Tensor:
+        return dict(self.meaning.named_parameters())[name].detach()
+
+    def __call__(self, x: Tensor, **given: Tensor) -> Tensor:
+        """Return what the compiled block makes of x."""
+        self.module.load_state_dict(self.meaning.state_dict())
+        with torch.no_grad():
+            y: Tensor = self.module(x, **given)
+        return y
+
+    @torch.no_grad()
+    def streams(
+        self, x: Tensor, positions: Tensor | None = None, **given: Tensor
+    ) -> dict[str, Any]:
+        """Return q, k, v and the further streams, each with its batch."""
+        found = {"x": x, **given}
+        places = {axis: torch.arange(found[name].shape[1]).expand(found[name].shape[:2])
+                  for axis, name in (("n", "x"), ("m", "context")) if name in found}  # fmt: skip
+        if positions is not None:
+            places["n"] = positions.expand(x.shape[:2])
+        for stream in self.block.streams:
+            found[stream.name] = self.meaning._flow(stream.flow, found, places)
+        return found
+
+    @torch.no_grad()
+    def mixed(self, x: Tensor, **changed: Tensor) -> Tensor:
+        """Return the mixed heads [b, heads, n, value_dim], of changed streams where given."""
+        given = {key: changed.pop(key) for key in ("context",) if key in changed}
+        streams = {**self.streams(x, **given), **changed}
+        tensors = {each.name: self.meaning._tensor(each.name) for each in self.block.tensors}
+        places = {axis: torch.arange(streams[name].shape[1]).expand(x.shape[0], -1)
+                  for axis, name in (("n", "x"), ("m", "context")) if name in streams}  # fmt: skip
+        call = Given(streams, tensors, places, None, False)
+        if isinstance(self.block.mix, Recurrence):
+            return scan(self.block, self.block.mix, call)
+        return attend(self.block, self.block.mix, call)
+
+    def weights(self, x: Tensor, **changed: Tensor) -> Tensor:
+        """Return the map [b, heads, n, m]: what comes out where the values are one-hot."""
+        k = self.streams(x, **{key: each for key, each in changed.items() if key == "context"})["k"]
+        return self.mixed(x, v=torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1),
+                          **changed)  # fmt: skip
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the scaled products of queries and keys [b, heads, n, m]."""
+        q, k = (self.streams(x)[name] for name in "qk")
+        return self.block.mix.scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+
+
+def tokens(n: int = N, width: int = 32, batch: int = 2, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, n, width, generator=generator, dtype=torch.float64)
+
+
+def assert_close(a: Tensor, b: Tensor, atol: float = 1e-9) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=atol)
+
+
+def visible(name: str, n: int, *changes: tuple[str, str]) -> Tensor:
+    """Return who sees whom in a pairwise block, [heads, n, n]."""
+    mechanism = Mechanism(name, *changes)
+    x = tokens(n, mechanism.block.width, batch=1)
+    return mechanism.weights(x)[0] != 0
+
+
+def causal(n: int = N) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def softmax(s: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Softmax over the visible, by default over all up to the query."""
+    seen = causal(s.shape[-1]) if seen is None else seen
+    return s.masked_fill(~seen, -torch.inf).softmax(-1)

@@ -1,0 +1,269 @@
+"""Family `recurrent`: states against the maps, products and loops they come from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import elu, layer_norm, relu, sigmoid, silu
+
+from .mechanisms import Mechanism, assert_close, causal, softmax, tokens
+
+X = tokens()
+N = X.shape[1]
+GAP = torch.arange(N)[:, None] - torch.arange(N)
+
+
+def qkv(mechanism: Mechanism, x: Tensor = X) -> list[Tensor]:
+    return [mechanism.streams(x)[name] for name in "qkv"]
+
+
+def shared_out(a: Tensor) -> Tensor:
+    return a / a.sum(-1, keepdim=True)
+
+
+def per_head(stream: Tensor, heads: int = 4) -> Tensor:
+    """[b, n, heads · d] → [b, heads, n, d]"""
+    return stream.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["linear_attention", "relu_linear", "efficient_attention", "hedgehog", "key_only", "inline"],
+)
+def test_weights_sum_to_one(name):
+    mechanism = Mechanism(name)
+    v = torch.full_like(mechanism.streams(X)["v"], 3)
+    assert_close(mechanism.mixed(X, v=v), v)
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "efficient_attention", "hedgehog",
+                                  "key_only", "inline"])  # fmt: skip
+def test_one_token_gives_its_value(name):
+    mechanism = Mechanism(name)
+    x = tokens(1)
+    assert_close(mechanism.mixed(x), mechanism.streams(x)["v"])
+
+
+def test_226_linear_attention_has_a_map():
+    mechanism = Mechanism("linear_attention")
+    q, k, v = qkv(mechanism)
+    a = (elu(q) + 1) @ (elu(k) + 1).mT * causal()
+    assert_close(mechanism.mixed(X), shared_out(a) @ v)
+
+
+def test_relu_linear_has_a_map_over_all_tokens():
+    mechanism = Mechanism("relu_linear")
+    q, k, v = qkv(mechanism)
+    assert_close(mechanism.mixed(X), shared_out(relu(q) @ relu(k).mT) @ v)
+    assert_close(mechanism.mixed(X, q=3 * q), mechanism.mixed(X))
+
+
+def test_98_two_softmaxes():
+    mechanism = Mechanism("efficient_attention")
+    q, k, v = qkv(mechanism)
+    assert_close(mechanism.mixed(X), q.softmax(-1) @ (k.softmax(-2).mT @ v))
+
+
+def test_98_constants_that_cancel():
+    mechanism = Mechanism("efficient_attention")
+    q, k, _ = qkv(mechanism)
+    shifted = mechanism.mixed(X, q=q + torch.arange(N)[:, None], k=k + torch.arange(8))
+    assert_close(shifted, mechanism.mixed(X))
+
+
+def test_retention_is_a_map_that_fades():
+    mechanism = Mechanism("retnet")
+    q, k, v = qkv(mechanism)
+    decay = 1 - 2.0 ** -torch.arange(5, 9, dtype=torch.float64)[:, None, None]
+    fading = decay ** GAP.clip(min=0) * causal()
+    assert_close(mechanism.mixed(X), 8**-0.5 * (q @ k.mT * fading) @ v)
+
+
+def test_retention_norms_each_head_and_gates():
+    mechanism = Mechanism("retnet").set(o_norm_weight=1, o_norm_bias=0)
+    normed = layer_norm(mechanism.mixed(X), (8,)).transpose(1, 2).flatten(2)
+    gate = silu(X @ mechanism.parameter("g_proj.weight").mT)
+    assert_close(mechanism(X), (normed * gate) @ mechanism.parameter("o_proj.weight").mT)
+
+
+def test_17_decay_of_heads():
+    mechanism = Mechanism("transnormer")
+    q, k, v = qkv(mechanism)
+    decay = torch.exp(-2 * torch.arange(4, dtype=torch.float64))[:, None, None]
+    assert_close(mechanism.mixed(X), (q @ k.mT * decay ** GAP.clip(min=0) * causal()) @ v)
+
+
+def test_17_one_norm_without_gain_over_all_heads():
+    mechanism = Mechanism("transnormer")
+    o = mechanism.mixed(X).transpose(1, 2).flatten(2)
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    u = X @ mechanism.parameter("u_proj.weight").mT
+    assert_close(mechanism(X), (u * o) @ mechanism.parameter("o_proj.weight").mT)
+
+
+def test_17_without_decay_it_is_a_plain_sum():
+    mechanism = Mechanism("transnormer", ("exp(-8 * h / heads * (1 - layer / depth))", "1"))
+    q, k, v = qkv(mechanism)
+    assert_close(mechanism.mixed(X), (q @ k.mT * causal()) @ v)
+
+
+def test_a_gate_of_a_head_is_a_product_of_gates():
+    mechanism = Mechanism("simple_gla")
+    q, k, v = qkv(mechanism)
+    total = per_head(mechanism.streams(X)["alpha"])[..., 0].log().cumsum(-1)
+    fading = (total[..., :, None] - total[..., None, :]).exp() * causal()
+    assert_close(mechanism.mixed(X), 8**-0.5 * (q @ k.mT * fading) @ v)
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gla"])
+def test_open_gates_forget_nothing(name):
+    mechanism = Mechanism(name)
+    q, k, v = qkv(mechanism)
+    open_ = torch.ones_like(mechanism.streams(X)["alpha"])
+    assert_close(mechanism.mixed(X, alpha=open_), 8**-0.5 * (q @ k.mT * causal()) @ v)
+
+
+def test_gates_of_rows_weigh_features():
+    mechanism = Mechanism("gla")
+    q, k, v = qkv(mechanism)
+    total = mechanism.streams(X)["alpha"].log().cumsum(-2)  # [b, h, n, d]
+    s = (q * total.exp()) @ (k * (-total).exp()).mT * causal()
+    assert_close(mechanism.mixed(X), 8**-0.5 * s @ v)
+
+
+def test_gla_gates_are_near_one():
+    mechanism = Mechanism("gla").set(alpha_proj_1_weight=0, alpha_proj_1_bias=-4)
+    alpha = mechanism.streams(X)["alpha"]
+    assert_close(alpha**16, torch.full_like(alpha, -4).sigmoid())
+    assert alpha.min() > 0.75
+
+
+def looped(mechanism: Mechanism, alpha: Tensor, beta: Tensor) -> Tensor:
+    """The delta rule as a product of matrices, token by token; alpha, beta [b, h, n]."""
+    q, k, v = qkv(mechanism)
+    state = torch.zeros(*q.shape[:2], 8, 8, dtype=q.dtype)
+    out = []
+    for t in range(q.shape[2]):
+        key, a, b = k[:, :, t, :, None], alpha[..., t, None, None], beta[..., t, None, None]
+        state = a * (torch.eye(8) - b * key @ key.mT) @ state + b * key @ v[:, :, t, None]
+        out.append(q[:, :, t, None] @ state)
+    return torch.cat(out, 2)
+
+
+def test_the_delta_rule_is_a_product_of_reflections():
+    mechanism = Mechanism("deltanet")
+    beta = per_head(mechanism.streams(X)["beta"])[..., 0]
+    assert_close(mechanism.mixed(X), looped(mechanism, torch.ones_like(beta), beta))
+
+
+def test_the_delta_rule_recalls_what_was_written_last():
+    mechanism = Mechanism("deltanet", ("l2_norm", "l2_norm(eps = 0)"))
+    streams = mechanism.streams(X)
+    wholly = torch.ones_like(streams["beta"])
+    assert_close(mechanism.mixed(X, q=streams["k"], beta=wholly), streams["v"])
+
+
+def test_the_gated_delta_rule_is_a_product_too():
+    mechanism = Mechanism("gated_deltanet")
+    streams = mechanism.streams(X)
+    rate = mechanism.parameter("rate").exp()[:, None]
+    alpha = torch.exp(-rate * per_head(streams["step"])[..., 0])
+    assert_close(mechanism.mixed(X), looped(mechanism, alpha, per_head(streams["beta"])[..., 0]))
+
+
+def test_without_forgetting_the_gated_delta_rule_is_the_delta_rule():
+    gated = Mechanism("gated_deltanet").set(rate=-60)
+    assert_close(gated.mixed(X), Mechanism("deltanet", like=gated).mixed(X))
+
+
+def test_mlstm_is_a_map_with_a_floor_under_its_denominator():
+    mechanism = Mechanism("mlstm")
+    q, k, v = qkv(mechanism)
+    streams = mechanism.streams(X)
+    total = per_head(streams["keep"])[..., 0].log().cumsum(-1)
+    write = per_head(streams["write"])[..., 0]
+    fading = (total[..., :, None] - total[..., None, :]).exp() * write[..., None, :] * causal()
+    a = 8**-0.5 * q @ k.mT * fading
+    assert_close(mechanism.mixed(X), a @ v / a.sum(-1, keepdim=True).abs().clip(min=1))
+
+
+def test_mlstm_is_its_stable_form():
+    """A running maximum m of the log gates, as in the paper's appendix, changes nothing."""
+    mechanism = Mechanism("mlstm")
+    stable = Mechanism(
+        "mlstm",
+        ("state z[head_dim] = 0\n", "state z[head_dim] = 0\n  state m_ = 0\n"),
+        ("  C <- keep * C + write * outer(u, v)\n  z <- keep * z + write * u\n",
+         "  top <- max(log(keep) + m_, log(write))\n  f <- exp(log(keep) + m_ - top)\n"
+         "  C <- f * C + exp(log(write) - top) * outer(u, v)\n"
+         "  z <- f * z + exp(log(write) - top) * u\n  m_ <- top\n"),
+        ("max(abs(dot(q, z)), 1)", "max(abs(dot(q, z)), exp(-m_))"),
+        like=mechanism,
+    )  # fmt: skip
+    assert_close(mechanism(X), stable(X))
+
+
+def test_241_hedgehog_has_a_map():
+    mechanism = Mechanism("hedgehog")
+    q, k, v = qkv(mechanism)
+    a = q.softmax(-1) @ k.softmax(-1).mT + (-q).softmax(-1) @ (-k).softmax(-1).mT
+    assert_close(mechanism.mixed(X), shared_out(a * causal()) @ v)
+
+
+def test_241_the_two_halves_swap_with_the_sign():
+    mechanism = Mechanism("hedgehog")
+    q, k, _ = qkv(mechanism)
+    assert_close(mechanism.mixed(X, q=-q, k=-k), mechanism.mixed(X))
+
+
+def test_aft_is_a_softmax_for_each_channel():
+    mechanism = Mechanism("aft_simple")
+    q, k, v = qkv(mechanism)
+    p = softmax(k.mT[..., None, :].expand(-1, -1, -1, N, -1))  # [b, 1, channels, n, n]
+    expected = sigmoid(q) * torch.einsum("bhcij,bhjc->bhic", p, v)
+    assert_close(mechanism.mixed(X), expected)
+
+
+def test_aft_does_not_see_what_all_keys_share():
+    mechanism = Mechanism("aft_simple")
+    k = mechanism.streams(X)["k"]
+    assert_close(mechanism.mixed(X, k=k + 5), mechanism.mixed(X))
+    assert mechanism.mixed(X, k=1000 * k).isfinite().all()
+
+
+def test_208_rows_differ_by_the_causal_cut_alone():
+    mechanism = Mechanism("key_only")
+    q, k, v = qkv(mechanism)
+    s = (silu(q) * k).sum(-1) * 8**-0.5
+    assert_close(mechanism.mixed(X), softmax(s[..., None, :].expand(-1, -1, N, -1)) @ v)
+
+
+def test_211_inline_has_a_map():
+    mechanism = Mechanism("inline")
+    q, k, v = qkv(mechanism)
+    s = 8**-0.5 * q @ k.mT
+    a = (s - s.mean(-1, keepdim=True)) / N + 1 / N
+    assert_close(mechanism.mixed(X), a @ v)
+    assert (a < 0).any()
+
+
+def test_211_a_query_of_zero_takes_the_mean():
+    mechanism = Mechanism("inline")
+    q, _, v = qkv(mechanism)
+    found = mechanism.mixed(X, q=torch.zeros_like(q))
+    assert_close(found, v.mean(2, keepdim=True).expand_as(v))
+
+
+def test_234_small_denominators_are_clamped():
+    mechanism = Mechanism("l2vit").set(factor=0.5)
+    q, k, v = qkv(mechanism, X / 2)
+    a = relu(q) @ relu(k).mT
+    assert a.sum(-1).max() < 100
+    assert_close(mechanism.mixed(X / 2), 0.5 * a @ v / 100)
+
+
+def test_234_large_ones_share_out_the_factor():
+    mechanism = Mechanism("l2vit").set(factor=0.5)
+    q, k, v = (50 * each.abs() for each in qkv(mechanism))
+    assert_close(mechanism.mixed(X, q=q, k=k, v=v), 0.5 * shared_out(q @ k.mT) @ v)

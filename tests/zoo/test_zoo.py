@@ -1,0 +1,161 @@
+"""Every mechanism of the zoo: its head, its form, and that what is compiled is what it means."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from headloom.cli import main
+from headloom.compiler import certificate, zoo
+from headloom.compiler.choose import Target
+from headloom.compiler.cost import cost
+from headloom.compiler.masks import extent
+from headloom.compiler.model import Block, Recurrence
+from headloom.compiler.pipeline import lower
+from headloom.grammar.format import format_loom
+from headloom.grammar.parse import parse
+
+from .mechanisms import Mechanism, tokens
+
+FAMILIES = {"cross", "heads", "normalisers", "positions", "recurrent", "scores", "sparse", "vision"}
+every = pytest.mark.parametrize("name", zoo.names())
+
+
+def given(block: Block, n: int) -> dict[str, torch.Tensor]:
+    found = {"x": tokens(n, block.width)}
+    if block.context_width is not None:
+        found["context"] = tokens(7, block.context_width, seed=1)
+    return found
+
+
+@every
+def test_the_head_says_what_it_is(name):
+    entry = zoo.entry(name)
+    assert entry.family in FAMILIES
+    assert entry.catalogue == "none" or entry.number
+    assert any(str(year) in entry.source for year in range(2017, 2027)) or "2016" in entry.source
+    assert entry.about.endswith((".", ")"))
+
+
+@every
+def test_it_is_formatted(name):
+    text = zoo.entry(name).text
+    assert format_loom(parse(text)) == text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@every
+def test_compiled_is_what_it_means(name):
+    mechanism = Mechanism(name)
+    assert mechanism.block.name == name
+    module, meaning = mechanism.module, mechanism.meaning
+    module.load_state_dict(meaning.state_dict())
+    found = {key: each.requires_grad_() for key, each in given(mechanism.block, 19).items()}
+    results = []
+    for each in (module, meaning):
+        y = each(**found)
+        weights = dict(each.named_parameters())
+        grads = torch.autograd.grad(y.sin().sum(), [*found.values(), *weights.values()],
+                                    allow_unused=True)  # fmt: skip
+        names = [*found, *weights]
+        results.append({"y": y.detach(), **dict(zip(names, grads, strict=True))})
+    mine, theirs = results
+    assert mine.keys() == theirs.keys()
+    for key, each in mine.items():
+        if each is None or theirs[key] is None:
+            assert all(other is None or not other.any() for other in (each, theirs[key])), key
+        else:
+            assert (each - theirs[key]).abs().max() <= 1e-9, key
+    assert cost(mechanism.block).params == sum(each.numel() for each in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["normalize = 1 / sum", "normalize = h", "score = 0", "score = h - j", "weights = 1 / seen",
+     "normalize = exp(h) / (1 + sum)"],
+)  # fmt: skip
+@pytest.mark.parametrize("mask", ["all", "causal"])
+def test_what_does_not_read_the_logits_is_still_a_map(setting, mask):
+    """Uniform attention and the like: numbers that need not be one for each pair."""
+    mechanism = Mechanism(f"block b {{ width = 32; heads = 4; mask = {mask}; {setting} }}")
+    x = tokens()
+    torch.testing.assert_close(mechanism(x), mechanism.meaning(x).detach())
+
+
+def decodes(name: str) -> bool:
+    block = zoo.entry(name).block()
+    return block.mix.causal if isinstance(block.mix, Recurrence) else (
+        block.crosses or extent(block.mix.mask).causal)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if decodes(name)])
+def test_it_decodes_as_it_trains(name):
+    mechanism = Mechanism(name)
+    module = mechanism.module
+    module.load_state_dict(mechanism.meaning.state_dict())
+    found = given(mechanism.block, 19)
+    cache = module.init_cache(2, 19)
+    with torch.no_grad():
+        whole = module(**found)
+        parts = [module(**{**found, "x": found["x"][:, at]}, cache=cache)
+                 for at in (slice(0, 13), slice(13, 14), slice(14, 19))]  # fmt: skip
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_every_mechanism_lowers_without_torch_being_asked():
+    for name in zoo.names():
+        assert lower(zoo.entry(name).block(), Target("torch"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:divide by zero")  # the interpreter's 0 ** e = exp(e log 0)
+@pytest.mark.parametrize("name", ["transnormer", "kerple_power"])
+def test_it_is_verified(name):
+    """Constants that no short float holds; a power of zero with a learned exponent."""
+    result = certificate.make([zoo.entry(name).block()], (), None)
+    assert result.ok
+
+
+def test_the_table_lists_them_all():
+    answer = CliRunner().invoke(main, ["zoo", "--json", "--tokens", "64"])
+    assert answer.exit_code == 0
+    rows = {each["name"]: each for each in json.loads(answer.stdout)}
+    assert sorted(rows) == zoo.names()
+    assert rows["mqa"]["catalogue"] == "#87"
+    assert rows["mqa"]["cache_bytes"] * 4 == rows["mha"]["cache_bytes"]
+    assert rows["relu_attention"]["relative_flops"] > 1 > rows["mha"]["relative_flops"]
+
+
+def test_the_table_is_for_people_too():
+    answer = CliRunner().invoke(main, ["zoo", "--tokens", "64"])
+    assert answer.exit_code == 0
+    assert all(f" {name} " in answer.stdout for name in zoo.names())
+
+
+def test_one_mechanism_shows_its_text_and_its_picture():
+    answer = CliRunner().invoke(main, ["zoo", "swin"])
+    assert answer.exit_code == 0
+    assert zoo.entry("swin").text in answer.stdout
+    assert "queries" in answer.stdout
+
+
+def test_a_misspelt_name_is_a_usage_error():
+    answer = CliRunner().invoke(main, ["zoo", "sparsmax"])
+    assert answer.exit_code == 2
+    assert "did you mean `sparsemax`" in answer.stderr
+
+
+def test_a_head_that_says_too_little():
+    with pytest.raises(ValueError, match="family, catalogue"):
+        zoo.read("mine", "# Mine.\n# source: me, 2026\nblock mine { heads = 2 }\n")
+
+
+def test_a_key_goes_on_over_lines():
+    head = (
+        "# Mine,\n# all mine.\n# family: heads\n# source: me,\n#   2026\n# catalogue: #7 (half)\n"
+    )
+    entry = zoo.read("mine", head)
+    assert (entry.about, entry.source, entry.number) == ("Mine, all mine.", "me, 2026", "#7")
