@@ -13,14 +13,14 @@ from typing import Any
 
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
-from ..grammar.expr import fold, rebuild
+from ..grammar.expr import rebuild
 from ..grammar.functions import FUNCTIONS
 from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
 from ..ops import OPS, Mismatch, Op, Shape
 from .library import bind, put
 from .model import Apply, Flow, Read
-from .scalars import body, resolve_function
+from .scalars import body, resolve_function, shaped
 from .scope import Scope, suggest
 
 # What DESIGN names as a stage and a later version brings.
@@ -202,7 +202,7 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
 
 
 def _pointwise(expr: Expr, others: tuple[Flow, ...], span: Span) -> _Stage:
-    return _Stage(OPS["pointwise"], {"expr": fold(expr)}, others, span)
+    return _Stage(OPS["pointwise"], {"expr": shaped(expr)}, others, span)
 
 
 def _exactly(stage: Expr, args: tuple[Expr, ...], count: int) -> tuple[Expr, ...]:

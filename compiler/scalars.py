@@ -280,9 +280,15 @@ def resolve(scope: Scope, expr: Expr, kind: str, keys: str = "n") -> Expr:
     return fold(visitor.want(expr, "truth" if kind == "mask" else "number"))
 
 
+def shaped(expr: Expr) -> Expr:
+    """Fold an elementwise expression, unless that would lose the stream that gives its shape."""
+    folded = fold(expr)
+    return folded if names(folded) == names(expr) else expr
+
+
 def resolve_function(scope: Scope, expr: Expr, free: frozenset[str]) -> Expr:
     """Return a scalar expression over the given names (the body of a stage)."""
-    return fold(_Resolver(scope, "stage", free).want(expr, "number"))
+    return shaped(_Resolver(scope, "stage", free).want(expr, "number"))
 
 
 def resolve_normalizer(scope: Scope, expr: Expr, keys: str = "n") -> Normalizer:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from headloom.compiler.check import block, check, find
 from headloom.compiler.names import MODULE
 from headloom.compiler.pipeline import Target, generate, load
+from headloom.compiler.reference import reference
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
 from headloom.grammar.show import show
@@ -365,3 +366,17 @@ block a { heads = 4; head_dim = 4; mix = m; mask = causal }
     reads = {node.base.id: len(node.items) for update in block.mix.updates
              for node in walk(update.value) if isinstance(node, Index)}  # fmt: skip
     assert reads == {"g": 0, "f": 1}
+
+
+def test_a_stream_keeps_its_shape_where_its_value_is_constant() -> None:
+    text = """
+stage nothing = x * 0
+block a { width = 16; heads = 2; let g = x | linear(2) | nothing | exp
+          out = o | gate(g) | merge | linear }
+"""
+    what = check(parse(text)).blocks["a"]
+    module = load(generate(what, Target("torch")))()
+    x = torch.randn(2, 3, 16)
+    oracle = reference(what)
+    oracle.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(x), oracle(x))
