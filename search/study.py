@@ -25,10 +25,11 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..compiler.model import Architecture, Model
+from ..compiler.parse import parse_path
 from ..grammar import syntax
 from ..grammar.diagnostics import LoomError, error
 from ..grammar.format import format_loom
-from ..grammar.parse import parse, read
+from ..grammar.parse import parse
 from . import candidate, report, store
 from .objectives import Costs, Violation, violation
 from .plan import Plan, read_plan
@@ -64,11 +65,7 @@ def _file(what: str | Path | syntax.File | Architecture) -> syntax.File:
         return what.file
     if isinstance(what, syntax.File):
         return what
-    if Path(what).suffix in (".yaml", ".yml"):
-        from ..grammar.from_yaml import parse_yaml
-
-        return parse_yaml(read(what))
-    return parse(read(what))
+    return parse_path(what)
 
 
 def run(plan: Plan, *, resume: bool = True, progress: bool | None = None) -> optuna.Study:

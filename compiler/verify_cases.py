@@ -1,0 +1,180 @@
+"""What the checks of `verify` stand on: cases, a subject with its oracle, comparing, gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .build import tensors_read
+from .choose import Target
+from .emit import Code
+from .masks import extent
+from .model import Block, Model, Recurrence
+from .pipeline import generate, load
+from .reference import reference
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-5, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Inputs of one size, dtype and seed."""
+
+    batch: int
+    tokens: int
+    context: int
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"b={self.batch} n={self.tokens} m={self.context} {name} seed={self.seed}"
+
+
+CASES = tuple(
+    Case(batch, tokens, context, seed=seed)
+    for seed, (batch, tokens, context) in enumerate([(1, 1, 1), (2, 5, 3), (1, 19, 23), (2, 33, 7)])
+)
+
+
+class Difference(Exception):
+    """A check does not hold."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A block or model with its compiled module and its oracle, both in float64."""
+
+    what: Block | Model
+    module: nn.Module
+    oracle: nn.Module
+    code: Code
+
+    @staticmethod
+    def of(what: Block | Model, code: Code | None = None) -> Subject:
+        code = code or generate(what, Target("torch"))
+        torch.manual_seed(0)
+        module = load(code)().double().eval()
+        oracle = reference(what, dtype=torch.float64).eval()
+        _stir(module)
+        oracle.load_state_dict(module.state_dict())
+        return Subject(what, module, oracle, code)
+
+    @property
+    def causal(self) -> bool:
+        blocks = (self.what,) if isinstance(self.what, Block) else self.what.layers
+        return all(_causal(block) for block in blocks)
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The cases this subject can take: a learned table of positions ends somewhere."""
+        most = self.what.positions if isinstance(self.what, Model) else 0
+        return tuple(replace(each, tokens=min(each.tokens, most or each.tokens)) for each in CASES)
+
+    def inputs(self, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw the arguments of a call."""
+        draw = torch.Generator().manual_seed(case.seed)
+        size = (case.batch, case.tokens)
+        if isinstance(self.what, Model) and self.what.vocab is not None:
+            x = torch.randint(self.what.vocab, size, generator=draw)
+        else:
+            x = torch.randn(*size, self.what.width, generator=draw, dtype=torch.float64)
+            x = x.to(case.dtype)
+        given: dict[str, Tensor] = {}
+        blocks = (self.what,) if isinstance(self.what, Block) else self.what.layers
+        width = next((block.context_width for block in blocks if block.context_width), None)
+        if width is not None:
+            context = torch.randn(case.batch, case.context, width, generator=draw,
+                                  dtype=torch.float64)  # fmt: skip
+            given["context"] = context.to(case.dtype)
+        if any(_reads_segments(block) for block in blocks):
+            steps = torch.rand(size, generator=draw) < 0.3
+            given["segments"] = steps.long().cumsum(-1)
+        return x, given
+
+
+def _stir(module: nn.Module) -> None:
+    """Move weights away from zeros and ones, where mistakes would not show."""
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for each in module.parameters():
+            each.add_(torch.randn(each.shape, generator=draw, dtype=torch.float64), alpha=0.05)
+
+
+def _causal(block: Block) -> bool:
+    if isinstance(block.mix, Recurrence):
+        return block.mix.causal
+    return block.crosses or extent(block.mix.mask).causal
+
+
+def _reads_segments(block: Block) -> bool:
+    if isinstance(block.mix, Recurrence):
+        return block.mix.resets
+    return "doc" in tensors_read(block.mix.mask, block.mix.score, block.mix.weights)
+
+
+def compare(name: str, case: object, got: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Return the largest error, relative to the size of what is expected; raise if too large."""
+    if got.shape != expected.shape:
+        raise Difference(f"{name} has shape {list(got.shape)}, the meaning {list(expected.shape)}"
+                         f" ({case})")  # fmt: skip
+    if got.numel() == 0:
+        return 0.0
+    scale = max(1.0, float(expected.abs().max()))
+    error = (got.to(torch.float64) - expected.to(torch.float64)).abs() / scale
+    worst = float(error.max())
+    if not worst <= tolerance:
+        at = [int(each) for each in torch.unravel_index(error.nan_to_num(torch.inf).argmax(),
+                                                        error.shape)]  # fmt: skip
+        raise Difference(f"{name} differs by {worst:.3g} at {at}, the tolerance is {tolerance:.0e}"
+                         f" ({case})")  # fmt: skip
+    return worst
+
+
+def gradients(
+    module: nn.Module, x: Tensor, given: dict[str, Tensor], weigh: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the output and the gradient of every parameter and float input."""
+    leaves: dict[str, Tensor] = {
+        name: each for name, each in module.named_parameters() if each.requires_grad
+    }
+    inputs: dict[str, Tensor] = {"x": x, **given}
+    for name, each in inputs.items():
+        if each.is_floating_point():
+            inputs[name] = leaves[name] = each.detach().clone().requires_grad_()
+    y = module(inputs.pop("x"), **inputs)
+    weigh = torch.ones_like(y) if weigh is None else weigh.to(y.dtype)
+    grads = torch.autograd.grad((y * weigh).sum(), list(leaves.values()), allow_unused=True)
+    return y.detach(), {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
+
+
+def weighing(y: Tensor) -> Tensor:
+    """Return fixed random weights for a sum of outputs, so that gradients are of one number."""
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn(y.shape, generator=draw, dtype=torch.float64)
+
+
+def compared_gradients(
+    module: nn.Module, oracle: nn.Module, subject: Subject, cases: tuple[Case, ...]
+) -> tuple[int, float]:
+    """Compare the output and every gradient of two modules."""
+    worst, count = 0.0, 0
+    for case in cases:
+        tolerance = TOLERANCE[case.dtype]
+        x, given = subject.inputs(case)
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+        wide_x = x.double() if x.is_floating_point() else x
+        with torch.no_grad():
+            weigh = weighing(oracle(wide_x, **wide))
+        y, expected = gradients(oracle, wide_x, wide, weigh)
+        z, got = gradients(module, x, given, weigh)
+        worst = max(worst, compare("the output", case, z, y, tolerance))
+        for name, grad in expected.items():
+            error = compare(f"the gradient of {name}", case, got[name], grad, tolerance)
+            worst, count = max(worst, error), count + 1
+    return count, worst
