@@ -19,7 +19,7 @@ from .inheritance import Body
 from .library import Library
 from .masks import extent, linear, sees_itself
 from .mixers import resolve_mixer
-from .model import Apply, Block, Flow, Pairwise, Read, Recurrence, Stream
+from .model import Apply, Block, Flow, Pairwise, Read, Recurrence, Stream, flow_nodes
 from .scalars import resolve, resolve_normalizer
 from .scope import Findings, Scope
 
@@ -333,20 +333,11 @@ def _conjuncts(expr: Expr) -> list[Expr]:
             return [expr]
 
 
-def flow_nodes(flow: Flow) -> Iterator[Flow]:
-    """Yield every node of a flow, inputs first."""
-    if isinstance(flow, Apply):
-        for each in flow.inputs:
-            yield from flow_nodes(each)
-    yield flow
-
-
 def mix_exprs(mix: Pairwise | Recurrence) -> tuple[Expr, ...]:
     """Return every expression of a mixer."""
     if isinstance(mix, Recurrence):
         return (*(each.value for each in mix.updates), *(each.init for each in mix.states))
-    below = (mix.normalize.denominator,) if mix.normalize.denominator is not None else ()
-    return (mix.score, mix.mask, mix.normalize.numerator, *below, mix.weights)
+    return (mix.score, mix.mask, *mix.normalize.exprs, mix.weights)
 
 
 def _needed(streams: Mapping[str, Stream], mix: Pairwise | Recurrence, out: Flow) -> set[str]:

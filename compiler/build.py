@@ -9,9 +9,8 @@ from __future__ import annotations
 from ..grammar.expr import TRUE
 from ..grammar.syntax import Expr, Index, Name, walk
 from ..ops import Weight
-from .blocks import flow_nodes
 from .graph import Dims, Graph, Node, dims_of
-from .model import Apply, Block, Flow, Pairwise, Read, Recurrence
+from .model import Apply, Block, Flow, Pairwise, Read, Recurrence, applies
 from .parameters import weights
 
 
@@ -74,7 +73,7 @@ class _Builder:
             if flow.name not in self.names:
                 self.given(flow.name)
             return self._named(flow.name, name)
-        order = [node for node in flow_nodes(flow) if isinstance(node, Apply)]
+        order = list(applies(flow))
         made: dict[int, str] = {}
         for at, node in enumerate(order):
             inputs = tuple(

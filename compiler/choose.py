@@ -99,8 +99,7 @@ def _describe(spec: kernel.Attend) -> str:
 def attend_exprs(node: Node) -> tuple[Expr, ...]:
     """Return every expression of an attention."""
     normalizer: Normalizer = node.get("normalizer")
-    below = (normalizer.denominator,) if normalizer.denominator is not None else ()
-    return (node.get("score"), node.get("mask"), normalizer.numerator, *below, node.get("weights"))
+    return (node.get("score"), node.get("mask"), *normalizer.exprs, node.get("weights"))
 
 
 def reads_places(graph: Graph, node: Node) -> bool:

@@ -18,10 +18,10 @@ from math import prod
 
 from ..grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
 from ..ops import OPS, Shape, Weight
-from .blocks import flow_nodes, mix_exprs
+from .blocks import mix_exprs
 from .counting import pairs
 from .masks import extent
-from .model import Apply, Block, Flow, Model, Pairwise, Read, Recurrence
+from .model import Apply, Block, Flow, Model, Pairwise, Read, Recurrence, applies
 from .parameters import model_weights, weights
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -100,7 +100,7 @@ def _size(weight: Weight) -> int:
 
 def _applies(block: Block) -> list[Apply]:
     flows = [*(each.flow for each in block.streams), block.out]
-    return [node for flow in flows for node in flow_nodes(flow) if isinstance(node, Apply)]
+    return [node for flow in flows for node in applies(flow)]
 
 
 def _block_flops(block: Block, tokens: int) -> int:

@@ -9,6 +9,7 @@ to a graph. Scalar expressions stay trees, but what they may read is now fixed:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..grammar.diagnostics import Diagnostic
@@ -43,6 +44,19 @@ class Apply:
 Flow = Read | Apply
 
 
+def flow_nodes(flow: Flow) -> Iterator[Flow]:
+    """Yield every node of a flow, inputs first."""
+    if isinstance(flow, Apply):
+        for each in flow.inputs:
+            yield from flow_nodes(each)
+    yield flow
+
+
+def applies(flow: Flow) -> Iterator[Apply]:
+    """Yield the operations of a flow, inputs before what reads them."""
+    return (node for node in flow_nodes(flow) if isinstance(node, Apply))
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """`let name = flow`, or q, k, v."""
@@ -71,6 +85,11 @@ class Normalizer:
     numerator: Expr
     denominator: Expr | None = None
     where: Expr | None = None
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        """The numerator, and the denominator where it has one."""
+        return (self.numerator,) if self.denominator is None else (self.numerator, self.denominator)
 
 
 @dataclass(frozen=True, slots=True)

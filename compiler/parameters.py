@@ -13,14 +13,13 @@ buffers outside its state dict. torch is imported only where values are drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..grammar.expr import rebuild
 from ..grammar.syntax import Call, Expr, Name
 from ..ops import OPS, Op, Shape, Weight
-from .model import Apply, Block, Flow, Model
+from .model import Apply, Block, Model, applies
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +40,9 @@ def weights(block: Block) -> tuple[Weight, ...]:
     """Return a block's learned tensors: those of its streams, its own, those of `out`."""
     found: dict[str, Weight] = {}
     for flow in [each.flow for each in block.streams]:
-        found.update({each.name: each for apply in _applies(flow) for each in owned(apply)})
+        found.update({each.name: each for node in applies(flow) for each in owned(node)})
     found.update({each.name: each for each in block.tensors if each.learned})
-    found.update({each.name: each for apply in _applies(block.out) for each in owned(apply)})
+    found.update({each.name: each for node in applies(block.out) for each in owned(node)})
     return tuple(found.values())
 
 
@@ -147,11 +146,3 @@ def initial(
 
 def _prefixed(prefix: str, tensors: tuple[Weight, ...]) -> list[Weight]:
     return [replace(each, name=f"{prefix}.{each.name}") for each in tensors]
-
-
-def _applies(flow: Flow) -> Iterator[Apply]:
-    """Yield the operations of a flow, inputs before what reads them."""
-    if isinstance(flow, Apply):
-        for each in flow.inputs:
-            yield from _applies(each)
-        yield flow

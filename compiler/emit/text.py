@@ -48,10 +48,6 @@ def atomic(text: str) -> str:
     return text if isinstance(node, simple) else f"({text})"
 
 
-def is_name(text: str) -> bool:
-    return text.replace(".", "").replace("_", "").isalnum()
-
-
 def indent(lines: list[str], by: int = 1) -> list[str]:
     return [f"{'    ' * by}{line}" if line else "" for line in lines]
 
