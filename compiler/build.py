@@ -10,18 +10,15 @@ from ..grammar.expr import TRUE
 from ..grammar.syntax import Expr, Index, Name, walk
 from ..ops import Weight
 from .graph import Dims, Graph, Node, dims_of
-from .model import Apply, Block, Flow, Pairwise, Read, Recurrence, applies
+from .model import Block, Flow, Mixing, Pairwise, Read, Recurrence, applies
 from .parameters import weights
 
 
 def build(block: Block) -> Graph:
     """Return the unfused graph of a block."""
     builder = _Builder(block)
-    builder.streams()
-    if isinstance(block.mix, Pairwise):
-        builder.pairwise(block.mix)
-    else:
-        builder.recurrence(block.mix)
+    for stream in block.streams:
+        builder.flow(stream.flow, stream.name)
     output = builder.flow(block.out, "y")
     return Graph(block, tuple(builder.nodes), output, weights(block))
 
@@ -63,21 +60,21 @@ class _Builder:
         }
         return self.add(name, "input", (), dims[name])
 
-    def streams(self) -> None:
-        for stream in self.block.streams:
-            self.flow(stream.flow, stream.name)
-
     def flow(self, flow: Flow, name: str) -> str:
         """Add the nodes of a flow; its last one gets the name, the others `name.1` …"""
         if isinstance(flow, Read):
             if flow.name not in self.names:
                 self.given(flow.name)
             return self._named(flow.name, name)
+        if isinstance(flow, Mixing):
+            if isinstance(flow.mix, Pairwise):
+                return self._pairwise(flow, flow.mix, name)
+            return self._recurrence(flow, flow.mix, name)
         order = list(applies(flow))
         made: dict[int, str] = {}
         for at, node in enumerate(order):
             inputs = tuple(
-                made[id(each)] if isinstance(each, Apply) else self._read(each.name)
+                self._read(each.name) if isinstance(each, Read) else made[id(each)]
                 for each in node.inputs
             )
             own = name if at == len(order) - 1 else f"{name}.{at + 1}"
@@ -103,27 +100,28 @@ class _Builder:
         self.nodes.append(Node(name, "pointwise", (source,), node.dims, (("expr", expr),)))
         return name
 
-    def pairwise(self, mix: Pairwise) -> None:
-        block = self.block
-        keys = "m" if block.crosses else "n"
-        grid: Dims = ("b", block.heads, "n", keys)
+    def _pairwise(self, mixing: Mixing, mix: Pairwise, name: str) -> str:
+        dims = dims_of(mixing.shape)
+        grid: Dims = (*dims[:-1], mixing.keys)
+        q, k, v = (each.name for each in mixing.inputs[:3])
+        own = "" if name == "o" else f"{name}."
         read = {
-            name: tuple(self.given(each) for each in tensors_read(expr))
-            for name, expr in (
+            part: tuple(self.given(each) for each in tensors_read(expr))
+            for part, expr in (
                 ("score", mix.score), ("mask", mix.mask), ("weights", mix.weights),
             )
         }  # fmt: skip
-        normal = tensors_read(mix.normalize.numerator, mix.normalize.denominator)
-        self.add("s", "similarity", ("q", "k"), grid, scale=mix.scale)
-        self.add("s.1", "score", ("s", *read["score"]), grid, expr=mix.score)
-        self.add("visible", "mask", read["mask"], grid, expr=mix.mask)
-        self.add("p", "normalize", ("s.1", "visible", *(self.given(each) for each in normal)),
-                 grid, normalizer=mix.normalize)  # fmt: skip
-        self.add("p.1", "weights", ("p", "visible", *read["weights"]), grid, expr=mix.weights)
-        last = self.add("p.2", "drop", ("p.1",), grid, rate=mix.dropout)
-        self.add("o", "combine", (last, "v"), ("b", block.heads, "n", block.value_dim))
+        normal = tuple(self.given(each) for each in tensors_read(*mix.normalize.exprs))
+        s = self.add(f"{own}s", "similarity", (q, k), grid, scale=mix.scale)
+        s = self.add(f"{own}s.1", "score", (s, *read["score"]), grid, expr=mix.score)
+        visible = self.add(f"{own}visible", "mask", read["mask"], grid, expr=mix.mask)
+        p = self.add(f"{own}p", "normalize", (s, visible, *normal), grid, normalizer=mix.normalize)
+        p = self.add(f"{own}p.1", "weights", (p, visible, *read["weights"]), grid,
+                     expr=mix.weights)  # fmt: skip
+        p = self.add(f"{own}p.2", "drop", (p,), grid, rate=mix.dropout)
+        return self.add(name, "combine", (p, v), dims)
 
-    def recurrence(self, mix: Recurrence) -> None:
+    def _recurrence(self, mixing: Mixing, mix: Recurrence, name: str) -> str:
         read: dict[str, None] = {}
         written = {each.name for each in mix.states} | {each.name for each in mix.updates}
         for expr in (*(each.value for each in mix.updates), *(each.init for each in mix.states)):
@@ -133,5 +131,4 @@ class _Builder:
                     read |= {self.given(node.id): None} if known else {}
         if mix.resets:
             read[self.given("doc")] = None
-        self.add("o", "scan", tuple(read), ("b", self.block.heads, "n", self.block.value_dim),
-                 recurrence=mix)  # fmt: skip
+        return self.add(name, "scan", tuple(read), dims_of(mixing.shape), recurrence=mix)

@@ -116,9 +116,9 @@ def reads_places(graph: Graph, node: Node) -> bool:
     return any(reads(expr) for expr in attend_exprs(node))
 
 
-def always_fused(graph: Graph, node: Node | None) -> bool:
+def always_fused(graph: Graph, node: Node) -> bool:
     """Say whether a kernel takes every call: all of a context is there at each of them."""
-    return node is not None and graph.block.crosses and not reads_places(graph, node)
+    return graph.crosses(node) and not reads_places(graph, node)
 
 
 def sdpa_obstacle(node: Node) -> str | None:
@@ -166,7 +166,7 @@ def _read_outside(graph: Graph, node: Node) -> str:
                 continue
             made = graph.node(read.base.id)
             for item, size in zip(read.items, made.dims, strict=False):
-                bounds = whole_range(item, graph.block.heads) or (0, 0)
+                bounds = whole_range(item, int(node.dims[1])) or (0, 0)
                 inside = bounds[0] >= 0 and bounds[1] < size if isinstance(size, int) else True
                 if made.op == "tensor" and not inside:
                     return made.name

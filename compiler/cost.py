@@ -18,10 +18,19 @@ from math import prod
 
 from ..grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
 from ..ops import OPS, Shape, Weight
-from .blocks import mix_exprs
 from .counting import pairs
 from .masks import extent
-from .model import Apply, Block, Flow, Model, Pairwise, Read, Recurrence, applies
+from .mixing import mix_exprs
+from .model import (
+    Apply,
+    Block,
+    Flow,
+    Mixing,
+    Model,
+    Read,
+    Recurrence,
+    applies,
+)
 from .parameters import model_weights, weights
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -104,28 +113,39 @@ def _applies(block: Block) -> list[Apply]:
 
 
 def _block_flops(block: Block, tokens: int) -> int:
-    total = tokens * sum(
-        OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
+    total = sum(
+        _count(node.shape.tokens, tokens)
+        * OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
         for node in _applies(block)
     )
-    if isinstance(block.mix, Recurrence):
-        return total + tokens * block.heads * _recurrence_flops(block, block.mix)
-    mix = block.mix
-    each = 2 * (block.head_dim + block.value_dim)
+    return total + sum(_mixing_flops(each, tokens) for each in block.mixings.values())
+
+
+def _count(axis: str, tokens: int) -> int:
+    """Return how many tokens an axis has, where x and the context have so many."""
+    return int(axis) if axis.isdecimal() else tokens
+
+
+def _mixing_flops(mixing: Mixing, tokens: int) -> int:
+    if isinstance(mixing.mix, Recurrence):
+        return tokens * mixing.heads * _recurrence_flops(mixing, mixing.mix)
+    mix = mixing.mix
+    each = 2 * (mixing.inputs[0].shape.dim + mixing.shape.dim)
     each += sum(_scalar_ops(expr) for expr in mix_exprs(mix) if expr != mix.mask)
-    return total + each * pairs(mix.mask, tokens, tokens, block.heads)
+    rows, columns = _count(mixing.queries, tokens), _count(mixing.keys, tokens)
+    return each * pairs(mix.mask, rows, columns, mixing.heads)
 
 
 def _scalar_ops(expr: Expr) -> int:
     return sum(isinstance(node, Binary | Unary | Call) for node in walk(expr))
 
 
-def _recurrence_flops(block: Block, mix: Recurrence) -> int:
+def _recurrence_flops(mixing: Mixing, mix: Recurrence) -> int:
     """Operations per token and head: sizes of all intermediate results, products twice."""
     dims: dict[str, tuple[int, ...]] = {each.name: each.shape for each in mix.states}
-    for stream in block.streams:
+    for stream in mixing.inputs:
         shape = stream.shape
-        per_head = shape.dim if shape.heads is not None else shape.dim // block.heads
+        per_head = shape.dim if shape.heads is not None else shape.dim // mixing.heads
         dims[stream.name] = (per_head,) if shape.heads is not None or per_head > 1 else ()
     total = 0
     for update in mix.updates:
@@ -163,16 +183,21 @@ def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tupl
 
 
 def _cache_bytes(block: Block, tokens: int, dtype: str) -> int:
-    if isinstance(block.mix, Recurrence):
+    return sum(_kept(block, each, tokens, dtype) for each in block.mixings.values())
+
+
+def _kept(block: Block, mixing: Mixing, tokens: int, dtype: str) -> int:
+    if isinstance(mixing.mix, Recurrence):
         each = max(4, BYTES[dtype])
-        return each * block.heads * sum(prod(state.shape) for state in block.mix.states)
-    mix: Pairwise = block.mix
-    seen = extent(mix.mask)
+        return each * mixing.heads * sum(prod(state.shape) for state in mixing.mix.states)
+    if mixing.queries.isdecimal() or mixing.keys.isdecimal():
+        return 0
+    seen = extent(mixing.mix.mask)
     held = tokens
-    if not block.crosses and seen.back is not None:
+    if not mixing.crosses and seen.back is not None:
         held = min(tokens, seen.prefix + seen.back + 1)
     total = 0
-    for name in keyed_streams(block):
+    for name in keyed_streams(block, mixing):
         if name == "doc":
             total += 8
         else:
@@ -187,18 +212,18 @@ def _width(block: Block, name: str) -> int:
     return block.width if name == "x" else block.context_width or 0
 
 
-def keyed_streams(block: Block) -> tuple[str, ...]:
+def keyed_streams(block: Block, mixing: Mixing) -> tuple[str, ...]:
     """Return what a cache keeps of each token: k, v, and what expressions index by j."""
     shapes = {"x", "context", "doc"} | {each.name for each in block.streams}
     read = {
         node.base.id: None
-        for expr in mix_exprs(block.mix)
+        for expr in mix_exprs(mixing.mix)
         for node in walk(expr)
         if isinstance(node, Index) and isinstance(node.base, Name) and Name("j") in node.items
         if node.base.id in shapes
     }
     made: dict[Flow, str] = {}
-    for name in ("k", "v", *read):
+    for name in (*(each.name for each in mixing.inputs[1:3]), *read):
         stream = block.stream(name)
         flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
         made.setdefault(flow, name)
@@ -209,6 +234,8 @@ def _inlined(block: Block, flow: Flow) -> Flow:
     """Return a flow in terms of x and context: equal flows are computed, and kept, once."""
     if isinstance(flow, Apply):
         return replace(flow, inputs=tuple(_inlined(block, each) for each in flow.inputs))
+    if isinstance(flow, Mixing):
+        return flow
     stream = block.stream(flow.name)
     return flow if stream is None else _inlined(block, stream.flow)
 
@@ -216,4 +243,4 @@ def _inlined(block: Block, flow: Flow) -> Flow:
 def _activations(block: Block) -> int:
     """Numbers per token that a forward pass makes."""
     total = sum(node.shape.features for node in _applies(block))
-    return total + block.heads * (block.value_dim + 1)
+    return total + sum(each.heads * (each.shape.dim + 1) for each in block.mixings.values())

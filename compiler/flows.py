@@ -32,7 +32,10 @@ LATER = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a pipeline is for: its name, and the shape it must have (None: any)."""
+    """What a pipeline is for: its name, and the shape it must have (None: any).
+
+    The tokens of the shape only say what it would run along; any will do.
+    """
 
     name: str
     shape: Shape | None = None
@@ -55,7 +58,7 @@ class _Stage:
 def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
     """Return the flow of a pipeline, its submodules named, its final shape checked (L207)."""
     flow = name_modules(_flow(scope, expr, target), target)
-    if target.shape is not None and flow.shape != target.shape:
+    if target.shape is not None and replace(target.shape, tokens=flow.shape.tokens) != flow.shape:
         label = f"it is {flow.shape}, needed is {target.shape}"
         raise error("L207", f"`{target.name}` does not have the shape that is needed", expr.span,
                     label, _repair(flow.shape, target))  # fmt: skip
@@ -80,7 +83,7 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
                     raise error("L221", f"{LATER[id]} not available yet", span)
                 raise error("L201", f"there is no stream `{id}`", span, "",
                             suggest(id, scope.declared, scope.inputs))  # fmt: skip
-            return Read(id, shape, span)
+            return Read(scope.own(id), shape, span)
         case syntax.Pipe(None, _):
             raise error("L208", "this pipeline has no stream to start from", expr.span, "",
                         "begin it with `x` or another stream")  # fmt: skip
@@ -266,7 +269,7 @@ def name_modules(flow: Flow, target: Target) -> Flow:
     used: dict[str, int] = {}
 
     def visit(node: Flow) -> Flow:
-        if isinstance(node, Read):
+        if not isinstance(node, Apply):
             return node
         inputs = tuple(visit(each) for each in node.inputs)
         module = node.module

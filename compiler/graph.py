@@ -74,6 +74,14 @@ class Graph:
         """Yield the nodes of one operation."""
         return (each for each in self.nodes if each.op == op)
 
+    def mixings(self) -> Iterator[Node]:
+        """Yield the attentions and recurrences."""
+        return (each for each in self.nodes if each.op in ("attend", "scan"))
+
+    def crosses(self, attend: Node) -> bool:
+        """Say whether an attention's queries and keys are different lists of tokens."""
+        return self.node(attend.inputs[1]).dims[-2] != attend.dims[2]
+
     def readers(self, name: str) -> tuple[Node, ...]:
         return tuple(each for each in self.nodes if name in each.inputs)
 
@@ -93,7 +101,10 @@ class Graph:
 
 
 def shape_of(dims: Dims) -> Shape:
-    """Return the stream shape of [b, n, d] or [b, h, n, d]."""
+    """Return the stream shape of [b, n, d] or [b, h, n, d]; of a tensor [], [d] or [h, d]."""
+    if dims[:1] != ("b",):
+        heads = int(dims[0]) if len(dims) == 2 else None
+        return Shape("1", int(dims[-1]) if dims else 1, heads)
     if len(dims) == 3:
         return Shape(str(dims[1]), int(dims[2]))
     return Shape(str(dims[2]), int(dims[3]), int(dims[1]))

@@ -6,13 +6,16 @@ block global : local { mask = causal }      everything of `local`, the mask its 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
+from ..grammar.expr import names
 from ..grammar.parse import parse_expression
 from ..grammar.source import Span
 from ..grammar.syntax import Call, Expr, Name, Statement
 from .library import Library, bind, substitute_statement
+from .names import taken
 from .scope import Findings
 
 SETTINGS = {
@@ -24,42 +27,74 @@ SETTINGS = {
 }  # fmt: skip
 
 
+WHOLE_BLOCK = ("width", "context_width", "grid")  # settings that a branch cannot have
+
+
 class Body:
-    """A block's statements with everything it inherits, the nearest word winning."""
+    """A block's statements with everything it inherits, the nearest word winning.
+
+    `branches` are its branches as bodies of their own, which inherit all of it.
+    """
 
     def __init__(self, library: Library, call: Expr, findings: Findings) -> None:
         self.settings: dict[str, syntax.Setting] = {}
         self.lets: dict[str, syntax.Let | syntax.Param] = {}
         self.block = find_block(library, call)
         self.span = self.block.span
-        for body in reversed(list(_chain(library, call, []))):
-            self._merge(body, findings, library.lets)
+        self.branch = ""
+        self.overridden: set[str] = set()  # what a branch says itself
+        written: dict[str, syntax.Branch] = {}
+        for statements in reversed(list(_chain(library, call, []))):
+            self._merge(statements, written, findings, library.lets)
+        self.branches = {
+            each.name: self._of_branch(each, findings, library.lets) for each in written.values()
+        }
+
+    def _of_branch(
+        self, branch: syntax.Branch, findings: Findings, lets: Mapping[str, Expr]
+    ) -> Body:
+        body = copy(self)
+        body.settings, body.lets = dict(self.settings), dict(self.lets)
+        body.settings.pop("out", None)
+        body.branch, body.branches, body.span = branch.name, {}, branch.span
+        body.overridden = {getattr(each, "name", "") for each in branch.body}
+        with findings.guard():
+            if why := taken(branch.name):
+                raise error("L215", f"`{branch.name}` cannot be the name of this", branch.span, why,
+                            "choose another name")  # fmt: skip
+            if branch.name in self.lets:
+                raise error("L211", f"`{branch.name}` is defined twice", branch.span, "",
+                            "choose another name")  # fmt: skip
+        body._merge(branch.body, None, findings, lets)
+        return body
 
     def _merge(
-        self, body: tuple[Statement, ...], findings: Findings, lets: Mapping[str, Expr]
-    ) -> None:
+        self, body: tuple[Statement, ...], branches: dict[str, syntax.Branch] | None,
+        findings: Findings, lets: Mapping[str, Expr],
+    ) -> None:  # fmt: skip
+        what = "a block" if branches is not None else "a branch"
         seen: set[str] = set()
         for statement in body:
             with findings.guard():
                 name = getattr(statement, "name", "")
                 if name and name in seen:
-                    raise error("L211", f"`{name}` is set twice in one block", statement.span, "",
+                    raise error("L211", f"`{name}` is set twice in {what}", statement.span, "",
                                 "keep one of them")  # fmt: skip
                 seen.add(name)
                 statement = substitute_statement(statement, lets)
                 match statement:
                     case syntax.Setting():
-                        if name not in SETTINGS:
-                            raise error("L202", f"a block has no setting `{name}`", statement.span,
+                        if name not in SETTINGS or (branches is None and name in WHOLE_BLOCK):
+                            raise error("L202", f"{what} has no setting `{name}`", statement.span,
                                         "", did_you_mean(name, SETTINGS))  # fmt: skip
                         self.settings[name] = statement
                     case syntax.Let() | syntax.Param():
                         self.lets[name] = statement
-                    case syntax.Branch():
-                        raise error("L221", "branches are not available yet", statement.span)
+                    case syntax.Branch() if branches is not None:
+                        branches[name] = statement
                     case _:
-                        help = "a block is made of settings, `let`, `param` and `const`"
-                        raise error("L202", "this does not belong in a block", statement.span, "",
+                        help = f"{what} is made of settings, `let`, `param` and `const`"
+                        raise error("L202", f"this does not belong in {what}", statement.span, "",
                                     help)  # fmt: skip
 
     def has(self, name: str) -> bool:
@@ -72,6 +107,19 @@ class Body:
 
     def span_of(self, name: str) -> Span:
         return self.settings[name].value.span if name in self.settings else self.span
+
+    def changed(self, sizes: set[str]) -> set[str]:
+        """Return the lets that are a branch's own: what it overrides, and all that reads it."""
+        changed = self.overridden & self.lets.keys()
+        moved = changed | sizes
+        while found := {
+            name
+            for name, let in self.lets.items()
+            if name not in moved and isinstance(let, syntax.Let) and names(let.value) & moved
+        }:
+            moved |= found
+            changed |= found
+        return changed
 
 
 def find_block(library: Library, call: Expr) -> syntax.Block:

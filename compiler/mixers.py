@@ -73,7 +73,7 @@ def _update(visitor: _Mixer, update: syntax.Update) -> Update:
     if needed is not None and dims != needed:
         raise error("L216", f"`{update.name}` has another shape", update.value.span,
                     f"{list(needed)} ← {list(dims)}")  # fmt: skip
-    if update.name in visitor.fixed or update.name in visitor.scope.declared:
+    if update.name != "o" and update.name in visitor.fixed | visitor.scope.declared.keys():
         raise error("L216", f"`{update.name}` cannot be written", update.span,
                     "a mixer writes its states, `o`, and names of its own")  # fmt: skip
     known.setdefault(update.name, dims)
@@ -138,6 +138,8 @@ class _Mixer:
         scope, id = self.scope, expr.id
         if id in self.locals:
             return expr, self.locals[id]
+        id = scope.own(id)
+        expr = Name(id, expr.span)
         if id in ("true", "false"):
             return expr, ()
         if id in scope.numbers:

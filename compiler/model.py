@@ -9,8 +9,8 @@ to a graph. Scalar expressions stay trees, but what they may read is now fixed:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 from ..grammar.diagnostics import Diagnostic
 from ..grammar.source import NOWHERE, Span
@@ -41,12 +41,45 @@ class Apply:
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
 
-Flow = Read | Apply
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """Tokens mix: the heads that queries gather from what they see, [heads, queries, value_dim].
+
+    `inputs` are the streams it reads: q, k and v first where the mix is pairwise.
+    """
+
+    mix: Pairwise | Recurrence
+    inputs: tuple[Read, ...]
+    shape: Shape
+    span: Span = field(default=NOWHERE, compare=False, repr=False)
+
+    @property
+    def heads(self) -> int:
+        assert self.shape.heads is not None
+        return self.shape.heads
+
+    @property
+    def queries(self) -> str:
+        """The tokens that i counts."""
+        return self.shape.tokens
+
+    @property
+    def keys(self) -> str:
+        """The tokens that j counts."""
+        return self.inputs[1].shape.tokens if isinstance(self.mix, Pairwise) else self.queries
+
+    @property
+    def crosses(self) -> bool:
+        """Whether queries and keys are different lists of tokens."""
+        return self.keys != self.queries
+
+
+Flow = Read | Apply | Mixing
 
 
 def flow_nodes(flow: Flow) -> Iterator[Flow]:
     """Yield every node of a flow, inputs first."""
-    if isinstance(flow, Apply):
+    if isinstance(flow, Apply | Mixing):
         for each in flow.inputs:
             yield from flow_nodes(each)
     yield flow
@@ -59,7 +92,7 @@ def applies(flow: Flow) -> Iterator[Apply]:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """`let name = flow`, or q, k, v."""
+    """`let name = flow`, q, k and v, and what is mixed: `o` and the branches."""
 
     name: str
     flow: Flow
@@ -143,7 +176,10 @@ class Recurrence:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One attention layer. `streams` come in an order in which each reads earlier ones."""
+    """One attention layer. `streams` come in an order in which each reads earlier ones.
+
+    The sizes are those of the block itself; a branch may have others, which its streams show.
+    """
 
     name: str
     width: int
@@ -154,7 +190,6 @@ class Block:
     value_dim: int
     streams: tuple[Stream, ...]
     tensors: tuple[Weight, ...]
-    mix: Pairwise | Recurrence
     out: Flow
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
@@ -162,10 +197,20 @@ class Block:
         return next((each for each in self.streams if each.name == name), None)
 
     @property
-    def crosses(self) -> bool:
-        """Whether keys run along the context's tokens."""
-        k = self.stream("k") or self.stream("v")
-        return k is not None and k.shape.tokens == "m"
+    def mixings(self) -> dict[str, Mixing]:
+        """What mixes tokens, by name: `o`, and the branches."""
+        return {each.name: each.flow for each in self.streams if isinstance(each.flow, Mixing)}
+
+    def remixed(self, change: Callable[[Pairwise], Pairwise]) -> Block:
+        """Return the block with every pairwise mix changed."""
+
+        def changed(stream: Stream) -> Stream:
+            flow = stream.flow
+            if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
+                return replace(stream, flow=replace(flow, mix=change(flow.mix)))
+            return stream
+
+        return replace(self, streams=tuple(changed(each) for each in self.streams))
 
 
 @dataclass(frozen=True, slots=True)

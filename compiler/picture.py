@@ -13,26 +13,26 @@ from ..grammar.show import show
 from ..grammar.syntax import Expr
 from .graph import Graph, Node
 from .masks import extent
-from .model import Block, Pairwise
+from .model import Block, Mixing, Pairwise
 from .normalizers import exponential
 from .verify_masks import visible_pairs
 
 _HALVES = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 
 
-def mask_picture(block: Block, cells: int = 32) -> list[str]:
+def mask_picture(mixing: Mixing, cells: int = 32) -> list[str]:
     """Return the mask of any head as lines of text; [] for a recurrence or a mask of streams.
 
     A mask that reaches further back than the picture is wide is shown scaled down: a cell is
     then a square of tokens, visible where any pair in it is.
     """
-    if not isinstance(block.mix, Pairwise):
+    if not isinstance(mixing.mix, Pairwise) or "n" not in (mixing.queries, mixing.keys):
         return []
-    back = extent(block.mix.mask).back or 0
+    back = extent(mixing.mix.mask).back or 0
     step = min(16, max(1, -(-2 * (back + 1) // cells)))
     tokens = cells * step
-    seen = visible_pairs(block, tokens, tokens, torch.zeros(1, tokens, dtype=torch.int64))
-    if seen is None:
+    seen = visible_pairs(mixing, tokens, tokens, torch.zeros(1, tokens, dtype=torch.int64))
+    if seen is None or seen.shape[1:] != (tokens, tokens):
         return []
     rows = seen[0].reshape(cells, step, cells, step).any(3).any(1).tolist()
     lines = [
@@ -85,11 +85,16 @@ def describe(block: Block) -> list[tuple[str, str]]:
     lines = [("width", str(block.width)), ("heads", heads)]
     if block.context_width is not None:
         lines.append(("context width", str(block.context_width)))
-    if isinstance(block.mix, Pairwise):
-        mix = block.mix
-        lines += [("score", show(mix.score)), ("mask", show(mix.mask)),
-                  ("normalize", mix.normalize.name)]  # fmt: skip
-    else:
-        lines.append(("mix", block.mix.name))
-        lines += [("", f"{each.name} <- {show(each.value)}") for each in block.mix.updates]
+    for name, mixing in block.mixings.items():
+        mix = mixing.mix
+        if len(block.mixings) > 1:
+            q = mixing.inputs[0].shape
+            lines.append((name, f"{mixing.heads} heads, {mixing.queries} × {mixing.keys} tokens"
+                          if q.heads else ""))  # fmt: skip
+        if isinstance(mix, Pairwise):
+            lines += [("score", show(mix.score)), ("mask", show(mix.mask)),
+                      ("normalize", mix.normalize.name)]  # fmt: skip
+        else:
+            lines.append(("mix", mix.name))
+            lines += [("", f"{each.name} <- {show(each.value)}") for each in mix.updates]
     return lines

@@ -130,7 +130,20 @@ def expect_per_token(name: str, given: Tensor, x: Tensor) -> None:
         raise ValueError(f"`{name}` must be [{n}] or [{b}, {n}], it is {list(given.shape)}")
 
 
-class KeyValueCache:
+class Cache:
+    """What the tokens so far left behind, by name."""
+
+    def __init__(self, **kept: Tensor) -> None:
+        self.length = 0
+        self.kept = kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, whether written yet or not."""
+        return sum(each.nbytes for each in self.kept.values())
+
+
+class KeyValueCache(Cache):
     """What the tokens so far left behind for later queries to read.
 
     `sizes` says what is kept of each token: name → (heads or None, features). With a `ring`,
@@ -148,7 +161,7 @@ class KeyValueCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.length = 0
+        super().__init__()
         self.prefix = prefix
         self.is_ring = ring is not None and prefix + ring < length
         self.capacity = prefix + ring if ring is not None and self.is_ring else length
@@ -163,11 +176,6 @@ class KeyValueCache:
             )
             for name, (heads, dim) in sizes.items()
         }
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, whether written yet or not."""
-        return sum(each.nbytes for each in self.kept.values())
 
     def update(self, positions: Tensor | None, **new: Tensor) -> tuple[Tensor, ...]:
         """Take up new tokens; return all that is visible now, and the positions j of its keys."""
@@ -228,28 +236,35 @@ class KeyValueCache:
         return self.positions[:, :held]
 
 
-class ContextCache:
+class ContextCache(Cache):
     """The keys and values of a context, computed once."""
 
-    def __init__(self) -> None:
-        self.length = 0
-        self.kept: dict[str, Tensor] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(each.nbytes for each in self.kept.values())
-
-
-class StateCache:
+class StateCache(Cache):
     """The states of a recurrence after the tokens so far."""
 
-    def __init__(self, **states: Tensor) -> None:
+    doc: Tensor | None = None  # the segment of the last token, where segments are given
+
+
+class TailCache(Cache):
+    """The last tokens that stages with a memory have read."""
+
+    def before(self, name: str, x: Tensor, count: int) -> Tensor:
+        """Return the `count` tokens before x [..., n, d], zeros at first; keep the last of x."""
+        empty = x.new_zeros(*x.shape[:-2], count, x.shape[-1])
+        old = self.kept.get(name, empty)
+        self.kept[name] = torch.cat([old, x], dim=-2)[..., -count:, :].detach()
+        return old
+
+
+class BlockCache:
+    """The caches of a block that keeps several things, by name."""
+
+    def __init__(self, **parts: Cache) -> None:
         self.length = 0
-        self.kept = states
-        self.doc: Tensor | None = None  # the segment of the last token, where segments are given
+        self.parts = parts
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(each.nbytes for each in self.kept.values())
+        return sum(each.nbytes for each in self.parts.values())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops import OPS, Run
-from .model import Block, Flow, Model, Read, Recurrence
+from .model import Apply, Block, Flow, Mixing, Model, Read, Recurrence
 from .parameters import (
     constants,
     defaults,
@@ -28,7 +28,7 @@ from .parameters import (
     owned,
     weights,
 )
-from .reference_attend import Given, attend
+from .reference_attend import Given, Places, attend
 from .reference_scan import scan
 
 
@@ -89,29 +89,32 @@ class ReferenceBlock(nn.Module):
             if context is None:
                 raise ValueError(f"block `{block.name}` reads a context, and none was given")
             _expect("context", context, block.context_width)
-        places = {"n": _positions(positions, x)}
+        places = Places({"n": _positions(positions, x)})
         streams = {"x": x}
         if context is not None:
             places["m"] = _positions(None, context)
             streams["context"] = context
-        for stream in block.streams:
-            streams[stream.name] = self._flow(stream.flow, streams, places)
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
         given = Given(streams, tensors, places, segments, self.training)
-        if isinstance(block.mix, Recurrence):
-            o = scan(block, block.mix, given)
-        else:
-            o = attend(block, block.mix, given)
-        return self._flow(block.out, {**streams, "o": o}, places)
+        for stream in block.streams:
+            streams[stream.name] = self._flow(stream.flow, given)
+        return self._flow(block.out, given)
 
-    def _flow(self, flow: Flow, streams: dict[str, Tensor], positions: dict[str, Tensor]) -> Tensor:
-        if isinstance(flow, Read):
-            return streams[flow.name]
-        inputs = [self._flow(each, streams, positions) for each in flow.inputs]
-        tensors = {each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
-                   for each in owned(flow)}  # fmt: skip
-        run = Run(positions, self.training, flow.shape.tokens)
-        return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
+    def _flow(self, flow: Flow, given: Given) -> Tensor:
+        match flow:
+            case Read(name):
+                if name in given.tensors:
+                    return _as_stream(given.tensors[name])
+                return given.streams[name]
+            case Mixing():
+                mix = scan if isinstance(flow.mix, Recurrence) else attend
+                return mix(flow, given)
+            case Apply():
+                inputs = [self._flow(each, given) for each in flow.inputs]
+                tensors = {each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
+                           for each in owned(flow)}  # fmt: skip
+                run = Run(given.positions, self.training, flow.shape.tokens)
+                return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
 
     def _tensor(self, name: str) -> Tensor:
         return _tensor(self, name)
@@ -226,6 +229,11 @@ def _positions(given: Tensor | None, x: Tensor) -> Tensor:
     if given is None:
         given = torch.arange(tokens, device=x.device)
     return given.expand(batch, tokens)
+
+
+def _as_stream(tensor: Tensor) -> Tensor:
+    """Return a tensor as a stream of one token: [d] → [1, 1, d], [heads, d] → [1, heads, 1, d]."""
+    return tensor[None, :, None] if tensor.ndim == 2 else tensor.reshape(1, 1, -1)
 
 
 def _expect(name: str, x: Tensor, width: int) -> None:

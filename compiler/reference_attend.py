@@ -24,11 +24,17 @@ from torch.nn import functional
 
 from ..grammar.expr import rebuild
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary
-from ..ops import Shape
 from ..ops.pointwise import evaluate
-from .model import Block, Normalizer, Pairwise
+from .model import Mixing, Normalizer, Pairwise
 
 Value = Tensor | int | float
+
+
+class Places(dict[str, Tensor]):
+    """The position of every token, by what the tokens are: n, m, or a fixed number of them."""
+
+    def __missing__(self, tokens: str) -> Tensor:
+        return torch.arange(int(tokens), device=self["n"].device).expand(len(self["n"]), -1)
 
 
 class Given(NamedTuple):
@@ -36,21 +42,23 @@ class Given(NamedTuple):
 
     streams: Mapping[str, Tensor]  # [b, heads, tokens, d] or [b, tokens, d]
     tensors: Mapping[str, Tensor]  # params and consts
-    positions: Mapping[str, Tensor]  # tokens axis → [b, tokens]
+    positions: Places  # tokens axis → [b, tokens]
     segments: Tensor | None  # [b, n]; None: one document
     training: bool
 
 
-def attend(block: Block, mix: Pairwise, given: Given) -> Tensor:
-    """Return the mixed heads [b, heads, n, value_dim].
+def attend(mixing: Mixing, given: Given) -> Tensor:
+    """Return the mixed heads [b, heads, queries, value_dim].
 
     Half precision is mixed in float32, for then no finite q and k give an infinite logit.
     """
-    q, k, v = (wide(given.streams[name]) for name in "qkv")
-    k, v = (each.repeat_interleave(block.heads // each.shape[1], dim=1) for each in (k, v))
+    mix = mixing.mix
+    assert isinstance(mix, Pairwise)
+    q, k, v = (wide(given.streams[each.name]) for each in mixing.inputs[:3])
+    k, v = (each.repeat_interleave(mixing.heads // each.shape[1], dim=1) for each in (k, v))
     s = mix.scale * (q @ k.mT)  # [b, H, n, m]
 
-    scope = _Scope(block, given, s.shape)
+    scope = _Scope(mixing, given, s.shape)
     visible = scope.dense(mix.mask)
     pairs = _Pairs(*visible.nonzero(as_tuple=True))
     rows = _Rows(pairs, s.shape)
@@ -68,7 +76,7 @@ def attend(block: Block, mix: Pairwise, given: Given) -> Tensor:
     weight = column(mix.weights, {"s": logits, "p": weight})
     p = torch.zeros_like(s).index_put(tuple(pairs), weight)
     p = functional.dropout(p, mix.dropout, given.training)
-    return (p @ v).to(given.streams["v"].dtype)
+    return (p @ v).to(given.streams[mixing.inputs[2].name].dtype)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -113,12 +121,9 @@ class _Rows:
 class _Scope:
     """What the names in an expression mean at some pairs."""
 
-    def __init__(self, block: Block, given: Given, shape: torch.Size) -> None:
-        self.block, self.given, self.shape = block, given, shape
-        self.key_axis = "m" if block.crosses else "n"
-        self.axes = {each.name: each.shape for each in block.streams}
-        self.axes["x"] = Shape("n", block.width)
-        self.axes["context"] = Shape("m", block.context_width or 0)
+    def __init__(self, mixing: Mixing, given: Given, shape: torch.Size) -> None:
+        self.mixing, self.given, self.shape = mixing, given, shape
+        self.axes = {each.name: each.shape for each in mixing.inputs}
 
     def dense(self, mask: Expr) -> Tensor:
         """Return a mask at every pair there is, [b, H, n, m]."""
@@ -132,8 +137,8 @@ class _Scope:
         """Whole numbers are float64: exact up to 2**53, and they round nothing they meet."""
         positions = self.given.positions
         return {
-            "i": positions["n"][pairs.batch, pairs.query].double(),
-            "j": positions[self.key_axis][pairs.batch, pairs.key].double(),
+            "i": positions[self.mixing.queries][pairs.batch, pairs.query].double(),
+            "j": positions[self.mixing.keys][pairs.batch, pairs.key].double(),
             "h": pairs.head.double(),
             "n": self.shape[2],
             "m": self.shape[3],

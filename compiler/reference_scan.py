@@ -19,34 +19,33 @@ from ..grammar.expr import rebuild
 from ..grammar.functions import VECTOR_FUNCTIONS
 from ..grammar.syntax import Binary, Call, Expr, Index, Name, Number, children
 from ..ops.pointwise import evaluate
-from .model import Block, Recurrence, Update
+from .model import Mixing, Recurrence, Update
 from .reference_attend import Given, Value, wide
 
 Scope = Mapping[str, Value]
 States = dict[str, Tensor]
 
 
-def scan(block: Block, mix: Recurrence, given: Given) -> Tensor:
+def scan(mixing: Mixing, given: Given) -> Tensor:
     """Return the mixed heads [b, heads, n, value_dim].
 
     Where the mixer resets, every state starts anew at a token whose document is not that of
     the token before. Half precision is mixed in float32.
     """
-    x = given.streams["x"]
+    x, mix = given.streams["x"], mixing.mix
+    assert isinstance(mix, Recurrence)
     streams = {
-        each.name: _per_head(wide(given.streams[each.name]), block.heads)
-        for each in block.streams
-        if each.shape.heads is not None or each.shape.dim % block.heads == 0
+        each.name: _per_head(wide(given.streams[each.name]), mixing.heads) for each in mixing.inputs
     }
     fixed = {name: wide(each) for name, each in given.tensors.items()}
-    head = wide(x).new_zeros(x.shape[0], block.heads)  # what every value begins like
+    head = wide(x).new_zeros(x.shape[0], mixing.heads)  # what every value begins like
     start = {each.name: _filled(value(each.init, fixed), head, each.shape) for each in mix.states}
     resets = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     if mix.resets and given.segments is not None:
         resets[:, 1:] = given.segments[:, 1:] != given.segments[:, :-1]
     run = _forward if mix.causal else _bidirectional
     outputs = run(mix.updates, fixed, streams, start, resets)
-    o = [_filled(each, head, (block.value_dim,)) for each in outputs]
+    o = [_filled(each, head, (mixing.shape.dim,)) for each in outputs]
     return torch.stack(o, dim=2).to(x.dtype)
 
 

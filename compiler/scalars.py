@@ -34,11 +34,19 @@ _TRUTH = {"where": 0}
 
 
 @dataclass(frozen=True, slots=True)
+class Axes:
+    """The tokens that i and j count."""
+
+    queries: str = "n"
+    keys: str = "n"
+
+
+@dataclass(frozen=True, slots=True)
 class _Resolver:
     scope: Scope
     kind: str  # mask, score, normalize, weights, stage
     free: frozenset[str]
-    keys: str = "n"  # the tokens that j counts
+    axes: Axes = Axes()
 
     def visit(self, expr: Expr) -> tuple[Expr, Kind]:
         match expr:
@@ -90,9 +98,10 @@ class _Resolver:
             return self._definition(definition, expr)
         if id in scope.numbers:
             return number(scope.numbers[id], expr), "number"
-        if id in scope.tensors and not scope.tensors[id].shape:
-            return Index(expr, (), expr.span), "number"
-        if id in scope.tensors or id in scope.declared or id == "doc":
+        own = scope.own(id)
+        if own in scope.tensors and not scope.tensors[own].shape:
+            return Index(Name(own, expr.span), (), expr.span), "number"
+        if own in scope.tensors or own in scope.declared or id == "doc":
             raise error("L214", f"`{id}` must be indexed here", expr.span, "",
                         f"write `{id}[i]`, `{id}[j]` or `{id}[h]`")  # fmt: skip
         known = (self.free, scope.library.known(self.kind), scope.numbers, scope.tensors,
@@ -147,7 +156,7 @@ class _Resolver:
     def _index(self, expr: Index) -> Expr:
         if not isinstance(expr.base, Name):
             raise error("L214", "only a stream or a tensor can be indexed", expr.base.span)
-        name = expr.base.id
+        name = self.scope.own(expr.base.id)
         items = tuple(self.want(each, "number") for each in expr.items)
         if name == "doc":
             axes: tuple[str, ...] = ("token",)
@@ -166,7 +175,7 @@ class _Resolver:
                 self._token(name, item)
             else:
                 self._place(name, item, size, only_numbers=at == 2)
-        return Index(expr.base, items, expr.span)
+        return Index(Name(name, expr.base.span), items, expr.span)
 
     def _stream_axes(self, expr: Index, name: str, items: tuple[Expr, ...]) -> tuple[str, ...]:
         shape = self.scope.shape(name, expr.base.span)
@@ -203,12 +212,10 @@ class _Resolver:
                         "a `param` can be read anywhere")  # fmt: skip
 
     def _token(self, name: str, item: Expr) -> None:
-        tokens = "n"
-        if name in self.scope.streams:
-            tokens = self.scope.streams[name].shape.tokens
-        allowed = {"i"} if tokens == "n" else set()
-        if tokens == self.keys and not (name == "doc" and self.keys == "m"):
-            allowed |= {"j"}
+        shape = self.scope.shape(name, item.span)
+        tokens = "n" if shape is None else shape.tokens  # doc runs along x
+        counted = {"i": self.axes.queries, "j": self.axes.keys}
+        allowed = {each for each, along in counted.items() if along == tokens}
         if not isinstance(item, Name) or item.id not in allowed:
             shown = " or ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"
             raise error("L214", f"the tokens of `{name}` are read at {shown} here", item.span, "",
@@ -274,9 +281,9 @@ def inline_stage(scope: Scope, stage: Definition, call: Call) -> Expr:
     return put(result.value, {"x": call.args[0]})
 
 
-def resolve(scope: Scope, expr: Expr, kind: str, keys: str = "n") -> Expr:
+def resolve(scope: Scope, expr: Expr, kind: str, axes: Axes = Axes()) -> Expr:
     """Return a mask, score or weights expression with every name resolved, folded."""
-    visitor = _Resolver(scope, kind, FREE[kind], keys)
+    visitor = _Resolver(scope, kind, FREE[kind], axes)
     return fold(visitor.want(expr, "truth" if kind == "mask" else "number"))
 
 
@@ -291,9 +298,9 @@ def resolve_function(scope: Scope, expr: Expr, free: frozenset[str]) -> Expr:
     return shaped(_Resolver(scope, "stage", free).want(expr, "number"))
 
 
-def resolve_normalizer(scope: Scope, expr: Expr, keys: str = "n") -> Normalizer:
+def resolve_normalizer(scope: Scope, expr: Expr, axes: Axes) -> Normalizer:
     """Return a normaliser, taken apart into numerator and denominator (L220)."""
-    visitor = _Resolver(scope, "normalize", FREE["normalize"], keys)
+    visitor = _Resolver(scope, "normalize", FREE["normalize"], axes)
     name, value, where = "", expr, None
     with ExitStack() as open_:
         while (

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 
 from ..grammar import syntax
@@ -51,23 +52,36 @@ class Findings:
             raise LoomError(self.diagnostics)
 
 
+Declared = Callable[[str], Stream]  # the stream of this name in the block
+
+
 @dataclass
 class Scope:
-    """The state of one block's elaboration."""
+    """The state of one block's elaboration, or of one branch within it.
+
+    A branch has sizes of its own, and names of its own for what it overrides (`renamed`);
+    all else it shares with the block.
+    """
 
     library: Library
     findings: Findings
     numbers: dict[str, Value] = field(default_factory=dict)
-    declared: dict[str, syntax.Let] = field(default_factory=dict)
+    declared: dict[str, Declared] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
     tensors: dict[str, Weight] = field(default_factory=dict)
     inputs: dict[str, Shape] = field(default_factory=dict)  # x, context
     per_head: set[str] = field(default_factory=set)  # tensors declared as NAME[heads, …]
     grid: tuple[int, int] | None = None
-    elaborate: Callable[[str, Expr], Stream] | None = None
+    elaborate: Callable[[syntax.Let, Scope, str], Stream] | None = None
+    branch: str = ""
+    renamed: dict[str, str] = field(default_factory=dict)
     _open: list[str] = field(default_factory=list)
     _expanded: dict[tuple[object, ...], dict[str, Expr]] = field(default_factory=dict)
-    _spent: int = 0
+    _spent: list[int] = field(default_factory=lambda: [0])
+
+    def inner(self, branch: str, numbers: dict[str, Value]) -> Scope:
+        """Return the scope of a branch."""
+        return replace(self, numbers=numbers, branch=branch, renamed={}, _expanded={})
 
     # numbers
 
@@ -94,28 +108,35 @@ class Scope:
 
     def shape(self, name: str, span: Span) -> Shape | None:
         """Return the shape of a stream, elaborating it if need be; None if there is none."""
+        name = self.own(name)
         if name in self.inputs:
             return self.inputs[name]
         if name not in self.streams:
-            let = self.declared.get(name)
-            if let is None:
+            elaborate = self.declared.get(name)
+            if elaborate is None:
                 return None
             if name in self._open:
                 ring = " → ".join([*self._open[self._open.index(name) :], name])
                 raise error("L212", f"`{name}` is defined in terms of itself", span, ring)
-            assert self.elaborate is not None
             self._open.append(name)
             try:
-                stream = self.elaborate(name, let.value)
+                stream = elaborate(name)
             finally:
                 self._open.pop()
             self.streams[name] = stream
         return self.streams[name].shape
 
+    def own(self, name: str) -> str:
+        """Return the name in the block of what is called `name` here."""
+        return self.renamed.get(name, name)
+
     def declare(self, statement: syntax.Let | syntax.Param, prefix: str = "") -> str:
         """Take up a `let`, `param` or `const`; return the name it gets in the block."""
         name = statement.name
-        if prefix and (name in self.declared or name in self.tensors or name in self.inputs):
+        if self.branch:
+            prefix = f"{self.branch}_{prefix}" if prefix else self.branch
+        clashes = name in self.declared or name in self.tensors or name in self.inputs
+        if prefix and (clashes or self.branch):
             name = f"{prefix}_{name}"
         if why := taken(name, tensor=isinstance(statement, syntax.Param)):
             raise error("L215", f"`{name}` cannot be the name of this", statement.span, why,
@@ -124,7 +145,8 @@ class Scope:
             raise error("L211", f"`{name}` is defined twice", statement.span, "",
                         "choose another name")  # fmt: skip
         if isinstance(statement, syntax.Let):
-            self.declared[name] = statement
+            assert self.elaborate is not None
+            self.declared[name] = partial(self.elaborate, statement, self)
         else:
             self.tensors[name] = self._tensor(name, statement)
         return name
@@ -174,12 +196,12 @@ class Scope:
     def inside(self, definition: Definition, span: Span) -> Iterator[None]:
         """Guard against definitions that contain themselves, or grow without bound."""
         label = f"{definition.kind} {definition.name}"
-        self._spent += size(definition)
+        self._spent[0] += size(definition)
         if label in self._open and self.library.is_recursive(definition):
             ring = " → ".join(each.split()[-1] for each in [*self._open, label])
             raise error("L212", f"`{definition.name}` is defined in terms of itself", span, ring)
-        if self._spent > MAX_NODES:
-            self._spent = 0  # said once
+        if self._spent[0] > MAX_NODES:
+            self._spent[0] = 0  # said once
             raise error("L213", "this expands into too much", span,
                         f"more than {MAX_NODES:,} parts")  # fmt: skip
         self._open.append(label)

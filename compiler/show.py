@@ -35,9 +35,11 @@ def _show_block(block: Block, tokens: int, console: Console) -> None:
     for name, value in [*describe(block), *_tiles(block, tokens)]:
         parts.add_row(f"[cyan]{name}[/]", value)
     panels = [Panel(parts, title=block.name, expand=False)]
-    picture = mask_picture(block)
-    if picture:
-        panels.append(Panel("\n".join(picture), title="queries ↓ keys →", expand=False))
+    for name, mixing in block.mixings.items():
+        picture = mask_picture(mixing)
+        if picture:
+            title = "queries ↓ keys →" if len(block.mixings) == 1 else f"{name}: queries ↓ keys →"
+            panels.append(Panel("\n".join(picture), title=title, expand=False))
     console.print(Columns(panels))
     for line in graph_lines(lower(block, Target("torch"))):
         console.print(f"  {line}", style="dim", markup=False, soft_wrap=True)
@@ -45,12 +47,17 @@ def _show_block(block: Block, tokens: int, console: Console) -> None:
 
 def _tiles(block: Block, tokens: int) -> list[tuple[str, str]]:
     """Say how much of the map a kernel with tiles of 128 would have to visit."""
-    if not isinstance(block.mix, Pairwise):
-        return []
-    found = classify(block.mix.mask, tokens, tokens, heads=block.heads)
-    rows, columns = found.shape
-    return [(f"tiles at {tokens:,}", f"{found.count(FULL) / (rows * columns):.1%} full, "
-             f"{found.count(PARTIAL) / (rows * columns):.1%} partial")]  # fmt: skip
+    lines = []
+    for name, mixing in block.mixings.items():
+        if not isinstance(mixing.mix, Pairwise) or not {mixing.queries, mixing.keys} <= {"n", "m"}:
+            continue
+        found = classify(mixing.mix.mask, tokens, tokens, heads=mixing.heads)
+        rows, columns = found.shape
+        own = "" if len(block.mixings) == 1 else f" of {name}"
+        lines.append((f"tiles{own} at {tokens:,}",
+                      f"{found.count(FULL) / (rows * columns):.1%} full, "
+                      f"{found.count(PARTIAL) / (rows * columns):.1%} partial"))  # fmt: skip
+    return lines
 
 
 def _costs(what: Block | Model, tokens: int) -> Table:

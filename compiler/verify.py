@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..grammar.syntax import Binary, Compare, Name, Number
+from ..ops import OPS
 from .api import build_module
 from .choose import Target
 from .emit import Code
-from .model import Block, Model, Pairwise, Recurrence
+from .model import Apply, Block, Model, Pairwise, Recurrence, applies
 from .reference import reference
 from .verify_cases import (
     TOLERANCE,
@@ -126,8 +127,8 @@ def _gradients(subject: Subject) -> tuple[int, float]:
 
 
 def _decoding(subject: Subject) -> str | tuple[int, float]:
-    if not subject.causal:
-        return "a query sees later keys, so there is nothing to decode step by step"
+    if subject.obstacle is not None:
+        return f"it cannot decode: {subject.obstacle}"
     if isinstance(subject.what, Model) and subject.what.head == "classify":
         return "a classifier has one answer for the whole sequence"
     worst, count = 0.0, 0
@@ -161,8 +162,8 @@ def _chunks(n: int) -> list[int]:
 
 
 def _causality(subject: Subject) -> str | tuple[int, float]:
-    if not subject.causal:
-        return "its mask lets a query see later keys"
+    if subject.obstacle is not None:
+        return subject.obstacle
     if isinstance(subject.what, Model) and subject.what.head == "classify":
         return "a classifier reads the whole sequence"
     count = 0
@@ -186,39 +187,53 @@ def _changed(x: Tensor, t: int) -> Tensor:
 def _isolation(subject: Subject) -> str | tuple[int, float]:
     block = subject.what
     assert isinstance(block, Block)
-    if isinstance(block.mix, Recurrence):
+    if len(block.mixings) != 1:
+        return "several attentions meet in it"
+    (mixing,) = block.mixings.values()
+    if isinstance(mixing.mix, Recurrence):
         return "a recurrence has no mask; causality covers it"
+    if mixing.queries != "n" or mixing.keys not in ("n", "m"):
+        return "its queries or keys are not the tokens"
+    if any(OPS[node.op].lookback(dict(node.options)) for node in _stages(block)):
+        return "a stage carries one token's values to another"
     count = 0
     for case in subject.cases[1:]:
         x, given = subject.inputs(case)
-        seen = visible_pairs(block, case.tokens, case.context, given.get("segments"))
+        seen = visible_pairs(mixing, case.tokens, case.context, given.get("segments"))
         if seen is None:
             return "the mask depends on the tokens themselves"
         with torch.no_grad():
             before = subject.module(x, **given)
-            keys = case.context if block.crosses else case.tokens
+            keys = case.context if mixing.crosses else case.tokens
             for j in sorted({0, keys // 2, keys - 1}):
                 hidden = ~seen[:, :, j].repeat(case.batch // seen.shape[0], 1)  # [b, n]
-                if not block.crosses:
+                if not mixing.crosses:
                     hidden[:, j] = False  # the token is a query as well
-                if block.crosses:
+                    after = subject.module(_changed(x, j), **given)
+                else:
                     changed = {**given, "context": _changed(given["context"], j)}
                     after = subject.module(x, **changed)
-                else:
-                    after = subject.module(_changed(x, j), **given)
                 compare(f"rows that do not see key {j}", case, after[hidden], before[hidden], 1e-12)
                 count += int(hidden.any())
     return (count, 0.0) if count else "every query sees every key"
 
 
+def _stages(block: Block) -> list[Apply]:
+    return [node for flow in (*(each.flow for each in block.streams), block.out)
+            for node in applies(flow)]  # fmt: skip
+
+
+def _pairwise(block: Block) -> bool:
+    return any(isinstance(each.mix, Pairwise) for each in block.mixings.values())
+
+
 def _empty_rows(subject: Subject) -> str | tuple[int, float]:
     block = subject.what
     assert isinstance(block, Block)
-    if isinstance(block.mix, Recurrence):
+    if not _pairwise(block):
         return "a recurrence has no rows"
     late = Compare((Name("i"), Number(3)), (">=",))
-    mask = Binary("and", block.mix.mask, late)
-    blind = replace(block, mix=replace(block.mix, mask=mask))
+    blind = block.remixed(lambda mix: replace(mix, mask=Binary("and", mix.mask, late)))
     other = Subject.of(blind)
     result = compared_gradients(other.module, other.oracle, other, other.cases[:3])
     x, given = other.inputs(subject.cases[2])
@@ -232,15 +247,14 @@ def _empty_rows(subject: Subject) -> str | tuple[int, float]:
 def _extreme(subject: Subject) -> tuple[int, float]:
     block = subject.what
     assert isinstance(block, Block)
-    if isinstance(block.mix, Pairwise):
-        block = replace(block, mix=replace(block.mix, scale=block.mix.scale * 1e4))
-        other = Subject.of(block)
-    else:
-        other = subject
+    pairwise = _pairwise(block)
+    other = subject
+    if pairwise:
+        other = Subject.of(block.remixed(lambda mix: replace(mix, scale=mix.scale * 1e4)))
     worst, count = 0.0, 0
     for case in subject.cases[1:3]:
         x, given = other.inputs(case)
-        x = x if isinstance(block.mix, Pairwise) else x * 100
+        x = x if pairwise else x * 100
         y, got = gradients(other.module, x, given, None)
         expected, _ = gradients(other.oracle, x, given, None)
         worst = max(worst, compare("the output", f"{case}, logits × 1e4", y, expected, 1e-6))

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from . import decoding
 from .build import tensors_read
 from .choose import Target
 from .emit import Code
-from .masks import extent
-from .model import Block, Model, Recurrence
+from .mixing import mix_exprs
+from .model import Block, Mixing, Model, Recurrence
 from .pipeline import generate, load
 from .reference import reference
 
@@ -63,9 +64,14 @@ class Subject:
         return Subject(what, module, oracle, code)
 
     @property
-    def causal(self) -> bool:
-        blocks = (self.what,) if isinstance(self.what, Block) else self.what.layers
-        return all(_causal(block) for block in blocks)
+    def blocks(self) -> tuple[Block, ...]:
+        """The block, or the layers of the model."""
+        return (self.what,) if isinstance(self.what, Block) else self.what.layers
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be decoded token by token."""
+        return next((why for each in self.blocks if (why := decoding.obstacle(each))), None)
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -83,13 +89,12 @@ class Subject:
             x = torch.randn(*size, self.what.width, generator=draw, dtype=torch.float64)
             x = x.to(case.dtype)
         given: dict[str, Tensor] = {}
-        blocks = (self.what,) if isinstance(self.what, Block) else self.what.layers
-        width = next((block.context_width for block in blocks if block.context_width), None)
+        width = next((block.context_width for block in self.blocks if block.context_width), None)
         if width is not None:
             context = torch.randn(case.batch, case.context, width, generator=draw,
                                   dtype=torch.float64)  # fmt: skip
             given["context"] = context.to(case.dtype)
-        if any(_reads_segments(block) for block in blocks):
+        if any(_reads_segments(each) for block in self.blocks for each in block.mixings.values()):
             steps = torch.rand(size, generator=draw) < 0.3
             given["segments"] = steps.long().cumsum(-1)
         return x, given
@@ -103,16 +108,10 @@ def _stir(module: nn.Module) -> None:
             each.add_(torch.randn(each.shape, generator=draw, dtype=torch.float64), alpha=0.05)
 
 
-def _causal(block: Block) -> bool:
-    if isinstance(block.mix, Recurrence):
-        return block.mix.causal
-    return block.crosses or extent(block.mix.mask).causal
-
-
-def _reads_segments(block: Block) -> bool:
-    if isinstance(block.mix, Recurrence):
-        return block.mix.resets
-    return "doc" in tensors_read(block.mix.mask, block.mix.score, block.mix.weights)
+def _reads_segments(mixing: Mixing) -> bool:
+    if isinstance(mixing.mix, Recurrence):
+        return mixing.mix.resets
+    return "doc" in tensors_read(*mix_exprs(mixing.mix))
 
 
 def compare(name: str, case: object, got: Tensor, expected: Tensor, tolerance: float) -> float:

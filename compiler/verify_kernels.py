@@ -15,17 +15,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .choose import Target, kernel_spec, lowerings
-from .graph import Graph
+from .graph import Graph, shape_of
 from .model import Block, Model
 from .pipeline import lower
 
 
 def _kernel_graph(block: Block) -> Graph | str:
-    """Return the graph whose attention is a kernel, or why there is none."""
+    """Return the graph in which an attention is a kernel, or why there is none."""
     graph = lower(block, Target("triton"))
+    if any(each.path == "triton" for each in lowerings(graph)):
+        return graph
     for each in lowerings(graph):
-        if each.path == "triton":
-            return graph
         reasons = dict(each.obstacles)
         return reasons.get("triton") or reasons.get("chunkwise") or "no kernel carries it"
     return "it has no attention"
@@ -78,11 +78,16 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
     graph = _kernel_graph(what)
     if isinstance(graph, str):
         return graph
-    spec = kernel_spec(graph, next(graph.of("attend")))
-    found = compile_ahead(spec, targets, what.head_dim, what.value_dim,
-                          heads=what.heads, kv_heads=what.kv_heads)  # fmt: skip
-    for each in found:
-        if not each.ok:
-            raise RuntimeError(f"{each.kernel} on {each.target} spills {each.spills} bytes and "
-                               f"takes {each.shared} of {each.limit} shared")  # fmt: skip
-    return len(found), 0.0
+    count = 0
+    for node in graph.of("attend"):
+        if node.get("lowering").path != "triton":
+            continue
+        q, k, v = (shape_of(graph.node(name).dims) for name in node.inputs[:3])
+        found = compile_ahead(kernel_spec(graph, node), targets, q.dim, v.dim,
+                              heads=q.heads or 1, kv_heads=k.heads or 1)  # fmt: skip
+        for each in found:
+            if not each.ok:
+                raise RuntimeError(f"{each.kernel} on {each.target} spills {each.spills} bytes "
+                                   f"and takes {each.shared} of {each.limit} shared")  # fmt: skip
+        count += len(found)
+    return count, 0.0

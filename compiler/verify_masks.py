@@ -9,21 +9,22 @@ from torch import Tensor
 from ..grammar.expr import TRUE, rebuild
 from ..grammar.syntax import Expr, Index, Name, walk
 from .counting import numbers
-from .model import Block, Pairwise
+from .model import Mixing, Pairwise
 
 
-def visible_pairs(block: Block, n: int, m: int, segments: Tensor | None) -> Tensor | None:
-    """Return [b or 1, n, keys], true where any head sees the key; None if streams decide."""
-    assert isinstance(block.mix, Pairwise)
-    mask = block.mix.mask
+def visible_pairs(mixing: Mixing, n: int, m: int, segments: Tensor | None) -> Tensor | None:
+    """Return [b or 1, queries, keys], true where any head sees the key; None if streams decide."""
+    assert isinstance(mixing.mix, Pairwise)
+    mask = mixing.mix.mask
     if any(isinstance(node, Index) and node.base != Name("doc") for node in walk(mask)):
         return None
-    keys = m if block.crosses else n
+    sizes = {"n": n, "m": m}
+    rows, keys = (sizes.get(axis) or int(axis) for axis in (mixing.queries, mixing.keys))
     values = {
-        "i": np.arange(n)[None, None, :, None],
+        "i": np.arange(rows)[None, None, :, None],
         "j": np.arange(keys)[None, None, None, :],
-        "h": np.arange(block.heads)[None, :, None, None],
-        "n": n,
+        "h": np.arange(mixing.heads)[None, :, None, None],
+        "n": rows,
         "m": keys,
     }
     if segments is not None:
@@ -31,7 +32,7 @@ def visible_pairs(block: Block, n: int, m: int, segments: Tensor | None) -> Tens
         values["doc_j"] = segments.numpy()[:, None, None, :]
     seen = np.asarray(numbers(_named(mask), values) if mask != TRUE else True)
     batch = 1 if segments is None else segments.shape[0]
-    return torch.from_numpy(np.broadcast_to(seen, (batch, block.heads, n, keys)).any(1).copy())
+    return torch.from_numpy(np.broadcast_to(seen, (batch, mixing.heads, rows, keys)).any(1).copy())
 
 
 def _named(expr: Expr) -> Expr:

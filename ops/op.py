@@ -67,6 +67,7 @@ class Op(ABC):
     name: str
     options: tuple[Option, ...] = ()
     suffix: str = ""  # its tensors live in the submodule `<stream>_<suffix>`
+    starts: bool = False  # its values are its own; the input only says how large the batch is
     positional: bool = False  # its text reads `positions`, or `context_positions` along "m"
 
     @abstractmethod
@@ -103,6 +104,14 @@ class Op(ABC):
     def helpers(self, options: Options) -> tuple[str, ...]:
         """Return the names of the functions in `compiler.pieces` that its text calls."""
         return ()
+
+    def lookback(self, options: Options) -> int:
+        """Return how many earlier tokens a token's result reads."""
+        return 0
+
+    def looks_ahead(self, options: Options) -> bool:
+        """Say whether a token's result reads later tokens."""
+        return False
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         """Return floating point operations per token (a multiply-add counts two)."""

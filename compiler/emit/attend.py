@@ -29,7 +29,7 @@ from ...grammar.syntax import (
 )
 from ..blocks import sees_something
 from ..choose import Lowering, attend_exprs, reads_places, sdpa_obstacle
-from ..graph import Dims, Graph, Node
+from ..graph import Dims, Graph, Node, shape_of
 from ..masks import whole_range
 from ..model import Normalizer
 from ..normalizers import Exponential, exponential
@@ -74,7 +74,12 @@ def method(graph: Graph, node: Node) -> list[str]:
     places = ["i", "j"] if reads_places(graph, node) else []
     given = [*"qkv", *places, *(each.variable for each in operands(graph, node))]
     args = ["self", *(f"{name}: Tensor" for name in given)]
-    return [*call("def attend", args, ") -> Tensor:"), *indent(body)]
+    return [*call(f"def {method_name(node)}", args, ") -> Tensor:"), *indent(body)]
+
+
+def method_name(node: Node) -> str:
+    """Return the name of the method that computes an attention."""
+    return "attend" if node.name == "o" else f"attend_{node.name}"
 
 
 def sdpa_fits(node: Node, lowering: Lowering) -> bool:
@@ -103,7 +108,9 @@ def widened(expr: Expr, wide: str) -> Expr:
 
 class _Writer:
     def __init__(self, graph: Graph, node: Node) -> None:
-        self.graph, self.node, self.block = graph, node, graph.block
+        self.graph, self.node = graph, node
+        self.heads, self.queries, self.width = (node.dims[1], *node.dims[2:])
+        self.key_heads, self.keys = graph.node(node.inputs[1]).dims[1:3]
         self.normalizer: Normalizer = node.get("normalizer")
         self.mask: Expr = node.get("mask")
         self.lines: list[str] = []
@@ -116,16 +123,16 @@ class _Writer:
         return [*self._sized(), *sdpa_call(self.graph, self.node, args, "return ")]
 
     def dense(self) -> list[str]:
-        group = self.block.heads // self.block.kv_heads
+        group = int(self.heads) // int(self.key_heads)
         if group > 1:
             self.lines += [f"k = k.repeat_interleave({group}, dim=1)",
                            f"v = v.repeat_interleave({group}, dim=1)"]  # fmt: skip
         scale = self.node.get("scale")
-        keys = "m" if self.block.crosses else "n"
+        shape = f"b, {self.heads}, {self.queries}"
         times = "" if scale == 1 else f" * {scale!r}"
         self.lines += [
             "wide = torch.promote_types(q.dtype, torch.float32)",
-            f"s = (q @ k.mT).to(wide){times}  # [b, {self.block.heads}, n, {keys}]",
+            f"s = (q @ k.mT).to(wide){times}  # [{shape}, {self.keys}]",
         ]
         if self.mask != TRUE:
             self._visible()
@@ -143,8 +150,7 @@ class _Writer:
             self.lines.append(f"p = {self._hidden(self._spread(self.node.get('weights')))}")
         if self.node.get("rate"):
             self.lines.append(f"p = F.dropout(p, {self.node.get('rate')!r}, self.training)")
-        dv = self.block.value_dim
-        self.lines.append(f"return p.to(v.dtype) @ v  # [b, {self.block.heads}, n, {dv}]")
+        self.lines.append(f"return p.to(v.dtype) @ v  # [{shape}, {self.width}]")
         return self._sized()
 
     def _all(self) -> tuple[Expr, ...]:
@@ -154,7 +160,7 @@ class _Writer:
         """Return the lines, the heads and numbers of tokens first where they are read."""
         text = "\n".join(line.partition("  # ")[0] for line in self.lines)
         made = {
-            "h": f"torch.arange({self.block.heads}, device=q.device)[:, None, None]",
+            "h": f"torch.arange({self.heads}, device=q.device)[:, None, None]",
             "n": "torch.tensor(q.shape[-2], device=q.device)",
             "m": "torch.tensor(k.shape[-2], device=q.device)",
         }
@@ -193,7 +199,9 @@ class _Writer:
             else:
                 self.lines.append(f"added = ({extra}).to(wide).expand_as(s[..., :1])")
             self.lines.append("p = torch.cat([s, added], dim=-1).softmax(-1)[..., :-1]")
-        if self.mask != TRUE and not (form.extra is None and sees_something(self.block)):
+        if self.mask != TRUE and not (
+            form.extra is None and sees_something(self.graph.block.mixings[self.node.name])
+        ):
             self.lines.append("p = p.masked_fill(~visible, 0)")
 
     def _ratio(self) -> None:
@@ -263,13 +271,13 @@ class _Writer:
             variable = f"{variable}.mT"  # [b, heads, n]
         if isinstance(head, Number):
             return f"{variable}[:, {head.value}]", False
-        if head == Name("h") and size == self.block.heads:
+        if head == Name("h") and size == self.heads:
             return variable, True
         return f"{variable}[:, ({self._place(head, size)}).flatten()]", True
 
     def _place(self, item: Expr, size: int) -> str:
         """Write an index into `size` elements: past an end, it reads the element at that end."""
-        bounds = whole_range(item, self.block.heads)
+        bounds = whole_range(item, int(self.heads))
         text = self._text(item)
         if bounds is None:
             text = f"({text}).floor().long()"
@@ -280,12 +288,12 @@ class _Writer:
 
 def sdpa_call(graph: Graph, node: Node, args: list[str], head: str) -> list[str]:
     """Return a call of scaled_dot_product_attention with what the node needs beyond `args`."""
-    block = graph.block
+    q, k = (shape_of(graph.node(name).dims) for name in node.inputs[:2])
     args = list(args)
     if node.get("rate"):
         args.append(f"dropout_p={node.get('rate')!r} if self.training else 0.0")
-    if node.get("scale") != block.head_dim**-0.5:
+    if node.get("scale") != q.dim**-0.5:
         args.append(f"scale={node.get('scale')!r}")
-    if block.kv_heads != block.heads:
+    if k.heads != q.heads:
         args.append("enable_gqa=True")
     return call(f"{head}F.scaled_dot_product_attention", args)

@@ -2,67 +2,155 @@
 
 The forward pass is written node by node from the graph; a value that is read once and has
 no name of its own stands inside the expression that reads it, while the line stays short.
+What depends on nothing that was mixed comes first, then what the context gives, then the rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...ops import OPS
+from .. import decoding
 from ..choose import Lowering, always_fused, reads_places
 from ..graph import Graph, Node, shape_of
-from ..masks import extent
+from ..masks import Extent, extent
 from ..model import Pairwise
 from . import attend, scan
 from .tensors import tensor as tensor_lines
 from .text import LIMIT, atomic, call, class_name, comment, ident, indent
 
 
-def block_class(graph: Graph, name: str, kernel: str = "") -> list[str]:
-    """Return the lines of a block's class; `kernel` is the function its attention calls."""
-    writer = _Writer(graph, kernel)
+def block_class(graph: Graph, name: str, kernels: Mapping[str, str]) -> list[str]:
+    """Return the lines of a block's class; `kernels` are the functions its attentions call."""
+    writer = _Writer(graph, kernels)
     lines = [f"class {class_name(name)}(nn.Module):", *indent(_docstring(graph)), ""]
     lines += indent(writer.constructor())
     lines += ["", *indent(writer.init_cache()), "", *indent(writer.forward())]
     for node in graph.of("scan"):
-        lines += ["", *indent(scan.initial(graph, node, writer.weight()))]
+        lines += ["", *indent(scan.initial(node, writer.weight()))]
     for node in graph.of("attend"):
-        if not writer.always_kernel:
+        if not writer.always_kernel(node):
             lines += ["", *indent(attend.method(graph, node))]
     return lines
 
 
 def _docstring(graph: Graph) -> list[str]:
-    block = graph.block
-    heads = f"{block.heads} heads of {block.head_dim}"
-    if block.kv_heads != block.heads:
-        heads += f" on {block.kv_heads} key/value heads"
-    if isinstance(block.mix, Pairwise):
-        how = f"mask {show(block.mix.mask)}, {block.mix.normalize.name}"
-    else:
-        how = f"a recurrence, {block.mix.name}"
-    text = f'"""{heads[0].upper()}{heads[1:]}; {how}."""'
-    if len(text) <= LIMIT:
-        return [text]
-    return [f'"""{heads[0].upper()}{heads[1:]}.', "", how, '"""']
+    parts = []
+    for name, mixing in graph.block.mixings.items():
+        heads = f"{mixing.heads} heads of {mixing.shape.dim}"
+        if isinstance(mixing.mix, Pairwise):
+            q, k = (each.shape for each in mixing.inputs[:2])
+            heads = f"{mixing.heads} heads of {q.dim}"
+            if k.heads != mixing.heads:
+                heads += f" on {k.heads} key/value heads"
+            how = f"mask {show(mixing.mix.mask)}, {mixing.mix.normalize.name}"
+        else:
+            how = f"a recurrence, {mixing.mix.name}"
+        parts.append((heads if name == "o" else f"{name}: {heads}", how))
+    if len(parts) == 1:
+        heads, how = parts[0]
+        text = f'"""{heads[0].upper()}{heads[1:]}; {how}."""'
+        if len(text) <= LIMIT:
+            return [text]
+        return [f'"""{heads[0].upper()}{heads[1:]}.', "", how, '"""']
+    return ['"""Several attentions, brought together.', "",
+            *(f"{heads}; {how}" for heads, how in parts), '"""']  # fmt: skip
 
 
 class _Writer:
-    def __init__(self, graph: Graph, kernel: str) -> None:
-        self.graph, self.block, self.kernel = graph, graph.block, kernel
-        self.attention = next(graph.of("attend"), None)
-        self.recurrence = next(graph.of("scan"), None)
+    def __init__(self, graph: Graph, kernels: Mapping[str, str]) -> None:
+        self.graph, self.block, self.kernels = graph, graph.block, kernels
+        self.attentions = tuple(graph.of("attend"))
+        self.recurrences = tuple(graph.of("scan"))
         self.crosses = any(n.op == "input" and n.name == "context" for n in graph.nodes)
-        self.keyed = self._keyed()
+        self.obstacle = decoding.obstacle(graph.block)
 
-    def _keyed(self) -> list[str]:
-        """Return what a cache keeps of each token: k, v, and streams indexed by j."""
-        if self.attention is None:
-            return []
-        others = [
-            each.name for each in attend.operands(self.graph, self.attention) if each.at == "j"
-        ]
-        return list(dict.fromkeys([*self.attention.inputs[1:3], *others]))
+    # what depends on what
+
+    @cached_property
+    def _roots(self) -> dict[str, frozenset[str]]:
+        """Everything that each node depends on, and its own name."""
+        roots: dict[str, frozenset[str]] = {}
+        for node in self.graph.nodes:
+            read = [] if _starts(node) else node.inputs
+            roots[node.name] = frozenset({node.name}).union(*(roots[name] for name in read))
+        return roots
+
+    def _late(self, name: str) -> bool:
+        """Whether a node depends on what was mixed, or is mixed itself."""
+        return any(each.name in self._roots[name] for each in self.graph.mixings())
+
+    def _far(self, name: str) -> bool:
+        """Whether a node depends on the context and not on the tokens."""
+        roots = self._roots[name]
+        return "context" in roots and "x" not in roots and "doc" not in roots
+
+    @cached_property
+    def _from_context(self) -> list[str]:
+        """What of the context is read by the rest: this is kept."""
+        found: dict[str, None] = {}
+        for node in self.graph.nodes:
+            if not self._far(node.name):
+                found |= {name: None for name in node.inputs if self._far(name)}
+        return list(found)
+
+    # what is kept of the tokens
+
+    def _keyed(self, node: Node) -> list[str]:
+        """Return the streams of an attention along its keys: k, v, those indexed by j."""
+        others = [each.name for each in attend.operands(self.graph, node) if each.at == "j"]
+        return list(dict.fromkeys([*node.inputs[1:3], *others]))
+
+    @cached_property
+    def _held(self) -> dict[str, tuple[Node, ...]]:
+        """The caches of keys and values: which attentions read each of them.
+
+        One is for all whose keys are there from the start, so that nothing is kept twice.
+        """
+        held: dict[str, tuple[Node, ...]] = {}
+        for node in self.attentions:
+            if node.dims[2] == "n" and not self.graph.crosses(node):
+                early = not any(self._late(name) for name in self._keyed(node))
+                name = "keys" if early else node.name
+                held[name] = (*held.get(name, ()), node)
+        return held
+
+    @cached_property
+    def _tails(self) -> list[Node]:
+        """The stages that read earlier tokens."""
+        return [node for node in self.graph.nodes if self._tail(node)]
+
+    def _tail(self, node: Node) -> int:
+        """Return how many earlier tokens a stage reads, of tokens that a cache is for."""
+        if node.op not in OPS or "n" not in node.dims:
+            return 0
+        return OPS[node.op].lookback(dict(node.attrs))
+
+    @cached_property
+    def _parts(self) -> dict[str, str]:
+        """The caches of the block, by name: the text that makes each."""
+        if self.obstacle is not None:
+            return {}
+        parts = dict.fromkeys(self._held, "KeyValueCache")
+        parts |= {node.name: "StateCache" for node in self.recurrences}
+        if self.crosses:
+            parts["context"] = "ContextCache"
+        if self._tails:
+            parts["tails"] = "TailCache"
+        return parts or {"context": "ContextCache"}
+
+    @property
+    def _cache_type(self) -> str:
+        if self.obstacle is not None:
+            return "None"
+        return "BlockCache" if len(self._parts) > 1 else next(iter(self._parts.values()))
+
+    def cache(self, part: str) -> str:
+        """Return the variable of one of the caches."""
+        return "cache" if len(self._parts) <= 1 else f"{part}_cache"
 
     # constructor
 
@@ -78,31 +166,43 @@ class _Writer:
         return lines
 
     def init_cache(self) -> list[str]:
-        head = "def init_cache(self, batch: int, length: int) -> "
-        if self.recurrence is not None:
-            if not self.block.mix.causal:  # type: ignore[union-attr]
-                return _refuses(f"{head}StateCache:", "it reads the whole sequence at once")
-            return [f"{head}StateCache:", '    """Return the state before the first token."""',
-                    "    return StateCache(**self.initial(batch))"]  # fmt: skip
-        if self.crosses:
-            return [f"{head}ContextCache:",
-                    '    """Return room for the keys and values of a context."""',
-                    "    return ContextCache()"]  # fmt: skip
-        assert isinstance(self.block.mix, Pairwise)
-        reach = extent(self.block.mix.mask)
-        if not reach.causal:
-            return _refuses(f"{head}KeyValueCache:", "its mask lets a query see later keys")
-        sizes = {ident(name): self._size(name) for name in self.keyed}
+        head = f"def init_cache(self, batch: int, length: int) -> {self._cache_type}:"
+        if self.obstacle is not None:
+            return [head, f'    """Raise `ValueError`: {self.obstacle}."""', self._refusal]
+        made = {name: self._made(name, kind) for name, kind in self._parts.items()}
+        keys = [f"    {self.weight()}"] if self._held else []
+        if len(made) == 1:
+            ((name, (args, what)),) = made.items()
+            return [head, f'    """Return {what}."""', *keys,
+                    *indent(call(f"return {self._parts[name]}", args))]  # fmt: skip
+        lines = [head, '    """Return what the tokens so far leave behind, still empty."""', *keys,
+                 "    return BlockCache("]  # fmt: skip
+        for name, (args, _) in made.items():
+            lines += indent(call(f"{ident(name)}={self._parts[name]}", args, "),"), 2)
+        return [*lines, "    )"]
+
+    def _made(self, name: str, kind: str) -> tuple[list[str], str]:
+        """Return the arguments that make a cache, and what it is."""
+        if kind == "StateCache":
+            return ([f"**self.{scan.method_name(self.graph.node(name))}(batch)"],
+                    "the state before the first token")  # fmt: skip
+        if kind == "ContextCache":
+            return [], "room for the keys and values of a context"
+        if kind == "TailCache":
+            return [], "room for the tokens before the next one"
+        reach = _widest(extent(node.get("mask")) for node in self._held[name])
+        names = dict.fromkeys(each for node in self._held[name] for each in self._keyed(node))
+        shown = ", ".join(f'"{ident(each)}": {self._size(each)}' for each in names)
         ring = [] if reach.back is None else [f"ring={reach.back + 1}"]
         ring += [f"prefix={reach.prefix}"] if ring and reach.prefix else []
-        shown = ", ".join(f'"{name}": {size}' for name, size in sizes.items())
         args = ["batch", "length", f"{{{shown}}}", *ring, "dtype=weight.dtype",
                 "device=weight.device"]  # fmt: skip
         what = "the last tokens" if ring else "`length` tokens"
-        return [f"{head}KeyValueCache:",
-                f'    """Return an empty cache for the keys and values of {what}."""',
-                f"    {self.weight()}",
-                *indent(call("return KeyValueCache", args))]  # fmt: skip
+        return args, f"an empty cache for the keys and values of {what}"
+
+    @property
+    def _refusal(self) -> str:
+        return f'    raise ValueError("this block cannot decode: {self.obstacle}")'
 
     def weight(self) -> str:
         """Write what says the dtype and device of the module."""
@@ -118,8 +218,7 @@ class _Writer:
     # forward
 
     def forward(self) -> list[str]:
-        width = self.block.width
-        cache = self.init_cache()[0].rpartition("-> ")[2].rstrip(":")
+        width, out = self.block.width, self.block.out.shape
         lines = [
             "def forward(",
             "    self,",
@@ -128,14 +227,22 @@ class _Writer:
             "    context: Tensor | None = None,",
             "    segments: Tensor | None = None,",
             "    positions: Tensor | None = None,",
-            f"    cache: {cache} | None = None,",
+            "    cache: None = None," if self.obstacle is not None
+            else f"    cache: {self._cache_type} | None = None,",
             ") -> Tensor:",
-            f'    """Map x [b, n, {width}] to [b, n, {width}]; a cache goes on where it stands."""',
-        ]
+            f'    """Map x [b, n, {width}] to [b, {out.tokens}, {out.dim}]; '
+            'a cache goes on where it stands."""',
+        ]  # fmt: skip
         body = [f'expect("x", x, {width})']
+        if self.obstacle is not None:
+            body += ["if cache is not None:", self._refusal]
         body += self._sizes() + self._places()
+        if len(self._parts) > 1:
+            body += [
+                f'{self.cache(name)} = None if cache is None else cache.parts["{ident(name)}"]'
+                for name in self._parts
+            ]
         body += self._streams()
-        body += self._mix()
         body += self._assign(self.graph.node(self.graph.output), "return")
         return lines + indent(body)
 
@@ -147,40 +254,44 @@ class _Writer:
         )
 
     def _sizes(self) -> list[str]:
-        if self._needs_places or self.recurrence is not None or self._reads_doc:
-            b = "b" if self.recurrence is not None or self._reads_doc else "_"
+        if self._needs_places or self.recurrences or self._reads_doc:
+            b = "b" if self.recurrences or self._reads_doc else "_"
             return [f"{b}, n, _ = x.shape"]
-        if self.crosses:
-            return ["n = x.shape[1]"]
-        return []
+        return ["n = x.shape[1]"] if self._counts else []
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the forward pass has to count the tokens of a cache itself."""
+        kinds = list(self._parts.values())
+        return len(kinds) > 1 or kinds in (["ContextCache"], ["TailCache"])
 
     @property
     def _reads_doc(self) -> bool:
         return any(node.name == "doc" for node in self.graph.nodes)
 
-    @property
+    @cached_property
     def _needs_places(self) -> bool:
-        places = self.attention is not None and reads_places(self.graph, self.attention)
+        places = any(
+            "n" in (node.dims[2], self.graph.node(node.inputs[1]).dims[-2])
+            and reads_places(self.graph, node)
+            for node in self.attentions
+        )
         return self._positional("n") or places
 
     def _places(self) -> list[str]:
         lines = []
-        if self.attention is not None:
-            if self._has_plain_form:
-                lines.append("plain = cache is None and positions is None")
-            if (
-                not self.crosses
-                and self._needs_places
-                and extent(self.attention.get("mask")).causal
-            ):
-                lines.append("given = positions")
+        if any(self._has_plain_form(node) for node in self.attentions):
+            lines.append("plain = cache is None and positions is None" if self.obstacle is None
+                         else "plain = positions is None")  # fmt: skip
+        if self._needs_places and self._held and self.obstacle is None:
+            lines.append("given = positions")
         if self._needs_places:
-            lines += [
-                "if positions is None:",
-                "    start = 0 if cache is None else cache.length",
-                "    positions = torch.arange(start, start + n, device=x.device)",
-                'expect_per_token("positions", positions, x)',
-            ]
+            lines += ["if positions is None:"]
+            if self.obstacle is None:
+                lines += ["    start = 0 if cache is None else cache.length"]
+            tokens = "start, start + n" if self.obstacle is None else "n"
+            lines += [f"    positions = torch.arange({tokens}, device=x.device)"]
+            lines += ['expect_per_token("positions", positions, x)']
         if self._reads_doc:
             lines += [
                 "doc = x.new_zeros(b, n, dtype=torch.int64) if segments is None else segments",
@@ -189,127 +300,168 @@ class _Writer:
             ]
         return lines
 
-    @property
-    def _has_plain_form(self) -> bool:
+    def _has_plain_form(self, node: Node) -> bool:
         """Whether only a call without cache and positions takes a faster text."""
-        assert self.attention is not None
-        lowering: Lowering = self.attention.get("lowering")
-        if self.crosses:
-            return bool(self.kernel) and not self.always_kernel
-        causal = lowering.path == "sdpa" and self.attention.get("mask") == attend.CAUSAL
-        return bool(self.kernel) or causal
+        lowering: Lowering = node.get("lowering")
+        kernel = node.name in self.kernels
+        if node.dims[2] != "n" or self.graph.crosses(node):
+            return kernel and not self.always_kernel(node)
+        causal = lowering.path == "sdpa" and node.get("mask") == attend.CAUSAL
+        return kernel or causal
 
-    @property
-    def always_kernel(self) -> bool:
+    def always_kernel(self, node: Node) -> bool:
         """Whether the kernel takes every call: all of a context is there at each of them."""
-        return bool(self.kernel) and always_fused(self.graph, self.attention)
+        return node.name in self.kernels and always_fused(self.graph, node)
 
     def _streams(self) -> list[str]:
-        """Write the nodes before the mixing; those of the context only where it is new."""
-        own: list[str] = []
+        """Write all nodes but the output: the early ones, those of the context, the rest."""
+        early: list[str] = []
         far: list[str] = []
+        rest: list[str] = []
         for node in self.graph.nodes:
-            if node.op not in OPS or "o" in self._roots(node.name) or self._inlined(node):
+            if node.name == self.graph.output:
                 continue
-            lines = self._assign(node, f"{ident(node.name)} =")
-            (far if "m" in node.dims else own).extend(lines)
-        if not self.crosses:
-            return own
-        width = self.block.context_width
-        keep = ", ".join(f'"{name}": {ident(name)}' for name in self.keyed)
-        have = ", ".join(ident(name) for name in self.keyed)
+            if node.op in ("attend", "scan"):
+                lines = self._mixed(node)
+            elif node.op not in OPS or self._inlined(node):
+                continue
+            else:
+                name = ident(node.name)
+                lines = self._assign(node, f"{'o' if node.name == 'o' else name} =")
+            if self._far(node.name):
+                far += lines
+            elif self._late(node.name) or any(self._far(name) for name in self._roots[node.name]):
+                rest += lines
+            else:
+                early += lines
+        if self.crosses:
+            early += self._context(far)
+        counted = ["if cache is not None:", "    cache.length += n"] if self._counts else []
+        return [*early, *counted, *rest]
+
+    def _context(self, far: list[str]) -> list[str]:
+        """Write what is made of a context, once for each of them."""
         if self._positional("m"):
-            far.insert(0, "context_positions = torch.arange(context.shape[1], device=x.device)")
-        return [*own,
-                "if cache is not None and cache.kept:",
-                f"    {have} = cache.kept.values()",
-                "else:",
-                "    if context is None:",
-                f'        raise ValueError("`context` is needed: [b, m, {width}]")',
-                f'    expect("context", context, {width})',
-                *indent(far),
-                "    if cache is not None:",
-                f"        cache.kept = {{{keep}}}",
-                "if cache is not None:",
-                "    cache.length += n"]  # fmt: skip
+            far = ["context_positions = torch.arange(context.shape[1], device=x.device)", *far]
+        needed = [
+            "if context is None:",
+            f'    raise ValueError("`context` is needed: [b, m, {self.block.context_width}]")',
+            f'expect("context", context, {self.block.context_width})',
+        ]
+        if self.obstacle is not None:
+            return [*needed, *far]
+        cache = self.cache("context")
+        names = [ident(name) if name != "context" else name for name in self._from_context]
+        keep = ", ".join(f'"{name}": {name}' for name in names)
+        comma = "," if len(names) == 1 else ""
+        return [
+            f"if {cache} is not None and {cache}.kept:",
+            f"    {', '.join(names)}{comma} = {cache}.kept.values()",
+            "else:",
+            *indent([*needed, *far]),
+            f"    if {cache} is not None:",
+            f"        {cache}.kept = {{{keep}}}",
+        ]
 
-    def _roots(self, name: str) -> set[str]:
-        """Return the names of everything that a node depends on, and its own."""
-        found: set[str] = set()
-        stack = [name]
-        while stack:
-            each = stack.pop()
-            found.add(each)
-            stack.extend(self.graph.node(each).inputs)
-        return found
+    # mixing
 
-    def _mix(self) -> list[str]:
-        if self.recurrence is not None:
-            return scan.forward(self.graph, self.recurrence)
-        assert self.attention is not None
+    def _mixed(self, node: Node) -> list[str]:
+        """Write an attention or a recurrence."""
+        if node.op == "scan":
+            return scan.forward(self.graph, node, self.cache(node.name))
         lines: list[str] = []
-        operands = attend.operands(self.graph, self.attention)
-        q, k, v = (ident(name) for name in self.attention.inputs[:3])
-        args = [q, k, v]
-        places = reads_places(self.graph, self.attention)
-        kept = self.attention.inputs[1:3]  # these the cache gives anew
-        args_after = [
-            ident(each.name) if each.at == "j" and each.name in kept else each.variable
-            for each in operands
-        ]
+        operands = attend.operands(self.graph, node)
+        q, *_ = node.inputs
+        named = {name: self._seen_as(node, name) for name in self._keyed(node)}
+        k, v = (named[name] for name in node.inputs[1:3])
+        variables = [named[each.name] if each.at == "j" else each.variable for each in operands]
         lines += [
-            f"{each.variable} = {ident(each.name)}"
-            for each, arg in zip(operands, args_after, strict=True)
-            if arg == each.variable
+            f"{variable} = {_plain_name(each.name)}"
+            for each, variable in zip(operands, variables, strict=True)
+            if each.at == "i" and variable != _plain_name(each.name)
         ]
-        if not self.crosses:
-            lines += self._advance(places)
-        elif places:
-            lines.append(f"places = torch.arange({k}.shape[-2], device=x.device)")
+        places = reads_places(self.graph, node)
+        lines += self._advance(node, named, places)
+        args = [_plain_name(q), k, v]
         if places:
-            args += ["by_query(positions)", "by_key(places)"]
-        args += args_after
-        general = call("o = self.attend", args)
-        dims = f"[b, {self.block.heads}, n, {self.block.value_dim}]"
-        if self.always_kernel:
-            return [*lines, *self._plain(q, k, v)]
-        if not self._has_plain_form:
+            at = (
+                "positions"
+                if node.dims[2] == "n"
+                else f"torch.arange({node.dims[2]}, device=x.device)"
+            )
+            args += [f"by_query({at})", "by_key(places)"]
+        general = call(f"{_target(node)} = self.{attend.method_name(node)}", [*args, *variables])
+        dims = f"[{', '.join(map(str, node.dims))}]"
+        if self.always_kernel(node):
+            return [*lines, *self._plain(node)]
+        if not self._has_plain_form(node):
             return [*lines, *comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
-        return [*lines, "if plain:", *indent(self._plain(q, k, v)), "else:", *indent(general)]
+        return [*lines, "if plain:", *indent(self._plain(node)), "else:", *indent(general)]
 
-    def _plain(self, q: str, k: str, v: str) -> list[str]:
-        assert self.attention is not None
-        if self.kernel:
-            rest = [self._kernel_operand(name) for name in self.attention.inputs[3:]]
-            return call(f"o = {self.kernel}", [q, k, v, *rest])
-        return attend.sdpa_call(self.graph, self.attention, [q, k, v, "is_causal=True"], "o = ")
+    def _seen_as(self, node: Node, name: str) -> str:
+        """Return the variable of a stream along the keys, with what the cache gives back."""
+        mine = next((held for held in self._held.values() if node in held), ())
+        if self.obstacle is not None or not mine:
+            return _plain_name(name)
+        special = not any(name in other.inputs[1:3] for other in mine)
+        elsewhere = any(self._reads_new(other, name, mine) for other in self.graph.nodes)
+        return f"{ident(name)}_j" if special or elsewhere else ident(name)
+
+    def _reads_new(self, node: Node, name: str, held: tuple[Node, ...]) -> bool:
+        """Whether a node reads a stream of the new tokens after the cache has brought all."""
+        if name not in node.inputs or not self._late(node.name):
+            return False
+        if node not in held:
+            return True
+        return name == node.inputs[0] or (node is not held[0] and name in self._queried(node))
+
+    def _queried(self, node: Node) -> list[str]:
+        return [each.name for each in attend.operands(self.graph, node) if each.at == "i"]
+
+    def _plain(self, node: Node) -> list[str]:
+        target = _target(node)
+        if node.name in self.kernels:
+            args = [self._kernel_operand(name) for name in node.inputs]
+            return call(f"{target} = {self.kernels[node.name]}", args)
+        q, k, v = (_plain_name(name) for name in node.inputs[:3])
+        return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
 
     def _kernel_operand(self, name: str) -> str:
-        return f"self.{name}" if self.graph.node(name).op == "tensor" else ident(name)
+        return f"self.{name}" if self.graph.node(name).op == "tensor" else _plain_name(name)
 
-    def _advance(self, places: bool) -> list[str]:
-        """Write the lines that take new tokens into the cache."""
-        assert self.attention is not None
-        if not extent(self.attention.get("mask")).causal:
-            lines = ["places = positions"] if places else []
-            return [
-                *lines,
-                "if cache is not None:",
-                '    raise ValueError("this block cannot decode: a query sees later keys")',
-            ]
+    def _advance(self, node: Node, named: Mapping[str, str], places: bool) -> list[str]:
+        """Write the lines that take new tokens into the cache, and say where the keys stand."""
+        held = next((name for name, nodes in self._held.items() if node in nodes), None)
+        if held is None:
+            keys = named[node.inputs[1]]
+            if not places:
+                return []
+            if self.graph.node(node.inputs[1]).dims[-2] == "n":
+                return ["places = positions"]
+            return [f"places = torch.arange({keys}.shape[-2], device=x.device)"]
+        lines: list[str] = []
+        nodes = self._held[held]
+        if node is not nodes[0]:  # the first of them has brought the keys of all
+            return lines
+        any_places = any(reads_places(self.graph, each) for each in nodes)
+        named = {name: self._seen_as(each, name) for each in nodes for name in self._keyed(each)}
+        lines += [
+            f"{variable} = {_plain_name(name)}"
+            for name, variable in named.items()
+            if variable != _plain_name(name)
+        ]
+        lines += ["places = positions"] if any_places else []
+        if self.obstacle is not None:
+            return lines
+        cache = self.cache(held)
         given = "given" if self._needs_places else "positions"
-        names, values = [], []
-        for name in self.keyed:
-            special = name not in self.attention.inputs[1:3]
-            names.append(f"{ident(name)}_j" if special else ident(name))
-            doc = "[..., None]" if name == "doc" else ""
-            values.append(f"{ident(name)}={ident(name)}{doc}")
-        lines = ["places = positions"] if places else []
-        lines.append("if cache is not None:")
-        lines += indent(call(f"{', '.join([*names, 'places' if places else '_'])} = cache.update",
-                             [given, *values]))  # fmt: skip
-        if "doc" in self.keyed:
-            lines.append("    doc_j = doc_j[..., 0]")
+        doc = {name: "[..., None]" if name == "doc" else "" for name in named}
+        values = [f"{ident(name)}={_plain_name(name)}{doc[name]}" for name in named]
+        got = ", ".join([*named.values(), "places" if any_places else "_"])
+        lines.append(f"if {cache} is not None:")
+        lines += indent(call(f"{got} = {cache}.update", [given, *values]))
+        if "doc" in named:
+            lines.append(f"    {named['doc']} = {named['doc']}[..., 0]")
         return lines
 
     # nodes
@@ -339,8 +491,7 @@ class _Writer:
             elif made.op in OPS and self._inlined(made):
                 texts.append(self._operand(node, self._text(made)))
             else:
-                texts.append("x" if name == "x" else "context" if name == "context"
-                             else "o" if name == "o" else ident(name))  # fmt: skip
+                texts.append(_tensor_text(made) if made.op == "tensor" else _plain_name(name))
         shapes = [shape_of(self.graph.node(name).dims) for name in node.inputs]
         return OPS[node.op].text(texts, shapes, dict(node.attrs), node.module)
 
@@ -351,7 +502,7 @@ class _Writer:
     def _assign(self, node: Node, head: str) -> list[str]:
         """Write `head text  # dims`, the innermost stages on lines of their own if too long."""
         if node.op not in OPS:
-            return [f"{head} {ident(node.name) if node.name != 'o' else 'o'}"]
+            return [f"{head} {_plain_name(node.name)}"]
         dims = f"[{', '.join(map(str, node.dims))}]"
         line = f"{head} {self._text(node)}"
         if len(line) + len(dims) + 4 <= LIMIT - 4 or not node.inputs:
@@ -369,6 +520,30 @@ def _count(expr: Expr, part: Expr) -> int:
     return sum(node == part for node in walk(expr))
 
 
-def _refuses(head: str, why: str) -> list[str]:
-    return [head, f'    """Raise `ValueError`: {why}."""',
-            f'    raise ValueError("this block cannot decode: {why}")']  # fmt: skip
+def _plain_name(name: str) -> str:
+    """Return the variable of a node."""
+    return name if name in ("x", "context", "o") else ident(name)
+
+
+def _target(node: Node) -> str:
+    return _plain_name(node.name)
+
+
+def _tensor_text(node: Node) -> str:
+    """Write a param or const as a stream of one token."""
+    lifted = "[:, None]" if len(node.dims) == 2 else "[None, None]" if node.dims else ""
+    return f"self.{node.name}{lifted}"
+
+
+def _starts(node: Node) -> bool:
+    """Say whether a stage starts from nothing: its input only says how large the batch is."""
+    return node.op in OPS and OPS[node.op].starts
+
+
+def _widest(reaches: Iterable[Extent]) -> Extent:
+    """Return bounds that hold for every one of several masks."""
+    first, *others = reaches
+    for each in others:
+        first = Extent(max(first.prefix, each.prefix), min(first.low, each.low),
+                       max(first.high, each.high), max(first.ahead, each.ahead))  # fmt: skip
+    return first

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...kernels import render
-from ..choose import kernel_spec, lowerings
+from ..choose import kernel_spec
 from ..graph import Graph
 from ..model import Block, Model
 from . import model as model_text
@@ -34,22 +34,21 @@ def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
     """Return the file of a block, or of a model whose different blocks have these graphs."""
     names = _names(graphs)
     taken = {class_name(name) for name in names}
-    kernels = {
-        name: f"{name}_attention"
-        for name, graph in zip(names, graphs, strict=True)
-        if any(low.path == "triton" for low in lowerings(graph))
-    }
-    sections = []
-    if kernels:
-        sections.append(render.skeleton_text())
-        for name, graph in zip(names, graphs, strict=True):
-            if name in kernels:
-                spec = kernel_spec(graph, next(graph.of("attend")))
-                sections.append(render.render(spec, kernels[name], f"headloom_{_HASH}"))
-    classes = [
-        "\n".join(wrap(block_class(graph, name, kernels.get(name, ""))))
-        for name, graph in zip(names, graphs, strict=True)
-    ]
+    sections: list[str] = []
+    classes: list[str] = []
+    for name, graph in zip(names, graphs, strict=True):
+        kernels = {
+            node.name: f"{name}_attention" if node.name == "o" else f"{name}_{node.name}_attention"
+            for node in graph.of("attend")
+            if node.get("lowering").path == "triton"
+        }
+        for node in graph.of("attend"):
+            if node.name in kernels:
+                spec = kernel_spec(graph, node)
+                sections.append(render.render(spec, kernels[node.name], f"headloom_{_HASH}"))
+        classes.append("\n".join(wrap(block_class(graph, name, kernels))))
+    if sections:
+        sections.insert(0, render.skeleton_text())
     main = class_name(names[0])
     if isinstance(what, Model):
         main = class_name(what.name)
@@ -61,7 +60,7 @@ def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
     helpers = [pieces()[name] for name in needed_pieces(body)]
     text = "\n\n\n".join(
         section.strip("\n")
-        for section in [_header(what, bool(kernels), body, helpers), *helpers, *sections, body]
+        for section in [_header(what, bool(sections), body, helpers), *helpers, *sections, body]
     )
     text += "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]

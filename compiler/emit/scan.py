@@ -31,6 +31,7 @@ class _Ranks:
     """How many dimensions a name has per head: 0 number, 1 vector, 2 matrix."""
 
     graph: Graph
+    node: Node
     known: dict[str, int]
     texts: Mapping[str, str] = field(default_factory=dict)  # how a name is written, if not so
 
@@ -111,11 +112,11 @@ def states(mix: Recurrence) -> list[str]:
     return [ident(each.name) for each in mix.states]
 
 
-def initial(graph: Graph, node: Node, weight: str) -> list[str]:
+def initial(node: Node, weight: str) -> list[str]:
     """Return the method that makes the states before the first token."""
     mix: Recurrence = node.get("recurrence")
     lines = [
-        "def initial(self, batch: int) -> dict[str, Tensor]:",
+        f"def {method_name(node)}(self, batch: int) -> dict[str, Tensor]:",
         '    """Return the states before the first token."""',
         f"    {weight}",
         "    dtype = torch.promote_types(weight.dtype, torch.float32)",
@@ -124,51 +125,56 @@ def initial(graph: Graph, node: Node, weight: str) -> list[str]:
     for each in mix.states:
         sizes = "".join(f", {size}" for size in each.shape)
         value = repr(float(evaluate(each.init, {})))
-        size = f"(batch, {graph.block.heads}{sizes})"
+        size = f"(batch, {node.dims[1]}{sizes})"
         args = [size, value, "dtype=dtype", "device=weight.device"]
         lines += indent(call(f'"{ident(each.name)}": torch.full', args, "),"), 2)
     return [*lines, "    }"]
 
 
-def forward(graph: Graph, node: Node) -> list[str]:
-    """Return the lines that run the recurrence, from the streams to `o`."""
+def method_name(node: Node) -> str:
+    """Return the name of the method that makes the states before the first token."""
+    return "initial" if node.name == "o" else f"initial_{node.name}"
+
+
+def forward(graph: Graph, node: Node, cache: str) -> list[str]:
+    """Return the lines that run the recurrence, from the streams to its output."""
     mix: Recurrence = node.get("recurrence")
-    block = graph.block
+    made, start = (
+        node.name if node.name == "o" else ident(node.name),
+        f"self.{method_name(node)}(b)",
+    )
     streams = [name for name in node.inputs if graph.node(name).op != "tensor" and name != "doc"]
     ranks: dict[str, int] = {each.name: len(each.shape) for each in mix.states}
     lines = ["wide = torch.promote_types(x.dtype, torch.float32)"]
     for name in streams:
-        text, ranks[name] = _per_head(graph, name)
+        text, ranks[name] = _per_head(graph, node, name)
         lines.append(f"{_all_of(name)} = {text}.to(wide)")
     for each in mix.updates:
         ranks.setdefault(each.name, 1 if each.name == "o" else 0)
-    known = _Ranks(graph, ranks, {name: _token_of(name) for name in streams})
+    known = _Ranks(graph, node, ranks, {name: _token_of(name) for name in streams})
     for each in mix.updates:  # intermediate names have the rank of what is written to them
         if each.name != "o" and each.name not in {state.name for state in mix.states}:
             ranks[each.name] = known.text(each.value)[1]
-    cached = "state = self.initial(b) if cache is None else cache.kept"
-    lines += [cached] if mix.causal else ["state = self.initial(b)"]
+    cached = f"state = {start} if {cache} is None else {cache}.kept"
+    lines += [cached] if mix.causal else [f"state = {start}"]
     lines += [f'{name} = state["{name}"]' for name in states(mix)]
     if mix.resets:
-        lines.append("anew = self.initial(b)")
+        lines.append(f"anew = {start}")
     lines.append("outputs = []")
-    lines += _causal(known, mix, streams) if mix.causal else _both_ways(known, mix, streams)
-    lines.append(f"o = torch.stack(outputs, dim=2).to(x.dtype)  "
-                 f"# [b, {block.heads}, n, {block.value_dim}]")  # fmt: skip
-    lines.append("if cache is not None:")
+    lines += _causal(known, mix, streams, cache) if mix.causal else _both_ways(known, mix, streams)
+    lines.append(f"{made} = torch.stack(outputs, dim=2).to(x.dtype)  "
+                 f"# [b, {node.dims[1]}, n, {node.dims[3]}]")  # fmt: skip
     if not mix.causal:
-        why = "this block cannot decode: it reads the whole sequence at once"
-        return [*lines, f'    raise ValueError("{why}")']
+        return lines
     kept = ", ".join(f'"{name}": {name}.detach()' for name in states(mix))
-    lines += [f"    cache.kept = {{{kept}}}", "    cache.length += n"]
-    if mix.resets:
-        lines.append("    cache.doc = last")
-    return lines
+    lines += [f"if {cache} is not None:", f"    {cache}.kept = {{{kept}}}",
+              f"    {cache}.length += n"]  # fmt: skip
+    return [*lines, f"    {cache}.doc = last"] if mix.resets else lines
 
 
-def _per_head(graph: Graph, name: str) -> tuple[str, int]:
+def _per_head(graph: Graph, node: Node, name: str) -> tuple[str, int]:
     """Return a stream as [b, heads, n] or [b, heads, n, d], and its rank per head."""
-    heads, dims = graph.block.heads, graph.node(name).dims
+    heads, dims = int(node.dims[1]), graph.node(name).dims
     variable = ident(name)
     if len(dims) == 4:
         group = heads // int(dims[1])
@@ -179,9 +185,9 @@ def _per_head(graph: Graph, name: str) -> tuple[str, int]:
     return f"{variable}.unflatten(-1, ({heads}, -1)).transpose(1, 2)", 1
 
 
-def _causal(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
+def _causal(known: _Ranks, mix: Recurrence, streams: list[str], cache: str) -> list[str]:
     return [
-        *(["last = None if cache is None else cache.doc"] if mix.resets else []),
+        *([f"last = None if {cache} is None else {cache}.doc"] if mix.resets else []),
         "for step in range(n):",
         *indent(_reset(mix)),
         *indent(_tokens(streams)),
@@ -214,7 +220,7 @@ def _statements(known: _Ranks, mix: Recurrence, written: Collection[str]) -> lis
     """Return the updates of some states or of `o`, with those of all other names."""
     everywhere = {*states_of(mix), "o"}
     shapes = {each.name: each.shape for each in mix.states}
-    shapes["o"] = (known.graph.block.value_dim,)
+    shapes["o"] = (int(known.node.dims[3]),)
     batched = {*known.texts, *shapes}
     lines = []
     for each in mix.updates:
@@ -225,7 +231,7 @@ def _statements(known: _Ranks, mix: Recurrence, written: Collection[str]) -> lis
             batched.add(each.name)
         elif each.name in shapes:  # the same for the whole batch
             sizes = "".join(f", {size}" for size in shapes[each.name])
-            heads = known.graph.block.heads
+            heads = known.node.dims[1]
             text = f"torch.as_tensor({text}).expand(b, {heads}{sizes}).to(wide)"
         lines.append(f"{_variable(each.name)} = {text}")
     return lines

@@ -51,6 +51,28 @@ SETTINGS = {
     "bias_of_key_head": f"{CAUSAL}; kv_heads = 2; score = s + k[h // 2, j, 1] * q[h, i, 0]",
     "bias_of_input": f"{CAUSAL}; score = s + x[j, 3] * x[i, 0]",
     "grid": "heads = 4; grid = [3, 4]; score = s - abs(row(i) - row(j)) - abs(col(i) - col(j))",
+    # branches
+    "branches": f"{CAUSAL}; branch one {{ }}; "
+    "branch two { q = x | linear | split; k = x | linear | split }; "
+    "out = (one - 0.3 * two) | rms_norm | merge | linear",
+    "branch_beside": f"{CAUSAL}; let g = x | linear(heads) | sigmoid; "
+    "branch near { mask = causal and window(3); scale = 1 }; "
+    "out = (g * o + (1 - g) * near) | merge | linear",
+    "branch_of_other_heads": f"{CAUSAL}; position = rope; kv_heads = 2; "
+    "branch wide { heads = 2; head_dim = 8; mask = causal and (window(2) or sink(1)); "
+    "position = alibi; param t = 1; score = t * s }; out = o | merge | concat(wide | merge) | linear",
+    "branch_out": f"{CAUSAL}; let g = x | linear | silu; branch side {{ let g = x | linear | tanh; "
+    "v = g | linear | split; out = o | merge | gate(g) | linear }; "
+    "out = (side * g) | linear",
+    "branch_recurrent": f"{CAUSAL}; branch memory {{ mix = gated_delta }}; "
+    "branch far { mask = causal; normalize = sink; score = temperature }; "
+    "out = (o + memory + far) | merge | linear",
+    "branch_chain": f"{CAUSAL}; branch one {{ mask = causal and window(4); "
+    "k = x | linear | split; v = x | linear | split }; "
+    "k = one | merge | linear | split; v = one; out = (o + v) | merge | linear",
+    "branch_cross": f"{CAUSAL}; branch far {{ source = context; mask = all }}; "
+    "branch again { source = context; mask = j <= i; v = context | linear | split }; "
+    "out = (o + far + again) | merge | linear",
     # normalisers and weights
     "softmax_plus_one": f"{CAUSAL}; normalize = softmax_plus_one",
     "learned_sink": f"{CAUSAL}; normalize = sink",

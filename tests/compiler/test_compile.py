@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headloom.compiler import api
+from headloom.compiler import api, decoding
 from headloom.compiler.check import check
 from headloom.compiler.choose import Target
 from headloom.compiler.cost import cost
-from headloom.compiler.masks import extent
-from headloom.compiler.model import Block, Model, Pairwise, Recurrence
+from headloom.compiler.model import Block, Model
 from headloom.compiler.pipeline import generate, load
 from headloom.grammar.parse import parse
 
@@ -43,9 +42,7 @@ block r { heads = 2; mix = gated_delta; mask = causal }
 
 
 def can_decode(what: Block) -> bool:
-    if isinstance(what.mix, Recurrence):
-        return what.mix.causal
-    return what.crosses or extent(what.mix.mask).causal
+    return decoding.obstacle(what) is None
 
 
 def reads_lengths(name: str) -> bool:
@@ -123,7 +120,9 @@ def test_decoding_repeats_the_whole(name):
         assert cache.length == 23
         if not reads_lengths(name):
             torch.testing.assert_close(torch.cat(parts, dim=1), whole, **TIGHT)
-    assert cache.nbytes == 2 * cost(what).cache_bytes(23 if not what.crosses else 7, "float64")
+    assert cache.nbytes == 2 * cost(what).cache_bytes(
+        23 if not what.mixings["o"].crosses else 7, "float64"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if not can_decode(block(name))])
@@ -296,8 +295,7 @@ def test_dropout_acts_in_training_alone():
     module.train()
     torch.manual_seed(0)
     assert not torch.equal(module(**given), module(**given))
-    assert isinstance(what.mix, Pairwise)
-    without = compiled(replace(what, mix=replace(what.mix, dropout=0.0))).train()
+    without = compiled(what.remixed(lambda mix: replace(mix, dropout=0.0))).train()
     torch.testing.assert_close(without(**given), module.eval()(**given), **TIGHT)
 
 

@@ -24,9 +24,8 @@ LINES = ["i - j", "j - i", "2 * i - j", "i + j", "j", "i", "3 * j - 2", "-(i - j
 
 def mask(text: str) -> Expr:
     """Return a mask with the definitions of the standard library in place."""
-    return (
-        check(parse(f"block a {{ heads = 2; head_dim = 2; mask = {text} }}")).blocks["a"].mix.mask
-    )
+    block = check(parse(f"block a {{ heads = 2; head_dim = 2; mask = {text} }}")).blocks["a"]
+    return block.mixings["o"].mix.mask
 
 
 def random_mask(draw: random.Random, depth: int = 2) -> str:

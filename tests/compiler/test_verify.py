@@ -12,7 +12,7 @@ from headloom.compiler.check import check, find
 from headloom.compiler.choose import Target
 from headloom.compiler.emit import Code
 from headloom.compiler.emit import module as emit_module
-from headloom.compiler.model import Block, Model
+from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.parse import parse_path
 from headloom.compiler.pipeline import generate
 from headloom.compiler.verify import Finding, subjects, verify
@@ -46,7 +46,7 @@ def test_examples_hold(path: Path) -> None:
         findings = {each.check: each for each in verify(subject)}
         wrong = [each for each in findings.values() if each.ok is False]
         assert not wrong, wrong
-        pairwise = isinstance(subject, Block) and hasattr(subject.mix, "mask")
+        pairwise = isinstance(subject, Block) and isinstance(subject.mixings["o"].mix, Pairwise)
         must = {"forward", "gradients", "exported file", "decoding", "causality"}
         must |= {"rows that see nothing", "kernels in the interpreter"} if pairwise else set()
         skipped = {name for name in must if findings[name].ok is None}

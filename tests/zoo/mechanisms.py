@@ -19,7 +19,7 @@ from headloom.compiler.check import check, find
 from headloom.compiler.choose import Target
 from headloom.compiler.model import Block, Recurrence
 from headloom.compiler.reference import ReferenceBlock, reference
-from headloom.compiler.reference_attend import Given, attend
+from headloom.compiler.reference_attend import Given, Places, attend
 from headloom.compiler.reference_scan import scan
 from headloom.grammar.parse import parse
 
@@ -86,26 +86,27 @@ class Mechanism:
     ) -> dict[str, Any]:
         """Return q, k, v and the further streams, each with its batch."""
         found = {"x": x, **given}
-        places = {axis: torch.arange(found[name].shape[1]).expand(found[name].shape[:2])
-                  for axis, name in (("n", "x"), ("m", "context")) if name in found}  # fmt: skip
+        call = self._call(found)
         if positions is not None:
-            places["n"] = positions.expand(x.shape[:2])
+            call.positions["n"] = positions.expand(x.shape[:2])
         for stream in self.block.streams:
-            found[stream.name] = self.meaning._flow(stream.flow, found, places)
+            found[stream.name] = self.meaning._flow(stream.flow, call)
         return found
+
+    def _call(self, streams: dict[str, Tensor]) -> Given:
+        tensors = {each.name: self.meaning._tensor(each.name) for each in self.block.tensors}
+        places = {axis: torch.arange(streams[name].shape[1]).expand(streams[name].shape[:2])
+                  for axis, name in (("n", "x"), ("m", "context")) if name in streams}  # fmt: skip
+        return Given(streams, tensors, Places(places), None, False)
 
     @torch.no_grad()
     def mixed(self, x: Tensor, **changed: Tensor) -> Tensor:
         """Return the mixed heads [b, heads, n, value_dim], of changed streams where given."""
         given = {key: changed.pop(key) for key in ("context",) if key in changed}
         streams = {**self.streams(x, **given), **changed}
-        tensors = {each.name: self.meaning._tensor(each.name) for each in self.block.tensors}
-        places = {axis: torch.arange(streams[name].shape[1]).expand(x.shape[0], -1)
-                  for axis, name in (("n", "x"), ("m", "context")) if name in streams}  # fmt: skip
-        call = Given(streams, tensors, places, None, False)
-        if isinstance(self.block.mix, Recurrence):
-            return scan(self.block, self.block.mix, call)
-        return attend(self.block, self.block.mix, call)
+        mixing = self.block.mixings["o"]
+        mix = scan if isinstance(mixing.mix, Recurrence) else attend
+        return mix(mixing, self._call(streams))
 
     def weights(self, x: Tensor, **changed: Tensor) -> Tensor:
         """Return the map [b, heads, n, m]: what comes out where the values are one-hot."""
@@ -116,7 +117,11 @@ class Mechanism:
     def logits(self, x: Tensor) -> Tensor:
         """Return the scaled products of queries and keys [b, heads, n, m]."""
         q, k = (self.streams(x)[name] for name in "qk")
-        return self.block.mix.scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+        return (
+            self.block.mixings["o"].mix.scale
+            * q
+            @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+        )
 
 
 def tokens(n: int = N, width: int = 32, batch: int = 2, seed: int = 0) -> Tensor:

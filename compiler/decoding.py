@@ -1,0 +1,56 @@
+"""Whether a block can go on token by token, and what it has to remember to do so.
+
+window attention      the keys and values of the last tokens
+a recurrence          its states
+cross-attention       the keys and values of the context, computed once
+a mask that looks ahead, queries that are not the tokens: cannot decode, and why
+"""
+
+from __future__ import annotations
+
+from ..ops import OPS
+from .masks import extent
+from .model import Apply, Block, Flow, Mixing, Read, Recurrence
+
+
+def obstacle(block: Block) -> str | None:
+    """Return why a block cannot decode step by step; None where it can."""
+    grown: dict[str, bool] = {"x": True, "context": False}
+    for stream in block.streams:
+        why = _obstacle(stream.flow, grown)
+        if why is not None:
+            return why
+        grown[stream.name] = grows(stream.flow, grown)
+    return _obstacle(block.out, grown)
+
+
+def grows(flow: Flow, grown: dict[str, bool]) -> bool:
+    """Say whether a flow's values depend on the block's own tokens."""
+    match flow:
+        case Read(name):
+            return grown.get(name, False)
+        case Apply(op) if OPS[op].starts:
+            return False
+        case Apply() | Mixing():
+            return any(grows(each, grown) for each in flow.inputs)
+
+
+def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
+    if isinstance(flow, Read):
+        return None
+    if isinstance(flow, Apply):
+        if OPS[flow.op].looks_ahead(dict(flow.options)) and grows(flow, grown):
+            return f"`{flow.op}` reads later tokens"
+        return next((why for each in flow.inputs if (why := _obstacle(each, grown))), None)
+    if isinstance(flow.mix, Recurrence):
+        return None if flow.mix.causal else "it reads the whole sequence at once"
+    q, *others = (grows(each, grown) for each in flow.inputs)
+    if flow.queries != "n":
+        return "what it gathers depends on all tokens" if q or any(others) else None
+    if flow.keys == "n":
+        causal = extent(flow.mix.mask).causal
+        return None if causal else "its mask lets a query see later keys"
+    far = [each for each in flow.inputs if each.shape.tokens == flow.keys]
+    if any(grows(each, grown) for each in far):
+        return "its keys depend on all tokens"
+    return None
