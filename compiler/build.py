@@ -19,7 +19,7 @@ def build(block: Block) -> Graph:
     builder = _Builder(block)
     for stream in block.streams:
         builder.flow(stream.flow, stream.name)
-    output = builder.flow(block.out, "y")
+    output = builder.flow(block.out, "y" if block.stream("y") is None else "out")
     return Graph(block, tuple(builder.nodes), output, weights(block))
 
 

@@ -24,10 +24,7 @@ from .scalars import body, resolve_function, shaped
 from .scope import Scope, suggest
 
 # What DESIGN names as a stage and a later version brings.
-LATER = {
-    "conv": "short convolutions are", "pool": "pooling is", "latents": "latents are",
-    "previous": "streams of the layer below are",
-}  # fmt: skip
+LATER = {"pool": "pooling is", "previous": "streams of the layer below are"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ def _repair(shape: Shape, target: Target) -> str:
 def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
     match expr:
         case Name(id, span):
-            shape = scope.shape(id, span)
+            shape = scope.shape(id, span) or _tensor(scope, expr)
             if shape is None:
                 if id in LATER:
                     raise error("L221", f"{LATER[id]} not available yet", span)
@@ -93,11 +90,29 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
             return _pipe(scope, first, stages, target)
         case syntax.Attribute(Name("previous")):
             raise error("L221", "streams of the layer below are not available yet", expr.span)
+        case Call(name) if name in OPS and OPS[name].starts:
+            return _pipe(scope, Read("x", scope.inputs["x"], expr.span), (expr,), target)
         case Unary() | Binary() | Compare() | Call():
             return _arithmetic(scope, expr, target)
         case _:
             help = "a stream is a name or a pipeline such as `x | linear | split`"
             raise error("L208", "this is not a stream", expr.span, "", help)
+
+
+def _tensor(scope: Scope, expr: Name) -> Shape | None:
+    """Return the shape of a param or const as a stream of one token, for arithmetic (L208)."""
+    tensor = scope.tensors.get(scope.own(expr.id))
+    if tensor is None:
+        return None
+    match tensor.shape:
+        case ():
+            return Shape("1", 1)
+        case (dim,):
+            return Shape("1", dim)
+        case (heads, dim):
+            return Shape("1", dim, heads)
+    raise error("L208", f"`{expr.id}` is not a stream", expr.span,
+                f"it has {len(tensor.shape)} dimensions", "a pipeline takes [dim] or [heads, dim]")
 
 
 def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:

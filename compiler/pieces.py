@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def rope(x: Tensor, positions: Tensor, theta: float, dims: int = 0, scaling: float = 1.0) -> Tensor:
@@ -61,6 +62,114 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
     """Scale the last dimension of x to length one."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     return (exact * (exact.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def l1_norm(x: Tensor, eps: float) -> Tensor:
+    """Divide the last dimension of x by the sum of its absolute values."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(exact, p=1.0, dim=-1, eps=eps).to(x.dtype)
+
+
+def hard_step(a: Tensor) -> Tensor:
+    """Return 1 where a > 0, else 0; the gradient passes straight through to a."""
+    return (a > 0).to(a.dtype) + (a - a.detach())
+
+
+def top_features(x: Tensor, count: int) -> Tensor:
+    """Keep the `count` largest of the last dimension, the first of equal ones; the rest is 0."""
+    order = x.detach().argsort(dim=-1, descending=True, stable=True)
+    rest = torch.zeros_like(x, dtype=torch.bool).scatter(-1, order[..., count:], True)
+    return x.masked_fill(rest, 0)
+
+
+def bernoulli(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Draw a number for each token of x, 1 at this rate, else 0; all are 1 out of training."""
+    size = (*x.shape[:-1], 1)
+    if not training:
+        return x.new_ones(size)
+    return (torch.rand(size, dtype=torch.float32, device=x.device) < rate).to(x.dtype)
+
+
+def drop_heads(x: Tensor, count: int, training: bool) -> Tensor:
+    """Zero `count` heads of each sequence of x [b, heads, n, d] in training."""
+    if not training:
+        return x
+    order = torch.rand(x.shape[:-2], dtype=torch.float32, device=x.device).argsort(dim=-1)
+    return x.masked_fill((order < count)[..., None, None], 0)
+
+
+def add_noise(x: Tensor, std: float, training: bool) -> Tensor:
+    """Add a normal number of deviation `std` to every element of x in training."""
+    if not training:
+        return x
+    return x + std * torch.randn(x.shape, dtype=torch.float32, device=x.device).to(x.dtype)
+
+
+class HeadLinear(nn.Module):
+    """A linear map of its own for each head."""
+
+    def __init__(self, heads: int, into: int, out: int) -> None:
+        super().__init__()
+        unit = torch.empty(heads, out, into).uniform_(-1, 1)
+        self.weight = nn.Parameter(unit * into**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [b, heads, n, into] to [b, heads, n, out]."""
+        return x @ self.weight.mT
+
+
+class ReparamLinear(nn.Module):
+    """A linear map whose weight is divided by its size, and multiplied by a learned gain.
+
+    The size is the largest singular value (`spectral`) or that of each row (`weight_norm`).
+    """
+
+    def __init__(self, into: int, out: int, reparam: str, bias: bool = False) -> None:
+        super().__init__()
+        self.reparam = reparam
+        self.weight = nn.Parameter(torch.empty(out, into).uniform_(-1, 1) * into**-0.5)
+        self.gain = nn.Parameter(torch.ones(() if reparam == "spectral" else (out,)))
+        self.bias = nn.Parameter(torch.zeros(out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x […, into] to […, out]."""
+        exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if self.reparam == "spectral":
+            size = torch.linalg.matrix_norm(exact, ord=2)
+        else:
+            size = torch.linalg.vector_norm(exact, dim=-1)
+        weight = (self.gain / size)[..., None] * exact
+        return F.linear(x, weight.to(self.weight.dtype), self.bias)
+
+
+class ShortConv(nn.Module):
+    """A convolution along the tokens, each feature with weights of its own."""
+
+    def __init__(self, features: int, width: int, bias: bool = False, causal: bool = True) -> None:
+        super().__init__()
+        self.before = width - 1 if causal else (width - 1) // 2
+        self.weight = nn.Parameter(torch.empty(features, width).uniform_(-1, 1) * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [b, (heads,) n, d] to the same; what lies outside of the tokens is zero."""
+        features, width = self.weight.shape
+        rows = x.mT.reshape(-1, features, x.shape[-2])  # [b, features, n]
+        rows = F.pad(rows, (self.before, width - 1 - self.before))
+        rows = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
+        return rows.reshape(x.mT.shape).mT
+
+
+class Latents(nn.Module):
+    """A learned list of tokens, the same for every sequence."""
+
+    def __init__(self, count: int, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.randn(count, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [b, count, features] for the batch of x [b, …]."""
+        return self.weight.to(x.dtype).expand(x.shape[0], -1, -1)
 
 
 def sinusoidal(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:

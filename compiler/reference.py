@@ -113,7 +113,8 @@ class ReferenceBlock(nn.Module):
                 inputs = [self._flow(each, given) for each in flow.inputs]
                 tensors = {each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
                            for each in owned(flow)}  # fmt: skip
-                run = Run(given.positions, self.training, flow.shape.tokens)
+                shapes = tuple(each.shape for each in flow.inputs)
+                run = Run(given.positions, self.training, flow.shape.tokens, shapes)
                 return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
 
     def _tensor(self, name: str) -> Tensor:

@@ -77,7 +77,7 @@ def _write(expr: Expr, dialect: Dialect, leaf: Leaf) -> tuple[str, float]:
             template = getattr(FUNCTIONS[name], dialect)
             inner = [_write(arg, dialect, leaf)[0] for arg in args]
             text = template.format(*inner)
-            whole = text.startswith(("torch.", "F.", "tl.", f"({inner[0]})"))
+            whole = text.startswith(("torch.", "F.", "tl.", "hard_step(", f"({inner[0]})"))
             return text, _ATOM if whole and template.count("{0}") == 1 else 0
         case _:
             raise ValueError(f"{type(expr).__name__} is not a scalar expression")

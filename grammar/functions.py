@@ -2,8 +2,10 @@
 
 A row says how many arguments a function takes, its value on Python numbers, its partial
 derivatives (written in Loom, over the arguments a, b, c), and how it is written in the two
-dialects the compiler prints: PyTorch (tensors) and Triton (register tiles). Derivatives of
-None are zero almost everywhere.
+dialects the compiler prints: PyTorch (tensors; `hard_step` is one of `compiler.pieces`, since
+its operand must be written once) and Triton (register tiles). Derivatives of
+None are zero almost everywhere. Two functions change the gradient and not the slope: `detach`
+stops it, `step` lets it straight through.
 
     tanh:  d/da = 1 - tanh(a) ** 2      torch.tanh(a)      2 * tl.sigmoid(2 * a) - 1
 """
@@ -80,6 +82,9 @@ FUNCTIONS: dict[str, Function] = {
         Function("where", 3, lambda a, b, c: b if a else c,
                  (None, "where(a, 1, 0)", "where(a, 0, 1)"),
                  "torch.where({0}, {1}, {2})", "tl.where({0}, {1}, {2})"),
+        Function("detach", 1, lambda a: a, (None,), "({0}).detach()", "({0})"),
+        Function("step", 1, lambda a: 1 if a > 0 else 0, ("1",),
+                 "hard_step({0})", "tl.where(({0}) > 0, 1.0, 0.0)"),
         Function("ispow2", 1, _ispow2, (None,),
                  "(({0}) > 0) & ((({0}) & (({0}) - 1)) == 0)",
                  "(({0}) > 0) & ((({0}) & (({0}) - 1)) == 0)", boolean=True),

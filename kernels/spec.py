@@ -81,7 +81,7 @@ class Attend:
 _PAIR = frozenset({"s", "h", "i", "j", "n", "m", "seen", "true", "false"})
 _ROW = _PAIR - {"s", "j"}
 _WHOLE_NAMES = frozenset({"h", "i", "j", "n", "m", "true", "false"})
-_KEEP_WHOLE = frozenset({"min", "max", "abs", "clip", "relu"})
+_KEEP_WHOLE = frozenset({"min", "max", "abs", "clip", "relu", "detach"})
 
 
 def reads(expr: Expr, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, Index | Name]]:

@@ -6,10 +6,14 @@ Shape(tokens='n', dim=64, heads=8)
 
 from __future__ import annotations
 
+from .conv import Conv
+from .draws import Bernoulli, DropHeads, Noise
 from .dropout import Dropout
+from .features import Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
-from .linear import Linear
-from .norms import L2Norm, LayerNorm, RmsNorm
+from .latents import Latents
+from .linear import HeadLinear, Linear
+from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
 from .op import Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
 from .rope import Rope
@@ -19,6 +23,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         Linear(),
+        HeadLinear(),
         Split(),
         Merge(),
         Repeat(),
@@ -26,8 +31,17 @@ OPS: dict[str, Op] = {
         RmsNorm(),
         LayerNorm(),
         L2Norm(),
+        L1Norm(),
+        Softmax(),
+        Top(),
+        Slice(),
+        Conv(),
+        Latents(),
         Rope(),
         Dropout(),
+        Bernoulli(),
+        DropHeads(),
+        Noise(),
         Pointwise(),
     )
 }

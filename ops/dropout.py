@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 class Dropout(Op):
     name = "dropout"
+    random = True
     options = (Option("p", "number", required=True),)
 
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:

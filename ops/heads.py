@@ -13,6 +13,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """Return [.., n, heads · d] as [.., heads, n, d]."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
+
+
+def by_head_text(text: str, heads: int, shape: Shape) -> str:
+    """Return the text of `by_head` for a stream of this shape."""
+    return f"{text}.unflatten(-1, ({heads}, -1)).transpose{_swapped(shape)}"
+
+
+def _swapped(shape: Shape) -> str:
+    """Return the dimensions of heads and tokens, counted from where they certainly are."""
+    return "(-3, -2)" if shape.tokens == "1" else "(1, 2)"
+
+
 class Split(Op):
     """`split(heads)`: [n, heads · d] → [heads, n, d]."""
 
@@ -39,13 +54,11 @@ class Split(Op):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        b, n, width = inputs[0].shape
-        heads = options["heads"]
-        return inputs[0].reshape(b, n, heads, width // heads).transpose(1, 2)
+        return by_head(inputs[0], options["heads"])
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
-        return f"{inputs[0]}.unflatten(-1, ({options['heads']}, -1)).transpose(1, 2)"
+        return by_head_text(inputs[0], options["heads"], shapes[0])
 
 
 class Merge(Op):
@@ -65,12 +78,11 @@ class Merge(Op):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        b, heads, n, d = inputs[0].shape
-        return inputs[0].transpose(1, 2).reshape(b, n, heads * d)
+        return inputs[0].transpose(-3, -2).flatten(-2)
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
-        return f"{inputs[0]}.transpose(1, 2).flatten(-2)"
+        return f"{inputs[0]}.transpose{_swapped(shapes[0])}.flatten(-2)"
 
 
 class Repeat(Op):
@@ -90,11 +102,14 @@ class Repeat(Op):
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
         (x,) = inputs
-        x = x[:, None] if x.ndim == 3 else x
-        return x.repeat_interleave(options["times"], dim=1)
+        x = x if run.has_heads(0, x) else x.unsqueeze(-3)
+        return x.repeat_interleave(options["times"], dim=-3)
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
+        if shapes[0].tokens == "1":
+            x = inputs[0] if shapes[0].heads is not None else f"{inputs[0]}.unsqueeze(-3)"
+            return f"{x}.repeat_interleave({options['times']}, dim=-3)"
         if shapes[0].heads is None:
             return f"{inputs[0]}[:, None].expand(-1, {options['times']}, -1, -1)"
         return f"{inputs[0]}.repeat_interleave({options['times']}, dim=1)"

@@ -97,3 +97,24 @@ class L2Norm(_Norm):
 
     def helpers(self, options: Options) -> tuple[str, ...]:
         return ("l2_norm",)
+
+
+class L1Norm(_Norm):
+    """`l1_norm(eps = 1e-12)`: x / max(Σ|x|, eps); zero stays zero."""
+
+    name = "l1_norm"
+    options = (Option("eps", "number", 1e-12),)
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        x = wide(inputs[0])
+        y: Tensor = x / x.abs().sum(-1, keepdim=True).clamp(min=options["eps"])
+        return y.to(inputs[0].dtype)
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        return f"l1_norm({inputs[0]}, {options['eps']!r})"
+
+    def helpers(self, options: Options) -> tuple[str, ...]:
+        return ("l1_norm",)

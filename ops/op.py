@@ -59,6 +59,19 @@ class Run:
     positions: Mapping[str, Tensor]  # tokens axis → [b or 1, tokens] absolute positions
     training: bool = False
     tokens: str = "n"  # the axis of the operation's own stream
+    shapes: tuple[Shape, ...] = ()  # of the inputs, for one along "1" that lacks its batch
+
+    def has_heads(self, at: int, x: Tensor) -> bool:
+        """Say whether input `at` has heads; by its dimensions where no shapes are given."""
+        return self.shapes[at].heads is not None if self.shapes else x.ndim == 4
+
+    def places(self, x: Tensor) -> Tensor:
+        """Return the positions [b or 1, tokens] of the stream's tokens; a list counts from 0."""
+        import torch
+
+        if self.tokens.isdecimal():
+            return torch.arange(int(self.tokens), device=x.device)[None]
+        return self.positions[self.tokens]
 
 
 class Op(ABC):
@@ -68,6 +81,7 @@ class Op(ABC):
     options: tuple[Option, ...] = ()
     suffix: str = ""  # its tensors live in the submodule `<stream>_<suffix>`
     starts: bool = False  # its values are its own; the input only says how large the batch is
+    random: bool = False  # two of the same are not equal: each draws
     positional: bool = False  # its text reads `positions`, or `context_positions` along "m"
 
     @abstractmethod
@@ -102,15 +116,15 @@ class Op(ABC):
         return ""
 
     def helpers(self, options: Options) -> tuple[str, ...]:
-        """Return the names of the functions in `compiler.pieces` that its text calls."""
+        """Return the names in `compiler.pieces` that its text or its constructor calls."""
         return ()
 
     def lookback(self, options: Options) -> int:
-        """Return how many earlier tokens a token's result reads."""
+        """Return how many earlier tokens the result for a token reads."""
         return 0
 
     def looks_ahead(self, options: Options) -> bool:
-        """Say whether a token's result reads later tokens."""
+        """Say whether the result for a token reads later ones."""
         return False
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:

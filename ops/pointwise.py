@@ -2,17 +2,20 @@
 
 One operation with a scalar expression inside: `x | silu` is a0 → silu(a0), and
 `(one - 0.3 * two)` is a0, a1 → a0 − 0.3 · a1. A stream without heads that meets one with
-heads gives each head its own feature when it has one a head, its own slice when it has more.
+heads gives each head its own feature when it has one a head, its own slice when it has more. What
+runs along "1" is the same for every token of the streams that it meets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..grammar.dialect import write
 from ..grammar.functions import FUNCTIONS
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, walk
+from .heads import by_head, by_head_text
 from .op import Mismatch, Op, Option, Options, Run
 from .shape import Shape
 
@@ -26,12 +29,14 @@ class Pointwise(Op):
 
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         whole = max(inputs, key=lambda each: (each.heads is not None, each.features))
+        along = next((each for each in inputs if each.tokens != "1"), whole)
         for each in inputs:
-            if each.tokens != whole.tokens:
-                raise Mismatch("these streams run along different tokens", f"{each} and {whole}")
+            if each.tokens not in ("1", along.tokens):
+                raise Mismatch("these streams run along different tokens", f"{each} and {along}")
+            each = replace(each, tokens=whole.tokens)
             if each != whole and not self._fits(each, whole):
                 raise Mismatch("these streams have different shapes", f"{each} and {whole}")
-        return whole
+        return replace(whole, tokens=along.tokens)
 
     @staticmethod
     def _fits(part: Shape, whole: Shape) -> bool:
@@ -42,9 +47,11 @@ class Pointwise(Op):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        heads = max((x.shape[1] for x in inputs if x.ndim == 4), default=None)
-        if heads is not None:
-            inputs = [x if x.ndim == 4 else _split(x, heads) for x in inputs]
+        split = [run.has_heads(at, x) for at, x in enumerate(inputs)]
+        if any(split):
+            heads = inputs[split.index(True)].shape[-3]
+            inputs = [x if done else by_head(x, heads)
+                      for x, done in zip(inputs, split, strict=True)]  # fmt: skip
         values = {f"a{at}": x for at, x in enumerate(inputs)}
         result: Tensor = evaluate(options["expr"], values)
         return result.to(inputs[0].dtype) if result.is_floating_point() else result
@@ -55,7 +62,7 @@ class Pointwise(Op):
         names = {}
         for at, (name, shape) in enumerate(zip(inputs, shapes, strict=True)):
             if heads is not None and shape.heads is None:
-                name = f"{name}.unflatten(-1, ({heads}, -1)).transpose(1, 2)"
+                name = by_head_text(name, heads, shape)
             names[f"a{at}"] = name
         return write(options["expr"], "torch", lambda leaf: names[_id(leaf)])
 
@@ -67,11 +74,6 @@ class Pointwise(Op):
 def _id(leaf: Name | Index) -> str:
     assert isinstance(leaf, Name)
     return leaf.id
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    b, n, width = x.shape
-    return x.reshape(b, n, heads, width // heads).transpose(1, 2)
 
 
 def evaluate(expr: Expr, values: Mapping[str, Any]) -> Any:
@@ -157,6 +159,10 @@ def _call(name: str, args: list[Any]) -> Any:
         case "ispow2":
             whole = tensors[0].long()
             return (whole > 0) & ((whole & (whole - 1)) == 0)
+        case "detach":
+            return like.detach()
+        case "step":
+            return (like > 0).to(like.dtype) + (like - like.detach())
     if not like.is_floating_point() and name not in ("abs", "relu", "floor"):
         like = like.double()
     function = getattr(torch, name, None) or getattr(functional, name)

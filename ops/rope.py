@@ -1,8 +1,9 @@
-"""`rope(theta, dims, style, scaling)`: rotary position embedding (Su et al. 2021).
+"""`rope(theta, dims, style, scaling, inverse)`: rotary position embedding (Su et al. 2021).
 
 Pairs of features are turned by the angle position / scaling · theta^(−2c / r), r the number
 of turned features. `style = half` pairs feature c with c + r/2 (Llama); `interleaved` pairs
 2c with 2c + 1 (the paper). `dims` turns the first so many features, a negative one the last.
+`inverse` turns back.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Rope(Op):
         Option("dims", "number"),
         Option("style", ("half", "interleaved"), "half"),
         Option("scaling", "number", 1),
+        Option("inverse", "flag", False),
     )
 
     def complete(self, options: dict[str, Any], given: Shape, out: Shape | None) -> dict[str, Any]:
@@ -50,10 +52,11 @@ class Rope(Op):
         turned = abs(dims)
         still = x.shape[-1] - turned
         part = x[..., still:] if dims < 0 else x[..., :turned]
-        position = run.positions[run.tokens].to(torch.float64) / options["scaling"]
+        position = run.places(x).to(torch.float64) / options["scaling"]
+        position = -position if options["inverse"] else position
         power = torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned
         angle = position[..., None] * options["theta"] ** -power  # [b, n, r/2]
-        angle = angle[:, None] if x.ndim == 4 else angle
+        angle = angle[:, None] if run.has_heads(0, x) else angle
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         if options["style"] == "half":
             a, b = part[..., : turned // 2], part[..., turned // 2 :]
@@ -66,7 +69,11 @@ class Rope(Op):
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
-        where = "positions" if shapes[0].tokens == "n" else "context_positions"
+        tokens = shapes[0].tokens
+        where = "positions" if tokens == "n" else "context_positions"
+        if tokens.isdecimal():
+            where = f"torch.arange({tokens}, device=x.device)"
+        where = f"-{where}" if options["inverse"] else where
         extra = [f"theta={options['theta']!r}"]
         if options["dims"] != shapes[0].dim:
             extra.append(f"dims={options['dims']}")

@@ -466,9 +466,22 @@ class _Writer:
 
     # nodes
 
+    def _remembered(self, node: Node, head: str, dims: str) -> list[str]:
+        """Write a stage that reads the tokens before those it is given."""
+        first = self.graph.node(node.inputs[0])
+        given = _plain_name(first.name)
+        lines: list[str] = []
+        if first.op in OPS and self._inlined(first):
+            given = ident(node.name.partition(".")[0])
+            lines = self._assign(first, f"{given} =")
+        cache = self.cache("tails")
+        tail = f'{cache}.before("{node.name}", {given}, {self._tail(node)})'
+        lines.append(f"before = None if {cache} is None else {tail}")
+        return [*lines, *comment(f"{head} self.{node.module}({given}, before)", dims)]
+
     def _inlined(self, node: Node) -> bool:
         """Whether a node stands inside the only expression that reads it, once."""
-        if "." not in node.name:
+        if "." not in node.name or self._tail(node):
             return False
         readers = self.graph.readers(node.name)
         if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
@@ -504,6 +517,8 @@ class _Writer:
         if node.op not in OPS:
             return [f"{head} {_plain_name(node.name)}"]
         dims = f"[{', '.join(map(str, node.dims))}]"
+        if self._tail(node) and self.obstacle is None:
+            return self._remembered(node, head, dims)
         line = f"{head} {self._text(node)}"
         if len(line) + len(dims) + 4 <= LIMIT - 4 or not node.inputs:
             return comment(line, dims)

@@ -15,7 +15,7 @@ _OURS = frozenset((
     "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
     "given", "places", "state", "last", "anew", "fresh",
-    "history", "end", "tau", "o",
+    "history", "end", "tau", "o", "before",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor"))
 _MADE = re.compile(r"_$|__\d+$|_[hijt]$|_cache$")  # endings that the text gives to names of its own

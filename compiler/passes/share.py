@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...ops import OPS
 from ..graph import Graph, Node
 
-_RANDOM = ("dropout", "drop")
+_APART = ("drop", "input", "tensor")
 
 
 def share(graph: Graph) -> Graph:
@@ -25,7 +26,8 @@ def share(graph: Graph) -> Graph:
         inputs = tuple(renamed.get(name, name) for name in node.inputs)
         node = replace(node, inputs=inputs)
         key = replace(node, name="")
-        if node.op not in (*_RANDOM, "input", "tensor") and not node.module and key in first:
+        apart = node.op in _APART or (node.op in OPS and OPS[node.op].random)
+        if not apart and not node.module and key in first:
             renamed[node.name] = first[key]
             continue
         first[key] = node.name

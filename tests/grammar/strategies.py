@@ -127,7 +127,12 @@ def everything(node: Any) -> Any:
     return tuple(map(everything, node)) if isinstance(node, tuple) else node
 
 
-def scalars(constants: bool = True) -> st.SearchStrategy[syntax.Expr]:
+STRAIGHT = ("detach", "step")  # their derivatives are not their slopes
+
+
+def scalars(
+    constants: bool = True, without: tuple[str, ...] = ()
+) -> st.SearchStrategy[syntax.Expr]:
     """Return numeric expressions over `s` and `t` and the functions that have a derivative.
 
     Without `constants`, only `s` and `t` are arguments of functions: a tensor function of
@@ -138,6 +143,7 @@ def scalars(constants: bool = True) -> st.SearchStrategy[syntax.Expr]:
     ops = st.sampled_from(["+", "-", "*", "/"])
     unary = [
         name for name, each in FUNCTIONS.items() if each.arity == 1 and not each.boolean
+        and name not in without
     ]  # fmt: skip
 
     def larger(inner: st.SearchStrategy[syntax.Expr]) -> st.SearchStrategy[syntax.Expr]:

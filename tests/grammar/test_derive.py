@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from headloom.compiler.pieces import hard_step
 from headloom.grammar.derive import derivative
 from headloom.grammar.dialect import write
 from headloom.grammar.expr import NotConstant, evaluate, fold, substitute
@@ -18,7 +19,7 @@ from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
 from headloom.grammar.syntax import Binary, Call, Compare, Name, Number, Unary
 
-from .strategies import scalars
+from .strategies import STRAIGHT, scalars
 
 quiet = settings(derandomize=True, deadline=None, max_examples=300)
 S = Name("s")
@@ -37,7 +38,7 @@ def slope(expr, s, t, step):
 
 
 @quiet
-@given(scalars(), points, points)
+@given(scalars(without=STRAIGHT), points, points)
 def test_derivatives_of_random_expressions(expr, s, t):
     expected, close = slope(expr, s, t, 1e-5), slope(expr, s, t, 1e-6)
     # Away from kinks and overflow, two step widths agree.
@@ -48,7 +49,10 @@ def test_derivatives_of_random_expressions(expr, s, t):
     assert math.isclose(got, close, rel_tol=1e-3, abs_tol=1e-3), show(derivative(expr, S))
 
 
-SMOOTH = [name for name, each in FUNCTIONS.items() if any(each.partials) and not each.boolean]
+SMOOTH = [
+    name for name, each in FUNCTIONS.items()
+    if any(each.partials) and not each.boolean and name not in STRAIGHT
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -78,6 +82,24 @@ def test_derivatives_are_folded(text, shown):
     assert len(show(got)) <= len(shown)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("detach(s)", "0"), ("step(s)", "1"), ("s * detach(s)", "detach(s)"),
+     ("step(3 * s) * s", "3 * s + step(3 * s)"), ("step(detach(s)) + s", "1"),
+     ("s * (1 + detach(step(s) - s))", "1 + detach(step(s) - s)")],
+)  # fmt: skip
+@pytest.mark.parametrize("s", [-1.5, 0.0, 0.7])
+def test_gradients_that_are_not_slopes(text, shown, s):
+    expr = parse_expression(text)
+    assert show(derivative(expr, S)) == shown
+    at = torch.tensor(s, dtype=torch.float64, requires_grad=True)
+    written = write(expr, "torch", lambda leaf: leaf.id)
+    y = eval(written, {"s": at, "hard_step": hard_step})
+    assert y.item() == value(expr, s, 0)
+    (got,) = torch.autograd.grad(y, at) if y.requires_grad else (0,)
+    assert float(got) == value(derivative(expr, S), s, 0)
+
+
 def test_an_indexed_tensor_is_a_target():
     expr = parse_expression("s - slope[h] * abs(i - j)")
     got = derivative(expr, parse_expression("slope[h]"))
@@ -98,7 +120,7 @@ def in_torch(expr, s, t):
     """Evaluate an expression as the compiler's text under torch, on tensors of float64."""
     text = write(expr, "torch", lambda leaf: leaf.id)
     values = {name: torch.tensor([at], dtype=torch.float64) for name, at in (("s", s), ("t", t))}
-    return text, eval(text, {"torch": torch, "F": F, **values})
+    return text, eval(text, {"torch": torch, "F": F, "hard_step": hard_step, **values})
 
 
 @quiet
@@ -131,7 +153,9 @@ def test_what_is_no_scalar_is_not_written(text):
     [(Compare((Number(0), S, Number(8)), ("<=", "<")), "(0 <= s) & (s < 8)"),
      (Unary("not", Compare((S, Number(1)), ("<",))), "~(s < 1)"),
      (Binary("**", Unary("-", S), Number(2)), "(-s) ** 2"),
-     (Call("max", (S, Number(0))), "s.clamp(min=0)")],
+     (Call("max", (S, Number(0))), "s.clamp(min=0)"),
+     (Binary("*", Call("step", (Binary("+", S, Number(1)),)), S), "hard_step(s + 1) * s"),
+     (Binary("*", Call("detach", (Binary("+", S, Number(1)),)), S), "(s + 1).detach() * s")],
 )  # fmt: skip
 def test_torch_text(tree, text):
     assert write(tree, "torch", lambda leaf: leaf.id) == text

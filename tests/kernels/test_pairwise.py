@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from headloom.compiler.pieces import hard_step
 from headloom.grammar.parse import parse_expression
 from headloom.kernels.spec import Attend, Reach, Tensor, obstacle
 
@@ -25,6 +26,8 @@ SCOPE: dict[str, Any] = {
     "abs": torch.abs,
     "clip": torch.clamp,
     "softplus": torch.nn.functional.softplus,
+    "detach": torch.Tensor.detach,
+    "step": hard_step,
     "true": torch.tensor(True),
 }
 
@@ -135,6 +138,11 @@ CASES = (
         reach=CAUSAL,
         tensors=(learned("t", "n", 2, batched=True),),
         batch=2,
+    ),
+    Case(
+        "gradients_that_are_not_slopes",
+        score="s * step(s + t[i, h]) + detach(t[i, h] + 0.1 * s) * s - exp(detach(-abs(i - j)))",
+        tensors=(learned("t", "n", 2, batched=True),),
     ),
     Case("column_gain", score="s + g[j]", tensors=(learned("g", "m"),), heads=(4, 2), batch=2),
     Case(

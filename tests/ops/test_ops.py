@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ POSITIONS = {"n": torch.arange(N)[None], "m": 10 + torch.arange(N)[None]}
 
 
 def drawn(shape: Shape, seed: int = 0) -> Tensor:
-    size = (B, N, shape.dim) if shape.heads is None else (B, shape.heads, N, shape.dim)
+    tokens = int(shape.tokens) if shape.tokens.isdecimal() else N
+    size = (B, tokens, shape.dim) if shape.heads is None else (B, shape.heads, tokens, shape.dim)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(size, generator=generator, dtype=torch.float64)
 
@@ -40,29 +42,67 @@ class Case:
             for each in self.op.weights(self.shapes, self.options)
         }
 
-    def eager(self, dtype: torch.dtype = torch.float64) -> Tensor:
+    def eager(self, dtype: torch.dtype = torch.float64, training: bool = False) -> Tensor:
         tokens = self.op.shape(self.shapes, self.options).tokens
         return self.op.eager(
             [each.to(dtype) for each in self.inputs],
             self.options,
             {name: each.to(dtype) for name, each in self.weights.items()},
-            Run(POSITIONS, tokens=tokens),
+            Run(POSITIONS, training, tokens, tuple(self.shapes)),
         )
 
-    def text(self) -> Tensor:
+    def fresh(self) -> nn.Module | None:
+        """Return the submodule as the constructor makes it."""
+        constructor = self.op.constructor(self.shapes, self.options)
+        helpers = {name: getattr(pieces, name) for name in self.op.helpers(self.options)}
+        return eval(constructor, {"nn": nn, **helpers}) if constructor else None
+
+    def module(self) -> nn.Module | None:
+        """Return the submodule with the drawn weights."""
+        made = self.fresh()
+        if made is not None:
+            made.double().load_state_dict(self.weights)
+        return made
+
+    def text(self, training: bool = False, stage: nn.Module | None = None) -> Tensor:
         """Run the text as an emitted module would: `self.stage` made by the constructor."""
         names = [f"x{at}" for at in range(len(self.inputs))]
         text = self.op.text(names, self.shapes, self.options, "stage")
         owner = nn.Module()
-        constructor = self.op.constructor(self.shapes, self.options)
-        if constructor:
-            owner.stage = eval(constructor, {"nn": nn}).double()
-            owner.stage.load_state_dict(self.weights)
+        owner.stage = stage or self.module()
         helpers = {name: getattr(pieces, name) for name in self.op.helpers(self.options)}
-        scope = {"torch": torch, "F": functional, "self": owner.eval(), **helpers}
+        scope = {"torch": torch, "F": functional, "self": owner.train(training), **helpers}
         scope |= {"positions": POSITIONS["n"], "context_positions": POSITIONS["m"]}
+        scope |= {"x": self.inputs[0], "hard_step": pieces.hard_step}
         result: Tensor = eval(text, scope, dict(zip(names, self.inputs, strict=True)))
         return result
+
+    def gradients(self, training: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the gradients of inputs and weights, of the meaning and of the text."""
+        stage, inputs, weights = self.module(), self.inputs, self.weights
+        try:
+            self.inputs = [each.clone().requires_grad_() for each in inputs]
+            self.weights = {name: each.clone().requires_grad_() for name, each in weights.items()}
+            seeded = torch.Generator().manual_seed(9)
+            found = []
+            for text in (False, True):
+                torch.manual_seed(3)
+                y = self.text(training, stage) if text else self.eager(training=training)
+                if not found:
+                    dy = torch.randn(y.shape, generator=seeded, dtype=y.dtype)
+                own = dict(stage.named_parameters()) if text and stage else self.weights
+                wanted = [*self.inputs, *(own[name] for name in weights)]
+                if not y.requires_grad:
+                    found.append([])
+                    continue
+                found.append([
+                    torch.zeros_like(x) if dx is None else dx
+                    for x, dx in zip(wanted, torch.autograd.grad(y, wanted, dy, allow_unused=True),
+                                     strict=True)
+                ])  # fmt: skip
+        finally:
+            self.inputs, self.weights = inputs, weights
+        return found[0], found[1]
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -70,14 +110,22 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 FLAT, SPLIT = Shape("n", 12), Shape("n", 6, 4)
+ONE, ONE_SPLIT = Shape("1", 12), Shape("1", 6, 4)
 
 CASES = {
     "linear": Case("linear", FLAT, features=7),
     "linear, biased": Case("linear", FLAT, features=7, bias=True),
     "linear, every head": Case("linear", SPLIT, features=3, bias=True),
+    "linear, spectral": Case("linear", FLAT, features=7, reparam="spectral", bias=True),
+    "linear, weight_norm": Case("linear", SPLIT, features=7, reparam="weight_norm"),
+    "head_linear": Case("head_linear", SPLIT, features=3),
     "split": Case("split", FLAT, heads=4),
+    "split one token": Case("split", ONE, heads=4),
     "merge": Case("merge", SPLIT),
+    "merge one token": Case("merge", ONE_SPLIT),
     "repeat": Case("repeat", FLAT, times=3),
+    "repeat one token": Case("repeat", ONE, times=3),
+    "repeat heads of one token": Case("repeat", ONE_SPLIT, times=3),
     "repeat heads": Case("repeat", SPLIT, times=3),
     "concat": Case("concat", FLAT, Shape("n", 5)),
     "concat heads": Case("concat", SPLIT, Shape("n", 2, 4)),
@@ -86,9 +134,26 @@ CASES = {
     "layer_norm": Case("layer_norm", FLAT),
     "layer_norm heads": Case("layer_norm", SPLIT, eps=0.1),
     "l2_norm": Case("l2_norm", SPLIT),
+    "l1_norm": Case("l1_norm", SPLIT),
+    "softmax": Case("softmax", SPLIT),
+    "top": Case("top", SPLIT, count=2),
+    "slice": Case("slice", SPLIT, start=1, stop=4),
+    "slice to the end": Case("slice", FLAT, start=5),
+    "slice from the start": Case("slice", FLAT, start=0, stop=5),
+    "conv": Case("conv", FLAT, width=4),
+    "conv, biased": Case("conv", SPLIT, width=3, bias=True),
+    "conv, both ways": Case("conv", SPLIT, width=4, causal=False),
+    "conv, longer than the tokens": Case("conv", Shape("m", 3), width=9, causal=False),
+    "latents": Case("latents", SPLIT, count=3),
+    "latents, features": Case("latents", Shape("m", 5), count=1, features=8),
     "rope": Case("rope", SPLIT),
+    "rope, inverse": Case("rope", SPLIT, inverse=True, scaling=3),
+    "rope of latents": Case("rope", Shape("3", 4, 2)),
     "rope, interleaved": Case("rope", Shape("m", 6), style="interleaved", dims=-4),
     "dropout": Case("dropout", FLAT, p=0.5),
+    "bernoulli": Case("bernoulli", SPLIT, rate=0.3),
+    "drop_heads": Case("drop_heads", SPLIT, count=3),
+    "noise": Case("noise", SPLIT, std=0.5),
     "activation": Case("pointwise", FLAT, expr=parse_expression("silu(a0)")),
     "arithmetic": Case(
         "pointwise", FLAT, FLAT, expr=parse_expression("(a0 - 0.3 * a1) ** 2 / (1 + abs(a1))")
@@ -100,6 +165,19 @@ CASES = {
         "pointwise", Shape("n", 24), SPLIT, expr=parse_expression("max(a0, 0.1) + a1")
     ),
     "gate, one feature": Case("pointwise", FLAT, Shape("n", 1), expr=parse_expression("a0 * a1")),
+    "one token meets many": Case("pointwise", ONE_SPLIT, SPLIT, expr=parse_expression("a0 * a1")),
+    "one token, a slice a head": Case(
+        "pointwise", SPLIT, Shape("1", 24), expr=parse_expression("a0 - a1")
+    ),
+    "one token with heads": Case(
+        "pointwise", Shape("m", 24), ONE_SPLIT, expr=parse_expression("a0 / (2 + a1 ** 2)")
+    ),
+    "one token, one feature": Case(
+        "pointwise", SPLIT, Shape("1", 1, 4), expr=parse_expression("a0 * a1")
+    ),
+    "one token alone": Case("pointwise", ONE, Shape("1", 1), expr=parse_expression("a0 + a1")),
+    "step": Case("pointwise", FLAT, expr=parse_expression("a0 * step(a0 - 0.2)")),
+    "detach": Case("pointwise", FLAT, FLAT, expr=parse_expression("a0 * detach(a1)")),
     "elu1": Case("pointwise", FLAT, expr=parse_expression("where(a0 > 0, a0 + 1, exp(a0))")),
 }
 
@@ -107,6 +185,35 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_text_is_the_eager_meaning(name: str) -> None:
     close(CASES[name].text(), CASES[name].eager())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradients_of_the_text_are_those_of_the_meaning(name: str) -> None:
+    eager, text = CASES[name].gradients()
+    assert len(eager) == len(text)
+    for mine, theirs in zip(eager, text, strict=True):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.op.random])
+def test_one_seed_draws_the_same(name: str) -> None:
+    case = CASES[name]
+    drawn = []
+    for dtype in (torch.float64, torch.float64, torch.float32):
+        torch.manual_seed(5)
+        drawn.append(case.eager(dtype, training=True).double())
+    torch.manual_seed(5)
+    text = case.text(training=True)
+    close(text, drawn[0])
+    assert not torch.equal(case.text(training=True), text), "every call draws anew"
+    if case.op.name != "dropout":
+        torch.testing.assert_close(drawn[2], drawn[0], rtol=1e-6, atol=1e-6)
+        case = copy.copy(case)  # the same numbers, in another order in memory
+        case.inputs = [each.mT.contiguous().mT for each in case.inputs]
+        torch.manual_seed(5)
+        close(case.text(training=True), text)
+    for mine, theirs in zip(*case.gradients(training=True), strict=True):
+        close(mine, theirs)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,13 +242,21 @@ def expected(name: str) -> Tensor:
             return functional.linear(x, w["weight"])
         case "linear, biased" | "linear, every head":
             return functional.linear(x, w["weight"], w["bias"])
-        case "split":
+        case "linear, spectral":
+            weight = w["gain"] * w["weight"] / torch.linalg.svdvals(w["weight"])[0]
+            return functional.linear(x, weight, w["bias"])
+        case "linear, weight_norm":
+            rows = [row / row.square().sum().sqrt() for row in w["weight"]]
+            return x @ torch.stack(rows, 1) * w["gain"]
+        case "head_linear":
+            return torch.stack([x[:, h] @ w["weight"][h].T for h in range(4)], 1)
+        case "split" | "split one token":
             return torch.stack(x.chunk(4, -1), 1)
-        case "merge":
+        case "merge" | "merge one token":
             return torch.cat(x.unbind(1), -1)
-        case "repeat":
+        case "repeat" | "repeat one token":
             return torch.stack([x] * 3, 1)
-        case "repeat heads":
+        case "repeat heads" | "repeat heads of one token":
             return torch.stack([x[:, h // 3] for h in range(12)], 1)
         case "concat" | "concat heads":
             return torch.stack([*x.unbind(-1), *rest[0].unbind(-1)], -1)
@@ -151,6 +266,32 @@ def expected(name: str) -> Tensor:
             return functional.layer_norm(x, size, w["weight"], w["bias"], case.options["eps"])
         case "l2_norm":
             return x / (x.square().sum(-1, True) + 1e-6).sqrt()
+        case "l1_norm":
+            return functional.normalize(x, p=1, dim=-1)
+        case "softmax":
+            return functional.softmax(x, -1)
+        case "top":
+            return x * (x >= x.topk(2, -1).values[..., 1:])
+        case "slice":
+            return x[..., [1, 2, 3]]
+        case "slice to the end":
+            return x[..., -7:]
+        case "slice from the start":
+            return x[..., :-7]
+        case "conv" | "conv, biased" | "conv, both ways" | "conv, longer than the tokens":
+            return by_hand(case)
+        case "latents" | "latents, features":
+            return torch.stack([w["weight"]] * B)
+        case "rope, inverse":
+            turn = torch.arange(N).double()[:, None] / 3 * 10_000 ** -(torch.arange(3).double() / 3)
+            z = torch.complex(x[..., :3], x[..., 3:]) * torch.exp(-1j * turn)
+            return torch.cat([z.real, z.imag], -1)
+        case "rope of latents":
+            turn = torch.arange(3)[:, None] * 10_000 ** -(torch.arange(2).double() / 2)
+            z = torch.complex(x[..., :2], x[..., 2:]) * torch.exp(1j * turn)
+            return torch.cat([z.real, z.imag], -1)
+        case "bernoulli":
+            return torch.ones_like(x[..., :1])
         case "rope":
             turn = torch.arange(N)[:, None] * 10_000 ** -(torch.arange(3).double() / 3)
             z = torch.complex(x[..., :3], x[..., 3:]) * torch.exp(1j * turn)
@@ -160,7 +301,7 @@ def expected(name: str) -> Tensor:
             z = torch.view_as_complex(x[..., 2:].unflatten(-1, (2, 2)).contiguous())
             z = torch.view_as_real(z * torch.exp(1j * turn)).flatten(-2)
             return torch.cat([x[..., :2], z], -1)
-        case "dropout":
+        case "dropout" | "drop_heads" | "noise":
             return x
         case "activation":
             return x / (1 + (-x).exp())
@@ -175,9 +316,39 @@ def expected(name: str) -> Tensor:
             )
         case "gate, one feature":
             return x * rest[0]
+        case "one token meets many" | "one token, one feature":
+            return x * rest[0]
+        case "one token, a slice a head":
+            return x - torch.stack(rest[0].chunk(4, -1), 1)
+        case "one token with heads":
+            return torch.stack(x.chunk(4, -1), 1) / (2 + rest[0].square())
+        case "one token alone":
+            return x + rest[0]
+        case "step":
+            return torch.where(x > 0.2, x, 0)
+        case "detach":
+            return x * rest[0]
         case "elu1":
             return functional.elu(x) + 1
     raise AssertionError(name)
+
+
+def by_hand(case: Case) -> Tensor:
+    """A convolution, number by number."""
+    (x,), w = case.inputs, case.weights
+    width, (n, d) = case.options["width"], x.shape[-2:]
+    before = width - 1 if case.options["causal"] else (width - 1) // 2
+    y = torch.zeros_like(x)
+    flat, out = x.reshape(B, -1, n, d), y.view(B, -1, n, d)
+    for h in range(flat.shape[1]):
+        for t in range(n):
+            for f in range(d):
+                if "bias" in w:
+                    out[:, h, t, f] += w["bias"][h * d + f]
+                for c in range(width):
+                    if 0 <= t - before + c < n:
+                        out[:, h, t, f] += w["weight"][h * d + f, c] * flat[:, h, t - before + c, f]
+    return y
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -204,6 +375,154 @@ def test_dropout_in_training() -> None:
     y = op.eager([x], {"p": 0.25}, {}, Run({}, training=True))
     assert set(y.unique().tolist()) == {0, torch.tensor(1 / 0.75).item()}
     assert abs(y.mean().item() - 1) < 0.02
+
+
+def test_top_keeps_the_first_of_equal_ones() -> None:
+    case = Case("top", Shape("n", 6), count=3)
+    case.inputs = [torch.tensor([[[1.0, 2.0, 1.0, 2.0, 1.0, 0.0], [-1.0] * 6]])]
+    want = torch.tensor([[[1.0, 2.0, 0.0, 2.0, 0.0, 0.0], [-1.0] * 3 + [0.0] * 3]])
+    close(case.eager(torch.float32), want)
+    close(case.text(), want)
+    for gradients in case.gradients():
+        assert torch.equal(gradients[0] != 0, want != 0)
+
+
+def test_zero_stays_zero_in_l1_norm() -> None:
+    case = Case("l1_norm", FLAT)
+    case.inputs = [torch.zeros(B, N, 12)]
+    assert not case.eager(torch.float32).any()
+    assert not case.text().any()
+
+
+def test_a_turn_and_its_inverse() -> None:
+    case = Case("rope", SPLIT, style="interleaved", dims=4)
+    x = case.inputs[0]
+    case.inputs = [case.eager()]
+    case.options["inverse"] = True
+    close(case.text(), x)
+
+
+def test_spectral_weights_have_the_gain_for_their_norm() -> None:
+    module = CASES["linear, spectral"].module()
+    assert module is not None
+    with torch.no_grad():
+        weight = (module(torch.eye(12).double()) - module.bias).T
+        assert torch.linalg.matrix_norm(weight, ord=2).sub(module.gain).abs() < 1e-12
+        rows = pieces.ReparamLinear(12, 7, "weight_norm")(torch.eye(12)).T
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(7))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["linear, spectral", "linear, weight_norm", "head_linear", "conv, biased", "latents"],
+)
+def test_modules_are_copied_and_saved(name: str) -> None:
+    case = CASES[name]
+    module = case.module()
+    assert module is not None
+    assert list(module.state_dict()) == list(case.weights)
+    twin = copy.deepcopy(module)
+    close(twin(case.inputs[0]), module(case.inputs[0]))
+    exported = torch.export.export(module, (case.inputs[0],)).module()
+    close(exported(case.inputs[0]), module(case.inputs[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("linear", {"reparam": "spectral", "bias": True}), ("linear", {"reparam": "weight_norm"}),
+     ("head_linear", {}), ("conv", {"width": 9, "bias": True}), ("latents", {"count": 50})],
+)  # fmt: skip
+def test_modules_begin_as_the_weights_say(name: str, options: dict[str, Any]) -> None:
+    case = Case(name, Shape("n", 50, 8), **options)
+    torch.manual_seed(0)
+    fresh = case.fresh()
+    assert fresh is not None
+    generator = torch.Generator().manual_seed(0)
+    for weight in case.op.weights(case.shapes, case.options):
+        told, made = initial(weight, generator), fresh.get_parameter(weight.name)
+        assert told.shape == made.shape
+        if told.unique().numel() == 1:
+            assert torch.equal(told, made)
+        else:
+            assert abs(made.std() / told.std() - 1) < 0.1
+            assert abs(made.abs().max() / told.abs().max() - 1) < 0.2
+
+
+def test_how_far_a_convolution_reads() -> None:
+    conv = OPS["conv"]
+    reach = {}
+    for width, causal in [(1, True), (4, True), (1, False), (2, False), (4, False), (5, False)]:
+        options = {"width": width, "causal": causal}
+        reach[width, causal] = (conv.lookback(options), conv.looks_ahead(options))
+        case = Case("conv", FLAT, **options)
+        case.inputs[0].requires_grad_()
+        (dx,) = torch.autograd.grad(case.eager()[0, 2].sum(), case.inputs)
+        read = dx[0].any(-1).nonzero().flatten().tolist()
+        assert min(read) == max(0, 2 - conv.lookback(options))
+        assert (max(read) > 2) == conv.looks_ahead(options)
+    assert reach == {
+        (1, True): (0, False), (4, True): (3, False), (1, False): (0, False),
+        (2, False): (0, True), (4, False): (1, True), (5, False): (2, True),
+    }  # fmt: skip
+    assert (OPS["rope"].lookback({}), OPS["rope"].looks_ahead({})) == (0, False)
+
+
+def test_draws_have_their_rates() -> None:
+    torch.manual_seed(0)
+    x, run = torch.full((64, 8, 50, 3), 7.0), Run({}, training=True)
+    told = OPS["bernoulli"].eager([x], {"rate": 0.3}, {}, run)
+    assert told.shape == (64, 8, 50, 1)
+    assert set(told.unique().tolist()) == {0, 1}
+    assert abs(told.mean().item() - 0.3) < 0.02
+    y = OPS["drop_heads"].eager([x], {"count": 3}, {}, run)
+    zero = (y == 0).flatten(2).all(-1)
+    assert (zero.sum(1) == 3).all()
+    assert torch.equal(y, torch.where(zero[..., None, None], 0, x))
+    assert len({tuple(each.tolist()) for each in zero}) > 20
+    assert (zero.float().mean(0) - 3 / 8).abs().max() < 0.2
+    noise = OPS["noise"].eager([x], {"std": 2}, {}, run) - x
+    assert abs(noise.std().item() - 2) < 0.02
+    assert abs(noise.mean().item()) < 0.02
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("one token")])
+def test_one_token_may_lack_the_batch(name: str) -> None:
+    case = copy.copy(CASES[name])
+    once = [shape.tokens == "1" for shape in case.shapes]
+    case.inputs = [x[:1] if one else x for x, one in zip(case.inputs, once, strict=True)]
+    whole = case.eager()
+    case.inputs = [x[0] if one else x for x, one in zip(case.inputs, once, strict=True)]
+    close(case.eager(), whole if not all(once) else whole[0])
+    close(case.text(), whole if not all(once) else whole[0])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(" one token")])
+def test_stages_of_one_token_without_a_batch(name: str) -> None:
+    case = copy.copy(CASES[name])
+    whole = case.eager()[0]
+    case.inputs = [x[0] for x in case.inputs]
+    close(case.eager(), whole)
+    close(case.text(), whole)
+
+
+def test_what_runs_along_one_token_meets_any() -> None:
+    op, expr = OPS["pointwise"], {"expr": parse_expression("a0 + a1")}
+    assert op.shape([ONE_SPLIT, Shape("m", 6, 4)], expr) == Shape("m", 6, 4)
+    assert op.shape([Shape("n", 24), ONE_SPLIT], expr) == SPLIT
+    assert op.shape([Shape("8", 12), Shape("1", 1)], expr) == Shape("8", 12)
+    assert op.shape([ONE, ONE], expr) == ONE
+
+
+def test_sizes_that_are_left_out() -> None:
+    latents, head, part = OPS["latents"], OPS["head_linear"], OPS["slice"]
+    bare = {"count": 8, "features": None}
+    assert latents.complete(dict(bare), SPLIT, None)["features"] == 24
+    assert latents.complete(dict(bare), SPLIT, FLAT)["features"] == 12
+    assert latents.shape([SPLIT], {"count": 8, "features": 5}) == Shape("8", 5)
+    assert latents.needs(FLAT, [SPLIT], bare) is None
+    assert head.complete({"features": None}, SPLIT, None) == {"features": 6}
+    assert head.needs(SPLIT, [FLAT], {"features": 6}) == SPLIT
+    assert part.complete({"start": 2, "stop": None}, FLAT, None)["stop"] == 12
 
 
 POINTS = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 7.5]).double()
@@ -249,7 +568,20 @@ def test_expressions(text: str) -> None:
         ("rope", [FLAT], {"theta": 1e4, "dims": 5, "scaling": 1}),
         ("rope", [FLAT], {"theta": -1, "dims": 4, "scaling": 1}),
         ("dropout", [FLAT], {"p": 1}),
+        ("head_linear", [FLAT], {"features": 3}),
+        ("top", [FLAT], {"count": 13}),
+        ("slice", [FLAT], {"start": -1, "stop": 4}),
+        ("slice", [FLAT], {"start": 4, "stop": 4}),
+        ("slice", [FLAT], {"start": 4, "stop": 13}),
+        ("slice", [FLAT], {"start": 0.5, "stop": 3}),
+        ("bernoulli", [FLAT], {"rate": 1.5}),
+        ("drop_heads", [FLAT], {"count": 1}),
+        ("drop_heads", [SPLIT], {"count": 4}),
+        ("drop_heads", [SPLIT], {"count": 0.5}),
+        ("noise", [FLAT], {"std": -1}),
         ("pointwise", [FLAT, Shape("m", 12)], {}),
+        ("pointwise", [ONE, FLAT, Shape("m", 12)], {}),
+        ("pointwise", [Shape("3", 12), FLAT], {}),
         ("pointwise", [SPLIT, Shape("n", 7)], {}),
     ],
 )

@@ -1,0 +1,107 @@
+"""Stages over the features of each token: `softmax`, `top`, `slice`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .norms import wide
+from .op import Mismatch, Op, Option, Options, Run
+from .shape import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Softmax(Op):
+    """`softmax`: exp(x) / Σ exp(x) over the last dimension."""
+
+    name = "softmax"
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        return inputs[0]
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        x = wide(inputs[0])
+        x = (x - x.amax(-1, keepdim=True).detach()).exp()
+        return (x / x.sum(-1, keepdim=True)).to(inputs[0].dtype)
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        return f"torch.softmax({inputs[0]}, dim=-1)"
+
+    def flops(self, inputs: Sequence[Shape], options: Options) -> int:
+        return 4 * inputs[0].features
+
+
+class Top(Op):
+    """`top(count)`: the `count` largest of the last dimension, zero for the rest.
+
+    Of equal ones the first are kept. Only what is kept gets a gradient.
+    """
+
+    name = "top"
+    options = (Option("count", "size", required=True),)
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        (x,), count = inputs, options["count"]
+        if count > x.dim:
+            raise Mismatch("`top` keeps at most the features there are",
+                           f"count = {count}, features = {x.dim}")  # fmt: skip
+        return x
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        import torch
+
+        (x,) = inputs
+        order = x.detach().sort(dim=-1, descending=True, stable=True).indices
+        kept = torch.zeros_like(x, dtype=torch.bool)
+        kept.scatter_(-1, order[..., : options["count"]], True)
+        return torch.where(kept, x, 0)
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        return f"top_features({inputs[0]}, {options['count']})"
+
+    def helpers(self, options: Options) -> tuple[str, ...]:
+        return ("top_features",)
+
+    def flops(self, inputs: Sequence[Shape], options: Options) -> int:
+        return inputs[0].features
+
+
+class Slice(Op):
+    """`slice(start, stop)`: features start … stop − 1 of the last dimension."""
+
+    name = "slice"
+    options = (Option("start", "number", required=True), Option("stop", "number"))
+
+    def complete(self, options: dict[str, Any], given: Shape, out: Shape | None) -> dict[str, Any]:
+        options["stop"] = given.dim if options["stop"] is None else options["stop"]
+        return options
+
+    def needs(self, out: Shape, inputs: Sequence[Shape], options: Options) -> Shape | None:
+        return None
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        (x,), start, stop = inputs, options["start"], options["stop"]
+        whole = all(isinstance(each, int) for each in (start, stop))
+        if not (whole and 0 <= start < stop <= x.dim):
+            raise Mismatch("`slice` takes features that are there, at least one",
+                           f"start = {start}, stop = {stop}, features = {x.dim}")  # fmt: skip
+        return replace(x, dim=stop - start)
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        return inputs[0].narrow(-1, options["start"], options["stop"] - options["start"])
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        start, stop = options["start"] or "", options["stop"]
+        return f"{inputs[0]}[..., {start}:{'' if stop == shapes[0].dim else stop}]"
