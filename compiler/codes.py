@@ -170,7 +170,7 @@ OWN: dict[str, Code] = {
             "L222",
             "this setting takes certain words",
             "The setting or argument is one of a few words or forms, which the message lists.",
-            "block a { source = y }",
+            "block a { dropout = 0; q = x | rope(style = halves) | split }",
         ),
         Code(
             "L223",

@@ -13,21 +13,19 @@ length of the context as well.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from ..grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
-from ..ops import OPS, Shape, Weight
+from ..ops import OPS, Weight
 from .counting import pairs
-from .masks import extent
+from .kept import kept_bytes
 from .mixing import mix_exprs
 from .model import (
     Apply,
     Block,
-    Flow,
     Mixing,
     Model,
-    Read,
     Recurrence,
     applies,
 )
@@ -73,9 +71,9 @@ class Cost:
     def cache_bytes(self, tokens: int, dtype: str = "float32") -> int:
         """Bytes that decoding keeps for one sequence of so many tokens."""
         if isinstance(self.what, Block):
-            return _cache_bytes(self.what, tokens, dtype)
+            return kept_bytes(self.what, tokens, BYTES[dtype])
         return sum(
-            count * _cache_bytes(block, tokens, dtype)
+            count * kept_bytes(block, tokens, BYTES[dtype])
             for block, count in Counter(self.what.layers).items()
         )
 
@@ -180,64 +178,6 @@ def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tupl
             return sum(work for work, _ in parts) + prod(made), made
         case _:
             return 0, ()
-
-
-def _cache_bytes(block: Block, tokens: int, dtype: str) -> int:
-    return sum(_kept(block, each, tokens, dtype) for each in block.mixings.values())
-
-
-def _kept(block: Block, mixing: Mixing, tokens: int, dtype: str) -> int:
-    if isinstance(mixing.mix, Recurrence):
-        each = max(4, BYTES[dtype])
-        return each * mixing.heads * sum(prod(state.shape) for state in mixing.mix.states)
-    if mixing.queries.isdecimal() or mixing.keys.isdecimal():
-        return 0
-    seen = extent(mixing.mix.mask)
-    held = tokens
-    if not mixing.crosses and seen.back is not None:
-        held = min(tokens, seen.prefix + seen.back + 1)
-    total = 0
-    for name in keyed_streams(block, mixing):
-        if name == "doc":
-            total += 8
-        else:
-            total += _width(block, name) * BYTES[dtype]
-    return total * held
-
-
-def _width(block: Block, name: str) -> int:
-    stream = block.stream(name)
-    if stream is not None:
-        return stream.shape.features
-    return block.width if name == "x" else block.context_width or 0
-
-
-def keyed_streams(block: Block, mixing: Mixing) -> tuple[str, ...]:
-    """Return what a cache keeps of each token: k, v, and what expressions index by j."""
-    shapes = {"x", "context", "doc"} | {each.name for each in block.streams}
-    read = {
-        node.base.id: None
-        for expr in mix_exprs(mixing.mix)
-        for node in walk(expr)
-        if isinstance(node, Index) and isinstance(node.base, Name) and Name("j") in node.items
-        if node.base.id in shapes
-    }
-    made: dict[Flow, str] = {}
-    for name in (*(each.name for each in mixing.inputs[1:3]), *read):
-        stream = block.stream(name)
-        flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
-        made.setdefault(flow, name)
-    return tuple(made.values())
-
-
-def _inlined(block: Block, flow: Flow) -> Flow:
-    """Return a flow in terms of x and context: equal flows are computed, and kept, once."""
-    if isinstance(flow, Apply):
-        return replace(flow, inputs=tuple(_inlined(block, each) for each in flow.inputs))
-    if isinstance(flow, Mixing):
-        return flow
-    stream = block.stream(flow.name)
-    return flow if stream is None else _inlined(block, stream.flow)
 
 
 def _activations(block: Block) -> int:

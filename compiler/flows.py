@@ -111,8 +111,13 @@ def _tensor(scope: Scope, expr: Name) -> Shape | None:
             return Shape("1", dim)
         case (heads, dim):
             return Shape("1", dim, heads)
-    raise error("L208", f"`{expr.id}` is not a stream", expr.span,
-                f"it has {len(tensor.shape)} dimensions", "a pipeline takes [dim] or [heads, dim]")
+    raise error(
+        "L208",
+        f"`{expr.id}` is not a stream",
+        expr.span,
+        f"it has {len(tensor.shape)} dimensions",
+        "a pipeline takes [dim] or [heads, dim]",
+    )
 
 
 def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:

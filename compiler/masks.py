@@ -10,6 +10,7 @@ Every answer is conservative: an extent may be too wide and never too narrow, an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, floor, inf
@@ -55,9 +56,7 @@ def extent(mask: Expr) -> Extent:
         case Binary("and", left, right):
             return _both(extent(left), extent(right))
         case Binary("or", left, right):
-            a, b = extent(left), extent(right)
-            return Extent(max(a.prefix, b.prefix), min(a.low, b.low), max(a.high, b.high),
-                          max(a.ahead, b.ahead))  # fmt: skip
+            return widest((extent(left), extent(right)))
         case Compare(operands, ops):
             found = Extent()
             for op, a_, b_ in zip(ops, operands, operands[1:], strict=False):
@@ -69,6 +68,15 @@ def extent(mask: Expr) -> Extent:
             return Extent(0, inf, -inf, -inf)
         case _:
             return Extent()
+
+
+def widest(extents: Iterable[Extent]) -> Extent:
+    """Return bounds that hold for every one of several masks."""
+    first, *others = extents
+    for each in others:
+        first = Extent(max(first.prefix, each.prefix), min(first.low, each.low),
+                       max(first.high, each.high), max(first.ahead, each.ahead))  # fmt: skip
+    return first
 
 
 def _both(a: Extent, b: Extent) -> Extent:

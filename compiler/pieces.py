@@ -151,11 +151,15 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(features, width).uniform_(-1, 1) * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [b, (heads,) n, d] to the same; what lies outside of the tokens is zero."""
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """Map x [b, (heads,) n, d] to the same.
+
+        Outside of the tokens there are zeros, or the tokens `before` the first.
+        """
         features, width = self.weight.shape
-        rows = x.mT.reshape(-1, features, x.shape[-2])  # [b, features, n]
-        rows = F.pad(rows, (self.before, width - 1 - self.before))
+        given = x if before is None else torch.cat([before, x], dim=-2)
+        rows = given.mT.reshape(-1, features, given.shape[-2])  # [b, features, n]
+        rows = F.pad(rows, (self.before if before is None else 0, width - 1 - self.before))
         rows = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
         return rows.reshape(x.mT.shape).mT
 

@@ -7,7 +7,7 @@ What depends on nothing that was mixed comes first, then what the context gives,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 
 from ...grammar.show import show
@@ -16,11 +16,11 @@ from ...ops import OPS
 from .. import decoding
 from ..choose import Lowering, always_fused, reads_places
 from ..graph import Graph, Node, shape_of
-from ..masks import Extent, extent
+from ..masks import extent, widest
 from ..model import Pairwise
 from . import attend, scan
 from .tensors import tensor as tensor_lines
-from .text import LIMIT, atomic, call, class_name, comment, ident, indent
+from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
 
 def block_class(graph: Graph, name: str, kernels: Mapping[str, str]) -> list[str]:
@@ -190,7 +190,7 @@ class _Writer:
             return [], "room for the keys and values of a context"
         if kind == "TailCache":
             return [], "room for the tokens before the next one"
-        reach = _widest(extent(node.get("mask")) for node in self._held[name])
+        reach = widest(extent(node.get("mask")) for node in self._held[name])
         names = dict.fromkeys(each for node in self._held[name] for each in self._keyed(node))
         shown = ", ".join(f'"{ident(each)}": {self._size(each)}' for each in names)
         ring = [] if reach.back is None else [f"ring={reach.back + 1}"]
@@ -352,7 +352,6 @@ class _Writer:
             return [*needed, *far]
         cache = self.cache("context")
         names = [ident(name) if name != "context" else name for name in self._from_context]
-        keep = ", ".join(f'"{name}": {name}' for name in names)
         comma = "," if len(names) == 1 else ""
         return [
             f"if {cache} is not None and {cache}.kept:",
@@ -360,7 +359,7 @@ class _Writer:
             "else:",
             *indent([*needed, *far]),
             f"    if {cache} is not None:",
-            f"        {cache}.kept = {{{keep}}}",
+            *indent(braced(f"{cache}.kept = ", {f'"{name}"': name for name in names}), 2),
         ]
 
     # mixing
@@ -553,12 +552,3 @@ def _tensor_text(node: Node) -> str:
 def _starts(node: Node) -> bool:
     """Say whether a stage starts from nothing: its input only says how large the batch is."""
     return node.op in OPS and OPS[node.op].starts
-
-
-def _widest(reaches: Iterable[Extent]) -> Extent:
-    """Return bounds that hold for every one of several masks."""
-    first, *others = reaches
-    for each in others:
-        first = Extent(max(first.prefix, each.prefix), min(first.low, each.low),
-                       max(first.high, each.high), max(first.ahead, each.ahead))  # fmt: skip
-    return first

@@ -6,6 +6,7 @@ import ast
 import builtins
 import keyword
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -70,6 +71,15 @@ def call(head: str, args: list[str], tail: str = ")") -> list[str]:
     if len(inside) <= LIMIT - 12:
         return [f"{head}(", f"    {inside}", tail]
     return [f"{head}(", *(f"    {arg}," for arg in args), tail]
+
+
+def braced(head: str, items: Mapping[str, str]) -> list[str]:
+    """Return `head{key: value}` on one line, or with one item a line."""
+    pairs = [f"{key}: {value}" for key, value in items.items()]
+    line = f"{head}{{{', '.join(pairs)}}}"
+    if len(line) <= LIMIT - 16:
+        return [line]
+    return [f"{head}{{", *(f"    {each}," for each in pairs), "}"]
 
 
 @cache

@@ -60,7 +60,8 @@ SETTINGS = {
     "out = (g * o + (1 - g) * near) | merge | linear",
     "branch_of_other_heads": f"{CAUSAL}; position = rope; kv_heads = 2; "
     "branch wide { heads = 2; head_dim = 8; mask = causal and (window(2) or sink(1)); "
-    "position = alibi; param t = 1; score = t * s }; out = o | merge | concat(wide | merge) | linear",
+    "position = alibi; param t = 1; score = t * s }; "
+    "out = o | merge | concat(wide | merge) | linear",
     "branch_out": f"{CAUSAL}; let g = x | linear | silu; branch side {{ let g = x | linear | tanh; "
     "v = g | linear | split; out = o | merge | gate(g) | linear }; "
     "out = (side * g) | linear",
@@ -73,6 +74,23 @@ SETTINGS = {
     "branch_cross": f"{CAUSAL}; branch far {{ source = context; mask = all }}; "
     "branch again { source = context; mask = j <= i; v = context | linear | split }; "
     "out = (o + far + again) | merge | linear",
+    # other tokens
+    "latent_keys": "heads = 4; source = latents(5)",
+    "latent_memory": f"{CAUSAL}; branch memory {{ source = latents(3, 8); mask = all }}; "
+    "out = (o + memory) | merge | linear",
+    "latents_from_tokens": "heads = 4; branch seeds { q = latents(3) | linear | split; "
+    "k = x | linear | split; v = x | linear | split; mask = j % 2 == i % 2 }; "
+    "k = seeds | merge | linear | split; v = seeds; score = s + 0.1 * j",
+    "conv": f"{CAUSAL}; q = x | linear | conv(4) | silu | split; k = x | linear | split | "
+    "conv(3)",
+    "conv_of_state": "heads = 4; mask = causal; mix = gated_delta; "
+    "k = x | linear | conv(4) | split",
+    "conv_both_ways": "heads = 4; v = x | linear | conv(3, causal = false) | split",
+    "head_embeddings": f"{CAUSAL}; param e[heads, head_dim] = normal(1); param g[width] = 1; "
+    "let c = x * g | linear(head_dim); q = ((c | repeat(heads)) * (1 + e)); out = (o + e) "
+    "| merge | linear",
+    "routed": f"{CAUSAL}; let r = x | linear(heads) | softmax | top(2) | l1_norm | scale(2); "
+    "out = o | gate(r) | merge | linear",
     # normalisers and weights
     "softmax_plus_one": f"{CAUSAL}; normalize = softmax_plus_one",
     "learned_sink": f"{CAUSAL}; normalize = sink",
