@@ -223,3 +223,24 @@ def _drawn(init: Expr) -> Expr:
 def suggest(name: str, *known: Iterable[str]) -> str:
     """Return a "did you mean" over several sets of names."""
     return did_you_mean(name, [each for group in known for each in group])
+
+
+def body(scope: Scope, definition: Definition, call: Expr) -> syntax.Result:
+    """Return a definition's value with the arguments of a call in place."""
+    values = scope.expand(definition, call)
+    last = definition.body[-1] if definition.body else None
+    if not isinstance(last, syntax.Result):
+        raise error("L220", f"`{definition.name}` has no value", definition.span, "",
+                    "end it with an expression")  # fmt: skip
+    where = None if last.where is None else put(last.where, values)
+    return syntax.Result(put(last.value, values), where, span=last.span)
+
+
+def inline_stage(scope: Scope, stage: Definition, call: Call) -> Expr:
+    """Return a scalar stage used as a function: `elu1(s)`."""
+    if len(call.args) != 1 or call.keywords:
+        raise error("L209", f"`{stage.name}` takes one plain argument here", call.span)
+    result = body(scope, stage, Name(stage.name, call.span))
+    if isinstance(result.value, syntax.Pipe):
+        raise error("L210", f"`{stage.name}` is a pipeline, not a function", call.span)
+    return put(result.value, {"x": call.args[0]})
