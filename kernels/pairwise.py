@@ -45,13 +45,11 @@ def read(pointer, inside=None):
 def nearest(index, size):
     """An index rounded down, or the nearest end of an axis of `size` where it lies outside."""
     index = tl.to_tensor(index)
-    if index.dtype.is_floating():
-        index = tl.floor(index)
-    elif index.dtype == tl.int1:
+    if index.dtype == tl.int1:
         index = index.to(tl.int32)
     index = tl.minimum(tl.maximum(index, 0), size - 1)
     if index.dtype.is_floating():
-        index = index.to(tl.int32)
+        index = index.to(tl.int32)  # what is not negative is rounded down by being cut off
     return index
 
 
