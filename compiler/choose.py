@@ -16,7 +16,8 @@ from ..grammar.show import show
 from ..grammar.syntax import Expr, Index, Name, children, walk
 from ..kernels import spec as kernel
 from .graph import Graph, Node
-from .masks import extent, whole_range
+from .kernel_form import KernelForm, Side, kernel_form
+from .masks import extent
 from .model import Normalizer
 from .normalizers import exponential
 
@@ -155,47 +156,46 @@ def triton_obstacle(graph: Graph, node: Node) -> str | None:
         return "weights edited after the normaliser are not fused yet"
     if node.get("rate"):
         return "dropout on the weights is not fused yet"
-    outside = _read_outside(graph, node)
-    if outside:
-        return f"`{outside}` is read at places that may lie outside of it"
-    return kernel.obstacle(kernel_spec(graph, node))
-
-
-def _read_outside(graph: Graph, node: Node) -> str:
-    """Return a param or const whose index may leave it; a kernel reads memory as it is told."""
-    normalizer: Normalizer = node.get("normalizer")
-    for expr in (node.get("score"), node.get("mask"), normalizer.numerator, normalizer.denominator):
-        for read in walk(expr) if expr is not None else ():
-            if not (isinstance(read, Index) and isinstance(read.base, Name)):
-                continue
-            made = graph.node(read.base.id)
-            for item, size in zip(read.items, made.dims, strict=False):
-                bounds = whole_range(item, int(node.dims[1])) or (0, 0)
-                inside = bounds[0] >= 0 and bounds[1] < size if isinstance(size, int) else True
-                if made.op == "tensor" and not inside:
-                    return made.name
-    return ""
+    form = kernel_form(graph, node)
+    return form if isinstance(form, str) else kernel.obstacle(_spec(graph, node, form))
 
 
 def kernel_spec(graph: Graph, node: Node) -> kernel.Attend:
-    """Return the node as the kernels' own specification."""
-    normalizer: Normalizer = node.get("normalizer")
-    score: Expr = node.get("score")
-    mask: Expr = node.get("mask")
-    form = exponential(normalizer)
-    if form is not None:
-        score = fold(substitute(form.logit, {"s": score}))
+    """Return the node as the kernels' own specification; it must have a form for them."""
+    form = kernel_form(graph, node)
+    assert isinstance(form, KernelForm)
+    return _spec(graph, node, form)
+
+
+def _spec(graph: Graph, node: Node, form: KernelForm) -> kernel.Attend:
+    score, exponent = form.score, exponential(form.normalizer)
+    if exponent is not None:
+        score = fold(substitute(exponent.logit, {"s": score}))
     return kernel.Attend(
         score=score,
-        mask=mask,
-        exponential=form is not None,
-        extra=form.extra if form is not None else None,
-        numerator=normalizer.numerator if form is None else None,
-        denominator=normalizer.denominator if form is None else None,
-        scale=node.get("scale"),
-        tensors=tuple(_tensor(graph, name) for name in node.inputs[3:]),
-        reach=extent(mask).reach,
-    )
+        mask=form.mask,
+        exponential=exponent is not None,
+        extra=exponent.extra if exponent is not None else None,
+        numerator=form.normalizer.numerator if exponent is None else None,
+        denominator=form.normalizer.denominator if exponent is None else None,
+        scale=form.scale,
+        tensors=(*(_tensor(graph, name) for name in kernel_reads(node, form)),
+                 *(_side(node, each) for each in form.sides)),
+        reach=extent(form.mask).reach,
+        heads=int(node.dims[1]),
+    )  # fmt: skip
+
+
+def kernel_reads(node: Node, form: KernelForm) -> tuple[str, ...]:
+    """Return the streams and tensors that a kernel itself reads."""
+    exprs = (form.score, form.mask, *form.normalizer.exprs)
+    read = {part.id for expr in exprs for part in walk(expr) if isinstance(part, Name)}
+    return tuple(name for name in node.inputs[3:] if name in read)
+
+
+def _side(node: Node, side: Side) -> kernel.Tensor:
+    tokens = "n" if side.at == "i" else "m"
+    return kernel.Tensor(side.name, (int(node.dims[1]), tokens), batched=True, differentiable=True)
 
 
 def _tensor(graph: Graph, name: str) -> kernel.Tensor:

@@ -8,8 +8,11 @@ a mask that looks ahead, queries that are not the tokens: cannot decode, and why
 
 from __future__ import annotations
 
+from ..grammar.functions import MAP_FUNCTIONS
+from ..grammar.syntax import Call, Index, Name, walk
 from ..ops import OPS
 from .masks import extent
+from .mixing import mix_exprs
 from .model import Apply, Block, Flow, Mixing, Read, Recurrence
 
 
@@ -18,6 +21,8 @@ def obstacle(block: Block) -> str | None:
     grown: dict[str, bool] = {"x": True, "context": False}
     for stream in block.streams:
         why = _obstacle(stream.flow, grown)
+        if why is None and isinstance(stream.flow, Mixing) and stream.flow.queries == "n":
+            why = _other_queries(block, stream.flow)
         if why is not None:
             return why
         grown[stream.name] = grows(stream.flow, grown)
@@ -53,4 +58,16 @@ def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
     far = [each for each in flow.inputs if each.shape.tokens == flow.keys]
     if any(grows(each, grown) for each in far):
         return "its keys depend on all tokens"
+    return None
+
+
+def _other_queries(block: Block, mixing: Mixing) -> str | None:
+    """Say which function of the map reads queries that are not there, or no longer."""
+    shapes = {each.name: each.shape for each in block.tensors}
+    for node in (node for expr in mix_exprs(mixing.mix) for node in walk(expr)):
+        match node:
+            case Call(name) if name in MAP_FUNCTIONS and name.endswith("_queries"):
+                return f"`{name}` reads all queries"
+            case Call("convolve", (_, Index(Name(kernel), ()))) if shapes[kernel][-2] > 1:
+                return "`convolve` reads the queries before"
     return None

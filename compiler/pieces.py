@@ -249,6 +249,11 @@ def coin(s: Tensor, rate: float, training: bool) -> Tensor:
     return (torch.rand(s.shape, dtype=torch.float32, device=s.device) < rate).to(s.dtype)
 
 
+def mix_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """Return maps [b, g, n, m] that are sums of maps x [b, h, n, m] by weights [g, h]."""
+    return torch.einsum("gh,bhnm->bgnm", weight.to(x.dtype), x)
+
+
 def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     """Slide a kernel [(heads,) a, c] over maps x [b, heads, n, m].
 

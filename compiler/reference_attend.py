@@ -173,7 +173,7 @@ def _take(table: Tensor, batch: tuple[Tensor, ...], items: list[Value]) -> Tenso
     sizes = table.shape[len(batch) :]
     where = [
         torch.as_tensor(item, device=table.device).floor().long().clamp(0, size - 1)
-        for item, size in zip(items, sizes, strict=True)
+        for item, size in zip(items, sizes, strict=False)
     ]
     return wide(table[(*batch, *where)])
 

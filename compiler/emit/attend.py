@@ -20,10 +20,11 @@ from ...grammar.syntax import Call, Compare, Expr, Index, Name, Number, walk
 from ..blocks import sees_something
 from ..choose import Lowering, attend_exprs, reads_places, sdpa_obstacle
 from ..graph import Graph, Node, shape_of
+from ..kernel_form import KernelForm
 from ..model import Normalizer
 from ..normalizers import Exponential, exponential
 from .pairs import Operand, Pairs, operand, token
-from .text import atomic, call, comment, indent
+from .text import atomic, call, comment, ident, indent
 
 CAUSAL = Compare((Name("j"), Name("i")), ("<=",))
 
@@ -163,7 +164,7 @@ class _Writer:
 
     def _sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""
-        text = "\n".join(line.partition("  # ")[0] for line in self.lines)
+        text = "\n".join(line.partition("# ")[0] for line in self.lines)
         made = {
             "h": f"torch.arange({self.heads}, device=q.device)[:, None, None]",
             "n": "torch.tensor(q.shape[-2], device=q.device)",
@@ -235,6 +236,31 @@ class _Writer:
             f"tau = row_threshold(weight, s, {visible})",
             f"p = {self._hidden('weight(s, tau)')}",
         ]
+
+
+def made_for_kernel(
+    graph: Graph, node: Node, form: KernelForm, operands_: tuple[str, str, str]
+) -> tuple[list[str], list[str]]:
+    """Return the lines that make what a kernel takes of vectors, and its q, k and v."""
+    q, k, v = operands_
+    group = int(node.dims[1]) // int(graph.node(node.inputs[1]).dims[1])
+    repeat = f".repeat_interleave({group}, dim=1)" if group > 1 else ""
+    variables = {Operand("q", "i"): q, Operand("k", "j"): f"{k}{repeat}"}
+    for seen in operands(graph, node):
+        variables[seen] = ident(seen.name) if seen.name not in ("x", "context") else seen.name
+    lines: list[str] = []
+
+    def side(expr: Expr, at: str) -> str:
+        return Pairs(graph, node, at, variables=variables).value(expr).text
+
+    for each in form.sides:
+        size = f"{q}.shape[:3]" if each.at == "i" else f"*{q}.shape[:2], {k}.shape[2]"
+        lines.append(f"{each.name} = {atomic(side(each.expr, each.at))}.expand({size})")
+    if form.query is None or form.key is None:
+        return lines, [q, k, v]
+    plain = isinstance(form.key, Index) and operand(node, form.key) == "k"
+    key = k if plain else f"{atomic(side(form.key, 'j'))}.expand(*{q}.shape[:2], -1, -1)"
+    return lines, [side(form.query, "i"), key, v if plain else f"{v}{repeat}"]
 
 
 def looks_back(graph: Graph, expr: Expr) -> Iterator[int]:

@@ -14,8 +14,9 @@ from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...ops import OPS
 from .. import decoding
-from ..choose import Lowering, always_fused, reads_places
+from ..choose import Lowering, always_fused, kernel_reads, reads_places
 from ..graph import Graph, Node, shape_of
+from ..kernel_form import KernelForm, kernel_form
 from ..masks import extent, widest
 from ..model import Pairwise
 from . import attend, scan
@@ -421,10 +422,14 @@ class _Writer:
 
     def _plain(self, node: Node) -> list[str]:
         target = _target(node)
-        if node.name in self.kernels:
-            args = [self._kernel_operand(name) for name in node.inputs]
-            return call(f"{target} = {self.kernels[node.name]}", args)
         q, k, v = (_plain_name(name) for name in node.inputs[:3])
+        if node.name in self.kernels:
+            form = kernel_form(self.graph, node)
+            assert isinstance(form, KernelForm)
+            lines, args = attend.made_for_kernel(self.graph, node, form, (q, k, v))
+            args += [self._kernel_operand(name) for name in kernel_reads(node, form)]
+            args += [each.name for each in form.sides]
+            return [*lines, *call(f"{target} = {self.kernels[node.name]}", args)]
         return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
 
     def _kernel_operand(self, name: str) -> str:

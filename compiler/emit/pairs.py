@@ -10,22 +10,22 @@ is one matrix product:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from ...grammar.expr import names, rebuild, substitute
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from ..graph import Dims, Graph, Node
 from ..masks import whole_range
+from ..sides import KEY, PAIR, QUERY, product, reduces, sides
 from .text import atomic, ident
 from .values import Text, Values
 
-PAIR, QUERY, KEY = "pair", "query", "key"
 _ALONG = {(QUERY, 0): "[..., None]", (QUERY, 1): "[..., None, :]",
           (KEY, 0): "[..., None, :]", (KEY, 1): "[..., None, :, :]"}  # fmt: skip
 _WITHOUT_HEADS = {(QUERY, 0): "[:, None, :, None]", (QUERY, 1): "[:, None, :, None, :]",
                   (KEY, 0): "[:, None, None, :]", (KEY, 1): "[:, None, None]"}  # fmt: skip
-_MIXED = frozenset(("s", "p", "seen", "sum", "tau"))  # what stands for pairs or rows as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +60,6 @@ def operand(node: Node, read: Index) -> str:
     return ""
 
 
-def sides(expr: Expr) -> frozenset[str]:
-    """Return which tokens an expression depends on: i, j, both, or `pair` where it is mixed."""
-    found: set[str] = set()
-    for node in walk(expr):
-        if isinstance(node, Name):
-            found |= {node.id} & {"i", "j"}
-            found |= {PAIR} if node.id in _MIXED else set()
-        if isinstance(node, Call) and node.function in MAP_FUNCTIONS:
-            found.add(PAIR)
-    return frozenset(found)
-
-
-def _reduces(expr: Expr) -> bool:
-    """Say whether an expression itself brings vectors together."""
-    match expr:
-        case Call("sum" | "mean" | "norm" | "dot") | Binary("@"):
-            return True
-    return False
-
-
 PLACES = frozenset(("i", "j", "h", "n", "m"))
 _WHOLE = ("abs", "min", "max", "clip", "where", "floor", "ispow2")  # keep whole numbers whole
 
@@ -108,13 +88,14 @@ class Pairs(Values):
     layout: str = PAIR
     masked: bool = True  # whether `visible` says who is
     wide: str = ".to(wide)"  # how a place becomes a fraction
+    variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
 
     @property
     def heads(self) -> int:
         return int(self.node.dims[1])
 
     def side(self, layout: str) -> Pairs:
-        return Pairs(self.graph, self.node, layout, self.masked)
+        return replace(self, layout=layout)
 
     def prepared(self, pattern: Expr) -> Expr:
         return widened(pattern, self.wide)
@@ -125,48 +106,17 @@ class Pairs(Values):
         match expr:
             case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
                 return Text(self._of_map(name, arg, rest), 0)
-            case Binary("@", left, right) | Call("dot", (left, right)):
-                product = self._product(left, right)
-            case Call("sum", (arg,)):
-                product = self._sum(arg)
-            case _:
-                product = None
-        return product or self._one_sided(expr)
-
-    def _one_sided(self, expr: Expr) -> Text | None:
-        """Write what reads one side alone for that side."""
-        along = sides(expr)
-        if along not in ({"i"}, {"j"}) or not _reduces(expr):
+        if not reduces(expr):
             return None
-        layout = QUERY if along == {"i"} else KEY
+        if (met := product(self.graph, expr)) is not None:
+            query, key = (self.side(at).value(each) for at, each in zip("ij", met, strict=True))
+            return Text(f"({atomic(query.text)} @ {atomic(key.text)}.mT)", 0)
+        along = sides(expr)
+        if along not in ({QUERY}, {KEY}):
+            return None
+        layout = QUERY if along == {QUERY} else KEY
         text, rank = self.side(layout).value(expr)
         return Text(f"{atomic(text)}{_ALONG[layout, rank]}", rank)
-
-    def _product(self, left: Expr, right: Expr) -> Text | None:
-        """Write a product of a vector of queries and one of keys as a matrix product."""
-        one, two = sides(left), sides(right)
-        if one == {"j"} and two == {"i"}:
-            return self._product(right, left)
-        if one != {"i"} or two != {"j"}:
-            return None
-        a, b = self.side(QUERY).value(left), self.side(KEY).value(right)
-        if (a.rank, b.rank) != (1, 1):
-            return None
-        return Text(f"({atomic(a.text)} @ {atomic(b.text)}.mT)", 0)
-
-    def _sum(self, expr: Expr) -> Text | None:
-        """Write a sum of products, each factor of one side, as a matrix product."""
-        queries: list[Expr] = []
-        keys: list[Expr] = []
-        for factor in _factors(expr):
-            along = sides(factor)
-            if along <= {"i"}:
-                queries.append(factor)
-            elif along == {"j"}:
-                keys.append(factor)
-            else:
-                return None
-        return self._product(_times(queries), _times(keys)) if queries and keys else None
 
     def _of_map(self, name: str, arg: Expr, rest: list[Expr]) -> str:
         """Write a function of the whole map; what is not visible counts as zero."""
@@ -177,8 +127,7 @@ class Pairs(Values):
             case "rank_keys":
                 return f"rank_keys({self.hidden(value, '-torch.inf')})"
             case "mix_heads":
-                weights = f"{self.value(rest[0]).text}.to(s.dtype)"
-                return f'torch.einsum("gh,bhnm->bgnm", {weights}, {self.hidden(value)})'
+                return f"mix_heads({self.hidden(value)}, {self.value(rest[0]).text})"
             case "convolve":
                 return f"convolve({self.hidden(value)}, {self.value(rest[0]).text})"
             case "sum_keys" | "sum_queries":
@@ -209,6 +158,10 @@ class Pairs(Values):
         assert isinstance(expr.base, Name)
         name = expr.base.id
         made = self.graph.node(name)
+        if made.op == "tensor" and expr.items[:1] == (Name("h"),) and made.dims[0] == self.heads:
+            lead = ":, None, None" if self.layout == PAIR else ":, None"
+            if len(expr.items) == 1:
+                return Text(f"self.{name}[{lead}]", len(made.dims) - 1)
         if made.op == "tensor":
             sizes = zip(expr.items, made.dims, strict=False)
             items = ", ".join(self._place(item, int(size)) for item, size in sizes)
@@ -219,21 +172,21 @@ class Pairs(Values):
             return Text(f"{seen.variable}{'.mT' if seen.at == 'j' else ''}[:, None]", 0)
         whole = operand(self.node, expr)
         if whole:
-            return self._along(Operand(name, "i" if whole == "q" else "j"), whole, 1, heads=True)
+            seen = Operand(whole, "i" if whole == "q" else "j")
+            return self._along(seen, self.variables.get(seen, whole), 1, heads=True)
         return self._stream(expr, made.dims)
 
     def _along(self, read: Operand, text: str, rank: int, heads: bool = False) -> Text:
         """Lay [b, (heads,) tokens, (d)] out along pairs, or leave it along its side."""
-        side = QUERY if read.at == "i" else KEY
         if self.layout != PAIR:
             return Text(text if heads else f"{text}[:, None]", rank)
-        return Text(f"{text}{(_ALONG if heads else _WITHOUT_HEADS)[side, rank]}", rank)
+        return Text(f"{text}{(_ALONG if heads else _WITHOUT_HEADS)[read.at, rank]}", rank)
 
     def _stream(self, read: Index, dims: Dims) -> Text:
         """Pick the feature of a stream, or all of them, of one head, of each, or without any."""
         assert isinstance(read.base, Name)
         seen = Operand(read.base.id, token(read))
-        variable = seen.variable
+        variable = self.variables.get(seen, seen.variable)
         items = [item for item in read.items if item not in (Name("i"), Name("j"))]
         if len(dims) == 4:
             head, feature = items[0], items[1] if len(items) > 1 else None
@@ -265,18 +218,3 @@ class Pairs(Values):
         if bounds is None or bounds[0] < 0 or bounds[1] >= size:
             text = f"{atomic(text)}.clamp(0, {size - 1})"
         return text
-
-
-def _factors(expr: Expr) -> list[Expr]:
-    match expr:
-        case Binary("*", left, right):
-            return [*_factors(left), *_factors(right)]
-        case _:
-            return [expr]
-
-
-def _times(factors: list[Expr]) -> Expr:
-    done, *rest = factors
-    for each in rest:
-        done = Binary("*", done, each)
-    return done

@@ -19,7 +19,7 @@ _OURS = frozenset((
     "history", "end", "tau", "o", "before",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor"))
-_MADE = re.compile(r"_$|__\d+$|_[hijt]$|_cache$")  # endings that the text gives to names of its own
+_MADE = re.compile(r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$")  # what the text calls its own
 
 
 def ident(name: str) -> str:

@@ -51,6 +51,39 @@ SETTINGS = {
     "bias_of_key_head": f"{CAUSAL}; kv_heads = 2; score = s + k[h // 2, j, 1] * q[h, i, 0]",
     "bias_of_input": f"{CAUSAL}; score = s + x[j, 3] * x[i, 0]",
     "grid": "heads = 4; grid = [3, 4]; score = s - abs(row(i) - row(j)) - abs(col(i) - col(j))",
+    # similarities and vectors
+    "cosine": f"{CAUSAL}; similarity = cosine; scale = 4",
+    "distance": f"{CAUSAL}; similarity = distance; kv_heads = 2; normalize = sink",
+    "l1": f"{CAUSAL}; similarity = l1; kv_heads = 2",
+    "additive": f"{CAUSAL}; similarity = additive; score = softcap(2)",
+    "pair_mlp": "heads = 4; mask = causal and window(4); similarity = pair_mlp(hidden = 5)",
+    "pair_mlp_across": "heads = 4; source = context; similarity = pair_mlp(hidden = 5)",
+    "trilinear": f"{CAUSAL}; param w[heads, head_dim] = 1 + h; similarity = sum(q * w * k)",
+    "two_products": f"{CAUSAL}; let f = x | linear(6); let g = x | linear(6); "
+    "similarity = tanh(dot(q, k)) * sigmoid(-sum(abs(q - k))); "
+    "score = s * sigmoid(dot(f[i], g[j]))",
+    "relative_keys": f"{CAUSAL}; param t[7, head_dim] = normal(1); "
+    "score = s + dot(q[h, i], t[clip(i - j, -3, 3) + 3])",
+    "matrix_form": f"{CAUSAL}; param w[heads, head_dim, head_dim] = normal(1); "
+    "similarity = q @ (w @ k) - 0.1 * norm(k) + mean(q)",
+    "mask_of_vectors": "heads = 4; let f = x | linear(3); "
+    "mask = causal and (dot(f[i], f[j]) > 0 or i == j)",
+    # weights and maps
+    "redistributed": f"{CAUSAL}; let g = x | linear(1) | sigmoid; "
+    "weights = p * g[j] / sum_keys(p * g[j]) + mean_keys(p) - 0.1 * max_keys(p)",
+    "local_and_global": "heads = 4; let g = x | linear(heads) | sigmoid; weights = g[i, h] * p + "
+    "(1 - g[i, h]) * where(abs(j - max_keys(where(p == max_keys(p), j, 0))) <= 2, p, 0)",
+    "top_of_row": f"{CAUSAL}; weights = where(rank_keys(p) < 3, p, 0) / "
+    "sum_keys(where(rank_keys(p) < 3, p, 0))",
+    "column_statistics": f"{CAUSAL}; weights = p * (1 + max_queries(p)) / (1 + sum_queries(p)) "
+    "+ mean_queries(p)",
+    "column_statistics_of_all": "heads = 4; weights = p - mean_queries(p) + max_queries(p) "
+    "+ mean_keys(p) * max_keys(p)",
+    "mixed_heads": f"{CAUSAL}; param a[heads, heads] = normal(1); "
+    "param c[heads, heads] = normal(1); score = mix_heads(s, a); weights = mix_heads(p, c)",
+    "convolved": f"{CAUSAL}; param a[heads, 3, 5] = normal(1); param c[1, 3] = normal(1); "
+    "score = convolve(s, a); weights = convolve(p, c)",
+    "convolved_over_keys": f"{CAUSAL}; param a[heads, 1, 4] = normal(1); score = convolve(s, a)",
     # branches
     "branches": f"{CAUSAL}; branch one {{ }}; "
     "branch two { q = x | linear | split; k = x | linear | split }; "
