@@ -25,7 +25,7 @@ from .scope import Findings, Scope
 _GUESSES = {"heads": "", "kv_heads": "heads", "head_dim": "", "value_dim": "head_dim"}
 _ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = ("position", "score", "normalize", "weights", "scale", "dropout")
-_LATER = {"select": "none", "regularize": "none"}
+_LATER = {"select": "none"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +154,22 @@ class _Builder:
         with guard():
             target = Target("out", Shape("n", self.numbers["width"]))
             out = elaborate(scope, body.get("out"), target)
+        regularize: Flow | None = None
+        with guard():
+            regularize = self._regularize()
         if out is None or scope.findings.diagnostics:
             return None
-        return self._assemble(out)
+        return self._assemble(out, regularize)
+
+    def _regularize(self) -> Flow | None:
+        value = self.body.get("regularize")
+        if value == Name("none"):
+            return None
+        flow = elaborate(self.scope, value, Target("regularize"))
+        if flow.shape != Shape("1", 1):
+            raise error("L225", "`regularize` is one number", value.span, f"it is {flow.shape}",
+                        "take the mean of each term: `0.01 * mean(entropy(o))`")  # fmt: skip
+        return flow
 
     def _grid(self) -> None:
         if not self.body.has("grid"):
@@ -182,10 +195,11 @@ class _Builder:
     def _stream(self, let: syntax.Let, scope: Scope, name: str) -> Stream:
         return Stream(name, elaborate(scope, let.value, Target(name)))
 
-    def _assemble(self, out: Flow) -> Block | None:
-        needed = _needed(self.scope.streams, out)
+    def _assemble(self, out: Flow, regularize: Flow | None) -> Block | None:
+        ends = [out] if regularize is None else [out, regularize]
+        needed = _needed(self.scope.streams, ends)
         streams = tuple(each for name, each in self.scope.streams.items() if name in needed)
-        flows = [*(each.flow for each in streams), out]
+        flows = [*(each.flow for each in streams), *ends]
         nodes = [node for flow in flows for node in flow_nodes(flow)]
         reads_context = any(isinstance(node, Read) and node.name == "context" for node in nodes)
         modules = {node.module for node in nodes if isinstance(node, Apply)}
@@ -207,14 +221,15 @@ class _Builder:
             streams=streams,
             tensors=tuple(self.scope.tensors.values()),
             out=out,
+            regularize=regularize,
             span=self.body.span,
         )
 
 
-def _needed(streams: Mapping[str, Stream], out: Flow) -> set[str]:
-    """Return the streams that reach the output."""
+def _needed(streams: Mapping[str, Stream], ends: list[Flow]) -> set[str]:
+    """Return the streams that reach the output, or what training adds to the loss."""
     needed: set[str] = set()
-    stack = [out]
+    stack = list(ends)
     while stack:
         for node in flow_nodes(stack.pop()):
             if isinstance(node, Read) and node.name in streams and node.name not in needed:

@@ -10,7 +10,17 @@ from ..grammar.expr import TRUE
 from ..grammar.syntax import Expr, Index, Name, walk
 from ..ops import Weight
 from .graph import Dims, Graph, Node, dims_of
-from .model import Block, Flow, Mixing, Pairwise, Read, Recurrence, applies
+from .model import (
+    Apply,
+    Block,
+    Flow,
+    Mixing,
+    Pairwise,
+    Read,
+    Recurrence,
+    Statistic,
+    flow_nodes,
+)
 from .parameters import weights
 
 
@@ -20,7 +30,8 @@ def build(block: Block) -> Graph:
     for stream in block.streams:
         builder.flow(stream.flow, stream.name)
     output = builder.flow(block.out, "y" if block.stream("y") is None else "out")
-    return Graph(block, tuple(builder.nodes), output, weights(block))
+    auxiliary = None if block.regularize is None else builder.flow(block.regularize, "auxiliary")
+    return Graph(block, tuple(builder.nodes), output, weights(block), auxiliary)
 
 
 def tensors_read(*exprs: Expr | None) -> tuple[str, ...]:
@@ -70,7 +81,7 @@ class _Builder:
             if isinstance(flow.mix, Pairwise):
                 return self._pairwise(flow, flow.mix, name)
             return self._recurrence(flow, flow.mix, name)
-        order = list(applies(flow))
+        order = [each for each in flow_nodes(flow) if not isinstance(each, Read)]
         made: dict[int, str] = {}
         for at, node in enumerate(order):
             inputs = tuple(
@@ -78,13 +89,18 @@ class _Builder:
                 for each in node.inputs
             )
             own = name if at == len(order) - 1 else f"{name}.{at + 1}"
+            made[id(node)] = own
+            if isinstance(node, Statistic):
+                self.add(own, "statistic", inputs, dims_of(node.shape), kind=node.kind,
+                         expr=node.expr)  # fmt: skip
+                continue
+            assert isinstance(node, Apply)
             self.names.add(own)
             self.nodes.append(
                 Node(
                     own, node.op, inputs, dims_of(node.shape), node.options, node.module, node.span
                 )
             )
-            made[id(node)] = own
         return name
 
     def _read(self, name: str) -> str:

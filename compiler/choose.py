@@ -21,6 +21,8 @@ from .masks import extent
 from .model import Normalizer
 from .normalizers import exponential
 
+_OF_KERNELS = ("lse", "entropy")  # the statistics that kernels give
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -102,7 +104,8 @@ def attend_exprs(node: Node) -> tuple[Expr, ...]:
     normalizer: Normalizer = node.get("normalizer")
     exprs = (node.get("score"), node.get("mask"), *normalizer.exprs, node.get("weights"))
     similarity: Expr | None = node.get("similarity")
-    return exprs if similarity is None else (similarity, *exprs)
+    asked = [expr for _, _, expr in node.get("statistics") or () if expr is not None]
+    return (*exprs, *asked) if similarity is None else (similarity, *exprs, *asked)
 
 
 def reads_places(graph: Graph, node: Node) -> bool:
@@ -126,6 +129,9 @@ def always_fused(graph: Graph, node: Node) -> bool:
 
 def sdpa_obstacle(node: Node) -> str | None:
     """Return why scaled_dot_product_attention does not say what the node means."""
+    if node.get("statistics"):
+        kinds = dict.fromkeys(f"`{kind}`" for _, kind, _ in node.get("statistics"))
+        return f"it gives no {' or '.join(kinds)}"
     if node.get("similarity") is not None:
         return f"queries meet keys by a product only, here by `{show(node.get('similarity'))}`"
     if node.get("score") != Name("s"):
@@ -156,6 +162,9 @@ def triton_obstacle(graph: Graph, node: Node) -> str | None:
         return "weights edited after the normaliser are not fused yet"
     if node.get("rate"):
         return "dropout on the weights is not fused yet"
+    for _, kind, _ in node.get("statistics") or ():
+        if kind not in _OF_KERNELS:
+            return f"`{kind}` of the map is not computed by the kernels"
     form = kernel_form(graph, node)
     return form if isinstance(form, str) else kernel.obstacle(_spec(graph, node, form))
 
@@ -169,6 +178,7 @@ def kernel_spec(graph: Graph, node: Node) -> kernel.Attend:
 
 def _spec(graph: Graph, node: Node, form: KernelForm) -> kernel.Attend:
     score, exponent = form.score, exponential(form.normalizer)
+    asked = {kind for _, kind, _ in node.get("statistics") or ()}
     if exponent is not None:
         score = fold(substitute(exponent.logit, {"s": score}))
     return kernel.Attend(
@@ -183,6 +193,8 @@ def _spec(graph: Graph, node: Node, form: KernelForm) -> kernel.Attend:
                  *(_side(node, each) for each in form.sides)),
         reach=extent(form.mask).reach,
         heads=int(node.dims[1]),
+        lse="lse" in asked,
+        entropy="entropy" in asked,
     )  # fmt: skip
 
 

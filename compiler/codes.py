@@ -173,6 +173,21 @@ OWN: dict[str, Code] = {
             "block a { dropout = 0; q = x | rope(style = halves) | split }",
         ),
         Code(
+            "L224",
+            "this needs the rows of an attention",
+            "`lse`, `entropy`, `rows`, `columns` and `joint` are numbers of an attention's map: "
+            "they take `o` or a branch that attends. `lse` and `entropy` need a normaliser like "
+            "softmax: exp(…) over `sum`, to which only positive terms are added.",
+            "block a { normalize = relu; out = o | gate(lse(o)) | merge | linear }",
+        ),
+        Code(
+            "L225",
+            "this must be one number",
+            "What training adds to the loss is one number: take the `mean` of every term, which "
+            "is over the batch, the heads and the tokens.",
+            "block a { regularize = 0.1 * entropy(o) }",
+        ),
+        Code(
             "L223",
             "this is a space, not an architecture",
             "The text has holes, so it stands for many architectures. `headloom check` and "

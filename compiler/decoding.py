@@ -13,7 +13,7 @@ from ..grammar.syntax import Call, Index, Name, walk
 from ..ops import OPS
 from .masks import extent
 from .mixing import mix_exprs
-from .model import Apply, Block, Flow, Mixing, Read, Recurrence
+from .model import Apply, Block, Flow, Mixing, Read, Recurrence, Statistic
 
 
 def obstacle(block: Block) -> str | None:
@@ -36,13 +36,15 @@ def grows(flow: Flow, grown: dict[str, bool]) -> bool:
             return grown.get(name, False)
         case Apply(op) if OPS[op].starts:
             return False
-        case Apply() | Mixing():
+        case Apply() | Mixing() | Statistic():
             return any(grows(each, grown) for each in flow.inputs)
 
 
 def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
     if isinstance(flow, Read):
         return None
+    if isinstance(flow, Statistic):
+        return "`columns` reads all queries" if flow.kind == "columns" else None
     if isinstance(flow, Apply):
         if OPS[flow.op].looks_ahead(dict(flow.options)) and grows(flow, grown):
             return f"`{flow.op}` reads later tokens"

@@ -14,13 +14,14 @@ from typing import Any
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import rebuild
-from ..grammar.functions import FUNCTIONS
+from ..grammar.functions import FUNCTIONS, STATISTICS
 from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
-from ..ops import OPS, Mismatch, Op, Shape
+from ..ops import OPS, UNNAMED, Mismatch, Op, Shape
 from .library import bind, put
-from .model import Apply, Flow, Read
-from .scalars import resolve_function, shaped
+from .model import Apply, Flow, Mixing, Pairwise, Read, Statistic
+from .normalizers import exponential
+from .scalars import Axes, resolve, resolve_function, shaped, streams_read
 from .scope import Scope, body, suggest
 
 # What DESIGN names as a stage and a later version brings.
@@ -124,20 +125,30 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
     """`(one - 0.3 * two)`: streams become operands of one elementwise operation."""
     operands: list[Flow] = []
 
+    def operand(flow: Flow) -> Expr:
+        if flow not in operands:
+            operands.append(flow)
+        return Name(f"a{operands.index(flow)}", expr.span)
+
     def visit(part: Expr) -> Expr:
         if isinstance(part, Number):
             return part
         if isinstance(part, Name) and part.id in scope.numbers:
             return part
+        if isinstance(part, Call) and part.function == "joint":
+            return visit(_joint(part))
+        if isinstance(part, Call) and part.function in STATISTICS:
+            return operand(_statistic(scope, part))
+        if isinstance(part, Call) and part.function == "mean" and target.name == "regularize":
+            (arg,) = _exactly(part, part.args, 1)
+            flow = _flow(scope, arg, Target("regularize"))
+            return operand(_apply(_Stage(OPS["average"], {}, (flow,), part.span), None))
         if isinstance(part, Call) and part.function not in FUNCTIONS:
             raise error("L201", f"`{part.function}` is not a function of streams", part.span, "",
                         did_you_mean(part.function, FUNCTIONS))  # fmt: skip
         if isinstance(part, Unary | Binary | Compare | Call):
             return rebuild(part, visit)
-        flow = _flow(scope, part, replace(target, shape=None))
-        if flow not in operands:
-            operands.append(flow)
-        return Name(f"a{operands.index(flow)}", part.span)
+        return operand(_flow(scope, part, replace(target, shape=None)))
 
     inside = visit(expr)
     free = frozenset(f"a{at}" for at in range(len(operands)))
@@ -145,6 +156,49 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
     if not operands:
         raise error("L208", "this is a number, not a stream", expr.span)
     return _apply(_Stage(OPS["pointwise"], {"expr": body_}, tuple(operands), expr.span), None)
+
+
+def _statistic(scope: Scope, call: Call) -> Statistic:
+    """Return `lse(o)`, `entropy(o)`, `rows(o, e)` or `columns(o, e)` (L224)."""
+    kind = call.function
+    args = _exactly(call, call.args, STATISTICS[kind])
+    name = args[0].id if isinstance(args[0], Name) else ""
+    shape = scope.shape(name, call.span) if name else None
+    flow = scope.streams[scope.own(name)].flow if scope.own(name) in scope.streams else None
+    if not (isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise)) or shape is None:
+        raise error("L224", f"`{kind}` is a number of an attention's rows", args[0].span,
+                    "this is no attention", "name `o`, or a branch that attends")  # fmt: skip
+    if kind in ("lse", "entropy") and exponential(flow.mix.normalize) is None:
+        raise error("L224", f"`{kind}` needs a normaliser like softmax", call.span,
+                    f"`{name}` has {flow.mix.normalize.name}",
+                    "its numerator must be exp(…), what is added to `sum` positive")  # fmt: skip
+    of = Read(scope.own(name), shape, args[0].span)
+    expr: Expr | None = None
+    reads: tuple[Read, ...] = ()
+    if len(args) == 2:
+        heads = flow.heads // (flow.inputs[1].shape.heads or 1)
+        axes = Axes(flow.queries, flow.keys, heads)
+        expr = resolve(scope, args[1], "statistic", axes)
+        reads = streams_read(scope, (expr,), ())
+    tokens = flow.keys if kind == "columns" else flow.queries
+    return Statistic(kind, expr, (of, *reads), Shape(tokens, 1, flow.heads), call.span)
+
+
+def _joint(call: Call) -> Expr:
+    """`joint(a, b)`: softmax over the keys of all, from what each gives and its `lse`."""
+    if len(call.args) < 2 or call.keywords:
+        raise error("L209", "`joint` takes two attentions or more", call.span)
+    low = Unary("-", Number(1e30))
+    parts = [Call("max", (Call("lse", (each,), (), call.span), low)) for each in call.args]
+    top: Expr = parts[0]
+    for part in parts[1:]:
+        top = Call("max", (top, part))
+    shares = [Call("exp", (Binary("-", each, top),)) for each in parts]
+    above: Expr = Binary("*", call.args[0], shares[0])
+    below: Expr = shares[0]
+    for each, share in zip(call.args[1:], shares[1:], strict=True):
+        above, below = Binary("+", above, Binary("*", each, share)), Binary("+", below, share)
+    return Binary("/", above, below)
 
 
 # ── stages ───────────────────────────────────────────────────────────────────────────────
@@ -216,11 +270,11 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
             for arg in _exactly(stage, args, FUNCTIONS[name].arity - 1)
         )
         return [_pointwise(Call(name, (Name("a0"), *rest)), (), stage.span)]
-    if name in OPS and name != "pointwise":
+    if name in OPS and name not in UNNAMED:
         return [_operation(scope, OPS[name], stage, target)]
     if name in LATER:
         raise error("L221", f"{LATER[name]} not available yet", stage.span)
-    known = [*OPS, "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
+    known = [*(OPS.keys() - UNNAMED), "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
     raise error("L208", f"there is no stage `{name}`", stage.span, "", did_you_mean(name, known))
 
 

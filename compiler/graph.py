@@ -34,6 +34,7 @@ SPECIAL = {
     "combine": (2, "Σ_j p v"),
     "attend": (3, "all of these in one"),
     "scan": (0, "a recurrence along the tokens"),
+    "statistic": (1, "a number of every row or column of a map"),
 }
 
 
@@ -66,6 +67,12 @@ class Graph:
     nodes: tuple[Node, ...]
     output: str
     weights: tuple[Weight, ...]
+    auxiliary: str | None = None  # what training adds to the loss
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """What the graph is for: its output, and what training adds to the loss."""
+        return (self.output,) if self.auxiliary is None else (self.output, self.auxiliary)
 
     def node(self, name: str) -> Node:
         return next(each for each in self.nodes if each.name == name)
@@ -97,7 +104,8 @@ class Graph:
         done = tuple(
             replace(each, inputs=tuple(follow(name) for name in each.inputs)) for each in nodes
         )
-        return replace(self, nodes=done, output=follow(self.output))
+        auxiliary = None if self.auxiliary is None else follow(self.auxiliary)
+        return replace(self, nodes=done, output=follow(self.output), auxiliary=auxiliary)
 
 
 def shape_of(dims: Dims) -> Shape:

@@ -27,7 +27,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-WHOLE_BLOCK = ("width", "context_width", "grid")  # settings that a branch cannot have
+WHOLE_BLOCK = ("width", "context_width", "grid", "regularize")  # settings that a branch cannot have
 
 
 class Body:

@@ -12,11 +12,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
 
-from ..grammar.syntax import Index, Name, walk
+from ..grammar.syntax import Expr, Index, Name, walk
 from ..ops import OPS, Shape
 from .masks import extent, widest
 from .mixing import mix_exprs
-from .model import Apply, Block, Flow, Mixing, Pairwise, Read, Recurrence, applies, flow_nodes
+from .model import (
+    Apply,
+    Block,
+    Flow,
+    Mixing,
+    Pairwise,
+    Read,
+    Recurrence,
+    Statistic,
+    applies,
+    flow_nodes,
+)
 
 
 def kept_bytes(block: Block, tokens: int, size: int) -> int:
@@ -28,7 +39,7 @@ def kept_bytes(block: Block, tokens: int, size: int) -> int:
             states = sum(prod(state.shape) for state in mixing.mix.states)
             total += max(4, size) * mixing.heads * states
         elif mixing.queries == "n" and mixing.keys in ("n", "m"):
-            early = mixing.keys == "m" or not _late(block, mixing)
+            early = mixing.keys == "m" or not _late(block, name, mixing)
             groups.setdefault(mixing.keys if early else name, []).append((name, mixing))
     for name, group in groups.items():
         held = tokens
@@ -36,7 +47,7 @@ def kept_bytes(block: Block, tokens: int, size: int) -> int:
             seen = widest(extent(_pairwise(mixing).mask) for _, mixing in group)
             if seen.back is not None:
                 held = min(tokens, seen.prefix + seen.back + 1)
-        keyed = _keyed(block, (mixing for _, mixing in group))
+        keyed = _keyed(block, group)
         total += held * sum(_width(block, each, size) for each in keyed)
     return total
 
@@ -46,10 +57,10 @@ def _pairwise(mixing: Mixing) -> Pairwise:
     return mixing.mix
 
 
-def _late(block: Block, mixing: Mixing) -> bool:
+def _late(block: Block, name: str, mixing: Mixing) -> bool:
     """Say whether keys and values are made of what was mixed before."""
-    keyed = _keyed(block, [mixing])
-    return any(_mixes(block, Read(name, Shape("n", 1))) for name in keyed)
+    keyed = _keyed(block, [(name, mixing)])
+    return any(_mixes(block, Read(each, Shape("n", 1))) for each in keyed)
 
 
 def _mixes(block: Block, flow: Flow) -> bool:
@@ -63,10 +74,9 @@ def _mixes(block: Block, flow: Flow) -> bool:
 
 def _tails(block: Block) -> int:
     """Return how many numbers the stages keep that read earlier tokens."""
-    flows = (*(each.flow for each in block.streams), block.out)
     return sum(
         node.shape.features * OPS[node.op].lookback(dict(node.options))
-        for flow in flows
+        for flow in block.flows
         for node in applies(flow)
         if node.shape.tokens == "n"
     )
@@ -80,24 +90,28 @@ def _width(block: Block, name: str, size: int) -> int:
     return widths[name]
 
 
-def _keyed(block: Block, mixings: Iterable[Mixing]) -> tuple[str, ...]:
+def _keyed(block: Block, mixings: Iterable[tuple[str, Mixing]]) -> tuple[str, ...]:
     """Return what a cache keeps of each token: k, v, and what expressions index by j."""
     made: dict[Flow, str] = {}
-    for mixing in mixings:
-        for name in (*(each.name for each in mixing.inputs[1:3]), *_indexed(mixing)):
+    for own, mixing in mixings:
+        asked = [node for flow in block.flows for node in flow_nodes(flow)
+                 if isinstance(node, Statistic) and node.inputs[0].name == own]  # fmt: skip
+        exprs = (*mix_exprs(mixing.mix), *(each.expr for each in asked if each.expr is not None))
+        reads = {each.name for each in mixing.inputs}
+        reads |= {each.name for node in asked for each in node.inputs}
+        for name in (*(each.name for each in mixing.inputs[1:3]), *_indexed(exprs, reads)):
             stream = block.stream(name)
             flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
             made.setdefault(flow, name)
     return tuple(made.values())
 
 
-def _indexed(mixing: Mixing) -> Iterator[str]:
+def _indexed(exprs: tuple[Expr, ...], streams: set[str]) -> Iterator[str]:
     """Yield the streams that expressions read at j."""
-    streams = {"doc", *(each.name for each in mixing.inputs)}
-    for expr in mix_exprs(mixing.mix):
+    for expr in exprs:
         for node in walk(expr):
             if isinstance(node, Index) and isinstance(node.base, Name) and Name("j") in node.items:
-                yield from {node.base.id} & streams
+                yield from {node.base.id} & {"doc", *streams}
 
 
 def _inlined(block: Block, flow: Flow) -> Flow:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import FALSE, TRUE, names
-from ..grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
+from ..grammar.syntax import Call, Compare, Expr, Index, Name, Pipe
 from ..ops import OPS, Shape
 from .flows import Target, elaborate
 from .inheritance import Body
 from .masks import extent, linear
 from .mixers import resolve_mixer
 from .model import Mixing, Pairwise, Read, Recurrence, Stream
-from .scalars import Axes, resolve, resolve_normalizer
+from .scalars import Axes, resolve, resolve_normalizer, streams_read
 from .scope import Scope
 
 _LATER_POSITIONS = ("relative",)
@@ -129,23 +129,12 @@ class Part:
                 raise error("L201", f"there is no mixer `{called}`", mix.span, "",
                             did_you_mean(called, known))  # fmt: skip
             resolved = resolve_mixer(self.scope, definition, mix, self._recurrent_mask())
-            inputs = self._reads(mix_exprs(resolved), ())
+            inputs = streams_read(self.scope, mix_exprs(resolved), ())
         else:
             resolved, operands = self._pairwise()
             shape = Shape(operands[0].shape.tokens, shape.dim, shape.heads)
-            inputs = self._reads(mix_exprs(resolved), operands)
+            inputs = streams_read(self.scope, mix_exprs(resolved), operands)
         return Stream(name, Mixing(resolved, inputs, shape, self.body.span))
-
-    def _reads(self, exprs: tuple[Expr, ...], first: tuple[Read, ...]) -> tuple[Read, ...]:
-        """Return the operands, and every other stream that expressions read."""
-        found = {each.name: each for each in first}
-        known = self.scope.streams.keys() | self.scope.inputs.keys()
-        for node in (node for expr in exprs for node in walk(expr)):
-            if isinstance(node, Name) and node.id in known and node.id not in found:
-                shape = self.scope.shape(node.id, node.span)
-                assert shape is not None
-                found[node.id] = Read(node.id, shape, node.span)
-        return tuple(found.values())
 
     def _recurrent_mask(self) -> str:
         mask = resolve(self.scope, self.body.get("mask"), "mask")

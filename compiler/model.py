@@ -74,12 +74,28 @@ class Mixing:
         return self.keys != self.queries
 
 
-Flow = Read | Apply | Mixing
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A number for every row or column of a map, [heads, tokens, 1].
+
+    `kind`: `lse` is the logarithm of the normaliser's denominator, `entropy` that of the row,
+    `rows` the sum of `expr` over the visible keys, `columns` over the queries that see a key.
+    The first of the inputs is what was mixed, the others are what `expr` reads.
+    """
+
+    kind: str
+    expr: Expr | None
+    inputs: tuple[Read, ...]
+    shape: Shape
+    span: Span = field(default=NOWHERE, compare=False, repr=False)
+
+
+Flow = Read | Apply | Mixing | Statistic
 
 
 def flow_nodes(flow: Flow) -> Iterator[Flow]:
     """Yield every node of a flow, inputs first."""
-    if isinstance(flow, Apply | Mixing):
+    if not isinstance(flow, Read):
         for each in flow.inputs:
             yield from flow_nodes(each)
     yield flow
@@ -195,7 +211,14 @@ class Block:
     streams: tuple[Stream, ...]
     tensors: tuple[Weight, ...]
     out: Flow
+    regularize: Flow | None = None  # a number that training adds to the loss
     span: Span = field(default=NOWHERE, compare=False, repr=False)
+
+    @property
+    def flows(self) -> tuple[Flow, ...]:
+        """Every flow: of the streams, of the output, of what training adds to the loss."""
+        more = () if self.regularize is None else (self.regularize,)
+        return (*(each.flow for each in self.streams), self.out, *more)
 
     def stream(self, name: str) -> Stream | None:
         return next((each for each in self.streams if each.name == name), None)

@@ -42,7 +42,8 @@ def weights(block: Block) -> tuple[Weight, ...]:
     for flow in [each.flow for each in block.streams]:
         found.update({each.name: each for node in applies(flow) for each in owned(node)})
     found.update({each.name: each for each in block.tensors if each.learned})
-    found.update({each.name: each for node in applies(block.out) for each in owned(node)})
+    for flow in block.flows[len(block.streams) :]:
+        found.update({each.name: each for node in applies(flow) for each in owned(node)})
     return tuple(found.values())
 
 

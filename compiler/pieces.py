@@ -7,6 +7,7 @@ may use anything but torch and other pieces.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -194,13 +195,15 @@ def by_key(positions: Tensor) -> Tensor:
 
 
 def over_queries(
-    rows: Callable[..., Tensor],
+    rows: Callable[..., Any],
     queries: tuple[Tensor, ...],
     keys: tuple[Tensor, ...],
     width: int = 1,
     before: int = 0,
-) -> Tensor:
+) -> Any:
     """Return rows(*queries, *keys), of some queries at a time where there are many pairs.
+
+    `rows` gives a tensor [..., queries, d], or several of them.
 
     The backward pass computes each part again, so that memory grows with the tokens and not
     with their pairs. A pair takes `width` numbers; a row reads the `before` queries before it.
@@ -215,11 +218,14 @@ def over_queries(
         first = max(0, start - before)
         part = [x.narrow(-2, first, min(start + each, n) - first) for x in queries]
         if torch.is_grad_enabled():
-            o = torch.utils.checkpoint.checkpoint(rows, *part, *keys, use_reentrant=False)
+            made = torch.utils.checkpoint.checkpoint(rows, *part, *keys, use_reentrant=False)
         else:
-            o = rows(*part, *keys)
-        parts.append(o[..., start - first :, :])
-    return torch.cat(parts, dim=-2)
+            made = rows(*part, *keys)
+        several = isinstance(made, tuple)
+        made = made if several else (made,)
+        parts.append([each[..., start - first :, :] for each in made])
+    done = tuple(torch.cat(each, dim=-2) for each in zip(*parts, strict=True))
+    return done if several else done[0]
 
 
 def mean_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:

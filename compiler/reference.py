@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops import OPS, Run
-from .model import Apply, Block, Flow, Mixing, Model, Read, Recurrence
+from .model import Block, Flow, Mixing, Model, Pairwise, Read, Statistic
 from .parameters import (
     constants,
     defaults,
@@ -68,6 +68,7 @@ class ReferenceBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.architecture = block
+        self.auxiliary = torch.zeros(())
 
     def forward(
         self,
@@ -95,27 +96,37 @@ class ReferenceBlock(nn.Module):
             places["m"] = _positions(None, context)
             streams["context"] = context
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
-        given = Given(streams, tensors, places, segments, self.training)
+        given = Given(streams, tensors, places, segments, self.training, {})
         for stream in block.streams:
-            streams[stream.name] = self._flow(stream.flow, given)
-        return self._flow(block.out, given)
+            if isinstance(stream.flow, Mixing) and isinstance(stream.flow.mix, Pairwise):
+                given.mixed[stream.name] = attend(stream.flow, given)
+                streams[stream.name] = given.mixed[stream.name].o
+            else:
+                streams[stream.name] = self._flow(stream.flow, given)
+        out = self._flow(block.out, given)
+        if block.regularize is not None and self.training:
+            self.auxiliary = self._flow(block.regularize, given)
+        return out
+
+    def auxiliary_loss(self) -> Tensor:
+        """Return what the last forward pass in training adds to the loss."""
+        return self.auxiliary
 
     def _flow(self, flow: Flow, given: Given) -> Tensor:
-        match flow:
-            case Read(name):
-                if name in given.tensors:
-                    return _as_stream(given.tensors[name])
-                return given.streams[name]
-            case Mixing():
-                mix = scan if isinstance(flow.mix, Recurrence) else attend
-                return mix(flow, given)
-            case Apply():
-                inputs = [self._flow(each, given) for each in flow.inputs]
-                tensors = {each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
-                           for each in owned(flow)}  # fmt: skip
-                shapes = tuple(each.shape for each in flow.inputs)
-                run = Run(given.positions, self.training, flow.shape.tokens, shapes)
-                return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
+        if isinstance(flow, Read):
+            if flow.name in given.tensors:
+                return _as_stream(given.tensors[flow.name])
+            return given.streams[flow.name]
+        if isinstance(flow, Statistic):
+            return given.mixed[flow.inputs[0].name].statistic(flow)
+        if isinstance(flow, Mixing):
+            return scan(flow, given)  # an attention is a stream of its own
+        inputs = [self._flow(each, given) for each in flow.inputs]
+        tensors = {each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
+                   for each in owned(flow)}  # fmt: skip
+        shapes = tuple(each.shape for each in flow.inputs)
+        run = Run(given.positions, self.training, flow.shape.tokens, shapes)
+        return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
 
     def _tensor(self, name: str) -> Tensor:
         return _tensor(self, name)
@@ -177,6 +188,11 @@ class ReferenceModel(nn.Module):
                 return x.mean(1) @ _tensor(self, "head.weight").mT + _tensor(self, "head.bias")
             case _:
                 return x
+
+    def auxiliary_loss(self) -> Tensor:
+        """Return what the last forward pass in training adds to the loss, of all layers."""
+        blocks = (each for each in self.modules() if isinstance(each, ReferenceBlock))
+        return torch.stack([each.auxiliary_loss() for each in blocks]).sum()
 
     def _with_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         model = self.architecture

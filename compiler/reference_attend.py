@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from ..grammar.functions import MAP_FUNCTIONS
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary
-from .model import Mixing, Normalizer, Pairwise
+from .model import Mixing, Normalizer, Pairwise, Statistic
 from .reference_pairs import Groups, Map, Pairs
 from .reference_values import Value, value
 
@@ -44,10 +44,11 @@ class Given(NamedTuple):
     positions: Places  # tokens axis → [b, tokens]
     segments: Tensor | None  # [b, n]; None: one document
     training: bool
+    mixed: dict[str, Mixed]  # what has been attended to so far
 
 
-def attend(mixing: Mixing, given: Given) -> Tensor:
-    """Return the mixed heads [b, heads, queries, value_dim].
+def attend(mixing: Mixing, given: Given) -> Mixed:
+    """Return the mixed heads [b, heads, queries, value_dim], and what can be asked of the map.
 
     Half precision is mixed in float32, for then no finite q and k give an infinite logit.
     """
@@ -74,12 +75,33 @@ def attend(mixing: Mixing, given: Given) -> Tensor:
     else:
         s = column(mix.similarity, {})
     logits = column(mix.score, {"s": mix.scale * s})
-    weight = normalize(mix.normalize, logits, rows, read).to(q).expand(pairs.key.shape)
-    weight = column(mix.weights, {"s": logits, "p": weight})
+    plain = normalize(mix.normalize, logits, rows, read).to(q).expand(pairs.key.shape)
+    weight = column(mix.weights, {"s": logits, "p": plain})
     p = q.new_zeros(scope.shape).index_put(tuple(pairs), weight)
     p = functional.dropout(p, mix.dropout, given.training)
     values = v.repeat_interleave(mixing.heads // v.shape[1], dim=1)
-    return (p @ values).to(given.streams[mixing.inputs[2].name].dtype)
+    o = (p @ values).to(given.streams[mixing.inputs[2].name].dtype)
+
+    def statistic(asked: Statistic) -> Tensor:
+        """Return a number for every row or column of the map, [b, heads, tokens, 1]."""
+        kind, expr = asked.kind, asked.expr
+        scope.axes |= {each.name: each.shape for each in asked.inputs}
+        if kind == "lse":
+            return log_denominator(mix.normalize, logits, scope, pairs)[..., None].to(o.dtype)
+        x = -plain * torch.where(plain > 0, plain, 1).log()  # the terms of the entropy
+        if expr is not None:
+            x = column(expr, {"p": plain})
+        dense = q.new_zeros(scope.shape).index_put(tuple(pairs), x)
+        return dense.sum(-2 if kind == "columns" else -1)[..., None].to(o.dtype)
+
+    return Mixed(o, statistic)
+
+
+class Mixed(NamedTuple):
+    """What attention gives: the mixed heads, and numbers of the rows or columns of its map."""
+
+    o: Tensor
+    statistic: Callable[[Statistic], Tensor]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -194,6 +216,41 @@ def normalize(normalizer: Normalizer, s: Tensor, rows: Groups, read: Read) -> Te
         return numerator.plain()
     total = _Scaled(rows.sum(numerator.value), numerator.exponent)
     return _divide(numerator, _stable(normalizer.denominator, {"s": s}, rows, read, total)).plain()
+
+
+def log_denominator(normalizer: Normalizer, s: Tensor, scope: _Scope, pairs: Pairs) -> Tensor:
+    """Return the logarithm of every row's denominator, [b, heads, queries]."""
+    assert normalizer.denominator is not None
+    rows, size = scope.map.rows, scope.shape[:3]
+    first = rows.first
+    seen = (pairs.batch[first], pairs.head[first], pairs.query[first])
+    batch, head, query = torch.ones(size, device=s.device).nonzero(as_tuple=True)
+    every = Pairs(batch, head, query, torch.zeros_like(query))
+    alone = Groups(torch.arange(len(every.key), device=s.device))
+
+    def spread(x: Tensor) -> Tensor:
+        """Lay a number of the rows that see something along all rows, 0 where nothing is seen."""
+        one = x.expand(pairs.key.shape)[first]
+        return x.new_zeros(size).index_put(seen, one).flatten()
+
+    names = {**scope.names(every), "seen": spread(rows.sizes[rows.of].double())}
+    numerator = _stable(
+        normalizer.numerator,
+        {"s": s},
+        rows,
+        lambda expr, more: scope.evaluate(
+            expr, pairs, {**scope.names(pairs), "seen": rows.sizes[rows.of].double(), **more}
+        ),
+    )
+    total = _Scaled(spread(rows.sum(numerator.value)), spread(numerator.exponent))
+    below = _stable(
+        normalizer.denominator,
+        {},
+        alone,
+        lambda expr, more: scope.evaluate(expr, every, {**names, **more}),
+        total,
+    )
+    return (below.value.log() + below.exponent).reshape(size).to(s)
 
 
 class _Scaled(NamedTuple):

@@ -19,7 +19,7 @@ from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Nam
 from ..ops import Shape
 from .expressions import Dims, Resolver, Value
 from .library import put
-from .model import Normalizer
+from .model import Normalizer, Read
 from .scope import Scope, body, suggest
 
 PLACES = frozenset(("i", "j", "h", "n", "m"))
@@ -29,8 +29,9 @@ FREE = {
     "score": PLACES | {"s", "seen"},
     "normalize": PLACES | {"s", "seen", "sum", "tau"},
     "weights": PLACES | {"p", "seen"},
+    "statistic": PLACES | {"p", "seen"},
 }
-_OF_MAPS = ("score", "weights")  # what may look at other pairs
+_OF_MAPS = ("score", "weights", "statistic")  # what may look at other pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,3 +332,17 @@ def resolve_normalizer(scope: Scope, expr: Expr, axes: Axes) -> Normalizer:
 
 def _head(expr: Name | Call) -> str:
     return expr.id if isinstance(expr, Name) else expr.function
+
+
+def streams_read(
+    scope: Scope, exprs: tuple[Expr, ...], first: tuple[Read, ...]
+) -> tuple[Read, ...]:
+    """Return the streams that come first, and every other that resolved expressions read."""
+    found = {each.name: each for each in first}
+    known = scope.streams.keys() | scope.inputs.keys()
+    for node in (node for expr in exprs for node in syntax.walk(expr)):
+        if isinstance(node, Name) and node.id in known and node.id not in found:
+            shape = scope.shape(node.id, node.span)
+            assert shape is not None
+            found[node.id] = Read(node.id, shape, node.span)
+    return tuple(found.values())

@@ -102,6 +102,9 @@ MAP_FUNCTIONS = {
     "mix_heads": 2, "convolve": 2, "coin": 1,
 }  # fmt: skip
 
+# Numbers of every row or column of a map, in pipelines: name → number of arguments.
+STATISTICS = {"lse": 1, "entropy": 1, "rows": 2, "columns": 2}
+
 # Calls that leave something open: a description with any of them is a space to search.
 RANGES = ("integer", "pow2", "uniform", "loguniform")
 HOLES = ("choose", *RANGES, "maybe", "any")

@@ -18,6 +18,7 @@ from .op import Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
 from .rope import Rope
 from .shape import Shape
+from .tokens import Average, MeanTokens
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -42,8 +43,11 @@ OPS: dict[str, Op] = {
         Bernoulli(),
         DropHeads(),
         Noise(),
+        MeanTokens(),
+        Average(),
         Pointwise(),
     )
 }
+UNNAMED = ("pointwise", "average")  # operations that are no stages of a pipeline
 
-__all__ = ["OPS", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]
+__all__ = ["OPS", "UNNAMED", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

@@ -54,6 +54,8 @@ def train(
         for step in range(training.steps):
             tokens, targets = _on(device, task.batch(step, training.batch, "train"))
             loss = _loss(module(tokens), targets)
+            if callable(auxiliary := getattr(module, "auxiliary_loss", None)):
+                loss = loss + auxiliary()
             value = loss.item()
             if not math.isfinite(value):
                 raise TrainingFailed(f"diverged: the loss is {value} at step {step}")

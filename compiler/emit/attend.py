@@ -52,8 +52,9 @@ def method(graph: Graph, node: Node) -> list[str]:
     if sdpa_fits(node, lowering):
         return _defined(head, given, writer.sdpa())
     body = writer.dense()
+    gives = "tuple[Tensor, ...]" if writer.statistics else "Tensor"
     if not writer.by_rows:
-        return _defined(head, given, body)
+        return _defined(head, given, body, gives)
     queries = ["q", *places[:1], *(each.variable for each in seen if each.at == "i")]
     keys = ["k", "v", *places[1:], *(each.variable for each in seen if each.at == "j")]
     comma = "," if len(queries) == 1 else ""
@@ -62,15 +63,15 @@ def method(graph: Graph, node: Node) -> list[str]:
     args += [f"width={writer.breadth}"] if writer.breadth > 1 else []
     args += [f"before={writer.before}"] if writer.before else []
     return [
-        *_defined(head, given, call("return over_queries", args)),
+        *_defined(head, given, call("return over_queries", args), gives),
         "",
-        *_defined(f"{head}_rows", [*queries, *keys], body),
+        *_defined(f"{head}_rows", [*queries, *keys], body, gives),
     ]
 
 
-def _defined(head: str, given: list[str], body: list[str]) -> list[str]:
+def _defined(head: str, given: list[str], body: list[str], gives: str = "Tensor") -> list[str]:
     args = ["self", *(f"{name}: Tensor" for name in given)]
-    return [*call(head, args, ") -> Tensor:"), *indent(body)]
+    return [*call(head, args, f") -> {gives}:"), *indent(body)]
 
 
 def method_name(node: Node) -> str:
@@ -91,7 +92,12 @@ class _Writer:
         self.normalizer: Normalizer = node.get("normalizer")
         self.mask: Expr = node.get("mask")
         self.pairs = Pairs(graph, node, masked=self.mask != TRUE)
+        self.statistics: tuple[tuple[str, str, Expr | None], ...] = node.get("statistics") or ()
         self.lines: list[str] = []
+
+    @property
+    def _sees_something(self) -> bool:
+        return sees_something(self.graph.block.mixings[self.node.name])
 
     @property
     def by_rows(self) -> bool:
@@ -99,7 +105,9 @@ class _Writer:
         reads = {name for expr in self._all() for name in names(expr)}
         calls = {part.function for expr in self._all() for part in walk(expr)
                  if isinstance(part, Call)}  # fmt: skip
-        return "n" not in reads and not any(each.endswith("_queries") for each in calls)
+        columns = any(kind == "columns" for _, kind, _ in self.statistics)
+        columns = columns or any(each.endswith("_queries") for each in calls)
+        return "n" not in reads and not columns
 
     @property
     def before(self) -> int:
@@ -152,11 +160,16 @@ class _Writer:
         if self.node.get("score") != Name("s"):
             self.lines.append(f"s = {self._spread(self.node.get('score'))}")
         self._normalize()
+        given = [self._statistic(kind, expr) for _, kind, expr in self.statistics]
         if self.node.get("weights") != Name("p"):
             self.lines.append(f"p = {self._hidden(self._spread(self.node.get('weights')))}")
         if self.node.get("rate"):
             self.lines.append(f"p = F.dropout(p, {self.node.get('rate')!r}, self.training)")
-        self.lines.append(f"return p.to(v.dtype) @ v  # [{shape}, {self.width}]")
+        if not given:
+            self.lines.append(f"return p.to(v.dtype) @ v  # [{shape}, {self.width}]")
+        else:
+            results = ["p.to(v.dtype) @ v", *(f"{each}.to(v.dtype)" for each in given)]
+            self.lines.append(f"return {', '.join(results)}")
         return self._sized()
 
     def _all(self) -> tuple[Expr, ...]:
@@ -186,6 +199,22 @@ class _Writer:
     def _spread(self, expr: Expr) -> str:
         return self.pairs.spread(expr)
 
+    def _statistic(self, kind: str, expr: Expr | None) -> str:
+        """Write a number of every row or column, from p as the normaliser gave it."""
+        if kind == "lse":
+            return "lse"
+        if kind == "entropy":
+            terms = self._hidden("p * (s - lse)")
+            self.lines.append(f"entropy = -{atomic(terms)}.sum(-1, keepdim=True)")
+            return "entropy"
+        assert expr is not None
+        total = f"{atomic(self._hidden(self._spread(expr)))}.sum"
+        count = sum(line.startswith(("row_sum", "column_sum")) for line in self.lines)
+        name = f"{'row' if kind == 'rows' else 'column'}_sum_{count}"
+        text = f"{total}(-1, keepdim=True)" if kind == "rows" else f"{total}(-2)[..., None]"
+        self.lines.append(f"{name} = {text}")
+        return name
+
     def _normalize(self) -> None:
         form = exponential(self.normalizer)
         if form is not None:
@@ -199,15 +228,27 @@ class _Writer:
         if form.logit != Name("s"):
             self.lines.append(f"s = {self._spread(form.logit)}")
         self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
+        asked = any(kind in ("lse", "entropy") for _, kind, _ in self.statistics)
         if form.extra is None:
             self.lines.append("p = s.softmax(-1)")
+            if asked:
+                self.lines.append("lse = s.logsumexp(-1, keepdim=True)")
+            if asked and self.mask != TRUE and not self._sees_something:
+                self.lines.append(
+                    "lse = lse.masked_fill(~visible.any(-1, keepdim=True), -torch.inf)"
+                )
         else:
             extra = self._text(form.extra)
             if isinstance(form.extra, Number):
                 self.lines.append(f"added = torch.full_like(s[..., :1], {extra})")
             else:
                 self.lines.append(f"added = ({extra}).to(wide).expand_as(s[..., :1])")
-            self.lines.append("p = torch.cat([s, added], dim=-1).softmax(-1)[..., :-1]")
+            if asked:
+                self.lines += ["s_all = torch.cat([s, added], dim=-1)",
+                               "p = s_all.softmax(-1)[..., :-1]",
+                               "lse = s_all.logsumexp(-1, keepdim=True)"]  # fmt: skip
+            else:
+                self.lines.append("p = torch.cat([s, added], dim=-1).softmax(-1)[..., :-1]")
         if self.mask != TRUE and not (
             form.extra is None and sees_something(self.graph.block.mixings[self.node.name])
         ):

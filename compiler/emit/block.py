@@ -30,6 +30,8 @@ def block_class(graph: Graph, name: str, kernels: Mapping[str, str]) -> list[str
     lines = [f"class {class_name(name)}(nn.Module):", *indent(_docstring(graph)), ""]
     lines += indent(writer.constructor())
     lines += ["", *indent(writer.init_cache()), "", *indent(writer.forward())]
+    if graph.auxiliary is not None:
+        lines += ["", *indent(writer.auxiliary_loss())]
     for node in graph.of("scan"):
         lines += ["", *indent(scan.initial(node, writer.weight()))]
     for node in graph.of("attend"):
@@ -164,6 +166,8 @@ class _Writer:
                 lines.append(f"    self.{node.module} = {made}")
         for tensor in self.block.tensors:
             lines += indent(tensor_lines(tensor))
+        if self.graph.auxiliary is not None:
+            lines.append("    self.auxiliary: Tensor | None = None")
         return lines
 
     def init_cache(self) -> list[str]:
@@ -319,8 +323,10 @@ class _Writer:
         early: list[str] = []
         far: list[str] = []
         rest: list[str] = []
+        extra: list[str] = []  # what only training needs
+        needed = self._roots[self.graph.output]
         for node in self.graph.nodes:
-            if node.name == self.graph.output:
+            if node.name in self.graph.ends:
                 continue
             if node.op in ("attend", "scan"):
                 lines = self._mixed(node)
@@ -329,7 +335,9 @@ class _Writer:
             else:
                 name = ident(node.name)
                 lines = self._assign(node, f"{'o' if node.name == 'o' else name} =")
-            if self._far(node.name):
+            if node.name not in needed and node.op in OPS:
+                extra += lines
+            elif self._far(node.name):
                 far += lines
             elif self._late(node.name) or any(self._far(name) for name in self._roots[node.name]):
                 rest += lines
@@ -338,7 +346,22 @@ class _Writer:
         if self.crosses:
             early += self._context(far)
         counted = ["if cache is not None:", "    cache.length += n"] if self._counts else []
-        return [*early, *counted, *rest]
+        return [*early, *counted, *rest, *self._training(extra)]
+
+    def _training(self, lines: list[str]) -> list[str]:
+        """Write what training adds to the loss, and what only that needs."""
+        if self.graph.auxiliary is None:
+            return []
+        added = self._assign(self.graph.node(self.graph.auxiliary), "self.auxiliary =")
+        return ["if self.training:", *indent([*lines, *added])]
+
+    def auxiliary_loss(self) -> list[str]:
+        return [
+            "def auxiliary_loss(self) -> Tensor:",
+            '    """Return what the last forward pass in training adds to the loss, once."""',
+            "    loss, self.auxiliary = self.auxiliary, None",
+            "    return torch.zeros(()) if loss is None else loss",
+        ]
 
     def _context(self, far: list[str]) -> list[str]:
         """Write what is made of a context, once for each of them."""
@@ -392,7 +415,8 @@ class _Writer:
                 else f"torch.arange({node.dims[2]}, device=x.device)"
             )
             args += [f"by_query({at})", "by_key(places)"]
-        general = call(f"{_target(node)} = self.{attend.method_name(node)}", [*args, *variables])
+        targets = ", ".join([_target(node), *_statistics(node)])
+        general = call(f"{targets} = self.{attend.method_name(node)}", [*args, *variables])
         dims = f"[{', '.join(map(str, node.dims))}]"
         if self.always_kernel(node):
             return [*lines, *self._plain(node)]
@@ -429,7 +453,10 @@ class _Writer:
             lines, args = attend.made_for_kernel(self.graph, node, form, (q, k, v))
             args += [self._kernel_operand(name) for name in kernel_reads(node, form)]
             args += [each.name for each in form.sides]
-            return [*lines, *call(f"{target} = {self.kernels[node.name]}", args)]
+            asked = {kind: ident(name) for name, kind, _ in node.get("statistics") or ()}
+            given = [asked[kind] for kind in ("lse", "entropy") if kind in asked]
+            lines += call(f"{', '.join([target, *given])} = {self.kernels[node.name]}", args)
+            return [*lines, *(f"{each} = {each}[..., None].to({v}.dtype)" for each in given)]
         return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
 
     def _kernel_operand(self, name: str) -> str:
@@ -550,6 +577,11 @@ def _target(node: Node) -> str:
 def _column(variable: str) -> str:
     """Return a stream as [b, tokens, d]: a segment is a number a token."""
     return "doc[..., None]" if variable == "doc" else variable
+
+
+def _statistics(node: Node) -> list[str]:
+    """Return the variables of what an attention gives besides the mixed heads."""
+    return [ident(name) for name, _, _ in node.get("statistics") or ()]
 
 
 def _tensor_text(node: Node) -> str:

@@ -97,6 +97,7 @@ def _model(model: Model, name: str, which: Mapping[Block, str]) -> list[str]:
         '        """Return one cache a layer, for sequences of up to `length` tokens."""',
         "        return [layer.attn.init_cache(batch, length) for layer in self.layers]",
         "",
+        *indent(_auxiliary(model, which)),
         "    def forward(",
         "        self,",
         f"        {first}: Tensor,",
@@ -107,6 +108,22 @@ def _model(model: Model, name: str, which: Mapping[Block, str]) -> list[str]:
         "        cache: list | None = None,",
         "    ) -> Tensor:",
         *indent(_forward(model), 2),
+    ]
+
+
+def _auxiliary(model: Model, which: Mapping[Block, str]) -> list[str]:
+    """Write the method that brings together what layers add to the loss, if any does."""
+    names = dict.fromkeys(which[block] for block in model.layers if block.regularize is not None)
+    if not names:
+        return []
+    kinds = next(iter(names)) if len(names) == 1 else f"({', '.join(names)})"
+    return [
+        "def auxiliary_loss(self) -> Tensor:",
+        '    """Return what the last forward pass in training adds to the loss, once."""',
+        "    attention = (layer.attn for layer in self.layers)",
+        f"    losses = (each.auxiliary_loss() for each in attention if isinstance(each, {kinds}))",
+        "    return torch.stack(list(losses)).sum()",
+        "",
     ]
 
 

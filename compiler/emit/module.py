@@ -88,7 +88,8 @@ def _header(what: Block | Model, kernels: bool, body: str, helpers: list[str]) -
     if kernels:
         lines += ["import math"]
     if "Callable[" in all_text:
-        lines += ["from collections.abc import Callable", ""]
+        lines += ["from collections.abc import Callable"]
+        lines += ["from typing import Any", ""] if "Any" in all_text else [""]
     elif kernels:
         lines += [""]
     if kernels or "torch." in all_text:

@@ -13,6 +13,6 @@ from ..graph import Graph
 def drop_dead(graph: Graph) -> Graph:
     """Return the graph with only the nodes that the output depends on."""
     reads = nx.DiGraph((name, node.name) for node in graph.nodes for name in node.inputs)
-    reads.add_node(graph.output)
-    needed = nx.ancestors(reads, graph.output) | {graph.output}
+    reads.add_nodes_from(graph.ends)
+    needed = set(graph.ends).union(*(nx.ancestors(reads, end) for end in graph.ends))
     return graph.rewritten(node for node in graph.nodes if node.name in needed)

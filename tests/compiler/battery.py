@@ -107,6 +107,24 @@ SETTINGS = {
     "branch_cross": f"{CAUSAL}; branch far {{ source = context; mask = all }}; "
     "branch again { source = context; mask = j <= i; v = context | linear | split }; "
     "out = (o + far + again) | merge | linear",
+    # numbers of rows and columns, joint attention, what training adds
+    "joint": f"{CAUSAL}; kv_heads = 2; branch memory {{ source = latents(3, 8); mask = all }}; "
+    "branch near { mask = causal and window(2); normalize = sink }; "
+    "out = joint(o, memory, near) | merge | linear",
+    "joint_of_nothing": "heads = 4; branch one { mask = j < i }; branch two { mask = j < i - 2 }; "
+    "out = joint(one, two) | merge | linear",
+    "statistics": f"{CAUSAL}; let g = x | linear(1) | sigmoid; param c[heads] = 1; "
+    "out = (o * entropy(o) + c * lse(o) + rows(o, p * g[j])) | merge | linear",
+    "statistics_of_sinks": "heads = 4; mask = j < i; normalize = sink; "
+    "out = (o * entropy(o) + tanh(lse(o))) | merge | linear",
+    "columns": "heads = 4; let g = x | linear(1) | sigmoid; "
+    "out = (o + columns(o, p ** 2 * g[i]) + (o | mean_tokens)) | merge | linear",
+    "regularized": f"{CAUSAL}; let r = x | linear(heads) | softmax; param t[heads] = 0.5; "
+    "regularize = 0.1 * mean((entropy(o) - t * log(16)) ** 2) + "
+    "heads * mean((r | mean_tokens) * (step(r - 0.3) | mean_tokens)) - "
+    "mean(log(1.1 - rows(o, p * r[j, 0]))); out = o | gate(r) | merge | linear",
+    "regularized_by_kernel": f"{CAUSAL}; regularize = -0.1 * mean(entropy(o))",
+    "regularized_columns": "heads = 4; regularize = mean((1 - columns(o, p)) ** 2)",
     # other tokens
     "latent_keys": "heads = 4; source = latents(5)",
     "latent_memory": f"{CAUSAL}; branch memory {{ source = latents(3, 8); mask = all }}; "

@@ -17,7 +17,7 @@ from headloom.compiler import zoo
 from headloom.compiler.api import build_module
 from headloom.compiler.check import check, find
 from headloom.compiler.choose import Target
-from headloom.compiler.model import Block, Recurrence
+from headloom.compiler.model import Block, Mixing, Pairwise, Recurrence
 from headloom.compiler.reference import ReferenceBlock, reference
 from headloom.compiler.reference_attend import Given, Places, attend
 from headloom.compiler.reference_scan import scan
@@ -90,14 +90,19 @@ class Mechanism:
         if positions is not None:
             call.positions["n"] = positions.expand(x.shape[:2])
         for stream in self.block.streams:
-            found[stream.name] = self.meaning._flow(stream.flow, call)
+            flow = stream.flow
+            if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
+                call.mixed[stream.name] = attend(flow, call)
+                found[stream.name] = call.mixed[stream.name].o
+            else:
+                found[stream.name] = self.meaning._flow(flow, call)
         return found
 
     def _call(self, streams: dict[str, Tensor]) -> Given:
         tensors = {each.name: self.meaning._tensor(each.name) for each in self.block.tensors}
         places = {axis: torch.arange(streams[name].shape[1]).expand(streams[name].shape[:2])
                   for axis, name in (("n", "x"), ("m", "context")) if name in streams}  # fmt: skip
-        return Given(streams, tensors, Places(places), None, False)
+        return Given(streams, tensors, Places(places), None, False, {})
 
     @torch.no_grad()
     def mixed(self, x: Tensor, **changed: Tensor) -> Tensor:
@@ -105,8 +110,8 @@ class Mechanism:
         given = {key: changed.pop(key) for key in ("context",) if key in changed}
         streams = {**self.streams(x, **given), **changed}
         mixing = self.block.mixings["o"]
-        mix = scan if isinstance(mixing.mix, Recurrence) else attend
-        return mix(mixing, self._call(streams))
+        call = self._call(streams)
+        return scan(mixing, call) if isinstance(mixing.mix, Recurrence) else attend(mixing, call).o
 
     def weights(self, x: Tensor, **changed: Tensor) -> Tensor:
         """Return the map [b, heads, n, m]: what comes out where the values are one-hot."""

@@ -1,0 +1,58 @@
+"""Stages over all tokens at once: `mean_tokens`, and the `average` of everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .op import Op, Options, Run
+from .shape import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MeanTokens(Op):
+    """`mean_tokens`: the mean over the tokens of each sequence; it meets streams along any."""
+
+    name = "mean_tokens"
+
+    def needs(self, out: Shape, inputs: Sequence[Shape], options: Options) -> Shape | None:
+        return out
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        return replace(inputs[0], tokens="1")
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        return inputs[0].mean(-2, keepdim=True)
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        return f"{inputs[0]}.mean(-2, keepdim=True)"
+
+    def looks_ahead(self, options: Options) -> bool:
+        return True
+
+    def flops(self, inputs: Sequence[Shape], options: Options) -> int:
+        return inputs[0].features
+
+
+class Average(Op):
+    """`mean(stream)` in `regularize`: one number, of all there is in the batch."""
+
+    name = "average"
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        return Shape("1", 1)
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        return inputs[0].mean()
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        return f"{inputs[0]}.mean()"
