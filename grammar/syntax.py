@@ -284,6 +284,18 @@ class Branch:
 Statement = Setting | Let | Param | State | Update | Result | Branch
 
 
+def declared(body: tuple[Statement, ...]) -> set[str]:
+    """Return the names that statements introduce, those of branches included."""
+    found: set[str] = set()
+    for statement in body:
+        match statement:
+            case Let(name) | Param(name) | State(name) | Update(name):
+                found.add(name)
+            case Branch(name, inner):
+                found |= {name} | declared(inner)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """A parameter of a definition, with its default."""

@@ -64,7 +64,9 @@ class Pointwise(Op):
             if heads is not None and shape.heads is None:
                 name = by_head_text(name, heads, shape)
             names[f"a{at}"] = name
-        return write(options["expr"], "torch", lambda leaf: names[_id(leaf)])
+        like = next((each for each in inputs if each.isidentifier()), "x")
+        typed = f"{like}.new_full((), {{}})"
+        return write(options["expr"], "torch", lambda leaf: names[_id(leaf)], typed)
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         size = max(each.features for each in inputs)

@@ -45,7 +45,7 @@ class _Ranks:
             assert isinstance(each, Name)
             return _lift(*leaves[int(each.id[1:])], rank)
 
-        return write(pattern, "torch", leaf), rank
+        return write(pattern, "torch", leaf, "x.new_full((), {}, dtype=wide)"), rank
 
     def _pattern(self, expr: Expr, leaves: list[tuple[str, int]]) -> Expr:
         """Return the elementwise part of an expression, over a0, a1 … for what is below it."""

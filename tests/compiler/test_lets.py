@@ -1,0 +1,136 @@
+"""Names of one's own: a file's `let`s, defaults that read parameters, lets in definitions."""
+
+from __future__ import annotations
+
+import pytest
+
+from headloom.compiler.check import check, find
+from headloom.compiler.model import Block, Model
+from headloom.grammar.diagnostics import LoomError
+from headloom.grammar.parse import parse
+from headloom.search.choosers import First
+from headloom.search.space import draw, holes
+
+
+def block(text: str, name: str = "a") -> Block:
+    found = find(check(parse(text)), name)
+    assert isinstance(found, Block)
+    return found
+
+
+def same(one: str, two: str) -> None:
+    """Two texts mean the same block `a`."""
+    assert block(one) == block(two)
+
+
+def refused(text: str) -> list[str]:
+    with pytest.raises(LoomError) as problem:
+        check(parse(text))
+    return [each.code for each in problem.value.diagnostics]
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        (
+            "let w = 3; mask near = abs(i - j) < w; block a { mask = near }",
+            "mask near = abs(i - j) < 3; block a { mask = near }",
+        ),
+        (
+            "let c = 5; score capped = c * tanh(s / c); block a { score = capped }",
+            "score capped = 5 * tanh(s / 5); block a { score = capped }",
+        ),
+        (
+            "let w = 3; mask near(u = w) = abs(i - j) < u; block a { mask = near }",
+            "mask near(u = 3) = abs(i - j) < u; block a { mask = near }",
+        ),
+        (
+            "let w = 3; let u = w + 1; block a(v = u) { mask = window(v) }",
+            "block a(v = 4) { mask = window(v) }",
+        ),
+        (
+            "let t = 4; score tabled { param z[t] = 0; s + z[i - j] }; block a { score = tabled }",
+            "score tabled { param z[4] = 0; s + z[i - j] }; block a { score = tabled }",
+        ),
+        (
+            "let t = 4; mix m { state S[t] = t; S <- S + sum(k); o <- sum(S) * v }\n"
+            "block a { mix = m; mask = causal }",
+            "mix m { state S[4] = 4; S <- S + sum(k); o <- sum(S) * v }\n"
+            "block a { mix = m; mask = causal }",
+        ),
+        (
+            "let r = 2; stage twice = r * x; block a { q = x | linear | twice | split }",
+            "stage twice = 2 * x; block a { q = x | linear | twice | split }",
+        ),
+    ],
+)  # fmt: skip
+def test_a_let_of_a_file_is_seen_in_definitions(text: str, plain: str) -> None:
+    same(text, plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        (
+            "let w = 9; mask near(w) = abs(i - j) < w; block a { mask = near(2) }",
+            "mask near(w) = abs(i - j) < w; block a { mask = near(2) }",
+        ),
+        (
+            "let g = 9; score f { let g = x | linear(1); s + g[i] }; block a { score = f }",
+            "score f { let g = x | linear(1); s + g[i] }; block a { score = f }",
+        ),
+        (
+            "let c = 9; block a { let c = x | linear(8); k = c | linear | split }",
+            "block a { let c = x | linear(8); k = c | linear | split }",
+        ),
+        (
+            "let w = 9; mix m { state S = 0; w <- sum(k); S <- S + w; o <- S * v }\n"
+            "block a { mix = m; mask = causal }",
+            "mix m { state S = 0; w <- sum(k); S <- S + w; o <- S * v }\n"
+            "block a { mix = m; mask = causal }",
+        ),
+    ],
+)  # fmt: skip
+def test_own_names_hide_a_let_of_the_file(text: str, plain: str) -> None:
+    same(text, plain)
+
+
+def test_a_let_of_a_file_is_the_default_of_a_models_parameter() -> None:
+    text = "let d = 2; block a {}; model m(count = d) { width = 512; layers = [a] * count }"
+    found = find(check(parse(text.replace("; ", "\n"))), "m")
+    assert isinstance(found, Model)
+    assert len(found.layers) == 2
+
+
+def test_a_let_with_a_hole_is_one_draw_in_definitions_too() -> None:
+    text = """
+        let w = pow2(4..16)
+        mask near = abs(i - j) < w
+        mask far(u = w) = abs(i - j) >= u
+        block a { mask = near; dropout = w / 100 }
+        block b { mask = far }
+    """
+    file = parse(text)
+    assert [each.name for each in holes(file)] == ["w"]
+    arch = check(draw(file, First()))
+    assert arch.blocks["a"] == block("block a { mask = abs(i - j) < 4; dropout = 0.04 }")
+    assert arch.blocks["b"] == block("block b { mask = abs(i - j) >= 4 }", "b")
+
+
+def test_a_default_reads_the_parameters_before_it() -> None:
+    same(
+        "mask band(c = 3, d = c - 1) = d <= i - j < 2 * c; block a { mask = band(5) }",
+        "block a { mask = 4 <= i - j < 10 }",
+    )
+    same(
+        "block a(c = 3, d = c - 1) { mask = window(d) }",
+        "block a { mask = window(2) }",
+    )
+    same(
+        "mask band(c = 3, d = c - 1) = d <= i - j < 2 * c; block a { mask = band(d = 1) }",
+        "block a { mask = 1 <= i - j < 6 }",
+    )
+
+
+def test_a_default_does_not_read_the_parameters_after_it() -> None:
+    assert refused("mask band(c = d, d = 3) = c <= i - j < d; block a { mask = band }") == ["L201"]
