@@ -9,7 +9,7 @@ bodies) and checks kinds (a mask is true or false, the rest are numbers) and ind
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..grammar import syntax
@@ -104,6 +104,8 @@ class _Resolver:
         if own in scope.tensors or own in scope.declared or id == "doc":
             raise error("L214", f"`{id}` must be indexed here", expr.span, "",
                         f"write `{id}[i]`, `{id}[j]` or `{id}[h]`")  # fmt: skip
+        if mask := self._mask(id):
+            return self._truth(mask, expr)
         known = (self.free, scope.library.known(self.kind), scope.numbers, scope.tensors,
                  scope.declared)  # fmt: skip
         where = _elsewhere(scope, id)
@@ -125,6 +127,8 @@ class _Resolver:
         if stage := self.scope.library.find("stage", name):
             with self.scope.inside(stage, expr.span):
                 return self.visit(inline_stage(self.scope, stage, expr))
+        if name not in FUNCTIONS and (mask := self._mask(name)):
+            return self._truth(mask, expr)
         if name not in FUNCTIONS:
             known = (FUNCTIONS, self.scope.library.known(self.kind))
             raise error("L201", f"`{name}` is not a function or a {self.kind}", expr.span,
@@ -146,6 +150,13 @@ class _Resolver:
     def _definition(self, definition: Definition, call: Expr) -> tuple[Expr, Kind]:
         with self.scope.inside(definition, call.span):
             return self.visit(body(self.scope, definition, call).value)
+
+    def _mask(self, name: str) -> Definition | None:
+        """Return the mask of a name; scores, normalisers and weights may ask who sees whom."""
+        return self.scope.library.find("mask", name) if "j" in self.free else None
+
+    def _truth(self, mask: Definition, call: Expr) -> tuple[Expr, Kind]:
+        return replace(self, kind="mask", free=FREE["mask"])._definition(mask, call)
 
     def _compose(self, head: Expr | None, stages: tuple[Expr, ...]) -> Expr:
         done = Name("s") if head is None else self.want(head, "number")

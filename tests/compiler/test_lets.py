@@ -1,4 +1,4 @@
-"""Names of one's own: a file's `let`s, defaults that read parameters, lets in definitions."""
+"""A file's `let`s, defaults that read parameters, lets and masks inside of definitions."""
 
 from __future__ import annotations
 
@@ -134,3 +134,70 @@ def test_a_default_reads_the_parameters_before_it() -> None:
 
 def test_a_default_does_not_read_the_parameters_after_it() -> None:
     assert refused("mask band(c = d, d = 3) = c <= i - j < d; block a { mask = band }") == ["L201"]
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("score f { let d = 3; s / d }; block a { score = f }", "block a { score = s / 3 }"),
+        (
+            "score f(c) { let d = abs(i - j); let e = c * d; s - e * d }; block a { score = f(2) }",
+            "block a { score = s - (2 * abs(i - j)) * abs(i - j) }",
+        ),
+        (
+            "mask f { let near = abs(i - j) < 3; near and causal }; block a { mask = f }",
+            "block a { mask = abs(i - j) < 3 and j <= i }",
+        ),
+        (
+            "score f { param z = 2; let d = 2 * z; let t = x | linear(heads); let u = t[i, h] * d\n"
+            "s + u }; block a { score = f }",
+            "score f { param z = 2; let t = x | linear(heads); s + t[i, h] * (2 * z) }\n"
+            "block a { score = f }",
+        ),
+        (
+            "score f { let d = 4; param z[d] = 0; let t = x | linear(d); s + t[i, 0] + z[h] }\n"
+            "block a { score = f }",
+            "score f { param z[4] = 0; let t = x | linear(4); s + t[i, 0] + z[h] }\n"
+            "block a { score = f }",
+        ),
+        (
+            "score f { let t = (x | linear(heads)) * 2; s + t[i, h] }; block a { score = f }",
+            "score f { let t = x | linear(heads) | scale(2); s + t[i, h] }; block a { score = f }",
+        ),
+        (
+            "normalize f { let e = exp(2 * s); e / sum }; block a { normalize = f }",
+            "normalize f = exp(2 * s) / sum; block a { normalize = f }",
+        ),
+        (
+            "normalize f { let e = s - tau; relu(e) where sum == 1 }; block a { normalize = f }",
+            "normalize f = relu(s - tau) where sum == 1; block a { normalize = f }",
+        ),
+        (
+            "weights f { let e = p / 2; e * where(i == j, 1, 2) }; block a { weights = f }",
+            "block a { weights = (p / 2) * where(i == j, 1, 2) }",
+        ),
+    ],
+)  # fmt: skip
+def test_a_let_of_a_definition_is_a_number_or_a_stream(text: str, plain: str) -> None:
+    same(text, plain)
+
+
+def test_a_number_of_a_definition_reads_what_stands_above() -> None:
+    assert refused("score f { let d = e; let e = 3; s / d }; block a { score = f }") == ["L201"]
+    assert refused("score f { let d = 2; let d = 3; s / d }; block a { score = f }") == ["L211"]
+    assert refused("score f { let i = 3; s / i }; block a { score = f }") == ["L215"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "plain"),
+    [
+        ("score = where(causal, s, 0)", "score = where(j <= i, s, 0)"),
+        ("score = where(window(3) and not causal, s, 0)",
+         "score = where(abs(i - j) < 3 and not (j <= i), s, 0)"),
+        ("weights = where(causal, p, 0)", "weights = where(j <= i, p, 0)"),
+        ("normalize = relu(where(strided(2), s, 0)) / seen",
+         "normalize = relu(where((i - j) % 2 == 0, s, 0)) / seen"),
+    ],
+)  # fmt: skip
+def test_a_mask_is_a_truth_in_scores(setting: str, plain: str) -> None:
+    same(f"block a {{ {setting} }}", f"block a {{ {plain} }}")
