@@ -102,6 +102,10 @@ class Body:
             return self.settings[name].value
         return parse_expression(SETTINGS[name])
 
+    def condition(self, name: str) -> Expr | None:
+        """Return what stands behind the `where` of a setting."""
+        return self.settings[name].where if name in self.settings else None
+
     def span_of(self, name: str) -> Span:
         return self.settings[name].value.span if name in self.settings else self.span
 

@@ -162,12 +162,12 @@ def bind(
 def substitute_statement(statement: Statement, values: Mapping[str, Expr]) -> Statement:
     """Put expressions in place of names, everywhere in a statement."""
     match statement:
-        case syntax.Setting() | syntax.Let() | syntax.Update():
+        case syntax.Let() | syntax.Update():
             return replace(statement, value=put(statement.value, values))
         case syntax.Param() | syntax.State():
             dims = tuple(put(each, values) for each in statement.dims)
             return replace(statement, dims=dims, init=put(statement.init, values))
-        case syntax.Result(value, where):
+        case syntax.Setting(_, value, where) | syntax.Result(value, where):
             where = None if where is None else put(where, values)
             return replace(statement, value=put(value, values), where=where)
         case syntax.Branch(_, body):
@@ -179,11 +179,11 @@ def substitute_statement(statement: Statement, values: Mapping[str, Expr]) -> St
 def statement_exprs(statement: Statement) -> tuple[Expr, ...]:
     """Return every expression that stands directly in a statement."""
     match statement:
-        case syntax.Setting() | syntax.Let() | syntax.Update():
+        case syntax.Let() | syntax.Update():
             return (statement.value,)
         case syntax.Param() | syntax.State():
             return (*statement.dims, statement.init)
-        case syntax.Result(value, where):
+        case syntax.Setting(_, value, where) | syntax.Result(value, where):
             return (value,) if where is None else (value, where)
         case syntax.Branch(_, body):
             return tuple(expr for each in body for expr in statement_exprs(each))

@@ -309,10 +309,12 @@ def resolve_function(scope: Scope, expr: Expr, free: frozenset[str]) -> Expr:
     return shaped(_Resolver(scope, "stage", free).want(expr, "number"))
 
 
-def resolve_normalizer(scope: Scope, expr: Expr, axes: Axes) -> Normalizer:
+def resolve_normalizer(
+    scope: Scope, expr: Expr, axes: Axes, where: Expr | None = None
+) -> Normalizer:
     """Return a normaliser, taken apart into numerator and denominator (L220)."""
     visitor = _Resolver(scope, "normalize", FREE["normalize"], axes)
-    name, value, where = "", expr, None
+    name, value = "", expr
     with ExitStack() as open_:
         while (
             isinstance(value, Name | Call)
@@ -322,7 +324,7 @@ def resolve_normalizer(scope: Scope, expr: Expr, axes: Axes) -> Normalizer:
             open_.enter_context(scope.inside(definition, expr.span))
             result = body(scope, definition, value)
             name = name or definition.name
-            value, where = result.value, result.where
+            value, where = result.value, result.where or where
         done = fold(visitor.want(value, "number"))
     span = value.span
     name = name or "in place"

@@ -196,8 +196,9 @@ def _entry(node: Node, owner: str) -> _Entry:
             text = _value(value)
         case State(name, dims, value):
             group, key, text = "state", declared(name, dims), _value(value)
-        case Setting(name, value) if name not in meant(owner):
-            group, key, text = "", name, _value(value)
+        case Setting(name, value, where) if name not in meant(owner):
+            group, key = "", name
+            text = _value(value) if where is None else _scalar(result(node))
         case Result() if owner == "definition":
             group, key, text = "", "value", _scalar(result(node))
         case _:

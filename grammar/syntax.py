@@ -209,10 +209,11 @@ def _comments() -> Comments:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`heads = 8`"""
+    """`heads = 8`; `where` holds the condition that fixes `tau`, as in a `Result`."""
 
     name: str
     value: Expr
+    where: Expr | None = None
     comments: Comments = _comments()
     span: Span = _span()
 
@@ -371,11 +372,11 @@ class File:
 def expressions(node: Item | Statement | Parameter) -> Iterator[tuple[object, Expr]]:
     """Yield every whole expression in an item or statement, with what it stands in."""
     match node:
-        case Setting(_, value) | Let(_, value) | Update(_, value):
+        case Let(_, value) | Update(_, value):
             yield node, value
         case Param(_, dims, init) | State(_, dims, init):
             yield from ((node, each) for each in (*dims, init))
-        case Result(value, where):
+        case Setting(_, value, where) | Result(value, where):
             yield from ((node, each) for each in (value, where) if each is not None)
         case Parameter(_, default):
             yield from ((node, each) for each in (default,) if each is not None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from headloom.compiler.check import check, find
-from headloom.compiler.model import Block, Model
+from headloom.compiler.model import Block, Model, Pairwise
 from headloom.grammar.diagnostics import LoomError
+from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
 from headloom.search.choosers import First
 from headloom.search.space import draw, holes
@@ -186,6 +187,35 @@ def test_a_number_of_a_definition_reads_what_stands_above() -> None:
     assert refused("score f { let d = e; let e = 3; s / d }; block a { score = f }") == ["L201"]
     assert refused("score f { let d = 2; let d = 3; s / d }; block a { score = f }") == ["L211"]
     assert refused("score f { let i = 3; s / i }; block a { score = f }") == ["L215"]
+
+
+def test_a_threshold_is_written_in_place() -> None:
+    plain = "normalize f = relu(s - tau) where sum == 1; block a { normalize = f }"
+    text = "let one = 1; block a(c = 1) { normalize = relu(c * s - tau) where sum == one }"
+    found, other = block(text).mixings["o"].mix, block(plain).mixings["o"].mix
+    assert isinstance(found, Pairwise)
+    assert isinstance(other, Pairwise)
+    assert (found.normalize.numerator, found.normalize.where) == (
+        other.normalize.numerator, other.normalize.where,
+    )  # fmt: skip
+    same("normalize f = relu(s - tau); block a { normalize = f where sum == 1 }", plain)
+    space = parse("block a { normalize = relu(choose(1, 2) * s - tau) where sum == 1 }")
+    assert "where sum == 1" in format_loom(draw(space, First()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "block a { normalize = relu(s) where sum == 1 }",
+        "block a { normalize = relu(s - tau) where sum == 2 }",
+        "block a { score = s where sum == 1 }",
+        "mask f = j <= i where sum == 1; block a { mask = f }",
+        "block a { heads = 4 where sum == 1 }",
+        "block a {}\nmodel m { width = 8; layers = [a] where sum == 1 }",
+    ],
+)
+def test_a_condition_that_fixes_nothing_is_refused(text: str) -> None:
+    assert refused(text) == ["L220"]
 
 
 @pytest.mark.parametrize(
