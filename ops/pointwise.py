@@ -164,7 +164,9 @@ def _call(name: str, args: list[Any]) -> Any:
         case "detach":
             return like.detach()
         case "step":
-            return (like > 0).to(like.dtype) + (like - like.detach())
+            stepped = like.clone()  # has the gradient of `like`, and gets other values
+            stepped.detach().copy_(like > 0)
+            return stepped
     if not like.is_floating_point() and name not in ("abs", "relu", "floor"):
         like = like.double()
     function = getattr(torch, name, None) or getattr(functional, name)
