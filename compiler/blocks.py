@@ -25,7 +25,7 @@ from .scope import Findings, Scope
 _GUESSES = {"heads": "", "kv_heads": "heads", "head_dim": "", "value_dim": "head_dim"}
 _ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = ("position", "score", "normalize", "weights", "scale", "dropout")
-_LATER = {"similarity": "dot", "select": "none", "regularize": "none"}
+_LATER = {"select": "none", "regularize": "none"}
 
 
 @dataclass(frozen=True, slots=True)

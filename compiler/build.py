@@ -112,7 +112,10 @@ class _Builder:
             )
         }  # fmt: skip
         normal = tuple(self.given(each) for each in tensors_read(*mix.normalize.exprs))
-        s = self.add(f"{own}s", "similarity", (q, k), grid, scale=mix.scale)
+        met = tuple(self.given(each) for each in tensors_read(mix.similarity))
+        met = tuple(name for name in met if name not in (q, k))
+        s = self.add(f"{own}s", "similarity", (q, k, *met), grid, scale=mix.scale,
+                     expr=mix.similarity)  # fmt: skip
         s = self.add(f"{own}s.1", "score", (s, *read["score"]), grid, expr=mix.score)
         visible = self.add(f"{own}visible", "mask", read["mask"], grid, expr=mix.mask)
         p = self.add(f"{own}p", "normalize", (s, visible, *normal), grid, normalizer=mix.normalize)

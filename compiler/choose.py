@@ -99,7 +99,9 @@ def _describe(spec: kernel.Attend) -> str:
 def attend_exprs(node: Node) -> tuple[Expr, ...]:
     """Return every expression of an attention."""
     normalizer: Normalizer = node.get("normalizer")
-    return (node.get("score"), node.get("mask"), *normalizer.exprs, node.get("weights"))
+    exprs = (node.get("score"), node.get("mask"), *normalizer.exprs, node.get("weights"))
+    similarity: Expr | None = node.get("similarity")
+    return exprs if similarity is None else (similarity, *exprs)
 
 
 def reads_places(graph: Graph, node: Node) -> bool:
@@ -123,6 +125,8 @@ def always_fused(graph: Graph, node: Node) -> bool:
 
 def sdpa_obstacle(node: Node) -> str | None:
     """Return why scaled_dot_product_attention does not say what the node means."""
+    if node.get("similarity") is not None:
+        return f"queries meet keys by a product only, here by `{show(node.get('similarity'))}`"
     if node.get("score") != Name("s"):
         return f"it has no score function, here `{show(node.get('score'))}`"
     form = exponential(node.get("normalizer"))

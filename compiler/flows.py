@@ -21,8 +21,8 @@ from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
 from ..ops import OPS, Mismatch, Op, Shape
 from .library import bind, put
 from .model import Apply, Flow, Read
-from .scalars import body, resolve_function, shaped
-from .scope import Scope, suggest
+from .scalars import resolve_function, shaped
+from .scope import Scope, body, suggest
 
 # What DESIGN names as a stage and a later version brings.
 LATER = {"pool": "pooling is", "previous": "streams of the layer below are"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import FALSE, TRUE, names
-from ..grammar.syntax import Compare, Expr, Index, Name, Pipe, walk
+from ..grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
 from ..ops import OPS, Shape
 from .flows import Target, elaborate
 from .inheritance import Body
@@ -25,6 +25,9 @@ _OPERANDS = {
     "k": ("kv_heads", "head_dim"),
     "v": ("kv_heads", "value_dim"),
 }
+
+
+_PRODUCT = Call("dot", (Name("q"), Name("k")))
 
 
 class Part:
@@ -167,7 +170,8 @@ class Part:
         axes = Axes("n", "n")
         if len(operands) == len(_OPERANDS):
             q, k, v = (each.shape.tokens for each in operands)
-            axes = Axes(q, k)
+            heads, kv_heads = (each.shape.heads or 1 for each in operands[:2])
+            axes = Axes(q, k, heads // kv_heads)
             with scope.findings.guard():
                 if k != v:
                     raise error("L207", "keys and values run along different tokens",
@@ -196,9 +200,15 @@ class Part:
             normalize = resolve_normalizer(scope, body.get("normalize"), axes, where)
         with scope.findings.guard():
             weights = resolve(scope, body.get("weights"), "weights", axes)
+        similarity: Expr | None = None
+        with scope.findings.guard():
+            similarity = resolve(scope, body.get("similarity"), "similarity", axes)
+            if similarity == resolve(scope, _PRODUCT, "similarity", axes):
+                similarity = None
         scope.findings.settle()
         assert normalize is not None
-        return Pairwise(scale, score, mask, normalize, weights, dropout), tuple(operands)
+        mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity)
+        return mix, tuple(operands)
 
     def _score(self) -> Expr:
         """The score, after the position where that is a score too."""
@@ -232,4 +242,5 @@ def mix_exprs(mix: Pairwise | Recurrence) -> tuple[Expr, ...]:
     """Return every expression of a mixer."""
     if isinstance(mix, Recurrence):
         return (*(each.value for each in mix.updates), *(each.init for each in mix.states))
-    return (mix.score, mix.mask, *mix.normalize.exprs, mix.weights)
+    exprs = (mix.score, mix.mask, *mix.normalize.exprs, mix.weights)
+    return exprs if mix.similarity is None else (mix.similarity, *exprs)

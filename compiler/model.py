@@ -127,7 +127,10 @@ class Normalizer:
 
 @dataclass(frozen=True, slots=True)
 class Pairwise:
-    """`mix = attend`: every query against every key."""
+    """`mix = attend`: every query against every key.
+
+    `similarity` is an expression in q[h, i] and k[…, j]; None is their product.
+    """
 
     scale: float
     score: Expr
@@ -135,6 +138,7 @@ class Pairwise:
     normalize: Normalizer
     weights: Expr
     dropout: float = 0.0
+    similarity: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,74 @@ def by_query(positions: Tensor) -> Tensor:
 
 def by_key(positions: Tensor) -> Tensor:
     """Lay positions [m] or [b, m] along the keys of [b, h, n, m]."""
-    return positions[:, None, None, :] if positions.ndim == 2 else positions
+    return positions[:, None, None, :] if positions.ndim == 2 else positions[None]
+
+
+def over_queries(
+    rows: Callable[..., Tensor],
+    queries: tuple[Tensor, ...],
+    keys: tuple[Tensor, ...],
+    width: int = 1,
+    before: int = 0,
+) -> Tensor:
+    """Return rows(*queries, *keys), of some queries at a time where there are many pairs.
+
+    The backward pass computes each part again, so that memory grows with the tokens and not
+    with their pairs. A pair takes `width` numbers; a row reads the `before` queries before it.
+    """
+    q, k = queries[0], keys[0]
+    n, pairs = q.shape[-2], q.shape[0] * q.shape[1] * k.shape[-2] * width
+    each = max(1, 2**24 // max(1, pairs), 4 * before)
+    if torch.compiler.is_compiling() or n <= each:
+        return rows(*queries, *keys)
+    parts = []
+    for start in range(0, n, each):
+        first = max(0, start - before)
+        part = [x.narrow(-2, first, min(start + each, n) - first) for x in queries]
+        if torch.is_grad_enabled():
+            o = torch.utils.checkpoint.checkpoint(rows, *part, *keys, use_reentrant=False)
+        else:
+            o = rows(*part, *keys)
+        parts.append(o[..., start - first :, :])
+    return torch.cat(parts, dim=-2)
+
+
+def mean_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:
+    """Return the mean of x over what is visible along a dimension, 0 where nothing is."""
+    visible = visible.expand(x.shape)
+    count = visible.sum(dim, keepdim=True).clamp(min=1)
+    return x.masked_fill(~visible, 0).sum(dim, keepdim=True) / count
+
+
+def max_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:
+    """Return the largest x that is visible along a dimension, 0 where nothing is."""
+    visible = visible.expand(x.shape)
+    top = x.masked_fill(~visible, -torch.inf).amax(dim, keepdim=True)
+    return top.masked_fill(~visible.any(dim, keepdim=True), 0)
+
+
+def rank_keys(x: Tensor) -> Tensor:
+    """Return how many of its row are larger than each x, or as large and before it."""
+    order = torch.argsort(x, dim=-1, descending=True, stable=True)
+    return torch.argsort(order, dim=-1)
+
+
+def coin(s: Tensor, rate: float, training: bool) -> Tensor:
+    """Return 1 at this rate, else 0, for each pair; 1 outside of training."""
+    if not training:
+        return torch.ones_like(s)
+    return (torch.rand(s.shape, dtype=torch.float32, device=s.device) < rate).to(s.dtype)
+
+
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """Slide a kernel [(heads,) a, c] over maps x [b, heads, n, m].
+
+    It reads a - 1 queries back and as many keys to both sides; outside there are zeros.
+    """
+    back, across = kernel.shape[-2] - 1, kernel.shape[-1] - 1
+    x = F.pad(x, (across // 2, across - across // 2, back, 0))
+    weight = kernel.to(x.dtype).expand(x.shape[1], -1, -1)[:, None]
+    return F.conv2d(x, weight, groups=x.shape[1])
 
 
 def expect(name: str, x: Tensor, width: int) -> None:

@@ -1,6 +1,6 @@
 """The meaning of `mix = attend` (DESIGN 2.4), over the list of visible pairs.
 
-    s[h,i,j] = scale · q[h,i] · k[g,j]            g = h // (heads / kv_heads)
+    s[h,i,j] = scale · similarity(q[h,i], k[g,j])  g = h // (heads / kv_heads)
     s        = score(s, h, i, j)
     p        = normalize(s) over visible j;       p = 0 elsewhere
     p        = weights(p, h, i, j)
@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..grammar.expr import rebuild
+from ..grammar.functions import MAP_FUNCTIONS
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary
-from ..ops.pointwise import evaluate
 from .model import Mixing, Normalizer, Pairwise
-
-Value = Tensor | int | float
+from .reference_pairs import Groups, Map, Pairs
+from .reference_values import Value, value
 
 
 class Places(dict[str, Tensor]):
@@ -55,28 +54,32 @@ def attend(mixing: Mixing, given: Given) -> Tensor:
     mix = mixing.mix
     assert isinstance(mix, Pairwise)
     q, k, v = (wide(given.streams[each.name]) for each in mixing.inputs[:3])
-    k, v = (each.repeat_interleave(mixing.heads // each.shape[1], dim=1) for each in (k, v))
-    s = mix.scale * (q @ k.mT)  # [b, H, n, m]
-
-    scope = _Scope(mixing, given, s.shape)
+    scope = _Scope(mixing, given, torch.Size((*q.shape[:3], k.shape[2])))
     visible = scope.dense(mix.mask)
-    pairs = _Pairs(*visible.nonzero(as_tuple=True))
-    rows = _Rows(pairs, s.shape)
-    names = scope.names(pairs) | {"seen": rows.sum(torch.ones_like(pairs.key).double())}
+    pairs = Pairs(*visible.nonzero(as_tuple=True))
+    scope.map = Map(pairs, scope.shape)
+    rows = scope.map.rows
+    names = scope.names(pairs) | {"seen": rows.sizes[rows.of].double()}
 
     def read(expr: Expr, more: Mapping[str, Value]) -> Value:
         return scope.evaluate(expr, pairs, {**names, **more})
 
     def column(expr: Expr, more: Mapping[str, Value]) -> Tensor:
-        """One number a pair, in the precision of s."""
-        return torch.as_tensor(read(expr, more)).to(s).expand(pairs.key.shape)
+        """One number a pair, in the precision of q."""
+        return torch.as_tensor(read(expr, more)).to(q).expand(pairs.key.shape)
 
-    logits = column(mix.score, {"s": s[visible]})
-    weight = normalize(mix.normalize, logits, rows, read).to(s).expand(pairs.key.shape)
+    group = mixing.heads // k.shape[1]
+    if mix.similarity is None:
+        s = (q @ k.repeat_interleave(group, dim=1).mT)[visible]
+    else:
+        s = column(mix.similarity, {})
+    logits = column(mix.score, {"s": mix.scale * s})
+    weight = normalize(mix.normalize, logits, rows, read).to(q).expand(pairs.key.shape)
     weight = column(mix.weights, {"s": logits, "p": weight})
-    p = torch.zeros_like(s).index_put(tuple(pairs), weight)
+    p = q.new_zeros(scope.shape).index_put(tuple(pairs), weight)
     p = functional.dropout(p, mix.dropout, given.training)
-    return (p @ v).to(given.streams[mixing.inputs[2].name].dtype)
+    values = v.repeat_interleave(mixing.heads // v.shape[1], dim=1)
+    return (p @ values).to(given.streams[mixing.inputs[2].name].dtype)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -87,39 +90,10 @@ def wide(x: Tensor) -> Tensor:
 # ── who stands where ─────────────────────────────────────────────────────────────────────
 
 
-class _Pairs(NamedTuple):
-    """Pairs of tokens, as four index tensors that broadcast together."""
-
-    batch: Tensor
-    head: Tensor
-    query: Tensor
-    key: Tensor
-
-
-class _Rows:
-    """The rows (batch, head, query) that the pairs lie in: sums and maxima along them."""
-
-    def __init__(self, pairs: _Pairs, shape: torch.Size) -> None:
-        _, heads, queries, _ = shape
-        row = (pairs.batch * heads + pairs.head) * queries + pairs.query
-        _, self.of, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
-        self.first = counts.cumsum(0) - counts  # one pair of every row
-        self.count = len(counts)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return, for every pair, the sum of x over its row."""
-        x = x.expand(self.of.shape)
-        return x.new_zeros(self.count).index_add(0, self.of, x)[self.of]
-
-    def max(self, x: Tensor) -> Tensor:
-        """Return, for every pair, the largest x of its row, as a constant."""
-        x = x.detach().expand(self.of.shape)
-        top = x.new_full((self.count,), -torch.inf)
-        return top.scatter_reduce(0, self.of, x, "amax")[self.of]
-
-
 class _Scope:
     """What the names in an expression mean at some pairs."""
+
+    map: Map  # once it is known who is visible
 
     def __init__(self, mixing: Mixing, given: Given, shape: torch.Size) -> None:
         self.mixing, self.given, self.shape = mixing, given, shape
@@ -129,11 +103,11 @@ class _Scope:
         """Return a mask at every pair there is, [b, H, n, m]."""
         device = self.given.positions["n"].device
         axes = (torch.arange(size, device=device) for size in self.shape)
-        places = _Pairs(*(at.reshape(-1, *[1] * (3 - d)) for d, at in enumerate(axes)))
+        places = Pairs(*(at.reshape(*[1] * d, -1, *[1] * (3 - d)) for d, at in enumerate(axes)))
         seen = self.evaluate(mask, places, self.names(places))
         return torch.as_tensor(seen, dtype=torch.bool, device=device).expand(self.shape)
 
-    def names(self, pairs: _Pairs) -> dict[str, Value]:
+    def names(self, pairs: Pairs) -> dict[str, Value]:
         """Whole numbers are float64: exact up to 2**53, and they round nothing they meet."""
         positions = self.given.positions
         return {
@@ -144,27 +118,38 @@ class _Scope:
             "m": self.shape[3],
         }
 
-    def evaluate(self, expr: Expr, pairs: _Pairs, names: Mapping[str, Value]) -> Value:
+    def evaluate(self, expr: Expr, pairs: Pairs, names: Mapping[str, Value]) -> Value:
         """Return the expression's value at each pair, or its one value."""
-        values = dict(names)
 
-        def look(node: Expr) -> Expr:
-            if not isinstance(node, Index):
-                return rebuild(node, look)
-            name = f"index {len(values)}"
-            values[name] = self._lookup(node, pairs, names)
-            return Name(name)
+        def leaf(node: Expr) -> Value | None:
+            match node:
+                case Name(id) if id not in ("true", "false"):
+                    return names[id]
+                case Index():
+                    return self._lookup(node, pairs, names)
+                case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
+                    x = torch.as_tensor(self.evaluate(arg, pairs, names))
+                    tensor = self._whole(rest[0]) if rest else None
+                    return self.map.of(name, x, tensor, self.given.training)
+            return None
 
-        result: Value = evaluate(look(expr), values)
-        return result
+        return value(expr, leaf, lead=pairs.batch.ndim)
 
-    def _lookup(self, node: Index, pairs: _Pairs, names: Mapping[str, Value]) -> Tensor:
+    def _whole(self, node: Expr) -> Tensor:
+        assert isinstance(node, Index)
+        assert isinstance(node.base, Name)
+        return wide(self.given.tensors[node.base.id])
+
+    def _lookup(self, node: Index, pairs: Pairs, names: Mapping[str, Value]) -> Tensor:
         """Return t[…]. What points past an end reads the element at that end."""
         assert isinstance(node.base, Name)
         name = node.base.id
         items = [self.evaluate(each, pairs, names) for each in node.items]
         if name in self.given.tensors:
-            return _take(self.given.tensors[name], (), items)
+            tensor = self.given.tensors[name]
+            if not items:  # all of it, the same for every pair
+                return wide(tensor.reshape(*[1] * pairs.batch.ndim, *tensor.shape))
+            return _take(tensor, (), items)
         if name == "doc":
             segments = self.given.segments
             if segments is None:
@@ -176,7 +161,7 @@ class _Scope:
         return _take(self.given.streams[name], (pairs.batch,), items)
 
 
-def _token(item: Expr, pairs: _Pairs) -> Tensor:
+def _token(item: Expr, pairs: Pairs) -> Tensor:
     """Return which row of a stream is read: that of the pair's own query or key."""
     if item not in (Name("i"), Name("j")):
         raise TypeError("the tokens of a stream are read at `i` or `j`")
@@ -198,7 +183,7 @@ def _take(table: Tensor, batch: tuple[Tensor, ...], items: list[Value]) -> Tenso
 Read = Callable[[Expr, Mapping[str, Value]], Value]
 
 
-def normalize(normalizer: Normalizer, s: Tensor, rows: _Rows, read: Read) -> Tensor:
+def normalize(normalizer: Normalizer, s: Tensor, rows: Groups, read: Read) -> Tensor:
     """Return p at every pair: numerator / denominator, or the numerator at its threshold."""
     if normalizer.where is not None:
         s = s.double()  # a threshold next to logits of 1e4 needs more than seven digits
@@ -230,7 +215,7 @@ class _Scaled(NamedTuple):
 
 
 def _stable(
-    expr: Expr, names: Mapping[str, Value], rows: _Rows, read: Read, total: _Scaled | None = None
+    expr: Expr, names: Mapping[str, Value], rows: Groups, read: Read, total: _Scaled | None = None
 ) -> _Scaled:
     """Evaluate arithmetic over exponentials (and over `sum`) in scaled numbers."""
 
@@ -271,9 +256,9 @@ def _plain(x: Value) -> _Scaled:
     return _Scaled(value, torch.zeros_like(value))
 
 
-def _exponential(exponent: Value, rows: _Rows) -> _Scaled:
+def _exponential(exponent: Value, rows: Groups) -> _Scaled:
     power = _plain(exponent).value
-    top = rows.max(power)
+    top = rows.max(power.detach())
     top = torch.where(top == -torch.inf, 0, top)  # a row of exp(−inf) is a row of zeros
     return _Scaled((power - top).exp(), top)
 
@@ -317,7 +302,7 @@ _ARITHMETIC: dict[str, Callable[[_Scaled, _Scaled], _Scaled]] = {
 }  # fmt: skip
 
 
-def _threshold(normalizer: Normalizer, s: Tensor, rows: _Rows, read: Read) -> Tensor:
+def _threshold(normalizer: Normalizer, s: Tensor, rows: Groups, read: Read) -> Tensor:
     """Return the tau of each row that makes `where left == right` true.
 
     Bisection on F(tau) = left − right, which has to be monotone, down to float64's precision.

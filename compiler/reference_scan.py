@@ -15,12 +15,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..grammar.expr import rebuild
-from ..grammar.functions import VECTOR_FUNCTIONS
-from ..grammar.syntax import Binary, Call, Expr, Index, Name, Number, children
-from ..ops.pointwise import evaluate
+from ..grammar.syntax import Expr, Index, Name
+from . import reference_values as values
 from .model import Mixing, Recurrence, Update
-from .reference_attend import Given, Value, wide
+from .reference_attend import Given, wide
+from .reference_values import Value
 
 Scope = Mapping[str, Value]
 States = dict[str, Tensor]
@@ -147,62 +146,15 @@ def value(expr: Expr, scope: Scope) -> Value:
 
     `t[h]` is a tensor's slice for the head, `t[]` a tensor that all heads share.
     """
-    match expr:
-        case Number(number):
-            return number
-        case Name(id) if id not in ("true", "false"):
-            return scope[id]
-        case Index(Name(id), items):
-            tensor = scope[id]
-            assert isinstance(tensor, Tensor)
-            return tensor[None] if items else tensor[None, None]
-        case Binary("@", left, right):
-            return _matmul(value(left, scope), value(right, scope))
-        case Call(name, args, ()) if name in VECTOR_FUNCTIONS:
-            return _vector_function(name, [torch.as_tensor(value(arg, scope)) for arg in args])
-    # Everything else is elementwise: values for names, brought to as many dimensions.
-    parts = [value(each, scope) for each in children(expr)]
-    most = max((each.ndim for each in parts if isinstance(each, Tensor)), default=0)
-    values = {
-        f"part {at}": each.reshape(*each.shape, *[1] * (most - each.ndim))
-        if isinstance(each, Tensor)
-        else each
-        for at, each in enumerate(parts)
-    }
-    names = iter(values)
-    result: Value = evaluate(rebuild(expr, lambda _: Name(next(names))), values)
-    return result
 
+    def leaf(node: Expr) -> Value | None:
+        match node:
+            case Name(id) if id not in ("true", "false"):
+                return scope[id]
+            case Index(Name(id), items):
+                tensor = scope[id]
+                assert isinstance(tensor, Tensor)
+                return tensor[None] if items else tensor[None, None]
+        return None
 
-def _matmul(a: Value, b: Value) -> Tensor:
-    assert isinstance(a, Tensor)
-    assert isinstance(b, Tensor)
-    match a.ndim - 2, b.ndim - 2:
-        case 1, 1:
-            return (a * b).sum(-1)
-        case 1, 2:
-            return (a[..., None, :] @ b)[..., 0, :]
-        case 2, 1:
-            return (a @ b[..., None])[..., 0]
-        case 2, 2:
-            return a @ b
-    raise TypeError("`@` needs vectors or matrices on both sides")
-
-
-def _vector_function(name: str, args: list[Tensor]) -> Tensor:
-    """Apply `sum`, `mean` or `norm` (over all dimensions there are), `outer` or `dot`."""
-    match name, args:
-        case "outer", [a, b]:
-            return a[..., :, None] * b[..., None, :]
-        case "dot", [a, b]:
-            return (a * b).sum(-1)
-        case "sum" | "mean" | "norm", [a] if a.ndim <= 2:  # of a number
-            return a.abs() if name == "norm" else a
-        case "sum", [a]:
-            return a.flatten(2).sum(-1)
-        case "mean", [a]:
-            return a.flatten(2).mean(-1)
-        case "norm", [a]:
-            norm: Tensor = torch.linalg.vector_norm(a.flatten(2), dim=-1)
-            return norm
-    raise TypeError(f"`{name}` is not a function of vectors")
+    return values.value(expr, leaf, lead=2)

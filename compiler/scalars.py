@@ -10,112 +10,115 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ..grammar import syntax
 from ..grammar.diagnostics import error
 from ..grammar.expr import fold, names, number
-from ..grammar.functions import FUNCTIONS
-from ..grammar.source import NOWHERE
-from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number, Unary
+from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, VECTOR_FUNCTIONS
+from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number
+from ..ops import Shape
+from .expressions import Dims, Resolver, Value
 from .library import put
 from .model import Normalizer
-from .scope import Scope, suggest
+from .scope import Scope, body, suggest
 
-Kind = Literal["number", "truth"]
 PLACES = frozenset(("i", "j", "h", "n", "m"))
 FREE = {
     "mask": PLACES,
+    "similarity": PLACES,
     "score": PLACES | {"s", "seen"},
     "normalize": PLACES | {"s", "seen", "sum", "tau"},
     "weights": PLACES | {"p", "seen"},
 }
-_TRUTH = {"where": 0}
+_OF_MAPS = ("score", "weights")  # what may look at other pairs
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """The tokens that i and j count."""
+    """The tokens that i and j count, and how many query heads share a key head."""
 
     queries: str = "n"
     keys: str = "n"
+    group: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Resolver:
+@dataclass(frozen=True)
+class _Resolver(Resolver):
+    """A number for every pair; vectors are read whole: `t[i]`, `w[h]`."""
+
     scope: Scope
-    kind: str  # mask, score, normalize, weights, stage
+    what: str  # mask, similarity, score, normalize, weights, stage
     free: frozenset[str]
     axes: Axes = Axes()
 
-    def visit(self, expr: Expr) -> tuple[Expr, Kind]:
-        match expr:
-            case Number():
-                return expr, "number"
-            case Name():
-                return self._name(expr)
-            case Call():
-                return self._call(expr)
-            case Index():
-                return self._index(expr), "number"
-            case Unary("not", operand):
-                return Unary("not", self.want(operand, "truth"), expr.span), "truth"
-            case Unary(op, operand):
-                return Unary(op, self.want(operand, "number"), expr.span), "number"
-            case Binary("and" | "or" as op, left, right):
-                sides = self.want(left, "truth"), self.want(right, "truth")
-                return Binary(op, *sides, expr.span), "truth"
-            case Binary("@", _, _):
-                raise error("L210", "`@` has no meaning here", expr.span, "this is a number a pair")
-            case Binary(op, left, right):
-                sides = self.want(left, "number"), self.want(right, "number")
-                return Binary(op, *sides, expr.span), "number"
-            case Compare(operands, ops):
-                numbers = tuple(self.want(each, "number") for each in operands)
-                return Compare(numbers, ops, expr.span), "truth"
-            case syntax.Pipe(head, stages) if self.kind == "score":
-                return self._compose(head, stages), "number"
-            case _:
-                raise error("L210", "this has no meaning here", expr.span,
-                            f"a {self.kind} is an expression over {_list(self.free)}")  # fmt: skip
+    def scalar(self, expr: Expr, truth: bool = False) -> Expr:
+        """Resolve an expression that must be one number a pair, or one truth (L210)."""
+        found = self.truth(expr) if truth else self.number(expr)
+        if found.dims:
+            kind = "a vector" if len(found.dims) == 1 else "a matrix"
+            raise error(
+                "L210",
+                "this must be one number a pair",
+                expr.span,
+                f"it is {kind}, {list(found.dims)}",
+                "bring it to a number with `dot`, `sum`, `mean` or `norm`, or index it",
+            )
+        return found.expr
 
-    def want(self, expr: Expr, kind: Kind) -> Expr:
-        """Resolve an expression that must be of a kind (L210)."""
-        done, found = self.visit(expr)
-        if found != kind:
-            is_, needs = ("a number", "true or false") if kind == "truth" else (
-                "true or false", "a number")  # fmt: skip
-            raise error("L210", f"this must be {needs}", expr.span, f"it is {is_}")
-        return done
+    def other(self, expr: Expr) -> Value:
+        if isinstance(expr, syntax.Pipe) and self.what == "score":
+            return Value(self._compose(expr.head, expr.stages))
+        raise error("L210", "this has no meaning here", expr.span,
+                    f"a {self.what} is an expression over {_list(self.free)}")  # fmt: skip
 
-    def _name(self, expr: Name) -> tuple[Expr, Kind]:
+    def name(self, expr: Name) -> Value:
         scope, id = self.scope, expr.id
         if id in self.free:
-            return expr, "number"
-        if id in ("true", "false"):
-            return expr, "truth"
-        if definition := scope.library.find(self.kind, id):
+            return Value(expr)
+        if definition := scope.library.find(self.what, id):
             return self._definition(definition, expr)
         if id in scope.numbers:
-            return number(scope.numbers[id], expr), "number"
+            return Value(number(scope.numbers[id], expr))
+        if self.what == "similarity" and id in ("q", "k"):
+            head = Name("h") if id == "q" else self._key_head()
+            token = Name("i" if id == "q" else "j")
+            found = self.index(Index(expr, (head, token), expr.span))
+            assert isinstance(found.expr, Index)
+            whole = replace(found.expr, items=found.expr.items[:2])
+            return Value(whole, found.dims or (1,))  # also where it has one feature
         own = scope.own(id)
-        if own in scope.tensors and not scope.tensors[own].shape:
-            return Index(Name(own, expr.span), (), expr.span), "number"
-        if own in scope.tensors or own in scope.declared or id == "doc":
+        if own in scope.tensors:
+            shape, base = scope.tensors[own].shape, Name(own, expr.span)
+            if own in scope.per_head:
+                return Value(Index(base, (Name("h"),), expr.span), self._vector(expr, shape[1:]))
+            return Value(Index(base, (), expr.span), self._vector(expr, shape))
+        if own in scope.declared or id == "doc" or own in scope.inputs:
             raise error("L214", f"`{id}` must be indexed here", expr.span, "",
-                        f"write `{id}[i]`, `{id}[j]` or `{id}[h]`")  # fmt: skip
+                        f"write `{id}[i]`, `{id}[j]` or `{id}[h, i]`")  # fmt: skip
         if mask := self._mask(id):
             return self._truth(mask, expr)
-        known = (self.free, scope.library.known(self.kind), scope.numbers, scope.tensors,
+        known = (self.free, scope.library.known(self.what), scope.numbers, scope.tensors,
                  scope.declared)  # fmt: skip
         where = _elsewhere(scope, id)
-        raise error("L201", f"`{id}` is not known in a {self.kind}", expr.span, where,
+        raise error("L201", f"`{id}` is not known in a {self.what}", expr.span, where,
                     suggest(id, *known))  # fmt: skip
 
-    def _call(self, expr: Call) -> tuple[Expr, Kind]:
+    def _key_head(self) -> Expr:
+        """Return which head of k a query head reads."""
+        group = self.axes.group
+        return Name("h") if group == 1 else Binary("//", Name("h"), number(group, Name("h")))
+
+    @staticmethod
+    def _vector(expr: Expr, dims: Dims) -> Dims:
+        if len(dims) > 2:
+            raise error("L214", "this has too many dimensions here", expr.span,
+                        f"it is {list(dims)}", "index it")  # fmt: skip
+        return dims
+
+    def call(self, expr: Call) -> Value | None:
         name = expr.function
-        definition = self.scope.library.find(self.kind, name)
-        if definition is not None and not is_function(expr):
+        definition = self.scope.library.find(self.what, name)
+        if definition is not None and not is_function(expr) and name not in VECTOR_FUNCTIONS:
             return self._definition(definition, expr)
         if name in ("row", "col") and len(expr.args) == 1 and not expr.keywords:
             if self.scope.grid is None:
@@ -123,90 +126,109 @@ class _Resolver:
                             "set `grid = (rows, cols)` in the block")  # fmt: skip
             cols = number(self.scope.grid[1], expr)
             op = "//" if name == "row" else "%"
-            return Binary(op, self.want(expr.args[0], "number"), cols, expr.span), "number"
-        if stage := self.scope.library.find("stage", name):
-            with self.scope.inside(stage, expr.span):
-                return self.visit(inline_stage(self.scope, stage, expr))
-        if name not in FUNCTIONS and (mask := self._mask(name)):
-            return self._truth(mask, expr)
-        if name not in FUNCTIONS:
-            known = (FUNCTIONS, self.scope.library.known(self.kind))
-            raise error("L201", f"`{name}` is not a function or a {self.kind}", expr.span,
-                        _elsewhere(self.scope, name), suggest(name, *known))  # fmt: skip
-        function = FUNCTIONS[name]
-        if len(expr.args) != function.arity or expr.keywords:
-            given = len(expr.args) + len(expr.keywords)
-            raise error("L209", f"`{name}` takes {function.arity} plain arguments", expr.span,
-                        f"{given} given")  # fmt: skip
-        args = tuple(
-            self.want(arg, "truth" if _TRUTH.get(name) == at else "number")
-            for at, arg in enumerate(expr.args)
-        )
-        if name == "ispow2" and not _is_whole(args[0]):
+            return Value(Binary(op, self.scalar(expr.args[0]), cols, expr.span))
+        if name in MAP_FUNCTIONS and self.what in _OF_MAPS:
+            return Value(self._of_map(expr))
+        if name == "ispow2" and len(expr.args) == 1 and not _is_whole(self.scalar(expr.args[0])):
             raise error("L210", "`ispow2` asks about a whole number", expr.args[0].span, "",
                         "`//` divides whole numbers")  # fmt: skip
-        return Call(name, args, (), expr.span), "truth" if function.boolean else "number"
+        function = name in FUNCTIONS or name in VECTOR_FUNCTIONS
+        if not (function or self.scope.library.find("stage", name)) and (mask := self._mask(name)):
+            return self._truth(mask, expr)
+        return None
 
-    def _definition(self, definition: Definition, call: Expr) -> tuple[Expr, Kind]:
+    def unknown(self, expr: Call) -> Exception:
+        name = expr.function
+        more = MAP_FUNCTIONS if self.what in _OF_MAPS else ()
+        known = (FUNCTIONS, VECTOR_FUNCTIONS, more, self.scope.library.known(self.what))
+        return error("L201", f"`{name}` is not a function or a {self.what}", expr.span,
+                     _elsewhere(self.scope, name), suggest(name, *known))  # fmt: skip
+
+    def _of_map(self, expr: Call) -> Expr:
+        """Resolve a call that reads other pairs: `sum_keys(e)`, `mix_heads(e, w)`."""
+        name, arity = expr.function, MAP_FUNCTIONS[expr.function]
+        if len(expr.args) != arity or expr.keywords:
+            given = len(expr.args) + len(expr.keywords)
+            raise error("L209", f"`{name}` takes {arity} plain arguments", expr.span,
+                        f"{given} given")  # fmt: skip
+        if name == "coin":
+            rate = self.scope.number(expr.args[0], "the rate of `coin`")
+            if not 0 <= rate <= 1:
+                raise error("L219", "a rate lies in 0 <= rate <= 1", expr.span, f"it is {rate}")
+            return Call(name, (number(rate, expr),), (), expr.span)
+        value = self.scalar(expr.args[0])
+        if arity == 1:
+            return Call(name, (value,), (), expr.span)
+        kernel = expr.args[1]
+        own = self.scope.own(kernel.id) if isinstance(kernel, Name) else ""
+        shape = self.scope.tensors[own].shape if own in self.scope.tensors else None
+        heads = int(self.scope.numbers["heads"])
+        fits = shape == (heads, heads) if name == "mix_heads" else (
+            shape is not None and (len(shape) == 2 or (len(shape) == 3 and shape[0] == heads))
+        )  # fmt: skip
+        if not fits:
+            wanted = "[heads, heads]" if name == "mix_heads" else (
+                "[heads, queries, keys] or [queries, keys]")  # fmt: skip
+            raise error("L216", f"`{name}` takes a tensor {wanted}", kernel.span,
+                        "" if shape is None else f"it is {list(shape)}",
+                        "declare it as a `param` and name it here")  # fmt: skip
+        return Call(name, (value, Index(Name(own, kernel.span), (), kernel.span)), (), expr.span)
+
+    def _definition(self, definition: Definition, call: Expr) -> Value:
         with self.scope.inside(definition, call.span):
             return self.visit(body(self.scope, definition, call).value)
 
     def _mask(self, name: str) -> Definition | None:
-        """Return the mask of a name; scores, normalisers and weights may ask who sees whom."""
+        """Return the mask of a name: expressions of a pair may ask who sees whom."""
         return self.scope.library.find("mask", name) if "j" in self.free else None
 
-    def _truth(self, mask: Definition, call: Expr) -> tuple[Expr, Kind]:
-        return replace(self, kind="mask", free=FREE["mask"])._definition(mask, call)
+    def _truth(self, mask: Definition, call: Expr) -> Value:
+        return replace(self, what="mask", free=FREE["mask"])._definition(mask, call)
 
     def _compose(self, head: Expr | None, stages: tuple[Expr, ...]) -> Expr:
-        done = Name("s") if head is None else self.want(head, "number")
+        done = Name("s") if head is None else self.scalar(head)
         for stage in stages:
-            done = put(self.want(stage, "number"), {"s": done})
+            done = put(self.scalar(stage), {"s": done})
         return done
 
-    def _index(self, expr: Index) -> Expr:
+    def index(self, expr: Index) -> Value:
         if not isinstance(expr.base, Name):
             raise error("L214", "only a stream or a tensor can be indexed", expr.base.span)
         name = self.scope.own(expr.base.id)
-        items = tuple(self.want(each, "number") for each in expr.items)
+        items = tuple(self.scalar(each) for each in expr.items)
+        axes: tuple[str, ...]
+        sizes: tuple[int, ...]
         if name == "doc":
-            axes: tuple[str, ...] = ("token",)
+            axes, sizes = ("token",), (0,)
         elif name in self.scope.tensors:
-            axes = ("any",) * len(self.scope.tensors[name].shape)
+            sizes = self.scope.tensors[name].shape
+            axes = ("any",) * len(sizes)
         else:
-            axes = self._stream_axes(expr, name, items)
-            if len(items) == len(axes) - 1 and axes[-1] == "any":
+            shape = self._stream(expr, name)
+            axes, sizes = ("token", "any"), (0, shape.dim)
+            if shape.heads is not None:
+                axes, sizes = ("any", *axes), (shape.heads, *sizes)
+            if shape.dim == 1 and len(items) == len(axes) - 1:
                 items = (*items, Number(0, "0", expr.span))
-        if len(items) != len(axes):
+        if len(items) > len(axes) or "token" in axes[len(items) :]:
             raise error("L214", f"`{name}` has {len(axes)} dimensions", expr.span,
-                        f"{len(items)} indices given")  # fmt: skip
-        sizes = self._sizes(name)
-        for at, (axis, item, size) in enumerate(zip(axes, items, sizes, strict=True)):
+                        f"{len(items)} indices given",
+                        "index each of them, the tokens with `i` or `j`")  # fmt: skip
+        for at, (axis, item, size) in enumerate(zip(axes, items, sizes, strict=False)):
             if axis == "token":
                 self._token(name, item)
             else:
                 self._place(name, item, size, only_numbers=at == 2)
-        return Index(Name(name, expr.base.span), items, expr.span)
+        dims = self._vector(expr, sizes[len(items) :])
+        return Value(Index(Name(name, expr.base.span), items, expr.span), dims)
 
-    def _stream_axes(self, expr: Index, name: str, items: tuple[Expr, ...]) -> tuple[str, ...]:
+    def _stream(self, expr: Index, name: str) -> Shape:
         shape = self.scope.shape(name, expr.base.span)
         if shape is None:
             help = suggest(name, self.scope.declared, self.scope.tensors, ["doc"])
             raise error("L201", f"there is no stream or tensor `{name}`", expr.base.span,
                         _elsewhere(self.scope, name), help)  # fmt: skip
-        axes = ("token", "any") if shape.heads is None else ("any", "token", "any")
-        if shape.dim > 1 and len(items) == len(axes) - 1:
-            raise error("L214", f"`{name}` has {len(axes)} dimensions", expr.span, f"it is {shape}",
-                        "index each of them, the tokens with `i` or `j`")  # fmt: skip
-        return axes
-
-    def _sizes(self, name: str) -> tuple[int, ...]:
-        if name in self.scope.tensors:
-            return self.scope.tensors[name].shape
-        shape = self.scope.shape(name, NOWHERE)
-        if shape is None:  # doc
-            return (0,)
-        return (0, shape.dim) if shape.heads is None else (shape.heads, 0, shape.dim)
+        return shape
 
     def _place(self, name: str, item: Expr, size: int, only_numbers: bool) -> None:
         """Check an index that is not a token's: constants lie inside, streams take no i and j."""
@@ -271,31 +293,10 @@ def _elsewhere(scope: Scope, name: str) -> str:
     return f"there is a {kinds[0]} of this name" if kinds else ""
 
 
-def body(scope: Scope, definition: Definition, call: Expr) -> syntax.Result:
-    """Return a definition's value with the arguments of a call in place."""
-    values = scope.expand(definition, call)
-    last = definition.body[-1] if definition.body else None
-    if not isinstance(last, syntax.Result):
-        raise error("L220", f"`{definition.name}` has no value", definition.span, "",
-                    "end it with an expression")  # fmt: skip
-    where = None if last.where is None else put(last.where, values)
-    return syntax.Result(put(last.value, values), where, span=last.span)
-
-
-def inline_stage(scope: Scope, stage: Definition, call: Call) -> Expr:
-    """Return a scalar stage used as a function: `elu1(s)`."""
-    if len(call.args) != 1 or call.keywords:
-        raise error("L209", f"`{stage.name}` takes one plain argument here", call.span)
-    result = body(scope, stage, Name(stage.name, call.span))
-    if isinstance(result.value, syntax.Pipe):
-        raise error("L210", f"`{stage.name}` is a pipeline, not a function", call.span)
-    return put(result.value, {"x": call.args[0]})
-
-
 def resolve(scope: Scope, expr: Expr, kind: str, axes: Axes = Axes()) -> Expr:
     """Return a mask, score or weights expression with every name resolved, folded."""
     visitor = _Resolver(scope, kind, FREE[kind], axes)
-    return fold(visitor.want(expr, "truth" if kind == "mask" else "number"))
+    return fold(visitor.scalar(expr, truth=kind == "mask"))
 
 
 def shaped(expr: Expr) -> Expr:
@@ -306,7 +307,7 @@ def shaped(expr: Expr) -> Expr:
 
 def resolve_function(scope: Scope, expr: Expr, free: frozenset[str]) -> Expr:
     """Return a scalar expression over the given names (the body of a stage)."""
-    return shaped(_Resolver(scope, "stage", free).want(expr, "number"))
+    return shaped(_Resolver(scope, "stage", free).scalar(expr))
 
 
 def resolve_normalizer(
@@ -325,7 +326,7 @@ def resolve_normalizer(
             result = body(scope, definition, value)
             name = name or definition.name
             value, where = result.value, result.where or where
-        done = fold(visitor.want(value, "number"))
+        done = fold(visitor.scalar(value))
     span = value.span
     name = name or "in place"
     if where is not None:

@@ -24,7 +24,13 @@ from .library import MAX_NODES, Library, bind, put, size, substitute_statement
 from .model import Stream
 from .names import taken
 
-SCALAR = ("mask", "score", "normalize", "weights")  # definitions of a number or truth a pair
+SCALAR = (
+    "mask",
+    "similarity",
+    "score",
+    "normalize",
+    "weights",
+)  # definitions of a number or truth a pair
 MAX_SIZE = 1 << 24
 MAX_NUMBERS = 1 << 32
 
@@ -204,11 +210,12 @@ class Scope:
             return set()
         lets = [each for each in definition.body if isinstance(each, syntax.Let)]
         bound = {each.name: put(each.value, values) for each in lets}
+        whole = {"q", "k"} if definition.kind == "similarity" else set()  # read without an index
         streams: set[str] = set()
         while found := {
             name
             for name, value in bound.items()
-            if name not in streams and self._is_stream(value, streams)
+            if name not in streams and self._is_stream(value, streams, whole)
         }:
             streams |= found
         for at, let in enumerate(lets):
@@ -220,7 +227,7 @@ class Scope:
                             "choose another name")  # fmt: skip
         return bound.keys() - streams
 
-    def _is_stream(self, value: Expr, streams: set[str]) -> bool:
+    def _is_stream(self, value: Expr, streams: set[str], whole: set[str]) -> bool:
         """Tell `let t = x | linear(heads)`, a stream, from `let d = i - j`, a number a pair.
 
         A stream is a pipeline, or reads a stream without an index; `streams` are further names.
@@ -230,15 +237,15 @@ class Scope:
                 return True
             case Name(id):
                 own = self.own(id)
-                tensor = self.tensors.get(own)
                 known = own in self.declared or own in self.inputs or id in streams
-                return known or (tensor is not None and bool(tensor.shape))
+                return known and id not in whole
             case syntax.Index(_, items):
-                return any(self._is_stream(each, streams) for each in items)
+                return any(self._is_stream(each, streams, whole) for each in items)
             case Call(name) if name in OPS and name not in FUNCTIONS:
                 return True
             case _:
-                return any(self._is_stream(each, streams) for each in syntax.children(value))
+                parts = syntax.children(value)
+                return any(self._is_stream(each, streams, whole) for each in parts)
 
     @contextmanager
     def inside(self, definition: Definition, span: Span) -> Iterator[None]:
@@ -271,3 +278,24 @@ def _drawn(init: Expr) -> Expr:
 def suggest(name: str, *known: Iterable[str]) -> str:
     """Return a "did you mean" over several sets of names."""
     return did_you_mean(name, [each for group in known for each in group])
+
+
+def body(scope: Scope, definition: Definition, call: Expr) -> syntax.Result:
+    """Return a definition's value with the arguments of a call in place."""
+    values = scope.expand(definition, call)
+    last = definition.body[-1] if definition.body else None
+    if not isinstance(last, syntax.Result):
+        raise error("L220", f"`{definition.name}` has no value", definition.span, "",
+                    "end it with an expression")  # fmt: skip
+    where = None if last.where is None else put(last.where, values)
+    return syntax.Result(put(last.value, values), where, span=last.span)
+
+
+def inline_stage(scope: Scope, stage: Definition, call: Call) -> Expr:
+    """Return a scalar stage used as a function: `elu1(s)`."""
+    if len(call.args) != 1 or call.keywords:
+        raise error("L209", f"`{stage.name}` takes one plain argument here", call.span)
+    result = body(scope, stage, Name(stage.name, call.span))
+    if isinstance(result.value, syntax.Pipe):
+        raise error("L210", f"`{stage.name}` is a pipeline, not a function", call.span)
+    return put(result.value, {"x": call.args[0]})

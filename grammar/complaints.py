@@ -22,7 +22,8 @@ END = "nothing follows"
 _STARTS = {
     "block": "block NAME { … }", "model": "model NAME { … }", "search": "search { … }",
     "mask": "mask NAME = …", "score": "score NAME = …", "normalize": "normalize NAME = …",
-    "weights": "weights NAME = …", "mix": "mix NAME { … }", "stage": "stage NAME = | …",
+    "similarity": "similarity NAME = …", "weights": "weights NAME = …",
+    "mix": "mix NAME { … }", "stage": "stage NAME = | …",
     "let": "let NAME = …",
 }  # fmt: skip
 _WANTED = (

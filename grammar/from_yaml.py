@@ -18,10 +18,10 @@ is a list of the language:
         - S <- S + outer(k, v)
         - o <- q @ S
 
-Top-level keys: `let`, `masks`, `scores`, `normalizers`, `weights`, `mixers`, `stages`,
-`blocks`, `models` and `search`. In a body `let`, `param`, `const` and `state` group what is
-declared (`param: {"z[heads]": 0}`), `branches` holds sub-blocks, `base` names what a block or
-model inherits from, `value` is the result of a definition (`value: s - z where …`), and
+Top-level keys: `let`, `masks`, `similarities`, `scores`, `normalizers`, `weights`, `mixers`,
+`stages`, `blocks`, `models` and `search`. In a body `let`, `param`, `const` and `state` group
+what is declared (`param: {"z[heads]": 0}`), `branches` holds sub-blocks, `base` names what a
+block or model inherits from, `value` is the result of a definition (`value: s - z where …`), and
 every other key is a setting. A mapping is read from top to bottom; where a key would have
 to come twice, the file or body is a list of mappings, read in order. An element of a body's
 list may also be one statement in the words of Loom, which is how a setting that is called
@@ -48,7 +48,8 @@ M = TypeVar("M", bound=SyntaxNode)
 Entry = tuple[Scalar, Node]
 
 KINDS = {
-    "masks": "mask", "scores": "score", "normalizers": "normalize", "weights": "weights",
+    "masks": "mask", "similarities": "similarity", "scores": "score",
+    "normalizers": "normalize", "weights": "weights",
     "mixers": "mix", "stages": "stage",
 }  # fmt: skip
 GROUPS = ("let", *KINDS, "blocks", "models", "search")

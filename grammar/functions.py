@@ -91,8 +91,16 @@ FUNCTIONS: dict[str, Function] = {
     )
 }  # fmt: skip
 
-# Functions over whole vectors and matrices, for recurrent mixers: name → number of arguments.
+# Functions over whole vectors and matrices: name → number of arguments.
 VECTOR_FUNCTIONS = {"sum": 1, "mean": 1, "norm": 1, "outer": 2, "dot": 2}
+
+# Functions that look at other pairs than their own, in scores and weights: over the visible keys
+# of a query, the queries that see a key, the heads, the neighbours; and a coin for each pair.
+MAP_FUNCTIONS = {
+    "sum_keys": 1, "mean_keys": 1, "max_keys": 1, "rank_keys": 1,
+    "sum_queries": 1, "mean_queries": 1, "max_queries": 1,
+    "mix_heads": 2, "convolve": 2, "coin": 1,
+}  # fmt: skip
 
 # Calls that leave something open: a description with any of them is a space to search.
 RANGES = ("integer", "pow2", "uniform", "loguniform")

@@ -338,7 +338,7 @@ class Search:
     span: Span = _span()
 
 
-DEFINITION_KINDS = ("mask", "score", "normalize", "weights", "mix", "stage")
+DEFINITION_KINDS = ("mask", "similarity", "score", "normalize", "weights", "mix", "stage")
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,13 +44,12 @@ def calls(attend: Any, job: dict[str, Any]) -> list[Any]:
         )
         for name, shape in attend.tensors.items()
     )
-    o, stats = attend.forward_fake(q, k, v)
-    found: list[Any] = attend.forward_calls(q, k, v, o, stats, tensors)
+    results = attend.forward_fake(q, k, v)
+    found: list[Any] = attend.forward_calls((q, k, v), results, tensors)
     if job["backward"]:
-        dq, dk, dv, *_ = attend.backward_fake(o, q, k, v, o, stats, *tensors)
-        rows, columns = stats.new_empty(len(attend.rows)), stats.new_empty(len(attend.columns))
-        grads = (dq, dk, dv, rows, columns)
-        found += attend.backward_calls(o, q, k, v, o, stats, tensors, grads)
+        o, stats, *wanted = results
+        grads = attend.gradients((q, k, v), tensors)
+        found += attend.backward_calls((o, *wanted), (q, k, v), (o, stats), tensors, grads)
     return found
 
 

@@ -2,7 +2,8 @@
 
 Every expression of a spec becomes a Triton function, its derivatives too. Tensors are read
 through T, a tuple of pointers, at offsets made of b, h, i, j and sizes; a read that a ragged
-tile could carry outside the tensor is masked.
+tile could carry outside the tensor is masked, and an index that might leave its axis takes
+the nearest end. Gradients that are scattered are added through Grads, a tuple like T.
 
     s - slope[h] * abs(i - j)        @triton.jit
                                      def _gemma_score(s, b, h, i, j, n, m, seen, T):
@@ -12,6 +13,7 @@ tile could carry outside the tensor is masked.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
@@ -22,19 +24,26 @@ from ..grammar.derive import derivative
 from ..grammar.dialect import write
 from ..grammar.expr import fold, names, rebuild
 from ..grammar.functions import FUNCTIONS
-from ..grammar.syntax import Binary, Call, Expr, Index, Name, Number, walk
-from .spec import TRUE, Attend, Tensor, index_names, is_whole, learned_reads
+from ..grammar.syntax import Binary, Call, Expr, Index, Name, Number, Unary, walk
+from .places import on_own_axis, surely_inside
+from .shares import Share, scattered, shares
+from .spec import TRUE, Attend, Tensor, index_names, is_whole
 
 _PAIR = ("b", "h", "i", "j", "n", "m", "seen", "T")
 _ROW = ("b", "h", "i", "n", "m", "seen", "T")
 _MASK = ("b", "h", "i", "j", "n", "m", "T")
-_SUMS = ("sums", "raw", "s", "ds", "df", "visible", *_PAIR)
+_TILE = ("raw", "s", "ds", "df", "visible", *_PAIR)
+_SUMS = ("sums", *_TILE)
 _ENDS = ("sums", "end", "total", *_ROW)
+_ROW_SCATTER = ("sums", "total", "Grads", *_ROW)
+_COLUMN_SCATTER = ("sums", "Grads", "b", "h", "j", "n", "m", "T")
 _FLOAT_ONLY = frozenset(
     {"exp", "log", "sqrt", "tanh", "sigmoid", "gelu", "silu", "softplus", "elu", "erf", "sin"}
     | {"cos", "floor"}
 )
-_TAKEN = frozenset({*_SUMS, *_ENDS, "tl", "triton", "read", "True", "False"})
+_TAKEN = frozenset({*_SUMS, *_ENDS, "Grads", "tl", "triton", "True", "False"}) | {
+    "read", "nearest", "scatter",
+}  # fmt: skip
 _ZERO = Number(0)
 _WIDTH = 96
 
@@ -64,30 +73,18 @@ def print_hooks(spec: Attend, prefix: str) -> dict[str, str]:
         add("denominator", ("total", *_ROW), fold(spec.denominator), total)
         by_sum = derivative(spec.denominator, Name("sum"))
         add("denominator_by_sum", ("total", *_ROW), by_sum, total)
-    rows, columns = learned_sums(spec)
-    for role, sums in (("row_pairs", rows), ("column_pairs", columns)):
-        if text := printer.pair_sums(role, list(sums)):
-            found[role] = text
-    if text := printer.row_ends(list(rows)):
-        found["row_ends"] = text
-    return found
-
-
-def learned_sums(spec: Attend) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the learned tensors summed over rows and over columns, each with its einsum.
-
-    `t[i, h]` with a batch axis is `{"t": "bhi->bih"}`: what turns [b, H, n] into its gradient.
-    """
-    rows: dict[str, str] = {}
-    columns: dict[str, str] = {}
-    for tensor in spec.tensors:
-        if (read := learned_reads(spec).get(tensor.name)) is None:
-            continue
-        indices = index_names(read)
-        axis = "j" if "j" in indices else "i"
-        target = "".join((*(("b",) if tensor.batched else ()), *indices))
-        (columns if axis == "j" else rows)[tensor.name] = f"bh{axis}->{target}"
-    return rows, columns
+    of_rows, of_columns = shares(spec, "rows"), shares(spec, "columns")
+    printed = {
+        "row_pairs": printer.pair_sums("row_pairs", of_rows),
+        "column_pairs": printer.pair_sums("column_pairs", of_columns),
+        "row_ends": printer.row_ends(of_rows),
+        "row_scatter": printer.scatter_sums("row_scatter", _ROW_SCATTER, "i < n", of_rows),
+        "column_scatter": printer.scatter_sums(
+            "column_scatter", _COLUMN_SCATTER, "j < m", of_columns
+        ),
+        "pair_scatter": printer.pair_scatter(shares(spec, "pairs")),
+    }
+    return found | {role: text for role, text in printed.items() if text}
 
 
 class _Printer:
@@ -96,8 +93,7 @@ class _Printer:
     def __init__(self, spec: Attend, prefix: str) -> None:
         self.spec = spec
         self.prefix = prefix
-        self.known = {tensor.name: tensor for tensor in spec.tensors}
-        self.learned = learned_reads(spec)
+        self.buffers = scattered(spec)
 
     def function(
         self, role: str, params: tuple[str, ...], value: Expr, names_: Mapping[str, str]
@@ -110,43 +106,89 @@ class _Printer:
             text = f"tl.zeros_like(s) + ({text})"
         return self._define(role, params, [*body.lines, _wrapped("return ", text)])
 
-    def pair_sums(self, role: str, tensors: list[str]) -> str:
-        """Print the hook that adds a tile's share to the gradient of each tensor, or ''."""
+    def pair_sums(self, role: str, sums_of: list[Share]) -> str:
+        """Print the hook that adds a tile's part to the sum of each share, or ''."""
         lines: list[str] = []
         sums: list[str] = []
-        score, numerator = _Body(self.spec, {"s": "raw"}), _Body(self.spec, {}, "_f")
-        for at, name in enumerate(tensors):
-            read = self.learned[name]
-            terms: list[str] = []
-            if (by := derivative(self.spec.score, read)) != _ZERO:
-                terms.append(_product("ds", score.write(by)))
-            if self.spec.numerator is not None:
-                by = derivative(self.spec.numerator, read)
-                terms += [] if by == _ZERO else [_product("df", numerator.write(by))]
+        score, numerator = self._bodies()
+        for at, share in enumerate(sums_of):
+            terms = self._terms(share, score, numerator)
             if not terms:
                 sums.append(f"sums[{at}]")
                 continue
-            lines.append(_wrapped(f"d_{name} = ", " + ".join(terms)))
-            sums.append(f"sums[{at}] + tl.sum(tl.where(visible, d_{name}, 0.0), 1)")
+            name = score.named(f"d_{share.tensor.name}")
+            lines.append(_wrapped(f"{name} = ", " + ".join(text for _, text in terms)))
+            sums.append(f"sums[{at}] + tl.sum(tl.where(visible, {name}, 0.0), 1)")
         if not lines:
             return ""
         lines = [*score.lines, *numerator.lines, *lines, _tuple(sums)]
         return self._define(role, _SUMS, lines)
 
-    def row_ends(self, tensors: list[str]) -> str:
-        """Print the hook that adds the share of `extra`, or of the denominator, or ''."""
+    def row_ends(self, sums_of: list[Share]) -> str:
+        """Print the hook that adds what `extra`, or the denominator, gives each share, or ''."""
         value = self.spec.extra if self.spec.exponential else self.spec.denominator
         if value is None:
             return ""
         body = _Body(self.spec, {"sum": "total"})
         sums: list[str] = []
-        for at, name in enumerate(tensors):
-            by = derivative(value, self.learned[name])
-            share = "" if by == _ZERO else f" + {_product('end', body.write(by))}"
-            sums.append(f"sums[{at}]{share}")
+        for at, share in enumerate(sums_of):
+            by = derivative(value, share.read)
+            more = "" if by == _ZERO else f" + {_product('end', body.write(by))}"
+            sums.append(f"sums[{at}]{more}")
         if not any("end" in each for each in sums):
             return ""
         return self._define("row_ends", _ENDS, [*body.lines, _tuple(sums)])
+
+    def scatter_sums(
+        self, role: str, params: tuple[str, ...], inside: str, sums_of: list[Share]
+    ) -> str:
+        """Print the hook that adds finished sums to the gradients they scatter into, or ''."""
+        body = _Body(self.spec, {"sum": "total"})
+        lines = [
+            self._scatter(share, body.place(share.read), f"sums[{at}]", inside)
+            for at, share in enumerate(sums_of)
+            if not share.einsum
+        ]
+        return self._define(role, params, [*body.lines, *lines]) if lines else ""
+
+    def pair_scatter(self, each_pair: list[Share]) -> str:
+        """Print the hook that adds a tile's derivatives to the gradients, pair by pair, or ''."""
+        lines: list[str] = []
+        score, numerator = self._bodies()
+        for share in each_pair:
+            terms = self._terms(share, score, numerator)
+            if "s" not in names(share.read):  # then the score and the numerator read one place
+                terms = [(score, " + ".join(text for _, text in terms))]
+            for body, text in terms:
+                name = body.named(f"d_{share.tensor.name}")
+                place = body.place(share.read)
+                lines.append(_wrapped(f"{name} = ", text))
+                lines.append(self._scatter(share, place, name, "visible"))
+        if not lines:
+            return ""
+        return self._define(
+            "pair_scatter", ("Grads", *_TILE), [*score.lines, *numerator.lines, *lines]
+        )
+
+    def _bodies(self) -> tuple[_Body, _Body]:
+        """Return where derivatives of the score are written, and those of the numerator."""
+        return _Body(self.spec, {"s": "raw"}), _Body(self.spec, {}, "_f")
+
+    def _terms(self, share: Share, score: _Body, numerator: _Body) -> list[tuple[_Body, str]]:
+        """Write what each pair gives a share: by the score, and by the numerator beside it."""
+        terms: list[tuple[_Body, str]] = []
+        if (by := derivative(self.spec.score, share.read)) != _ZERO:
+            terms.append((score, _product("ds", score.write(by))))
+        if self.spec.numerator is not None:
+            by = derivative(self.spec.numerator, share.read)
+            if by != _ZERO:
+                terms.append((numerator, _product("df", numerator.write(by))))
+        return terms
+
+    def _scatter(self, share: Share, place: str, value: str, inside: str) -> str:
+        at = self.buffers.index(share.tensor.name)
+        text = f"Grads[{at}], {place or '0'}, {value}, {inside}"
+        return f"scatter({text})" if len(text) + 16 <= _WIDTH else _broken("scatter", text)
 
     def _define(self, role: str, params: tuple[str, ...], lines: list[str]) -> str:
         head = f"@triton.jit\ndef {self.prefix}_{role}({', '.join(params)}):\n"
@@ -162,6 +204,7 @@ class _Body:
         self.ending = ending
         self.known = {tensor.name: (at, tensor) for at, tensor in enumerate(spec.tensors)}
         self.bound: dict[Expr, str] = {}
+        self.own: list[str] = []
         self.lines: list[str] = []
 
     def write(self, expr: Expr) -> str:
@@ -184,7 +227,8 @@ class _Body:
         if leaf not in self.bound:
             at, tensor = self.known[base.id]
             items = leaf.items if isinstance(leaf, Index) else ()
-            offset, inside = self._place(tensor, items)
+            texts = [write(item, "triton", self._leaf) for item in items]
+            offset, inside = self._place(tensor, items, texts)
             place = f"T[{at}] + {offset}" if offset else f"T[{at}]"
             name = self._fresh(tensor.name, index_names(leaf))
             self.lines.append(_wrapped(f"{name} = ", f"read({place}{inside})"))
@@ -194,35 +238,63 @@ class _Body:
     def _fresh(self, tensor: str, indices: tuple[str, ...]) -> str:
         """`doc_i` for doc[i]; numbered when the index is no plain name, or the name is taken."""
         plain = "_".join((tensor, *indices)) if all(indices) else f"{tensor}_at"
-        name, number = plain + self.ending, 2
-        while name in _TAKEN or iskeyword(name) or name in self.bound.values():
-            name, number = f"{plain}{self.ending}_{number}", number + 1
+        return self._free(plain + self.ending)
+
+    def _free(self, plain: str) -> str:
+        name, number = plain, 2
+        taken = {*_TAKEN, *self.bound.values(), *self.own}
+        while name in taken or iskeyword(name):
+            name, number = f"{plain}_{number}", number + 1
         return name
 
-    def _place(self, tensor: Tensor, items: tuple[Expr, ...]) -> tuple[str, str]:
+    def named(self, plain: str) -> str:
+        """Return a name like `plain` that nothing else in this body has."""
+        self.own.append(self._free(plain + self.ending))
+        return self.own[-1]
+
+    def place(self, read: Index | Name) -> str:
+        """Return the offset of a read in a tensor of its own shape, '' for the only element."""
+        base = read.base if isinstance(read, Index) else read
+        assert isinstance(base, Name), "obstacle() lets only named tensors through"
+        items = read.items if isinstance(read, Index) else ()
+        return self._place(self.known[base.id][1], items, [self.write(each) for each in items])[0]
+
+    def _place(self, tensor: Tensor, items: tuple[Expr, ...], texts: list[str]) -> tuple[str, str]:
         """Return the offset of a read, rows last, and the condition that keeps it inside."""
-        offset, tests = ("b" if tensor.batched else ""), []
+        offset = first = "b" if tensor.batched else ""  # one index alone needs no parentheses
+        tests: list[str] = []
         wide = {"n", "m"} <= set(tensor.shape) and not tensor.batched
-        for item, size in zip(items, tensor.shape, strict=True):
-            text = write(item, "triton", self._leaf)
-            plain = isinstance(item, Name | Number)
-            if not plain:
-                tests.append(f"({text} >= 0)")
-            if not (isinstance(item, Number) or (item == Name("h") and isinstance(size, int))):
+        for item, size, written in zip(items, tensor.shape, texts, strict=True):
+            text = self._index(item, size, written)
+            if isinstance(size, str) and on_own_axis(item, size, self.spec.heads):
                 tests.append(f"({text} < {size})")
-            text = text if plain else f"({text})"
             if wide and not offset:
                 text = f"tl.cast({text}, tl.int64)"
-            rows = f"({offset})" if " " in offset else offset
+            rows = f"({offset})" if " + " in offset and offset != first else offset
+            first = first or text
             offset = f"{rows} * {size} + {text}" if offset else text
         if not tests:
             return offset, ""
         return offset, ", " + (tests[0][1:-1] if len(tests) == 1 else " & ".join(tests))
 
+    def _index(self, item: Expr, size: int | str, text: str) -> str:
+        """Write one index: a number known now, a place that is surely there, or the nearest."""
+        item = fold(item)
+        if isinstance(item, Unary) and isinstance(item.operand, Number):
+            item = Number(-item.operand.value)
+        if isinstance(item, Number):
+            value = max(math.floor(item.value), 0)
+            if isinstance(size, str) and value:
+                return f"tl.minimum({value}, {size} - 1)"
+            return str(min(value, size - 1) if isinstance(size, int) else value)
+        if surely_inside(item, size, self.spec.heads):
+            return text if isinstance(item, Name) else f"({text})"
+        return f"nearest({text}, {size})"
+
 
 def _floated(expr: Expr, spec: Attend) -> Expr:
     """Make whole arguments of float functions floats: Triton refuses `tl.exp` of an integer."""
-    expr = expr if isinstance(expr, Index) else rebuild(expr, lambda each: _floated(each, spec))
+    expr = rebuild(expr, lambda each: _floated(each, spec))
     one = Number(1.0)
     match expr:
         case Call(function, (arg,)) if function in _FLOAT_ONLY and is_whole(arg, spec):
@@ -277,7 +349,9 @@ def _tuple(parts: list[str]) -> str:
 
 def _wrapped(head: str, text: str) -> str:
     """`head text` on one line, or broken at spaces inside parentheses."""
-    if len(head) + len(text) + 4 <= _WIDTH:
-        return head + text
+    return head + text if len(head) + len(text) + 4 <= _WIDTH else _broken(head, text)
+
+
+def _broken(head: str, text: str) -> str:
     lines = textwrap.wrap(text, _WIDTH - 8, break_long_words=False, break_on_hyphens=False)
     return f"{head}(\n" + textwrap.indent("\n".join(lines), "    ") + "\n)"

@@ -12,10 +12,14 @@ passed as `tl.constexpr`; a hook that is None is left out of the compiled kernel
     denominator, denominator_by_sum (total, b, h, i, n, m, seen, T)               [rows]
     row_pairs, column_pairs (sums, raw, s, ds, df, visible, b, h, i, j, …)        [tuples]
     row_ends (sums, end, total, b, h, i, n, m, seen, T)                           [tuples]
+    row_scatter (sums, total, Grads, b, h, i, n, m, seen, T)                      [adds to Grads]
+    column_scatter (sums, Grads, b, h, j, n, m, T)                                [adds to Grads]
+    pair_scatter (Grads, raw, s, ds, df, visible, b, h, i, j, …)                  [adds to Grads]
 
 A numerator of None is the exponential form with its running maximum. Hooks are elementwise,
 so they do not care which way a tile lies: [rows, keys] here, [keys, rows] for dk and dv.
-T is a tuple of pointers to the tensors that hooks read. Sums are kept in float32.
+T is a tuple of pointers to the tensors that hooks read, Grads one to the gradients that they
+scatter into. Sums are kept in float32.
 """
 
 import triton
@@ -35,6 +39,18 @@ def read(pointer, inside=None):
         return x.to(tl.float32)
     else:
         return x
+
+
+@triton.jit
+def nearest(index, size):
+    """An index rounded down, or the nearest end of an axis of `size` where it lies outside."""
+    index = tl.to_tensor(index)
+    if index.dtype == tl.int1:
+        index = index.to(tl.int32)
+    index = tl.minimum(tl.maximum(index, 0), size - 1)
+    if index.dtype.is_floating():
+        index = index.to(tl.int32)  # what is not negative is rounded down by being cut off
+    return index
 
 
 @triton.jit
@@ -114,6 +130,15 @@ def scored(
 
 
 @triton.jit
+def zero_sums(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """COUNT zero vectors [BLOCK]: one running sum for each share or statistic."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
 def reciprocal(total, b, h, i, n, m, seen, T, denominator: tl.constexpr):
     """1 / g(total), and 0 where g is 0: such a row has no weights at all."""
     g = denominator(total, b, h, i, n, m, seen, T)
@@ -137,12 +162,16 @@ def count_keys(
 
 @triton.jit
 def forward_tiles(
-    acc, total, top, low, high, q, K, V, k_strides, v_strides, b, h, g, i, n, m, seen, T,
+    acc, total, top, spread, low, high, q, K, V, k_strides, v_strides, b, h, g, i, n, m, seen,
+    T,
     SCALE: tl.constexpr, score: tl.constexpr, mask: tl.constexpr, numerator: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ENTROPY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
+    DVP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add keys low..high-1 to the weighted values, the sum of weights and the maximum."""
+    """Add keys low..high-1 to the weighted values, the sum of weights and the maximum.
+
+    `spread`, where an entropy is asked for, holds Σ w log w of the weights w = exp(s - top).
+    """
     for start in range(low, high, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)[None, :]
         k = load_rows(K, k_strides, b, g, start, m, D, DP, BLOCK_N)
@@ -154,6 +183,10 @@ def forward_tiles(
             fade = tl.exp(top - base)
             weight = tl.exp(s - base[:, None])
             acc = acc * fade[:, None]
+            if ENTROPY:
+                fall = tl.where(fade > 0, top - base, 0.0)
+                below = tl.where(weight > 0, s - base[:, None], 0.0)
+                spread = ((spread[0] + total * fall) * fade + tl.sum(weight * below, 1),)
             total = total * fade + tl.sum(weight, 1)
             top = higher
         else:
@@ -161,22 +194,26 @@ def forward_tiles(
             total += tl.sum(weight, 1)
         v = load_rows(V, v_strides, b, g, start, m, DV, DVP, BLOCK_N)
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, total, top
+    return acc, total, top, spread
 
 
 @triton.jit(do_not_specialize=["n", "m"])
 def pairwise_forward(
-    Q, K, V, O, Stat, Seen, T, q_strides, k_strides, v_strides, o_strides, n, m,
+    Q, K, V, O, Stat, Seen, Level, Lse, Entropy, T, q_strides, k_strides, v_strides, o_strides,
+    n, m,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, SCALE: tl.constexpr, BACK: tl.constexpr, AHEAD: tl.constexpr,
     PREFIX: tl.constexpr, score: tl.constexpr, mask: tl.constexpr, extra: tl.constexpr,
-    numerator: tl.constexpr, denominator: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    numerator: tl.constexpr, denominator: tl.constexpr, ENTROPY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """O = attention, Stat = log-sum-exp (exponential) or Σ f (ratio), Seen = visible keys.
 
     Q [B, H, n, D], K [B, H / G, m, D], V [B, H / G, m, DV], O [B, H, n, DV]; Stat and Seen
     [B, H, n], Seen None where no hook reads it. One program for each tile, head and batch.
+
+    Lse and Entropy [B, H, n] are None where they are not asked for; Level, beside Entropy, is
+    1 + entropy - Σ p, which the backward reads.
     """
     tiles = tl.cdiv(n, BLOCK_M)
     first = tl.program_id(0) % tiles * BLOCK_M
@@ -200,26 +237,41 @@ def pairwise_forward(
     if extra is not None:
         top = tl.zeros([BLOCK_M], tl.float32) + extra(b, h, row, n, m, seen, T)
     total = tl.where(top == float("-inf"), 0.0, 1.0)
+    spread = zero_sums(ENTROPY, BLOCK_M)
+    if ENTROPY:  # the visible keys are summed alone, and what is added to them at the end
+        total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DVP], tl.float32)
     q = load_rows(Q, q_strides, b, h, first, n, D, DP, BLOCK_M)
     g = h // G
     if PREFIX > 0:
-        acc, total, top = forward_tiles(
-            acc, total, top, 0, edge, q, K, V, k_strides, v_strides, b, h, g, i, n, m,
-            seen[:, None], T, SCALE, score, mask, numerator, D, DV, DP, DVP, BLOCK_N,
+        acc, total, top, spread = forward_tiles(
+            acc, total, top, spread, 0, edge, q, K, V, k_strides, v_strides, b, h, g, i, n, m,
+            seen[:, None], T, SCALE, score, mask, numerator, ENTROPY, D, DV, DP, DVP, BLOCK_N,
         )  # fmt: skip
-    acc, total, top = forward_tiles(
-        acc, total, top, low, high, q, K, V, k_strides, v_strides, b, h, g, i, n, m,
-        seen[:, None], T, SCALE, score, mask, numerator, D, DV, DP, DVP, BLOCK_N,
+    acc, total, top, spread = forward_tiles(
+        acc, total, top, spread, low, high, q, K, V, k_strides, v_strides, b, h, g, i, n, m,
+        seen[:, None], T, SCALE, score, mask, numerator, ENTROPY, D, DV, DP, DVP, BLOCK_N,
     )  # fmt: skip
 
     if numerator is None:
+        of_keys = total
+        if ENTROPY:  # noqa: SIM102
+            if extra is not None:
+                base = tl.where(top == float("-inf"), 0.0, top)
+                total += tl.exp(extra(b, h, row, n, m, seen, T) - base)
         safe = tl.where(total == 0, 1.0, total)
         acc = acc / safe[:, None]
         stat = tl.where(total == 0, 0.0, top + tl.log(safe))
+        if ENTROPY:
+            shared = of_keys / safe  # Σ p over the keys
+            entropy = shared * tl.log(safe) - spread[0] / safe
+            tl.store(Entropy + kept, entropy, mask=row < n)
+            tl.store(Level + kept, 1.0 + entropy - shared, mask=row < n)
     else:
         stat = total
         if denominator is not None:
             acc = acc * reciprocal(total, b, h, row, n, m, seen, T, denominator)[:, None]
     tl.store(Stat + kept, stat, mask=row < n)
     store_rows(O, acc, o_strides, b, h, first, n, DV, DVP, BLOCK_M)
+    if Lse is not None:
+        tl.store(Lse + kept, tl.where(total == 0, float("-inf"), stat), mask=row < n)

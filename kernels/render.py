@@ -16,7 +16,8 @@ from keyword import iskeyword
 from pathlib import Path
 
 from ..grammar.show import show
-from .hooks import learned_sums, print_hooks
+from .hooks import print_hooks
+from .shares import crowded, learned_sums, scattered, shares
 from .spec import Attend, Reach, Tensor, counts_seen, obstacle
 
 IMPORTS = """\
@@ -29,7 +30,7 @@ import triton.language as tl
 """
 _SOURCES = ("pairwise.py", "pairwise_backward.py", "launch.py")
 _FOR_TOOLS = re.compile(r"  # (fmt|noqa|type):.*")
-_OWN = frozenset({"q", "k", "v", "o", "do", "stats"})
+_OWN = frozenset({"q", "k", "v", "o", "do", "stats", "dlse", "dentropy"})
 _FAR = 2**30  # beyond any number of tokens: such a bound bounds nothing
 
 
@@ -51,6 +52,7 @@ def _body(path: Path) -> str:
 def render(spec: Attend, name: str, namespace: str) -> str:
     """Return the text of one attention: its hooks, its operators, and `def {name}(q, k, v, …)`.
 
+    The function returns o, or (o, lse), (o, entropy), (o, lse, entropy) where they are wanted.
     The operators are `{namespace}::{name}` and `{namespace}::{name}_backward`. Raises
     `ValueError` for what `obstacle` finds.
     """
@@ -67,6 +69,13 @@ def render(spec: Attend, name: str, namespace: str) -> str:
         lines.append("    counts_seen=True,")
     lines += _table("rows", {called[key]: f'"{value}"' for key, value in rows.items()})
     lines += _table("columns", {called[key]: f'"{value}"' for key, value in columns.items()})
+    for along in ("rows", "columns"):
+        if count := sum(not each.einsum for each in shares(spec, along)):
+            lines.append(f"    scattered_{along}={count},")
+    if into := scattered(spec):
+        quoted = ", ".join(f'"{called[name]}"' for name in into)
+        lines.append(f"    scattered=({quoted}{',' * (len(into) == 1)}),")
+    lines += [f"    {each}=True," for each in (*spec.wanted, *["crowded"] * crowded(spec))]
     body = "\n".join(lines)
     texts = [*hooks.values(), f"_{name} = Pairwise(\n{body}\n)\n", _function(spec, name)]
     return "\n\n".join(texts)
@@ -102,11 +111,16 @@ def _function(spec: Attend, name: str) -> str:
     typed = "".join(f"    {each}: torch.Tensor,\n" for each in shapes)
     lines = [f"    {each:{room}}{shape}" for each, shape in shapes.items()]
     meaning = "\n".join(f"    {line}".rstrip() for line in [*_meaning(spec), "", *lines])
+    call = f"_{name}.op({', '.join(shapes)})"
+    returned, body = "torch.Tensor", f"    return {call}[0]\n"
+    if wanted := spec.wanted:
+        returned = f"tuple[{', '.join(['torch.Tensor'] * (1 + len(wanted)))}]"
+        found = ", ".join(("o", "_", *wanted))
+        body = f"    {found} = {call}\n    return {', '.join(('o', *wanted))}\n"
     return (
-        f"def {name}(\n{typed}) -> torch.Tensor:\n"
+        f"def {name}(\n{typed}) -> {returned}:\n"
         f'    """Attend: o[h, i] = Σ_j p[h, i, j] · v[j], as (b, heads, n, dv).\n\n'
-        f'{meaning}\n    """\n'
-        f"    return _{name}.op({', '.join(shapes)})[0]\n"
+        f'{meaning}\n    """\n{body}'
     )
 
 
@@ -120,6 +134,10 @@ def _meaning(spec: Attend) -> list[str]:
     else:
         extra = "" if spec.extra is None else f" + exp({show(spec.extra)})"
         said.append("p = exp(s) / " + (f"(sum{extra})" if extra else "sum"))
+    if spec.lse:
+        said.append("lse = log of what exp(s) is divided by, as (b, heads, n)")
+    if spec.entropy:
+        said.append("entropy = -Σ_j p · log(p), as (b, heads, n)")
     return [
         line
         for each in said

@@ -12,8 +12,10 @@
     )
 
 Expressions read `s i j h n m seen` (and `sum` in a denominator) and the tensors, indexed in
-the order of their axes; the batch axis is implied. `obstacle` says, in words fit for
-`headloom explain`, why a kernel cannot carry a spec.
+the order of their axes; the batch axis is implied. An index is any expression: it is rounded
+down, and what lies outside takes the nearest end (`places`). Any read of a learned tensor has
+a gradient, whatever its index (`shares`). `obstacle` says, in words fit for `headloom
+explain`, why a kernel cannot carry a spec.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..grammar.expr import calls
 from ..grammar.functions import FUNCTIONS
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, walk
 
@@ -54,6 +55,10 @@ class Attend:
 
     Exponential: p = exp(s) / (Σ exp(s) + exp(extra)), where `extra` None is plain softmax.
     Otherwise the ratio p = numerator(s) / denominator(sum), where a denominator of None is 1.
+
+    `lse` asks for the logarithm of the exponential form's denominator beside o, `entropy` for
+    -Σ_j p log p; both are [b, heads, n] in float32. `heads` is how many there are, where that
+    is known: without it an axis that is read by `h` alone is taken to have one place for each.
     """
 
     score: Expr
@@ -65,6 +70,14 @@ class Attend:
     scale: float = 1.0
     tensors: tuple[Tensor, ...] = ()
     reach: Reach = Reach()
+    heads: int | None = None
+    lse: bool = False
+    entropy: bool = False
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The row statistics that are returned beside o, in their order."""
+        return ("lse",) * self.lse + ("entropy",) * self.entropy
 
     def parts(self) -> Iterator[tuple[str, Expr, frozenset[str]]]:
         """Yield each expression with what it is called and the names it may read."""
@@ -101,17 +114,6 @@ def index_names(read: Index | Name) -> tuple[str, ...]:
     """Return the names that index a tensor: ('i', 'h') for `t[i, h]`."""
     items = read.items if isinstance(read, Index) else ()
     return tuple(item.id if isinstance(item, Name) else "" for item in items)
-
-
-def learned_reads(spec: Attend) -> dict[str, Index | Name]:
-    """Return where each differentiable tensor is read outside the mask (the last read)."""
-    return {
-        tensor.name: read
-        for part, expr, _ in spec.parts()
-        if part != "mask"
-        for tensor, read in reads(expr, spec.tensors)
-        if tensor.differentiable
-    }
 
 
 def counts_seen(spec: Attend) -> bool:
@@ -153,12 +155,16 @@ def obstacle(spec: Attend) -> str | None:
         return "an exponential normaliser has no numerator or denominator of its own"
     if not spec.exponential and (spec.numerator is None or spec.extra is not None):
         return "a ratio needs a numerator and takes no added term"
+    if not spec.exponential and spec.lse:
+        return "a log-sum-exp is returned by an exponential normaliser only"
+    if not spec.exponential and spec.entropy:
+        return "an entropy is returned by an exponential normaliser only"
     if not math.isfinite(spec.scale):
         return "the scale is not a finite number"
     for part, expr, allowed in spec.parts():
         for problem in _problems(expr, allowed, spec):
             return f"the {part} {problem}"
-    return next(_untraceable(spec), None)
+    return None
 
 
 def _problems(expr: Expr, allowed: frozenset[str], spec: Attend) -> Iterator[str]:
@@ -173,7 +179,8 @@ def _problems(expr: Expr, allowed: frozenset[str], spec: Attend) -> Iterator[str
                 if name not in allowed:
                     yield f"reads `{name}`, which no kernel has there"
             case Index(Name(name), items) if name in known:
-                yield from _bad_index(known[name], items, spec)
+                if len(items) != (axes := len(known[name].shape)):
+                    yield f"indexes `{name}` {len(items)} times; it has {axes} axes"
             case Call(function, args, ()) if function in FUNCTIONS:
                 if len(args) != FUNCTIONS[function].arity:
                     yield f"calls `{function}` with {len(args)} arguments"
@@ -190,32 +197,3 @@ def _problems(expr: Expr, allowed: frozenset[str], spec: Attend) -> Iterator[str
                 pass
             case _:
                 yield f"holds a {type(node).__name__.lower()}, which is no scalar expression"
-
-
-def _bad_index(tensor: Tensor, items: tuple[Expr, ...], spec: Attend) -> Iterator[str]:
-    if len(items) != len(tensor.shape):
-        yield f"indexes `{tensor.name}` {len(items)} times; it has {len(tensor.shape)} axes"
-    for item, size in zip(items, tensor.shape, strict=False):
-        if not is_whole(item, spec) or calls(item, "floor"):
-            yield f"indexes `{tensor.name}` by what is not a whole number"
-        if isinstance(item, Number) and isinstance(size, int) and not 0 <= item.value < size:
-            yield f"indexes `{tensor.name}` by {item.value}; its size there is {size}"
-
-
-def _untraceable(spec: Attend) -> Iterator[str]:
-    """Yield the learned tensors whose gradients are not row or column sums."""
-    first = learned_reads(spec)
-    for part, expr, _ in spec.parts():
-        for tensor, read in reads(expr, spec.tensors):
-            if not tensor.differentiable or part == "mask":
-                continue
-            indices = index_names(read)
-            if read != first[tensor.name]:
-                yield f"the learned tensor `{tensor.name}` is read with different indices"
-            if not set(indices) <= {"h", "i", "j"} or {"i", "j"} <= set(indices):
-                yield (
-                    f"the gradient of `{tensor.name}` is no sum over rows or columns: "
-                    "a learned tensor may be indexed by h and i, or by h and j, only"
-                )
-            if len(set(indices)) < len(indices):
-                yield f"the learned tensor `{tensor.name}` is indexed twice by one name"

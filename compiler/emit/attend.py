@@ -12,42 +12,20 @@ def attend(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tenso
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
-from ...grammar.dialect import write
-from ...grammar.expr import TRUE, names, rebuild, substitute
-from ...grammar.syntax import (
-    Binary,
-    Call,
-    Compare,
-    Expr,
-    Index,
-    Name,
-    Number,
-    children,
-    walk,
-)
+from ...grammar.expr import TRUE, names
+from ...grammar.syntax import Call, Compare, Expr, Index, Name, Number, walk
 from ..blocks import sees_something
 from ..choose import Lowering, attend_exprs, reads_places, sdpa_obstacle
-from ..graph import Dims, Graph, Node, shape_of
-from ..masks import whole_range
+from ..graph import Graph, Node, shape_of
 from ..model import Normalizer
 from ..normalizers import Exponential, exponential
-from .text import atomic, call, ident, indent
+from .pairs import Operand, Pairs, operand, token
+from .text import atomic, call, comment, indent
 
 CAUSAL = Compare((Name("j"), Name("i")), ("<=",))
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """A stream (or doc) that expressions index, seen from the queries or from the keys."""
-
-    name: str
-    at: str  # i or j
-
-    @property
-    def variable(self) -> str:
-        return f"{ident(self.name)}_{self.at}"
 
 
 def operands(graph: Graph, node: Node) -> tuple[Operand, ...]:
@@ -57,24 +35,41 @@ def operands(graph: Graph, node: Node) -> tuple[Operand, ...]:
         for part in walk(expr):
             if isinstance(part, Index) and isinstance(part.base, Name):
                 name = part.base.id
-                if graph.node(name).op != "tensor":
-                    found[Operand(name, _token(part))] = None
+                if graph.node(name).op != "tensor" and not operand(node, part):
+                    found[Operand(name, token(part))] = None
     return tuple(sorted(found, key=lambda each: (node.inputs.index(each.name), each.at)))
 
 
-def _token(read: Index) -> str:
-    return next(item.id for item in read.items if item in (Name("i"), Name("j")))
-
-
 def method(graph: Graph, node: Node) -> list[str]:
-    """Return the lines of `def attend`."""
+    """Return the lines of `def attend`, and of the method it calls for some queries at a time."""
     writer = _Writer(graph, node)
     lowering: Lowering = node.get("lowering")
-    body = writer.sdpa() if sdpa_fits(node, lowering) else writer.dense()
     places = ["i", "j"] if reads_places(graph, node) else []
-    given = [*"qkv", *places, *(each.variable for each in operands(graph, node))]
+    seen = operands(graph, node)
+    given = [*"qkv", *places, *(each.variable for each in seen)]
+    head = f"def {method_name(node)}"
+    if sdpa_fits(node, lowering):
+        return _defined(head, given, writer.sdpa())
+    body = writer.dense()
+    if not writer.by_rows:
+        return _defined(head, given, body)
+    queries = ["q", *places[:1], *(each.variable for each in seen if each.at == "i")]
+    keys = ["k", "v", *places[1:], *(each.variable for each in seen if each.at == "j")]
+    comma = "," if len(queries) == 1 else ""
+    args = [f"self.{method_name(node)}_rows", f"({', '.join(queries)}{comma})",
+            f"({', '.join(keys)})"]  # fmt: skip
+    args += [f"width={writer.breadth}"] if writer.breadth > 1 else []
+    args += [f"before={writer.before}"] if writer.before else []
+    return [
+        *_defined(head, given, call("return over_queries", args)),
+        "",
+        *_defined(f"{head}_rows", [*queries, *keys], body),
+    ]
+
+
+def _defined(head: str, given: list[str], body: list[str]) -> list[str]:
     args = ["self", *(f"{name}: Tensor" for name in given)]
-    return [*call(f"def {method_name(node)}", args, ") -> Tensor:"), *indent(body)]
+    return [*call(head, args, ") -> Tensor:"), *indent(body)]
 
 
 def method_name(node: Node) -> str:
@@ -87,49 +82,6 @@ def sdpa_fits(node: Node, lowering: Lowering) -> bool:
     return lowering.path == "sdpa" or (lowering.path == "triton" and sdpa_obstacle(node) is None)
 
 
-PLACES = frozenset(("i", "j", "h", "n", "m"))
-_WHOLE = ("abs", "min", "max", "clip", "where", "floor", "ispow2")  # keep whole numbers whole
-
-
-def widened(expr: Expr, wide: str) -> Expr:
-    """Widen places (`i` → `i.double()`) where PyTorch would go on in float32 from whole numbers."""
-    if isinstance(expr, Index):
-        return expr
-    reads = names(expr)
-    if _turns(expr) and reads and reads <= PLACES and not _indexes(expr):
-        return _widen(expr, wide)
-    match expr:  # one side may be places alone, the condition something else
-        case Call("where", (condition, *sides)) if _turns(expr):
-            sides = [
-                _widen(each, wide)
-                if names(each) <= PLACES and not _indexes(each)
-                else widened(each, wide)
-                for each in sides
-            ]
-            return Call("where", (widened(condition, wide), *sides), (), expr.span)
-    return rebuild(expr, lambda each: widened(each, wide))
-
-
-def _turns(expr: Expr) -> bool:
-    """Say whether an operation makes a fraction of whole numbers."""
-    match expr:
-        case Binary("/" | "**"):
-            return True
-        case Call(name) if name not in _WHOLE:
-            return True
-        case Binary() | Call():
-            return any(isinstance(each, Number) and each.value % 1 for each in children(expr))
-    return False
-
-
-def _widen(expr: Expr, wide: str) -> Expr:
-    return substitute(expr, {name: Name(f"{name}{wide}") for name in PLACES})
-
-
-def _indexes(expr: Expr) -> bool:
-    return any(isinstance(each, Index) for each in walk(expr))
-
-
 class _Writer:
     def __init__(self, graph: Graph, node: Node) -> None:
         self.graph, self.node = graph, node
@@ -137,7 +89,30 @@ class _Writer:
         self.key_heads, self.keys = graph.node(node.inputs[1]).dims[1:3]
         self.normalizer: Normalizer = node.get("normalizer")
         self.mask: Expr = node.get("mask")
+        self.pairs = Pairs(graph, node, masked=self.mask != TRUE)
         self.lines: list[str] = []
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether some queries can be attended to without the others, but those just before."""
+        reads = {name for expr in self._all() for name in names(expr)}
+        calls = {part.function for expr in self._all() for part in walk(expr)
+                 if isinstance(part, Call)}  # fmt: skip
+        return "n" not in reads and not any(each.endswith("_queries") for each in calls)
+
+    @property
+    def before(self) -> int:
+        """How many queries before its own a row reads."""
+        return max((back for expr in self._all() for back in looks_back(self.graph, expr)),
+                   default=0)  # fmt: skip
+
+    @property
+    def breadth(self) -> int:
+        """How many numbers are made of a pair at once, where vectors of pairs are."""
+        similarity = self.node.get("similarity")
+        if similarity is None or self.pairs.value(similarity).text.count("@"):
+            return 1
+        return int(self.graph.node(self.node.inputs[0]).dims[3])
 
     def sdpa(self) -> list[str]:
         args = ["q", "k", "v"]
@@ -156,8 +131,14 @@ class _Writer:
         times = "" if scale == 1 else f" * {scale!r}"
         self.lines += [
             "wide = torch.promote_types(q.dtype, torch.float32)",
-            f"s = (q @ k.mT).to(wide){times}  # [{shape}, {self.keys}]",
         ]
+        similarity = self.node.get("similarity")
+        if similarity is None:
+            self.lines.append(f"s = (q @ k.mT).to(wide){times}  # [{shape}, {self.keys}]")
+        else:
+            text = self._text(similarity)
+            text = f"{atomic(text)}.to(wide){times}" if times else f"{atomic(text)}.to(wide)"
+            self.lines += comment(f"s = {text}", f"[{shape}, {self.keys}]")
         if self.mask != TRUE:
             self._visible()
         if any("seen" in names(expr) for expr in self._all()):
@@ -192,14 +173,17 @@ class _Writer:
         return [*(f"{name} = {made[name]}" for name in read), *self.lines]
 
     def _visible(self) -> None:
-        text = self._text(self.mask)
+        text = replace(self.pairs, wide=".double()").value(self.mask).text
         self.lines.append(f"visible = {text}")
 
     def _hidden(self, text: str, by: str = "0") -> str:
-        """Return a text with what is not visible replaced."""
-        if self.mask == TRUE:
-            return text
-        return f"{atomic(text)}.masked_fill(~visible, {by})"
+        return self.pairs.hidden(text, by)
+
+    def _text(self, expr: Expr) -> str:
+        return self.pairs.value(expr).text
+
+    def _spread(self, expr: Expr) -> str:
+        return self.pairs.spread(expr)
 
     def _normalize(self) -> None:
         form = exponential(self.normalizer)
@@ -252,65 +236,13 @@ class _Writer:
             f"p = {self._hidden('weight(s, tau)')}",
         ]
 
-    # leaves
 
-    def _text(self, expr: Expr) -> str:
-        if expr == self.mask:
-            wide, typed = ".double()", "q.new_full((), {}, dtype=torch.float64)"
-        else:
-            wide, typed = ".to(wide)", "q.new_full((), {}, dtype=wide)"
-        return write(widened(expr, wide), "torch", self._leaf, typed)
-
-    def _spread(self, expr: Expr) -> str:
-        """Return the text of a number for every pair, also where it does not read the logits."""
-        text = self._text(expr)
-        return text if {"s", "p"} & names(expr) else f"torch.zeros_like(s) + {atomic(text)}"
-
-    def _leaf(self, leaf: Name | Index) -> str:
-        if isinstance(leaf, Name):
-            return "rows" if leaf.id == "sum" else leaf.id
-        assert isinstance(leaf.base, Name)
-        name = leaf.base.id
-        made = self.graph.node(name)
-        if made.op == "tensor":
-            sizes = zip(leaf.items, made.dims, strict=True)
-            items = ", ".join(self._place(item, int(size)) for item, size in sizes)
-            return f"self.{name}[{items}]" if items else f"self.{name}"
-        operand = Operand(name, _token(leaf))
-        along = "[:, None, :, None]" if operand.at == "i" else "[:, None, None, :]"
-        if name == "doc":
-            return f"{operand.variable}{along}"
-        text, has_heads = self._features(operand.variable, leaf, made.dims)
-        if has_heads:
-            along = "[..., None]" if operand.at == "i" else "[..., None, :]"
-        return text + along
-
-    def _features(self, variable: str, read: Index, dims: Dims) -> tuple[str, bool]:
-        """Pick the feature of a stream: [b, n], or [b, h, n] where it differs by head."""
-        items = [item for item in read.items if item not in (Name("i"), Name("j"))]
-        head, size = items[0], int(dims[1] if len(dims) == 4 else dims[2])
-        if len(dims) == 4:
-            assert isinstance(items[1], Number)
-            variable = f"{variable}[..., {items[1].value}]"  # [b, heads, n]
-        elif isinstance(head, Number):
-            return f"{variable}[..., {head.value}]", False
-        else:
-            variable = f"{variable}.mT"  # [b, heads, n]
-        if isinstance(head, Number):
-            return f"{variable}[:, {head.value}]", False
-        if head == Name("h") and size == self.heads:
-            return variable, True
-        return f"{variable}[:, ({self._place(head, size)}).flatten()]", True
-
-    def _place(self, item: Expr, size: int) -> str:
-        """Write an index into `size` elements: past an end, it reads the element at that end."""
-        bounds = whole_range(item, int(self.heads))
-        text = self._text(item)
-        if bounds is None:
-            text = f"({text}).floor().long()"
-        if bounds is None or bounds[0] < 0 or bounds[1] >= size:
-            text = f"{atomic(text)}.clamp(0, {size - 1})"
-        return text
+def looks_back(graph: Graph, expr: Expr) -> Iterator[int]:
+    """Yield how many earlier queries each convolution in an expression reads."""
+    for part in walk(expr):
+        match part:
+            case Call("convolve", (_, Index(Name(kernel), ()))):
+                yield int(graph.node(kernel).dims[-2]) - 1
 
 
 def sdpa_call(graph: Graph, node: Node, args: list[str], head: str) -> list[str]:

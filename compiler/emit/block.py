@@ -373,11 +373,13 @@ class _Writer:
         q, *_ = node.inputs
         named = {name: self._seen_as(node, name) for name in self._keyed(node)}
         k, v = (named[name] for name in node.inputs[1:3])
-        variables = [named[each.name] if each.at == "j" else each.variable for each in operands]
+        variables = [
+            _column(named[each.name]) if each.at == "j" else each.variable for each in operands
+        ]
         lines += [
-            f"{variable} = {_plain_name(each.name)}"
+            f"{variable} = {_column(_plain_name(each.name))}"
             for each, variable in zip(operands, variables, strict=True)
-            if each.at == "i" and variable != _plain_name(each.name)
+            if each.at == "i"
         ]
         places = reads_places(self.graph, node)
         lines += self._advance(node, named, places)
@@ -445,7 +447,7 @@ class _Writer:
         any_places = any(reads_places(self.graph, each) for each in nodes)
         named = {name: self._seen_as(each, name) for each in nodes for name in self._keyed(each)}
         lines += [
-            f"{variable} = {_plain_name(name)}"
+            f"{variable} = {_column(_plain_name(name))}"
             for name, variable in named.items()
             if variable != _plain_name(name)
         ]
@@ -454,13 +456,10 @@ class _Writer:
             return lines
         cache = self.cache(held)
         given = "given" if self._needs_places else "positions"
-        doc = {name: "[..., None]" if name == "doc" else "" for name in named}
-        values = [f"{ident(name)}={_plain_name(name)}{doc[name]}" for name in named]
+        values = [f"{ident(name)}={_column(_plain_name(name))}" for name in named]
         got = ", ".join([*named.values(), "places" if any_places else "_"])
         lines.append(f"if {cache} is not None:")
         lines += indent(call(f"{got} = {cache}.update", [given, *values]))
-        if "doc" in named:
-            lines.append(f"    {named['doc']} = {named['doc']}[..., 0]")
         return lines
 
     # nodes
@@ -541,6 +540,11 @@ def _plain_name(name: str) -> str:
 
 def _target(node: Node) -> str:
     return _plain_name(node.name)
+
+
+def _column(variable: str) -> str:
+    """Return a stream as [b, tokens, d]: a segment is a number a token."""
+    return "doc[..., None]" if variable == "doc" else variable
 
 
 def _tensor_text(node: Node) -> str:

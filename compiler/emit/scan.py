@@ -11,23 +11,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from ...grammar.dialect import write
-from ...grammar.expr import evaluate, names, rebuild
-from ...grammar.syntax import (
-    Binary,
-    Call,
-    Expr,
-    Index,
-    Name,
-    Number,
-)
+from ...grammar.expr import evaluate, names
+from ...grammar.syntax import Index, Name
 from ..graph import Graph, Node
 from ..model import Recurrence, State
-from .text import atomic, call, ident, indent
+from .text import call, ident, indent
+from .values import Text, Values
 
 
 @dataclass
-class _Ranks:
+class _Ranks(Values):
     """How many dimensions a name has per head: 0 number, 1 vector, 2 matrix."""
 
     graph: Graph
@@ -35,72 +28,17 @@ class _Ranks:
     known: dict[str, int]
     texts: Mapping[str, str] = field(default_factory=dict)  # how a name is written, if not so
 
-    def text(self, expr: Expr) -> tuple[str, int]:
-        """Return an expression's text and rank, everything elementwise in it in one piece."""
-        leaves: list[tuple[str, int]] = []
-        pattern = self._pattern(expr, leaves)
-        rank = max((each for _, each in leaves), default=0)
+    @property
+    def typed(self) -> str:
+        return "x.new_full((), {}, dtype=wide)"
 
-        def leaf(each: Name | Index) -> str:
-            assert isinstance(each, Name)
-            return _lift(*leaves[int(each.id[1:])], rank)
-
-        return write(pattern, "torch", leaf, "x.new_full((), {}, dtype=wide)"), rank
-
-    def _pattern(self, expr: Expr, leaves: list[tuple[str, int]]) -> Expr:
-        """Return the elementwise part of an expression, over a0, a1 … for what is below it."""
-
-        def below(text: str, rank: int) -> Expr:
-            leaves.append((text, rank))
-            return Name(f"a{len(leaves) - 1}")
-
-        match expr:
-            case Number() | Name("true" | "false"):
-                return expr
-            case Call("outer", (left, right)):
-                a, b = (atomic(self.text(each)[0]) for each in (left, right))
-                rows, columns = below(f"{a}[..., :, None]", 2), below(f"{b}[..., None, :]", 2)
-                return Binary("*", rows, columns)
-            case Name() | Index() | Binary("@") | Call("sum" | "mean" | "norm" | "dot"):
-                return below(*self._leaf(expr))
-            case _:
-                return rebuild(expr, lambda each: self._pattern(each, leaves))
-
-    def _leaf(self, expr: Expr) -> tuple[str, int]:
+    def leaf(self, expr: Name | Index) -> Text:
         match expr:
             case Name(id):
-                return self.texts.get(id, _variable(id)), self.known[id]
+                return Text(self.texts.get(id, _variable(id)), self.known[id])
             case Index(Name(id), items):
-                return f"self.{id}", len(self.graph.node(id).dims) - len(items)
-            case Binary("@", left, right) | Call("dot", (left, right)):
-                return self._contract(self.text(left), self.text(right))
-            case Call(name, (arg,)):
-                inner, rank = self.text(arg)
-                axes = "-1" if rank == 1 else "(-2, -1)"
-                if name == "norm":
-                    size = f"torch.linalg.vector_norm({inner}, dim={axes})"
-                    return (size if rank else f"({inner}).abs()"), 0
-                return (f"{atomic(inner)}.{name}({axes})" if rank else inner), 0
+                return Text(f"self.{id}", len(self.graph.node(id).dims) - len(items))
         raise TypeError(f"{type(expr).__name__} in a mixer")
-
-    @staticmethod
-    def _contract(left: tuple[str, int], right: tuple[str, int]) -> tuple[str, int]:
-        (a, one), (b, two) = (atomic(left[0]), left[1]), (atomic(right[0]), right[1])
-        if one == 1 and two == 1:
-            return f"({a} * {b}).sum(-1)", 0
-        if one == 1:
-            return f"({a}[..., None, :] @ {b}).squeeze(-2)", 1
-        if two == 1:
-            return f"({a} @ {b}[..., :, None]).squeeze(-1)", 1
-        return f"{a} @ {b}", 2
-
-
-def _lift(text: str, rank: int, to: int) -> str:
-    """Give a text the trailing dimensions to meet one of a higher rank."""
-    if rank == to:
-        return atomic(text)
-    dims = "..., None, None" if (rank, to) == (0, 2) else "..., None"
-    return f"{atomic(text)}[{dims}]"
 
 
 def states_of(mix: Recurrence) -> list[str]:
@@ -154,7 +92,7 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     known = _Ranks(graph, node, ranks, {name: _token_of(name) for name in streams})
     for each in mix.updates:  # intermediate names have the rank of what is written to them
         if each.name != "o" and each.name not in {state.name for state in mix.states}:
-            ranks[each.name] = known.text(each.value)[1]
+            ranks[each.name] = known.value(each.value).rank
     cached = f"state = {start} if {cache} is None else {cache}.kept"
     lines += [cached] if mix.causal else [f"state = {start}"]
     lines += [f'{name} = state["{name}"]' for name in states(mix)]
@@ -226,7 +164,7 @@ def _statements(known: _Ranks, mix: Recurrence, written: Collection[str]) -> lis
     for each in mix.updates:
         if each.name in everywhere and each.name not in written:
             continue
-        text = known.text(each.value)[0]
+        text = known.value(each.value).text
         if names(each.value) & batched:
             batched.add(each.name)
         elif each.name in shapes:  # the same for the whole batch

@@ -37,14 +37,15 @@ def _fused(made: dict[str, Node], combine: Node) -> Node:
     mask = made[steps["normalize"].inputs[1]]
     others = [
         name
-        for step, skip in ((steps.get("score"), 1), (mask, 0), (steps["normalize"], 2),
-                           (steps.get("weights"), 2))
+        for step, skip in ((steps["similarity"], 2), (steps.get("score"), 1), (mask, 0),
+                           (steps["normalize"], 2), (steps.get("weights"), 2))
         if step is not None
         for name in step.inputs[skip:]
     ]  # fmt: skip
-    inputs = (*steps["similarity"].inputs, values, *dict.fromkeys(others))
+    inputs = (*steps["similarity"].inputs[:2], values, *dict.fromkeys(others))
     attrs = {
         "scale": steps["similarity"].get("scale"),
+        "similarity": steps["similarity"].get("expr"),
         "score": steps["score"].get("expr") if "score" in steps else Name("s"),
         "mask": mask.get("expr"),
         "normalizer": steps["normalize"].get("normalizer"),

@@ -115,7 +115,7 @@ REFUSED = {
     "a block as a number": ("L219", "block a { heads = a }"),
     "a truth as a score": ("L210", "block a { score = i < j }"),
     "a number as a mask": ("L210", "block a { mask = causal and 3 }"),
-    "matrices in a mask": ("L210", "block a { mask = i @ j }"),
+    "matrices in a mask": ("L216", "block a { mask = i @ j }"),
     "a stream in a mask": ("L214", "block a { let t = x | linear(8); mask = t > 0 }"),
     "outside of a tensor": ("L214", "block a { param t[4] = 0; score = s + t[4] }"),
     "between two places": ("L214", "block a { param t[4] = 0; score = s + t[1 / 3] }"),

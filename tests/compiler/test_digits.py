@@ -28,6 +28,7 @@ WHERE = {
     "inlined": "out = where((o | merge | linear) > 0, 0.7, 0.3) * (o | merge | linear)",
     "tensor": "const t[heads] = where(h < 2, 0.7, 0.3); score = s + t[h]",
     "mixer": "mix = kinky; mask = causal",
+    "one feature": "head_dim = 1; score = s + where(i - j < 2, 0.7, 0.3)",
     "clip": "param t = 0.3; score = clip(s, -0.7, t) + clip(s, t, 0.7) + clip(0.1, t, s)",
     "clip of a stream": "let t = x | linear(1); score = clip(s, t[i], 0.7)",
     "clip in a pipeline": "let t = x | linear | split; q = clip(t, k, 0.7)",
@@ -45,7 +46,7 @@ mix kinky {
 
 @pytest.mark.parametrize("name", WHERE)
 def test_two_numbers_of_a_where_are_exact(name: str) -> None:
-    text = f"{DEFINITIONS}\nblock a {{ heads = 4; head_dim = 6; width = 24\n{WHERE[name]} }}"
+    text = f"{DEFINITIONS}\nblock a {{ heads = 4; width = 24\n{WHERE[name]} }}"
     block = find(check(parse(text)), "a")
     x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.bfloat16, 6e-2)):

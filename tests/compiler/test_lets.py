@@ -211,7 +211,7 @@ def test_a_threshold_is_written_in_place() -> None:
         "block a { score = s where sum == 1 }",
         "mask f = j <= i where sum == 1; block a { mask = f }",
         "block a { heads = 4 where sum == 1 }",
-        "block a {}\nmodel m { width = 8; layers = [a] where sum == 1 }",
+        "block a { heads = 2 }\nmodel m { width = 8; layers = [a] where sum == 1 }",
     ],
 )
 def test_a_condition_that_fixes_nothing_is_refused(text: str) -> None:

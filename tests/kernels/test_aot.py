@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from headloom.grammar.parse import parse_expression
@@ -31,12 +33,49 @@ DOCUMENTS = Attend(
 )
 
 
+LSE = replace(CAPPED, lse=True)
+STATISTICS = replace(CAPPED, lse=True, entropy=True)
+SCATTERED = Attend(
+    score=parse_expression("s * t[i, h // 2] + table[h, 4 * log(abs(i - j) + 1)] + beta[doc[j]]"),
+    mask=parse_expression("j <= i and doc[i] == doc[j]"),
+    scale=0.125,
+    tensors=(
+        Tensor("t", ("n", 4), batched=True, differentiable=True),
+        Tensor("table", (8, 32), differentiable=True),
+        Tensor("beta", (16,), differentiable=True),
+        Tensor("doc", ("n",), batched=True),
+    ),
+    reach=Reach(None, 0, 0),
+)
+EVERYTHING = replace(SCATTERED, lse=True, entropy=True)
+RELATIVE = Attend(
+    score=parse_expression("s + table[h, clip(i - j, -16, 16) + 16]"),
+    mask=parse_expression("j <= i"),
+    scale=0.125,
+    tensors=(Tensor("table", (8, 33), differentiable=True),),
+    reach=Reach(None, 0, 0),
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_nothing_spills(head_dim: int, dtype: str) -> None:
-    found = compile_ahead(CAPPED, ("sm_80", "sm_90"), head_dim=head_dim, dtype=dtype)
+@pytest.mark.parametrize(
+    "spec",
+    [CAPPED, STATISTICS, RELATIVE, EVERYTHING],
+    ids=["capped", "statistics", "relative", "everything"],
+)
+def test_nothing_spills(spec: Attend, head_dim: int, dtype: str) -> None:
+    found = compile_ahead(spec, ("sm_80", "sm_90"), head_dim=head_dim, dtype=dtype)
     assert len(found) == 8
+    assert [each for each in found if not each.ok] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_log_sum_exp_fits_the_tiles_it_has(head_dim: int, dtype: str) -> None:
+    found = compile_ahead(LSE, head_dim=head_dim, dtype=dtype, backward=False)
     assert [each for each in found if not each.ok] == []
 
 

@@ -32,6 +32,21 @@ SIGMOID = Attend(
     score=parse_expression("s"), exponential=False, numerator=parse_expression("sigmoid(s)")
 )
 
+BOTH = Attend(
+    score=parse_expression("s + table[h, i - j] + t[i, h] - t[j, h // 2]"),
+    mask=parse_expression("j <= i"),
+    extra=parse_expression("z[h // 2]"),
+    scale=0.25,
+    tensors=(
+        Tensor("t", ("n", 4), batched=True, differentiable=True),
+        Tensor("z", (4,), differentiable=True),
+        Tensor("table", (4, 5), differentiable=True),
+    ),
+    reach=Reach(None, 0, 0),
+    lse=True,
+    entropy=True,
+)
+
 
 def text_of(**specs: Attend) -> str:
     parts = [IMPORTS, skeleton_text()]
@@ -41,7 +56,7 @@ def text_of(**specs: Attend) -> str:
 
 @pytest.fixture(scope="module")
 def module(execute: Any) -> Any:
-    return execute(text_of(sink=SINK, plain=PLAIN, sigmoid=SIGMOID), "<test_operators>")
+    return execute(text_of(sink=SINK, plain=PLAIN, sigmoid=SIGMOID, both=BOTH), "<test_operators>")
 
 
 def inputs(n: int = 9) -> tuple[torch.Tensor, ...]:
@@ -68,6 +83,24 @@ def test_opcheck(module: Any) -> None:
     torch.library.opcheck(module._sink.op, inputs())
     q, k, v, *_ = inputs()
     torch.library.opcheck(module._plain.op, (q, k, v))
+    torch.library.opcheck(module._both.op, (*inputs(), torch.randn(4, 5, requires_grad=True)))
+
+
+def test_statistics_compile_whole_and_may_be_left_alone(module: Any) -> None:
+    data = (*inputs(), torch.randn(4, 5, requires_grad=True))
+
+    def chosen(*data: torch.Tensor) -> torch.Tensor:
+        _, lse, entropy = module.both(*data)
+        return lse.square().sum() + entropy.sum()
+
+    chosen(*data).backward()
+    grads = [each.grad for each in data]
+    for each in data:
+        each.grad = None
+    torch.compile(chosen, fullgraph=True, backend="aot_eager")(*data).backward()
+    assert not grads[2].any()  # neither depends on the values
+    for each, grad in zip(data, grads, strict=True):
+        torch.testing.assert_close(each.grad, grad)
 
 
 def test_compiles_whole(module: Any) -> None:

@@ -19,7 +19,9 @@ from headloom.kernels.spec import Attend, Reach, Tensor, obstacle
 
 SCOPE: dict[str, Any] = {
     "exp": torch.exp,
-    "log": torch.log,
+    "log": lambda x: torch.log(x.double()),
+    "floor": torch.floor,
+    "where": torch.where,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
@@ -55,6 +57,9 @@ class Case:
     d: int = 16
     dv: int = 16
     batch: int = 1
+    known_heads: bool = False
+    lse: bool = False
+    entropy: bool = False
     values: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
 
     def spec(self) -> Attend:
@@ -71,6 +76,9 @@ class Case:
             scale=self.scale,
             tensors=self.tensors,
             reach=self.reach,
+            heads=self.heads[0] if self.known_heads else None,
+            lse=self.lse,
+            entropy=self.entropy,
         )
 
 
@@ -198,25 +206,202 @@ CASES = (
         },
         batch=2,
     ),
+    Case(
+        "learned_relative_table",
+        score="s + table[h, clip(i - j, -4, 4) + 4]",
+        mask="j <= i",
+        reach=CAUSAL,
+        tensors=(learned("table", 2, 9),),
+        n=40,
+        m=40,
+    ),
+    Case(
+        "table_past_its_ends",
+        score="s * (1 + table[h, i - j])",
+        tensors=(learned("table", 2, 7),),
+        batch=2,
+        n=17,
+        m=40,
+    ),
+    Case(
+        "buckets_not_whole",
+        score="s + table[h, 3 * log(abs(i - j) + 1.3)] + edge[i / 4 - 1]",
+        tensors=(learned("table", 2, 8), learned("edge", 5)),
+    ),
+    Case(
+        "by_document",
+        score="s + beta[doc[j]] + gamma[doc[i], doc[j]]",
+        mask="j <= i",
+        reach=CAUSAL,
+        tensors=(
+            learned("beta", 3),
+            learned("gamma", 3, 3),
+            Tensor("doc", ("n",), batched=True),
+        ),
+        values={
+            "doc": lambda *shape: (
+                torch.arange(shape[-1]).div(7, rounding_mode="floor")
+                + torch.zeros(shape, dtype=torch.int64)
+            ),
+        },
+        heads=(4, 2),
+        batch=2,
+    ),
+    Case(
+        "one_tensor_at_several_places",
+        score="s * (1 + w[0]) + t[i] - t[j] + w[h] * w[2] + w[9]",
+        tensors=(learned("w", 4), learned("t", "n")),
+        heads=(4, 1),
+        n=21,
+        m=21,
+    ),
+    Case(
+        "features_of_a_stream",
+        score="s * softplus(t[i, h // 2]) + t[i, 0] + u[j, 1] * e[h, i, 3]",
+        tensors=(
+            learned("t", "n", 2, batched=True),
+            learned("u", "m", 2, batched=True),
+            learned("e", 4, "n", 5, batched=True),
+        ),
+        heads=(4, 2),
+        n=20,
+        m=35,
+        batch=2,
+    ),
+    Case(
+        "bias_of_every_pair",
+        score="s + bias[h, i, j]",
+        tensors=(learned("bias", 2, "n", "m", batched=True),),
+        n=17,
+        m=35,
+        batch=2,
+    ),
+    Case(
+        "table_of_the_logit",
+        score="s + t[s * 2 + 3]",
+        tensors=(learned("t", 6),),
+        n=17,
+        m=17,
+    ),
+    Case(
+        "scattered_ratio",
+        score="s * t[j // 3]",
+        numerator="relu(s + c[i - j]) ** 3",
+        denominator="sum + exp(c[h]) + w[sum]",
+        tensors=(learned("c", 5), learned("t", 6), learned("w", 3)),
+        values={"w": lambda *shape: torch.rand(shape)},
+        mask="j <= i",
+        reach=CAUSAL,
+        n=20,
+        m=20,
+    ),
+    Case(
+        "scattered_sink",
+        score="s * z[h // 2]",
+        extra="z[h // 2] + y[i % 5]",
+        tensors=(learned("z", 2), learned("y", 5)),
+        heads=(4, 4),
+        mask="j < i",
+        reach=Reach(None, -1, 0),
+    ),
+    Case(
+        "mask_past_its_ends",
+        mask="keep[i - j] and j < 30",
+        python_mask="keep[i - j] & (j < 30)",
+        tensors=(Tensor("keep", (6,)),),
+        values={"keep": lambda *shape: torch.arange(*shape) % 2 == 1},
+    ),
+    Case(
+        "head_past_its_end",
+        score="s * w[h] - w[j]",
+        tensors=(learned("w", 3),),
+        heads=(4, 4),
+        known_heads=True,
+        n=9,
+        m=9,
+    ),
+    Case("lse", mask="j <= i", reach=CAUSAL, lse=True, n=40, m=40, batch=2, heads=(4, 2)),
+    Case("lse_of_nothing", mask="i - j >= 5", reach=Reach(None, -5, 0), lse=True, dv=24),
+    Case(
+        "lse_and_sink",
+        mask="j < i",
+        reach=Reach(None, -1, 0),
+        extra="z[h]",
+        tensors=(learned("z", 2),),
+        lse=True,
+        m=17,
+    ),
+    Case("entropy", entropy=True, n=17, m=70, d=24, dv=40, heads=(4, 2)),
+    Case("entropy_of_nothing", mask="i - j >= 5", reach=Reach(None, -5, 0), entropy=True),
+    Case(
+        "both_and_sink",
+        score="5 * tanh(s / 5) + g[j] - slope[h] * abs(i - j)",
+        mask="j < 2 or 1 <= i - j < 7",
+        python_mask="(j < 2) | ((i - j >= 1) & (i - j < 7))",
+        reach=Reach(6, -1, 2),
+        extra="z[h] * y[i % 3]",
+        tensors=(learned("g", "m"), learned("slope", 2), learned("z", 2), learned("y", 3)),
+        scale=1.0,
+        lse=True,
+        entropy=True,
+        n=50,
+        m=70,
+    ),
+    Case(
+        "both_and_plus_one",
+        extra="0.0",
+        mask="i - j >= 5",
+        reach=Reach(None, -5, 0),
+        lse=True,
+        entropy=True,
+        batch=2,
+    ),
+    Case(
+        "both_by_document",
+        score="s + table[i - j] / seen",
+        mask="doc[i] == doc[j] and j <= i",
+        python_mask="(doc[i] == doc[j]) & (j <= i)",
+        reach=CAUSAL,
+        tensors=(learned("table", 4), Tensor("doc", ("n",), batched=True)),
+        values={
+            "doc": lambda *shape: (
+                torch.arange(shape[-1]).div(9, rounding_mode="floor")
+                + torch.zeros(shape, dtype=torch.int64)
+            ),
+        },
+        lse=True,
+        entropy=True,
+        batch=2,
+    ),
     Case("sees_nothing", mask="i > 20 and j < i - 20", python_mask="(i > 20) & (j < i - 20)"),
     Case("nothing_at_all", mask="j > 99", numerator="relu(s) ** 2", denominator="sum", n=5, m=5),
 )
 
 
 class Reads:
-    """A tensor that is indexed as in Loom: by h, i, j, broadcast over [b, h, i, j]."""
+    """A tensor that is indexed as in Loom: by h, i, j, broadcast over [b, h, i, j].
+
+    An index is rounded down, and what lies outside takes the nearest end.
+    """
 
     def __init__(self, value: torch.Tensor, batched: bool) -> None:
         self.value, self.batched = value, batched
 
     def __getitem__(self, items: Any) -> torch.Tensor:
         items = items if isinstance(items, tuple) else (items,)
+        sizes = self.value.shape[int(self.batched) :]
+        items = tuple(
+            torch.as_tensor(item).double().nan_to_num(0).floor().clamp(0, size - 1).long()
+            for item, size in zip(items, sizes, strict=True)
+        )
         batch = torch.arange(self.value.shape[0])[:, None, None, None]
         return self.value[(batch, *items) if self.batched else items]
 
 
-def dense(case: Case, q: Any, k: Any, v: Any, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The meaning, in float64, over all pairs at once."""
+def dense(
+    case: Case, q: Any, k: Any, v: Any, tensors: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """The meaning, in float64, over all pairs at once: o, and the statistics asked for."""
     n, m, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scope = dict(SCOPE, power=lambda x: (x > 0) & ((x & (x - 1)) == 0))
@@ -236,12 +421,20 @@ def dense(case: Case, q: Any, k: Any, v: Any, tensors: dict[str, torch.Tensor]) 
         extra = torch.full_like(s[..., :1], -1e30)
         if case.extra is not None:
             extra = torch.zeros_like(extra) + eval(case.extra, scope)
-        p = torch.cat([torch.where(visible, s, -1e30), extra], -1).softmax(-1)[..., :-1]
-        return torch.where(visible, p, 0.0) @ v
+        logits = torch.cat([torch.where(visible, s, -1e30), extra], -1)
+        p = torch.where(visible, logits.softmax(-1)[..., :-1], 0.0)
+        found = [p @ v]
+        total = logits.logsumexp(-1, keepdim=True)
+        if case.lse:
+            empty = ~visible.any(-1) & (case.extra is None)
+            found.append(torch.where(empty, float("-inf"), total[..., 0]))
+        if case.entropy:
+            found.append(-torch.where(visible, p * (s - total), 0.0).sum(-1))
+        return tuple(found)
     f = torch.where(visible, eval(case.numerator, scope), 0.0)
     scope["sum"] = f.sum(-1, keepdim=True)
     g = torch.ones(()) if case.denominator is None else eval(case.denominator, scope)
-    return torch.where(g == 0, 0.0, f / torch.where(g == 0, 1.0, g)) @ v
+    return (torch.where(g == 0, 0.0, f / torch.where(g == 0, 1.0, g)) @ v,)
 
 
 def draw(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -261,19 +454,28 @@ def draw(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, 
 
 
 def both(case: Case, load: Any, dtype: torch.dtype = torch.float32) -> list[tuple[str, Any, Any]]:
-    """Return (what, ours, oracle's) for the output and every gradient."""
+    """Return (what, ours, oracle's) for every output and every gradient."""
     qkv, tensors = draw(case, dtype)
     wide = [each.detach().double().requires_grad_() for each in qkv]
     wider = {
         name: each.detach().double().requires_grad_() if each.requires_grad else each.detach()
         for name, each in tensors.items()
     }
-    o = load(case.spec())(*qkv, *tensors.values())
+    found = load(case.spec())(*qkv, *tensors.values())
+    found = found if isinstance(found, tuple) else (found,)
     expected = dense(case, *wide, wider)
-    upstream = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
-    o.backward(upstream.to(dtype))
-    expected.backward(upstream.double())
-    pairs = [("o", o.detach(), expected.detach())]
+    assert len(found) == len(expected)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(each.shape, generator=generator) for each in found]
+    torch.autograd.backward(
+        found, [each.to(x.dtype) for each, x in zip(upstream, found, strict=True)]
+    )
+    torch.autograd.backward(expected, [each.double() for each in upstream])
+    names = ["o"] + ["lse"] * case.lse + ["entropy"] * case.entropy
+    pairs = [
+        (name, ours.detach(), theirs.detach())
+        for name, ours, theirs in zip(names, found, expected, strict=True)
+    ]
     for name, ours, theirs in zip("qkv", qkv, wide, strict=True):
         pairs.append((name, ours.grad, theirs.grad))
     for name, each in tensors.items():
@@ -300,7 +502,7 @@ def test_matches_the_dense_meaning(case: Case, load: Any) -> None:
     close(both(case, load), 2e-5)
 
 
-@pytest.mark.parametrize("name", ["grouped", "temperature", "squared_relu"])
+@pytest.mark.parametrize("name", ["grouped", "temperature", "squared_relu", "both_and_sink"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision(name: str, dtype: torch.dtype, load: Any) -> None:
     case = next(each for each in CASES if each.id == name)

@@ -102,6 +102,48 @@ def test_extreme_logits_stay_finite(score: str, load: Any) -> None:
     assert (o.abs() <= v.detach().abs().max() + 1e-5).all()
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # rows past the last
+@pytest.mark.parametrize("extra", [None, "z[h]"], ids=["softmax", "sink"])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_extreme_statistics_stay_finite(scale: float, extra: str | None, load: Any) -> None:
+    """Weights of exactly one and exactly zero: entropies and their gradients are zero there."""
+    spec = attend(
+        "j <= i",
+        Reach(None, 0, 0),
+        score=parse_expression("s * gain"),
+        extra=None if extra is None else parse_expression(extra),
+        tensors=(Tensor("gain", ()), Tensor("z", (1,), differentiable=True)),
+        lse=True,
+        entropy=True,
+    )
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 70, 16, requires_grad=True) for _ in range(3))
+    z = torch.tensor([2.0 * scale], requires_grad=True)
+    o, lse, entropy = load(spec)(q, k, v, torch.tensor(scale), z)
+    (o.sum() + lse.sum() + entropy.sum()).backward()
+    grads = [each.grad for each in (q, k, v, z) if each.grad is not None]
+    assert all(torch.isfinite(each).all() for each in (o, lse, entropy, *grads))
+    s = (0.25 * scale * q.double() @ k.double().mT).detach()
+    s = s.masked_fill(~torch.ones(70, 70).tril().bool(), float("-inf"))
+    if extra is not None:
+        s = torch.cat([s, z.detach().double().expand(1, 1, 70, 1)], -1)
+    torch.testing.assert_close(lse.double(), s.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    terms = torch.special.entr(s.softmax(-1))[..., :70]
+    torch.testing.assert_close(entropy.double(), terms.sum(-1), rtol=1e-4, atol=2e-3)
+
+
+def test_statistics_of_rows_that_see_nothing(load: Any) -> None:
+    spec = attend("i - j >= 40", Reach(None, -40, 0), lse=True, entropy=True)
+    q, k, v = (torch.randn(1, 2, 50, 16, requires_grad=True) for _ in range(3))
+    o, lse, entropy = load(spec)(q, k, v)
+    assert (lse[:, :, :40] == float("-inf")).all()
+    assert torch.isfinite(lse[:, :, 40:]).all()
+    assert (entropy[:, :, :41] == 0).all()
+    torch.autograd.backward((o, lse, entropy), (o.detach(), torch.ones_like(lse), entropy.detach()))
+    assert (q.grad[:, :, :40] == 0).all()
+    assert all(torch.isfinite(each.grad).all() for each in (q, k, v))
+
+
 def test_any_strides(load: Any) -> None:
     """Streams arrive as [b, n, heads, d] turned, and gradients may be expanded numbers."""
     fused = torch.randn(2, 20, 3, 2, 16, requires_grad=True)

@@ -1,0 +1,311 @@
+"""Expressions over the pairs of an attention as PyTorch text.
+
+A number of every pair is laid out as [b, heads, n, m], with ones where it is the same; a
+vector has its dimension after these. What reads one side alone and brings a vector to a
+number is computed for that side, [b, heads, n] or [b, heads, m], and a product of both sides
+is one matrix product:
+
+    dot(q, k) / norm(k)   →   (q @ k.mT) / torch.linalg.vector_norm(k, dim=-1)[..., None, :]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...grammar.expr import names, rebuild, substitute
+from ...grammar.functions import MAP_FUNCTIONS
+from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
+from ..graph import Dims, Graph, Node
+from ..masks import whole_range
+from .text import atomic, ident
+from .values import Text, Values
+
+PAIR, QUERY, KEY = "pair", "query", "key"
+_ALONG = {(QUERY, 0): "[..., None]", (QUERY, 1): "[..., None, :]",
+          (KEY, 0): "[..., None, :]", (KEY, 1): "[..., None, :, :]"}  # fmt: skip
+_WITHOUT_HEADS = {(QUERY, 0): "[:, None, :, None]", (QUERY, 1): "[:, None, :, None, :]",
+                  (KEY, 0): "[:, None, None, :]", (KEY, 1): "[:, None, None]"}  # fmt: skip
+_MIXED = frozenset(("s", "p", "seen", "sum", "tau"))  # what stands for pairs or rows as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A stream (or doc) that expressions index, seen from the queries or from the keys."""
+
+    name: str
+    at: str  # i or j
+
+    @property
+    def variable(self) -> str:
+        return f"{ident(self.name)}_{self.at}"
+
+
+def token(read: Index) -> str:
+    """Return at which token a stream is read, i or j."""
+    return next(item.id for item in read.items if item in (Name("i"), Name("j")))
+
+
+def operand(node: Node, read: Index) -> str:
+    """Return `q` or `k` where an index reads the whole query or key of the pair, else ""."""
+    assert isinstance(read.base, Name)
+    if len(read.items) != 2:
+        return ""
+    if read.base.id == node.inputs[0] and read.items == (Name("h"), Name("i")):
+        return "q"
+    if read.base.id == node.inputs[1] and read.items[1] == Name("j"):
+        head = read.items[0]
+        grouped = isinstance(head, Binary) and head.op == "//" and head.left == Name("h")
+        if head == Name("h") or grouped:
+            return "k"
+    return ""
+
+
+def sides(expr: Expr) -> frozenset[str]:
+    """Return which tokens an expression depends on: i, j, both, or `pair` where it is mixed."""
+    found: set[str] = set()
+    for node in walk(expr):
+        if isinstance(node, Name):
+            found |= {node.id} & {"i", "j"}
+            found |= {PAIR} if node.id in _MIXED else set()
+        if isinstance(node, Call) and node.function in MAP_FUNCTIONS:
+            found.add(PAIR)
+    return frozenset(found)
+
+
+def _reduces(expr: Expr) -> bool:
+    """Say whether an expression itself brings vectors together."""
+    match expr:
+        case Call("sum" | "mean" | "norm" | "dot") | Binary("@"):
+            return True
+    return False
+
+
+PLACES = frozenset(("i", "j", "h", "n", "m"))
+_WHOLE = ("abs", "min", "max", "clip", "where", "floor", "ispow2")  # keep whole numbers whole
+
+
+def widened(expr: Expr, wide: str) -> Expr:
+    """Widen places (`i` → `i.double()`) where PyTorch would go on in float32 from whole numbers."""
+    if isinstance(expr, Index):
+        return expr
+    reads = names(expr)
+    if _turns(expr) and reads and reads <= PLACES and not _indexes(expr):
+        return _widen(expr, wide)
+    match expr:  # one side may be places alone, the condition something else
+        case Call("where", (condition, *sides)) if _turns(expr):
+            sides = [
+                _widen(each, wide)
+                if names(each) <= PLACES and not _indexes(each)
+                else widened(each, wide)
+                for each in sides
+            ]
+            return Call("where", (widened(condition, wide), *sides), (), expr.span)
+    return rebuild(expr, lambda each: widened(each, wide))
+
+
+def _turns(expr: Expr) -> bool:
+    """Say whether an operation makes a fraction of whole numbers."""
+    match expr:
+        case Binary("/" | "**"):
+            return True
+        case Call(name) if name not in _WHOLE:
+            return True
+        case Binary() | Call():
+            return any(isinstance(each, Number) and each.value % 1 for each in children(expr))
+    return False
+
+
+def _widen(expr: Expr, wide: str) -> Expr:
+    return substitute(expr, {name: Name(f"{name}{wide}") for name in PLACES})
+
+
+def _indexes(expr: Expr) -> bool:
+    return any(isinstance(each, Index) for each in walk(expr))
+
+
+@dataclass
+class Pairs(Values):
+    """Writes expressions of one attention, laid out along pairs, queries or keys."""
+
+    graph: Graph
+    node: Node
+    layout: str = PAIR
+    masked: bool = True  # whether `visible` says who is
+    wide: str = ".to(wide)"  # how a place becomes a fraction
+
+    @property
+    def heads(self) -> int:
+        return int(self.node.dims[1])
+
+    def side(self, layout: str) -> Pairs:
+        return Pairs(self.graph, self.node, layout, self.masked, self.wide)
+
+    @property
+    def typed(self) -> str:
+        dtype = "torch.float64" if self.wide == ".double()" else "wide"
+        return f"q.new_full((), {{}}, dtype={dtype})"
+
+    def prepared(self, pattern: Expr) -> Expr:
+        return widened(pattern, self.wide)
+
+    def special(self, expr: Expr) -> Text | None:
+        if self.layout != PAIR:
+            return None
+        match expr:
+            case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
+                return Text(self._of_map(name, arg, rest), 0)
+            case Binary("@", left, right) | Call("dot", (left, right)):
+                product = self._product(left, right)
+            case Call("sum", (arg,)):
+                product = self._sum(arg)
+            case _:
+                product = None
+        return product or self._one_sided(expr)
+
+    def _one_sided(self, expr: Expr) -> Text | None:
+        """Write what reads one side alone for that side."""
+        along = sides(expr)
+        if along not in ({"i"}, {"j"}) or not _reduces(expr):
+            return None
+        layout = QUERY if along == {"i"} else KEY
+        text, rank = self.side(layout).value(expr)
+        return Text(f"{atomic(text)}{_ALONG[layout, rank]}", rank)
+
+    def _product(self, left: Expr, right: Expr) -> Text | None:
+        """Write a product of a vector of queries and one of keys as a matrix product."""
+        one, two = sides(left), sides(right)
+        if one == {"j"} and two == {"i"}:
+            return self._product(right, left)
+        if one != {"i"} or two != {"j"}:
+            return None
+        a, b = self.side(QUERY).value(left), self.side(KEY).value(right)
+        if (a.rank, b.rank) != (1, 1):
+            return None
+        return Text(f"({atomic(a.text)} @ {atomic(b.text)}.mT)", 0)
+
+    def _sum(self, expr: Expr) -> Text | None:
+        """Write a sum of products, each factor of one side, as a matrix product."""
+        queries: list[Expr] = []
+        keys: list[Expr] = []
+        for factor in _factors(expr):
+            along = sides(factor)
+            if along <= {"i"}:
+                queries.append(factor)
+            elif along == {"j"}:
+                keys.append(factor)
+            else:
+                return None
+        return self._product(_times(queries), _times(keys)) if queries and keys else None
+
+    def _of_map(self, name: str, arg: Expr, rest: list[Expr]) -> str:
+        """Write a function of the whole map; what is not visible counts as zero."""
+        if name == "coin":
+            return f"coin(s, {self.value(arg).text}, self.training)"
+        value, dim = self.spread(arg), -1 if name.endswith("keys") else -2
+        match name:
+            case "rank_keys":
+                return f"rank_keys({self.hidden(value, '-torch.inf')})"
+            case "mix_heads":
+                weights = f"{self.value(rest[0]).text}.to(s.dtype)"
+                return f'torch.einsum("gh,bhnm->bgnm", {weights}, {self.hidden(value)})'
+            case "convolve":
+                return f"convolve({self.hidden(value)}, {self.value(rest[0]).text})"
+            case "sum_keys" | "sum_queries":
+                return f"{atomic(self.hidden(value))}.sum({dim}, keepdim=True)"
+            case "mean_keys" | "mean_queries" if not self.masked:
+                return f"{atomic(value)}.mean({dim}, keepdim=True)"
+            case "max_keys" | "max_queries" if not self.masked:
+                return f"{atomic(value)}.amax({dim}, keepdim=True)"
+        return f"{name.partition('_')[0]}_of_visible({value}, visible, {dim})"
+
+    def spread(self, expr: Expr) -> str:
+        """Return the text of a number for every pair, also where it does not read the logits."""
+        text = self.value(expr).text
+        return text if {"s", "p"} & names(expr) else f"torch.zeros_like(s) + {atomic(text)}"
+
+    def hidden(self, text: str, by: str = "0") -> str:
+        """Return a text with what is not visible replaced."""
+        return f"{atomic(text)}.masked_fill(~visible, {by})" if self.masked else text
+
+    # leaves
+
+    def leaf(self, expr: Name | Index) -> Text:
+        if isinstance(expr, Name):
+            name = "rows" if expr.id == "sum" else expr.id
+            if self.layout == PAIR or name not in ("i", "j", "h"):
+                return Text(name, 0)
+            return Text(f"{name}[..., 0, :]" if name == "j" else f"{name}[..., 0]", 0)
+        assert isinstance(expr.base, Name)
+        name = expr.base.id
+        made = self.graph.node(name)
+        if made.op == "tensor":
+            sizes = zip(expr.items, made.dims, strict=False)
+            items = ", ".join(self._place(item, int(size)) for item, size in sizes)
+            text = f"self.{name}[{items}]" if items else f"self.{name}"
+            return Text(text, len(made.dims) - len(expr.items))
+        if name == "doc":
+            seen = Operand(name, token(expr))  # [b, tokens, 1]
+            return Text(f"{seen.variable}{'.mT' if seen.at == 'j' else ''}[:, None]", 0)
+        whole = operand(self.node, expr)
+        if whole:
+            return self._along(Operand(name, "i" if whole == "q" else "j"), whole, 1, heads=True)
+        return self._stream(expr, made.dims)
+
+    def _along(self, read: Operand, text: str, rank: int, heads: bool = False) -> Text:
+        """Lay [b, (heads,) tokens, (d)] out along pairs, or leave it along its side."""
+        side = QUERY if read.at == "i" else KEY
+        if self.layout != PAIR:
+            return Text(text if heads else f"{text}[:, None]", rank)
+        return Text(f"{text}{(_ALONG if heads else _WITHOUT_HEADS)[side, rank]}", rank)
+
+    def _stream(self, read: Index, dims: Dims) -> Text:
+        """Pick the feature of a stream, or all of them, of one head, of each, or without any."""
+        assert isinstance(read.base, Name)
+        seen = Operand(read.base.id, token(read))
+        variable = seen.variable
+        items = [item for item in read.items if item not in (Name("i"), Name("j"))]
+        if len(dims) == 4:
+            head, feature = items[0], items[1] if len(items) > 1 else None
+            rank = 0 if feature is not None else 1
+            if feature is not None:
+                assert isinstance(feature, Number)
+                variable = f"{variable}[..., {feature.value}]"  # [b, heads, n]
+        elif not items:
+            return self._along(seen, variable, 1)
+        elif isinstance(items[0], Number):
+            return self._along(seen, f"{variable}[..., {items[0].value}]", 0)
+        else:
+            head, rank = items[0], 0
+            variable = f"{variable}.mT"  # [b, heads, n]
+        size = int(dims[1] if len(dims) == 4 else dims[2])
+        if isinstance(head, Number):
+            return self._along(seen, f"{variable}[:, {head.value}]", rank)
+        if head != Name("h") or size != self.heads:
+            picked = f"({self.side(PAIR)._place(head, size)}).flatten()"
+            variable = f"{variable}[:, {picked}]"
+        return self._along(seen, variable, rank, heads=True)
+
+    def _place(self, item: Expr, size: int) -> str:
+        """Write an index into `size` elements: past an end, it reads the element at that end."""
+        bounds = whole_range(item, self.heads)
+        text = self.value(item).text
+        if bounds is None:
+            text = f"({text}).floor().long()"
+        if bounds is None or bounds[0] < 0 or bounds[1] >= size:
+            text = f"{atomic(text)}.clamp(0, {size - 1})"
+        return text
+
+
+def _factors(expr: Expr) -> list[Expr]:
+    match expr:
+        case Binary("*", left, right):
+            return [*_factors(left), *_factors(right)]
+        case _:
+            return [expr]
+
+
+def _times(factors: list[Expr]) -> Expr:
+    done, *rest = factors
+    for each in rest:
+        done = Binary("*", done, each)
+    return done
