@@ -19,6 +19,7 @@ from ..grammar.source import Source
 from .check import check, find
 from .choose import Lowering, Target, lowerings
 from .cost import Cost, cost
+from .emit import Code
 from .model import Architecture, Block, Model
 from .parse import parse_source
 from .pipeline import generate, graphs
@@ -92,13 +93,18 @@ def build_module(
     """Generate, load and construct the module of a checked block or model."""
     import torch
 
-    made = load_code(generate(what, target))
+    code = generate(what, target)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        with _exactly(dtype):
-            module = made()
-    return module.to(device=device, dtype=dtype)
+        return construct(code, dtype).to(device=device)
+
+
+def construct(code: Code, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a generated text and construct its module in a dtype, by default PyTorch's own."""
+    made = load_code(code)
+    with _exactly(dtype):
+        return made().to(dtype=dtype)
 
 
 @contextmanager

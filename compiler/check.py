@@ -31,6 +31,7 @@ def check(file: File) -> Architecture:
     _plain(file)
     findings = Findings()
     _unique(file, findings)
+    _conditions(file, findings)
     library = Library.of(file)
     blocks: dict[str, Block] = {}
     models: dict[str, Model] = {}
@@ -82,6 +83,18 @@ def _unique(file: File, findings: Findings) -> None:
                 raise error("L211", f"`{name}` is defined twice", item.span, "",
                             "choose another name")  # fmt: skip
         seen.add(key)
+
+
+def _conditions(file: File, findings: Findings) -> None:
+    """Refuse a `where` that fixes no threshold (L220)."""
+    for item in file.items:
+        owner = item.kind if isinstance(item, syntax.Definition) else ""
+        for each, _ in syntax.expressions(item):
+            if isinstance(each, syntax.Setting | syntax.Result) and each.where is not None:
+                with findings.guard():
+                    if getattr(each, "name", owner) != "normalize":
+                        raise error("L220", "only a normaliser has a condition", each.where.span,
+                                    "", "leave the `where` out")  # fmt: skip
 
 
 def block(

@@ -15,6 +15,7 @@ from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import rebuild
 from ..grammar.functions import FUNCTIONS, STATISTICS
+from ..grammar.show import show
 from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
 from ..ops import OPS, UNNAMED, Mismatch, Op, Shape
@@ -88,6 +89,10 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
         case syntax.Pipe(head, stages):
             assert head is not None
             first = _flow(scope, head, replace(target, shape=None))
+            if isinstance(stages[-1], Binary):
+                raise error("L208", "this is not a stage", stages[-1].span,
+                            "`|` binds less than every operator",
+                            f"write `{show(_around(expr, stages[-1]))}`")  # fmt: skip
             return _pipe(scope, first, stages, target)
         case syntax.Attribute(Name("previous")):
             raise error("L221", "streams of the layer below are not available yet", expr.span)
@@ -98,6 +103,13 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
         case _:
             help = "a stream is a name or a pipeline such as `x | linear | split`"
             raise error("L208", "this is not a stream", expr.span, "", help)
+
+
+def _around(pipe: syntax.Pipe, last: Expr) -> Expr:
+    """Return `o | linear + x` as `(o | linear) + x`."""
+    if isinstance(last, Binary):
+        return replace(last, left=_around(pipe, last.left))
+    return replace(pipe, stages=(*pipe.stages[:-1], last))
 
 
 def _tensor(scope: Scope, expr: Name) -> Shape | None:

@@ -5,7 +5,7 @@ block global : local { mask = causal }      everything of `local`, the mask its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import copy
 
 from ..grammar import syntax
@@ -14,7 +14,7 @@ from ..grammar.expr import names
 from ..grammar.parse import parse_expression
 from ..grammar.source import Span
 from ..grammar.syntax import Call, Expr, Name, Statement
-from .library import Library, bind, substitute_statement
+from .library import Library, bind, put, substitute_statement
 from .names import taken
 from .scope import Findings
 
@@ -44,15 +44,13 @@ class Body:
         self.branch = ""
         self.overridden: set[str] = set()  # what a branch says itself
         written: dict[str, syntax.Branch] = {}
+        if isinstance(call, Call):
+            call = put(call, library.lets)
         for statements in reversed(list(_chain(library, call, []))):
-            self._merge(statements, written, findings, library.lets)
-        self.branches = {
-            each.name: self._of_branch(each, findings, library.lets) for each in written.values()
-        }
+            self._merge(statements, written, findings)
+        self.branches = {each.name: self._of_branch(each, findings) for each in written.values()}
 
-    def _of_branch(
-        self, branch: syntax.Branch, findings: Findings, lets: Mapping[str, Expr]
-    ) -> Body:
+    def _of_branch(self, branch: syntax.Branch, findings: Findings) -> Body:
         body = copy(self)
         body.settings, body.lets = dict(self.settings), dict(self.lets)
         body.settings.pop("out", None)
@@ -65,12 +63,12 @@ class Body:
             if branch.name in self.lets:
                 raise error("L211", f"`{branch.name}` is defined twice", branch.span, "",
                             "choose another name")  # fmt: skip
-        body._merge(branch.body, None, findings, lets)
+        body._merge(branch.body, None, findings)
         return body
 
     def _merge(
         self, body: tuple[Statement, ...], branches: dict[str, syntax.Branch] | None,
-        findings: Findings, lets: Mapping[str, Expr],
+        findings: Findings,
     ) -> None:  # fmt: skip
         what = "a block" if branches is not None else "a branch"
         seen: set[str] = set()
@@ -81,7 +79,6 @@ class Body:
                     raise error("L211", f"`{name}` is set twice in {what}", statement.span, "",
                                 "keep one of them")  # fmt: skip
                 seen.add(name)
-                statement = substitute_statement(statement, lets)
                 match statement:
                     case syntax.Setting():
                         if name not in SETTINGS or (branches is None and name in WHOLE_BLOCK):
@@ -104,6 +101,10 @@ class Body:
         if name in self.settings:
             return self.settings[name].value
         return parse_expression(SETTINGS[name])
+
+    def condition(self, name: str) -> Expr | None:
+        """Return what stands behind the `where` of a setting."""
+        return self.settings[name].where if name in self.settings else None
 
     def span_of(self, name: str) -> Span:
         return self.settings[name].value.span if name in self.settings else self.span

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from itertools import islice
+from typing import TypeVar
 
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
@@ -19,6 +20,8 @@ from ..grammar.parse import parse
 from ..grammar.source import Source, Span
 from ..grammar.syntax import Definition, Expr, File, Statement
 from .names import taken
+
+Named = TypeVar("Named", Definition, syntax.Block, syntax.Model)
 
 MAX_NODES = 20_000  # parts of one expression, and of all the definitions a block uses
 
@@ -46,12 +49,15 @@ class Library:
 
     @staticmethod
     def of(file: File) -> Library:
-        named = [*standard(), *(item for item in file.items if isinstance(item, Definition))]
+        lets = _lets(file)
+        own = [_with_lets(item, lets) for item in file.items if isinstance(item, Definition)]
+        blocks = [_with_lets(item, lets) for item in file.items if isinstance(item, syntax.Block)]
+        models = [_with_lets(item, lets) for item in file.items if isinstance(item, syntax.Model)]
         return Library(
-            {(each.kind, each.name): each for each in named},
-            {item.name: item for item in file.items if isinstance(item, syntax.Block)},
-            {item.name: item for item in file.items if isinstance(item, syntax.Model)},
-            _lets(file),
+            {(each.kind, each.name): each for each in (*standard(), *own)},
+            {each.name: each for each in blocks},
+            {each.name: each for each in models},
+            lets,
             next((item for item in file.items if isinstance(item, syntax.Search)), None),
         )
 
@@ -92,6 +98,27 @@ def _lets(file: File) -> dict[str, Expr]:
     return lets
 
 
+def _with_lets(item: Named, lets: Mapping[str, Expr]) -> Named:
+    """Put a file's lets in place of their names, but where an item's own names hide them.
+
+    A model's body is left as it is: its lets are statements that follow one another.
+    """
+    seen = dict(lets)
+    params = []
+    for param in item.params:
+        default = None if param.default is None else put(param.default, seen)
+        params.append(replace(param, default=default))
+        seen.pop(param.name, None)
+    if isinstance(item, syntax.Model):
+        return replace(item, params=tuple(params))
+    if isinstance(item, syntax.Block) and item.base is not None:
+        item = replace(item, base=put(item.base, seen))
+    for name in syntax.declared(item.body):
+        seen.pop(name, None)
+    body = tuple(substitute_statement(each, seen) for each in item.body)
+    return replace(item, params=tuple(params), body=body)
+
+
 def put(expr: Expr, values: Mapping[str, Expr]) -> Expr:
     """Put expressions in place of names (L213 where the result is too large)."""
     done = substitute(expr, values)
@@ -104,7 +131,10 @@ def put(expr: Expr, values: Mapping[str, Expr]) -> Expr:
 def bind(
     what: str, params: tuple[syntax.Parameter, ...], call: Expr, span: Span
 ) -> dict[str, Expr]:
-    """Match the arguments of `name` or `name(a, k = b)` with parameters (L209)."""
+    """Match the arguments of `name` or `name(a, k = b)` with parameters (L209).
+
+    A default may read the parameters before it: `f(c = 3, d = c - 1)`.
+    """
     args, keywords = (call.args, call.keywords) if isinstance(call, syntax.Call) else ((), ())
     names = [param.name for param in params]
     takes = f"it takes {', '.join(f'`{name}`' for name in names)}" if names else "it takes none"
@@ -119,23 +149,25 @@ def bind(
         if keyword.name in values:
             raise error("L209", f"`{keyword.name}` is given twice", keyword.span)
         values[keyword.name] = keyword.value
+    before: dict[str, Expr] = {}
     for param in params:
         if param.name not in values:
             if param.default is None:
                 raise error("L209", f"`{what}` needs `{param.name}`", span, "", takes)
-            values[param.name] = param.default
+            values[param.name] = put(param.default, before)
+        before[param.name] = values[param.name]
     return values
 
 
 def substitute_statement(statement: Statement, values: Mapping[str, Expr]) -> Statement:
     """Put expressions in place of names, everywhere in a statement."""
     match statement:
-        case syntax.Setting() | syntax.Let() | syntax.Update():
+        case syntax.Let() | syntax.Update():
             return replace(statement, value=put(statement.value, values))
         case syntax.Param() | syntax.State():
             dims = tuple(put(each, values) for each in statement.dims)
             return replace(statement, dims=dims, init=put(statement.init, values))
-        case syntax.Result(value, where):
+        case syntax.Setting(_, value, where) | syntax.Result(value, where):
             where = None if where is None else put(where, values)
             return replace(statement, value=put(value, values), where=where)
         case syntax.Branch(_, body):
@@ -147,11 +179,11 @@ def substitute_statement(statement: Statement, values: Mapping[str, Expr]) -> St
 def statement_exprs(statement: Statement) -> tuple[Expr, ...]:
     """Return every expression that stands directly in a statement."""
     match statement:
-        case syntax.Setting() | syntax.Let() | syntax.Update():
+        case syntax.Let() | syntax.Update():
             return (statement.value,)
         case syntax.Param() | syntax.State():
             return (*statement.dims, statement.init)
-        case syntax.Result(value, where):
+        case syntax.Setting(_, value, where) | syntax.Result(value, where):
             return (value,) if where is None else (value, where)
         case syntax.Branch(_, body):
             return tuple(expr for each in body for expr in statement_exprs(each))

@@ -185,7 +185,8 @@ class Part:
             if mask == FALSE:
                 raise error("L210", "this mask lets nothing be seen", body.span_of("mask"))
         with scope.findings.guard():
-            normalize = resolve_normalizer(scope, body.get("normalize"), axes)
+            where = body.condition("normalize")
+            normalize = resolve_normalizer(scope, body.get("normalize"), axes, where)
         with scope.findings.guard():
             weights = resolve(scope, body.get("weights"), "weights", axes)
         similarity: Expr | None = None

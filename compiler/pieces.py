@@ -73,7 +73,9 @@ def l1_norm(x: Tensor, eps: float) -> Tensor:
 
 def hard_step(a: Tensor) -> Tensor:
     """Return 1 where a > 0, else 0; the gradient passes straight through to a."""
-    return (a > 0).to(a.dtype) + (a - a.detach())
+    stepped = a.clone()
+    stepped.detach().copy_(a > 0)
+    return stepped
 
 
 def top_features(x: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ bodies) and checks kinds (a mask is true or false, the rest are numbers) and ind
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..grammar import syntax
 from ..grammar.diagnostics import error
@@ -83,7 +83,10 @@ class _Resolver(Resolver):
         if self.what == "similarity" and id in ("q", "k"):
             head = Name("h") if id == "q" else self._key_head()
             token = Name("i" if id == "q" else "j")
-            return self.index(Index(expr, (head, token), expr.span))
+            found = self.index(Index(expr, (head, token), expr.span))
+            assert isinstance(found.expr, Index)
+            whole = replace(found.expr, items=found.expr.items[:2])
+            return Value(whole, found.dims or (1,))  # also where it has one feature
         own = scope.own(id)
         if own in scope.tensors:
             shape, base = scope.tensors[own].shape, Name(own, expr.span)
@@ -93,6 +96,8 @@ class _Resolver(Resolver):
         if own in scope.declared or id == "doc" or own in scope.inputs:
             raise error("L214", f"`{id}` must be indexed here", expr.span, "",
                         f"write `{id}[i]`, `{id}[j]` or `{id}[h, i]`")  # fmt: skip
+        if mask := self._mask(id):
+            return self._truth(mask, expr)
         known = (self.free, scope.library.known(self.what), scope.numbers, scope.tensors,
                  scope.declared)  # fmt: skip
         where = _elsewhere(scope, id)
@@ -128,6 +133,9 @@ class _Resolver(Resolver):
         if name == "ispow2" and len(expr.args) == 1 and not _is_whole(self.scalar(expr.args[0])):
             raise error("L210", "`ispow2` asks about a whole number", expr.args[0].span, "",
                         "`//` divides whole numbers")  # fmt: skip
+        function = name in FUNCTIONS or name in VECTOR_FUNCTIONS
+        if not (function or self.scope.library.find("stage", name)) and (mask := self._mask(name)):
+            return self._truth(mask, expr)
         return None
 
     def unknown(self, expr: Call) -> Exception:
@@ -170,6 +178,13 @@ class _Resolver(Resolver):
     def _definition(self, definition: Definition, call: Expr) -> Value:
         with self.scope.inside(definition, call.span):
             return self.visit(body(self.scope, definition, call).value)
+
+    def _mask(self, name: str) -> Definition | None:
+        """Return the mask of a name: expressions of a pair may ask who sees whom."""
+        return self.scope.library.find("mask", name) if "j" in self.free else None
+
+    def _truth(self, mask: Definition, call: Expr) -> Value:
+        return replace(self, what="mask", free=FREE["mask"])._definition(mask, call)
 
     def _compose(self, head: Expr | None, stages: tuple[Expr, ...]) -> Expr:
         done = Name("s") if head is None else self.scalar(head)
@@ -296,10 +311,12 @@ def resolve_function(scope: Scope, expr: Expr, free: frozenset[str]) -> Expr:
     return shaped(_Resolver(scope, "stage", free).scalar(expr))
 
 
-def resolve_normalizer(scope: Scope, expr: Expr, axes: Axes) -> Normalizer:
+def resolve_normalizer(
+    scope: Scope, expr: Expr, axes: Axes, where: Expr | None = None
+) -> Normalizer:
     """Return a normaliser, taken apart into numerator and denominator (L220)."""
     visitor = _Resolver(scope, "normalize", FREE["normalize"], axes)
-    name, value, where = "", expr, None
+    name, value = "", expr
     with ExitStack() as open_:
         while (
             isinstance(value, Name | Call)
@@ -309,7 +326,7 @@ def resolve_normalizer(scope: Scope, expr: Expr, axes: Axes) -> Normalizer:
             open_.enter_context(scope.inside(definition, expr.span))
             result = body(scope, definition, value)
             name = name or definition.name
-            value, where = result.value, result.where
+            value, where = result.value, result.where or where
         done = fold(visitor.scalar(value))
     span = value.span
     name = name or "in place"

@@ -7,7 +7,7 @@ or tensors of their own (`score temperature { let t = … }`) declare them here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,13 +16,21 @@ from math import prod
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
 from ..grammar.expr import NotConstant, Value, calls, evaluate, rebuild
+from ..grammar.functions import FUNCTIONS
 from ..grammar.source import Span
 from ..grammar.syntax import Call, Definition, Expr, Name
-from ..ops import Shape, Weight
+from ..ops import OPS, Shape, Weight
 from .library import MAX_NODES, Library, bind, put, size, substitute_statement
 from .model import Stream
 from .names import taken
 
+SCALAR = (
+    "mask",
+    "similarity",
+    "score",
+    "normalize",
+    "weights",
+)  # definitions of a number or truth a pair
 MAX_SIZE = 1 << 24
 MAX_NUMBERS = 1 << 32
 
@@ -182,15 +190,62 @@ class Scope:
         key = (definition.kind, definition.name, tuple(values.items()))
         if key in self._expanded:
             return self._expanded[key]
+        scalars = self._scalars(definition, values)
         for statement in definition.body:
             if isinstance(statement, syntax.Let | syntax.Param):
                 bound = substitute_statement(statement, values)
                 assert isinstance(bound, syntax.Let | syntax.Param)
+                if isinstance(bound, syntax.Let) and bound.name in scalars:
+                    values[bound.name] = bound.value
+                    continue
                 new = self.declare(bound, prefix=definition.name)
                 if new != statement.name:
                     values[statement.name] = Name(new, statement.span)
         self._expanded[key] = values
         return values
+
+    def _scalars(self, definition: Definition, values: Mapping[str, Expr]) -> set[str]:
+        """Return the lets of a definition that are numbers a pair, not streams (L211, L215)."""
+        if definition.kind not in SCALAR:
+            return set()
+        lets = [each for each in definition.body if isinstance(each, syntax.Let)]
+        bound = {each.name: put(each.value, values) for each in lets}
+        whole = {"q", "k"} if definition.kind == "similarity" else set()  # read without an index
+        streams: set[str] = set()
+        while found := {
+            name
+            for name, value in bound.items()
+            if name not in streams and self._is_stream(value, streams, whole)
+        }:
+            streams |= found
+        for at, let in enumerate(lets):
+            if let.name in {each.name for each in lets[:at]}:
+                raise error("L211", f"`{let.name}` is defined twice", let.span, "",
+                            "choose another name")  # fmt: skip
+            if let.name not in streams and (why := taken(let.name)):
+                raise error("L215", f"`{let.name}` cannot be the name of this", let.span, why,
+                            "choose another name")  # fmt: skip
+        return bound.keys() - streams
+
+    def _is_stream(self, value: Expr, streams: set[str], whole: set[str]) -> bool:
+        """Tell `let t = x | linear(heads)`, a stream, from `let d = i - j`, a number a pair.
+
+        A stream is a pipeline, or reads a stream without an index; `streams` are further names.
+        """
+        match value:
+            case syntax.Pipe():
+                return True
+            case Name(id):
+                own = self.own(id)
+                known = own in self.declared or own in self.inputs or id in streams
+                return known and id not in whole
+            case syntax.Index(_, items):
+                return any(self._is_stream(each, streams, whole) for each in items)
+            case Call(name) if name in OPS and name not in FUNCTIONS:
+                return True
+            case _:
+                parts = syntax.children(value)
+                return any(self._is_stream(each, streams, whole) for each in parts)
 
     @contextmanager
     def inside(self, definition: Definition, span: Span) -> Iterator[None]:

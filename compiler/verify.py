@@ -12,7 +12,6 @@ own weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..grammar.syntax import Binary, Compare, Name, Number
 from ..ops import OPS
-from .api import build_module
+from .api import build_module, construct
 from .choose import Target
 from .emit import Code
 from .model import Apply, Block, Model, Pairwise, Recurrence, applies
@@ -108,7 +107,8 @@ Check = Callable[[Subject], "str | tuple[int, float]"]
 def _forward(subject: Subject) -> tuple[int, float]:
     worst, count = 0.0, 0
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        module = deepcopy(subject.module).to(dtype)  # a `const` would not get its digits back
+        module = construct(subject.code, dtype).eval()
+        module.load_state_dict(subject.module.state_dict())
         for case in subject.cases if dtype == torch.float64 else subject.cases[1:3]:
             case = replace(case, dtype=dtype)
             x, given = subject.inputs(case)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from . import decoding
+from .api import construct
 from .build import tensors_read
 from .choose import Target
 from .emit import Code
 from .mixing import mix_exprs
 from .model import Block, Mixing, Model, Recurrence
-from .pipeline import generate, load
+from .pipeline import generate
 from .reference import reference
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-5, torch.bfloat16: 6e-2}
@@ -57,7 +58,7 @@ class Subject:
     def of(what: Block | Model, code: Code | None = None) -> Subject:
         code = code or generate(what, Target("torch"))
         torch.manual_seed(0)
-        module = load(code)().double().eval()
+        module = construct(code, torch.float64).eval()
         oracle = reference(what, dtype=torch.float64).eval()
         _stir(module)
         oracle.load_state_dict(module.state_dict())

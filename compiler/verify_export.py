@@ -32,7 +32,9 @@ exported = importlib.util.module_from_spec(spec)
 sys.modules["exported"] = exported
 spec.loader.exec_module(exported)
 given = torch.load(sys.argv[1] + "/given.pt", weights_only=True)
-module = getattr(exported, sys.argv[2])().double().eval()
+torch.set_default_dtype(torch.float64)  # a `const` keeps all its digits
+module = getattr(exported, sys.argv[2])().eval()
+torch.set_default_dtype(torch.float32)
 module.load_state_dict(given["state"])
 with torch.no_grad():
     torch.save(module(given["x"], **given["more"]), sys.argv[1] + "/result.pt")

@@ -31,6 +31,7 @@ _WANTED = (
     ("NUMBER", "an expression belongs here"), ("EQUAL", "write `name = expression`"),
     ("LBRACE", "write `{ … }`"), ("NAME", "a name belongs here"),
 )  # fmt: skip
+_OPERATORS = frozenset(("PLUS", "STAR", "SLASH", "SLASHES", "PERCENT", "AT", "POWER", "COMPARE"))
 _CLOSING = {"RBRACE": "{", "RPAR": "(", "RSQB": "["}
 _BRACKETS = re.compile(r'"[^"\n]*"|#[^\n]*|[][(){}]')
 
@@ -53,6 +54,8 @@ def explain(problem: UnexpectedInput, piece: Piece) -> Diagnostic:
     if "BLOCK" in expected:
         close = did_you_mean(str(token), _STARTS)
         help = close or "at the top level stand: " + ", ".join(f"`{e}`" for e in _STARTS.values())
+    elif token.type in _OPERATORS and not piece.text[:start].rpartition("\n")[2].strip():
+        help = "a line goes on inside `( )`, and after an operator: end the line above with it"
     elif token.startswith("=") and piece.text[max(0, start - 1)] == "=":
         help = "write `=` to set, `==` to compare"
     span = piece.span(start, start + max(1, len(token)))

@@ -6,12 +6,20 @@ and therefore Triton rounds towards zero where the language rounds down.
 
     >>> write(parse_expression("0 <= i - j < 8"), "torch", lambda leaf: leaf.id)
     '(0 <= i - j) & (i - j < 8)'
+
+`torch.where` of two plain numbers has PyTorch's default dtype, whatever meets it afterwards;
+`typed` says how a number is written as a tensor of the dtype that is meant.
+
+    >>> typed = "s.new_full((), {})"
+    >>> write(parse_expression("where(s > 0, 0.7, 0.3)"), "torch", lambda leaf: leaf.id, typed)
+    'torch.where(s > 0, s.new_full((), 0.7), 0.3)'
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from .functions import FUNCTIONS
@@ -26,66 +34,90 @@ _COMPARE, _UNARY, _ATOM = 0.5, 7, 9  # Python compares last, after `|` and `&`
 _BOUND = {"min": "max", "max": "min"}  # min(a, 3) is a.clamp(max=3)
 
 
-def write(expr: Expr, dialect: Dialect, leaf: Leaf) -> str:
+def write(expr: Expr, dialect: Dialect, leaf: Leaf, typed: str = "{}") -> str:
     """Return the expression as text. Raises `ValueError` for what is not scalar."""
-    return _write(expr, dialect, leaf)[0]
+    return _Writer(dialect, leaf, typed).write(expr)[0]
 
 
-def _write(expr: Expr, dialect: Dialect, leaf: Leaf) -> tuple[str, float]:
-    match expr:
-        case Number(value):
-            return repr(value), _ATOM if value >= 0 else _UNARY
-        case Name("true" | "false" as id):
-            return id.capitalize(), _ATOM
-        case Name() | Index():
-            return leaf(expr), _ATOM
-        case Unary("not", operand):
-            return "~" + _within(operand, _ATOM, dialect, leaf), _UNARY
-        case Unary(_, operand):
-            return "-" + _within(operand, _UNARY, dialect, leaf), _UNARY
-        case Compare(operands, ops):
-            pairs = [
-                f"{_within(a, 5, dialect, leaf)} {op} {_within(b, 5, dialect, leaf)}"
-                for op, a, b in zip(ops, operands, operands[1:], strict=False)
-            ]
-            if len(pairs) == 1:
-                return pairs[0], _COMPARE
-            return " & ".join(f"({pair})" for pair in pairs), 3
-        case Binary("//" | "%" as op, left, right) if dialect == "triton":
-            a = _within(left, _ATOM, dialect, leaf)
-            b = _within(right, _ATOM, dialect, leaf)
-            rest = f"(({a} % {b}) + {b}) % {b}"
-            return (rest, 6) if op == "%" else (f"({a} - {rest}) // {b}", 6)
-        case Binary("**", base, Number(value)) if dialect == "triton":
-            return _triton_power(_within(base, _ATOM, dialect, leaf), value)
-        case Binary("**", base, exponent) if dialect == "triton":
-            if isinstance(base, Number) and base.value > 0:
-                log = repr(math.log(base.value))
-            else:
-                log = f"tl.log({_write(base, dialect, leaf)[0]})"
-            return f"tl.exp({_within(exponent, 6, dialect, leaf)} * {log})", _ATOM
-        case Binary(op, left, right):
-            sign, level = _OPS[op]
-            tighter = level + (0.5 if op != "**" else -1)
-            a = _within(left, level if op != "**" else _ATOM, dialect, leaf)
-            return f"{a} {sign} {_within(right, tighter, dialect, leaf)}", level
-        case Call("min" | "max" as name, (Number(bound), a) | (a, Number(bound)), ()) if (
-            dialect == "torch"
-        ):
-            return f"{_within(a, _ATOM, dialect, leaf)}.clamp({_BOUND[name]}={bound!r})", _ATOM
-        case Call(name, args, ()) if name in FUNCTIONS:
-            template = getattr(FUNCTIONS[name], dialect)
-            inner = [_write(arg, dialect, leaf)[0] for arg in args]
-            text = template.format(*inner)
-            whole = text.startswith(("torch.", "F.", "tl.", "hard_step(", f"({inner[0]})"))
-            return text, _ATOM if whole and template.count("{0}") == 1 else 0
-        case _:
-            raise ValueError(f"{type(expr).__name__} is not a scalar expression")
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    dialect: Dialect
+    leaf: Leaf
+    typed: str
+
+    def write(self, expr: Expr) -> tuple[str, float]:
+        """Return an expression's text, and how tightly it holds together."""
+        match expr:
+            case Number(value):
+                return repr(value), _ATOM if value >= 0 else _UNARY
+            case Name("true" | "false" as id):
+                return id.capitalize(), _ATOM
+            case Name() | Index():
+                return self.leaf(expr), _ATOM
+            case Unary("not", operand):
+                return "~" + self.within(operand, _ATOM), _UNARY
+            case Unary(_, operand):
+                return "-" + self.within(operand, _UNARY), _UNARY
+            case Compare(operands, ops):
+                pairs = [
+                    f"{self.within(a, 5)} {op} {self.within(b, 5)}"
+                    for op, a, b in zip(ops, operands, operands[1:], strict=False)
+                ]
+                if len(pairs) == 1:
+                    return pairs[0], _COMPARE
+                return " & ".join(f"({pair})" for pair in pairs), 3
+            case Binary("//" | "%" | "**") if self.dialect == "triton":
+                return self._triton_binary(expr)
+            case Binary(op, left, right):
+                sign, level = _OPS[op]
+                tighter = level + (0.5 if op != "**" else -1)
+                a = self.within(left, level if op != "**" else _ATOM)
+                return f"{a} {sign} {self.within(right, tighter)}", level
+            case Call(name, args, ()) if name in FUNCTIONS:
+                return self._call(name, args)
+            case _:
+                raise ValueError(f"{type(expr).__name__} is not a scalar expression")
+
+    def within(self, expr: Expr, level: float) -> str:
+        text, own = self.write(expr)
+        return text if own >= level else f"({text})"
+
+    def _triton_binary(self, expr: Binary) -> tuple[str, float]:
+        match expr:
+            case Binary("**", base, Number(value)):
+                return _triton_power(self.within(base, _ATOM), value)
+            case Binary("**", base, exponent):
+                if isinstance(base, Number) and base.value > 0:
+                    log = repr(math.log(base.value))
+                else:
+                    log = f"tl.log({self.write(base)[0]})"
+                return f"tl.exp({self.within(exponent, 6)} * {log})", _ATOM
+        a, b = self.within(expr.left, _ATOM), self.within(expr.right, _ATOM)
+        rest = f"(({a} % {b}) + {b}) % {b}"
+        return (rest, 6) if expr.op == "%" else (f"({a} - {rest}) // {b}", 6)
+
+    def _call(self, name: str, args: tuple[Expr, ...]) -> tuple[str, float]:
+        match name, args:
+            case _ if self.dialect == "triton":
+                pass
+            case "min" | "max", (Number(bound), a) | (a, Number(bound)):
+                return f"{self.within(a, _ATOM)}.clamp({_BOUND[name]}={bound!r})", _ATOM
+            case "clip", (a, low, high) if _mixed(a, low, high):
+                return self._call("min", (Call("max", (a, low)), high))
+            case "where", (condition, Number(a), Number(b)):
+                truth = self.write(condition)[0]
+                first = self.typed.replace("{}", repr(a))
+                return f"torch.where({truth}, {first}, {b!r})", _ATOM
+        template = getattr(FUNCTIONS[name], self.dialect)
+        inner = [self.write(arg)[0] for arg in args]
+        text = template.format(*inner)
+        whole = text.startswith(("torch.", "F.", "tl.", "hard_step(", f"({inner[0]})"))
+        return text, _ATOM if whole and template.count("{0}") == 1 else 0
 
 
-def _within(expr: Expr, level: float, dialect: Dialect, leaf: Leaf) -> str:
-    text, own = _write(expr, dialect, leaf)
-    return text if own >= level else f"({text})"
+def _mixed(a: Expr, low: Expr, high: Expr) -> bool:
+    """Say whether torch.clamp refuses a clip: it takes a tensor, and two bounds of one kind."""
+    return isinstance(a, Number) or isinstance(low, Number) != isinstance(high, Number)
 
 
 def _triton_power(base: str, value: float) -> tuple[str, float]:

@@ -111,14 +111,21 @@ def _header(node: Bodied) -> str:
 
 # ── long lines ───────────────────────────────────────────────────────────────────────────
 
-_MARK = re.compile(r'"[^"]*"|[(\[]|[)\]]|, | (?=(?:or|and) )| (?=\| )')
+_MARK = re.compile(
+    r'"[^"]*"|[(\[]|[)\]]|,[ ]|[ ](?=(?:or|and)[ ])|[ ](?=\|[ ])'
+    r"|[ ](?:=|<-)[ ]|[ ](?:[-+*/%@]|//)[ ]"
+)
+_LOOSE = {",": 1, "|": 2, "o": 3, "a": 4, "+": 5, "-": 5}  # the others bind more tightly
+_TIGHT, _DEEPER = 6, 10
+_LONG, _LONG_HEAD = 24, 32  # a line that ends before is short; and one that ends with `=`
+_INDEX, _SHORT = 500, 1000  # better not: the indices of `t[i, h]` apart, `k =` alone on a line
 
 
 def broken(text: str, indent: int) -> list[str]:
-    """Break a line that is too long: before its stages, then inside brackets."""
+    """Break a line that is too long: before its stages, then where it is held most loosely."""
     if indent + len(text) <= WIDTH:
         return [" " * indent + text]
-    stages = [at for at, mark, depth in _marks(text) if mark == "|" and depth == 0]
+    stages = [at for at, mark, rank in _marks(text) if mark == "|" and rank < _DEEPER]
     cuts = [0, *stages, len(text)]
     parts = [text[a:b].strip() for a, b in pairwise(cuts)]
     lines = _filled(parts[0], indent)
@@ -128,30 +135,47 @@ def broken(text: str, indent: int) -> list[str]:
 
 
 def _marks(text: str) -> Iterable[tuple[int, str, int]]:
-    """Yield where a line may go on below: the offset, what stands there, the open brackets."""
-    depth = 0
+    """Yield where a line may go on below: the offset, what stands there, and its rank.
+
+    The rank says how tightly the two sides are held together: by the open brackets first, then
+    by the operator.
+    """
+    open_: list[str] = []
     for match in _MARK.finditer(text):
-        if match[0] in ("(", "["):
-            depth += 1
-        elif match[0] in (")", "]"):
-            depth -= 1
-        elif match[0] == ", ":
-            yield match.end(), ",", depth
-        elif match[0] == " ":
-            yield match.end(), text[match.end()], depth
+        word = match[0]
+        if word in ("(", "["):
+            index = word == "[" and match.start() > 0 and text[match.start() - 1] not in " (["
+            open_.append("index" if index else word)
+        elif word in (")", "]"):
+            open_.pop()
+        elif word[0] in ", ":
+            mark = word.strip()[:1] or text[match.end()]
+            rank = len(open_) * _DEEPER + _LOOSE.get(mark, _TIGHT)
+            if mark in "=<":
+                if open_:
+                    continue
+                rank = 0 if match.start() >= _LONG_HEAD else _SHORT
+            yield match.end(), mark, rank + _INDEX * ("index" in open_)
 
 
 def _filled(text: str, indent: int) -> list[str]:
-    """Fill lines up to the width, each ending where the text may be broken."""
+    """Fill lines up to the width, each ending where the text is held together most loosely."""
+    marks = [(at, rank) for at, _, rank in _marks(text)]
     lines: list[str] = []
-    start, last = 0, 0
-    margin = indent
-    for at, mark, depth in [*_marks(text), (len(text), "", 0)]:
-        if margin + len(text[start:at].rstrip()) > WIDTH and last > start:
-            lines.append(" " * margin + text[start:last].rstrip())
-            start, margin = last, indent + 4
-        if depth or mark in "oa":
-            last = at
+    start, margin = 0, indent
+    while margin + len(text) - start > WIDTH:
+        rest = [(at, rank) for at, rank in marks if at > start]
+        fits = [
+            (at, rank + _SHORT * (at - start < _LONG))
+            for at, rank in rest
+            if margin + len(text[start:at].rstrip()) <= WIDTH
+        ]
+        if not rest:
+            break
+        least = min((rank for _, rank in fits), default=0)
+        end = max((at for at, rank in fits if rank == least), default=rest[0][0])
+        lines.append(" " * margin + text[start:end].rstrip())
+        start, margin = end, indent + 4
     return [*lines, " " * margin + text[start:]]
 
 
@@ -196,8 +220,9 @@ def _entry(node: Node, owner: str) -> _Entry:
             text = _value(value)
         case State(name, dims, value):
             group, key, text = "state", declared(name, dims), _value(value)
-        case Setting(name, value) if name not in meant(owner):
-            group, key, text = "", name, _value(value)
+        case Setting(name, value, where) if name not in meant(owner):
+            group, key = "", name
+            text = _value(value) if where is None else _scalar(result(node))
         case Result() if owner == "definition":
             group, key, text = "", "value", _scalar(result(node))
         case _:

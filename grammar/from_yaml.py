@@ -207,8 +207,8 @@ class _Reader:
     def _setting(self, key: Scalar, value: Node) -> syntax.Setting:
         if not _NAME.match(key.text):
             self._unknown(key, did_you_mean(key.text, ("branches",), "a name belongs here"))
-        span = _over(key, value)
-        setting = syntax.Setting(key.text, self._expression(value), span=span)
+        span, result = _over(key, value), self._result(value)
+        setting = syntax.Setting(key.text, result.value, result.where, span=span)
         return self._made(setting, Extent(span.start, span.end))
 
     def _result(self, value: Node) -> syntax.Result:

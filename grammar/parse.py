@@ -313,7 +313,8 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
     # statements
 
     def setting(self, meta: Meta, args: list[Any]) -> syntax.Setting:
-        return syntax.Setting(str(args[0]), args[1], span=self._span(meta))
+        where = args[2] if len(args) == 3 else None
+        return syntax.Setting(str(args[0]), args[1], where, span=self._span(meta))
 
     def let(self, meta: Meta, args: list[Any]) -> syntax.Let:
         return syntax.Let(str(args[0]), args[1], span=self._span(meta))

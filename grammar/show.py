@@ -105,7 +105,7 @@ def head(name: str, params: Iterable[syntax.Parameter]) -> str:
     return f"{name}({inside})" if inside else name
 
 
-def result(node: Result) -> str:
+def result(node: Result | Setting) -> str:
     """Return `value`, or `value where condition`."""
     return show(node.value) + (f" where {show(node.where)}" if node.where is not None else "")
 
@@ -113,8 +113,8 @@ def result(node: Result) -> str:
 def statement(node: Node, pad: int = 0) -> str:
     """Return a statement without a body as one line; `pad` is the width of its name."""
     match node:
-        case Setting(name, value):
-            return f"{name:{pad}} = {show(value)}"
+        case Setting(name):
+            return f"{name:{pad}} = {result(node)}"
         case Let(name, value):
             return f"let {name:{pad}} = {show(value)}"
         case Param(name, dims, init, learned):

@@ -209,10 +209,11 @@ def _comments() -> Comments:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`heads = 8`"""
+    """`heads = 8`; `where` holds the condition that fixes `tau`, as in a `Result`."""
 
     name: str
     value: Expr
+    where: Expr | None = None
     comments: Comments = _comments()
     span: Span = _span()
 
@@ -282,6 +283,18 @@ class Branch:
 
 
 Statement = Setting | Let | Param | State | Update | Result | Branch
+
+
+def declared(body: tuple[Statement, ...]) -> set[str]:
+    """Return the names that statements introduce, those of branches included."""
+    found: set[str] = set()
+    for statement in body:
+        match statement:
+            case Let(name) | Param(name) | State(name) | Update(name):
+                found.add(name)
+            case Branch(name, inner):
+                found |= {name} | declared(inner)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,11 +372,11 @@ class File:
 def expressions(node: Item | Statement | Parameter) -> Iterator[tuple[object, Expr]]:
     """Yield every whole expression in an item or statement, with what it stands in."""
     match node:
-        case Setting(_, value) | Let(_, value) | Update(_, value):
+        case Let(_, value) | Update(_, value):
             yield node, value
         case Param(_, dims, init) | State(_, dims, init):
             yield from ((node, each) for each in (*dims, init))
-        case Result(value, where):
+        case Setting(_, value, where) | Result(value, where):
             yield from ((node, each) for each in (value, where) if each is not None)
         case Parameter(_, default):
             yield from ((node, each) for each in (default,) if each is not None)

@@ -64,7 +64,9 @@ class Pointwise(Op):
             if heads is not None and shape.heads is None:
                 name = by_head_text(name, heads, shape)
             names[f"a{at}"] = name
-        return write(options["expr"], "torch", lambda leaf: names[_id(leaf)])
+        like = next((each for each in inputs if each.isidentifier()), "x")
+        typed = f"{like}.new_full((), {{}})"
+        return write(options["expr"], "torch", lambda leaf: names[_id(leaf)], typed)
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         size = max(each.features for each in inputs)
@@ -162,7 +164,9 @@ def _call(name: str, args: list[Any]) -> Any:
         case "detach":
             return like.detach()
         case "step":
-            return (like > 0).to(like.dtype) + (like - like.detach())
+            stepped = like.clone()  # has the gradient of `like`, and gets other values
+            stepped.detach().copy_(like > 0)
+            return stepped
     if not like.is_floating_point() and name not in ("abs", "relu", "floor"):
         like = like.double()
     function = getattr(torch, name, None) or getattr(functional, name)

@@ -232,9 +232,13 @@ class Drawing:
         self, statement: syntax.Statement, path: str, scope: Scope
     ) -> syntax.Statement | None:
         match statement:
-            case syntax.Setting(name, value):
+            case syntax.Setting(name, value, where):
                 drawn = self.setting(value, f"{path}.{name}", scope)
-                return None if drawn is None else replace(statement, value=drawn)
+                if drawn is None:
+                    return None
+                if where is not None:
+                    where = self.whole(where, f"{path}.{name}.where", scope)
+                return replace(statement, value=drawn, where=where)
             case syntax.Let(name, value) | syntax.Update(name, value):
                 return replace(statement, value=self.whole(value, f"{path}.{name}", scope))
             case syntax.Param(name, dims, init) | syntax.State(name, dims, init):

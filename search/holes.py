@@ -64,7 +64,7 @@ def weights_of(call: Call) -> tuple[float, ...]:
 def expressions(item: syntax.Item | syntax.Statement) -> Iterator[tuple[Expr, bool]]:
     """Yield each expression of an item, and whether it may be left out altogether."""
     for owner, expr in syntax.expressions(item):
-        yield expr, isinstance(owner, syntax.Setting)
+        yield expr, isinstance(owner, syntax.Setting) and expr is owner.value
 
 
 # ── what is wrong ────────────────────────────────────────────────────────────────────────

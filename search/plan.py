@@ -149,6 +149,9 @@ class _Reader:
         if not isinstance(statement, Setting) or name not in SETTINGS:
             raise error("L521", f"`search` has no setting `{name or 'like this'}`", statement.span,
                         "", did_you_mean(name, SETTINGS, _HAVE))  # fmt: skip
+        if statement.where is not None:
+            raise error("L521", f"`{name}` has no condition", statement.where.span, "",
+                        "leave the `where` out")  # fmt: skip
         if name in self._settings:
             raise error("L521", f"`{name}` is set twice", statement.span)
         if name != "train" and contains_hole(statement.value):

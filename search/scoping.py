@@ -49,7 +49,7 @@ class Scoping:
 
     def of(self, item: syntax.Block | syntax.Definition) -> Scope:
         """Return the ties that are seen in a block or a definition."""
-        hidden = {each.name for each in item.params} | _declared(item.body)
+        hidden = {each.name for each in item.params} | syntax.declared(item.body)
         return {key: tie for key, tie in self.ties.items() if key not in hidden}
 
     def flat(self, model: syntax.Model, settle: Callable[[Expr, Scope], Expr]) -> Flat:
@@ -100,18 +100,6 @@ def _given(parent: syntax.Model, base: Expr) -> list[tuple[str, Expr]]:
         return []
     plain = zip((each.name for each in parent.params), base.args, strict=False)
     return [*plain, *((each.name, each.value) for each in base.keywords)]
-
-
-def _declared(body: tuple[syntax.Statement, ...]) -> set[str]:
-    """Return the names that statements of a body introduce, branches included."""
-    found: set[str] = set()
-    for statement in body:
-        match statement:
-            case syntax.Let(name) | syntax.Param(name) | syntax.State(name):
-                found.add(name)
-            case syntax.Branch(name, inner):
-                found |= {name} | _declared(inner)
-    return found
 
 
 def names_in(item: syntax.Item) -> set[str]:

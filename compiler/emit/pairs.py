@@ -68,15 +68,39 @@ def widened(expr: Expr, wide: str) -> Expr:
     """Widen places (`i` → `i.double()`) where PyTorch would go on in float32 from whole numbers."""
     if isinstance(expr, Index):
         return expr
-    turns = isinstance(expr, Binary) and (
-        expr.op in ("/", "**")
-        or any(isinstance(each, Number) and each.value % 1 for each in children(expr))
-    )
-    turns = turns or (isinstance(expr, Call) and expr.function not in _WHOLE)
     reads = names(expr)
-    if turns and reads and reads <= PLACES and not any(isinstance(x, Index) for x in walk(expr)):
-        return substitute(expr, {name: Name(f"{name}{wide}") for name in PLACES})
+    if _turns(expr) and reads and reads <= PLACES and not _indexes(expr):
+        return _widen(expr, wide)
+    match expr:  # one side may be places alone, the condition something else
+        case Call("where", (condition, *sides)) if _turns(expr):
+            sides = [
+                _widen(each, wide)
+                if names(each) <= PLACES and not _indexes(each)
+                else widened(each, wide)
+                for each in sides
+            ]
+            return Call("where", (widened(condition, wide), *sides), (), expr.span)
     return rebuild(expr, lambda each: widened(each, wide))
+
+
+def _turns(expr: Expr) -> bool:
+    """Say whether an operation makes a fraction of whole numbers."""
+    match expr:
+        case Binary("/" | "**"):
+            return True
+        case Call(name) if name not in _WHOLE:
+            return True
+        case Binary() | Call():
+            return any(isinstance(each, Number) and each.value % 1 for each in children(expr))
+    return False
+
+
+def _widen(expr: Expr, wide: str) -> Expr:
+    return substitute(expr, {name: Name(f"{name}{wide}") for name in PLACES})
+
+
+def _indexes(expr: Expr) -> bool:
+    return any(isinstance(each, Index) for each in walk(expr))
 
 
 @dataclass
@@ -96,6 +120,11 @@ class Pairs(Values):
 
     def side(self, layout: str) -> Pairs:
         return replace(self, layout=layout)
+
+    @property
+    def typed(self) -> str:
+        dtype = "torch.float64" if self.wide == ".double()" else "wide"
+        return f"q.new_full((), {{}}, dtype={dtype})"
 
     def prepared(self, pattern: Expr) -> Expr:
         return widened(pattern, self.wide)

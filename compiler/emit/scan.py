@@ -28,6 +28,10 @@ class _Ranks(Values):
     known: dict[str, int]
     texts: Mapping[str, str] = field(default_factory=dict)  # how a name is written, if not so
 
+    @property
+    def typed(self) -> str:
+        return "x.new_full((), {}, dtype=wide)"
+
     def leaf(self, expr: Name | Index) -> Text:
         match expr:
             case Name(id):

@@ -53,4 +53,6 @@ def _initial(init: Expr, size: str) -> str:
         return f"({draws[each.id]})" if each.id in draws else each.id
 
     pattern = drawn(init)
-    return draws["draw 0"] if pattern == Name("draw 0") else write(pattern, "torch", leaf)
+    if pattern == Name("draw 0"):
+        return draws["draw 0"]
+    return write(pattern, "torch", leaf, "torch.full((), {}, dtype=torch.float64)")

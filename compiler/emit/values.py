@@ -27,6 +27,11 @@ class Text(NamedTuple):
 class Values(ABC):
     """Writes expressions; what names, indices and calls of its own are, a subclass says."""
 
+    @property
+    @abstractmethod
+    def typed(self) -> str:
+        """How a number is written as a tensor of the dtype that values have."""
+
     @abstractmethod
     def leaf(self, expr: Name | Index) -> Text:
         """Return the text of a name or an index."""
@@ -52,7 +57,7 @@ class Values(ABC):
             part = parts[int(each.id[5:])] if known else self.leaf(each)  # type: ignore[union-attr]
             return lifted(part, rank)
 
-        return Text(write(self.prepared(pattern), "torch", leaf), rank)
+        return Text(write(self.prepared(pattern), "torch", leaf, self.typed), rank)
 
     def _pattern(self, expr: Expr, parts: list[Text]) -> Expr:
         """Return the elementwise part of an expression, over `part 0` … for what is below it."""

@@ -121,3 +121,18 @@ def test_what_does_not_apply_says_why() -> None:
         assert findings[name].ok is None
         assert "later keys" in findings[name].note
     assert "no targets" in findings["kernels ahead of time"].note
+
+
+def test_constants_keep_their_digits() -> None:
+    text = """
+    block a {
+      heads = 2; head_dim = 8
+      const slope[heads] = 0.1 * (h + 1)
+      score = s - slope[h] * abs(i - j)
+      mask  = causal
+    }
+    """
+    for each in verify(block(text)):
+        if each.check in ("forward", "gradients", "decoding", "exported file"):
+            assert each.ok, each
+            assert each.worst < 1e-13, each

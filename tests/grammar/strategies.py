@@ -86,7 +86,7 @@ def statements(expr: st.SearchStrategy[syntax.Expr]) -> st.SearchStrategy[syntax
     """Return statements of every kind, branches without branches."""
     dims = _several(expr, 0, 2)
     return (
-        st.builds(syntax.Setting, setting_names, expr, comments=comments)
+        st.builds(syntax.Setting, setting_names, expr, st.none() | expr, comments=comments)
         | st.builds(syntax.Let, names, expr, comments=comments)
         | st.builds(syntax.Param, names, dims, expr, st.booleans(), comments=comments)
         | st.builds(syntax.State, names, dims, expr, comments=comments)

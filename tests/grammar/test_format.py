@@ -117,6 +117,45 @@ def test_show_numbers_without_text():
     assert show(Binary("**", Number(-2), Number(0.5))) == "(-2) ** 0.5"
 
 
+LONG = {
+    "terms": (
+        "score f(r = i // 32, c = i % 16 // 2, d = j) = log(where(d == r and d == c, exp(t[i, 0]),"
+        " 0) + where(d == max(r - 1, 0) and d == c, exp(t[i, 1]), 0) + where(d == r, t[i, 2], 0))",
+        """\
+score f(r = i // 32, c = i % 16 // 2, d = j) =
+    log(where(d == r and d == c, exp(t[i, 0]), 0) +
+    where(d == max(r - 1, 0) and d == c, exp(t[i, 1]), 0) + where(d == r, t[i, 2], 0))
+""",
+    ),
+    "indices": (
+        "score g { s + head_dim ** -0.5 * (q[h, i, 0] * (across[dx, 0] + down[dy, 0]) + q[h, i, 1]"
+        " * (across[dx, 1] + down[dy, 1]) + q[h, i, 2] * (across[dx, 2] + down[dy, 2])); s }",
+        """\
+score g {
+  s + head_dim ** -0.5 * (q[h, i, 0] * (across[dx, 0] + down[dy, 0]) +
+      q[h, i, 1] * (across[dx, 1] + down[dy, 1]) + q[h, i, 2] * (across[dx, 2] + down[dy, 2]))
+  s
+}
+""",
+    ),
+    "loosest first": (
+        "mask f = doc[j] == 0 or i == j or sinks and doc[j] % 2 == 1 or own_document and"
+        " doc[i] // 2 == doc[j] // 2",
+        """\
+mask f = doc[j] == 0 or i == j or sinks and doc[j] % 2 == 1
+    or own_document and doc[i] // 2 == doc[j] // 2
+""",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "formatted"), LONG.values(), ids=LONG)
+def test_long_lines_are_broken_where_they_are_loosest(text, formatted):
+    assert format_loom(parse(text)) == formatted
+    assert format_loom(parse(formatted)) == formatted
+    assert parse(formatted) == parse(text)
+
+
 def test_long_lines_are_broken_and_read_back():
     call = "f(" + ", ".join(f"argument_{n} = [{n}, {n}]" for n in range(12)) + ")"
     mask = " or ".join(f"(i - j) % {n} == 0" for n in range(2, 14))

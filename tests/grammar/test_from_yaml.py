@@ -18,7 +18,9 @@ weights half = p / 2
 mix plain(feature = elu1) { state S[head_dim] = 0; S <- S + feature(k); o <- q * S }
 stage soft = | linear | silu
 block local(w = 64) { heads = 8; mask = causal and near(w); let g = x | linear; out = o | gate(g) }
-block global : local { mask = causal; branch two { heads = 4 } }
+block global : local {
+  mask = causal; normalize = relu(s - tau) where sum == 1; branch two { heads = 4 }
+}
 model tiny { width = 512; layers = [local] * 2 + [global] }
 search { model = tiny; minimize = [params, flops] }
 """
@@ -62,6 +64,7 @@ blocks:
   global:
     base: local
     mask: causal
+    normalize: relu(s - tau) where sum == 1
     branches:
       two:
         heads: 4

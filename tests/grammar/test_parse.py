@@ -93,6 +93,9 @@ def test_a_piece_stands_in_its_source():
     assert (inexact.right.span.start, inexact.right.span.end) == (6, 24)
 
 
+GOES_ON = "a line goes on inside `( )`, and after an operator: end the line above with it"
+
+
 @pytest.mark.parametrize(
     ("text", "code", "line", "column", "help"),
     [
@@ -105,6 +108,8 @@ def test_a_piece_stands_in_its_source():
         ("let a =\n", "L101", 1, 7, "an expression belongs here"),
         ("block a { b = 8 8 }", "L101", 1, 17, "write one statement a line, or `;` between them"),
         ("block a {\n b = 8\n}\n}", "L101", 4, 1, ""),
+        ("block a {\n  s = i\n  + j\n}", "L101", 3, 3, GOES_ON),
+        ("block a {\n  s = i # c\n    ** 2\n}", "L101", 3, 5, GOES_ON),
         ("block é {}", "L102", 1, 7, "names are made of a-z, A-Z, 0-9 and _"),
         ('let a = "b', "L102", 1, 9, 'close it with `"`'),
         ("let a = 'b'", "L102", 1, 9, 'strings stand in `"`'),

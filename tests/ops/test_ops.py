@@ -590,3 +590,29 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(Mismatch):
         OPS[name].shape(shapes, options)
+
+
+@pytest.mark.parametrize("of", ["reference", "piece"])
+def test_a_step_is_exact_where_its_operand_is_infinite(of: str) -> None:
+    a = torch.tensor([-torch.inf, -1e30, 0.0, 1e-30, torch.inf], requires_grad=True)
+    if of == "piece":
+        y = pieces.hard_step(a)
+    else:
+        y = evaluate(parse_expression("step(a)"), {"a": a})
+    assert y.tolist() == [0, 0, 0, 1, 1]
+    y.sum().backward()
+    assert a.grad is not None
+    assert a.grad.tolist() == [1, 1, 1, 1, 1]
+
+
+def test_a_step_is_compiled_and_exported() -> None:
+    class Gated(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * pieces.hard_step(x)
+
+    x = torch.tensor([-1.0, 0.0, 2.0])
+    for made in (
+        torch.compile(Gated(), backend="aot_eager", fullgraph=True),
+        torch.export.export(Gated(), (x,)).module(),
+    ):
+        assert made(x).tolist() == [0, 0, 2]
