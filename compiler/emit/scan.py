@@ -71,7 +71,7 @@ class _Ranks:
             case Name(id):
                 return self.texts.get(id, _variable(id)), self.known[id]
             case Index(Name(id), items):
-                return f"self.{id}", len(self.graph.node(id).dims) - len(items)
+                return f"self.{id}.to(wide)", len(self.graph.node(id).dims) - len(items)
             case Binary("@", left, right) | Call("dot", (left, right)):
                 return self._contract(self.text(left), self.text(right))
             case Call(name, (arg,)):
