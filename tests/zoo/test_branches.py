@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import (
     adaptive_avg_pool2d,
     conv1d,
+    elu,
     gelu,
     layer_norm,
     linear,
@@ -173,7 +174,8 @@ def test_172_pools_states_by_energies_of_what_is_conditioned():
 
 def test_172_without_a_condition_it_is_plain_pooling():
     mechanism = Mechanism("lexicon_affine").set(
-        factor_proj_weight=0, factor_proj_bias=1, shift_proj_weight=0, shift_proj_bias=0)  # fmt: skip
+        factor_proj_weight=0, factor_proj_bias=1, shift_proj_weight=0, shift_proj_bias=0
+    )  # fmt: skip
     h = X[..., :24]
     pooled = (energies(mechanism, h).softmax(-1)[..., None] * h).sum(1, keepdim=True)
     assert_close(mechanism(X), mapped(mechanism, "o_proj", pooled))
@@ -274,6 +276,74 @@ def test_248_latents_that_do_not_meet_tell_of_one_group():
     mechanism = Mechanism("fit").set(told_proj_weight=0)
     x = tokens(24)
     assert moved(mechanism(x), mechanism(changed(x, 9))) == list(range(9, 16))
+
+
+def copied(theirs: nn.Module, mechanism: Mechanism, pairs: dict[str, str]) -> None:
+    """Give layers of an oracle the weights and biases of ours."""
+    with torch.no_grad():
+        for name, mine in pairs.items():
+            layer = theirs.get_submodule(name)
+            layer.weight.copy_(mechanism.parameter(f"{mine}.weight"))
+            layer.bias.copy_(mechanism.parameter(f"{mine}.bias"))
+
+
+def test_perceiver_is_that_of_transformers():
+    from transformers import PerceiverConfig
+    from transformers.models.perceiver.modeling_perceiver import PerceiverLayer
+
+    config = PerceiverConfig(d_model=32, d_latents=32, attention_probs_dropout_prob=0.0)
+    theirs = PerceiverLayer(config, is_cross_attention=True, num_heads=4, q_dim=32, kv_dim=32,
+                            widening_factor=1).double().eval()  # fmt: skip
+    mechanism = Mechanism("perceiver")
+    copied(theirs, mechanism, {
+        "attention.self.layernorm1": "q_norm", "attention.self.layernorm2": "given_norm",
+        "attention.self.query": "q_proj", "attention.self.key": "k_proj",
+        "attention.self.value": "v_proj", "attention.output.dense": "told_proj",
+        "layernorm": "inner_norm", "mlp.dense1": "inner_proj", "mlp.dense2": "o_proj",
+    })  # fmt: skip
+    own = mechanism.parameter("own_latents.weight").expand(2, -1, -1)
+    assert_close(mechanism(X), found(theirs, own, inputs=X))
+
+
+def test_perceiver_input_has_no_order():
+    mechanism = Mechanism("perceiver")
+    assert mechanism(OTHER).shape == (2, 4, 32)
+    assert_close(mechanism(OTHER[:, ORDER]), mechanism(OTHER))
+
+
+def test_perceiver_of_equal_tokens_has_no_length():
+    mechanism = Mechanism("perceiver")
+    x = tokens(1)
+    assert_close(mechanism(x.expand(-1, 7, -1)), mechanism(x))
+
+
+def test_map_head_is_that_of_siglip():
+    from transformers import SiglipVisionConfig
+    from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
+
+    config = SiglipVisionConfig(hidden_size=32, num_attention_heads=4, intermediate_size=128,
+                                hidden_act="gelu", layer_norm_eps=1e-6)  # fmt: skip
+    theirs = SiglipMultiheadAttentionPoolingHead(config).double().eval()
+    mechanism = Mechanism("map_head")
+    copied(theirs, mechanism, {"attention.out_proj": "found_proj", "layernorm": "inner_norm",
+                               "mlp.fc1": "inner_proj", "mlp.fc2": "o_proj"})  # fmt: skip
+    with torch.no_grad():
+        theirs.probe.copy_(mechanism.parameter("q_latents.weight"))
+        for part in ("weight", "bias"):
+            mine = torch.cat([mechanism.parameter(f"{name}_proj.{part}") for name in "qkv"])
+            getattr(theirs.attention, f"in_proj_{part}").copy_(mine)
+    assert_close(mechanism(X)[:, 0], found(theirs, X))
+
+
+def test_map_head_has_no_order():
+    mechanism = Mechanism("map_head")
+    assert_close(mechanism(OTHER[:, ORDER]), mechanism(OTHER))
+
+
+def test_map_head_of_a_probe_that_asks_nothing_is_a_mean():
+    mechanism = Mechanism("map_head").set(q_proj_weight=0, q_proj_bias=0)
+    mean = mapped(mechanism, "v_proj", X.mean(1, keepdim=True))
+    assert_close(merge(mechanism.streams(X)["pooled"]), mean)
 
 
 # ── heads ────────────────────────────────────────────────────────────────────────────────
@@ -432,7 +502,6 @@ def test_118_classes_alone_say_who_reads_whom():
     assert_close(first[..., 32:], second[..., 32:])
 
 
-
 def test_differential_is_diffllamas_attention():
     from transformers import DiffLlamaConfig
     from transformers.models.diffllama.modeling_diffllama import (
@@ -470,9 +539,10 @@ def test_differential_equal_maps_cancel():
 
 def test_differential_without_the_second_map_it_is_attention_and_a_norm():
     mechanism = Mechanism("differential").set(plus=-torch.inf, minus=math.log(0.2))
-    one = Mechanism("block one { width = 32; heads = 2; head_dim = 8; value_dim = 16; mask = causal;"
-                    " position = rope; v = x | linear | split; out = o | rms_norm(eps = 1e-5) | "
-                    "scale(0.8) | merge | linear }", like=mechanism)  # fmt: skip
+    one = Mechanism("block one { width = 32; heads = 2; head_dim = 8; value_dim = 16; "
+                    "mask = causal; position = rope; v = x | linear | split; "
+                    "out = o | rms_norm(eps = 1e-5) | scale(0.8) | merge | linear }",
+                    like=mechanism)  # fmt: skip
     one.set(**{f"{name}_proj_weight": mechanism.parameter(f"one_{name}_proj.weight")
                for name in "qk"})  # fmt: skip
     assert_close(mechanism(X), one(X))
@@ -508,7 +578,8 @@ def test_75_relations_may_be_written_out():
 def test_75_sensory_heads_are_plain_attention():
     mechanism = Mechanism("dual_attention")
     plain = Mechanism("block plain { width = 32; heads = 2; head_dim = 8; "
-                      "out = o | merge | linear(16) | concat(x | slice(16)) }", like=mechanism)  # fmt: skip
+                      "out = o | merge | linear(16) | concat(x | slice(16)) }",
+                      like=mechanism)  # fmt: skip
     assert_close(mechanism(X)[..., :16], plain(X)[..., :16])
 
 
@@ -735,7 +806,8 @@ def test_gated_deltanet_is_that_of_olmo_hybrid():
     theirs = OlmoHybridGatedDeltaNet(config, 0).double().eval()
     mechanism = Mechanism("gated_deltanet_conv")
     pairs = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "a_proj": "time_proj",
-             "b_proj": "beta_proj", "g_proj": "g_proj", "o_proj": "o_proj", "o_norm": "o_norm"}  # fmt: skip
+             "b_proj": "beta_proj", "g_proj": "g_proj", "o_proj": "o_proj",
+             "o_norm": "o_norm"}  # fmt: skip
     with torch.no_grad():
         for name, mine in pairs.items():
             getattr(theirs, name).weight.copy_(mechanism.parameter(f"{mine}.weight"))
@@ -848,7 +920,8 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 def test_hymba_of_attention_alone():
     mechanism = Mechanism("hymba").set(far_scale=0)
     near = Mechanism("block near { width = 32; heads = 4; kv_heads = 2; position = rope; "
-                     "mask = causal and window(8); out = o | merge | rms_norm | linear }")  # fmt: skip
+                     "mask = causal and window(8); "
+                     "out = o | merge | rms_norm | linear }")  # fmt: skip
     near.set(o_norm_weight=mechanism.parameter("one_norm.weight"),
              o_proj_weight=mechanism.parameter("o_proj.weight") * mechanism.parameter("near_scale"),
              **{f"{name}_proj_weight": mechanism.parameter(f"near_{name}_proj.weight")
@@ -918,3 +991,151 @@ def test_173_the_first_token_sees_itself_alone():
     mechanism = Mechanism("mega")
     assert_close(mechanism(X)[:, :1], mechanism(X[:, :1]))
     assert moved(mechanism(X), mechanism(changed(X, 6))) == [6, 7, 8, 9, 10]
+
+
+# ── a query of zero, random features, a map for all layers, a prefix without end ─────────
+
+
+def test_201_is_torchs_attention_twice():
+    mechanism = Mechanism("gcog_cross")
+    z = torch.zeros(2, 1, 32, dtype=torch.float64)
+    for part, out, norm, source in (("rules", "ruled", "ruled", X), ("seen_", "o", "o", OTHER)):
+        theirs = nn.MultiheadAttention(32, 1, batch_first=True, dtype=torch.float64)
+        p = dict(mechanism.meaning.named_parameters())
+        with torch.no_grad():
+            for at, name in enumerate("qkv"):
+                rows = slice(32 * at, 32 * at + 32)
+                if f"{part}_{name}_proj.weight" in p:
+                    theirs.in_proj_weight[rows] = p[f"{part}_{name}_proj.weight"]
+                    theirs.in_proj_bias[rows] = p[f"{part}_{name}_proj.bias"]
+            if part == "rules":
+                theirs.in_proj_bias[:32] = p["rules_q_latents.weight"][0]
+            theirs.out_proj.weight.copy_(p[f"{out}_proj.weight"])
+            theirs.out_proj.bias.copy_(p[f"{out}_proj.bias"])
+        z = normed(mechanism, f"{norm}_norm", z + found(theirs, z, source, source))
+    assert_close(mechanism(X, context=OTHER), z)
+
+
+def test_201_neither_rules_nor_objects_have_an_order():
+    mechanism = Mechanism("gcog_cross")
+    y = mechanism(OTHER, context=X[:, :9])
+    assert y.shape == (2, 1, 32)
+    assert_close(mechanism(OTHER[:, ORDER], context=X[:, ORDER]), y)
+
+
+def random_map(mechanism: Mechanism, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features [b, n, 33] and the weights [b, heads, n, n] of others."""
+    full = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    w = mechanism.parameter("k_proj.weight").unflatten(0, (4, 33))
+    s = torch.einsum("bic,hcd,bjd->bhij", full, w, full).relu()
+    n = x.shape[1]
+    return full, s.masked_fill(torch.eye(n, dtype=torch.bool), 0) / (n - 1)
+
+
+def test_171_is_a_bilinear_form_for_each_head():
+    mechanism = Mechanism("random_features")
+    full, p = random_map(mechanism, X)
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(p @ full[:, None])))
+
+
+def test_171_random_forms_are_not_learned_and_the_rest_is_linear():
+    mechanism = Mechanism("random_features")
+    full, p = random_map(mechanism, X)
+    mechanism.module.load_state_dict(mechanism.meaning.state_dict())
+    parameters = dict(mechanism.module.named_parameters())
+    y = mechanism.module(X)[..., 0].sum()
+    k, o = torch.autograd.grad(y, [parameters["k_proj.weight"], parameters["o_proj.weight"]],
+                               allow_unused=True)  # fmt: skip
+    assert k is None or not k.any()
+    assert_close(o[0], merge(p @ full[:, None]).sum((0, 1)))
+
+
+def test_171_larger_forms_are_larger_features():
+    mechanism = Mechanism("random_features")
+    y = mechanism(X)
+    assert_close(mechanism.set(k_proj_weight=3 * mechanism.parameter("k_proj.weight"))(X), 3 * y)
+
+
+def test_171_others_have_no_order_and_may_be_doubled():
+    mechanism = Mechanism("random_features")
+    first, others = X[:, :1], X[:, 1:]
+    y = mechanism(X)[:, :1]
+    assert_close(mechanism(torch.cat([first, others.flip(1)], 1))[:, :1], y)
+    assert_close(mechanism(torch.cat([first, others, others], 1))[:, :1], y)
+
+
+PAGE = tokens(width=64)
+
+
+def skimmed(mechanism: Mechanism, x: Tensor) -> Tensor:
+    """Two layers of BERT that share a map."""
+    text, layout = x.chunk(2, -1)
+    q, k = (split(mapped(mechanism, f"{name}_proj", layout)) for name in "qk")
+    p = (8**-0.5 * q @ k.mT).softmax(-1)
+    for layer, a, b in (("first", "a", "b"), ("second", "c", "d")):
+        o = merge(p @ split(mapped(mechanism, f"{layer}_v_proj", text)))
+        text = normed(mechanism, f"{a}_norm", text + mapped(mechanism, f"{a}_proj", o))
+        inner = gelu(mapped(mechanism, f"{b}_proj_0", text))
+        text = normed(mechanism, f"{b}_norm", text + mapped(mechanism, f"{b}_proj_1", inner))
+    return torch.cat([text, layout], -1)
+
+
+def test_99_one_map_serves_both_layers():
+    mechanism = Mechanism("skim_attention")
+    assert_close(mechanism(PAGE), skimmed(mechanism, PAGE))
+
+
+def test_99_text_does_not_change_who_reads_whom():
+    mechanism = Mechanism("skim_attention")
+    first = mechanism.streams(PAGE)["first"]
+    louder = torch.cat([3 * PAGE[..., :32], PAGE[..., 32:]], -1)
+    mechanism.set(first_v_proj_bias=0)
+    quiet, loud = (mechanism.streams(each)["first"] for each in (PAGE, louder))
+    assert_close(loud, 3 * quiet)
+    assert not torch.allclose(first, quiet)
+
+
+def test_99_equal_boxes_are_read_evenly():
+    mechanism = Mechanism("skim_attention")
+    page = torch.cat([PAGE[..., :32], PAGE[:, :1, 32:].expand(-1, N, -1)], -1)
+    text = mechanism.streams(page)["text"]
+    mean = mapped(mechanism, "first_v_proj", text).mean(1, keepdim=True).expand(-1, N, -1)
+    assert_close(merge(mechanism.streams(page)["first"]), mean)
+
+
+def ntk(mechanism: Mechanism, z: Tensor) -> Tensor:
+    """The formula with its numerator and its denominator written out."""
+    q, k = (split(mapped(mechanism, f"{name}_proj", X)) for name in "qk")
+    v = split(mapped(mechanism, "tokens_v_proj", X))
+    a = (8**-0.5 * q @ k.mT).exp() * causal()
+    phi = elu(8**-0.25 * q) + 1
+    above = a @ v + phi @ mechanism.parameter("found_in_prefix_Z")
+    below = a.sum(-1, keepdim=True) + phi @ z.abs()[..., None]
+    return mapped(mechanism, "o_proj", merge(above / below))
+
+
+def test_185_shares_one_denominator():
+    mechanism = Mechanism("ntk_attention")
+    z = mechanism.parameter("weight_of_prefix_z").clone()
+    assert_close(mechanism(X), ntk(mechanism, z))
+    assert_close(mechanism.set(weight_of_prefix_z=-z)(X), ntk(mechanism, z))
+
+
+def test_185_an_empty_prefix_leaves_attention():
+    mechanism = Mechanism("ntk_attention").set(found_in_prefix_Z=0, weight_of_prefix_z=1e-15)
+    plain = Mechanism(MHA, like=mechanism)
+    plain.set(v_proj_weight=mechanism.parameter("tokens_v_proj.weight"))
+    assert_close(mechanism(X), plain(X))
+
+
+def test_185_is_attention_with_a_prefix_whose_kernel_is_exact():
+    """A prefix of keys as features: its exponentials are replaced by products of features."""
+    mechanism = Mechanism("ntk_attention")
+    keys, values = tokens(5, 8, batch=4).abs(), tokens(5, 8, batch=4, seed=1)
+    mechanism.set(found_in_prefix_Z=keys.mT @ values, weight_of_prefix_z=keys.sum(1))
+    q, k = (split(mapped(mechanism, f"{name}_proj", X)) for name in "qk")
+    v = split(mapped(mechanism, "tokens_v_proj", X))
+    kernel = (elu(8**-0.25 * q) + 1) @ keys.mT
+    a = torch.cat([kernel, (8**-0.5 * q @ k.mT).exp() * causal()], -1)
+    o = a / a.sum(-1, keepdim=True) @ torch.cat([values.expand(2, -1, -1, -1), v], 2)
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(o)))

@@ -19,8 +19,8 @@ from headloom.grammar.parse import parse
 
 from .mechanisms import Mechanism, tokens
 
-FAMILIES = {"cross", "heads", "latents", "normalisers", "positions", "recurrent", "scores", "sparse",
-            "vision"}  # fmt: skip
+FAMILIES = {"cross", "heads", "latents", "normalisers", "positions", "recurrent", "scores",
+            "sparse", "vision"}  # fmt: skip
 every = pytest.mark.parametrize("name", zoo.names())
 
 
