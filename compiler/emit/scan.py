@@ -37,7 +37,7 @@ class _Ranks(Values):
             case Name(id):
                 return Text(self.texts.get(id, _variable(id)), self.known[id])
             case Index(Name(id), items):
-                return Text(f"self.{id}", len(self.graph.node(id).dims) - len(items))
+                return Text(f"self.{id}.to(wide)", len(self.graph.node(id).dims) - len(items))
         raise TypeError(f"{type(expr).__name__} in a mixer")
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import (
 )
 
 from headloom.compiler import api
-from headloom.compiler.reference_attend import Given, attend
+from headloom.compiler.reference_attend import Given, Places, attend
 
 from .mechanisms import (
     MHA,
@@ -50,10 +50,8 @@ def weights(mechanism: Mechanism, x: Tensor, segments: Tensor | None = None) -> 
     n, k = x.shape[1], streams["k"]
     streams["v"] = torch.eye(n, dtype=k.dtype).expand(*k.shape[:2], -1, -1)
     tensors = {each.name: mechanism.meaning._tensor(each.name) for each in mechanism.block.tensors}
-    places = {"n": torch.arange(n).expand(x.shape[0], -1)}
-    return attend(
-        mechanism.block, mechanism.block.mix, Given(streams, tensors, places, segments, False)
-    )
+    places = Places({"n": torch.arange(n).expand(x.shape[0], -1)})
+    return attend(mechanism.block.mixings["o"], Given(streams, tensors, places, segments, False))
 
 
 def through(mechanism: Mechanism, mixed: Tensor) -> Tensor:
@@ -597,7 +595,7 @@ def overlapped(mechanism: Mechanism, bias: Callable[[Tensor], Tensor]) -> None:
                for name in "qkv"}  # fmt: skip
     q = cut(streams["q"], 4, 4, 0)
     k, v = (cut(streams[name], 6, 4, 1) for name in "kv")
-    p = (mechanism.block.mix.scale * q @ k.mT + bias(q)).softmax(-1)
+    p = (mechanism.block.mixings["o"].mix.scale * q @ k.mT + bias(q)).softmax(-1)
     o = (p @ v).flatten(0, 1).permute(0, 3, 2, 1).flatten(1, 2)
     o = fold(o, 8, 4, stride=4).flatten(2).mT.unflatten(0, (2, 4))
     assert_close(inside(mechanism(x)), through(mechanism, o))

@@ -19,7 +19,8 @@ from headloom.grammar.parse import parse
 
 from .mechanisms import Mechanism, tokens
 
-FAMILIES = {"cross", "heads", "normalisers", "positions", "recurrent", "scores", "sparse", "vision"}
+FAMILIES = {"cross", "heads", "latents", "normalisers", "positions", "recurrent", "scores",
+            "sparse", "vision"}  # fmt: skip
 every = pytest.mark.parametrize("name", zoo.names())
 
 

@@ -1,0 +1,1141 @@
+"""Mechanisms of several mixings, of latents and of short convolutions, each by its identities."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations, permutations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import (
+    adaptive_avg_pool2d,
+    conv1d,
+    elu,
+    gelu,
+    layer_norm,
+    linear,
+    pad,
+    scaled_dot_product_attention,
+    silu,
+    softplus,
+)
+
+from .mechanisms import MHA, Mechanism, assert_close, causal, softmax, tokens
+
+FULL = MHA.replace("; mask = causal", "")
+X = tokens()
+N = X.shape[1]
+OTHER = tokens(9, seed=5)
+ORDER = torch.tensor([3, 0, 6, 8, 1, 5, 2, 4, 7])
+
+
+def mapped(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
+    """Return what a linear map of the block makes of x."""
+    weights = dict(mechanism.meaning.named_parameters())
+    bias = weights.get(f"{name}.bias")
+    return linear(x, weights[f"{name}.weight"].detach(), None if bias is None else bias.detach())
+
+
+def normed(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
+    """Return what a layer norm of the block makes of x."""
+    weight, bias = (mechanism.parameter(f"{name}.{each}") for each in ("weight", "bias"))
+    return layer_norm(x, weight.shape, weight, bias)
+
+
+def split(x: Tensor, heads: int = 4) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, heads: int = 4, **options: Any) -> Tensor:
+    """Return plain attention of streams [b, n, d]."""
+    return merge(scaled_dot_product_attention(*(split(each, heads) for each in (q, k, v)),
+                                              **options))  # fmt: skip
+
+
+def moved(one: Tensor, other: Tensor) -> list[int]:
+    """Return the tokens that differ."""
+    return (one - other).abs().amax((0, 2)).gt(1e-12).nonzero()[:, 0].tolist()
+
+
+def changed(x: Tensor, at: int) -> Tensor:
+    return x.index_fill(1, torch.tensor([at]), 1.0)
+
+
+@torch.no_grad()
+def found(theirs: nn.Module, *inputs: Any, **named: Any) -> Tensor:
+    y = theirs(*inputs, **named)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def assert_near(mine: Tensor, theirs: Tensor) -> None:
+    """For oracles that compute in float32."""
+    assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+# ── sets and latents ─────────────────────────────────────────────────────────────────────
+
+
+def mab(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the authors' MAB before its last layer: heads lie along the batch."""
+    parts = [torch.cat(each.split(8, 2), 0) for each in (q, k, v)]
+    a = (parts[0] @ parts[1].mT / 32**0.5).softmax(2)
+    return torch.cat((parts[0] + a @ parts[2]).split(q.shape[0], 0), 2)
+
+
+def test_136_pma_is_mab_of_seeds():
+    mechanism = Mechanism("set_transformer_pma")
+    seeds = mechanism.parameter("q_latents.weight").expand(2, -1, -1)
+    hidden = mab(*(mapped(mechanism, f"{name}_proj", each)
+                   for name, each in zip("qkv", (seeds, X, X), strict=True)))  # fmt: skip
+    assert_close(mechanism(X), hidden + mapped(mechanism, "o_proj", hidden).relu())
+
+
+def test_136_pma_has_no_order():
+    mechanism = Mechanism("set_transformer_pma")
+    assert mechanism(OTHER).shape == (2, 4, 32)
+    assert_close(mechanism(OTHER[:, ORDER]), mechanism(OTHER))
+
+
+def test_136_pma_of_one_element_adds_its_value():
+    mechanism = Mechanism("set_transformer_pma")
+    x = tokens(1)
+    seeds = mapped(mechanism, "q_proj", mechanism.parameter("q_latents.weight"))
+    hidden = seeds + mapped(mechanism, "v_proj", x)
+    assert_close(mechanism(x), hidden + mapped(mechanism, "o_proj", hidden).relu())
+
+
+def test_136_isab_is_mab_of_mab():
+    mechanism = Mechanism("set_transformer_isab")
+    points = mechanism.parameter("own_latents.weight").expand(2, -1, -1)
+    names = ("own_proj", "read_k_proj", "read_v_proj")
+    held = mab(*(mapped(mechanism, name, each)
+                 for name, each in zip(names, (points, X, X), strict=True)))  # fmt: skip
+    summary = held + mapped(mechanism, "summary_proj", held).relu()
+    hidden = mab(*(mapped(mechanism, f"{name}_proj", each)
+                   for name, each in zip("qkv", (X, summary, summary), strict=True)))  # fmt: skip
+    assert_close(mechanism(X), hidden + mapped(mechanism, "o_proj", hidden).relu())
+
+
+def test_136_isab_keeps_the_order():
+    mechanism = Mechanism("set_transformer_isab")
+    assert_close(mechanism(OTHER[:, ORDER]), mechanism(OTHER)[:, ORDER])
+
+
+def test_136_isab_passes_as_many_directions_as_points():
+    mechanism = Mechanism("set_transformer_isab")
+    ranks = torch.linalg.matrix_rank(mechanism.streams(X)["written"])
+    assert (ranks == 4).all()  # of eight features
+
+
+def test_105_each_query_pools_its_own_block():
+    mechanism = Mechanism("efficient_probing")
+    queries = mechanism.parameter("q_latents.weight").unflatten(1, (4, 32))[0]
+    a = (queries @ X.mT / 32**0.5).softmax(-1)
+    values = mapped(mechanism, "v_proj", X)
+    blocks = [a[:, at : at + 1] @ values[..., 8 * at : 8 * at + 8] for at in range(4)]
+    assert_close(mechanism(X), torch.cat(blocks, -1))
+
+
+def test_105_of_no_query_it_is_the_mean():
+    mechanism = Mechanism("efficient_probing").set(q_latents_weight=0)
+    assert_close(mechanism(X), mapped(mechanism, "v_proj", X.mean(1, keepdim=True)))
+
+
+def test_105_of_one_patch_it_is_its_value():
+    mechanism = Mechanism("efficient_probing")
+    x = tokens(1)
+    assert_close(mechanism(x), mapped(mechanism, "v_proj", x))
+
+
+def test_105_has_few_parameters_and_no_order():
+    mechanism = Mechanism("efficient_probing")
+    assert sum(each.numel() for each in mechanism.module.parameters()) == 4 * 32 + 32 * 32
+    assert_close(mechanism(OTHER[:, ORDER]), mechanism(OTHER))
+
+
+def energies(mechanism: Mechanism, conditioned: Tensor) -> Tensor:
+    return conditioned @ mechanism.parameter("q_latents.weight")[0]
+
+
+def test_172_pools_states_by_energies_of_what_is_conditioned():
+    mechanism = Mechanism("lexicon_affine")
+    h, f = X.split((24, 8), -1)
+    e = energies(mechanism, mapped(mechanism, "factor_proj", f) * h
+                 + mapped(mechanism, "shift_proj", f))  # fmt: skip
+    pooled = (e.softmax(-1)[..., None] * h).sum(1, keepdim=True)
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", pooled))
+
+
+def test_172_without_a_condition_it_is_plain_pooling():
+    mechanism = Mechanism("lexicon_affine").set(
+        factor_proj_weight=0, factor_proj_bias=1, shift_proj_weight=0, shift_proj_bias=0
+    )  # fmt: skip
+    h = X[..., :24]
+    pooled = (energies(mechanism, h).softmax(-1)[..., None] * h).sum(1, keepdim=True)
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", pooled))
+
+
+def test_172_a_gate_of_nothing_halves_energies():
+    mechanism = Mechanism("lexicon_affine", ("factor * h_ + shift", "sigmoid(factor) * h_"))
+    mechanism.set(factor_proj_weight=0, factor_proj_bias=0)
+    h = X[..., :24]
+    pooled = ((energies(mechanism, h) / 2).softmax(-1)[..., None] * h).sum(1, keepdim=True)
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", pooled))
+
+
+def test_172_concatenated_features_add_to_the_energy():
+    mechanism = Mechanism(
+        "lexicon_affine", ("head_dim = width - features", "head_dim = width; value_dim = 24"),
+        ("  let factor = f | linear(head_dim, bias = true)\n", ""),
+        ("  let shift  = f | linear(head_dim, bias = true)\n", ""),
+        ("factor * h_ + shift", "h_ | concat(f)"),
+    )  # fmt: skip
+    w = mechanism.parameter("q_latents.weight").clone()
+    w[:, 24:] = 0
+    mechanism.set(q_latents_weight=w)
+    h = X[..., :24]
+    pooled = ((h @ w[0, :24]).softmax(-1)[..., None] * h).sum(1, keepdim=True)
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", pooled))
+
+
+def test_224_is_gated_pooling():
+    mechanism = Mechanism("acmil")
+    gated = mapped(mechanism, "k_proj", X).tanh() * mapped(mechanism, "open__proj", X).sigmoid()
+    a = (gated @ mechanism.parameter("q_latents.weight").mT).mT.softmax(-1)
+    assert_close(mechanism(X), a @ X)
+    assert_close(mechanism.weights(X)[:, 0].sum(-1), torch.ones(2, 5).double())
+    assert_close(mechanism(X).mean(1), (a.mean(1, keepdim=True) @ X)[:, 0])
+
+
+def test_224_equal_branches_find_the_same():
+    mechanism = Mechanism("acmil")
+    mechanism.set(q_latents_weight=mechanism.parameter("q_latents.weight")[:1])
+    y = mechanism(X)
+    assert_close(y, y[:, :1].expand_as(y))
+    one = Mechanism("acmil", ("branches = 5", "branches = 1"), like=mechanism)
+    one.set(q_latents_weight=mechanism.parameter("q_latents.weight")[:1])
+    assert_close(one(X), y[:, :1])
+
+
+def test_224_a_bag_has_no_order():
+    mechanism = Mechanism("acmil")
+    assert_close(mechanism(OTHER[:, ORDER]), mechanism(OTHER))
+
+
+def fit_by_groups(mechanism: Mechanism, x: Tensor) -> Tensor:
+    """The stage with groups along the batch, and latents shifted by a group, as in the paper."""
+
+    def attend(read: str, name: str, q: Tensor, kv: Tensor, **options: Any) -> Tensor:
+        streams = (mapped(mechanism, f"{read}{at}_proj", each)
+                   for at, each in zip("qkv", (q, kv, kv), strict=True))  # fmt: skip
+        return mapped(mechanism, f"{name}_proj", attended(*streams, **options))
+
+    groups = x.unflatten(1, (-1, 4))
+    count, shape = groups.shape[1], groups.shape
+    local = normed(mechanism, "local_own__norm", groups.flatten(0, 1))
+    y = groups + attend("local_", "y", local, local, is_causal=True).view(shape)
+    latents = mechanism.parameter("empty_latents.weight").unflatten(0, (8, 2))[:count]
+    latents = latents.expand(2, -1, -1, -1)
+    read = attend("read_", "filled", normed(mechanism, "read_q_norm", latents).flatten(0, 1),
+                  normed(mechanism, "read_normed_norm", y).flatten(0, 1))  # fmt: skip
+    latents = (latents + read.view(latents.shape)).flatten(1, 2)
+    own = normed(mechanism, "global_own__norm", latents)
+    chunks = torch.arange(2 * count) // 2
+    told = attend("global_", "told", own, own, attn_mask=chunks[:, None] >= chunks)
+    told = normed(mechanism, "told_norm", latents + told).unflatten(1, (count, 2))[:, :-1]
+    back = attend("", "o", normed(mechanism, "q_norm", y[:, 1:]).flatten(0, 1), told.flatten(0, 1))
+    return (y + pad(back.view(2, count - 1, 4, 32), (0, 0, 0, 0, 1, 0))).flatten(1, 2)
+
+
+def test_248_is_attention_of_folded_groups():
+    mechanism = Mechanism("fit")
+    x = tokens(24)
+    assert_close(mechanism(x), fit_by_groups(mechanism, x))
+
+
+def test_248_nothing_leaks_back():
+    mechanism = Mechanism("fit")
+    x = tokens(24)
+    assert moved(mechanism(x), mechanism(changed(x, 9))) == [9, 10, 11, *range(12, 24)]
+
+
+def test_248_groups_meet_through_latents_alone():
+    mechanism = Mechanism("fit").set(o_proj_weight=0)
+    x = tokens(24)
+    assert moved(mechanism(x), mechanism(changed(x, 9))) == [9, 10, 11]
+    assert_close(mechanism(x)[:, 4:8], mechanism(x[:, 4:8]))
+
+
+def test_248_latents_that_do_not_meet_tell_of_one_group():
+    mechanism = Mechanism("fit").set(told_proj_weight=0)
+    x = tokens(24)
+    assert moved(mechanism(x), mechanism(changed(x, 9))) == list(range(9, 16))
+
+
+def copied(theirs: nn.Module, mechanism: Mechanism, pairs: dict[str, str]) -> None:
+    """Give layers of an oracle the weights and biases of ours."""
+    with torch.no_grad():
+        for name, mine in pairs.items():
+            layer = theirs.get_submodule(name)
+            layer.weight.copy_(mechanism.parameter(f"{mine}.weight"))
+            layer.bias.copy_(mechanism.parameter(f"{mine}.bias"))
+
+
+def test_perceiver_is_that_of_transformers():
+    from transformers import PerceiverConfig
+    from transformers.models.perceiver.modeling_perceiver import PerceiverLayer
+
+    config = PerceiverConfig(d_model=32, d_latents=32, attention_probs_dropout_prob=0.0)
+    theirs = PerceiverLayer(config, is_cross_attention=True, num_heads=4, q_dim=32, kv_dim=32,
+                            widening_factor=1).double().eval()  # fmt: skip
+    mechanism = Mechanism("perceiver")
+    copied(theirs, mechanism, {
+        "attention.self.layernorm1": "q_norm", "attention.self.layernorm2": "given_norm",
+        "attention.self.query": "q_proj", "attention.self.key": "k_proj",
+        "attention.self.value": "v_proj", "attention.output.dense": "told_proj",
+        "layernorm": "inner_norm", "mlp.dense1": "inner_proj", "mlp.dense2": "o_proj",
+    })  # fmt: skip
+    own = mechanism.parameter("own_latents.weight").expand(2, -1, -1)
+    assert_close(mechanism(X), found(theirs, own, inputs=X))
+
+
+def test_perceiver_input_has_no_order():
+    mechanism = Mechanism("perceiver")
+    assert mechanism(OTHER).shape == (2, 4, 32)
+    assert_close(mechanism(OTHER[:, ORDER]), mechanism(OTHER))
+
+
+def test_perceiver_of_equal_tokens_has_no_length():
+    mechanism = Mechanism("perceiver")
+    x = tokens(1)
+    assert_close(mechanism(x.expand(-1, 7, -1)), mechanism(x))
+
+
+def test_map_head_is_that_of_siglip():
+    from transformers import SiglipVisionConfig
+    from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
+
+    config = SiglipVisionConfig(hidden_size=32, num_attention_heads=4, intermediate_size=128,
+                                hidden_act="gelu", layer_norm_eps=1e-6)  # fmt: skip
+    theirs = SiglipMultiheadAttentionPoolingHead(config).double().eval()
+    mechanism = Mechanism("map_head")
+    copied(theirs, mechanism, {"attention.out_proj": "found_proj", "layernorm": "inner_norm",
+                               "mlp.fc1": "inner_proj", "mlp.fc2": "o_proj"})  # fmt: skip
+    with torch.no_grad():
+        theirs.probe.copy_(mechanism.parameter("q_latents.weight"))
+        for part in ("weight", "bias"):
+            mine = torch.cat([mechanism.parameter(f"{name}_proj.{part}") for name in "qkv"])
+            getattr(theirs.attention, f"in_proj_{part}").copy_(mine)
+    assert_close(mechanism(X)[:, 0], found(theirs, X))
+
+
+def test_map_head_has_no_order():
+    mechanism = Mechanism("map_head")
+    assert_close(mechanism(OTHER[:, ORDER]), mechanism(OTHER))
+
+
+def test_map_head_of_a_probe_that_asks_nothing_is_a_mean():
+    mechanism = Mechanism("map_head").set(q_proj_weight=0, q_proj_bias=0)
+    mean = mapped(mechanism, "v_proj", X.mean(1, keepdim=True))
+    assert_close(merge(mechanism.streams(X)["pooled"]), mean)
+
+
+# ── heads ────────────────────────────────────────────────────────────────────────────────
+
+
+def mhe_streams(mechanism: Mechanism) -> list[Tensor]:
+    return [mapped(mechanism, f"{name}_proj", X)[:, None] for name in ("one", "two", "three")]
+
+
+@pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
+def test_161_without_embeddings_it_is_one_head(name):
+    mechanism = Mechanism(name).set(eq=0, ek=0, ev=0)
+    o = scaled_dot_product_attention(*mhe_streams(mechanism))[:, 0]
+    summed = mechanism.parameter("o_proj.weight").unflatten(1, (4, 8)).sum(1)
+    assert_close(mechanism(X), linear(o, summed))
+
+
+@pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
+def test_161_has_few_parameters(name):
+    count = sum(each.numel() for each in Mechanism(name).module.parameters())
+    assert count == 3 * 32 * 8 + 3 * 4 * 8 + 32**2
+
+
+def test_161_what_is_added_to_keys_has_no_effect():
+    mechanism = Mechanism("mhe_add")
+    y = mechanism(X)
+    assert_close(mechanism.set(ek=torch.randn(4, 8))(X), y)
+
+
+def test_161_what_is_added_to_values_comes_out():
+    mechanism = Mechanism("mhe_add")
+    ev = mechanism.parameter("ev").clone()
+    o = mechanism.mixed(X)
+    assert_close(mechanism.set(ev=0).mixed(X) + ev[:, None], o)
+
+
+def test_161_factors_are_a_metric_of_each_head():
+    mechanism = Mechanism("mhe_mul")
+    q, k, v = mhe_streams(mechanism)
+    eq, ek, ev = (1 + mechanism.parameter(name)[:, None] for name in ("eq", "ek", "ev"))
+    s = 8**-0.5 * (q * eq * ek) @ k.mT
+    assert_close(mechanism.mixed(X), s.softmax(-1) @ v * ev)
+
+
+def test_229_equal_shares_of_all_heads_are_plain_attention():
+    mechanism = Mechanism("moh", ("active = 2", "active = 4"))
+    mechanism.set(always_proj_weight=0, chosen_proj_weight=0, parts_proj_weight=0)
+    x = tokens(width=64)
+    plain = Mechanism("block plain { width = 64; heads = 8 }", like=mechanism)
+    assert_close(mechanism(x), plain(x))
+
+
+def test_229_gates_are_those_of_the_code():
+    mechanism = Mechanism("moh")
+    x = tokens(width=64)
+    always, chosen, parts = (mapped(mechanism, f"{name}_proj", x).softmax(-1)
+                             for name in ("always", "chosen", "parts"))  # fmt: skip
+    _, places = chosen.topk(2, dim=-1)
+    hot = torch.zeros_like(chosen).scatter_(-1, places, 1.0)
+    routed = chosen * hot / (chosen * hot).sum(-1, keepdim=True) * 2
+    alpha = 2 * parts
+    g = torch.cat([alpha[..., :1] * 4 * always, alpha[..., 1:] * routed], -1)
+    streams = mechanism.streams(x)
+    assert_close(streams["g"], g)
+    assert_close(streams["chosen"].sum(-1), torch.full((2, N), 2.0).double())
+    assert_close(mechanism(x), mapped(mechanism, "o_proj", merge(mechanism.mixed(x)
+                                                                * g.mT[..., None])))  # fmt: skip
+
+
+def test_229_heads_that_are_not_chosen_may_be_anything():
+    mechanism = Mechanism("moh")
+    x = tokens(1, width=64, batch=1)
+    idle = (mechanism.streams(x)["g"][0, 0] == 0).nonzero()[:, 0]
+    assert len(idle) == 2
+    y = mechanism(x)
+    v = mechanism.parameter("v_proj.weight").clone().unflatten(0, (8, 8))
+    v[idle] = 7
+    assert_close(mechanism.set(v_proj_weight=v.flatten(0, 1))(x), y)
+
+
+def in_training(mechanism: Mechanism, x: Tensor) -> Tensor:
+    mechanism.module.train()
+    try:
+        return mechanism(x)
+    finally:
+        mechanism.module.eval()
+
+
+def test_48_out_of_training_it_is_plain_attention():
+    mechanism = Mechanism("headmask")
+    plain = Mechanism(MHA, like=mechanism)
+    assert_close(mechanism(X), plain(X) + mechanism.parameter("o_proj.bias"))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_48_in_training_heads_are_pruned_and_not_scaled(count):
+    mechanism = Mechanism("headmask", ("masked = 2", f"masked = {count}"))
+    y, o = in_training(mechanism, X), mechanism.mixed(X)
+    for each, heads in zip(y, o, strict=True):
+        pruned = []
+        for kept in combinations(range(4), 4 - count):
+            mask = torch.zeros(4, dtype=torch.float64)
+            mask[list(kept)] = 1
+            pruned.append(mapped(mechanism, "o_proj", merge((heads * mask[:, None, None])[None])))
+        assert min((each - other[0]).abs().max() for other in pruned) < 1e-12
+
+
+def test_48_sequences_draw_their_own():
+    mechanism = Mechanism("headmask")
+    x = tokens(3, batch=1).expand(64, -1, -1)
+    y = in_training(mechanism, x)
+    assert len(y.flatten(1).round(decimals=9).unique(dim=0)) == 6
+
+
+def test_133_a_factor_as_large_as_the_map_is_plain_attention():
+    mechanism = Mechanism("sigma_reparam")
+    for name in "qkvo":
+        size = torch.linalg.matrix_norm(mechanism.parameter(f"{name}_proj.weight"), ord=2)
+        mechanism.set(**{f"{name}_proj_gain": size})
+    assert_close(mechanism(X), Mechanism(FULL, like=mechanism)(X))
+
+
+def test_133_the_length_of_a_weight_has_no_effect():
+    mechanism = Mechanism("sigma_reparam")
+    y = mechanism(X)
+    for name in "qkvo":
+        mechanism.set(**{f"{name}_proj_weight": 5 * mechanism.parameter(f"{name}_proj.weight")})
+    assert_close(mechanism(X), y)
+
+
+def test_133_is_torchs_spectral_norm_times_a_factor():
+    mechanism = Mechanism("sigma_reparam").set(q_proj_gain=1.7)
+    layer = nn.Linear(32, 32, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(mechanism.parameter("q_proj.weight"))
+        nn.utils.parametrizations.spectral_norm(layer, n_power_iterations=500)
+        layer(X)
+        layer.eval()
+        assert_close(merge(mechanism.streams(X)["q"]), 1.7 * layer(X), 1e-6)
+
+
+def test_118_of_equal_streams_both_are_plain_attention():
+    mechanism = Mechanism("sal")
+    plain = Mechanism(FULL, like=mechanism)
+    plain.set(v_proj_weight=mechanism.parameter("values_proj.weight"))
+    y = plain(X)
+    assert_close(mechanism(torch.cat([X, X], -1)), torch.cat([y, y], -1))
+
+
+def test_118_classes_alone_say_who_reads_whom():
+    mechanism = Mechanism("sal")
+    classes, one, two = X, tokens(seed=1), tokens(seed=2)
+    first, second, both = (mechanism(torch.cat([each, classes], -1))
+                           for each in (one, two, 3 * one - 2 * two))  # fmt: skip
+    assert_close(both[..., :32], 3 * first[..., :32] - 2 * second[..., :32])
+    assert_close(first[..., 32:], second[..., 32:])
+
+
+def test_differential_is_diffllamas_attention():
+    from transformers import DiffLlamaConfig
+    from transformers.models.diffllama.modeling_diffllama import (
+        DiffLlamaAttention,
+        DiffLlamaRotaryEmbedding,
+    )
+
+    config = DiffLlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=4,
+                             rms_norm_eps=1e-5, attention_dropout=0.0)  # fmt: skip
+    config._attn_implementation = "eager"
+    theirs = DiffLlamaAttention(config, 0).double().eval()
+    mechanism = Mechanism("differential").set(o_norm_weight=1)
+    with torch.no_grad():
+        for name in "qk":
+            mine = [mechanism.parameter(f"{part}_{name}_proj.weight") for part in ("one", "two")]
+            getattr(theirs, f"{name}_proj").weight.copy_(torch.cat(mine))
+        v = mechanism.parameter("v_proj.weight").unflatten(0, (2, 2, 8))
+        theirs.v_proj.weight.copy_(v.transpose(0, 1).flatten(0, 2))
+        theirs.o_proj.weight.copy_(mechanism.parameter("o_proj.weight"))
+        products = [(getattr(theirs, f"lambda_q{at}") * getattr(theirs, f"lambda_k{at}")).sum()
+                    for at in (1, 2)]  # fmt: skip
+    mechanism.set(plus=products[0].detach(), minus=products[1].detach())
+    angles = DiffLlamaRotaryEmbedding(config)(X, torch.arange(N)[None])
+    hidden = torch.zeros(N, N, dtype=torch.float64).masked_fill(~causal(), -torch.inf)
+    y = found(theirs, X, position_embeddings=angles, attention_mask=hidden[None, None])
+    assert_close(mechanism(X), y, 1e-5)  # theirs has lambda and angles in float32
+
+
+def test_differential_equal_maps_cancel():
+    mechanism = Mechanism("differential").set(plus=0, minus=math.log(0.2))
+    for name in "qk":
+        mechanism.set(**{f"two_{name}_proj_weight": mechanism.parameter(f"one_{name}_proj.weight")})
+    assert mechanism.streams(X)["rest"].abs().max() < 1e-12
+
+
+def test_differential_without_the_second_map_it_is_attention_and_a_norm():
+    mechanism = Mechanism("differential").set(plus=-torch.inf, minus=math.log(0.2))
+    one = Mechanism("block one { width = 32; heads = 2; head_dim = 8; value_dim = 16; "
+                    "mask = causal; position = rope; v = x | linear | split; "
+                    "out = o | rms_norm(eps = 1e-5) | scale(0.8) | merge | linear }",
+                    like=mechanism)  # fmt: skip
+    one.set(**{f"{name}_proj_weight": mechanism.parameter(f"one_{name}_proj.weight")
+               for name in "qk"})  # fmt: skip
+    assert_close(mechanism(X), one(X))
+
+
+def test_14_the_identity_mixes_nothing():
+    mechanism = Mechanism("super_attention").set(mixing=torch.eye(32))
+    assert_close(mechanism(X), Mechanism("efficient_slices", like=mechanism)(X))
+
+
+def test_14_the_map_is_between_attention_and_slices():
+    mechanism = Mechanism("super_attention")
+    v = split(mechanism.parameter("mixing")[:N, :N] @ X)
+    a = (8**-0.5 * split(mapped(mechanism, "q_proj", X)) @ split(X).mT).softmax(-1)
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(a @ v)))
+
+
+def test_75_relations_may_be_written_out():
+    """All maps of relations in full: [b, relations, n, n]."""
+    mechanism = Mechanism("dual_attention")
+    q, k = (mapped(mechanism, f"rel_{name}_proj", X).unflatten(-1, (2, 8)) for name in "qk")
+    r = 2**-0.5 * torch.einsum("bicr,bjcr->bijr", q, k)
+    q, k = (split(mapped(mechanism, f"relational_{name}_proj", X), 2) for name in "qk")
+    a = (8**-0.5 * q @ k.mT).softmax(-1)
+    library = mechanism.parameter("symbols_library_latents.weight").expand(2, -1, -1)
+    symbols = attended(mapped(mechanism, "symbols_q_proj", X), *library.chunk(2, -1))
+    symbols = split(mapped(mechanism, "symbol_proj", symbols), 2)
+    of_relations = torch.einsum("hdr,bijr->bhijd", mechanism.parameter("told_proj.weight"), r)
+    o = torch.einsum("bhij,bhijd->bhid", a, of_relations + symbols[:, :, None])
+    assert_close(mechanism(X)[..., 16:], mapped(mechanism, "related_proj", merge(o)))
+
+
+def test_75_sensory_heads_are_plain_attention():
+    mechanism = Mechanism("dual_attention")
+    plain = Mechanism("block plain { width = 32; heads = 2; head_dim = 8; "
+                      "out = o | merge | linear(16) | concat(x | slice(16)) }",
+                      like=mechanism)  # fmt: skip
+    assert_close(mechanism(X)[..., :16], plain(X)[..., :16])
+
+
+def test_75_without_relations_symbols_are_the_values():
+    mechanism = Mechanism("dual_attention").set(told_proj_weight=0)
+    streams = mechanism.streams(X)
+    o = scaled_dot_product_attention(streams["relational_q"], streams["relational_k"],
+                                     streams["symbol"])  # fmt: skip
+    assert_close(mechanism(X)[..., 16:], mapped(mechanism, "related_proj", merge(o)))
+
+
+# ── cross-attention and vision ───────────────────────────────────────────────────────────
+
+LAYERS = tokens(9, width=96, seed=5)
+
+
+def test_20_masked_positions_do_not_see_each_other():
+    mechanism = Mechanism("crossmae")
+    y = mechanism(X, context=LAYERS)
+    some = torch.tensor([7, 2, 5])
+    assert_close(mechanism(X[:, some], context=LAYERS), y[:, some])
+    assert_close(mechanism(X, context=LAYERS[:, ORDER]), y)
+
+
+def test_20_one_layer_alone_reads_that_layer():
+    mechanism = Mechanism("crossmae").set(first=0, middle=0, last=1)
+    other = torch.cat([tokens(9, width=64, seed=6), LAYERS[..., 64:]], -1)
+    assert_close(mechanism(X, context=other), mechanism(X, context=LAYERS))
+
+
+def test_20_is_a_block_of_cross_attention_and_a_network():
+    mechanism = Mechanism("crossmae")
+    layers = torch.stack(LAYERS.chunk(3, -1), -1)
+    mixture = torch.stack([mechanism.parameter(name) for name in ("first", "middle", "last")])
+    y = normed(mechanism, "y_norm", layers @ mixture)
+    q = normed(mechanism, "q_norm", X)
+    o = attended(*(mapped(mechanism, f"{name}_proj", each)
+                   for name, each in zip("qkv", (q, y, y), strict=True)))  # fmt: skip
+    x = X + mapped(mechanism, "seen__proj", o)
+    inner = gelu(mapped(mechanism, "inner_proj", normed(mechanism, "inner_norm", x)))
+    assert_close(mechanism(X, context=LAYERS), x + mapped(mechanism, "o_proj", inner))
+
+
+KINDS = torch.tensor([[0] * 5 + [1] * 6] * 2)
+
+
+def test_42_closed_gates_leave_the_model_as_it_was():
+    mechanism = Mechanism("crosslmm").set(visual_gate=0, text_gate=0)
+    assert_close(mechanism(X, context=OTHER, segments=KINDS), X)
+
+
+def test_42_vision_and_text_read_with_weights_of_their_own():
+    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=-0.4)
+    parts = []
+    for name, part in (("visual", X[:, :5]), ("text", X[:, 5:])):
+        q, k, v = (mapped(mechanism, f"{name}_{at}_proj", each)
+                   for at, each in zip("qkv", (part, OTHER, OTHER), strict=True))  # fmt: skip
+        gate = mechanism.parameter(f"{name}_gate").tanh()
+        parts.append(part + gate * attended(q, k, v))
+    assert_close(mechanism(X, context=OTHER, segments=KINDS), torch.cat(parts, 1))
+
+
+def test_42_a_video_of_one_token_adds_its_value():
+    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=0)
+    one = tokens(1, seed=5)
+    added = math.tanh(0.7) * mapped(mechanism, "visual_v_proj", one)
+    expected = torch.where(KINDS[..., None] == 0, X + added, X)
+    assert_close(mechanism(X, context=one, segments=KINDS), expected)
+
+
+CONDITION = tokens(1, width=6, seed=5)
+
+
+def test_90_all_tokens_are_told_the_same():
+    mechanism = Mechanism("conditional_cross")
+    told = mechanism(X, context=CONDITION) - X
+    assert_close(told, told[:, :1].expand_as(told))
+    p = mechanism.weights(X, context=CONDITION)
+    assert_close(p, p[:, :, :1].expand_as(p))
+
+
+def test_90_the_attribute_asks():
+    mechanism = Mechanism("conditional_cross")
+    image = normed(mechanism, "normed_norm", X)
+    asked = mapped(mechanism, "asked_v_proj", CONDITION)
+    o = attended(*(mapped(mechanism, f"{name}_proj", each)
+                   for name, each in zip("qkv", (asked, image, image), strict=True)))  # fmt: skip
+    assert_close(mechanism(X, context=CONDITION), X + mapped(mechanism, "o_proj", o))
+
+
+def test_90_attributes_do_not_meet():
+    mechanism = Mechanism("conditional_cross")
+    conditions = torch.cat([CONDITION[:1], tokens(1, width=6, batch=1, seed=6)])
+    image = X[:1].expand(2, -1, -1)
+    both = mechanism(image, context=conditions)
+    assert not torch.allclose(both[0], both[1])
+    assert_close(both[:1], mechanism(X[:1], context=CONDITION[:1]))
+
+
+SENTENCE = tokens(1, width=24, seed=5)
+
+
+def channels(mechanism: Mechanism) -> Tensor:
+    inner = mapped(mechanism, "weights__v_proj_0", SENTENCE)
+    inner = normed(mechanism, "weights__v_norm", inner).relu()
+    return mapped(mechanism, "weights__v_proj_1", inner).softmax(-1)
+
+
+def test_210_weighs_channels_by_the_sentence():
+    mechanism = Mechanism("sentence_gate")
+    assert_close(mechanism(X, context=SENTENCE), X * channels(mechanism))
+    assert_close(mechanism(torch.ones_like(X), context=SENTENCE).sum(-1), torch.ones(2, N).double())
+
+
+def test_210_weights_do_not_depend_on_the_image():
+    mechanism = Mechanism("sentence_gate")
+    assert_close(mechanism(-3 * X, context=SENTENCE), -3 * mechanism(X, context=SENTENCE))
+
+
+def test_210_equal_weights_divide_by_the_channels():
+    mechanism = Mechanism("sentence_gate").set(weights__v_proj_1_weight=0, weights__v_proj_1_bias=0)
+    assert_close(mechanism(X, context=SENTENCE), X / 32)
+
+
+GRID = tokens(64)
+BIASES = ("gather_rows", "gather_cols", "read_rows", "read_cols")
+
+
+def agent_maps(mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how agents gather and how queries read, and the values: the authors' order."""
+    q, k, v = (split(mapped(mechanism, f"{name}_proj", GRID)) for name in ("own", "keys", "values"))
+    plane = merge(q).mT.unflatten(-1, (8, 8))
+    agents = split(adaptive_avg_pool2d(plane, (2, 2)).flatten(2).mT)
+    rows, cols, back_rows, back_cols = (mechanism.parameter(name) for name in BIASES)
+    first = (rows[..., :, None] + cols[..., None, :]).flatten(2)
+    second = (back_rows[:, :, None] + back_cols[:, None]).flatten(1, 2)
+    return ((8**-0.5 * agents @ k.mT + first).softmax(-1),
+            (8**-0.5 * q @ agents.mT + second).softmax(-1), v)  # fmt: skip
+
+
+def test_240_agents_gather_and_queries_read_them():
+    mechanism = Mechanism("agent_attention")
+    gather, read, v = agent_maps(mechanism)
+    assert_close(mechanism(GRID), mapped(mechanism, "o_proj", merge(read @ (gather @ v))))
+
+
+def test_240_both_maps_are_one_of_low_rank():
+    mechanism = Mechanism("agent_attention")
+    gather, read, v = agent_maps(mechanism)
+    p = read @ gather
+    assert_close(p.sum(-1), torch.ones(2, 4, 64).double())
+    assert (torch.linalg.matrix_rank(p) <= 4).all()
+    assert_close(mechanism.mixed(GRID), p @ v)
+
+
+def test_240_without_biases_parts_of_the_grid_may_be_exchanged():
+    mechanism = Mechanism("agent_attention").set(**dict.fromkeys(BIASES, 0))
+    places = torch.arange(64).unflatten(0, (2, 4, 2, 4)).permute(0, 2, 1, 3).flatten(2)
+    y = mechanism(GRID)
+    for order in list(permutations(range(4)))[::7]:
+        moved_to = torch.empty(64, dtype=torch.long)
+        moved_to[places.flatten(0, 1)] = places.flatten(0, 1)[list(order)]
+        assert_close(mechanism(GRID[:, moved_to]), y[:, moved_to])
+
+
+def test_240_an_agents_place_is_no_number():
+    mechanism = Mechanism("agent_attention")
+    y = mechanism(GRID)
+    assert_close(mechanism.set(agents_q_latents_weight=9)(GRID), y)
+
+
+# ── recurrences ──────────────────────────────────────────────────────────────────────────
+
+
+def short(x: Tensor, mechanism: Mechanism, name: str) -> Tensor:
+    """Return a causal convolution of every feature for itself, and silu after it."""
+    weights = dict(mechanism.meaning.named_parameters())
+    weight, bias = weights[f"{name}_conv.weight"].detach(), weights.get(f"{name}_conv.bias")
+    y = conv1d(pad(x.mT, (3, 0)), weight[:, None], None if bias is None else bias.detach(),
+               groups=len(weight))  # fmt: skip
+    return silu(y.mT)
+
+
+def fading(mechanism: Mechanism, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the steps [b, heads, n] and the map of a state with one decay a head."""
+    time = softplus(mapped(mechanism, f"{name}time_proj", x)).mT
+    total = (-mechanism.parameter(f"{name}rate").exp()[:, None] * time).cumsum(-1)
+    gaps = (total[..., :, None] - total[..., None, :]).masked_fill(~causal(), -torch.inf)
+    return time, gaps.exp()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_139_is_the_mean_of_two(wide):
+    mechanism = Mechanism("lln_diag", ("size = 4", f"size = {N if wide else 4}"))
+    q, k, v = (mechanism.streams(X)[name] for name in "qkv")
+    p = (1.25 * q).exp() @ (0.75 * k).exp().mT
+    blocks = torch.arange(N) // (N if wide else 4)
+    near = softmax(8**-0.5 * q @ k.mT, blocks[:, None] == blocks)
+    o = (p / p.sum(-1, keepdim=True) @ v + near @ v) / 2
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(o)))
+
+
+def test_139_a_block_as_long_as_the_row_is_full_attention():
+    mechanism = Mechanism("lln_diag", ("size = 4", "size = 64"))
+    lln = Mechanism("lln", ("  mask  = causal\n", ""), like=mechanism)
+    assert_close(mechanism(X), (lln(X) + Mechanism(FULL, like=mechanism)(X)) / 2)
+
+
+def test_139_blocks_of_one_without_factors_are_the_value_and_the_mean():
+    mechanism = Mechanism("lln_diag", ("size = 4", "size = 1"), ("1.25", "0"), ("0.75", "0"))
+    v = mechanism.streams(X)["v"]
+    o = (v + v.mean(2, keepdim=True)) / 2
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(o)))
+
+
+def test_gated_deltanet_is_that_of_olmo_hybrid():
+    from transformers import OlmoHybridConfig
+    from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
+
+    config = OlmoHybridConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=4, linear_num_key_heads=4,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_allow_neg_eigval=False)  # fmt: skip
+    theirs = OlmoHybridGatedDeltaNet(config, 0).double().eval()
+    mechanism = Mechanism("gated_deltanet_conv")
+    pairs = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "a_proj": "time_proj",
+             "b_proj": "beta_proj", "g_proj": "g_proj", "o_proj": "o_proj",
+             "o_norm": "o_norm"}  # fmt: skip
+    with torch.no_grad():
+        for name, mine in pairs.items():
+            getattr(theirs, name).weight.copy_(mechanism.parameter(f"{mine}.weight"))
+        convs = [mechanism.parameter(f"{name}_conv.weight")[:, None] for name in "qkv"]
+        theirs.conv1d.weight.copy_(torch.cat(convs))
+        theirs.A_log.copy_(mechanism.parameter("rate"))
+        theirs.dt_bias.copy_(mechanism.parameter("time_proj.bias"))
+    assert_near(mechanism(X), found(theirs, X))
+
+
+def test_gated_deltanet_with_convolutions_that_do_nothing():
+    mechanism = Mechanism("gated_deltanet_conv", ("eps = 1e-5", "eps = 1e-6"),
+                          ("head_dim ** -0.5 * (q @ S)", "q @ S"))  # fmt: skip
+    now = torch.tensor([0.0, 0, 0, 1])
+    mechanism.set(q_conv_weight=now, k_conv_weight=now, v_conv_weight=now)
+    without = Mechanism("gated_deltanet", ("step", "time"), like=mechanism)
+    assert_close(mechanism(X), without(X))
+
+
+def test_gated_deltanet_reads_three_tokens_back_where_it_writes_nothing():
+    mechanism = Mechanism("gated_deltanet_conv").set(rate=40)
+    assert moved(mechanism(X), mechanism(changed(X, 4))) == [4, 5, 6, 7]
+
+
+def mamba_of(name: str, **sizes: int) -> nn.Module:
+    import transformers
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    kind, mixer = {"mamba": ("MambaConfig", MambaMixer), "mamba2": ("Mamba2Config", Mamba2Mixer)}[
+        name
+    ]
+    config = getattr(transformers, kind)(hidden_size=32, state_size=8, num_hidden_layers=1,
+                                         conv_kernel=4, expand=2, **sizes)  # fmt: skip
+    return mixer(config, 0).double().eval()
+
+
+def test_mamba_is_that_of_transformers():
+    theirs = mamba_of("mamba", time_step_rank=2)
+    mechanism = Mechanism("mamba")
+    p = mechanism.parameter
+    with torch.no_grad():
+        theirs.in_proj.weight.copy_(torch.cat([p("u_proj.weight"), p("gate__proj.weight")]))
+        theirs.conv1d.weight.copy_(p("u_conv.weight")[:, None])
+        theirs.conv1d.bias.copy_(p("u_conv.bias"))
+        theirs.x_proj.weight.copy_(torch.cat([p(f"{name}.weight") for name in
+                                              ("time_proj_0", "k_proj", "q_proj")]))  # fmt: skip
+        theirs.dt_proj.weight.copy_(p("time_proj_1.weight"))
+        theirs.dt_proj.bias.copy_(p("time_proj_1.bias"))
+        theirs.A_log.copy_(p("rate").flatten(0, 1))
+        theirs.D.copy_(p("skip").flatten())
+        theirs.out_proj.weight.copy_(p("o_proj.weight"))
+    assert_near(mechanism(X), found(theirs, X))
+
+
+def test_mamba_that_fades_at_once_reads_the_token_alone():
+    mechanism = Mechanism("mamba").set(rate=40)
+    streams = mechanism.streams(X)
+    q, k, v = (streams[name] for name in "qkv")
+    skip = mechanism.parameter("skip")[:, None]
+    assert_close(mechanism.mixed(X), (q * k).sum(-1, keepdim=True) * split(streams["time"]) * v
+                 + skip * v)  # fmt: skip
+
+
+def test_mamba_that_does_not_fade_is_a_sum():
+    mechanism = Mechanism("mamba").set(rate=-80)
+    streams = mechanism.streams(X)
+    q, k, v = (streams[name] for name in "qkv")
+    written = split(streams["time"]) * v
+    o = (q @ k.mT).tril() @ written + mechanism.parameter("skip")[:, None] * v
+    assert_close(mechanism.mixed(X), o)
+
+
+def test_mamba2_is_that_of_transformers():
+    theirs = mamba_of("mamba2", num_heads=4, head_dim=16, n_groups=1, chunk_size=16)
+    mechanism = Mechanism("mamba2")
+    p = mechanism.parameter
+    with torch.no_grad():
+        names = ("gate__proj", "v_proj", "k_proj", "q_proj", "time_proj")
+        theirs.in_proj.weight.copy_(torch.cat([p(f"{name}.weight") for name in names]))
+        for part in ("weight", "bias"):
+            mine = torch.cat([p(f"{name}_conv.{part}") for name in "vkq"])
+            getattr(theirs.conv1d, part).copy_(mine.view_as(getattr(theirs.conv1d, part)))
+        theirs.dt_bias.copy_(p("time_proj.bias"))
+        theirs.A_log.copy_(p("rate"))
+        theirs.D.copy_(p("skip"))
+        theirs.norm.weight.copy_(p("o_norm.weight"))
+        theirs.out_proj.weight.copy_(p("o_proj.weight"))
+    assert_near(mechanism(X), found(theirs, X))
+
+
+def test_mamba2_is_a_map_that_fades():
+    mechanism = Mechanism("mamba2")
+    streams = mechanism.streams(X)
+    q, k, v = (streams[name] for name in "qkv")
+    time, fade = fading(mechanism, "", X)
+    o = (q @ k.mT * fade) @ (time[..., None] * v) + mechanism.parameter("skip")[:, None, None] * v
+    assert_close(mechanism.mixed(X), o)
+
+
+def test_mamba2_without_writing_it_passes_values():
+    mechanism = Mechanism("mamba2").set(time_proj_weight=0, time_proj_bias=-80, skip=1)
+    assert_close(mechanism.mixed(X), mechanism.streams(X)["v"])
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def test_hymba_of_attention_alone():
+    mechanism = Mechanism("hymba").set(far_scale=0)
+    near = Mechanism("block near { width = 32; heads = 4; kv_heads = 2; position = rope; "
+                     "mask = causal and window(8); "
+                     "out = o | merge | rms_norm | linear }")  # fmt: skip
+    near.set(o_norm_weight=mechanism.parameter("one_norm.weight"),
+             o_proj_weight=mechanism.parameter("o_proj.weight") * mechanism.parameter("near_scale"),
+             **{f"{name}_proj_weight": mechanism.parameter(f"near_{name}_proj.weight")
+                for name in "qkv"})  # fmt: skip
+    assert_close(mechanism(X), near(X) / 2)
+
+
+def test_hymba_of_the_state_space_alone():
+    mechanism = Mechanism("hymba").set(near_scale=0)
+    q, k = (short(mapped(mechanism, f"far_{name}_proj", X), mechanism, f"far_{name}")
+            for name in "qk")  # fmt: skip
+    v = split(short(mapped(mechanism, "far_v_proj", X), mechanism, "far_v"))
+    time, fade = fading(mechanism, "far_ssd_", X)
+    skip = mechanism.parameter("far_ssd_skip")[:, None, None]
+    o = ((q @ k.mT)[:, None] * fade) @ (time[..., None] * v) + skip * v
+    gated = merge(o) * silu(mapped(mechanism, "far_gate__proj", X))
+    two = rms(gated, mechanism.parameter("two_norm.weight")) * mechanism.parameter("far_scale")
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", two / 2))
+
+
+def test_hymba_both_count_alike_however_large():
+    mechanism = Mechanism("hymba", ("rms_norm", "rms_norm(eps = 1e-14)"))
+    y = mechanism(X)
+    v = 7 * mechanism.parameter("near_v_proj.weight")
+    assert_close(mechanism.set(near_v_proj_weight=v)(X), y)
+
+
+def averages(mechanism: Mechanism, x: Tensor) -> Tensor:
+    """Return the moving averages as one convolution with its kernel written out."""
+    delta, alpha, beta, gamma = (mechanism.parameter(f"average_moving_{name}").flatten(0, 1)
+                                 for name in ("delta", "alpha", "beta", "gamma"))  # fmt: skip
+    p, a = delta.sigmoid(), alpha.sigmoid()
+    q = 1 - p * a
+    lags = torch.arange(N, dtype=torch.float64)
+    kernel = (gamma * 4**-0.5 * p * beta * q ** lags[:, None, None]).sum(-1).T
+    return conv1d(pad(x.mT, (N - 1, 0)), kernel.flip(-1)[:, None], groups=32).mT
+
+
+def test_173_an_average_is_a_convolution():
+    mechanism = Mechanism("mega")
+    streams = mechanism.streams(X)
+    assert_close(merge(streams["average"]), averages(mechanism, streams["normed"]))
+
+
+def test_173_mega_written_out():
+    mechanism = Mechanism("mega")
+    x = normed(mechanism, "normed_norm", X)
+    p = mechanism.parameter
+    mean = silu(averages(mechanism, x) + p("omega") * x)
+    update, z, reset, hx = (mapped(mechanism, f"{name}_proj", mean)
+                            for name in ("update", "z", "reset", "hx"))  # fmt: skip
+    update, z, reset = update.sigmoid(), silu(z), silu(reset)
+    q, k = p("qf") * z + p("qs"), p("kf") * z + p("ks")
+    gaps = torch.arange(N)[:, None] - torch.arange(N)
+    a = softmax(q @ k.mT / 16**0.5 + p("bias")[gaps.clip(0)])
+    found = silu(hx + mapped(mechanism, "found_proj", reset * (a @ silu(mapped(mechanism, "v_proj",
+                                                                                x)))))  # fmt: skip
+    assert_close(mechanism(X), X + update * (found - X))
+
+
+def test_173_a_closed_gate_leaves_the_input():
+    mechanism = Mechanism("mega").set(update_proj_weight=0, update_proj_bias=-900)
+    assert_close(mechanism(X), X)
+
+
+def test_173_the_first_token_sees_itself_alone():
+    mechanism = Mechanism("mega")
+    assert_close(mechanism(X)[:, :1], mechanism(X[:, :1]))
+    assert moved(mechanism(X), mechanism(changed(X, 6))) == [6, 7, 8, 9, 10]
+
+
+# ── a query of zero, random features, a map for all layers, a prefix without end ─────────
+
+
+def test_201_is_torchs_attention_twice():
+    mechanism = Mechanism("gcog_cross")
+    z = torch.zeros(2, 1, 32, dtype=torch.float64)
+    for part, out, norm, source in (("rules", "ruled", "ruled", X), ("seen_", "o", "o", OTHER)):
+        theirs = nn.MultiheadAttention(32, 1, batch_first=True, dtype=torch.float64)
+        p = dict(mechanism.meaning.named_parameters())
+        with torch.no_grad():
+            for at, name in enumerate("qkv"):
+                rows = slice(32 * at, 32 * at + 32)
+                if f"{part}_{name}_proj.weight" in p:
+                    theirs.in_proj_weight[rows] = p[f"{part}_{name}_proj.weight"]
+                    theirs.in_proj_bias[rows] = p[f"{part}_{name}_proj.bias"]
+            if part == "rules":
+                theirs.in_proj_bias[:32] = p["rules_q_latents.weight"][0]
+            theirs.out_proj.weight.copy_(p[f"{out}_proj.weight"])
+            theirs.out_proj.bias.copy_(p[f"{out}_proj.bias"])
+        z = normed(mechanism, f"{norm}_norm", z + found(theirs, z, source, source))
+    assert_close(mechanism(X, context=OTHER), z)
+
+
+def test_201_neither_rules_nor_objects_have_an_order():
+    mechanism = Mechanism("gcog_cross")
+    y = mechanism(OTHER, context=X[:, :9])
+    assert y.shape == (2, 1, 32)
+    assert_close(mechanism(OTHER[:, ORDER], context=X[:, ORDER]), y)
+
+
+def random_map(mechanism: Mechanism, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features [b, n, 33] and the weights [b, heads, n, n] of others."""
+    full = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    w = mechanism.parameter("k_proj.weight").unflatten(0, (4, 33))
+    s = torch.einsum("bic,hcd,bjd->bhij", full, w, full).relu()
+    n = x.shape[1]
+    return full, s.masked_fill(torch.eye(n, dtype=torch.bool), 0) / (n - 1)
+
+
+def test_171_is_a_bilinear_form_for_each_head():
+    mechanism = Mechanism("random_features")
+    full, p = random_map(mechanism, X)
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(p @ full[:, None])))
+
+
+def test_171_random_forms_are_not_learned_and_the_rest_is_linear():
+    mechanism = Mechanism("random_features")
+    full, p = random_map(mechanism, X)
+    mechanism.module.load_state_dict(mechanism.meaning.state_dict())
+    parameters = dict(mechanism.module.named_parameters())
+    y = mechanism.module(X)[..., 0].sum()
+    k, o = torch.autograd.grad(y, [parameters["k_proj.weight"], parameters["o_proj.weight"]],
+                               allow_unused=True)  # fmt: skip
+    assert k is None or not k.any()
+    assert_close(o[0], merge(p @ full[:, None]).sum((0, 1)))
+
+
+def test_171_larger_forms_are_larger_features():
+    mechanism = Mechanism("random_features")
+    y = mechanism(X)
+    assert_close(mechanism.set(k_proj_weight=3 * mechanism.parameter("k_proj.weight"))(X), 3 * y)
+
+
+def test_171_others_have_no_order_and_may_be_doubled():
+    mechanism = Mechanism("random_features")
+    first, others = X[:, :1], X[:, 1:]
+    y = mechanism(X)[:, :1]
+    assert_close(mechanism(torch.cat([first, others.flip(1)], 1))[:, :1], y)
+    assert_close(mechanism(torch.cat([first, others, others], 1))[:, :1], y)
+
+
+PAGE = tokens(width=64)
+
+
+def skimmed(mechanism: Mechanism, x: Tensor) -> Tensor:
+    """Two layers of BERT that share a map."""
+    text, layout = x.chunk(2, -1)
+    q, k = (split(mapped(mechanism, f"{name}_proj", layout)) for name in "qk")
+    p = (8**-0.5 * q @ k.mT).softmax(-1)
+    for layer, a, b in (("first", "a", "b"), ("second", "c", "d")):
+        o = merge(p @ split(mapped(mechanism, f"{layer}_v_proj", text)))
+        text = normed(mechanism, f"{a}_norm", text + mapped(mechanism, f"{a}_proj", o))
+        inner = gelu(mapped(mechanism, f"{b}_proj_0", text))
+        text = normed(mechanism, f"{b}_norm", text + mapped(mechanism, f"{b}_proj_1", inner))
+    return torch.cat([text, layout], -1)
+
+
+def test_99_one_map_serves_both_layers():
+    mechanism = Mechanism("skim_attention")
+    assert_close(mechanism(PAGE), skimmed(mechanism, PAGE))
+
+
+def test_99_text_does_not_change_who_reads_whom():
+    mechanism = Mechanism("skim_attention")
+    first = mechanism.streams(PAGE)["first"]
+    louder = torch.cat([3 * PAGE[..., :32], PAGE[..., 32:]], -1)
+    mechanism.set(first_v_proj_bias=0)
+    quiet, loud = (mechanism.streams(each)["first"] for each in (PAGE, louder))
+    assert_close(loud, 3 * quiet)
+    assert not torch.allclose(first, quiet)
+
+
+def test_99_equal_boxes_are_read_evenly():
+    mechanism = Mechanism("skim_attention")
+    page = torch.cat([PAGE[..., :32], PAGE[:, :1, 32:].expand(-1, N, -1)], -1)
+    text = mechanism.streams(page)["text"]
+    mean = mapped(mechanism, "first_v_proj", text).mean(1, keepdim=True).expand(-1, N, -1)
+    assert_close(merge(mechanism.streams(page)["first"]), mean)
+
+
+def ntk(mechanism: Mechanism, z: Tensor) -> Tensor:
+    """The formula with its numerator and its denominator written out."""
+    q, k = (split(mapped(mechanism, f"{name}_proj", X)) for name in "qk")
+    v = split(mapped(mechanism, "tokens_v_proj", X))
+    a = (8**-0.5 * q @ k.mT).exp() * causal()
+    phi = elu(8**-0.25 * q) + 1
+    above = a @ v + phi @ mechanism.parameter("found_in_prefix_Z")
+    below = a.sum(-1, keepdim=True) + phi @ z.abs()[..., None]
+    return mapped(mechanism, "o_proj", merge(above / below))
+
+
+def test_185_shares_one_denominator():
+    mechanism = Mechanism("ntk_attention")
+    z = mechanism.parameter("weight_of_prefix_z").clone()
+    assert_close(mechanism(X), ntk(mechanism, z))
+    assert_close(mechanism.set(weight_of_prefix_z=-z)(X), ntk(mechanism, z))
+
+
+def test_185_an_empty_prefix_leaves_attention():
+    mechanism = Mechanism("ntk_attention").set(found_in_prefix_Z=0, weight_of_prefix_z=1e-15)
+    plain = Mechanism(MHA, like=mechanism)
+    plain.set(v_proj_weight=mechanism.parameter("tokens_v_proj.weight"))
+    assert_close(mechanism(X), plain(X))
+
+
+def test_185_is_attention_with_a_prefix_whose_kernel_is_exact():
+    """A prefix of keys as features: its exponentials are replaced by products of features."""
+    mechanism = Mechanism("ntk_attention")
+    keys, values = tokens(5, 8, batch=4).abs(), tokens(5, 8, batch=4, seed=1)
+    mechanism.set(found_in_prefix_Z=keys.mT @ values, weight_of_prefix_z=keys.sum(1))
+    q, k = (split(mapped(mechanism, f"{name}_proj", X)) for name in "qk")
+    v = split(mapped(mechanism, "tokens_v_proj", X))
+    kernel = (elu(8**-0.25 * q) + 1) @ keys.mT
+    a = torch.cat([kernel, (8**-0.5 * q @ k.mT).exp() * causal()], -1)
+    o = a / a.sum(-1, keepdim=True) @ torch.cat([values.expand(2, -1, -1, -1), v], 2)
+    assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(o)))
