@@ -167,7 +167,7 @@ class _Builder:
             return None
         flow = elaborate(self.scope, value, Target("regularize"))
         if flow.shape != Shape("1", 1):
-            raise error("L225", "`regularize` is one number", value.span, f"it is {flow.shape}",
+            raise error("L229", "`regularize` is one number", value.span, f"it is {flow.shape}",
                         "take the mean of each term: `0.01 * mean(entropy(o))`")  # fmt: skip
         return flow
 

@@ -173,7 +173,7 @@ OWN: dict[str, Code] = {
             "block a { dropout = 0; q = x | rope(style = halves) | split }",
         ),
         Code(
-            "L224",
+            "L228",
             "this needs the rows of an attention",
             "`lse`, `entropy`, `rows`, `columns` and `joint` are numbers of an attention's map: "
             "they take `o` or a branch that attends. `lse` and `entropy` need a normaliser like "
@@ -181,7 +181,7 @@ OWN: dict[str, Code] = {
             "block a { normalize = relu; out = o | gate(lse(o)) | merge | linear }",
         ),
         Code(
-            "L225",
+            "L229",
             "this must be one number",
             "What training adds to the loss is one number: take the `mean` of every term, which "
             "is over the batch, the heads and the tokens.",

@@ -171,17 +171,17 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
 
 
 def _statistic(scope: Scope, call: Call) -> Statistic:
-    """Return `lse(o)`, `entropy(o)`, `rows(o, e)` or `columns(o, e)` (L224)."""
+    """Return `lse(o)`, `entropy(o)`, `rows(o, e)` or `columns(o, e)` (L228)."""
     kind = call.function
     args = _exactly(call, call.args, STATISTICS[kind])
     name = args[0].id if isinstance(args[0], Name) else ""
     shape = scope.shape(name, call.span) if name else None
     flow = scope.streams[scope.own(name)].flow if scope.own(name) in scope.streams else None
     if not (isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise)) or shape is None:
-        raise error("L224", f"`{kind}` is a number of an attention's rows", args[0].span,
+        raise error("L228", f"`{kind}` is a number of an attention's rows", args[0].span,
                     "this is no attention", "name `o`, or a branch that attends")  # fmt: skip
     if kind in ("lse", "entropy") and exponential(flow.mix.normalize) is None:
-        raise error("L224", f"`{kind}` needs a normaliser like softmax", call.span,
+        raise error("L228", f"`{kind}` needs a normaliser like softmax", call.span,
                     f"`{name}` has {flow.mix.normalize.name}",
                     "its numerator must be exp(…), what is added to `sum` positive")  # fmt: skip
     of = Read(scope.own(name), shape, args[0].span)
