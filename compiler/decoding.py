@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..ops import OPS
 from .masks import extent
-from .model import Apply, Block, Flow, Mixing, Read, Recurrence
+from .model import PREVIOUS, Apply, Block, Flow, Mixing, Read, Recurrence
 
 
 def obstacle(block: Block) -> str | None:
@@ -28,7 +28,8 @@ def grows(flow: Flow, grown: dict[str, bool]) -> bool:
     """Say whether a flow's values depend on the block's own tokens."""
     match flow:
         case Read(name):
-            return grown.get(name, False)
+            below = name.startswith(PREVIOUS) and flow.shape.tokens == "n"
+            return grown.get(name, below)
         case Apply(op) if OPS[op].starts:
             return False
         case Apply() | Mixing():

@@ -19,12 +19,12 @@ from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
 from ..ops import OPS, Mismatch, Op, Shape
 from .library import bind, put
-from .model import Apply, Flow, Read
+from .model import MAPS, PREVIOUS, Apply, Flow, Read
 from .scalars import body, resolve_function, shaped
 from .scope import Scope, suggest
 
 # What DESIGN names as a stage and a later version brings.
-LATER = {"pool": "pooling is", "previous": "streams of the layer below are"}
+LATER = {"pool": "pooling is"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,12 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
             assert head is not None
             first = _flow(scope, head, replace(target, shape=None))
             return _pipe(scope, first, stages, target)
-        case syntax.Attribute(Name("previous")):
-            raise error("L221", "streams of the layer below are not available yet", expr.span)
+        case syntax.Attribute(Name("previous"), name) if name in MAPS:
+            where = {"s": "score", "p": "weights"}[name]
+            raise error("L208", f"`previous.{name}` is a number a pair, not a stream", expr.span,
+                        "", f"read it in `{where}`")  # fmt: skip
+        case syntax.Attribute(Name("previous"), name, span):
+            return Read(f"{PREVIOUS}{name}", scope.previous(name, span), span)
         case Call(name) if name in OPS and OPS[name].starts:
             return _pipe(scope, Read("x", scope.inputs["x"], expr.span), (expr,), target)
         case Unary() | Binary() | Compare() | Call():

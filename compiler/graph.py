@@ -60,12 +60,16 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """One block, lowered. `block` keeps the sizes and the source it came from."""
+    """One block, lowered. `block` keeps the sizes and the source it came from.
+
+    In `shared`, `k` are the keys of a call's tokens, `k[j]` all that are kept of them.
+    """
 
     block: Block
     nodes: tuple[Node, ...]
     output: str
     weights: tuple[Weight, ...]
+    shared: tuple[tuple[str, str], ...] = ()  # what the layer above reads → its node
 
     def node(self, name: str) -> Node:
         return next(each for each in self.nodes if each.name == name)
@@ -97,7 +101,8 @@ class Graph:
         done = tuple(
             replace(each, inputs=tuple(follow(name) for name in each.inputs)) for each in nodes
         )
-        return replace(self, nodes=done, output=follow(self.output))
+        shared = tuple((label, follow(name)) for label, name in self.shared)
+        return replace(self, nodes=done, output=follow(self.output), shared=shared)
 
 
 def shape_of(dims: Dims) -> Shape:
@@ -134,9 +139,11 @@ def verify(graph: Graph) -> list[str]:
         elif len(node.inputs) < SPECIAL[node.op][0]:
             wrong.append(f"{node.name}: `{node.op}` needs {SPECIAL[node.op][0]} inputs")
         known[node.name] = node
+    wrong.extend(f"`{name}`, which is shared, is not made"
+                 for _, name in graph.shared if name not in known)  # fmt: skip
     if graph.output not in known:
         wrong.append(f"the output `{graph.output}` is not made")
-    elif known[graph.output].dims != ("b", "n", graph.block.width):
+    elif known[graph.output].dims != dims_of(graph.block.out.shape):
         wrong.append(f"the output is {known[graph.output].dims}")
     return wrong
 

@@ -24,6 +24,8 @@ def kept_bytes(block: Block, tokens: int, size: int) -> int:
     total = size * _tails(block)
     groups: dict[str, list[tuple[str, Mixing]]] = {}
     for name, mixing in block.mixings.items():
+        if name in block.borrows:
+            continue
         if isinstance(mixing.mix, Recurrence):
             states = sum(prod(state.shape) for state in mixing.mix.states)
             total += max(4, size) * mixing.heads * states
@@ -33,10 +35,12 @@ def kept_bytes(block: Block, tokens: int, size: int) -> int:
     for name, group in groups.items():
         held = tokens
         if name != "m":
-            seen = widest(extent(_pairwise(mixing).mask) for _, mixing in group)
+            masks = (*(_pairwise(mixing).mask for _, mixing in group), *block.serves)
+            seen = widest(map(extent, masks))
             if seen.back is not None:
                 held = min(tokens, seen.prefix + seen.back + 1)
-        keyed = _keyed(block, (mixing for _, mixing in group))
+        lent = block.lent if name == "n" else ()
+        keyed = _keyed(block, (mixing for _, mixing in group), lent)
         total += held * sum(_width(block, each, size) for each in keyed)
     return total
 
@@ -48,8 +52,12 @@ def _pairwise(mixing: Mixing) -> Pairwise:
 
 def _late(block: Block, mixing: Mixing) -> bool:
     """Say whether keys and values are made of what was mixed before."""
-    keyed = _keyed(block, [mixing])
-    return any(_mixes(block, Read(name, Shape("n", 1))) for name in keyed)
+    return any(late(block, name) for name in _keyed(block, [mixing]))
+
+
+def late(block: Block, name: str) -> bool:
+    """Say whether a stream is made of what was mixed before, or is mixed itself."""
+    return _mixes(block, Read(name, Shape("n", 1)))
 
 
 def _mixes(block: Block, flow: Flow) -> bool:
@@ -80,23 +88,29 @@ def _width(block: Block, name: str, size: int) -> int:
     return widths[name]
 
 
-def _keyed(block: Block, mixings: Iterable[Mixing]) -> tuple[str, ...]:
-    """Return what a cache keeps of each token: k, v, and what expressions index by j."""
+def _keyed(
+    block: Block, mixings: Iterable[Mixing], lent: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Return what a cache keeps of each token: k, v, what expressions index by j, what is lent."""
     made: dict[Flow, str] = {}
-    for mixing in mixings:
-        for name in (*(each.name for each in mixing.inputs[1:3]), *_indexed(mixing)):
-            stream = block.stream(name)
-            flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
-            made.setdefault(flow, name)
+    read = [
+        name
+        for mixing in mixings
+        for name in (*(each.name for each in mixing.inputs[1:3]), *indexed(mixing))
+    ]
+    for name in (*read, *lent):
+        stream = block.stream(name)
+        flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
+        made.setdefault(flow, name)
     return tuple(made.values())
 
 
-def _indexed(mixing: Mixing) -> Iterator[str]:
-    """Yield the streams that expressions read at j."""
+def indexed(mixing: Mixing, at: str = "j") -> Iterator[str]:
+    """Yield the streams that expressions read at j, or at i."""
     streams = {"doc", *(each.name for each in mixing.inputs)}
     for expr in mix_exprs(mixing.mix):
         for node in walk(expr):
-            if isinstance(node, Index) and isinstance(node.base, Name) and Name("j") in node.items:
+            if isinstance(node, Index) and isinstance(node.base, Name) and Name(at) in node.items:
                 yield from {node.base.id} & streams
 
 

@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from ..grammar.diagnostics import Diagnostic
+from ..grammar.expr import names
 from ..grammar.source import NOWHERE, Span
 from ..grammar.syntax import Expr, File
 from ..ops import Shape, Weight
+
+PREVIOUS = "previous."  # what stands before the names of the layer below
+MAPS = ("s", "p")  # the logits and the weights of `o`, which the layer above may read
 
 # ── streams ──────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A stream by name: `x`, `context`, `o`, or one the block declares."""
+    """A stream by name: `x`, `context`, one the block declares, `previous.k` of the layer below."""
 
     name: str
     shape: Shape
@@ -179,6 +183,11 @@ class Block:
     """One attention layer. `streams` come in an order in which each reads earlier ones.
 
     The sizes are those of the block itself; a branch may have others, which its streams show.
+
+    The last fields are of a layer among others. `shared` is what the layer above reads of this
+    one, at the tokens of a call; None where no layer of the model reads another. With a cache,
+    the mixings in `borrows` read the keys that a layer below keeps; of `lends`, layers above
+    read all tokens that are kept; and what is kept must serve the masks in `serves` too.
     """
 
     name: str
@@ -192,6 +201,10 @@ class Block:
     tensors: tuple[Weight, ...]
     out: Flow
     span: Span = field(default=NOWHERE, compare=False, repr=False)
+    shared: tuple[str, ...] | None = None
+    borrows: tuple[str, ...] = ()
+    lends: tuple[str, ...] = ()
+    serves: tuple[Expr, ...] = ()
 
     def stream(self, name: str) -> Stream | None:
         return next((each for each in self.streams if each.name == name), None)
@@ -200,6 +213,40 @@ class Block:
     def mixings(self) -> dict[str, Mixing]:
         """What mixes tokens, by name: `o`, and the branches."""
         return {each.name: each.flow for each in self.streams if isinstance(each.flow, Mixing)}
+
+    @property
+    def previous(self) -> tuple[str, ...]:
+        """What it reads of the layer below: streams, and `s` and `p` of its map."""
+        read: dict[str, None] = {}
+        for flow in (*(each.flow for each in self.streams), self.out):
+            for node in flow_nodes(flow):
+                if isinstance(node, Read):
+                    read[node.name] = None
+                elif isinstance(node, Mixing) and isinstance(node.mix, Pairwise):
+                    exprs = (node.mix.score, node.mix.weights)
+                    read |= {name: None for expr in exprs for name in sorted(names(expr))}
+        return tuple(each.removeprefix(PREVIOUS) for each in read if each.startswith(PREVIOUS))
+
+    def resolved(self, name: str) -> str:
+        """Return what a stream is that only gives another one a new name."""
+        while (stream := self.stream(name)) is not None and isinstance(stream.flow, Read):
+            name = stream.flow.name
+        return name
+
+    @property
+    def lent(self) -> tuple[str, ...]:
+        """What of `lends` this layer keeps itself; the rest it hands on."""
+        doc = ("doc",) if "doc" in self.lends else ()
+        own = tuple(
+            name
+            for name in self.lends
+            if name != "doc" and not self.resolved(name).startswith(PREVIOUS)
+        )
+        return (*own, *doc) if own else ()
+
+    def alone(self) -> Block:
+        """Return the block as it is by itself, where no layer stands above it."""
+        return replace(self, shared=None, borrows=(), lends=(), serves=())
 
     def remixed(self, change: Callable[[Pairwise], Pairwise]) -> Block:
         """Return the block with every pairwise mix changed."""
@@ -223,7 +270,10 @@ class FeedForward:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A stack of pre-norm layers. `vocab` None takes raw features [b, n, width]."""
+    """A stack of pre-norm layers. `vocab` None takes raw features [b, n, width].
+
+    The context passes through the `encoder` first, where there is one.
+    """
 
     name: str
     vocab: int | None
@@ -238,6 +288,13 @@ class Model:
     classes: int
     dropout: float
     span: Span = field(default=NOWHERE, compare=False, repr=False)
+    encoder: Model | None = None
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The different blocks: those of the layers, then those of the encoder."""
+        more = () if self.encoder is None else self.encoder.blocks
+        return tuple(dict.fromkeys((*self.layers, *more)))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.nn import functional
 from ..grammar.expr import rebuild
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary
 from ..ops.pointwise import evaluate
-from .model import Mixing, Normalizer, Pairwise
+from .model import PREVIOUS, Mixing, Normalizer, Pairwise
 
 Value = Tensor | int | float
 
@@ -45,6 +45,8 @@ class Given(NamedTuple):
     positions: Places  # tokens axis → [b, tokens]
     segments: Tensor | None  # [b, n]; None: one document
     training: bool
+    below: Mapping[str, Tensor] = {}  # the map of the layer below: s and p, [b, heads, n, m]
+    maps: dict[str, Tensor] = {}  # where the map of what was mixed last is left
 
 
 def attend(mixing: Mixing, given: Given) -> Tensor:
@@ -71,10 +73,12 @@ def attend(mixing: Mixing, given: Given) -> Tensor:
         """One number a pair, in the precision of s."""
         return torch.as_tensor(read(expr, more)).to(s).expand(pairs.key.shape)
 
+    names |= {f"{PREVIOUS}{name}": each[visible] for name, each in given.below.items()}
     logits = column(mix.score, {"s": s[visible]})
     weight = normalize(mix.normalize, logits, rows, read).to(s).expand(pairs.key.shape)
     weight = column(mix.weights, {"s": logits, "p": weight})
     p = torch.zeros_like(s).index_put(tuple(pairs), weight)
+    given.maps.update(s=torch.zeros_like(s).index_put(tuple(pairs), logits), p=p)
     p = functional.dropout(p, mix.dropout, given.training)
     return (p @ v).to(given.streams[mixing.inputs[2].name].dtype)
 

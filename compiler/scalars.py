@@ -16,10 +16,10 @@ from ..grammar import syntax
 from ..grammar.diagnostics import error
 from ..grammar.expr import fold, names, number
 from ..grammar.functions import FUNCTIONS
-from ..grammar.source import NOWHERE
+from ..grammar.source import NOWHERE, Span
 from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number, Unary
 from .library import put
-from .model import Normalizer
+from .model import PREVIOUS, Normalizer
 from .scope import Scope, suggest
 
 Kind = Literal["number", "truth"]
@@ -73,6 +73,8 @@ class _Resolver:
             case Compare(operands, ops):
                 numbers = tuple(self.want(each, "number") for each in operands)
                 return Compare(numbers, ops, expr.span), "truth"
+            case syntax.Attribute(Name("previous"), name):
+                return self._previous(name, expr.span), "number"
             case syntax.Pipe(head, stages) if self.kind == "score":
                 return self._compose(head, stages), "number"
             case _:
@@ -109,6 +111,15 @@ class _Resolver:
         where = _elsewhere(scope, id)
         raise error("L201", f"`{id}` is not known in a {self.kind}", expr.span, where,
                     suggest(id, *known))  # fmt: skip
+
+    def _previous(self, name: str, span: Span) -> Expr:
+        """`previous.s` in a score, `previous.p` in weights: the map of the layer below (L214)."""
+        if (self.kind, name) not in (("score", "s"), ("weights", "p")):
+            raise error("L214", f"`previous.{name}` cannot be read here", span, "",
+                        "a score reads `previous.s`, weights `previous.p`; a stream of the layer "
+                        f"below gets a name first: `let below = previous.{name}`")  # fmt: skip
+        self.scope.layer_below(span)
+        return Name(f"{PREVIOUS}{name}", span)
 
     def _call(self, expr: Call) -> tuple[Expr, Kind]:
         name = expr.function

@@ -28,10 +28,10 @@ from ...grammar.syntax import (
     walk,
 )
 from ..blocks import sees_something
-from ..choose import Lowering, attend_exprs, reads_places, sdpa_obstacle
+from ..choose import Lowering, attend_exprs, maps, reads_places, sdpa_obstacle
 from ..graph import Dims, Graph, Node, shape_of
 from ..masks import whole_range
-from ..model import Normalizer
+from ..model import MAPS, PREVIOUS, Normalizer
 from ..normalizers import Exponential, exponential
 from .text import atomic, call, ident, indent
 
@@ -73,8 +73,17 @@ def method(graph: Graph, node: Node) -> list[str]:
     body = writer.sdpa() if sdpa_fits(node, lowering) else writer.dense()
     places = ["i", "j"] if reads_places(graph, node) else []
     given = [*"qkv", *places, *(each.variable for each in operands(graph, node))]
+    given += [f"previous_{name}" for name in maps_below(node)]
     args = ["self", *(f"{name}: Tensor" for name in given)]
-    return [*call(f"def {method_name(node)}", args, ") -> Tensor:"), *indent(body)]
+    made = ", ".join(["Tensor"] * (1 + len(maps(graph, node))))
+    made = made if made == "Tensor" else f"tuple[{made}]"
+    return [*call(f"def {method_name(node)}", args, f") -> {made}:"), *indent(body)]
+
+
+def maps_below(node: Node) -> tuple[str, ...]:
+    """Return what an attention reads of the map of the layer below."""
+    read = {name for expr in attend_exprs(node) for name in names(expr)}
+    return tuple(name for name in MAPS if f"{PREVIOUS}{name}" in read)
 
 
 def method_name(node: Node) -> str:
@@ -145,12 +154,18 @@ class _Writer:
             self.lines.append(f"seen = {count}.clamp(min=1).to(wide)")
         if self.node.get("score") != Name("s"):
             self.lines.append(f"s = {self._spread(self.node.get('score'))}")
+        shared = maps(self.graph, self.node)
+        if "s" in shared:
+            self.lines.append(f"shared_s = {self._hidden('s')}")
         self._normalize()
         if self.node.get("weights") != Name("p"):
             self.lines.append(f"p = {self._hidden(self._spread(self.node.get('weights')))}")
+        if "p" in shared:
+            self.lines.append("shared_p = p")
         if self.node.get("rate"):
             self.lines.append(f"p = F.dropout(p, {self.node.get('rate')!r}, self.training)")
-        self.lines.append(f"return p.to(v.dtype) @ v  # [{shape}, {self.width}]")
+        also = "".join(f", shared_{name}" for name in shared)
+        self.lines.append(f"return p.to(v.dtype) @ v{also}  # [{shape}, {self.width}]")
         return self._sized()
 
     def _all(self) -> tuple[Expr, ...]:
@@ -237,11 +252,12 @@ class _Writer:
     def _spread(self, expr: Expr) -> str:
         """Return the text of a number for every pair, also where it does not read the logits."""
         text = self._text(expr)
-        return text if {"s", "p"} & names(expr) else f"torch.zeros_like(s) + {atomic(text)}"
+        full = {*MAPS, *(f"{PREVIOUS}{name}" for name in MAPS)}
+        return text if full & names(expr) else f"torch.zeros_like(s) + {atomic(text)}"
 
     def _leaf(self, leaf: Name | Index) -> str:
         if isinstance(leaf, Name):
-            return "rows" if leaf.id == "sum" else leaf.id
+            return "rows" if leaf.id == "sum" else leaf.id.replace(".", "_")
         assert isinstance(leaf.base, Name)
         name = leaf.base.id
         made = self.graph.node(name)

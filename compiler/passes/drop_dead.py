@@ -11,8 +11,9 @@ from ..graph import Graph
 
 
 def drop_dead(graph: Graph) -> Graph:
-    """Return the graph with only the nodes that the output depends on."""
+    """Return the graph with only the nodes that the output and what is shared depend on."""
     reads = nx.DiGraph((name, node.name) for node in graph.nodes for name in node.inputs)
-    reads.add_node(graph.output)
-    needed = nx.ancestors(reads, graph.output) | {graph.output}
+    wanted = {graph.output, *(name for _, name in graph.shared)}
+    reads.add_nodes_from(wanted)
+    needed = wanted.union(*(nx.ancestors(reads, each) for each in wanted))
     return graph.rewritten(node for node in graph.nodes if node.name in needed)
