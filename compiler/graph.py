@@ -15,9 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..grammar.expr import rebuild, substitute
 from ..grammar.source import NOWHERE, Span
+from ..grammar.syntax import Expr, Index, Name
 from ..ops import OPS, Shape, Weight
-from .model import Block
+from .model import Block, Normalizer, Recurrence
 
 Dims = tuple[int | str, ...]
 
@@ -98,11 +100,42 @@ class Graph:
                 name = renamed[name]
             return name
 
-        done = tuple(
-            replace(each, inputs=tuple(follow(name) for name in each.inputs)) for each in nodes
-        )
+        def renaming(each: Node) -> Node:
+            inputs = tuple(follow(name) for name in each.inputs)
+            changed = {name: follow(name) for name in each.inputs if name in renamed}
+            attrs = each.attrs
+            if changed:
+                attrs = tuple((name, _renamed(value, changed)) for name, value in attrs)
+            return replace(each, inputs=inputs, attrs=attrs)
+
+        done = tuple(renaming(each) for each in nodes)
         shared = tuple((label, follow(name)) for label, name in self.shared)
         return replace(self, nodes=done, output=follow(self.output), shared=shared)
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """Return an attribute with streams renamed: `t[j]` in a score, `k` in a recurrence."""
+    if isinstance(value, Recurrence):
+        written = {each.name for each in (*value.states, *value.updates)}
+        new = {old: Name(to) for old, to in names.items() if old not in written}
+        updates = (replace(each, value=substitute(each.value, new)) for each in value.updates)
+        states = (replace(each, init=substitute(each.init, new)) for each in value.states)
+        return replace(value, updates=tuple(updates), states=tuple(states))
+    if isinstance(value, Normalizer):
+        below = value.denominator
+        return replace(
+            value,
+            numerator=_renamed(value.numerator, names),
+            denominator=None if below is None else _renamed(below, names),
+        )
+    return _reindexed(value, names) if isinstance(value, Expr) else value
+
+
+def _reindexed(expr: Expr, names: dict[str, str]) -> Expr:
+    expr = rebuild(expr, lambda each: _reindexed(each, names))
+    if isinstance(expr, Index) and isinstance(expr.base, Name) and expr.base.id in names:
+        return replace(expr, base=Name(names[expr.base.id], expr.base.span))
+    return expr
 
 
 def shape_of(dims: Dims) -> Shape:

@@ -41,6 +41,8 @@ def kept_bytes(block: Block, tokens: int, size: int) -> int:
                 held = min(tokens, seen.prefix + seen.back + 1)
         lent = block.lent if name == "n" else ()
         keyed = _keyed(block, (mixing for _, mixing in group), lent)
+        if name == "m":  # the layer below gives its own of the context again
+            keyed = tuple(each for each in keyed if _of_context(block, Read(each, Shape("m", 1))))
         total += held * sum(_width(block, each, size) for each in keyed)
     return total
 
@@ -66,6 +68,15 @@ def _mixes(block: Block, flow: Flow) -> bool:
     streams = (block.stream(node.name) for node in flow_nodes(flow) if isinstance(node, Read))
     return any(isinstance(node, Mixing) for node in flow_nodes(flow)) or any(
         _mixes(block, each.flow) for each in streams if each is not None
+    )
+
+
+def _of_context(block: Block, flow: Flow) -> bool:
+    streams = [(node.name, block.stream(node.name)) for node in flow_nodes(flow)
+               if isinstance(node, Read)]  # fmt: skip
+    return any(
+        name == "context" or (stream is not None and _of_context(block, stream.flow))
+        for name, stream in streams
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..grammar.expr import rebuild
-from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary
+from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary, walk
 from ..ops.pointwise import evaluate
 from .model import PREVIOUS, Mixing, Normalizer, Pairwise
 
@@ -73,7 +73,12 @@ def attend(mixing: Mixing, given: Given) -> Tensor:
         """One number a pair, in the precision of s."""
         return torch.as_tensor(read(expr, more)).to(s).expand(pairs.key.shape)
 
-    names |= {f"{PREVIOUS}{name}": each[visible] for name, each in given.below.items()}
+    names |= {
+        node.id: given.below[node.id.removeprefix(PREVIOUS)][visible]
+        for expr in (mix.score, mix.weights)
+        for node in walk(expr)
+        if isinstance(node, Name) and node.id.startswith(PREVIOUS)
+    }
     logits = column(mix.score, {"s": s[visible]})
     weight = normalize(mix.normalize, logits, rows, read).to(s).expand(pairs.key.shape)
     weight = column(mix.weights, {"s": logits, "p": weight})

@@ -257,7 +257,9 @@ class _Writer:
 
     def _leaf(self, leaf: Name | Index) -> str:
         if isinstance(leaf, Name):
-            return "rows" if leaf.id == "sum" else leaf.id.replace(".", "_")
+            if leaf.id.startswith(PREVIOUS):
+                return leaf.id.replace(".", "_")
+            return "rows" if leaf.id == "sum" else leaf.id
         assert isinstance(leaf.base, Name)
         name = leaf.base.id
         made = self.graph.node(name)

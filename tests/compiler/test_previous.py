@@ -25,6 +25,7 @@ block near { heads = 4; mask = causal and window(3); position = rope }
 block reader : full { k = previous.k; v = previous.v }
 block again : near { k = previous.k; v = previous.v; mask = causal and (window(5) or sink(2)) }
 block keys : near { k = previous.k; mask = causal }
+block thin : reader { mask = causal and window(2) }
 block further : full { k = previous.k | linear | silu; v = previous.v }
 block papers : near { mask = causal and document }
 block paper : papers { k = previous.k; v = previous.v }
@@ -42,10 +43,10 @@ block halves { heads = 4; mask = causal; branch other { mask = causal and window
                k = x | linear | split; v = x | linear | split }; out = (o + other) | merge | linear }
 block half { heads = 4; mask = causal and window(4); k = previous.other_k; v = previous.other_v
              branch other { k = previous.k; v = previous.v }; out = (o - other) | merge | linear }
-block late { heads = 4; mask = causal; branch other { }; v = other; out = o | merge | linear }
+block late { heads = 4; mask = causal; branch other { v = x | linear | split }; v = other; out = o | merge | linear }
 block state { heads = 4; mix = gated_delta; mask = causal }
-block of_state { heads = 4; mix = gated_delta; mask = causal; k = previous.k | l2_norm }
-block conv { heads = 4; mask = causal; v = previous.v | conv(3) }
+block of_state { heads = 4; mix = gated_delta; mask = causal; k = previous.k | l2_norm; v = previous.v }
+block conv { heads = 4; mask = causal; kv_heads = 2; v = previous.v | conv(3) }
 block cross { heads = 4; source = context }
 block crossed : cross { k = previous.k; v = previous.v }
 block names { heads = 4; mask = causal; let y = x | linear; let shared = x | linear; k = y | split
@@ -57,7 +58,7 @@ MODELS = {
     "two": "[full, reader] * 2",
     "three": "[full, reader, reader]",
     "windows": "[near, again, again, near]",
-    "narrow": "[full, reader, again : 1]".replace(" : 1", ""),
+    "narrow": "[full, reader, thin]",
     "keys": "[near, keys, keys]",
     "further": "[full, further, further]",
     "documents": "[papers, paper, paper]",
@@ -307,7 +308,7 @@ ENCODERS = {
                "embed_position = learned(40)",
 }  # fmt: skip
 ENCODED = """
-block both_ways { heads = 4; position = rope }
+block both_ways { heads = 2; position = rope }
 block read : both_ways { k = previous.k; v = previous.v }
 block self { heads = 4; mask = causal; position = rope }
 block cross { heads = 2; source = context }
