@@ -86,9 +86,7 @@ class Draft:
     def scope(self) -> Scope:
         return self.builder.scope
 
-    def finish(
-        self, shared: Iterable[str] = (), warnings: list[Diagnostic] | None = None
-    ) -> Block:
+    def finish(self, shared: Iterable[str] = (), warnings: list[Diagnostic] | None = None) -> Block:
         """Return the block, with the streams that reach its output or are `shared`."""
         block = self.builder.assemble(self.out, shared)
         self.scope.findings.settle()

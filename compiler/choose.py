@@ -156,7 +156,7 @@ def triton_obstacle(graph: Graph, node: Node) -> str | None:
     if maps(graph, node):
         return MAP_IS_READ
     if any(name.startswith(PREVIOUS) for expr in attend_exprs(node) for name in names(expr)):
-        return "it reads the map of the layer below"
+        return "what its expressions read of the layer below is not read in kernels yet"
     if normalizer.where is not None:
         return f"`{normalizer.name}` needs a row threshold, which the kernels do not compute yet"
     if node.get("weights") != Name("p"):

@@ -116,7 +116,7 @@ class Graph:
 def _renamed(value: Any, names: dict[str, str]) -> Any:
     """Return an attribute with streams renamed: `t[j]` in a score, `k` in a recurrence."""
     if isinstance(value, Recurrence):
-        written = {each.name for each in (*value.states, *value.updates)}
+        written = {each.name for each in value.states} | {each.name for each in value.updates}
         new = {old: Name(to) for old, to in names.items() if old not in written}
         updates = (replace(each, value=substitute(each.value, new)) for each in value.updates)
         states = (replace(each, init=substitute(each.init, new)) for each in value.states)

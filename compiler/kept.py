@@ -99,9 +99,7 @@ def _width(block: Block, name: str, size: int) -> int:
     return widths[name]
 
 
-def _keyed(
-    block: Block, mixings: Iterable[Mixing], lent: tuple[str, ...] = ()
-) -> tuple[str, ...]:
+def _keyed(block: Block, mixings: Iterable[Mixing], lent: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return what a cache keeps of each token: k, v, what expressions index by j, what is lent."""
     made: dict[Flow, str] = {}
     read = [

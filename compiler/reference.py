@@ -112,13 +112,14 @@ class ReferenceBlock(nn.Module):
             places["m"] = _positions(None, context)
             streams["context"] = context
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
+        mixed: dict[str, Tensor] = {}
         maps: dict[str, Tensor] = {}
         pairs = {name: each for name, each in below.items() if name in MAPS}
-        given = Given(streams, tensors, places, segments, self.training, pairs, {})
+        given = Given(streams, tensors, places, segments, self.training, pairs, mixed)
         for stream in block.streams:
             streams[stream.name] = self._flow(stream.flow, given)
             if stream.name == "o":
-                maps = dict(given.maps)
+                maps = dict(mixed)
         made = {each.name: streams[each.name] for each in block.streams}
         return self._flow(block.out, given), {**made, **maps}
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -45,8 +46,8 @@ class Given(NamedTuple):
     positions: Places  # tokens axis → [b, tokens]
     segments: Tensor | None  # [b, n]; None: one document
     training: bool
-    below: Mapping[str, Tensor] = {}  # the map of the layer below: s and p, [b, heads, n, m]
-    maps: dict[str, Tensor] = {}  # where the map of what was mixed last is left
+    below: Mapping[str, Tensor] = MappingProxyType({})  # the map below: s, p [b, heads, n, m]
+    maps: dict[str, Tensor] | None = None  # where the map of what was mixed last is left
 
 
 def attend(mixing: Mixing, given: Given) -> Tensor:
@@ -83,7 +84,8 @@ def attend(mixing: Mixing, given: Given) -> Tensor:
     weight = normalize(mix.normalize, logits, rows, read).to(s).expand(pairs.key.shape)
     weight = column(mix.weights, {"s": logits, "p": weight})
     p = torch.zeros_like(s).index_put(tuple(pairs), weight)
-    given.maps.update(s=torch.zeros_like(s).index_put(tuple(pairs), logits), p=p)
+    if given.maps is not None:
+        given.maps.update(s=torch.zeros_like(s).index_put(tuple(pairs), logits), p=p)
     p = functional.dropout(p, mix.dropout, given.training)
     return (p @ v).to(given.streams[mixing.inputs[2].name].dtype)
 

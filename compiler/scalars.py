@@ -19,7 +19,7 @@ from ..grammar.functions import FUNCTIONS
 from ..grammar.source import NOWHERE, Span
 from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number, Unary
 from .library import put
-from .model import PREVIOUS, Normalizer
+from .model import MAPS, PREVIOUS, Normalizer
 from .scope import Scope, suggest
 
 Kind = Literal["number", "truth"]
@@ -115,9 +115,10 @@ class _Resolver:
     def _previous(self, name: str, span: Span) -> Expr:
         """`previous.s` in a score, `previous.p` in weights: the map of the layer below (L214)."""
         if (self.kind, name) not in (("score", "s"), ("weights", "p")):
+            named = f"give the stream a name first: `let below = previous.{name}`"
             raise error("L214", f"`previous.{name}` cannot be read here", span, "",
-                        "a score reads `previous.s`, weights `previous.p`; a stream of the layer "
-                        f"below gets a name first: `let below = previous.{name}`")  # fmt: skip
+                        "a score reads `previous.s`, weights read `previous.p`"
+                        if name in MAPS else named)  # fmt: skip
         self.scope.layer_below(span)
         return Name(f"{PREVIOUS}{name}", span)
 

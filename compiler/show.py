@@ -25,8 +25,10 @@ def show(what: Block | Model, tokens: int, console: Console | None = None) -> No
                       + (f", vocabulary {what.vocab}" if what.vocab else ""))  # fmt: skip
         console.print("layers: " + " ".join(block.name for block in what.layers))
         if what.encoder is not None:
-            console.print(f"encoder: {what.encoder.name}, "
-                          f"{len(what.encoder.layers)} layers of width {what.encoder.width}")
+            console.print(
+                f"encoder: {what.encoder.name}, "
+                f"{len(what.encoder.layers)} layers of width {what.encoder.width}"
+            )
     blocks = (what,) if isinstance(what, Block) else what.blocks
     for block in blocks:
         _show_block(block, tokens, console)

@@ -272,7 +272,9 @@ class _Writer:
         head = "out =" if self.stacked else "return"
         body += self._assign(self.graph.node(self.graph.output), head)
         if self.stacked:
-            body += braced("return out, ", {f'"{key}"': text for key, text in self._given().items()})
+            body += braced(
+                "return out, ", {f'"{key}"': text for key, text in self._given().items()}
+            )
         return lines + indent(body)
 
     # what the layers below and above share
@@ -471,9 +473,7 @@ class _Writer:
             args += [f"by_query({at})", f"by_key({keys})"]
         below = [f'shared["{name}"]' for name in attend.maps_below(node)]
         targets = ", ".join([_target(node), *(f"shared_{each}" for each in maps(self.graph, node))])
-        general = call(
-            f"{targets} = self.{attend.method_name(node)}", [*args, *variables, *below]
-        )
+        general = call(f"{targets} = self.{attend.method_name(node)}", [*args, *variables, *below])
         dims = f"[{', '.join(map(str, node.dims))}]"
         if self.always_kernel(node):
             return [*lines, *self._plain(node)]

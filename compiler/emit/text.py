@@ -22,7 +22,9 @@ _OURS = frozenset((
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                       "EncoderFeedForward"))  # fmt: skip
-_MADE = re.compile(r"_$|__\d+$|_[hijt]$|_cache$|^previous_|^shared_|^lent_")  # endings that the text gives to names of its own
+_MADE = re.compile(
+    r"_$|__\d+$|_[hijt]$|_cache$|^previous_|^shared_|^lent_"
+)  # endings that the text gives to names of its own
 
 
 def ident(name: str) -> str:
