@@ -8,14 +8,12 @@ short convolutions   the tokens before the next one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
-from ..grammar.syntax import Index, Name, walk
 from ..ops import OPS, Shape
 from .masks import extent, widest
-from .mixing import mix_exprs
 from .model import Apply, Block, Flow, Mixing, Pairwise, Read, Recurrence, applies, flow_nodes
 
 
@@ -102,25 +100,12 @@ def _width(block: Block, name: str, size: int) -> int:
 def _keyed(block: Block, mixings: Iterable[Mixing], lent: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return what a cache keeps of each token: k, v, what expressions index by j, what is lent."""
     made: dict[Flow, str] = {}
-    read = [
-        name
-        for mixing in mixings
-        for name in (*(each.name for each in mixing.inputs[1:3]), *indexed(mixing))
-    ]
+    read = [name for mixing in mixings for name in mixing.indexed("j")]
     for name in (*read, *lent):
         stream = block.stream(name)
         flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
         made.setdefault(flow, name)
     return tuple(made.values())
-
-
-def indexed(mixing: Mixing, at: str = "j") -> Iterator[str]:
-    """Yield the streams that expressions read at j, or at i."""
-    streams = {"doc", *(each.name for each in mixing.inputs)}
-    for expr in mix_exprs(mixing.mix):
-        for node in walk(expr):
-            if isinstance(node, Index) and isinstance(node.base, Name) and Name(at) in node.items:
-                yield from {node.base.id} & streams
 
 
 def _inlined(block: Block, flow: Flow) -> Flow:

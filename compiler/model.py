@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from ..grammar.diagnostics import Diagnostic
 from ..grammar.expr import names
 from ..grammar.source import NOWHERE, Span
-from ..grammar.syntax import Expr, File
+from ..grammar.syntax import Expr, File, Index, Name, walk
 from ..ops import Shape, Weight
 
 PREVIOUS = "previous."  # what stands before the names of the layer below
@@ -76,6 +76,20 @@ class Mixing:
     def crosses(self) -> bool:
         """Whether queries and keys are different lists of tokens."""
         return self.keys != self.queries
+
+    def indexed(self, at: str) -> tuple[str, ...]:
+        """Return the streams read along the keys (j) or queries (i) of a pairwise mix."""
+        assert isinstance(self.mix, Pairwise)
+        first = self.inputs[1:3] if at == "j" else self.inputs[:1]
+        mix, streams = self.mix, {"doc", *(each.name for each in self.inputs)}
+        read = [
+            node.base.id
+            for expr in (mix.score, mix.mask, *mix.normalize.exprs, mix.weights)
+            for node in walk(expr)
+            if isinstance(node, Index) and isinstance(node.base, Name) and Name(at) in node.items
+        ]
+        own = (name for name in read if name in streams)
+        return tuple(dict.fromkeys((*(each.name for each in first), *own)))
 
 
 Flow = Read | Apply | Mixing
@@ -237,10 +251,13 @@ class Block:
     def lent(self) -> tuple[str, ...]:
         """What of `lends` this layer keeps itself; the rest it hands on."""
         doc = ("doc",) if "doc" in self.lends else ()
+        borrowed = {
+            self.resolved(name)
+            for mixing in (self.mixings[each] for each in self.borrows)
+            for name in mixing.indexed("j")
+        }
         own = tuple(
-            name
-            for name in self.lends
-            if name != "doc" and not self.resolved(name).startswith(PREVIOUS)
+            name for name in self.lends if name != "doc" and self.resolved(name) not in borrowed
         )
         return (*own, *doc) if own else ()
 

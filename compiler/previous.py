@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ..grammar.syntax import Expr
 from . import decoding
-from .kept import indexed, late
+from .kept import late
 from .masks import extent, widest
 from .model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Read, flow_nodes
 
@@ -49,7 +49,7 @@ def _borrowing(layers: list[Block]) -> list[Block]:
 
 def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
     """Say whether all that an attention reads along its keys is kept by the layer below."""
-    read = [_below(block, name) for name in keyed(mixing)]
+    read = [_below(block, name) for name in mixing.indexed("j")]
     if None in read[:2]:
         return False
     there = [each if each == "doc" else below.resolved(each) for each in read if each is not None]
@@ -59,7 +59,7 @@ def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
         if [below.resolved(each.name) for each in other.inputs[1:3]] == there[:2]:
             if name in below.borrows:
                 return all(each == "doc" or each.startswith(PREVIOUS) for each in there)
-            return not any(late(below, each) for each in (*keyed(other), *there))
+            return not any(late(below, each) for each in (*other.indexed("j"), *there))
     return False
 
 
@@ -69,11 +69,6 @@ def _below(block: Block, name: str) -> str | None:
     if source == "doc":
         return source
     return source.removeprefix(PREVIOUS) if source.startswith(PREVIOUS) else None
-
-
-def keyed(mixing: Mixing) -> list[str]:
-    """Return the streams of an attention along its keys: k, v, and those indexed by j."""
-    return list(dict.fromkeys((*(each.name for each in mixing.inputs[1:3]), *indexed(mixing))))
 
 
 def _of_tokens(block: Block) -> Iterator[tuple[str, Mixing]]:
@@ -91,7 +86,7 @@ def _lending(layers: list[Block]) -> list[Block]:
     for block in reversed(layers):
         block = replace(block, shared=shared, lends=lends)
         done.insert(0, block)
-        borrowed = [name for each in block.borrows for name in keyed(block.mixings[each])]
+        borrowed = [name for each in block.borrows for name in block.mixings[each].indexed("j")]
         passed = [name for name in lends if name not in block.lent]
         lends = _names(block, [*borrowed, *passed])
         shared = (*_names(block, [*_read_now(block), *shared]), *_maps(block))
@@ -117,10 +112,9 @@ def _read_now(block: Block) -> Iterator[str]:
             if isinstance(node, Apply):
                 yield from (each.name for each in node.inputs if isinstance(each, Read))
             elif isinstance(node, Mixing):
-                borrowed = keyed(node) if name in block.borrows else []
-                yield node.inputs[0].name
+                borrowed = node.indexed("j") if name in block.borrows else ()
                 yield from (each.name for each in node.inputs if each.name not in borrowed)
-                yield from indexed(node, "i")
+                yield from node.indexed("i") if isinstance(node.mix, Pairwise) else ()
     if isinstance(block.out, Read):
         yield block.out.name
 

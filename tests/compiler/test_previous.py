@@ -30,6 +30,7 @@ block reader : full { k = previous.k; v = previous.v }
 block again : near { k = previous.k; v = previous.v; mask = causal and (window(5) or sink(2)) }
 block keys : near { k = previous.k; mask = causal }
 block thin : reader { mask = causal and window(2) }
+block twice : near { let below = previous.k; k = below; v = below }
 block further : full { k = previous.k | linear | silu; v = previous.v }
 block papers : near { mask = causal and document }
 block paper : papers { k = previous.k; v = previous.v }
@@ -84,6 +85,7 @@ MODELS = {
     "conv": "[full, conv, conv]",
     "cross": "[cross, crossed, full]",
     "names": "[names, named]",
+    "keys_as_values": "[papers, twice, again]",
 }
 MORE = """
 block reader_of_half { heads = 4; mask = causal; k = previous.k; v = previous.v }
