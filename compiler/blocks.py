@@ -6,7 +6,7 @@ returns a `model.Block`, or raises every finding together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..grammar import syntax
@@ -19,7 +19,18 @@ from .inheritance import Body
 from .library import Library
 from .masks import sees_itself
 from .mixing import Part, mix_exprs
-from .model import Apply, Block, Flow, Mixing, Pairwise, Read, Recurrence, Stream, flow_nodes
+from .model import (
+    MAPS,
+    Apply,
+    Block,
+    Flow,
+    Mixing,
+    Pairwise,
+    Read,
+    Recurrence,
+    Stream,
+    flow_nodes,
+)
 from .scope import Findings, Scope
 
 _GUESSES = {"heads": "", "kv_heads": "heads", "head_dim": "", "value_dim": "head_dim"}
@@ -36,25 +47,52 @@ class Sizes:
     context_width: int | None = None
     layer: int = 0
     depth: int = 1
+    below: Scope | None = None  # the layer below
+    place: str = "it stands alone"  # said where there is none
 
 
 def elaborate_block(
     library: Library, call: Expr, sizes: Sizes, warnings: list[Diagnostic] | None = None
 ) -> Block:
     """Return the checked block that `name` or `name(args)` stands for."""
+    return draft_block(library, call, sizes).finish(warnings=warnings)
+
+
+def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
+    """Check a block, and leave open which of its streams are needed."""
     findings = Findings()
     body = Body(library, call, findings)
-    scope = Scope(library, findings)
+    title = body.block.name
+    scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place)
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
-    block = _Builder(scope, body).build()
+    builder = _Builder(scope, body)
+    out = builder.build()
     if not sized:  # the sizes that were guessed only serve to find further misspelt names
         findings.keep(lambda each: each.code not in _ABOUT_SHAPES)
     findings.settle()
-    assert block is not None
-    if warnings is not None:
-        warnings.extend(_warnings(block, body, library))
-    return block
+    assert out is not None
+    return Draft(builder, out)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A checked block of which it is open what a layer above reads."""
+
+    builder: _Builder
+    out: Flow
+
+    @property
+    def scope(self) -> Scope:
+        return self.builder.scope
+
+    def finish(self, shared: Iterable[str] = (), warnings: list[Diagnostic] | None = None) -> Block:
+        """Return the block, with the streams that reach its output or are `shared`."""
+        block = self.builder.assemble(self.out, shared)
+        self.scope.findings.settle()
+        if warnings is not None:
+            warnings.extend(_warnings(block, self.builder.body, self.scope.library))
+        return block
 
 
 def default_width(body: Body, scope: Scope) -> int:
@@ -122,8 +160,10 @@ class _Builder:
         }
         scope.elaborate = self._stream
         self.numbers = numbers
+        self.regularize: Flow | None = None
 
-    def build(self) -> Block | None:
+    def build(self) -> Flow | None:
+        """Elaborate every stream; return `out`."""
         scope, body, guard = self.scope, self.body, self.scope.findings.guard
         for name, expected in _LATER.items():
             with guard():
@@ -159,7 +199,8 @@ class _Builder:
             regularize = self._regularize()
         if out is None or scope.findings.diagnostics:
             return None
-        return self._assemble(out, regularize)
+        self.regularize = regularize
+        return out
 
     def _regularize(self) -> Flow | None:
         value = self.body.get("regularize")
@@ -195,9 +236,13 @@ class _Builder:
     def _stream(self, let: syntax.Let, scope: Scope, name: str) -> Stream:
         return Stream(name, elaborate(scope, let.value, Target(name)))
 
-    def _assemble(self, out: Flow, regularize: Flow | None) -> Block | None:
-        ends = [out] if regularize is None else [out, regularize]
+    def assemble(self, out: Flow, shared: Iterable[str]) -> Block:
+        """Put together what is needed."""
+        ends = [out] if self.regularize is None else [out, self.regularize]
         needed = _needed(self.scope.streams, ends)
+        for name in shared:
+            read = "o" if name in MAPS else name
+            needed |= _needed(self.scope.streams, [Read(read, self.scope.streams[read].shape)])
         streams = tuple(each for name, each in self.scope.streams.items() if name in needed)
         flows = [*(each.flow for each in streams), *ends]
         nodes = [node for flow in flows for node in flow_nodes(flow)]
@@ -221,7 +266,7 @@ class _Builder:
             streams=streams,
             tensors=tuple(self.scope.tensors.values()),
             out=out,
-            regularize=regularize,
+            regularize=self.regularize,
             span=self.body.span,
         )
 
@@ -241,7 +286,7 @@ def _needed(streams: Mapping[str, Stream], ends: list[Flow]) -> set[str]:
 def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic]:
     used = {each.name for each in block.streams} | {each.name for each in block.tensors}
     for name, let in body.lets.items():
-        if name not in used:
+        if name not in used and name not in library.read_above:
             yield Diagnostic("W002", f"`{name}` is never used", let.span, severity="warning")
     mixes = [each.mix for each in block.mixings.values()]
     if mixes and all(isinstance(mix, Recurrence) for mix in mixes):

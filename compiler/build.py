@@ -11,6 +11,8 @@ from ..grammar.syntax import Expr, Index, Name, walk
 from ..ops import Weight
 from .graph import Dims, Graph, Node, dims_of
 from .model import (
+    MAPS,
+    PREVIOUS,
     Apply,
     Block,
     Flow,
@@ -31,7 +33,10 @@ def build(block: Block) -> Graph:
         builder.flow(stream.flow, stream.name)
     output = builder.flow(block.out, "y" if block.stream("y") is None else "out")
     auxiliary = None if block.regularize is None else builder.flow(block.regularize, "auxiliary")
-    return Graph(block, tuple(builder.nodes), output, weights(block), auxiliary)
+    shared = {name: "o" if name in MAPS else builder.given(name) for name in block.shared or ()}
+    shared |= {f"{name}[j]": builder.given(name) for name in block.lent}
+    return Graph(block, tuple(builder.nodes), output, weights(block), tuple(shared.items()),
+                 auxiliary)  # fmt: skip
 
 
 def tensors_read(*exprs: Expr | None) -> tuple[str, ...]:
@@ -64,12 +69,20 @@ class _Builder:
             return name
         if name in self.tensors:
             return self.add(name, "tensor", (), self.tensors[name].shape)
+        if name.startswith(PREVIOUS):
+            return self.add(name, "input", (), self._below()[name])
         dims: dict[str, Dims] = {
             "x": ("b", "n", self.block.width),
             "context": ("b", "m", self.block.context_width or 0),
             "doc": ("b", "n"),
         }
         return self.add(name, "input", (), dims[name])
+
+    def _below(self) -> dict[str, Dims]:
+        """Return the dimensions of the streams that are read of the layer below."""
+        flows = [*(each.flow for each in self.block.streams), self.block.out]
+        nodes = [node for flow in flows for node in flow_nodes(flow)]
+        return {node.name: dims_of(node.shape) for node in nodes if isinstance(node, Read)}
 
     def flow(self, flow: Flow, name: str) -> str:
         """Add the nodes of a flow; its last one gets the name, the others `name.1` …"""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..grammar import syntax
-from ..grammar.diagnostics import Diagnostic, did_you_mean, error
+from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
 from ..grammar.functions import HOLES
 from ..grammar.source import NOWHERE
 from ..grammar.syntax import Expr, File, Name
@@ -40,7 +40,10 @@ def check(file: File) -> Architecture:
         if any(param.default is None for param in item.params):
             continue  # it has no sizes until a model calls it
         with findings.guard(), _bounded(item):
-            blocks[name] = elaborate_block(library, Name(name, item.span), Sizes(), warnings)
+            try:
+                blocks[name] = elaborate_block(library, Name(name, item.span), Sizes(), warnings)
+            except LoomError as problem:
+                _of_a_layer(file, item, problem, warnings)
     for name, each in library.models.items():
         if any(param.default is None for param in each.params):
             continue
@@ -48,6 +51,33 @@ def check(file: File) -> Architecture:
             models[name] = elaborate_model(library, Name(name, each.span), warnings)
     findings.settle()
     return Architecture(file, blocks, models, tuple(dict.fromkeys(warnings)))
+
+
+def _of_a_layer(
+    file: File, item: syntax.Block, problem: LoomError, warnings: list[Diagnostic]
+) -> None:
+    """Pass over a block that reads the layer below: it is checked where a model uses it (W004)."""
+    if not any(each.code == "L224" for each in problem.diagnostics):
+        raise problem
+    if item.name in _used(file):
+        return
+    warnings.append(Diagnostic("W004", f"`{item.name}` reads the layer below, and no model uses it",
+                               item.span, "it has not been checked", "put it in a model, above "
+                               "another block", severity="warning"))  # fmt: skip
+    others = [each for each in problem.diagnostics if each.code != "L224"]
+    if others:
+        raise LoomError(others)
+
+
+def _used(file: File) -> set[str]:
+    """Return every name that models, lets, searches and the bases of blocks mention."""
+    exprs = [item.base for item in file.items if isinstance(item, syntax.Block) and item.base]
+    for item in file.items:
+        if isinstance(item, syntax.Model | syntax.Let | syntax.Search):
+            exprs += [expr for _, expr in syntax.expressions(item)]
+    nodes = [node for expr in exprs for node in syntax.walk(expr)]
+    called = {node.function for node in nodes if isinstance(node, syntax.Call)}
+    return called | {node.id for node in nodes if isinstance(node, Name)}
 
 
 @contextmanager

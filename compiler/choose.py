@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..grammar.expr import fold, substitute
+from ..grammar.expr import fold, names, substitute
 from ..grammar.show import show
 from ..grammar.syntax import Expr, Index, Name, children, walk
 from ..kernels import spec as kernel
 from .graph import Graph, Node
 from .kernel_form import KernelForm, Side, kernel_form
 from .masks import extent
-from .model import Normalizer
+from .model import MAPS, PREVIOUS, Normalizer
 from .normalizers import exponential
 
 _OF_KERNELS = ("lse", "entropy")  # the statistics that kernels give
@@ -77,7 +77,7 @@ def _attend(graph: Graph, node: Node, target: Target) -> Lowering:
                        "PyTorch text beside it")  # fmt: skip
         return Lowering(node.name, "triton", reason)
     obstacles.append(("triton", why_not_triton))
-    why_not_sdpa = sdpa_obstacle(node)
+    why_not_sdpa = MAP_IS_READ if maps(graph, node) else sdpa_obstacle(node)
     if why_not_sdpa is None:
         return Lowering(node.name, "sdpa",
                         "softmax of plain logits is what scaled_dot_product_attention computes",
@@ -127,6 +127,14 @@ def always_fused(graph: Graph, node: Node) -> bool:
     return graph.crosses(node) and not reads_places(graph, node)
 
 
+MAP_IS_READ = "the layer above reads its map"
+
+
+def maps(graph: Graph, node: Node) -> tuple[str, ...]:
+    """Return what of an attention's map the layer above reads: its logits `s`, its weights `p`."""
+    return tuple(label for label, name in graph.shared if label in MAPS and name == node.name)
+
+
 def sdpa_obstacle(node: Node) -> str | None:
     """Return why scaled_dot_product_attention does not say what the node means."""
     if node.get("statistics"):
@@ -156,6 +164,10 @@ def _shown(normalizer: Normalizer) -> str:
 def triton_obstacle(graph: Graph, node: Node) -> str | None:
     """Return why the pairwise kernels cannot carry the node."""
     normalizer: Normalizer = node.get("normalizer")
+    if maps(graph, node):
+        return MAP_IS_READ
+    if any(name.startswith(PREVIOUS) for expr in attend_exprs(node) for name in names(expr)):
+        return "what its expressions read of the layer below is not read in kernels yet"
     if normalizer.where is not None:
         return f"`{normalizer.name}` needs a row threshold, which the kernels do not compute yet"
     if node.get("weights") != Name("p"):

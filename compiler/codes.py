@@ -196,6 +196,41 @@ OWN: dict[str, Code] = {
             "block a { heads = choose(4, 8) }",
         ),
         Code(
+            "L224",
+            "there is no layer below",
+            "`previous.k` is the stream `k` of the layer below, so the block must stand above "
+            "another one in a model. Begin `layers` with another block; by itself, such a block "
+            "cannot be built.",
+            "block a { k = previous.k }\nmodel m { width = 64; layers = [a] }",
+        ),
+        Code(
+            "L225",
+            "the layer below has a map of other pairs",
+            "`previous.s` and `previous.p` are the logits and weights of the layer below, pair by "
+            "pair. Both layers must be attention with as many heads, over the same tokens, under "
+            "the same mask, and the mask may read no streams.",
+            "block a { heads = 4; mask = causal }\n"
+            "block b { heads = 4; score = s + previous.s }\n"
+            "model m { width = 64; layers = [a, b] }",
+        ),
+        Code(
+            "L226",
+            "a block cannot be a layer",
+            "A layer adds its output to its input, so it must give one output a token. A block "
+            "whose `out` runs along other tokens, such as latents, can only stand alone.",
+            "block a { q = latents(3) | linear | split }\nmodel m { width = 64; layers = [a] }",
+        ),
+        Code(
+            "L227",
+            "a model cannot be an encoder",
+            "An encoder makes features of the context, one list for each of its tokens: it has "
+            "`head = none`, and reads no context itself.",
+            "block a { heads = 4 }\n"
+            "block b { heads = 4; source = context }\n"
+            "model e { vocab = 8; width = 64; layers = [a] }\n"
+            "model m { width = 64; layers = [b]; encoder = e }",
+        ),
+        Code(
             "W001",
             "a block depends on the number of tokens",
             "An expression reads `n` or `m`, so that its values change as a sequence grows and "
@@ -215,6 +250,13 @@ OWN: dict[str, Code] = {
             "`score`, `normalize`, `weights`, `scale` and `dropout` belong to pairwise attention; "
             "a recurrence does what its statements say. Remove the setting.",
             "block a { mix = linear; mask = causal; score = softcap(5) }",
+        ),
+        Code(
+            "W004",
+            "a block has not been checked",
+            "A block that reads the layer below is checked where a model uses it, and no model of "
+            "the file does. Use it in a model, or remove it.",
+            "block a { k = previous.k }",
         ),
     )
 }

@@ -66,6 +66,8 @@ class Cost:
             total += 2 * model.width * (model.vocab or 0) * tokens
         if model.head == "classify":
             total += 2 * model.width * model.classes
+        if model.encoder is not None:
+            total += Cost(model.encoder).flops(tokens)
         return total
 
     def cache_bytes(self, tokens: int, dtype: str = "float32") -> int:
@@ -93,7 +95,8 @@ class Cost:
             each += model.width + (3 if model.ffn.kind == "swiglu" else 2) * model.ffn.hidden
         total += each * len(model.layers) + model.width
         total += {"lm": model.vocab or 0, "classify": 0, "none": 0}[model.head]
-        return total * tokens * BYTES[dtype]
+        more = 0 if model.encoder is None else Cost(model.encoder).activation_bytes(tokens, dtype)
+        return total * tokens * BYTES[dtype] + more
 
 
 def cost(what: Block | Model) -> Cost:

@@ -13,7 +13,7 @@ from ..grammar.syntax import Call, Index, Name, walk
 from ..ops import OPS
 from .masks import extent
 from .mixing import mix_exprs
-from .model import Apply, Block, Flow, Mixing, Read, Recurrence, Statistic
+from .model import PREVIOUS, Apply, Block, Flow, Mixing, Read, Recurrence, Statistic
 
 
 def obstacle(block: Block) -> str | None:
@@ -33,7 +33,8 @@ def grows(flow: Flow, grown: dict[str, bool]) -> bool:
     """Say whether a flow's values depend on the block's own tokens."""
     match flow:
         case Read(name):
-            return grown.get(name, False)
+            below = name.startswith(PREVIOUS) and flow.shape.tokens == "n"
+            return grown.get(name, below)
         case Apply(op) if OPS[op].starts:
             return False
         case Apply() | Mixing() | Statistic():

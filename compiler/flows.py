@@ -20,13 +20,13 @@ from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
 from ..ops import OPS, UNNAMED, Mismatch, Op, Shape
 from .library import bind, put
-from .model import Apply, Flow, Mixing, Pairwise, Read, Statistic
+from .model import MAPS, PREVIOUS, Apply, Flow, Mixing, Pairwise, Read, Statistic
 from .normalizers import exponential
 from .scalars import Axes, resolve, resolve_function, shaped, streams_read
 from .scope import Scope, body, suggest
 
 # What DESIGN names as a stage and a later version brings.
-LATER = {"pool": "pooling is", "previous": "streams of the layer below are"}
+LATER = {"pool": "pooling is"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,12 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
                             "`|` binds less than every operator",
                             f"write `{show(_around(expr, stages[-1]))}`")  # fmt: skip
             return _pipe(scope, first, stages, target)
-        case syntax.Attribute(Name("previous")):
-            raise error("L221", "streams of the layer below are not available yet", expr.span)
+        case syntax.Attribute(Name("previous"), name) if name in MAPS:
+            where = {"s": "score", "p": "weights"}[name]
+            raise error("L208", f"`previous.{name}` is a number a pair, not a stream", expr.span,
+                        "", f"read it in `{where}`")  # fmt: skip
+        case syntax.Attribute(Name("previous"), name, span):
+            return Read(f"{PREVIOUS}{name}", scope.previous(name, span), span)
         case Call(name) if name in OPS and OPS[name].starts:
             return _pipe(scope, Read("x", scope.inputs["x"], expr.span), (expr,), target)
         case Unary() | Binary() | Compare() | Call():

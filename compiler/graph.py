@@ -15,9 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..grammar.expr import rebuild, substitute
 from ..grammar.source import NOWHERE, Span
+from ..grammar.syntax import Expr, Index, Name
 from ..ops import OPS, Shape, Weight
-from .model import Block
+from .model import Block, Normalizer, Recurrence
 
 Dims = tuple[int | str, ...]
 
@@ -61,18 +63,24 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """One block, lowered. `block` keeps the sizes and the source it came from."""
+    """One block, lowered. `block` keeps the sizes and the source it came from.
+
+    In `shared`, `k` are the keys of a call's tokens, `k[j]` all that are kept of them.
+    """
 
     block: Block
     nodes: tuple[Node, ...]
     output: str
     weights: tuple[Weight, ...]
+    shared: tuple[tuple[str, str], ...] = ()  # what the layer above reads → its node
     auxiliary: str | None = None  # what training adds to the loss
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """What the graph is for: its output, and what training adds to the loss."""
-        return (self.output,) if self.auxiliary is None else (self.output, self.auxiliary)
+        """What the graph is for: its output, what it shares, what training adds to the loss."""
+        shared = tuple(name for _, name in self.shared)
+        more = () if self.auxiliary is None else (self.auxiliary,)
+        return (self.output, *shared, *more)
 
     def node(self, name: str) -> Node:
         return next(each for each in self.nodes if each.name == name)
@@ -101,11 +109,46 @@ class Graph:
                 name = renamed[name]
             return name
 
-        done = tuple(
-            replace(each, inputs=tuple(follow(name) for name in each.inputs)) for each in nodes
-        )
+        def renaming(each: Node) -> Node:
+            inputs = tuple(follow(name) for name in each.inputs)
+            changed = {name: follow(name) for name in each.inputs if name in renamed}
+            attrs = each.attrs
+            if changed:
+                attrs = tuple((name, _renamed(value, changed)) for name, value in attrs)
+            return replace(each, inputs=inputs, attrs=attrs)
+
+        done = tuple(renaming(each) for each in nodes)
+        shared = tuple((label, follow(name)) for label, name in self.shared)
         auxiliary = None if self.auxiliary is None else follow(self.auxiliary)
-        return replace(self, nodes=done, output=follow(self.output), auxiliary=auxiliary)
+        return replace(self, nodes=done, output=follow(self.output), shared=shared,
+                       auxiliary=auxiliary)  # fmt: skip
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """Return an attribute with streams renamed: `t[j]` in a score, `k` in a recurrence."""
+    if isinstance(value, Recurrence):
+        written = {each.name for each in value.states} | {each.name for each in value.updates}
+        new = {old: Name(to) for old, to in names.items() if old not in written}
+        updates = (replace(each, value=substitute(each.value, new)) for each in value.updates)
+        states = (replace(each, init=substitute(each.init, new)) for each in value.states)
+        return replace(value, updates=tuple(updates), states=tuple(states))
+    if isinstance(value, Normalizer):
+        below = value.denominator
+        return replace(
+            value,
+            numerator=_renamed(value.numerator, names),
+            denominator=None if below is None else _renamed(below, names),
+        )
+    if isinstance(value, tuple):  # statistics: name, kind, expression
+        return tuple(_renamed(each, names) for each in value)
+    return _reindexed(value, names) if isinstance(value, Expr) else value
+
+
+def _reindexed(expr: Expr, names: dict[str, str]) -> Expr:
+    expr = rebuild(expr, lambda each: _reindexed(each, names))
+    if isinstance(expr, Index) and isinstance(expr.base, Name) and expr.base.id in names:
+        return replace(expr, base=Name(names[expr.base.id], expr.base.span))
+    return expr
 
 
 def shape_of(dims: Dims) -> Shape:
@@ -142,9 +185,11 @@ def verify(graph: Graph) -> list[str]:
         elif len(node.inputs) < SPECIAL[node.op][0]:
             wrong.append(f"{node.name}: `{node.op}` needs {SPECIAL[node.op][0]} inputs")
         known[node.name] = node
+    wrong.extend(f"`{name}`, which is shared, is not made"
+                 for _, name in graph.shared if name not in known)  # fmt: skip
     if graph.output not in known:
         wrong.append(f"the output `{graph.output}` is not made")
-    elif known[graph.output].dims != ("b", "n", graph.block.width):
+    elif known[graph.output].dims != dims_of(graph.block.out.shape):
         wrong.append(f"the output is {known[graph.output].dims}")
     return wrong
 

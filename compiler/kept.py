@@ -8,14 +8,12 @@ short convolutions   the tokens before the next one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
-from ..grammar.syntax import Expr, Index, Name, walk
 from ..ops import OPS, Shape
 from .masks import extent, widest
-from .mixing import mix_exprs
 from .model import (
     Apply,
     Block,
@@ -27,6 +25,7 @@ from .model import (
     Statistic,
     applies,
     flow_nodes,
+    indexed,
 )
 
 
@@ -35,6 +34,8 @@ def kept_bytes(block: Block, tokens: int, size: int) -> int:
     total = size * _tails(block)
     groups: dict[str, list[tuple[str, Mixing]]] = {}
     for name, mixing in block.mixings.items():
+        if name in block.borrows:
+            continue
         if isinstance(mixing.mix, Recurrence):
             states = sum(prod(state.shape) for state in mixing.mix.states)
             total += max(4, size) * mixing.heads * states
@@ -44,10 +45,14 @@ def kept_bytes(block: Block, tokens: int, size: int) -> int:
     for name, group in groups.items():
         held = tokens
         if name != "m":
-            seen = widest(extent(_pairwise(mixing).mask) for _, mixing in group)
+            masks = (*(_pairwise(mixing).mask for _, mixing in group), *block.serves)
+            seen = widest(map(extent, masks))
             if seen.back is not None:
                 held = min(tokens, seen.prefix + seen.back + 1)
-        keyed = _keyed(block, group)
+        lent = block.lent if name == "n" else ()
+        keyed = _keyed(block, group, lent)
+        if name == "m":  # the layer below gives its own of the context again
+            keyed = tuple(each for each in keyed if _of_context(block, Read(each, Shape("m", 1))))
         total += held * sum(_width(block, each, size) for each in keyed)
     return total
 
@@ -59,8 +64,12 @@ def _pairwise(mixing: Mixing) -> Pairwise:
 
 def _late(block: Block, name: str, mixing: Mixing) -> bool:
     """Say whether keys and values are made of what was mixed before."""
-    keyed = _keyed(block, [(name, mixing)])
-    return any(_mixes(block, Read(each, Shape("n", 1))) for each in keyed)
+    return any(late(block, each) for each in _keyed(block, [(name, mixing)]))
+
+
+def late(block: Block, name: str) -> bool:
+    """Say whether a stream is made of what was mixed before, or is mixed itself."""
+    return _mixes(block, Read(name, Shape("n", 1)))
 
 
 def _mixes(block: Block, flow: Flow) -> bool:
@@ -69,6 +78,15 @@ def _mixes(block: Block, flow: Flow) -> bool:
     streams = (block.stream(node.name) for node in flow_nodes(flow) if isinstance(node, Read))
     return any(isinstance(node, Mixing) for node in flow_nodes(flow)) or any(
         _mixes(block, each.flow) for each in streams if each is not None
+    )
+
+
+def _of_context(block: Block, flow: Flow) -> bool:
+    streams = [(node.name, block.stream(node.name)) for node in flow_nodes(flow)
+               if isinstance(node, Read)]  # fmt: skip
+    return any(
+        name == "context" or (stream is not None and _of_context(block, stream.flow))
+        for name, stream in streams
     )
 
 
@@ -90,28 +108,26 @@ def _width(block: Block, name: str, size: int) -> int:
     return widths[name]
 
 
-def _keyed(block: Block, mixings: Iterable[tuple[str, Mixing]]) -> tuple[str, ...]:
-    """Return what a cache keeps of each token: k, v, and what expressions index by j."""
+def _keyed(
+    block: Block, mixings: Iterable[tuple[str, Mixing]], lent: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Return what a cache keeps of each token: k, v, what expressions index by j, what is lent."""
     made: dict[Flow, str] = {}
-    for own, mixing in mixings:
-        asked = [node for flow in block.flows for node in flow_nodes(flow)
-                 if isinstance(node, Statistic) and node.inputs[0].name == own]  # fmt: skip
-        exprs = (*mix_exprs(mixing.mix), *(each.expr for each in asked if each.expr is not None))
-        reads = {each.name for each in mixing.inputs}
-        reads |= {each.name for node in asked for each in node.inputs}
-        for name in (*(each.name for each in mixing.inputs[1:3]), *_indexed(exprs, reads)):
-            stream = block.stream(name)
-            flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
-            made.setdefault(flow, name)
+    read = [name for own, mixing in mixings
+            for name in (*mixing.indexed("j"), *_asked(block, own))]  # fmt: skip
+    for name in (*read, *lent):
+        stream = block.stream(name)
+        flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
+        made.setdefault(flow, name)
     return tuple(made.values())
 
 
-def _indexed(exprs: tuple[Expr, ...], streams: set[str]) -> Iterator[str]:
-    """Yield the streams that expressions read at j."""
-    for expr in exprs:
-        for node in walk(expr):
-            if isinstance(node, Index) and isinstance(node.base, Name) and Name("j") in node.items:
-                yield from {node.base.id} & {"doc", *streams}
+def _asked(block: Block, own: str) -> list[str]:
+    """Return the streams along the keys that numbers of an attention's rows read."""
+    asked = [node for flow in block.flows for node in flow_nodes(flow)
+             if isinstance(node, Statistic) and node.inputs[0].name == own]  # fmt: skip
+    return [name for node in asked if node.expr is not None
+            for name in indexed((node.expr,), node.inputs, "j")]  # fmt: skip
 
 
 def _inlined(block: Block, flow: Flow) -> Flow:

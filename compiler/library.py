@@ -46,6 +46,7 @@ class Library:
     models: Mapping[str, syntax.Model]
     lets: Mapping[str, Expr]
     search: syntax.Search | None = None
+    read_above: frozenset[str] = frozenset()  # every `previous.NAME` of the file
 
     @staticmethod
     def of(file: File) -> Library:
@@ -59,6 +60,7 @@ class Library:
             {each.name: each for each in models},
             lets,
             next((item for item in file.items if isinstance(item, syntax.Search)), None),
+            frozenset(_read_above(file)),
         )
 
     def find(self, kind: str, name: str) -> Definition | None:
@@ -84,6 +86,15 @@ class Library:
     def known(self, kind: str) -> Iterator[str]:
         """Yield the names of a kind of definition."""
         return (name for each, name in self.definitions if each == kind)
+
+
+def _read_above(file: File) -> Iterator[str]:
+    """Yield the names of streams that some block reads of the layer below it."""
+    for item in file.items:
+        for _, expr in syntax.expressions(item):
+            for node in syntax.walk(expr):
+                if isinstance(node, syntax.Attribute) and node.base == syntax.Name("previous"):
+                    yield node.name
 
 
 def _lets(file: File) -> dict[str, Expr]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import FALSE, TRUE, names
-from ..grammar.syntax import Call, Compare, Expr, Index, Name, Pipe
+from ..grammar.show import show
+from ..grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
 from ..ops import OPS, Shape
 from .flows import Target, elaborate
 from .inheritance import Body
 from .masks import extent, linear
 from .mixers import resolve_mixer
-from .model import Mixing, Pairwise, Read, Recurrence, Stream
+from .model import MAPS, PREVIOUS, Mixing, Pairwise, Read, Recurrence, Stream
 from .scalars import Axes, resolve, resolve_normalizer, streams_read
 from .scope import Scope
 
@@ -47,7 +48,7 @@ class Part:
             else:
                 head = Name("x") if name == "q" else source
                 value = Pipe(head, (Name("linear"), Name("split")), body.span)
-            if position is not None and name != "v":
+            if position is not None and name != "v" and not _is_below(value):
                 stages = (*value.stages, position) if isinstance(value, Pipe) else (position,)
                 value = Pipe(value.head if isinstance(value, Pipe) else value, stages, value.span)
             if self._shared(name, value, (heads, width)):
@@ -194,10 +195,36 @@ class Part:
             similarity = resolve(scope, body.get("similarity"), "similarity", axes)
             if similarity == resolve(scope, _PRODUCT, "similarity", axes):
                 similarity = None
+        with scope.findings.guard():
+            if any(f"{PREVIOUS}{each}" in names(score) | names(weights) for each in MAPS):
+                self._same_map(axes, mask)
         scope.findings.settle()
         assert normalize is not None
         mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity)
         return mix, tuple(operands)
+
+    def _same_map(self, axes: Axes, mask: Expr) -> None:
+        """Check that the layer below has a map of the same pairs (L225)."""
+        span = self.body.span_of("weights" if self.body.has("weights") else "score")
+        below = self.scope.layer_below(span)
+        below.shape("o", span)
+        there = below.streams["o"].flow if "o" in below.streams else None
+        heads = int(self.scope.numbers["heads"])
+        help = "heads, tokens and masks of both layers must be the same"
+        if not isinstance(there, Mixing) or not isinstance(there.mix, Pairwise):
+            why, help = f"`{below.title}` is not attention of queries and keys", ""
+        elif there.heads != heads:
+            why = f"heads = {heads}, and {there.heads} in `{below.title}`"
+        elif (there.queries, there.keys) != (axes.queries, axes.keys):
+            why = (f"{axes.queries} × {axes.keys} tokens, and {there.queries} × {there.keys} in "
+                   f"`{below.title}`")  # fmt: skip
+        elif there.mix.mask != mask:
+            why = f"mask = {show(mask)}, and {show(there.mix.mask)} in `{below.title}`"
+        elif _reads_own(mask):
+            why = "the mask reads streams or tensors, of which each layer has its own"
+        else:
+            return
+        raise error("L225", "the layer below has a map of other pairs", span, why, help)
 
     def _score(self) -> Expr:
         """The score, after the position where that is a score too."""
@@ -206,6 +233,16 @@ class Part:
             return score
         stages = score.stages if isinstance(score, Pipe) and score.head is None else (score,)
         return Pipe(position, stages, score.span)
+
+
+def _is_below(value: Expr) -> bool:
+    """Say whether a pipeline is a stream of the layer below as it is, its position included."""
+    return isinstance(value, syntax.Attribute) and value.base == Name("previous")
+
+
+def _reads_own(mask: Expr) -> bool:
+    """Say whether a mask indexes anything but the documents."""
+    return any(isinstance(node, Index) and node.base != Name("doc") for node in walk(mask))
 
 
 _CAUSAL = Compare((Name("j"), Name("i")), ("<=",))

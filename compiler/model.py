@@ -9,20 +9,24 @@ to a graph. Scalar expressions stay trees, but what they may read is now fixed:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from ..grammar.diagnostics import Diagnostic
+from ..grammar.expr import names
 from ..grammar.source import NOWHERE, Span
-from ..grammar.syntax import Expr, File
+from ..grammar.syntax import Expr, File, Index, Name, walk
 from ..ops import Shape, Weight
+
+PREVIOUS = "previous."  # what stands before the names of the layer below
+MAPS = ("s", "p")  # the logits and the weights of `o`, which the layer above may read
 
 # ── streams ──────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A stream by name: `x`, `context`, `o`, or one the block declares."""
+    """A stream by name: `x`, `context`, one the block declares, `previous.k` of the layer below."""
 
     name: str
     shape: Shape
@@ -72,6 +76,28 @@ class Mixing:
     def crosses(self) -> bool:
         """Whether queries and keys are different lists of tokens."""
         return self.keys != self.queries
+
+    def indexed(self, at: str) -> tuple[str, ...]:
+        """Return the streams read along the keys (j) or queries (i) of a pairwise mix."""
+        mix = self.mix
+        assert isinstance(mix, Pairwise)
+        first = self.inputs[1:3] if at == "j" else self.inputs[:1]
+        met = () if mix.similarity is None else (mix.similarity,)
+        exprs = (*met, mix.score, mix.mask, *mix.normalize.exprs, mix.weights)
+        read = indexed(exprs, self.inputs, at)
+        return tuple(dict.fromkeys((*(each.name for each in first), *read)))
+
+
+def indexed(exprs: Iterable[Expr], inputs: tuple[Read, ...], at: str) -> list[str]:
+    """Return the streams that expressions read at the token i or j."""
+    streams = {"doc", *(each.name for each in inputs)}
+    return [
+        node.base.id
+        for expr in exprs
+        for node in walk(expr)
+        if isinstance(node, Index) and isinstance(node.base, Name) and Name(at) in node.items
+        if node.base.id in streams
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +225,11 @@ class Block:
     """One attention layer. `streams` come in an order in which each reads earlier ones.
 
     The sizes are those of the block itself; a branch may have others, which its streams show.
+
+    The last fields are of a layer among others. `shared` is what the layer above reads of this
+    one, at the tokens of a call; None where no layer of the model reads another. With a cache,
+    the mixings in `borrows` read the keys that a layer below keeps; of `lends`, layers above
+    read all tokens that are kept; and what is kept must serve the masks in `serves` too.
     """
 
     name: str
@@ -213,6 +244,10 @@ class Block:
     out: Flow
     regularize: Flow | None = None  # a number that training adds to the loss
     span: Span = field(default=NOWHERE, compare=False, repr=False)
+    shared: tuple[str, ...] | None = None
+    borrows: tuple[str, ...] = ()
+    lends: tuple[str, ...] = ()
+    serves: tuple[Expr, ...] = ()
 
     @property
     def flows(self) -> tuple[Flow, ...]:
@@ -227,6 +262,43 @@ class Block:
     def mixings(self) -> dict[str, Mixing]:
         """What mixes tokens, by name: `o`, and the branches."""
         return {each.name: each.flow for each in self.streams if isinstance(each.flow, Mixing)}
+
+    @property
+    def previous(self) -> tuple[str, ...]:
+        """What it reads of the layer below: streams, and `s` and `p` of its map."""
+        read: dict[str, None] = {}
+        for flow in (*(each.flow for each in self.streams), self.out):
+            for node in flow_nodes(flow):
+                if isinstance(node, Read):
+                    read[node.name] = None
+                elif isinstance(node, Mixing) and isinstance(node.mix, Pairwise):
+                    exprs = (node.mix.score, node.mix.weights)
+                    read |= {name: None for expr in exprs for name in sorted(names(expr))}
+        return tuple(each.removeprefix(PREVIOUS) for each in read if each.startswith(PREVIOUS))
+
+    def resolved(self, name: str) -> str:
+        """Return what a stream is that only gives another one a new name."""
+        while (stream := self.stream(name)) is not None and isinstance(stream.flow, Read):
+            name = stream.flow.name
+        return name
+
+    @property
+    def lent(self) -> tuple[str, ...]:
+        """What of `lends` this layer keeps itself; the rest it hands on."""
+        doc = ("doc",) if "doc" in self.lends else ()
+        borrowed = {
+            self.resolved(name)
+            for mixing in (self.mixings[each] for each in self.borrows)
+            for name in mixing.indexed("j")
+        }
+        own = tuple(
+            name for name in self.lends if name != "doc" and self.resolved(name) not in borrowed
+        )
+        return (*own, *doc) if own else ()
+
+    def alone(self) -> Block:
+        """Return the block as it is by itself, where no layer stands above it."""
+        return replace(self, shared=None, borrows=(), lends=(), serves=())
 
     def remixed(self, change: Callable[[Pairwise], Pairwise]) -> Block:
         """Return the block with every pairwise mix changed."""
@@ -250,7 +322,10 @@ class FeedForward:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A stack of pre-norm layers. `vocab` None takes raw features [b, n, width]."""
+    """A stack of pre-norm layers. `vocab` None takes raw features [b, n, width].
+
+    The context passes through the `encoder` first, where there is one.
+    """
 
     name: str
     vocab: int | None
@@ -265,6 +340,13 @@ class Model:
     classes: int
     dropout: float
     span: Span = field(default=NOWHERE, compare=False, repr=False)
+    encoder: Model | None = None
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The different blocks: those of the layers, then those of the encoder."""
+        more = () if self.encoder is None else self.encoder.blocks
+        return tuple(dict.fromkeys((*self.layers, *more)))
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,36 @@ layers = ([local] * 5 + [global]) * 2      → twelve blocks, in order
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, did_you_mean, error
 from ..grammar.parse import parse_expression
 from ..grammar.syntax import Binary, Call, Expr, ListOf, Name
-from .blocks import Sizes, elaborate_block
+from ..ops import Shape
+from .blocks import Draft, Sizes, draft_block
 from .library import Library, bind, put, statement_exprs
 from .model import Block, FeedForward, Model
+from .previous import stack
 from .scope import Findings, Scope
 
 SETTINGS = {
     "vocab": "none", "width": "", "layers": "", "ffn": "swiglu(8/3)", "norm": "rms",
     "embed_position": "none", "tie": "false", "head": "", "dropout": "0", "patches": "none",
+    "encoder": "none",
 }  # fmt: skip
 MAX_LAYERS = 1024
 
 
 def elaborate_model(
-    library: Library, call: Expr, warnings: list[Diagnostic] | None = None
-) -> Model:
-    """Return the checked model that `name` or `name(args)` stands for."""
-    reader = _Reader(library, call)
+    library: Library, call: Expr, warnings: list[Diagnostic] | None = None,
+    around: tuple[str, ...] = (),
+) -> Model:  # fmt: skip
+    """Return the checked model that `name` or `name(args)` stands for.
+
+    `around` are the models whose encoder this one is, or the encoder of their encoder.
+    """
+    reader = _Reader(library, call, around)
     model = reader.read(warnings)
     reader.findings.settle()
     assert model is not None
@@ -35,8 +43,8 @@ def elaborate_model(
 
 
 class _Reader:
-    def __init__(self, library: Library, call: Expr) -> None:
-        self.library, self.findings = library, Findings()
+    def __init__(self, library: Library, call: Expr, around: tuple[str, ...]) -> None:
+        self.library, self.findings, self.around = library, Findings(), around
         self.syntax = find_model(library, call)
         self.settings: dict[str, Expr] = {}
         self.scope = Scope(library, self.findings)
@@ -80,16 +88,19 @@ class _Reader:
                 raise error("L221", "`patches` is not available yet", self.get("patches").span)
         self.findings.settle()
         width = self.scope.size(self.get("width"), "`width`")
-        self.scope.numbers["width"] = width
+        self.width = self.scope.numbers["width"] = width
         vocab, ffn = None, None
         layers: tuple[Block, ...] = ()
+        encoder: Model | None = None
         positions, classes, dropout = 0, 0, 0.0
         norm = embed_position = head = "none"
         tie = False
         with guard():
             vocab = self._vocab()
         with guard():
-            layers = self._layers(width, warnings)
+            encoder = self._encoder(warnings)
+        with guard():
+            layers = self._layers(width, encoder, warnings)
         with guard():
             ffn = self._ffn(width)
         with guard():
@@ -109,7 +120,7 @@ class _Reader:
         if self.findings.diagnostics:
             return None
         return Model(self.syntax.name, vocab, width, layers, ffn, norm, embed_position, positions,
-                     tie, head, classes, dropout, self.syntax.span)  # fmt: skip
+                     tie, head, classes, dropout, self.syntax.span, encoder)  # fmt: skip
 
     def _vocab(self) -> int | None:
         vocab = self.get("vocab")
@@ -170,24 +181,74 @@ class _Reader:
             raise error("L203", "the hidden width is out of range", value.span, f"ratio = {ratio}")
         return FeedForward(value.function, hidden)
 
-    def _layers(self, width: int, warnings: list[Diagnostic] | None) -> tuple[Block, ...]:
+    def _encoder(self, warnings: list[Diagnostic] | None) -> Model | None:
+        """Return the model that the context passes through first (L227)."""
+        call = self.get("encoder")
+        if call == Name("none"):
+            return None
+        around = (*self.around, self.syntax.name)
+        name = find_model(self.library, call).name
+        if name in around:
+            ring = " → ".join([*around, name])
+            raise error("L212", f"`{name}` is its own encoder", call.span, ring)
+        encoder = elaborate_model(self.library, call, warnings, around)
+        if encoder.head != "none":
+            raise error("L227", "an encoder gives features", call.span,
+                        f"head = {encoder.head} in `{name}`", f"set `head = none` in `{name}`",
+                        )  # fmt: skip
+        if any(block.context_width is not None for block in encoder.blocks):
+            raise error("L227", "an encoder has no context", call.span,
+                        f"a layer of `{name}` reads one")  # fmt: skip
+        return encoder
+
+    def _layers(
+        self, width: int, encoder: Model | None, warnings: list[Diagnostic] | None
+    ) -> tuple[Block, ...]:
+        context_width = None if encoder is None else encoder.width
         calls = self._list(self.get("layers"))
         if not calls:
             raise error("L203", "a model needs at least one layer", self.get("layers").span)
-        made: dict[Expr, Block] = {}
-        blocks: list[Block] = []
-        reads_layer = self._reads_layer()
+        place = f"it is layer 0 of `{self.syntax.name}`, the lowest"
+        made: dict[Expr, Draft] = {}
+        drafts: list[Draft] = []
+        reads_layer, reads_below = self._reads_layer(), bool(self.library.read_above)
         for at, call in enumerate(calls):
             with self.findings.guard():
-                block = made.get(call)
-                if block is None or reads_layer:
-                    quiet = warnings if block is None else None
-                    block = elaborate_block(
-                        self.library, call, Sizes(width, None, at, len(calls)), quiet
-                    )
-                    made[call] = block
-                blocks.append(block)
-        return tuple(blocks)
+                draft = made.get(call)
+                if draft is None or reads_layer or reads_below:
+                    below = drafts[-1].scope if drafts else None
+                    sizes = Sizes(width, context_width, at, len(calls), below, place)
+                    draft = made[call] = draft_block(self.library, call, sizes)
+                    self._one_a_token(draft, call)
+                drafts.append(draft)
+            if reads_below and len(drafts) <= at:
+                return ()  # what stands above cannot be checked without it
+        self.findings.settle()
+        seen: set[Expr] = set()
+
+        def finish(at: int, shared: tuple[str, ...]) -> Block:
+            quiet = None if calls[at] in seen else warnings
+            seen.add(calls[at])
+            return drafts[at].finish(shared, quiet)
+
+        layers = stack([partial(finish, at) for at in range(len(calls))])
+        if encoder is not None and not any(block.context_width for block in layers):
+            self._unread(warnings)
+        return layers
+
+    def _one_a_token(self, draft: Draft, call: Expr) -> None:
+        """Check that a layer gives one output a token (L226)."""
+        if draft.out.shape.tokens != "n":
+            title = draft.scope.title
+            raise error("L226", f"`{title}` cannot be a layer", call.span,
+                        f"its output is {draft.out.shape}, a layer's {Shape('n', self.width)}",
+                        "make `out` of streams along the tokens")  # fmt: skip
+
+    def _unread(self, warnings: list[Diagnostic] | None) -> None:
+        if warnings is not None:
+            warnings.append(Diagnostic("W002", "`encoder` is never used",
+                                       self.get("encoder").span, "no layer reads the context",
+                                       severity="warning"))  # fmt: skip
 
     def _reads_layer(self) -> bool:
         """Whether any text of the file reads `layer`; then every layer is elaborated anew."""

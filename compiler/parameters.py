@@ -56,6 +56,8 @@ def model_weights(model: Model) -> tuple[Weight, ...]:
     """Return a model's learned tensors, the input's first and the head's last."""
     width = model.width
     found: list[Weight] = []
+    if model.encoder is not None:
+        found += _prefixed("encoder", model_weights(model.encoder))
     if model.vocab is not None:
         found.append(Weight("embed_tokens.weight", (model.vocab, width), "embedding"))
     if model.embed_position == "learned":

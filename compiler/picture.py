@@ -85,6 +85,14 @@ def describe(block: Block) -> list[tuple[str, str]]:
     lines = [("width", str(block.width)), ("heads", heads)]
     if block.context_width is not None:
         lines.append(("context width", str(block.context_width)))
+    if block.previous:
+        lines.append(("layer below", "reads " + ", ".join(block.previous)))
+    if block.shared:
+        lines.append(("layer above", "reads " + ", ".join(block.shared)))
+    if block.lends:
+        lines.append(("kept keys", "read above: " + ", ".join(block.lends)))
+    if block.borrows:
+        lines.append(("kept keys", "read below, by " + ", ".join(block.borrows)))
     for name, mixing in block.mixings.items():
         mix = mixing.mix
         if len(block.mixings) > 1:

@@ -35,7 +35,7 @@ def lower(block: Block, target: Target) -> Graph:
 
 def graphs(what: Block | Model, target: Target) -> list[Graph]:
     """Return the graphs of a block, or of every different block of a model, in order."""
-    blocks = (what,) if isinstance(what, Block) else tuple(dict.fromkeys(what.layers))
+    blocks = (what,) if isinstance(what, Block) else what.blocks
     return [lower(block, target) for block in blocks]
 
 

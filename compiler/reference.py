@@ -12,12 +12,14 @@ operation itself says it means (`Op.eager`). Reading order: the design's 2.4 is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops import OPS, Run
-from .model import Block, Flow, Mixing, Model, Pairwise, Read, Statistic
+from .model import MAPS, PREVIOUS, Block, Flow, Mixing, Model, Pairwise, Read, Statistic
 from .parameters import (
     constants,
     defaults,
@@ -84,6 +86,21 @@ class ReferenceBlock(nn.Module):
         [b, n] the document of each token (default: all the same); positions [n] or [b, n] the
         absolute position of each token (default: from 0). A context's count from 0.
         """
+        return self.layer(x, {}, context, segments, positions)[0]
+
+    def layer(
+        self,
+        x: Tensor,
+        below: Mapping[str, Tensor],
+        context: Tensor | None = None,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the output, and everything that a layer above may read by name.
+
+        `below` is the same of the layer below: its streams, and `s` and `p`, the logits and
+        weights of `o` [b, heads, n, m], zero where nothing is seen.
+        """
         block = self.architecture
         _expect("x", x, block.width)
         if block.context_width is not None:
@@ -91,22 +108,25 @@ class ReferenceBlock(nn.Module):
                 raise ValueError(f"block `{block.name}` reads a context, and none was given")
             _expect("context", context, block.context_width)
         places = Places({"n": _positions(positions, x)})
-        streams = {"x": x}
+        streams = {"x": x, **{f"{PREVIOUS}{name}": each for name, each in below.items()}}
         if context is not None:
             places["m"] = _positions(None, context)
             streams["context"] = context
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
-        given = Given(streams, tensors, places, segments, self.training, {})
+        pairs = {name: each for name, each in below.items() if name in MAPS}
+        given = Given(streams, tensors, places, segments, self.training, {}, pairs)
+        maps: dict[str, Tensor] = {}
         for stream in block.streams:
             if isinstance(stream.flow, Mixing) and isinstance(stream.flow.mix, Pairwise):
-                given.mixed[stream.name] = attend(stream.flow, given)
-                streams[stream.name] = given.mixed[stream.name].o
+                mixed = given.mixed[stream.name] = attend(stream.flow, given)
+                streams[stream.name] = mixed.o
+                maps = {"s": mixed.s, "p": mixed.p} if stream.name == "o" else maps
             else:
                 streams[stream.name] = self._flow(stream.flow, given)
-        out = self._flow(block.out, given)
+        made = {each.name: streams[each.name] for each in block.streams}
         if block.regularize is not None and self.training:
             self.auxiliary = self._flow(block.regularize, given)
-        return out
+        return self._flow(block.out, given), {**made, **maps}
 
     def auxiliary_loss(self) -> Tensor:
         """Return what the last forward pass in training adds to the loss."""
@@ -138,6 +158,8 @@ class ReferenceModel(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.architecture = model
+        if model.encoder is not None:
+            self.encoder = ReferenceModel(model.encoder)
         if model.vocab is not None:
             self.embed_tokens = nn.Module()
         if model.embed_position == "learned":
@@ -158,21 +180,26 @@ class ReferenceModel(nn.Module):
         """Return logits [b, n, vocab], classes [b, classes], or features [b, n, width].
 
         x is [b, n] tokens, or [b, n, width] features for a model without a vocabulary; the
-        rest is as for a block, and handed to each.
+        rest is as for a block, and handed to each. The context passes through the encoder
+        first, where there is one: [b, m] tokens, or [b, m, its width].
         """
         model = self.architecture
+        if model.encoder is not None:
+            if context is None:
+                raise ValueError(f"model `{model.name}` reads a context, and none was given")
+            context = self.encoder(context)
         if model.vocab is None:
             _expect("x", x, model.width)
         else:
             x = functional.embedding(x, _tensor(self, "embed_tokens.weight"))
         x = self._dropped(self._with_positions(x, _positions(positions, x)))
+        below: dict[str, Tensor] = {}
         for at in range(len(model.layers)):
             layer = f"layers.{at}"
-            y = self.get_submodule(f"{layer}.attn")(
-                self._norm(f"{layer}.attn_norm", x),
-                context=context,
-                segments=segments,
-                positions=positions,
+            attention = self.get_submodule(f"{layer}.attn")
+            assert isinstance(attention, ReferenceBlock)
+            y, below = attention.layer(
+                self._norm(f"{layer}.attn_norm", x), below, context, segments, positions
             )
             x = x + self._dropped(y)
             if model.ffn is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..grammar.functions import MAP_FUNCTIONS
-from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary
-from .model import Mixing, Normalizer, Pairwise, Statistic
+from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary, walk
+from .model import PREVIOUS, Mixing, Normalizer, Pairwise, Statistic
 from .reference_pairs import Groups, Map, Pairs
 from .reference_values import Value, value
 
@@ -45,6 +46,7 @@ class Given(NamedTuple):
     segments: Tensor | None  # [b, n]; None: one document
     training: bool
     mixed: dict[str, Mixed]  # what has been attended to so far
+    below: Mapping[str, Tensor] = MappingProxyType({})  # the map below: s, p [b, heads, n, m]
 
 
 def attend(mixing: Mixing, given: Given) -> Mixed:
@@ -69,6 +71,12 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         """One number a pair, in the precision of q."""
         return torch.as_tensor(read(expr, more)).to(q).expand(pairs.key.shape)
 
+    names |= {
+        node.id: given.below[node.id.removeprefix(PREVIOUS)][visible]
+        for expr in (mix.score, mix.weights)
+        for node in walk(expr)
+        if isinstance(node, Name) and node.id.startswith(PREVIOUS)
+    }
     group = mixing.heads // k.shape[1]
     if mix.similarity is None:
         s = (q @ k.repeat_interleave(group, dim=1).mT)[visible]
@@ -77,8 +85,9 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
     logits = column(mix.score, {"s": mix.scale * s})
     plain = normalize(mix.normalize, logits, rows, read).to(q).expand(pairs.key.shape)
     weight = column(mix.weights, {"s": logits, "p": plain})
-    p = q.new_zeros(scope.shape).index_put(tuple(pairs), weight)
-    p = functional.dropout(p, mix.dropout, given.training)
+    map_s, map_p = (q.new_zeros(scope.shape).index_put(tuple(pairs), each)
+                    for each in (logits, weight))  # fmt: skip
+    p = functional.dropout(map_p, mix.dropout, given.training)
     values = v.repeat_interleave(mixing.heads // v.shape[1], dim=1)
     o = (p @ values).to(given.streams[mixing.inputs[2].name].dtype)
 
@@ -94,13 +103,15 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         dense = q.new_zeros(scope.shape).index_put(tuple(pairs), x)
         return dense.sum(-2 if kind == "columns" else -1)[..., None].to(o.dtype)
 
-    return Mixed(o, statistic)
+    return Mixed(o, map_s, map_p, statistic)
 
 
 class Mixed(NamedTuple):
-    """What attention gives: the mixed heads, and numbers of the rows or columns of its map."""
+    """What attention gives: the mixed heads, its map, and numbers of its rows or columns."""
 
     o: Tensor
+    s: Tensor  # the logits [b, heads, queries, keys], zero where nothing is seen
+    p: Tensor  # the weights, likewise
     statistic: Callable[[Statistic], Tensor]
 
 

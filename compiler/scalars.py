@@ -15,11 +15,12 @@ from ..grammar import syntax
 from ..grammar.diagnostics import error
 from ..grammar.expr import fold, names, number
 from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, VECTOR_FUNCTIONS
+from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number
 from ..ops import Shape
 from .expressions import Dims, Resolver, Value
 from .library import put
-from .model import Normalizer, Read
+from .model import MAPS, PREVIOUS, Normalizer, Read
 from .scope import Scope, body, suggest
 
 PLACES = frozenset(("i", "j", "h", "n", "m"))
@@ -67,6 +68,9 @@ class _Resolver(Resolver):
         return found.expr
 
     def other(self, expr: Expr) -> Value:
+        match expr:
+            case syntax.Attribute(Name("previous"), name):
+                return Value(self._previous(name, expr.span))
         if isinstance(expr, syntax.Pipe) and self.what == "score":
             return Value(self._compose(expr.head, expr.stages))
         raise error("L210", "this has no meaning here", expr.span,
@@ -115,6 +119,16 @@ class _Resolver(Resolver):
             raise error("L214", "this has too many dimensions here", expr.span,
                         f"it is {list(dims)}", "index it")  # fmt: skip
         return dims
+
+    def _previous(self, name: str, span: Span) -> Expr:
+        """`previous.s` in a score, `previous.p` in weights: the map of the layer below (L214)."""
+        if (self.what, name) not in (("score", "s"), ("weights", "p")):
+            named = f"give the stream a name first: `let below = previous.{name}`"
+            raise error("L214", f"`previous.{name}` cannot be read here", span, "",
+                        "a score reads `previous.s`, weights read `previous.p`"
+                        if name in MAPS else named)  # fmt: skip
+        self.scope.layer_below(span)
+        return Name(f"{PREVIOUS}{name}", span)
 
     def call(self, expr: Call) -> Value | None:
         name = expr.function

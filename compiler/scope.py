@@ -82,6 +82,9 @@ class Scope:
     grid: tuple[int, int] | None = None
     elaborate: Callable[[syntax.Let, Scope, str], Stream] | None = None
     branch: str = ""
+    title: str = ""  # the name of the block
+    below: Scope | None = None  # the layer below
+    place: str = ""  # where the block stands, if no layer is below it
     renamed: dict[str, str] = field(default_factory=dict)
     _open: list[str] = field(default_factory=list)
     _expanded: dict[tuple[object, ...], dict[str, Expr]] = field(default_factory=dict)
@@ -133,6 +136,22 @@ class Scope:
                 self._open.pop()
             self.streams[name] = stream
         return self.streams[name].shape
+
+    def layer_below(self, span: Span) -> Scope:
+        """Return the layer below (L224)."""
+        if self.below is None:
+            raise error("L224", "there is no layer below", span, self.place,
+                        f"use `{self.title}` in a model, above another block")  # fmt: skip
+        return self.below
+
+    def previous(self, name: str, span: Span) -> Shape:
+        """Return the shape of a stream of the layer below (L201)."""
+        below = self.layer_below(span)
+        shape = None if name in below.inputs else below.shape(name, span)
+        if shape is None:
+            raise error("L201", f"the layer below has no stream `{name}`", span,
+                        f"it is `{below.title}`", suggest(name, below.declared))  # fmt: skip
+        return shape
 
     def own(self, name: str) -> str:
         """Return the name in the block of what is called `name` here."""

@@ -24,7 +24,12 @@ def show(what: Block | Model, tokens: int, console: Console | None = None) -> No
         console.print(f"[bold]{what.name}[/]: {len(what.layers)} layers of width {what.width}"
                       + (f", vocabulary {what.vocab}" if what.vocab else ""))  # fmt: skip
         console.print("layers: " + " ".join(block.name for block in what.layers))
-    blocks = [what] if isinstance(what, Block) else list(dict.fromkeys(what.layers))
+        if what.encoder is not None:
+            console.print(
+                f"encoder: {what.encoder.name}, "
+                f"{len(what.encoder.layers)} layers of width {what.encoder.width}"
+            )
+    blocks = (what,) if isinstance(what, Block) else what.blocks
     for block in blocks:
         _show_block(block, tokens, console)
     console.print(_costs(what, tokens))
@@ -77,7 +82,7 @@ def _costs(what: Block | Model, tokens: int) -> Table:
 def as_json(what: Block | Model, tokens: int) -> dict[str, Any]:
     """Return the same for a program."""
     found = cost(what)
-    blocks = [what] if isinstance(what, Block) else list(dict.fromkeys(what.layers))
+    blocks = (what,) if isinstance(what, Block) else what.blocks
     answer: dict[str, Any] = {
         "name": what.name,
         "kind": "model" if isinstance(what, Model) else "block",
@@ -95,4 +100,5 @@ def as_json(what: Block | Model, tokens: int) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(what, Model):
         answer["layers"] = [block.name for block in what.layers]
+        answer["encoder"] = None if what.encoder is None else what.encoder.name
     return answer

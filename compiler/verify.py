@@ -50,10 +50,14 @@ class Finding:
 
 
 def subjects(*whats: Block | Model) -> tuple[Block | Model, ...]:
-    """Return what there is to verify: every different block, then the first model around them."""
+    """Return what there is to verify: every different block, then the first model around them.
+
+    A block that reads the layer below is verified in a model alone.
+    """
     blocks: dict[Block, None] = {}
     for what in whats:
-        blocks |= dict.fromkeys((what,) if isinstance(what, Block) else what.layers)
+        found = (what,) if isinstance(what, Block) else what.blocks
+        blocks |= dict.fromkeys(block.alone() for block in found if not block.previous)
     models = [what for what in whats if isinstance(what, Model)][:1]
     return (*blocks, *models)
 

@@ -91,7 +91,13 @@ class Subject:
             x = x.to(case.dtype)
         given: dict[str, Tensor] = {}
         width = next((block.context_width for block in self.blocks if block.context_width), None)
-        if width is not None:
+        encoder = self.what.encoder if isinstance(self.what, Model) else None
+        if encoder is not None:
+            width = encoder.width
+        if encoder is not None and encoder.vocab is not None:
+            size_ = (case.batch, min(case.context, encoder.positions or case.context))
+            given["context"] = torch.randint(encoder.vocab, size_, generator=draw)
+        elif width is not None:
             context = torch.randn(case.batch, case.context, width, generator=draw,
                                   dtype=torch.float64)  # fmt: skip
             given["context"] = context.to(case.dtype)

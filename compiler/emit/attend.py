@@ -18,10 +18,10 @@ from dataclasses import replace
 from ...grammar.expr import TRUE, names
 from ...grammar.syntax import Call, Compare, Expr, Index, Name, Number, walk
 from ..blocks import sees_something
-from ..choose import Lowering, attend_exprs, reads_places, sdpa_obstacle
+from ..choose import Lowering, attend_exprs, maps, reads_places, sdpa_obstacle
 from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm
-from ..model import Normalizer
+from ..model import MAPS, PREVIOUS, Normalizer
 from ..normalizers import Exponential, exponential
 from .pairs import Operand, Pairs, operand, token
 from .text import atomic, call, comment, ident, indent
@@ -47,15 +47,16 @@ def method(graph: Graph, node: Node) -> list[str]:
     lowering: Lowering = node.get("lowering")
     places = ["i", "j"] if reads_places(graph, node) else []
     seen = operands(graph, node)
-    given = [*"qkv", *places, *(each.variable for each in seen)]
+    below = [f"previous_{name}" for name in maps_below(node)]
+    given = [*"qkv", *places, *(each.variable for each in seen), *below]
     head = f"def {method_name(node)}"
     if sdpa_fits(node, lowering):
         return _defined(head, given, writer.sdpa())
     body = writer.dense()
-    gives = "tuple[Tensor, ...]" if writer.statistics else "Tensor"
+    gives = "tuple[Tensor, ...]" if writer.statistics or maps(graph, node) else "Tensor"
     if not writer.by_rows:
         return _defined(head, given, body, gives)
-    queries = ["q", *places[:1], *(each.variable for each in seen if each.at == "i")]
+    queries = ["q", *places[:1], *(each.variable for each in seen if each.at == "i"), *below]
     keys = ["k", "v", *places[1:], *(each.variable for each in seen if each.at == "j")]
     comma = "," if len(queries) == 1 else ""
     args = [f"self.{method_name(node)}_rows", f"({', '.join(queries)}{comma})",
@@ -72,6 +73,12 @@ def method(graph: Graph, node: Node) -> list[str]:
 def _defined(head: str, given: list[str], body: list[str], gives: str = "Tensor") -> list[str]:
     args = ["self", *(f"{name}: Tensor" for name in given)]
     return [*call(head, args, f") -> {gives}:"), *indent(body)]
+
+
+def maps_below(node: Node) -> tuple[str, ...]:
+    """Return what an attention reads of the map of the layer below."""
+    read = {name for expr in attend_exprs(node) for name in names(expr)}
+    return tuple(name for name in MAPS if f"{PREVIOUS}{name}" in read)
 
 
 def method_name(node: Node) -> str:
@@ -159,17 +166,20 @@ class _Writer:
             self.lines.append(f"seen = {count}.clamp(min=1).to(wide)")
         if self.node.get("score") != Name("s"):
             self.lines.append(f"s = {self._spread(self.node.get('score'))}")
+        shared = maps(self.graph, self.node)
+        if "s" in shared:
+            self.lines.append(f"shared_s = {self._hidden('s')}")
         self._normalize()
         given = [self._statistic(kind, expr) for _, kind, expr in self.statistics]
         if self.node.get("weights") != Name("p"):
             self.lines.append(f"p = {self._hidden(self._spread(self.node.get('weights')))}")
+        if "p" in shared:
+            self.lines.append("shared_p = p")
         if self.node.get("rate"):
             self.lines.append(f"p = F.dropout(p, {self.node.get('rate')!r}, self.training)")
-        if not given:
-            self.lines.append(f"return p.to(v.dtype) @ v  # [{shape}, {self.width}]")
-        else:
-            results = ["p.to(v.dtype) @ v", *(f"{each}.to(v.dtype)" for each in given)]
-            self.lines.append(f"return {', '.join(results)}")
+        also = [*(f"shared_{name}" for name in shared), *(f"{each}.to(v.dtype)" for each in given)]
+        results = ", ".join(["p.to(v.dtype) @ v", *also])
+        self.lines += comment(f"return {results}", "" if also else f"[{shape}, {self.width}]")
         return self._sized()
 
     def _all(self) -> tuple[Expr, ...]:

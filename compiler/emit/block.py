@@ -14,11 +14,11 @@ from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...ops import OPS
 from .. import decoding
-from ..choose import Lowering, always_fused, kernel_reads, reads_places
+from ..choose import Lowering, always_fused, kernel_reads, maps, reads_places
 from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
 from ..masks import extent, widest
-from ..model import Pairwise
+from ..model import MAPS, PREVIOUS, Pairwise
 from . import attend, scan
 from .tensors import tensor as tensor_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
@@ -70,6 +70,7 @@ class _Writer:
         self.recurrences = tuple(graph.of("scan"))
         self.crosses = any(n.op == "input" and n.name == "context" for n in graph.nodes)
         self.obstacle = decoding.obstacle(graph.block)
+        self.borrows = frozenset(graph.block.borrows)
 
     # what depends on what
 
@@ -89,7 +90,13 @@ class _Writer:
     def _far(self, name: str) -> bool:
         """Whether a node depends on the context and not on the tokens."""
         roots = self._roots[name]
-        return "context" in roots and "x" not in roots and "doc" not in roots
+        return "context" in roots and not any(self._of_tokens(each) for each in roots)
+
+    def _of_tokens(self, name: str) -> bool:
+        """Whether a node is an argument that stands for the tokens of the call."""
+        return name in ("x", "doc") or (
+            name.startswith(PREVIOUS) and "n" in self.graph.node(name).dims
+        )
 
     @cached_property
     def _from_context(self) -> list[str]:
@@ -115,11 +122,22 @@ class _Writer:
         """
         held: dict[str, tuple[Node, ...]] = {}
         for node in self.attentions:
-            if node.dims[2] == "n" and not self.graph.crosses(node):
+            tokens = node.dims[2] == "n" and not self.graph.crosses(node)
+            if tokens and node.name not in self.borrows:
                 early = not any(self._late(name) for name in self._keyed(node))
                 name = "keys" if early else node.name
                 held[name] = (*held.get(name, ()), node)
         return held
+
+    def _kept(self, held: str) -> list[str]:
+        """Return the streams that a cache keeps: what its attentions read, what is lent."""
+        names = dict.fromkeys(name for node in self._held[held] for name in self._keyed(node))
+        return list(names | (dict.fromkeys(self._lent.values()) if held == "keys" else {}))
+
+    @property
+    def _lent(self) -> dict[str, str]:
+        """What layers above read of the cache of keys, under the name they know: its node."""
+        return {label: name for label, name in self.graph.shared if label.endswith("[j]")}
 
     @cached_property
     def _tails(self) -> list[Node]:
@@ -143,7 +161,7 @@ class _Writer:
             parts["context"] = "ContextCache"
         if self._tails:
             parts["tails"] = "TailCache"
-        return parts or {"context": "ContextCache"}
+        return parts or {"context": "Cache" if self.borrows else "ContextCache"}
 
     @property
     def _cache_type(self) -> str:
@@ -191,13 +209,15 @@ class _Writer:
         if kind == "StateCache":
             return ([f"**self.{scan.method_name(self.graph.node(name))}(batch)"],
                     "the state before the first token")  # fmt: skip
+        if kind == "Cache":
+            return [], "a cache that only counts: the keys are kept below"
         if kind == "ContextCache":
             return [], "room for the keys and values of a context"
         if kind == "TailCache":
             return [], "room for the tokens before the next one"
-        reach = widest(extent(node.get("mask")) for node in self._held[name])
-        names = dict.fromkeys(each for node in self._held[name] for each in self._keyed(node))
-        shown = ", ".join(f'"{ident(each)}": {self._size(each)}' for each in names)
+        masks = (*(node.get("mask") for node in self._held[name]), *self.block.serves)
+        reach = widest(map(extent, masks))
+        shown = ", ".join(f'"{ident(each)}": {self._size(each)}' for each in self._kept(name))
         ring = [] if reach.back is None else [f"ring={reach.back + 1}"]
         ring += [f"prefix={reach.prefix}"] if ring and reach.prefix else []
         args = ["batch", "length", f"{{{shown}}}", *ring, "dtype=weight.dtype",
@@ -232,12 +252,17 @@ class _Writer:
             "    context: Tensor | None = None,",
             "    segments: Tensor | None = None,",
             "    positions: Tensor | None = None,",
+            *(["    shared: dict[str, Tensor],"] if self.stacked else []),
             "    cache: None = None," if self.obstacle is not None
             else f"    cache: {self._cache_type} | None = None,",
-            ") -> Tensor:",
+            ") -> tuple[Tensor, dict[str, Tensor]]:" if self.stacked else ") -> Tensor:",
             f'    """Map x [b, n, {width}] to [b, {out.tokens}, {out.dim}]; '
-            'a cache goes on where it stands."""',
+            'a cache goes on where it stands.',
+            *(["", "    `shared` is what this layer reads of the one below; what the one above "
+               "reads comes back.", '    """'] if self.stacked else []),
         ]  # fmt: skip
+        if not self.stacked:
+            lines[-1] += '"""'
         body = [f'expect("x", x, {width})']
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
@@ -247,9 +272,62 @@ class _Writer:
                 f'{self.cache(name)} = None if cache is None else cache.parts["{ident(name)}"]'
                 for name in self._parts
             ]
+        body += self._from_below()
         body += self._streams()
-        body += self._assign(self.graph.node(self.graph.output), "return")
+        head = "out =" if self.stacked else "return"
+        body += self._assign(self.graph.node(self.graph.output), head)
+        if self.stacked:
+            body += braced(
+                "return out, ", {f'"{key}"': text for key, text in self._given().items()}
+            )
         return lines + indent(body)
+
+    # what the layers below and above share
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the block is a layer of a model in which layers read each other."""
+        return self.block.shared is not None
+
+    def _from_below(self) -> list[str]:
+        """Write the streams of the layer below, as far as they are of the tokens of the call."""
+        lines = []
+        for node in self.graph.of("input"):
+            if node.name.startswith(PREVIOUS) and self._read_now(node.name):
+                dims = f"[{', '.join(map(str, node.dims))}]"
+                name = node.name.removeprefix(PREVIOUS)
+                lines += comment(f'{ident(node.name)} = shared["{name}"]', dims)
+        return lines
+
+    def _read_now(self, name: str) -> bool:
+        """Whether a stream is read at the tokens of the call, and not only as it was kept."""
+        if name == self.graph.output or name in self._shared_now.values():
+            return True
+        for node in self.graph.readers(name):
+            borrowed = self._keyed(node) if node.name in self.borrows else []
+            queried = node.op == "attend" and name in (node.inputs[0], *self._queried(node))
+            if name not in borrowed or queried:
+                return True
+        return False
+
+    @property
+    def _shared_now(self) -> dict[str, str]:
+        """What the layer above reads at the tokens of the call: its node."""
+        return {label: name for label, name in self.graph.shared
+                if label not in MAPS and label not in self._lent}  # fmt: skip
+
+    def _given(self) -> dict[str, str]:
+        """Return what the layer above reads, by name, as text."""
+        given = {label: _plain_name(name) for label, name in self._shared_now.items()}
+        for label, name in self._lent.items():
+            given[label] = self._seen_as(self._held["keys"][0], name)
+        for name in self.block.lends:
+            source = self.block.resolved(name).removeprefix(PREVIOUS)
+            given.setdefault(f"{name}[j]", f'shared["{source}[j]"]')
+        if self.block.lends:
+            own = "lent_places" if len(self._held) > 1 else "places"
+            given["places"] = own if self._lent else 'shared["places"]'
+        return given | {label: f"shared_{label}" for label, _ in self.graph.shared if label in MAPS}
 
     def _positional(self, tokens: str) -> bool:
         """Say whether any stage of a stream along these tokens reads their positions."""
@@ -268,7 +346,7 @@ class _Writer:
     def _counts(self) -> bool:
         """Whether the forward pass has to count the tokens of a cache itself."""
         kinds = list(self._parts.values())
-        return len(kinds) > 1 or kinds in (["ContextCache"], ["TailCache"])
+        return len(kinds) > 1 or kinds in (["ContextCache"], ["TailCache"], ["Cache"])
 
     @property
     def _reads_doc(self) -> bool:
@@ -281,7 +359,7 @@ class _Writer:
             and reads_places(self.graph, node)
             for node in self.attentions
         )
-        return self._positional("n") or places
+        return self._positional("n") or places or bool(self.block.lent)
 
     def _places(self) -> list[str]:
         lines = []
@@ -324,9 +402,11 @@ class _Writer:
         far: list[str] = []
         rest: list[str] = []
         extra: list[str] = []  # what only training needs
-        needed = self._roots[self.graph.output]
-        for node in self.graph.nodes:
-            if node.name in self.graph.ends:
+        graph = self.graph
+        ends = [graph.output, *(name for _, name in graph.shared)]
+        needed = frozenset().union(*(self._roots[name] for name in ends))
+        for node in graph.nodes:
+            if node.name in (graph.output, graph.auxiliary):
                 continue
             if node.op in ("attend", "scan"):
                 lines = self._mixed(node)
@@ -407,6 +487,9 @@ class _Writer:
         ]
         places = reads_places(self.graph, node)
         lines += self._advance(node, named, places)
+        if node.name in self.borrows:
+            lines += [f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
+                      for name, variable in named.items()]  # fmt: skip
         args = [_plain_name(q), k, v]
         if places:
             at = (
@@ -414,9 +497,12 @@ class _Writer:
                 if node.dims[2] == "n"
                 else f"torch.arange({node.dims[2]}, device=x.device)"
             )
-            args += [f"by_query({at})", "by_key(places)"]
-        targets = ", ".join([_target(node), *_statistics(node)])
-        general = call(f"{targets} = self.{attend.method_name(node)}", [*args, *variables])
+            keys = 'shared["places"]' if node.name in self.borrows else "places"
+            args += [f"by_query({at})", f"by_key({keys})"]
+        below = [f'shared["{name}"]' for name in attend.maps_below(node)]
+        also = [f"shared_{each}" for each in maps(self.graph, node)]
+        targets = ", ".join([_target(node), *also, *_statistics(node)])
+        general = call(f"{targets} = self.{attend.method_name(node)}", [*args, *variables, *below])
         dims = f"[{', '.join(map(str, node.dims))}]"
         if self.always_kernel(node):
             return [*lines, *self._plain(node)]
@@ -426,11 +512,14 @@ class _Writer:
 
     def _seen_as(self, node: Node, name: str) -> str:
         """Return the variable of a stream along the keys, with what the cache gives back."""
+        if node.name in self.borrows:
+            return f"{ident(name)}_j"
         mine = next((held for held in self._held.values() if node in held), ())
         if self.obstacle is not None or not mine:
             return _plain_name(name)
         special = not any(name in other.inputs[1:3] for other in mine)
         elsewhere = any(self._reads_new(other, name, mine) for other in self.graph.nodes)
+        elsewhere = elsewhere or name in self._shared_now.values()
         return f"{ident(name)}_j" if special or elsewhere else ident(name)
 
     def _reads_new(self, node: Node, name: str, held: tuple[Node, ...]) -> bool:
@@ -446,12 +535,12 @@ class _Writer:
 
     def _plain(self, node: Node) -> list[str]:
         target = _target(node)
-        q, k, v = (_plain_name(name) for name in node.inputs[:3])
+        q, k, v = (self._kernel_operand(node, name) for name in node.inputs[:3])
         if node.name in self.kernels:
             form = kernel_form(self.graph, node)
             assert isinstance(form, KernelForm)
             lines, args = attend.made_for_kernel(self.graph, node, form, (q, k, v))
-            args += [self._kernel_operand(name) for name in kernel_reads(node, form)]
+            args += [self._kernel_operand(node, name) for name in kernel_reads(node, form)]
             args += [each.name for each in form.sides]
             asked = {kind: ident(name) for name, kind, _ in node.get("statistics") or ()}
             given = [asked[kind] for kind in ("lse", "entropy") if kind in asked]
@@ -459,12 +548,16 @@ class _Writer:
             return [*lines, *(f"{each} = {each}[..., None].to({v}.dtype)" for each in given)]
         return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
 
-    def _kernel_operand(self, name: str) -> str:
+    def _kernel_operand(self, node: Node, name: str) -> str:
+        if node.name in self.borrows and name in self._keyed(node) and name != "doc":
+            return self._seen_as(node, name)
         return f"self.{name}" if self.graph.node(name).op == "tensor" else _plain_name(name)
 
     def _advance(self, node: Node, named: Mapping[str, str], places: bool) -> list[str]:
         """Write the lines that take new tokens into the cache, and say where the keys stand."""
         held = next((name for name, nodes in self._held.items() if node in nodes), None)
+        if node.name in self.borrows:
+            return []
         if held is None:
             keys = named[node.inputs[1]]
             if not places:
@@ -476,8 +569,9 @@ class _Writer:
         nodes = self._held[held]
         if node is not nodes[0]:  # the first of them has brought the keys of all
             return lines
-        any_places = any(reads_places(self.graph, each) for each in nodes)
-        named = {name: self._seen_as(each, name) for each in nodes for name in self._keyed(each)}
+        lends = held == "keys" and bool(self._lent)
+        any_places = lends or any(reads_places(self.graph, each) for each in nodes)
+        named = {name: self._seen_as(node, name) for name in self._kept(held)}
         lines += [
             f"{variable} = {_column(_plain_name(name))}"
             for name, variable in named.items()
@@ -492,7 +586,7 @@ class _Writer:
         got = ", ".join([*named.values(), "places" if any_places else "_"])
         lines.append(f"if {cache} is not None:")
         lines += indent(call(f"{got} = {cache}.update", [given, *values]))
-        return lines
+        return [*lines, "lent_places = places"] if lends and len(self._held) > 1 else lines
 
     # nodes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from ..model import Block, Model
@@ -30,18 +31,24 @@ _GELU = '''class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x)))'''
 
+_OWN_CLASS = re.compile(r"\b(Layer|FeedForward)\b")
 _NORMS = {"rms": "nn.RMSNorm({width}, eps=1e-06)", "layer": "nn.LayerNorm({width}, eps=1e-05)"}
 
 
-def classes(model: Model, name: str, which: Mapping[Block, str]) -> list[str]:
-    """Return the text of the classes around the blocks; `which` names each block's class."""
+def classes(
+    model: Model, name: str, which: Mapping[Block, str], encoder: str = "", prefix: str = ""
+) -> list[str]:
+    """Return the text of the classes around the blocks; `which` names each block's class.
+
+    `encoder` is the class of the encoder; an encoder's own classes begin with a `prefix`.
+    """
     made = []
     if model.ffn is not None:
         template = _SWIGLU if model.ffn.kind == "swiglu" else _GELU
         made.append(template.format(width=model.width, hidden=model.ffn.hidden))
     made.append("\n".join(_layer(model)))
-    made.append("\n".join(_model(model, name, which)))
-    return made
+    made.append("\n".join(_model(model, name, which, encoder)))
+    return [_OWN_CLASS.sub(rf"{prefix}\1", text) for text in made] if prefix else made
 
 
 def _norm(model: Model) -> str:
@@ -58,12 +65,15 @@ def _layer(model: Model) -> list[str]:
         if model.norm != "none":
             init.append(f"self.ffn_norm = {_norm(model)}")
         init.append("self.ffn = FeedForward()")
-    attended = f"self.attn({normed.format('attn_norm')}, **given)"
+    shares = _shares(model)
+    attended = f"self.attn({normed.format('attn_norm')}, {'shared=shared, ' * shares}**given)"
     body = [f"x = x + {_dropped(model, attended)}"]
+    if shares:
+        body = [f"y, shared = {attended}", f"x = x + {_dropped(model, 'y')}"]
     if model.ffn is not None:
         fed = f"self.ffn({normed.format('ffn_norm')})"
         body.append(f"x = x + {_dropped(model, fed)}")
-    body[-1] = body[-1].replace("x = ", "return ", 1)
+    body[-1] = body[-1].replace("x = ", "return ", 1) + ", shared" * shares
     what = "attention, then the feed-forward network" if model.ffn is not None else "attention"
     return [
         "class Layer(nn.Module):",
@@ -72,17 +82,39 @@ def _layer(model: Model) -> list[str]:
         "    def __init__(self, attn: nn.Module) -> None:",
         *indent(init, 2),
         "",
-        "    def forward(self, x: Tensor, **given: object) -> Tensor:",
+        *(_SHARING if shares else
+          ["    def forward(self, x: Tensor, **given: object) -> Tensor:"]),
         *indent(body, 2),
-    ]
+    ]  # fmt: skip
+
+
+_SHARING = [
+    "    def forward(",
+    "        self, x: Tensor, shared: dict[str, Tensor], **given: object",
+    "    ) -> tuple[Tensor, dict[str, Tensor]]:",
+]
+
+
+def _shares(model: Model) -> bool:
+    """Say whether layers of the model read the ones below."""
+    return any(block.shared is not None for block in model.layers)
 
 
 def _dropped(model: Model, text: str) -> str:
     return f"F.dropout({text}, {model.dropout!r}, self.training)" if model.dropout else text
 
 
-def _model(model: Model, name: str, which: Mapping[Block, str]) -> list[str]:
-    shape = "tokens [b, n]" if model.vocab is not None else f"features [b, n, {model.width}]"
+def _takes(model: Model, tokens: str) -> str:
+    """Return what a model takes, for people."""
+    if model.vocab is not None:
+        return f"tokens [b, {tokens}]"
+    return f"features [b, {tokens}, {model.width}]"
+
+
+def _model(model: Model, name: str, which: Mapping[Block, str], encoder: str) -> list[str]:
+    shape = _takes(model, "n")
+    if model.encoder is not None:
+        shape += f", context {_takes(model.encoder, 'm')}"
     out = {"lm": f"logits [b, n, {model.vocab}]", "classify": f"logits [b, {model.classes}]",
            "none": f"features [b, n, {model.width}]"}[model.head]  # fmt: skip
     first = "tokens" if model.vocab is not None else "x"
@@ -91,7 +123,7 @@ def _model(model: Model, name: str, which: Mapping[Block, str]) -> list[str]:
         f'    """{shape} → {out}."""',
         "",
         "    def __init__(self) -> None:",
-        *indent(_constructor(model, which), 2),
+        *indent(_constructor(model, which, encoder), 2),
         "",
         "    def init_cache(self, batch: int, length: int) -> list:",
         '        """Return one cache a layer, for sequences of up to `length` tokens."""',
@@ -127,8 +159,10 @@ def _auxiliary(model: Model, which: Mapping[Block, str]) -> list[str]:
     ]
 
 
-def _constructor(model: Model, which: Mapping[Block, str]) -> list[str]:
+def _constructor(model: Model, which: Mapping[Block, str], encoder: str) -> list[str]:
     lines = ["super().__init__()"]
+    if model.encoder is not None:
+        lines.append(f"self.encoder = {encoder}()")
     if model.vocab is not None:
         lines += [f"self.embed_tokens = nn.Embedding({model.vocab}, {model.width})",
                   "nn.init.normal_(self.embed_tokens.weight, std=0.02)"]  # fmt: skip
@@ -157,6 +191,13 @@ def _forward(model: Model) -> list[str]:
         lines += ["if tokens.ndim != 2:",
                   '    raise ValueError(f"`tokens` must be [b, n], it is {list(tokens.shape)}")',
                   f"x = self.embed_tokens(tokens)  # [b, n, {model.width}]"]  # fmt: skip
+    if model.encoder is not None:
+        lines += ["if cache is not None and cache[0].length:",
+                  "    context = None  # the caches hold what is read of it",
+                  "elif context is None:",
+                  f'    raise ValueError("`context` is needed: {_takes(model.encoder, "m")}")',
+                  "else:",
+                  "    context = self.encoder(context)"]  # fmt: skip
     if model.embed_position != "none":
         lines += ["start = 0 if cache is None else cache[0].length",
                   "at = torch.arange(start, start + x.shape[1], device=x.device)",
@@ -170,10 +211,14 @@ def _forward(model: Model) -> list[str]:
             lines.append(f"x = x + sinusoidal(at, {model.width}, x.dtype)")
     if model.dropout:
         lines.append(f"x = {_dropped(model, 'x')}")
-    lines += ["caches = [None] * len(self.layers) if cache is None else cache",
-              "for layer, kept in zip(self.layers, caches, strict=True):",
-              "    x = layer(",
-              "        x, context=context, segments=segments, positions=positions, cache=kept",
+    lines += ["caches = [None] * len(self.layers) if cache is None else cache"]
+    if _shares(model):
+        lines += ["shared: dict[str, Tensor] = {}  # what a layer reads of the one below"]
+    both = ", shared" * _shares(model)
+    lines += ["for layer, kept in zip(self.layers, caches, strict=True):",
+              f"    x{both} = layer(",
+              f"        x{both}, context=context, segments=segments, positions=positions, "
+              "cache=kept",
               "    )"]  # fmt: skip
     if model.norm != "none":
         lines.append("x = self.norm(x)")

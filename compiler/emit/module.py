@@ -55,7 +55,13 @@ def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
         while main in taken:
             main = f"{main}Model"
         which = {graph.block: class_name(name) for graph, name in zip(graphs, names, strict=True)}
-        classes += model_text.classes(what, main, which)
+        encoder = ""
+        if what.encoder is not None:
+            encoder = class_name(what.encoder.name)
+            while encoder in {*taken, main}:
+                encoder = f"{encoder}Model"
+            classes += model_text.classes(what.encoder, encoder, which, prefix="Encoder")
+        classes += model_text.classes(what, main, which, encoder)
     body = "\n\n\n".join(classes)
     helpers = [pieces()[name] for name in needed_pieces(body)]
     text = "\n\n\n".join(

@@ -18,6 +18,7 @@ from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from ..graph import Dims, Graph, Node
 from ..masks import whole_range
+from ..model import MAPS, PREVIOUS
 from ..sides import KEY, PAIR, QUERY, product, reduces, sides
 from .text import atomic, ident
 from .values import Text, Values
@@ -170,7 +171,8 @@ class Pairs(Values):
     def spread(self, expr: Expr) -> str:
         """Return the text of a number for every pair, also where it does not read the logits."""
         text = self.value(expr).text
-        return text if {"s", "p"} & names(expr) else f"torch.zeros_like(s) + {atomic(text)}"
+        full = {*MAPS, *(f"{PREVIOUS}{name}" for name in MAPS)}
+        return text if full & names(expr) else f"torch.zeros_like(s) + {atomic(text)}"
 
     def hidden(self, text: str, by: str = "0") -> str:
         """Return a text with what is not visible replaced."""
@@ -181,6 +183,8 @@ class Pairs(Values):
     def leaf(self, expr: Name | Index) -> Text:
         if isinstance(expr, Name):
             name = "rows" if expr.id == "sum" else expr.id
+            if name.startswith(PREVIOUS):
+                return Text(name.replace(".", "_"), 0)
             if self.layout == PAIR or name not in ("i", "j", "h"):
                 return Text(name, 0)
             return Text(f"{name}[..., 0, :]" if name == "j" else f"{name}[..., 0]", 0)

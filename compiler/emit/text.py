@@ -10,20 +10,27 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from ..model import PREVIOUS
+
 LIMIT = 96
 _OURS = frozenset((
     "self", "x", "b", "n", "m", "i", "j", "h", "s", "p", "f", "F", "nn", "math", "torch", "triton",
     "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
     "given", "places", "state", "last", "anew", "fresh",
-    "history", "end", "tau", "o", "before",
+    "history", "end", "tau", "o", "before", "shared",
 ))  # fmt: skip
-_CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor"))
-_MADE = re.compile(r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$")  # what the text calls its own
+_CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
+                       "EncoderFeedForward"))  # fmt: skip
+_MADE = re.compile(  # what the text calls its own
+    r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
+)
 
 
 def ident(name: str) -> str:
     """Return a variable for a stream or state, away from the names the text itself uses."""
+    if name.startswith(PREVIOUS):
+        return f"previous_{ident(name.removeprefix(PREVIOUS))}"
     if "." in name or name in ("x", "context"):
         return name.replace(".", "__")
     ours = name in _OURS or name in pieces()

@@ -11,7 +11,7 @@ from ..graph import Graph
 
 
 def drop_dead(graph: Graph) -> Graph:
-    """Return the graph with only the nodes that the output depends on."""
+    """Return the graph with only the nodes that the output and what is shared depend on."""
     reads = nx.DiGraph((name, node.name) for node in graph.nodes for name in node.inputs)
     reads.add_nodes_from(graph.ends)
     needed = set(graph.ends).union(*(nx.ancestors(reads, end) for end in graph.ends))
