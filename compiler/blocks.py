@@ -288,6 +288,10 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
     for name, let in body.lets.items():
         if name not in used and name not in library.read_above:
             yield Diagnostic("W002", f"`{name}` is never used", let.span, severity="warning")
+    for name, branch in body.branches.items():
+        if name not in used and name not in library.read_above:
+            yield Diagnostic("W002", f"`{name}` is never used", branch.span, "",
+                             "read it in `out`", severity="warning")  # fmt: skip
     mixes = [each.mix for each in block.mixings.values()]
     if mixes and all(isinstance(mix, Recurrence) for mix in mixes):
         own = {each.name for each in body.block.body if isinstance(each, syntax.Setting)}

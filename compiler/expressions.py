@@ -115,7 +115,7 @@ class Resolver(ABC):
             raise self.unknown(expr)
         if len(expr.args) != arity or expr.keywords:
             given = len(expr.args) + len(expr.keywords)
-            raise error("L209", f"`{name}` takes {arity} plain arguments", expr.span,
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span,
                         f"{given} given")  # fmt: skip
         parts = [self._want(arg, truth=name == "where" and at == 0)
                  for at, arg in enumerate(expr.args)]  # fmt: skip
@@ -134,6 +134,11 @@ class Resolver(ABC):
         """Return the error for a call that nothing answers (L201)."""
         return error("L201", f"`{expr.function}` is not a function", expr.span, "",
                      suggest(expr.function, FUNCTIONS, VECTOR_FUNCTIONS))  # fmt: skip
+
+
+def plain(count: int) -> str:
+    """Return how many arguments something takes, in words."""
+    return "one plain argument" if count == 1 else f"{count or 'no'} plain arguments"
 
 
 def together(expr: Expr, *values: Value) -> Dims:

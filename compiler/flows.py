@@ -14,11 +14,12 @@ from typing import Any
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import rebuild
-from ..grammar.functions import FUNCTIONS, STATISTICS
+from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS
 from ..grammar.show import show
 from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
 from ..ops import OPS, UNNAMED, Mismatch, Op, Shape
+from .expressions import plain
 from .library import bind, put
 from .model import MAPS, PREVIOUS, Apply, Flow, Mixing, Pairwise, Read, Statistic
 from .normalizers import exponential
@@ -27,6 +28,9 @@ from .scope import Scope, body, suggest
 
 # What DESIGN names as a stage and a later version brings.
 LATER = {"pool": "pooling is"}
+
+# Functions that streams have in one place alone: label and help.
+_ELSEWHERE = {"mean": ("it is one in `regularize`", "`| mean_tokens` is the mean over the tokens")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,22 @@ def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
         label = f"it is {flow.shape}, needed is {target.shape}"
         raise error("L207", f"`{target.name}` does not have the shape that is needed", expr.span,
                     label, _repair(flow.shape, target))  # fmt: skip
+    if target.shape is not None and not _reads_streams(scope, flow):
+        raise error("L208", f"`{target.name}` reads no stream", expr.span,
+                    "it is made of tensors alone", "begin with a stream; `latents(count)` is a "
+                    "learned list of tokens")  # fmt: skip
     return flow
+
+
+def _reads_streams(scope: Scope, flow: Flow) -> bool:
+    """Say whether a flow begins with a stream somewhere, not with tensors alone."""
+    match flow:
+        case Read(name):
+            own = scope.streams.get(name)
+            return name not in scope.tensors and (own is None or _reads_streams(scope, own.flow))
+        case Apply(_, inputs):
+            return any(_reads_streams(scope, each) for each in inputs)
+    return True
 
 
 def _repair(shape: Shape, target: Target) -> str:
@@ -80,8 +99,9 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
             if shape is None:
                 if id in LATER:
                     raise error("L221", f"{LATER[id]} not available yet", span)
+                called = f"write `{id}(…)`" if id in OPS or id in STATISTICS else ""
                 raise error("L201", f"there is no stream `{id}`", span, "",
-                            suggest(id, scope.declared, scope.inputs))  # fmt: skip
+                            called or suggest(id, scope.declared, scope.inputs))  # fmt: skip
             return Read(scope.own(id), shape, span)
         case syntax.Pipe(None, _):
             raise error("L208", "this pipeline has no stream to start from", expr.span, "",
@@ -152,7 +172,7 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
         if isinstance(part, Name) and part.id in scope.numbers:
             return part
         if isinstance(part, Call) and part.function == "joint":
-            return visit(_joint(part))
+            return visit(_joint(scope, part))
         if isinstance(part, Call) and part.function in STATISTICS:
             return operand(_statistic(scope, part))
         if isinstance(part, Call) and part.function == "mean" and target.name == "regularize":
@@ -160,8 +180,11 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
             flow = _flow(scope, arg, Target("regularize"))
             return operand(_apply(_Stage(OPS["average"], {}, (flow,), part.span), None))
         if isinstance(part, Call) and part.function not in FUNCTIONS:
-            raise error("L201", f"`{part.function}` is not a function of streams", part.span, "",
-                        did_you_mean(part.function, FUNCTIONS))  # fmt: skip
+            label, help = _ELSEWHERE.get(part.function, ("", ""))
+            if part.function in MAP_FUNCTIONS:
+                label = "it is read in scores, weights, `rows` and `columns`"
+            raise error("L201", f"`{part.function}` is not a function of streams", part.span, label,
+                        help or did_you_mean(part.function, FUNCTIONS))  # fmt: skip
         if isinstance(part, Unary | Binary | Compare | Call):
             return rebuild(part, visit)
         return operand(_flow(scope, part, replace(target, shape=None)))
@@ -178,17 +201,7 @@ def _statistic(scope: Scope, call: Call) -> Statistic:
     """Return `lse(o)`, `entropy(o)`, `rows(o, e)` or `columns(o, e)` (L228)."""
     kind = call.function
     args = _exactly(call, call.args, STATISTICS[kind])
-    name = args[0].id if isinstance(args[0], Name) else ""
-    shape = scope.shape(name, call.span) if name else None
-    flow = scope.streams[scope.own(name)].flow if scope.own(name) in scope.streams else None
-    if not (isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise)) or shape is None:
-        raise error("L228", f"`{kind}` is a number of an attention's rows", args[0].span,
-                    "this is no attention", "name `o`, or a branch that attends")  # fmt: skip
-    if kind in ("lse", "entropy") and exponential(flow.mix.normalize) is None:
-        raise error("L228", f"`{kind}` needs a normaliser like softmax", call.span,
-                    f"`{name}` has {flow.mix.normalize.name}",
-                    "its numerator must be exp(…), what is added to `sum` positive")  # fmt: skip
-    of = Read(scope.own(name), shape, args[0].span)
+    of, flow = _attention(scope, kind, args[0], call.span)
     expr: Expr | None = None
     reads: tuple[Read, ...] = ()
     if len(args) == 2:
@@ -200,10 +213,27 @@ def _statistic(scope: Scope, call: Call) -> Statistic:
     return Statistic(kind, expr, (of, *reads), Shape(tokens, 1, flow.heads), call.span)
 
 
-def _joint(call: Call) -> Expr:
+def _attention(scope: Scope, kind: str, arg: Expr, span: Span) -> tuple[Read, Mixing]:
+    """Return the attention that a number of its rows is asked of (L228)."""
+    name = arg.id if isinstance(arg, Name) else ""
+    shape = scope.shape(name, span) if name else None
+    flow = scope.streams[scope.own(name)].flow if scope.own(name) in scope.streams else None
+    if not (isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise)) or shape is None:
+        raise error("L228", f"`{kind}` is of an attention's rows", arg.span, "this is no attention",
+                    "name `o`, or a branch that attends and has no `out` of its own")  # fmt: skip
+    if kind in ("lse", "entropy", "joint") and exponential(flow.mix.normalize) is None:
+        raise error("L228", f"`{kind}` needs a normaliser like softmax", arg.span,
+                    f"`{name}` has {flow.mix.normalize.name}",
+                    "its numerator must be exp(…), what is added to `sum` positive")  # fmt: skip
+    return Read(scope.own(name), shape, arg.span), flow
+
+
+def _joint(scope: Scope, call: Call) -> Expr:
     """`joint(a, b)`: softmax over the keys of all, from what each gives and its `lse`."""
     if len(call.args) < 2 or call.keywords:
         raise error("L209", "`joint` takes two attentions or more", call.span)
+    for each in call.args:
+        _attention(scope, "joint", each, call.span)
     low = Unary("-", Number(1e30))
     parts = [Call("max", (Call("lse", (each,), (), call.span), low)) for each in call.args]
     top: Expr = parts[0]
@@ -291,7 +321,9 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
     if name in LATER:
         raise error("L221", f"{LATER[name]} not available yet", stage.span)
     known = [*(OPS.keys() - UNNAMED), "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
-    raise error("L208", f"there is no stage `{name}`", stage.span, "", did_you_mean(name, known))
+    called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""
+    raise error("L208", f"there is no stage `{name}`", stage.span, "",
+                called or did_you_mean(name, known))  # fmt: skip
 
 
 def _pointwise(expr: Expr, others: tuple[Flow, ...], span: Span) -> _Stage:
@@ -301,7 +333,8 @@ def _pointwise(expr: Expr, others: tuple[Flow, ...], span: Span) -> _Stage:
 def _exactly(stage: Expr, args: tuple[Expr, ...], count: int) -> tuple[Expr, ...]:
     keywords = stage.keywords if isinstance(stage, Call) else ()
     if len(args) != count or keywords:
-        raise error("L209", f"this stage takes {count} plain arguments", stage.span,
+        name = getattr(stage, "function", getattr(stage, "id", ""))
+        raise error("L209", f"`{name}` takes {plain(count)}", stage.span,
                     f"{len(args) + len(keywords)} given")  # fmt: skip
     return args
 

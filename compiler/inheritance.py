@@ -57,9 +57,6 @@ class Body:
         body.branch, body.branches, body.span = branch.name, {}, branch.span
         body.overridden = {getattr(each, "name", "") for each in branch.body}
         with findings.guard():
-            if why := taken(branch.name):
-                raise error("L215", f"`{branch.name}` cannot be the name of this", branch.span, why,
-                            "choose another name")  # fmt: skip
             if branch.name in self.lets:
                 raise error("L211", f"`{branch.name}` is defined twice", branch.span, "",
                             "choose another name")  # fmt: skip
@@ -81,13 +78,20 @@ class Body:
                 seen.add(name)
                 match statement:
                     case syntax.Setting():
-                        if name not in SETTINGS or (branches is None and name in WHOLE_BLOCK):
+                        if branches is None and name in WHOLE_BLOCK:
+                            raise error("L202", f"`{name}` is a setting of the whole block",
+                                        statement.span, "",
+                                        "set it outside of the branch")  # fmt: skip
+                        if name not in SETTINGS:
                             raise error("L202", f"{what} has no setting `{name}`", statement.span,
                                         "", did_you_mean(name, SETTINGS))  # fmt: skip
                         self.settings[name] = statement
                     case syntax.Let() | syntax.Param():
                         self.lets[name] = statement
                     case syntax.Branch() if branches is not None:
+                        if why := taken(name):
+                            raise error("L215", f"`{name}` cannot be the name of this",
+                                        statement.span, why, "choose another name")  # fmt: skip
                         branches[name] = statement
                     case _:
                         help = f"{what} is made of settings, `let`, `param` and `const`"

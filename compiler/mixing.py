@@ -47,7 +47,8 @@ class Part:
                 value = body.get(name)
             else:
                 head = Name("x") if name == "q" else source
-                value = Pipe(head, (Name("linear"), Name("split")), body.span)
+                span = body.span_of("source") if name != "q" else body.span
+                value = Pipe(head, (Name("linear", span), Name("split", span)), span)
             if position is not None and name != "v" and not _is_below(value):
                 stages = (*value.stages, position) if isinstance(value, Pipe) else (position,)
                 value = Pipe(value.head if isinstance(value, Pipe) else value, stages, value.span)
@@ -192,9 +193,10 @@ class Part:
             weights = resolve(scope, body.get("weights"), "weights", axes)
         similarity: Expr | None = None
         with scope.findings.guard():
-            similarity = resolve(scope, body.get("similarity"), "similarity", axes)
-            if similarity == resolve(scope, _PRODUCT, "similarity", axes):
-                similarity = None
+            if len(operands) == len(_OPERANDS):  # else what it reads has been refused
+                similarity = resolve(scope, body.get("similarity"), "similarity", axes)
+                if similarity == resolve(scope, _PRODUCT, "similarity", axes):
+                    similarity = None
         with scope.findings.guard():
             if any(f"{PREVIOUS}{each}" in names(score) | names(weights) for each in MAPS):
                 self._same_map(axes, mask)

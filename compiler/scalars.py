@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from ..grammar import syntax
 from ..grammar.diagnostics import error
 from ..grammar.expr import fold, names, number
-from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, VECTOR_FUNCTIONS
+from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS, VECTOR_FUNCTIONS
 from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number
 from ..ops import Shape
-from .expressions import Dims, Resolver, Value
+from .expressions import Dims, Resolver, Value, plain
 from .library import put
 from .model import MAPS, PREVIOUS, Normalizer, Read
 from .scope import Scope, body, suggest
@@ -33,6 +33,8 @@ FREE = {
     "statistic": PLACES | {"p", "seen"},
 }
 _OF_MAPS = ("score", "weights", "statistic")  # what may look at other pairs
+_CALLED = {"normalize": "a normaliser", "weights": "`weights`", "statistic": "`rows` or `columns`",
+           "stage": "a function of streams"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class _Resolver(Resolver):
     what: str  # mask, similarity, score, normalize, weights, stage
     free: frozenset[str]
     axes: Axes = Axes()
+
+    @property
+    def called(self) -> str:
+        """What a message calls this kind of expression."""
+        return _CALLED.get(self.what, f"a {self.what}")
 
     def scalar(self, expr: Expr, truth: bool = False) -> Expr:
         """Resolve an expression that must be one number a pair, or one truth (L210)."""
@@ -74,7 +81,7 @@ class _Resolver(Resolver):
         if isinstance(expr, syntax.Pipe) and self.what == "score":
             return Value(self._compose(expr.head, expr.stages))
         raise error("L210", "this has no meaning here", expr.span,
-                    f"a {self.what} is an expression over {_list(self.free)}")  # fmt: skip
+                    f"{self.called} is an expression over {_list(self.free)}")  # fmt: skip
 
     def name(self, expr: Name) -> Value:
         scope, id = self.scope, expr.id
@@ -105,7 +112,7 @@ class _Resolver(Resolver):
         known = (self.free, scope.library.known(self.what), scope.numbers, scope.tensors,
                  scope.declared)  # fmt: skip
         where = _elsewhere(scope, id)
-        raise error("L201", f"`{id}` is not known in a {self.what}", expr.span, where,
+        raise error("L201", f"`{id}` is not known in {self.called}", expr.span, where,
                     suggest(id, *known))  # fmt: skip
 
     def _key_head(self) -> Expr:
@@ -154,9 +161,11 @@ class _Resolver(Resolver):
 
     def unknown(self, expr: Call) -> Exception:
         name = expr.function
+        if misplaced := _misplaced(name):
+            return error("L201", f"`{name}` cannot be read in {self.called}", expr.span, *misplaced)
         more = MAP_FUNCTIONS if self.what in _OF_MAPS else ()
         known = (FUNCTIONS, VECTOR_FUNCTIONS, more, self.scope.library.known(self.what))
-        return error("L201", f"`{name}` is not a function or a {self.what}", expr.span,
+        return error("L201", f"`{name}` is neither a function nor {self.called}", expr.span,
                      _elsewhere(self.scope, name), suggest(name, *known))  # fmt: skip
 
     def _of_map(self, expr: Call) -> Expr:
@@ -164,7 +173,7 @@ class _Resolver(Resolver):
         name, arity = expr.function, MAP_FUNCTIONS[expr.function]
         if len(expr.args) != arity or expr.keywords:
             given = len(expr.args) + len(expr.keywords)
-            raise error("L209", f"`{name}` takes {arity} plain arguments", expr.span,
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span,
                         f"{given} given")  # fmt: skip
         if name == "coin":
             rate = self.scope.number(expr.args[0], "the rate of `coin`")
@@ -185,7 +194,7 @@ class _Resolver(Resolver):
             wanted = "[heads, heads]" if name == "mix_heads" else (
                 "[heads, queries, keys] or [queries, keys]")  # fmt: skip
             raise error("L216", f"`{name}` takes a tensor {wanted}", kernel.span,
-                        "" if shape is None else f"it is {list(shape)}",
+                        "this is none" if shape is None else f"it is {list(shape)}",
                         "declare it as a `param` and name it here")  # fmt: skip
         return Call(name, (value, Index(Name(own, kernel.span), (), kernel.span)), (), expr.span)
 
@@ -301,6 +310,15 @@ def is_function(call: Expr) -> bool:
 
 def _list(free: frozenset[str]) -> str:
     return " ".join(sorted(free))
+
+
+def _misplaced(name: str) -> tuple[str, str] | None:
+    """Return the label and help for a function that is read in other places only."""
+    if name in MAP_FUNCTIONS:
+        return "it looks at other pairs", "scores, weights, `rows` and `columns` may"
+    if name in STATISTICS or name == "joint":
+        return "it is a stream, not a number a pair", "name it with `let` and index it"
+    return None
 
 
 def _elsewhere(scope: Scope, name: str) -> str:

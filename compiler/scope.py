@@ -127,7 +127,8 @@ class Scope:
             if elaborate is None:
                 return None
             if name in self._open:
-                ring = " → ".join([*self._open[self._open.index(name) :], name])
+                open_ = (each.split()[-1] for each in self._open[self._open.index(name) :])
+                ring = " → ".join([*open_, name])
                 raise error("L212", f"`{name}` is defined in terms of itself", span, ring)
             self._open.append(name)
             try:
