@@ -19,14 +19,20 @@ from headloom.compiler import codes as compiler_codes
 from headloom.compiler import inheritance, models
 from headloom.compiler.check import check
 from headloom.compiler.library import standard
-from headloom.compiler.names import MEANINGS
+from headloom.compiler.names import MEANINGS, METHODS
 from headloom.grammar import from_yaml
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.expr import evaluate
-from headloom.grammar.functions import FUNCTIONS, HOLES, VECTOR_FUNCTIONS
+from headloom.grammar.functions import (
+    FUNCTIONS,
+    HOLES,
+    MAP_FUNCTIONS,
+    STATISTICS,
+    VECTOR_FUNCTIONS,
+)
 from headloom.grammar.parse import parse, parse_expression
 from headloom.grammar.syntax import DEFINITION_KINDS, Call, Definition, Expr, File, Name
-from headloom.ops import OPS
+from headloom.ops import OPS, UNNAMED
 from headloom.search import codes as search_codes
 from headloom.search import plan
 from headloom.search.calls import known_of
@@ -180,16 +186,17 @@ def test_links_lead_somewhere() -> None:
 
 @pytest.mark.parametrize(
     "owed",
-    [inheritance.SETTINGS, models.SETTINGS, plan.SETTINGS, plan.SAMPLERS, OPS, FUNCTIONS,
-     VECTOR_FUNCTIONS, HOLES, STATIC, METRICS, TASKS, MEANINGS, from_yaml.GROUPS,
+    [inheritance.SETTINGS, models.SETTINGS, plan.SETTINGS, plan.SAMPLERS, OPS.keys() - UNNAMED,
+     FUNCTIONS, VECTOR_FUNCTIONS, MAP_FUNCTIONS, STATISTICS, METHODS, HOLES,
+     STATIC, METRICS, TASKS, MEANINGS, from_yaml.GROUPS,
      from_yaml.meant("block"), DEFINITION_KINDS, {each.name for each in fields(Training)}],
     ids=["block settings", "model settings", "search settings", "samplers", "stages", "functions",
-         "functions of vectors", "holes", "static goals", "metrics", "tasks", "meanings",
+         "functions of vectors", "functions of the map", "numbers of rows", "methods", "holes",
+         "static goals", "metrics", "tasks", "meanings",
          "yaml groups", "yaml keys", "kinds", "training"],
 )  # fmt: skip
 def test_language_mentions(owed: Iterable[str]) -> None:
-    # Sub-blocks are refused today; their YAML key comes with them.
-    assert set(owed) - {"branches"} - words(LANGUAGE) == set()
+    assert set(owed) - words(LANGUAGE) == set()
 
 
 def test_the_standard_library_is_shown_as_it_is() -> None:
@@ -239,7 +246,7 @@ def test_stages_take_these_arguments() -> None:
     cells = [row[0] for row in rows("Streams and stages") if len(row) == 3]
     shown = dict(signature(each) for cell in cells for each in re.findall(r"`([^`]+)`", cell))
     for name, op in OPS.items():
-        if name != "pointwise":
+        if name not in UNNAMED:
             assert shown[name] == {each.name: each.default for each in op.options}, name
 
 
@@ -248,6 +255,15 @@ def test_functions_take_as_many_arguments() -> None:
     arities = {name: function.arity for name, function in FUNCTIONS.items()} | VECTOR_FUNCTIONS
     shown = dict(map(signature, calls))
     assert {name: len(arguments) for name, arguments in shown.items()} == arities
+
+
+@pytest.mark.parametrize(
+    ("title", "functions"), [("The whole map", MAP_FUNCTIONS), ("Rows and columns", STATISTICS)]
+)
+def test_functions_of_the_map_take_as_many_arguments(title: str, functions: dict[str, int]) -> None:
+    calls = [each for row in rows(title) for each in re.findall(r"`(\w+\([^`…]*\))`", row[0])]
+    arities = {name: len(arguments) for name, arguments in map(signature, calls)}
+    assert arities == functions
 
 
 def options(text: str) -> dict[str, object]:
