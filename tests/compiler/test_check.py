@@ -106,6 +106,7 @@ REFUSED = {
     "cyclic numbers": ("L219", "let a = b\nlet b = a\nblock c { heads = a }"),
     "no layers": ("L203", "block a { }\nmodel m { width = 64; layers = [] }"),
     "many layers": ("L203", "block a { }\nmodel m { width = 64; layers = [a] * 10 ** 9 }"),
+    "twice a thousand layers": ("L203", "block a { }\nmodel m { width = 64; layers = [a] * 2000 }"),
     "each of many": ("L203", "block a { }\nmodel m { width = 64; layers = each(10 ** 9, a) }"),
     "layers missing": ("L202", "model m { width = 64 }"),
     "a large tensor": ("L203", "block a { param t[2 ** 24, 2 ** 24] = 0; score = s + t[h, h] }"),
@@ -140,7 +141,187 @@ REFUSED = {
     "split twice over": ("L206", "block a { out = o | merge | linear | split | split }"),
     "normal of two": ("L209", "block a { param t = normal(1, 2); score = s * t }"),
     "tied without words": ("L222", "block a { }\nmodel m { width = 64; layers = [a]; tie = true }"),
+    # vectors and similarities
+    "a cyclic similarity": ("L212", "similarity f = f\nblock a { heads = 4; similarity = f }"),
+    "a stage of two": ("L209", "stage f = 2 * x\nblock a { score = f(s, 1) }"),
+    "a pipeline as a function": ("L210", "stage f = | silu\nblock a { score = f(s) }"),
+    # functions of the map
+    "a function of the map in a mixer": ("L201", "mix f { o <- sum_keys(v) }\nblock a { mix = f }"),
+    # branches
+    "a branch and an inherited let": (
+        "L211", "block a { heads = 4; let b = x | linear; out = b }\nblock c : a { branch b { } }",
+    ),
+    # the layer below
+    "the layer below in a lone branch": (
+        "L224", "block a { heads = 4; branch b { k = previous.k }; out = b | merge | linear }\n"
+        "model m { width = 64; layers = [a] }",
+    ),
+    "an unknown stream below": (
+        "L201", "block a { heads = 4; }\nblock b { k = previous.kk }\nmodel m { width = 64; "
+        "layers = [a, b] }",
+    ),
+    # models
+    "a model twice over": ("L211", "block a { }\nmodel m { width = 8; width = 16; layers = [a] }"),
+    "a setting of no model": (
+        "L202", "block a { }\nmodel m { width = 8; layers = [a]; heads = 2 }",
+    ),
+    "no such model": ("L218", "model m : base { width = 8 }"),
+    "a block as a number of layers": ("L218", "block a { }\nmodel m { width = 64; layers = 3 }"),
+    # names and arguments
+    "a block that is a number": ("L218", "model m { width = 64; layers = [3 * 4] }"),
+    "a number as a base": ("L218", "block a : 3 { }"),
+    "a definition within a thousand": (
+        "L213", "mask m0 = causal\n"
+        + "\n".join(f"mask m{n} = not m{n - 1}" for n in range(1, 1000))
+        + "\nblock a { mask = m999 }",
+    ),
+    "an argument twice": ("L209", "block a { mask = window(4, w = 4) }"),
+    "a let called i": ("L215", "let i = 3\nblock a { heads = i }"),
 }  # fmt: skip
+BLOCKS = {
+    # vectors and similarities
+    "shapes that differ": ("L216", "let t = x | linear(3); score = s + dot(t[i], q[h, i])"),
+    "a sum of unlike vectors": ("L216", "param t[3] = 0; similarity = sum(q + k + t)"),
+    "a vector as a score": ("L210", "let t = x | linear(8); score = s + t[i]"),
+    "a vector as a mask": ("L210", "let t = x | linear(8); mask = t[i] > 0"),
+    "a vector as a similarity": ("L210", "similarity = q * k"),
+    "a matrix as a similarity": ("L210", "similarity = outer(q, k)"),
+    "a pipeline as a similarity": ("L210", "similarity = q | linear"),
+    "a similarity that is none": ("L201", "similarity = foo"),
+    "a score as a similarity": ("L201", "similarity = softcap(3)"),
+    "whole q in a score": ("L214", "score = s + dot(q, k)"),
+    "a large tensor as a value": ("L214", "param w[2, 2, 2] = 0; score = s + sum(w)"),
+    "too many indices": ("L214", "param w[heads, 3] = 0; score = s + w[h, i, j]"),
+    "too few indices": ("L214", "score = s + norm(q[i])"),
+    "an index of a number": ("L214", "score = s + (i + j)[h]"),
+    "a row without a grid": ("L214", "score = s - row(i)"),
+    "a function of two": ("L209", "score = tanh(s, 1)"),
+    # functions of the map
+    "a function of the map in a mask": ("L201", "mask = sum_keys(j) > 3"),
+    "a function of the map in a normaliser": ("L201", "normalize = exp(s - max_keys(s)) / sum"),
+    "a function of the map in a pipeline": ("L201", "out = sum_keys(o) | merge | linear"),
+    "the map of two": ("L209", "score = sum_keys(s, j)"),
+    "heads mixed by 4 × 3": ("L216", "param w[4, 3] = 1; score = mix_heads(s, w)"),
+    "heads mixed by a number": ("L216", "score = mix_heads(s, 2)"),
+    "convolved with a stream": ("L216", "let w = x | linear; score = convolve(s, w)"),
+    "convolved with a vector": ("L216", "param w[4] = 1; score = convolve(s, w)"),
+    "a coin of 2": ("L219", "score = s * coin(2)"),
+    "a coin of a stream": ("L219", "let t = x | linear(1); score = s * coin(t[i])"),
+    # branches
+    "a branch with a width": ("L202", "branch b { width = 8 }; out = b | merge | linear"),
+    "a branch in a branch": ("L202", "branch b { branch c { } }"),
+    "a state in a branch": ("L202", "branch b { state S = 0 }"),
+    "a branch called q": ("L215", "branch q { mask = causal }"),
+    "a branch twice": ("L211", "branch b { }; branch b { }; out = b | merge | linear"),
+    "a branch and a let": ("L211", "let b = x | linear; branch b { }"),
+    "a name that a branch makes": (
+        "L211", "param b_w = 0; branch b { param w = 0; score = s + w }; out = b | merge | linear",
+    ),
+    "branches in a ring": (
+        "L212", "branch b { k = c }; branch c { k = b }; out = b | merge | linear",
+    ),
+    "three heads of a branch": ("L205", "branch b { heads = 3 }; out = b | merge | linear"),
+    "key heads of a branch": ("L204", "branch b { kv_heads = 3 }; out = b | merge | linear"),
+    "branches of other heads": (
+        "L206", "head_dim = 8; branch b { heads = 2 }; out = (o + b) | merge | linear",
+    ),
+    "a recurrent branch under a window": (
+        "L217", "mask = window(3); branch b { mix = linear }; out = b | merge | linear",
+    ),
+    "a position that is none": ("L208", "position = ropee"),
+    # other tokens
+    "no latents": ("L203", "source = latents(0)"),
+    "latents without a number": ("L201", "source = latents"),
+    "keys and values apart": ("L207", "v = latents(4) | linear | split"),
+    "documents of latents": ("L214", "source = latents(4); mask = document"),
+    "tokens of another list": (
+        "L214", "source = latents(3); let g = x | linear(1); score = s + g[j]",
+    ),
+    "pooling as a stream": ("L221", "source = pool"),
+    "a source of heads": ("L206", "source = q"),
+    "a recurrence along latents": ("L216", "mask = causal; mix = linear; source = latents(3)"),
+    # pipelines
+    "no beginning": ("L208", "q = | linear | split"),
+    "a list as a stream": ("L208", "q = [x] | linear | split"),
+    "an index as a stage": ("L208", "q = x | linear[3] | split"),
+    "a sum as a stage": ("L208", "q = x | (linear + 1) | split"),
+    "numbers alone": ("L208", "let t = 1 + 2; out = o | merge | linear"),
+    "a large tensor in a pipeline": ("L208", "param t[2, 3, 4] = 0; out = (o + t) | merge"),
+    "queries of a tensor": ("L208", "param t[64] = 0; q = t | linear | split"),
+    "keys of a tensor": ("L208", "param t[8] = 0; let c = 2 * t; source = c"),
+    "an output of a tensor": ("L208", "width = 16; param t[16] = 0; out = t"),
+    "tensors of other heads": ("L206", "param t[3, 16] = 0; out = (o + t) | merge | linear"),
+    "a function that is none": ("L201", "out = foo(o) | merge | linear"),
+    "a gate of two": ("L209", "out = o | gate(o, o) | merge | linear"),
+    "a flag of 2": ("L222", "out = o | merge | linear(bias = 2)"),
+    "a convolution of none": ("L203", "q = x | conv(0) | split"),
+    # numbers of rows, and what training adds
+    "rows of a stream": ("L228", "out = (o * rows(q, p)) | merge | linear"),
+    "rows of a recurrence": ("L228", "mask = causal; mix = linear; out = (o * lse(o)) | merge"),
+    "rows of a branch with an end": (
+        "L228", "branch b { out = o | merge }; out = (o * rows(b, p)) | merge | linear",
+    ),
+    "rows of one": ("L209", "out = (o * rows(o)) | merge | linear"),
+    "rows of logits": ("L201", "out = (o * rows(o, s)) | merge | linear"),
+    "rows of truths": ("L210", "out = (o * rows(o, i == j)) | merge | linear"),
+    "rows over other tokens": (
+        "L214", "source = latents(4); let g = x | linear(1); "
+        "out = (o * rows(o, p * g[j])) | merge | linear",
+    ),
+    "columns beside queries": (
+        "L206", "source = context; out = (o + columns(o, p)) | merge | linear",
+    ),
+    "rows in a score": ("L201", "score = s - lse(o)"),
+    "rows as a stage": ("L208", "out = o | lse | merge | linear"),
+    "rows of what they make": ("L212", "q = (x | linear | split) * entropy(o)"),
+    "joint of one": ("L209", "out = joint(o) | merge | linear"),
+    "joint with a recurrence": (
+        "L228", "mask = causal; branch b { mix = linear }; out = joint(o, b) | merge",
+    ),
+    "joint with another normaliser": (
+        "L228", "branch b { normalize = relu }; out = joint(o, b) | merge | linear",
+    ),
+    "many numbers in the loss": ("L229", "regularize = entropy(o)"),
+    "no call in the loss": ("L201", "regularize = entropy"),
+    "a number in the loss": ("L208", "regularize = 0.1"),
+    "the mean of two": ("L209", "regularize = mean(o, q)"),
+    "a mean outside of the loss": ("L201", "out = mean(o) | merge | linear"),
+    "a grid of one": ("L219", "grid = 3"),
+    # mixers
+    "an unknown mixer": ("L201", "mix = linea"),
+    # names and arguments
+    "a first value of a stream": ("L219", "param t[4] = x; score = s * t[h]"),
+}  # fmt: skip
+MIXED = {
+    "an unknown name in a mixer": ("L201", "o <- w * v"),
+    "a value in a mixer": ("L216", "o <- v; v"),
+    "a cube": ("L216", "state S[2, 2, 2] = 0; o <- v"),
+    "a state of a tensor's name": ("L211", "param S = 0; state S = 0; o <- v"),
+    "a state called x": ("L215", "state x = 0; o <- v"),
+    "a matrix as an output": ("L216", "o <- outer(k, v)"),
+    "an index in a mixer": ("L216", "o <- v[h]"),
+    "a list in a mixer": ("L216", "o <- [v]"),
+    "features for no head": ("L216", "let t = x | linear(3); o <- t * v"),
+    "heads that do not divide": ("L216", "let t = x | linear(6) | split(3); o <- sum(t) * v"),
+}  # fmt: skip
+MODELS = {
+    "a norm of no kind": ("L222", "norm = batch"),
+    "positions of no kind": ("L222", "embed_position = rope"),
+    "positions without a number": ("L209", "embed_position = learned"),
+    "positions of two": ("L209", "embed_position = learned(8, 8)"),
+    "words without a vocabulary": ("L222", "head = lm"),
+    "classes without a number": ("L209", "head = classify"),
+    "a network of no kind": ("L222", "ffn = relu(4)"),
+    "a network of two": ("L209", "ffn = gelu(4, 4)"),
+    "a network of nothing": ("L203", "ffn = gelu(0)"),
+    "dropout of all": ("L219", "dropout = 1"),
+}  # fmt: skip
+REFUSED |= {name: (code, f"block a {{ heads = 4; {text} }}")
+            for name, (code, text) in BLOCKS.items()}  # fmt: skip
+REFUSED |= {name: (code, f"mix f {{ {text} }}\nblock a {{ heads = 4; mix = f; mask = causal }}")
+            for name, (code, text) in MIXED.items()}  # fmt: skip
+REFUSED |= {name: (code, f"block a {{ }}\nmodel m {{ width = 64; layers = [a]; {text} }}")
+            for name, (code, text) in MODELS.items()}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -151,6 +332,7 @@ def test_it_is_refused(name):
     for each in found:
         assert each.message
         assert each.render()
+        assert each.span.start < each.span.end
 
 
 GROWING = {
@@ -259,6 +441,14 @@ def test_a_definition_may_be_an_argument_of_itself():
               stage twice = 2 * x
               block c { mask = both(both(causal, sink(4)), window(9)); score = twice(twice(s)) }"""
     assert show(check(parse(text)).blocks["c"].mixings["o"].mix.score) == "2 * (2 * s)"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("", None), ("block a { }\nblock b { }", None), ("block a { }", "b")]
+)
+def test_it_must_be_clear_which_is_meant(text, name):
+    with pytest.raises(LoomError, match="L218"):
+        find(check(parse(text)), name)
 
 
 def test_a_width_is_given_from_outside():
