@@ -37,6 +37,10 @@ SETTINGS = {
     "strictly_before": "heads = 4; mask = j < i",
     "negated": "heads = 4; mask = causal and not (i - j == 2 or j > 7)",
     "by_stream": "heads = 4; let keep = x | linear(1); mask = causal and (keep[j] > 0 or i == j)",
+    "by_truth": "heads = 4; let keep = (x | linear(1)) > 0 and (x | slice(0, 1)) < 1; "
+    "mask = causal and (keep[j] or i == j); score = where(keep[i], s, -s)",
+    "relative": f"{CAUSAL}; position = relative(8, 16, sides = 1)",
+    "relative_both_ways": "heads = 4; position = relative(12, 20)",
     "by_fraction": "heads = 4; mask = causal and sqrt(i - j) <= 1.5 + i / 9",
     # scores
     "softcap": f"{CAUSAL}; score = softcap(5)",
