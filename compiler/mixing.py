@@ -23,7 +23,7 @@ from .scope import Scope
 _OPERANDS = {
     "q": ("heads", "head_dim"),
     "k": ("kv_heads", "head_dim"),
-    "v": ("kv_heads", "value_dim"),
+    "v": ("value_heads", "value_dim"),
 }
 
 

@@ -149,6 +149,14 @@ SETTINGS = {
     # normalisers and weights
     "softmax_plus_one": f"{CAUSAL}; normalize = softmax_plus_one",
     "learned_sink": f"{CAUSAL}; normalize = sink",
+    "held": f"{CAUSAL}; normalize = exp(s) / detach(sum)",
+    "held_at_least": f"{CAUSAL}; param z[heads] = 1; normalize = exp(s) / max(exp(z[h]) + sum, 2)",
+    "held_of_nothing": "heads = 4; mask = j < i; normalize = exp(s) / max(detach(sum), 1); "
+    "out = o | gate(tanh(lse(o)) + entropy(o)) | merge | linear",
+    "clamped": f"{CAUSAL}; normalize = relu(s) / max(sum, 1)",
+    "value_heads": f"{CAUSAL}; kv_heads = 2; value_heads = 4; value_dim = 3",
+    "fewer_value_heads": f"{CAUSAL}; value_heads = 2; score = softcap(5)",
+    "fewer_value_heads_plain": f"{CAUSAL}; kv_heads = 4; value_heads = 1",
     "sigmoid": f"{CAUSAL}; normalize = sigmoid",
     "relu": f"{CAUSAL}; normalize = relu",
     "squared_relu": f"{CAUSAL}; normalize = squared_relu",
