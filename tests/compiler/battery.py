@@ -87,6 +87,8 @@ SETTINGS = {
     "param c[heads, heads] = normal(1); score = mix_heads(s, a); weights = mix_heads(p, c)",
     "convolved": f"{CAUSAL}; param a[heads, 3, 5] = normal(1); param c[1, 3] = normal(1); "
     "score = convolve(s, a); weights = convolve(p, c)",
+    "convolved_window": "heads = 4; mask = causal and (window(3) or sink(2)); "
+    "param a[heads, 1, 4] = normal(1); score = convolve(s, a)",
     "convolved_over_keys": f"{CAUSAL}; param a[heads, 1, 4] = normal(1); score = convolve(s, a)",
     # branches
     "branches": f"{CAUSAL}; branch one {{ }}; "
