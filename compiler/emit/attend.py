@@ -23,6 +23,7 @@ from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm
 from ..model import MAPS, PREVIOUS, Normalizer
 from ..normalizers import Exponential, exponential
+from ..sides import makes_vectors
 from .pairs import Operand, Pairs, operand, token
 from .text import atomic, call, comment, ident, indent
 
@@ -126,8 +127,7 @@ class _Writer:
     @property
     def breadth(self) -> int:
         """How many numbers are made of a pair at once, where vectors of pairs are."""
-        similarity = self.node.get("similarity")
-        if similarity is None or self.pairs.value(similarity).text.count("@"):
+        if not any(makes_vectors(self.graph, expr) for expr in self._all()):
             return 1
         return int(self.graph.node(self.node.inputs[0]).dims[3])
 
@@ -238,7 +238,8 @@ class _Writer:
     def _exponential(self, form: Exponential) -> None:
         if form.logit != Name("s"):
             self.lines.append(f"s = {self._spread(form.logit)}")
-        self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
+        if self.mask != TRUE:
+            self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
         every = "s"
         if form.extra is not None:
             extra = self._text(form.extra)

@@ -433,7 +433,7 @@ class _Writer:
         """Write what training adds to the loss, and what only that needs."""
         if self.graph.auxiliary is None:
             return []
-        added = self._assign(self.graph.node(self.graph.auxiliary), "self.auxiliary =")
+        added = [f"self.auxiliary = {self._text(self.graph.node(self.graph.auxiliary))}"]
         return ["if self.training:", *indent([*lines, *added])]
 
     def auxiliary_loss(self) -> list[str]:
