@@ -20,6 +20,7 @@ from .check import check, find
 from .choose import Lowering, Target, lowerings
 from .cost import Cost, cost
 from .emit import Code
+from .graph import Graph
 from .model import Architecture, Block, Model
 from .parse import parse_source
 from .pipeline import generate, graphs
@@ -187,10 +188,15 @@ def explain(
     return explained(find(_architecture(arch), name, width, context_width), target(backend))
 
 
+def _called(graph: Graph, chosen: Lowering) -> str:
+    """Name an attention: its block, and the branch it is."""
+    return graph.block.name if chosen.node == "o" else f"{graph.block.name}.{chosen.node}"
+
+
 def explained(what: Block | Model, target: Target) -> Report:
     """Return the report of a checked block or model."""
     found = [
-        Lowering(graph.block.name, each.path, each.reason, each.obstacles)
+        Lowering(_called(graph, each), each.path, each.reason, each.obstacles)
         for graph in graphs(what, target)
         for each in lowerings(graph)
     ]

@@ -33,7 +33,10 @@ from .model import (
 )
 from .scope import Findings, Scope
 
-_GUESSES = {"heads": "", "kv_heads": "heads", "head_dim": "", "value_dim": "head_dim"}
+_GUESSES = {
+    "heads": "", "kv_heads": "heads", "value_heads": "kv_heads", "head_dim": "",
+    "value_dim": "head_dim",
+}  # fmt: skip
 _ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = ("position", "score", "normalize", "weights", "scale", "dropout")
 _LATER = {"select": "none"}
@@ -130,13 +133,19 @@ def fill_heads(scope: Scope, body: Body) -> None:
                 _divides_width(scope, body)
             numbers[name] = scope.size(body.get(name), f"`{name}`")
         numbers.setdefault(name, numbers.get(guess, 64))
-    heads, kv_heads = int(numbers["heads"]), int(numbers["kv_heads"])
-    if heads % kv_heads:
+    for name in ("kv_heads", "value_heads"):
+        _divides_heads(scope, body, name)
+
+
+def _divides_heads(scope: Scope, body: Body, name: str) -> None:
+    heads, fewer = int(scope.numbers["heads"]), int(scope.numbers[name])
+    said = body.has(name) or name == "kv_heads"
+    if heads % fewer and said:
         fits = [str(each) for each in range(1, heads + 1) if heads % each == 0][:8]
         choice = f"{', '.join(fits[:-1])} or {fits[-1]}" if len(fits) > 1 else fits[0]
         with scope.findings.guard():
-            raise error("L204", "`kv_heads` must divide `heads`", body.span_of("kv_heads"),
-                        f"heads = {heads}, kv_heads = {kv_heads}, remainder {heads % kv_heads}",
+            raise error("L204", f"`{name}` must divide `heads`", body.span_of(name),
+                        f"heads = {heads}, {name} = {fewer}, remainder {heads % fewer}",
                         f"use {choice}")  # fmt: skip
 
 
@@ -261,6 +270,7 @@ class _Builder:
             context_width=n["context_width"] if reads_context else None,
             heads=n["heads"],
             kv_heads=n["kv_heads"],
+            value_heads=n["value_heads"],
             head_dim=n["head_dim"],
             value_dim=n["value_dim"],
             streams=streams,

@@ -102,6 +102,9 @@ class _Builder:
                 for each in node.inputs
             )
             own = name if at == len(order) - 1 else f"{name}.{at + 1}"
+            if isinstance(node, Statistic) and own != name:  # named after what it is of
+                own = f"{node.inputs[0].name}.{node.kind}"
+                own = own if own not in self.names else f"{own}.{len(self.names)}"
             made[id(node)] = own
             if isinstance(node, Statistic):
                 self.add(own, "statistic", inputs, dims_of(node.shape), kind=node.kind,

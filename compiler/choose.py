@@ -170,6 +170,8 @@ def triton_obstacle(graph: Graph, node: Node) -> str | None:
         return "what its expressions read of the layer below is not read in kernels yet"
     if normalizer.where is not None:
         return f"`{normalizer.name}` needs a row threshold, which the kernels do not compute yet"
+    if (exponent := exponential(normalizer)) is not None and exponent.held is not None:
+        return "its denominator is held, which the running maximum does not do"
     if node.get("weights") != Name("p"):
         return "weights edited after the normaliser are not fused yet"
     if node.get("rate"):

@@ -36,7 +36,8 @@ OWN: dict[str, Code] = {
         Code(
             "L204",
             "`kv_heads` must divide `heads`",
-            "Query head h reads key/value head h // (heads / kv_heads), so every key/value head "
+            "Query head h reads key/value head h // (heads / kv_heads) (and value head "
+            "h // (heads / value_heads), where that is set), so every key/value head "
             "must serve as many query heads. Use a divisor of `heads`.",
             "block a { heads = 8; kv_heads = 3 }",
         ),

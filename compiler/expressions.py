@@ -51,6 +51,10 @@ class Resolver(ABC):
     def other(self, expr: Expr) -> Value:
         """Return the value of any other expression, or raise."""
 
+    def as_truth(self, value: Value) -> Value | None:  # noqa: ARG002
+        """Return what a number says where it stands for true or false, if it does."""
+        return None
+
     def number(self, expr: Expr) -> Value:
         """Resolve an expression that must be a number, a vector or a matrix (L210)."""
         return self._want(expr, truth=False)
@@ -61,6 +65,8 @@ class Resolver(ABC):
 
     def _want(self, expr: Expr, *, truth: bool) -> Value:
         found = self.visit(expr)
+        if truth and not found.truth:
+            found = self.as_truth(found) or found
         if found.truth != truth:
             is_, needs = ("a number", "true or false") if truth else ("true or false", "a number")
             raise error("L210", f"this must be {needs}", expr.span, f"it is {is_}")

@@ -172,7 +172,7 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
         if isinstance(part, Name) and part.id in scope.numbers:
             return part
         if isinstance(part, Call) and part.function == "joint":
-            return visit(_joint(scope, part))
+            return operand(_joint(scope, part))
         if isinstance(part, Call) and part.function in STATISTICS:
             return operand(_statistic(scope, part))
         if isinstance(part, Call) and part.function == "mean" and target.name == "regularize":
@@ -228,23 +228,15 @@ def _attention(scope: Scope, kind: str, arg: Expr, span: Span) -> tuple[Read, Mi
     return Read(scope.own(name), shape, arg.span), flow
 
 
-def _joint(scope: Scope, call: Call) -> Expr:
-    """`joint(a, b)`: softmax over the keys of all, from what each gives and its `lse`."""
+def _joint(scope: Scope, call: Call) -> Apply:
+    """`joint(a, b, …)`: what attention to the keys of all would give (L209, L228)."""
     if len(call.args) < 2 or call.keywords:
         raise error("L209", "`joint` takes two attentions or more", call.span)
     for each in call.args:
         _attention(scope, "joint", each, call.span)
-    low = Unary("-", Number(1e30))
-    parts = [Call("max", (Call("lse", (each,), (), call.span), low)) for each in call.args]
-    top: Expr = parts[0]
-    for part in parts[1:]:
-        top = Call("max", (top, part))
-    shares = [Call("exp", (Binary("-", each, top),)) for each in parts]
-    above: Expr = Binary("*", call.args[0], shares[0])
-    below: Expr = shares[0]
-    for each, share in zip(call.args[1:], shares[1:], strict=True):
-        above, below = Binary("+", above, Binary("*", each, share)), Binary("+", below, share)
-    return Binary("/", above, below)
+    logs = [_statistic(scope, Call("lse", (each,), (), call.span)) for each in call.args]
+    stage = _Stage(OPS["joint"], {}, (*(each.inputs[0] for each in logs), *logs), call.span)
+    return _apply(stage, None)
 
 
 # ── stages ───────────────────────────────────────────────────────────────────────────────

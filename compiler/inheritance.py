@@ -20,6 +20,7 @@ from .scope import Findings
 
 SETTINGS = {
     "width": "", "context_width": "", "heads": "8", "kv_heads": "heads",
+    "value_heads": "kv_heads",
     "head_dim": "width / heads", "value_dim": "head_dim", "source": "x", "q": "", "k": "", "v": "",
     "position": "none", "similarity": "dot", "scale": "head_dim ** -0.5", "score": "s",
     "mask": "all", "select": "none", "normalize": "softmax", "weights": "p", "mix": "attend",

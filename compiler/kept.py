@@ -13,7 +13,8 @@ from dataclasses import replace
 from math import prod
 
 from ..ops import OPS, Shape
-from .masks import extent, widest
+from .masks import extent, remembered, widest
+from .mixing import mix_exprs
 from .model import (
     Apply,
     Block,
@@ -45,7 +46,8 @@ def kept_bytes(block: Block, tokens: int, size: int) -> int:
     for name, group in groups.items():
         held = tokens
         if name != "m":
-            masks = (*(_pairwise(mixing).mask for _, mixing in group), *block.serves)
+            own = (remembered(_pairwise(each).mask, mix_exprs(each.mix)) for _, each in group)
+            masks = (*own, *block.serves)
             seen = widest(map(extent, masks))
             if seen.back is not None:
                 held = min(tokens, seen.prefix + seen.back + 1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, floor, inf
 
-from ..grammar.expr import TRUE, fold, number, rebuild, substitute
+from ..grammar.expr import TRUE, calls, fold, number, rebuild, substitute
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, walk
 from ..kernels.spec import Reach
 
@@ -68,6 +68,11 @@ def extent(mask: Expr) -> Extent:
             return Extent(0, inf, -inf, -inf)
         case _:
             return Extent()
+
+
+def remembered(mask: Expr, exprs: Iterable[Expr]) -> Expr:
+    """Return the mask of what a cache must keep: a convolution reads all keys, in their order."""
+    return TRUE if any(calls(expr, "convolve") for expr in exprs) else mask
 
 
 def widest(extents: Iterable[Extent]) -> Extent:

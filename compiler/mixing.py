@@ -20,11 +20,10 @@ from .model import MAPS, PREVIOUS, Mixing, Pairwise, Read, Recurrence, Stream
 from .scalars import Axes, resolve, resolve_normalizer, streams_read
 from .scope import Scope
 
-_LATER_POSITIONS = ("relative",)
 _OPERANDS = {
     "q": ("heads", "head_dim"),
     "k": ("kv_heads", "head_dim"),
-    "v": ("kv_heads", "value_dim"),
+    "v": ("value_heads", "value_dim"),
 }
 
 
@@ -107,8 +106,6 @@ class Part:
             return None
         if name in OPS or library.find("stage", name):
             return position
-        if name in _LATER_POSITIONS:
-            raise error("L221", f"the position `{name}` is not available yet", position.span)
         known = ["none", "rope", *library.known("score"), *library.known("stage")]
         raise error("L208", f"there is no position `{name}`", position.span, "",
                     did_you_mean(name, known))  # fmt: skip

@@ -237,6 +237,7 @@ class Block:
     context_width: int | None
     heads: int
     kv_heads: int
+    value_heads: int
     head_dim: int
     value_dim: int
     streams: tuple[Stream, ...]

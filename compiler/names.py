@@ -16,8 +16,8 @@ MEANINGS = frozenset((
 
 # Settings that are streams or numbers: `q = …` says what `let q = …` would.
 SETTINGS = frozenset((
-    "q", "k", "v", "source", "out", "width", "context_width", "heads", "kv_heads", "head_dim",
-    "value_dim",
+    "q", "k", "v", "source", "out", "width", "context_width", "heads", "kv_heads", "value_heads",
+    "head_dim", "value_dim",
 ))  # fmt: skip
 
 # The public attributes of every torch.nn.Module (torch 2.13), and the methods of our own.

@@ -3,6 +3,8 @@
     exp(s) / sum                       exponential, nothing added
     exp(s) / (exp(z[h]) + sum)         exponential, the logit z[h] added
     exp(2 * s) / (1 + sum)             exponential in 2 * s, the logit 0 added
+    exp(s) / detach(sum)               exponential, its denominator held constant
+    exp(s) / max(sum, 1)               exponential, its denominator 1 at least
     relu(s) ** 2 / sum                 ratio
     relu(s - tau) where sum == 1       threshold
 
@@ -13,7 +15,8 @@ takes part in it as one more logit.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from ..grammar.expr import fold, names
 from ..grammar.syntax import Binary, Call, Expr, Name, Number
@@ -22,14 +25,18 @@ from .model import Normalizer
 
 @dataclass(frozen=True, slots=True)
 class Exponential:
-    """p = exp(logit) / (sum + exp(extra)); `extra` None adds nothing."""
+    """p = exp(logit) / (sum + exp(extra)); `extra` None adds nothing.
+
+    `held`, where there is one, is what becomes of the denominator's logarithm `lse`.
+    """
 
     logit: Expr
     extra: Expr | None = None
+    held: Expr | None = None
 
     @property
     def is_softmax(self) -> bool:
-        return self.logit == Name("s") and self.extra is None
+        return self.logit == Name("s") and self.extra is None and self.held is None
 
 
 def exponential(normalizer: Normalizer) -> Exponential | None:
@@ -41,6 +48,12 @@ def exponential(normalizer: Normalizer) -> Exponential | None:
             pass
         case _:
             return None
+    match normalizer.denominator:
+        case Call("detach", (inner,)):
+            return _held(normalizer, inner, lambda lse: Call("detach", (lse,)))
+        case Call("max", (inner, Number(value))) | Call("max", (Number(value), inner)) if value > 0:
+            least = Number(math.log(value), repr(math.log(value)))
+            return _held(normalizer, inner, lambda lse: Call("max", (lse, least)))
     terms = _terms(normalizer.denominator)
     added = [term for term in terms if term != Name("sum")]
     if len(added) != len(terms) - 1 or any("sum" in names(term) for term in added):
@@ -58,6 +71,14 @@ def exponential(normalizer: Normalizer) -> Exponential | None:
     for term in added[1:]:
         total = Binary("+", total, term)
     return Exponential(logit, Call("log", (total,)))
+
+
+def _held(normalizer: Normalizer, inner: Expr, hold: Callable[[Expr], Expr]) -> Exponential | None:
+    """Return the form of a normaliser whose denominator is held in some way."""
+    form = exponential(replace(normalizer, denominator=inner))
+    if form is None:
+        return None
+    return replace(form, held=hold(form.held or Name("lse")))
 
 
 def _terms(expr: Expr) -> list[Expr]:

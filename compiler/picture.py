@@ -80,6 +80,8 @@ def describe(block: Block) -> list[tuple[str, str]]:
     heads = f"{block.heads} × {block.head_dim}"
     if block.kv_heads != block.heads:
         heads += f", {block.kv_heads} key/value heads"
+    if block.value_heads != block.kv_heads:
+        heads += f", {block.value_heads} value heads"
     if block.value_dim != block.head_dim:
         heads += f", values of {block.value_dim}"
     lines = [("width", str(block.width)), ("heads", heads)]

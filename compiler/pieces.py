@@ -257,6 +257,13 @@ def coin(s: Tensor, rate: float, training: bool) -> Tensor:
     return (torch.rand(s.shape, dtype=torch.float32, device=s.device) < rate).to(s.dtype)
 
 
+def joint(parts: list[Tensor], logs: list[Tensor]) -> Tensor:
+    """Return the mean of parts [..., d] weighed by denominators, of which the logs [..., 1] are."""
+    every = torch.stack(logs)
+    shares = every.clamp(min=torch.finfo(every.dtype).min).softmax(0)
+    return (torch.stack(parts) * shares).sum(0)
+
+
 def mix_heads(x: Tensor, weight: Tensor) -> Tensor:
     """Return maps [b, g, n, m] that are sums of maps x [b, h, n, m] by weights [g, h]."""
     return torch.einsum("gh,bhnm->bgnm", weight.to(x.dtype), x)

@@ -15,7 +15,8 @@ from dataclasses import replace
 from ..grammar.syntax import Expr
 from . import decoding
 from .kept import late
-from .masks import extent, widest
+from .masks import extent, remembered, widest
+from .mixing import mix_exprs
 from .model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Read, flow_nodes
 
 Finish = Callable[[tuple[str, ...]], Block]  # the block of a layer that gives these streams
@@ -149,4 +150,4 @@ def _together(layers: list[Block]) -> list[Block]:
 def _masks(block: Block) -> Iterator[Expr]:
     for _, mixing in _of_tokens(block):
         assert isinstance(mixing.mix, Pairwise)
-        yield mixing.mix.mask
+        yield remembered(mixing.mix.mask, mix_exprs(mixing.mix))

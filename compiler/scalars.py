@@ -20,7 +20,7 @@ from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Nam
 from ..ops import Shape
 from .expressions import Dims, Resolver, Value, plain
 from .library import put
-from .model import MAPS, PREVIOUS, Normalizer, Read
+from .model import MAPS, PREVIOUS, Apply, Normalizer, Read
 from .scope import Scope, body, suggest
 
 PLACES = frozenset(("i", "j", "h", "n", "m"))
@@ -73,6 +73,16 @@ class _Resolver(Resolver):
                 "bring it to a number with `dot`, `sum`, `mean` or `norm`, or index it",
             )
         return found.expr
+
+    def as_truth(self, value: Value) -> Value | None:
+        """A stream made by a comparison holds 1 and 0: `keep[j]` is true where it is not 0."""
+        match value.expr:
+            case Index(Name(name)) if name in self.scope.streams:
+                flow = self.scope.streams[name].flow
+                if isinstance(flow, Apply) and _says(dict(flow.options).get("expr")):
+                    asked = Compare((value.expr, Number(0)), ("!=",), value.expr.span)
+                    return Value(asked, value.dims, True)
+        return None
 
     def other(self, expr: Expr) -> Value:
         match expr:
@@ -340,7 +350,19 @@ def shaped(expr: Expr) -> Expr:
 
 def resolve_function(scope: Scope, expr: Expr, free: frozenset[str]) -> Expr:
     """Return a scalar expression over the given names (the body of a stage)."""
-    return shaped(_Resolver(scope, "stage", free).scalar(expr))
+    visitor = _Resolver(scope, "stage", free)
+    if visitor.visit(expr).truth:
+        said = visitor.scalar(expr, truth=True)
+        return Call("where", (said, Number(1), Number(0)), (), expr.span)
+    return shaped(visitor.scalar(expr))
+
+
+def _says(expr: object) -> bool:
+    """Say whether an elementwise expression is true or false, held as 1 and 0."""
+    match expr:
+        case Call("where", (_, Number(1), Number(0))):
+            return True
+    return False
 
 
 def resolve_normalizer(

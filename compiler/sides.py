@@ -72,6 +72,15 @@ def product(graph: Graph, expr: Expr) -> tuple[Expr, Expr] | None:
     return query, key
 
 
+def makes_vectors(graph: Graph, expr: Expr) -> bool:
+    """Say whether a vector is made for every pair on the way to an expression's value."""
+    if product(graph, expr) is not None:
+        return False
+    if rank(graph, expr) > 0 and {QUERY, KEY} <= sides(expr):
+        return True
+    return any(makes_vectors(graph, each) for each in children(expr))
+
+
 def _factors(expr: Expr) -> list[Expr]:
     match expr:
         case Binary("*", left, right):

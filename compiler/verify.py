@@ -12,16 +12,19 @@ own weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..grammar.expr import calls
 from ..grammar.syntax import Binary, Compare, Name, Number
 from ..ops import OPS
 from .api import build_module, construct
 from .choose import Target
 from .emit import Code
+from .mixing import mix_exprs
 from .model import Apply, Block, Model, Pairwise, Recurrence, applies
 from .reference import reference
 from .verify_cases import (
@@ -223,8 +226,7 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
 
 
 def _stages(block: Block) -> list[Apply]:
-    return [node for flow in (*(each.flow for each in block.streams), block.out)
-            for node in applies(flow)]  # fmt: skip
+    return [node for flow in block.flows for node in applies(flow)]
 
 
 def _pairwise(block: Block) -> bool:
@@ -269,6 +271,32 @@ def _extreme(subject: Subject) -> tuple[int, float]:
     return count, worst
 
 
+def _training(subject: Subject) -> str | tuple[int, float]:
+    stages = [node for block in subject.blocks for node in _stages(block)]
+    mixes = [each.mix for block in subject.blocks for each in block.mixings.values()]
+    if any(isinstance(mix, Pairwise) and mix.dropout for mix in mixes):
+        return "the weights are dropped by other draws than those of the meaning"
+    draws = any(OPS[node.op].random for node in stages) or any(
+        calls(expr, "coin") for mix in mixes for expr in mix_exprs(mix)
+    )
+    if not draws and all(block.regularize is None for block in subject.blocks):
+        return "it computes the same in training"
+    worst, count = 0.0, 0
+    modules = [deepcopy(each).train() for each in (subject.oracle, subject.module)]
+    for case in subject.cases[1:3]:
+        x, given = subject.inputs(case)
+        found = []
+        for module in modules:
+            torch.manual_seed(case.seed)
+            found.append(gradients(module, x, given, None))
+        (expected, wanted), (got, grads) = found
+        worst = max(worst, compare("the output in training", case, got, expected, 1e-8))
+        for name, grad in wanted.items():
+            error = compare(f"the gradient of {name} in training", case, grads[name], grad, 1e-8)
+            worst, count = max(worst, error), count + 1
+    return count, worst
+
+
 def _export(subject: Subject) -> tuple[int, float]:
     case = subject.cases[2]
     x, given = subject.inputs(case)
@@ -301,6 +329,7 @@ _COMMON: dict[str, Check] = {
     "gradients": _gradients,
     "decoding": _decoding,
     "causality": _causality,
+    "training": _training,
     "exported file": _export,
 }
 _OF_VARIANTS: dict[str, Check] = {

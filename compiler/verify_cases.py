@@ -142,7 +142,10 @@ def compare(name: str, case: object, got: Tensor, expected: Tensor, tolerance: f
 def gradients(
     module: nn.Module, x: Tensor, given: dict[str, Tensor], weigh: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the output and the gradient of every parameter and float input."""
+    """Return the output and the gradient of every parameter and float input.
+
+    The gradient is of the weighed output and of what training adds to the loss.
+    """
     leaves: dict[str, Tensor] = {
         name: each for name, each in module.named_parameters() if each.requires_grad
     }
@@ -152,7 +155,11 @@ def gradients(
             inputs[name] = leaves[name] = each.detach().clone().requires_grad_()
     y = module(inputs.pop("x"), **inputs)
     weigh = torch.ones_like(y) if weigh is None else weigh.to(y.dtype)
-    grads = torch.autograd.grad((y * weigh).sum(), list(leaves.values()), allow_unused=True)
+    total = (y * weigh).sum()
+    added = getattr(module, "auxiliary_loss", None)
+    if module.training and callable(added):
+        total = total + added()
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return y.detach(), {
         name: torch.zeros_like(leaf) if grad is None else grad
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True)

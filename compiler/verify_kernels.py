@@ -83,8 +83,9 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
         if node.get("lowering").path != "triton":
             continue
         q, k, v = (shape_of(graph.node(name).dims) for name in node.inputs[:3])
+        kv_heads = max(k.heads or 1, v.heads or 1)
         found = compile_ahead(kernel_spec(graph, node), targets, q.dim, v.dim,
-                              heads=q.heads or 1, kv_heads=k.heads or 1)  # fmt: skip
+                              heads=q.heads or 1, kv_heads=kv_heads)  # fmt: skip
         for each in found:
             if not each.ok:
                 raise RuntimeError(f"{each.kernel} on {each.target} spills {each.spills} bytes "

@@ -11,6 +11,7 @@ from .draws import Bernoulli, DropHeads, Noise
 from .dropout import Dropout
 from .features import Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
+from .joint import Joint
 from .latents import Latents
 from .linear import HeadLinear, Linear
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
@@ -45,9 +46,10 @@ OPS: dict[str, Op] = {
         Noise(),
         MeanTokens(),
         Average(),
+        Joint(),
         Pointwise(),
     )
 }
-UNNAMED = ("pointwise", "average")  # operations that are no stages of a pipeline
+UNNAMED = ("pointwise", "average", "joint")  # operations that are no stages of a pipeline
 
 __all__ = ["OPS", "UNNAMED", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
-    """Return [.., n, heads · d] as [.., heads, n, d]."""
+    """Return [.., n, heads · d] as [.., heads, n, d]; one feature is the same for all heads."""
+    if x.shape[-1:] in ((), (1,)):
+        return x.unsqueeze(-3) if x.ndim > 1 else x
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
 
 
 def by_head_text(text: str, heads: int, shape: Shape) -> str:
     """Return the text of `by_head` for a stream of this shape."""
+    if shape.dim == 1:  # along "1" it may be a tensor [] or [1]
+        return f"{text}.reshape(-1, 1, 1, 1)" if shape.tokens == "1" else f"{text}.unsqueeze(-3)"
     return f"{text}.unflatten(-1, ({heads}, -1)).transpose{_swapped(shape)}"
 
 

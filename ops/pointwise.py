@@ -2,8 +2,8 @@
 
 One operation with a scalar expression inside: `x | silu` is a0 → silu(a0), and
 `(one - 0.3 * two)` is a0, a1 → a0 − 0.3 · a1. A stream without heads that meets one with
-heads gives each head its own feature when it has one a head, its own slice when it has more, and
-all of them the one it has. What runs along "1" is the same for every token of what it meets.
+heads gives each head its own feature when it has one a head, its own slice when it has more. What
+runs along "1" is the same for every token of the streams that it meets.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Pointwise(Op):
         split = [run.has_heads(at, x) for at, x in enumerate(inputs)]
         if any(split):
             heads = inputs[split.index(True)].shape[-3]
-            inputs = [x if done else _along_heads(x, heads)
+            inputs = [x if done else by_head(x, heads)
                       for x, done in zip(inputs, split, strict=True)]  # fmt: skip
         values = {f"a{at}": x for at, x in enumerate(inputs)}
         result: Tensor = evaluate(options["expr"], values)
@@ -62,9 +62,7 @@ class Pointwise(Op):
         names = {}
         for at, (name, shape) in enumerate(zip(inputs, shapes, strict=True)):
             if heads is not None and shape.heads is None:
-                one = f"{name}.reshape(-1, 1, 1, 1)" if shape.tokens == "1" else (
-                    f"{name}.unsqueeze(1)")  # fmt: skip
-                name = one if shape.dim == 1 else by_head_text(name, heads, shape)
+                name = by_head_text(name, heads, shape)
             names[f"a{at}"] = name
         like = next((each for each in inputs if each.isidentifier()), "x")
         typed = f"{like}.new_full((), {{}})"
@@ -73,13 +71,6 @@ class Pointwise(Op):
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         size = max(each.features for each in inputs)
         return size * sum(isinstance(node, Binary | Unary | Call) for node in walk(options["expr"]))
-
-
-def _along_heads(x: Tensor, heads: int) -> Tensor:
-    """Return a stream without heads beside one with heads; one feature is for all of them."""
-    if x.shape[-1:] in ((), (1,)):
-        return x.unsqueeze(-3) if x.ndim > 1 else x
-    return by_head(x, heads)
 
 
 def _id(leaf: Name | Index) -> str:

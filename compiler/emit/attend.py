@@ -23,6 +23,7 @@ from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm
 from ..model import MAPS, PREVIOUS, Normalizer
 from ..normalizers import Exponential, exponential
+from ..sides import makes_vectors
 from .pairs import Operand, Pairs, operand, token
 from .text import atomic, call, comment, ident, indent
 
@@ -96,6 +97,7 @@ class _Writer:
         self.graph, self.node = graph, node
         self.heads, self.queries, self.width = (node.dims[1], *node.dims[2:])
         self.key_heads, self.keys = graph.node(node.inputs[1]).dims[1:3]
+        self.value_heads = graph.node(node.inputs[2]).dims[1]
         self.normalizer: Normalizer = node.get("normalizer")
         self.mask: Expr = node.get("mask")
         self.pairs = Pairs(graph, node, masked=self.mask != TRUE)
@@ -125,8 +127,7 @@ class _Writer:
     @property
     def breadth(self) -> int:
         """How many numbers are made of a pair at once, where vectors of pairs are."""
-        similarity = self.node.get("similarity")
-        if similarity is None or self.pairs.value(similarity).text.count("@"):
+        if not any(makes_vectors(self.graph, expr) for expr in self._all()):
             return 1
         return int(self.graph.node(self.node.inputs[0]).dims[3])
 
@@ -138,10 +139,10 @@ class _Writer:
         return [*self._sized(), *sdpa_call(self.graph, self.node, args, "return ")]
 
     def dense(self) -> list[str]:
-        group = int(self.heads) // int(self.key_heads)
-        if group > 1:
-            self.lines += [f"k = k.repeat_interleave({group}, dim=1)",
-                           f"v = v.repeat_interleave({group}, dim=1)"]  # fmt: skip
+        for name, heads in (("k", self.key_heads), ("v", self.value_heads)):
+            if heads != self.heads:
+                group = int(self.heads) // int(heads)
+                self.lines.append(f"{name} = {name}.repeat_interleave({group}, dim=1)")
         scale = self.node.get("scale")
         shape = f"b, {self.heads}, {self.queries}"
         times = "" if scale == 1 else f" * {scale!r}"
@@ -237,31 +238,27 @@ class _Writer:
     def _exponential(self, form: Exponential) -> None:
         if form.logit != Name("s"):
             self.lines.append(f"s = {self._spread(form.logit)}")
-        self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
-        asked = any(kind in ("lse", "entropy") for _, kind, _ in self.statistics)
-        if form.extra is None:
-            self.lines.append("p = s.softmax(-1)")
-            if asked:
-                self.lines.append("lse = s.logsumexp(-1, keepdim=True)")
-            if asked and self.mask != TRUE and not self._sees_something:
-                self.lines.append(
-                    "lse = lse.masked_fill(~visible.any(-1, keepdim=True), -torch.inf)"
-                )
-        else:
+        if self.mask != TRUE:
+            self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
+        every = "s"
+        if form.extra is not None:
             extra = self._text(form.extra)
             if isinstance(form.extra, Number):
                 self.lines.append(f"added = torch.full_like(s[..., :1], {extra})")
             else:
                 self.lines.append(f"added = ({extra}).to(wide).expand_as(s[..., :1])")
-            if asked:
-                self.lines += ["s_all = torch.cat([s, added], dim=-1)",
-                               "p = s_all.softmax(-1)[..., :-1]",
-                               "lse = s_all.logsumexp(-1, keepdim=True)"]  # fmt: skip
-            else:
-                self.lines.append("p = torch.cat([s, added], dim=-1).softmax(-1)[..., :-1]")
-        if self.mask != TRUE and not (
-            form.extra is None and sees_something(self.graph.block.mixings[self.node.name])
-        ):
+            every = "torch.cat([s, added], dim=-1)"
+        asked = any(kind in ("lse", "entropy") for _, kind, _ in self.statistics)
+        if asked or form.held is not None:
+            self.lines.append(f"lse = {every}.logsumexp(-1, keepdim=True)")
+        if form.held is not None:
+            self.lines += [f"lse = {self._text(form.held)}", "p = (s - lse).exp()"]
+        else:
+            own = "" if form.extra is None else "[..., :-1]"
+            self.lines.append(f"p = {every}.softmax(-1){own}")
+        if asked and form.extra is None and self.mask != TRUE and not self._sees_something:
+            self.lines.append("lse = lse.masked_fill(~visible.any(-1, keepdim=True), -torch.inf)")
+        if self.mask != TRUE and not (form.extra is None and self._sees_something):
             self.lines.append("p = p.masked_fill(~visible, 0)")
 
     def _ratio(self) -> None:
@@ -294,7 +291,8 @@ def made_for_kernel(
 ) -> tuple[list[str], list[str]]:
     """Return the lines that make what a kernel takes of vectors, and its q, k and v."""
     q, k, v = operands_
-    group = int(node.dims[1]) // int(graph.node(node.inputs[1]).dims[1])
+    q, k, v = alike(graph, node, q, k, v)
+    group = int(node.dims[1]) // max(int(graph.node(name).dims[1]) for name in node.inputs[1:3])
     repeat = f".repeat_interleave({group}, dim=1)" if group > 1 else ""
     variables = {Operand("q", "i"): q, Operand("k", "j"): f"{k}{repeat}"}
     for seen in operands(graph, node):
@@ -322,14 +320,24 @@ def looks_back(graph: Graph, expr: Expr) -> Iterator[int]:
                 yield int(graph.node(kernel).dims[-2]) - 1
 
 
+def alike(graph: Graph, node: Node, q: str, k: str, v: str) -> list[str]:
+    """Write q, k and v, the one of k and v that has fewer heads repeated to those of the other."""
+    keys, values = (int(graph.node(name).dims[1]) for name in node.inputs[1:3])
+    if keys < values:
+        k = f"{k}.repeat_interleave({values // keys}, dim=1)"
+    if values < keys:
+        v = f"{v}.repeat_interleave({keys // values}, dim=1)"
+    return [q, k, v]
+
+
 def sdpa_call(graph: Graph, node: Node, args: list[str], head: str) -> list[str]:
     """Return a call of scaled_dot_product_attention with what the node needs beyond `args`."""
-    q, k = (shape_of(graph.node(name).dims) for name in node.inputs[:2])
-    args = list(args)
+    q, k, v = (shape_of(graph.node(name).dims) for name in node.inputs[:3])
+    args = [*alike(graph, node, *args[:3]), *args[3:]]
     if node.get("rate"):
         args.append(f"dropout_p={node.get('rate')!r} if self.training else 0.0")
     if node.get("scale") != q.dim**-0.5:
         args.append(f"scale={node.get('scale')!r}")
-    if k.heads != q.heads:
+    if max(k.heads or 1, v.heads or 1) != q.heads:
         args.append("enable_gqa=True")
     return call(f"{head}F.scaled_dot_product_attention", args)

@@ -14,10 +14,10 @@ from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...ops import OPS
 from .. import decoding
-from ..choose import Lowering, always_fused, kernel_reads, maps, reads_places
+from ..choose import Lowering, always_fused, attend_exprs, kernel_reads, maps, reads_places
 from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
-from ..masks import extent, widest
+from ..masks import extent, remembered, widest
 from ..model import MAPS, PREVIOUS, Pairwise
 from . import attend, scan
 from .tensors import tensor as tensor_lines
@@ -215,7 +215,8 @@ class _Writer:
             return [], "room for the keys and values of a context"
         if kind == "TailCache":
             return [], "room for the tokens before the next one"
-        masks = (*(node.get("mask") for node in self._held[name]), *self.block.serves)
+        own = (remembered(node.get("mask"), attend_exprs(node)) for node in self._held[name])
+        masks = (*own, *self.block.serves)
         reach = widest(map(extent, masks))
         shown = ", ".join(f'"{ident(each)}": {self._size(each)}' for each in self._kept(name))
         ring = [] if reach.back is None else [f"ring={reach.back + 1}"]
@@ -432,7 +433,7 @@ class _Writer:
         """Write what training adds to the loss, and what only that needs."""
         if self.graph.auxiliary is None:
             return []
-        added = self._assign(self.graph.node(self.graph.auxiliary), "self.auxiliary =")
+        added = [f"self.auxiliary = {self._text(self.graph.node(self.graph.auxiliary))}"]
         return ["if self.training:", *indent([*lines, *added])]
 
     def auxiliary_loss(self) -> list[str]:

@@ -140,7 +140,7 @@ class Pairs(Values):
             return None
         if (met := product(self.graph, expr)) is not None:
             query, key = (self.side(at).value(each) for at, each in zip("ij", met, strict=True))
-            return Text(f"({atomic(query.text)} @ {atomic(key.text)}.mT)", 0)
+            return Text(f"{atomic(query.text)} @ {atomic(key.text)}.mT", 0)
         along = sides(expr)
         if along not in ({QUERY}, {KEY}):
             return None

@@ -37,6 +37,10 @@ SETTINGS = {
     "strictly_before": "heads = 4; mask = j < i",
     "negated": "heads = 4; mask = causal and not (i - j == 2 or j > 7)",
     "by_stream": "heads = 4; let keep = x | linear(1); mask = causal and (keep[j] > 0 or i == j)",
+    "by_truth": "heads = 4; let keep = (x | linear(1)) > 0 and (x | slice(0, 1)) < 1; "
+    "mask = causal and (keep[j] or i == j); score = where(keep[i], s, -s)",
+    "relative": f"{CAUSAL}; position = relative(8, 16, sides = 1)",
+    "relative_both_ways": "heads = 4; position = relative(12, 20)",
     "by_fraction": "heads = 4; mask = causal and sqrt(i - j) <= 1.5 + i / 9",
     # scores
     "softcap": f"{CAUSAL}; score = softcap(5)",
@@ -83,6 +87,8 @@ SETTINGS = {
     "param c[heads, heads] = normal(1); score = mix_heads(s, a); weights = mix_heads(p, c)",
     "convolved": f"{CAUSAL}; param a[heads, 3, 5] = normal(1); param c[1, 3] = normal(1); "
     "score = convolve(s, a); weights = convolve(p, c)",
+    "convolved_window": "heads = 4; mask = causal and (window(3) or sink(2)); "
+    "param a[heads, 1, 4] = normal(1); score = convolve(s, a)",
     "convolved_over_keys": f"{CAUSAL}; param a[heads, 1, 4] = normal(1); score = convolve(s, a)",
     # branches
     "branches": f"{CAUSAL}; branch one {{ }}; "
@@ -140,13 +146,21 @@ SETTINGS = {
     "head_embeddings": f"{CAUSAL}; param e[heads, head_dim] = normal(1); param g[width] = 1; "
     "let c = x * g | linear(head_dim); q = ((c | repeat(heads)) * (1 + e)); out = (o + e) "
     "| merge | linear",
-    "one_for_all_heads": f"{CAUSAL}; param c = 2; let g = x | linear(1) | sigmoid; "
-    "out = (c * o) | gate(g) | merge | linear",
+    "one_number_meets_heads": f"{CAUSAL}; param c = 2; let g = x | linear(1) | sigmoid; "
+    "out = (c * o + g * o - c * g) | merge | linear",
     "routed": f"{CAUSAL}; let r = x | linear(heads) | softmax | top(2) | l1_norm | scale(2); "
     "out = o | gate(r) | merge | linear",
     # normalisers and weights
     "softmax_plus_one": f"{CAUSAL}; normalize = softmax_plus_one",
     "learned_sink": f"{CAUSAL}; normalize = sink",
+    "held": f"{CAUSAL}; normalize = exp(s) / detach(sum)",
+    "held_at_least": f"{CAUSAL}; param z[heads] = 1; normalize = exp(s) / max(exp(z[h]) + sum, 2)",
+    "held_of_nothing": "heads = 4; mask = j < i; normalize = exp(s) / max(detach(sum), 1); "
+    "out = o | gate(tanh(lse(o)) + entropy(o)) | merge | linear",
+    "clamped": f"{CAUSAL}; normalize = relu(s) / max(sum, 1)",
+    "value_heads": f"{CAUSAL}; kv_heads = 2; value_heads = 4; value_dim = 3",
+    "fewer_value_heads": f"{CAUSAL}; value_heads = 2; score = softcap(5)",
+    "fewer_value_heads_plain": f"{CAUSAL}; kv_heads = 4; value_heads = 1",
     "sigmoid": f"{CAUSAL}; normalize = sigmoid",
     "relu": f"{CAUSAL}; normalize = relu",
     "squared_relu": f"{CAUSAL}; normalize = squared_relu",

@@ -519,7 +519,6 @@ def test_it_needs_no_torch():
         ("block a { const c[heads] = normal(1); score = s + c[h]; mask = causal }", "L219"),
         ("block a { mask = ispow2((i - j) / 2) }", "L210"),
         ("block a { mask = ispow2(i - 0.5) }", "L210"),
-        ("block a { position = relative(8, 16) }", "L221"),
     ],
 )
 def test_what_modules_would_not_agree_on_is_refused(text: str, code: str) -> None:

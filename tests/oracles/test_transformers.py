@@ -305,20 +305,18 @@ def t5(sizes: Sizes) -> Pair:
     The longest distance is no power of two, so that no distance lies on a bucket's edge.
     """
     each, furthest = 8, 100  # buckets on a side, the first half of them one distance wide
-    exact = each // 2
     text = f"""block b {{
       width = {sizes.width}; heads = {sizes.heads}; head_dim = {sizes.head_dim}; scale = 1
-      param table[{2 * each}, heads] = 0
-      score = s + table[where(j > i, {each}, 0) + where(abs(i - j) < {exact}, abs(i - j),
-        min({each - 1}, {exact} + floor({each - exact} * log(max(abs(i - j), 1) / {exact})
-          / log({furthest} / {exact})))), h]
+      position = relative({2 * each}, {furthest})
     }}"""
     config = T5Config(d_model=sizes.width, num_heads=sizes.heads, d_kv=sizes.head_dim,
                       relative_attention_num_buckets=2 * each, attn_implementation="eager",
                       relative_attention_max_distance=furthest)  # fmt: skip
     module = T5Attention(config, has_relative_attention_bias=True, layer_idx=0).eval()
-    table = {f"{name}_proj.weight": f"{name}.weight" for name in "qkvo"}
-    table["table"] = "relative_attention_bias.weight"
+    table: dict[str, str | tuple[str, Callable[[Tensor], Tensor]]] = {
+        f"{name}_proj.weight": f"{name}.weight" for name in "qkvo"
+    }
+    table["table"] = ("relative_attention_bias.weight", lambda weight: weight.mT)
     return Pair(text, module, lambda x: module(x)[0], table)
 
 

@@ -91,8 +91,7 @@ def test_66_a_head_as_wide_as_the_sequence_reaches_any_map():
 
 def test_144_as_many_key_heads_as_value_heads_are_gqa():
     few = Mechanism("diffqkv")
-    gqa = Mechanism("diffqkv", ("| linear(2 * head_dim) | split(2) | repeat(kv_heads / 2)",
-                                "| linear | split"), like=few)  # fmt: skip
+    gqa = Mechanism("diffqkv", ("kv_heads    = 2", "kv_heads    = 4"), like=few)
     gqa.set(k_proj_weight=repeated(few.parameter("k_proj.weight"), 2, 2))
     x = tokens(width=64)
     assert_close(few(x), gqa(x))
@@ -103,9 +102,8 @@ def test_144_the_heads_each_query_reads():
     x = tokens(width=64)
     streams = mechanism.streams(x)
     q, k, v = (streams[name] for name in "qkv")
-    assert_close(k[:, 0], k[:, 1])  # stored once for two value heads
-    read = scaled_dot_product_attention(q, k[:, ::2].repeat_interleave(4, 1),
-                                        v.repeat_interleave(2, 1), is_causal=True)  # fmt: skip
+    read = scaled_dot_product_attention(q, k.repeat_interleave(4, 1), v.repeat_interleave(2, 1),
+                                        is_causal=True)  # fmt: skip
     assert_close(mechanism.mixed(x), read)
     assert mechanism.parameter("k_proj.weight").shape == (2 * 8, 64)
     assert mechanism.parameter("v_proj.weight").shape == (4 * 8, 64)
