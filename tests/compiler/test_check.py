@@ -47,7 +47,7 @@ def marked(found: Diagnostic) -> str:
 
 POINTS = [
     ("block a {\n  kv_head = 2\n}", "L202", (2, 3), "kv_head = 2",
-     "did you mean `kv_heads` or `heads`?"),
+     "did you mean `kv_heads` or `value_heads`?"),
     ("block a {\n  kv_heads = 3\n}", "L204", (2, 14), "3", "use 1, 2, 4 or 8"),
     ("block a { mask = casual }", "L201", (1, 18), "casual", "did you mean `causal`?"),
     ("block a { mask = causal and windw(3) }", "L201", (1, 29), "windw(3)",
@@ -194,6 +194,7 @@ BLOCKS = {
     "too many indices": ("L214", "param w[heads, 3] = 0; score = s + w[h, i, j]"),
     "too few indices": ("L214", "score = s + norm(q[i])"),
     "an index of a number": ("L214", "score = s + (i + j)[h]"),
+    "a number as a truth": ("L210", "let g = x | linear(1); mask = g[j]"),
     "a row without a grid": ("L214", "score = s - row(i)"),
     "a function of two": ("L209", "score = tanh(s, 1)"),
     # functions of the map
@@ -221,6 +222,8 @@ BLOCKS = {
         "L212", "branch b { k = c }; branch c { k = b }; out = b | merge | linear",
     ),
     "three heads of a branch": ("L205", "branch b { heads = 3 }; out = b | merge | linear"),
+    "value heads": ("L204", "value_heads = 3"),
+    "value heads of a branch": ("L204", "branch b { value_heads = 3 }; out = b | merge | linear"),
     "key heads of a branch": ("L204", "branch b { kv_heads = 3 }; out = b | merge | linear"),
     "branches of other heads": (
         "L206", "head_dim = 8; branch b { heads = 2 }; out = (o + b) | merge | linear",
