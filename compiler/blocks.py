@@ -38,7 +38,9 @@ _GUESSES = {
     "value_dim": "head_dim",
 }  # fmt: skip
 _ABOUT_SHAPES = ("L206", "L207", "L216")
-_PAIRWISE_ONLY = ("position", "score", "normalize", "weights", "scale", "dropout")
+_PAIRWISE_ONLY = (
+    "position", "similarity", "score", "normalize", "weights", "scale", "dropout",
+)  # fmt: skip
 _LATER = {"select": "none"}
 
 

@@ -248,8 +248,8 @@ OWN: dict[str, Code] = {
         Code(
             "W003",
             "a setting has no effect beside a recurrent mixer",
-            "`score`, `normalize`, `weights`, `scale` and `dropout` belong to pairwise attention; "
-            "a recurrence does what its statements say. Remove the setting.",
+            "`similarity`, `score`, `normalize`, `weights`, `scale` and `dropout` belong to "
+            "pairwise attention; a recurrence does what its statements say. Remove the setting.",
             "block a { mix = linear; mask = causal; score = softcap(5) }",
         ),
         Code(
