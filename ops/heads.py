@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
-    """Return [.., n, heads · d] as [.., heads, n, d]."""
+    """Return [.., n, heads · d] as [.., heads, n, d]; one feature is the same for all heads."""
+    if x.shape[-1] == 1:
+        return x.unsqueeze(-3)
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
 
 
 def by_head_text(text: str, heads: int, shape: Shape) -> str:
     """Return the text of `by_head` for a stream of this shape."""
+    if shape.dim == 1:
+        return f"{text}.unsqueeze(-3)"
     return f"{text}.unflatten(-1, ({heads}, -1)).transpose{_swapped(shape)}"
 
 

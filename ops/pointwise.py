@@ -42,7 +42,7 @@ class Pointwise(Op):
     def _fits(part: Shape, whole: Shape) -> bool:
         if part.heads == whole.heads:
             return part.dim == 1
-        return part.heads is None and part.dim in (whole.heads, whole.features)
+        return part.heads is None and part.dim in (1, whole.heads, whole.features)
 
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run

@@ -146,6 +146,8 @@ SETTINGS = {
     "head_embeddings": f"{CAUSAL}; param e[heads, head_dim] = normal(1); param g[width] = 1; "
     "let c = x * g | linear(head_dim); q = ((c | repeat(heads)) * (1 + e)); out = (o + e) "
     "| merge | linear",
+    "one_number_meets_heads": f"{CAUSAL}; param c = 2; let g = x | linear(1) | sigmoid; "
+    "out = (c * o + g * o - c * g) | merge | linear",
     "routed": f"{CAUSAL}; let r = x | linear(heads) | softmax | top(2) | l1_norm | scale(2); "
     "out = o | gate(r) | merge | linear",
     # normalisers and weights
