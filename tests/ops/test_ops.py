@@ -330,6 +330,13 @@ def expected(name: str) -> Tensor:
             return torch.stack(x.chunk(4, -1), 1) / (2 + rest[0].square())
         case "one token alone":
             return x + rest[0]
+        case "mean_tokens" | "mean_tokens, no heads":
+            return x.sum(-2, keepdim=True) / x.shape[-2]
+        case "average":
+            return x.sum() / x.numel()
+        case "joint":
+            other, one, two = rest
+            return (x * one.exp() + other * two.exp()) / (one.exp() + two.exp())
         case "step":
             return torch.where(x > 0.2, x, 0)
         case "detach":
