@@ -681,7 +681,7 @@ def _statistics(node: Node) -> list[str]:
 
 def _tensor_text(node: Node) -> str:
     """Write a param or const as a stream of one token."""
-    lifted = "[:, None]" if len(node.dims) == 2 else "[None, None]" if node.dims else ""
+    lifted = {0: "[None, None, None]", 1: "[None, None]", 2: "[:, None]"}[len(node.dims)]
     return f"self.{node.name}{lifted}"
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from ...grammar.expr import names, rebuild, substitute
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
+from ...kernels.places import bounds
 from ..graph import Dims, Graph, Node
-from ..masks import whole_range
 from ..model import MAPS, PREVIOUS
 from ..sides import KEY, PAIR, QUERY, product, reduces, sides
 from .text import atomic, ident
@@ -244,10 +244,10 @@ class Pairs(Values):
 
     def _place(self, item: Expr, size: int) -> str:
         """Write an index into `size` elements: past an end, it reads the element at that end."""
-        bounds = whole_range(item, self.heads)
+        found = bounds(item, self.heads)
         text = self.value(item).text
-        if bounds is None:
+        if found is None:
             text = f"({text}).floor().long()"
-        if bounds is None or bounds[0] < 0 or bounds[1] >= size:
+        if found is None or found[0] < 0 or found[1] >= size:
             text = f"{atomic(text)}.clamp(0, {size - 1})"
         return text

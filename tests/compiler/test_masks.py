@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from headloom.compiler.check import check
 from headloom.compiler.counting import pairs
-from headloom.compiler.masks import Extent, extent, linear, sees_itself, whole_range
+from headloom.compiler.masks import Extent, extent, linear, sees_itself
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.expr import evaluate, fold
 from headloom.grammar.parse import parse, parse_expression
 from headloom.grammar.syntax import Expr
+from headloom.kernels.places import bounds
 
 SIZE = 14
 STANDARD = ["causal", "window({})", "sink({})", "prefix({})", "strided({})", "blocks({})", "power"]
@@ -162,8 +163,8 @@ _WHOLE = ["i", "j", "h", "2", "5", "i - j", "abs(i - j)", "clip(i - j, -3, 3)", 
 def test_the_range_of_a_place_holds_all_its_values(parts, ops, around):
     text = around.format(f"({parts[0]} {ops[0]} {parts[1]}) {ops[1]} {parts[2]}")
     expr = fold(parse_expression(text))
-    bounds = whole_range(expr, 4)
-    if bounds is None:
+    found = bounds(expr, 4)
+    if found is None:
         return
     for i in range(7):
         for j in range(7):
@@ -173,4 +174,4 @@ def test_the_range_of_a_place_holds_all_its_values(parts, ops, around):
                 except Exception:  # a division by zero has no value
                     continue
                 assert value == int(value)
-                assert bounds[0] <= value <= bounds[1], (text, bounds)
+                assert found[0] <= value <= found[1], (text, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,6 +138,10 @@ CASES = {
     "l1_norm": Case("l1_norm", SPLIT),
     "softmax": Case("softmax", SPLIT),
     "top": Case("top", SPLIT, count=2),
+    "mean_tokens": Case("mean_tokens", SPLIT),
+    "mean_tokens, no heads": Case("mean_tokens", FLAT),
+    "joint": Case("joint", SPLIT, SPLIT, *[replace(SPLIT, dim=1)] * 2),
+    "average": Case("average", SPLIT),
     "slice": Case("slice", SPLIT, start=1, stop=4),
     "slice to the end": Case("slice", FLAT, start=5),
     "slice from the start": Case("slice", FLAT, start=0, stop=5),
@@ -220,7 +225,8 @@ def test_one_seed_draws_the_same(name: str) -> None:
 def test_shapes_are_what_the_operation_says(name: str) -> None:
     case = CASES[name]
     shape = case.op.shape(case.shapes, case.options)
-    assert case.eager().shape == drawn(shape).shape
+    expected = () if name == "average" else drawn(shape).shape  # one number of the whole batch
+    assert case.eager().shape == expected
     assert case.op.flops(case.shapes, case.options) >= 0
 
 
@@ -324,6 +330,13 @@ def expected(name: str) -> Tensor:
             return torch.stack(x.chunk(4, -1), 1) / (2 + rest[0].square())
         case "one token alone":
             return x + rest[0]
+        case "mean_tokens" | "mean_tokens, no heads":
+            return x.sum(-2, keepdim=True) / x.shape[-2]
+        case "average":
+            return x.sum() / x.numel()
+        case "joint":
+            other, one, two = rest
+            return (x * one.exp() + other * two.exp()) / (one.exp() + two.exp())
         case "step":
             return torch.where(x > 0.2, x, 0)
         case "detach":
