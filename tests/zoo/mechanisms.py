@@ -17,8 +17,8 @@ from headloom.compiler import zoo
 from headloom.compiler.api import build_module
 from headloom.compiler.check import check, find
 from headloom.compiler.choose import Target
-from headloom.compiler.model import Block, Mixing, Pairwise, Recurrence
-from headloom.compiler.reference import ReferenceBlock, reference
+from headloom.compiler.model import Block, Mixing, Model, Pairwise, Recurrence
+from headloom.compiler.reference import ReferenceBlock, ReferenceModel, reference
 from headloom.compiler.reference_attend import Given, Places, attend
 from headloom.compiler.reference_scan import scan
 from headloom.grammar.parse import parse
@@ -37,21 +37,23 @@ def text_of(name: str, *changes: tuple[str, str]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _made(text: str) -> tuple[Block, nn.Module]:
-    block = find(check(parse(text)), None)
-    assert isinstance(block, Block)
-    return block, build_module(block, Target("torch"), dtype=torch.float64, seed=0).eval()
+def _made(text: str) -> tuple[Block | Model, nn.Module]:
+    what = find(check(parse(text)), None)
+    return what, build_module(what, Target("torch"), dtype=torch.float64, seed=0).eval()
 
 
 class Mechanism:
-    """A block by its name in the zoo or by its text, with random weights or those of another."""
+    """A block by its name in the zoo or by its text, with random weights or those of another.
 
-    meaning: ReferenceBlock
+    Of a model there is only what goes in and comes out.
+    """
+
+    meaning: ReferenceBlock | ReferenceModel
 
     def __init__(self, what: str, *changes: tuple[str, str], like: Mechanism | None = None) -> None:
         text = what if "{" in what else text_of(what, *changes)
-        self.block, self.module = _made(text)
-        self.meaning = reference(self.block, dtype=torch.float64).eval()
+        self.what, self.module = _made(text)
+        self.meaning = reference(self.what, dtype=torch.float64).eval()
         generator = torch.Generator().manual_seed(1)
         theirs = dict(like.meaning.named_parameters()) if like else {}
         with torch.no_grad():
@@ -61,6 +63,11 @@ class Mechanism:
                 else:
                     noise = torch.randn(each.shape, generator=generator, dtype=torch.float64)
                     each += 0.3 * noise
+
+    @property
+    def block(self) -> Block:
+        assert isinstance(self.what, Block)
+        return self.what
 
     def set(self, **values: Any) -> Self:
         """Give parameters values; `q_proj_weight` is `q_proj.weight`."""
@@ -74,7 +81,7 @@ class Mechanism:
         return dict(self.meaning.named_parameters())[name].detach()
 
     def __call__(self, x: Tensor, **given: Tensor) -> Tensor:
-        """Return what the compiled block makes of x."""
+        """Return what the compiled block or model makes of x."""
         self.module.load_state_dict(self.meaning.state_dict())
         with torch.no_grad():
             y: Tensor = self.module(x, **given)

@@ -1068,39 +1068,49 @@ PAGE = tokens(width=64)
 
 
 def skimmed(mechanism: Mechanism, x: Tensor) -> Tensor:
-    """Two layers of BERT that share a map."""
+    """Layers of BERT that share a map, then a norm."""
     text, layout = x.chunk(2, -1)
-    q, k = (split(mapped(mechanism, f"{name}_proj", layout)) for name in "qk")
+    q, k = (split(mapped(mechanism, f"layers.0.attn.{name}_proj", layout)) for name in "qk")
     p = (8**-0.5 * q @ k.mT).softmax(-1)
-    for layer, a, b in (("first", "a", "b"), ("second", "c", "d")):
-        o = merge(p @ split(mapped(mechanism, f"{layer}_v_proj", text)))
-        text = normed(mechanism, f"{a}_norm", text + mapped(mechanism, f"{a}_proj", o))
-        inner = gelu(mapped(mechanism, f"{b}_proj_0", text))
-        text = normed(mechanism, f"{b}_norm", text + mapped(mechanism, f"{b}_proj_1", inner))
+    for layer in (f"layers.{at}.attn." for at in range(3)):
+        o = merge(p @ split(mapped(mechanism, f"{layer}v_proj", text)))
+        text = normed(mechanism, f"{layer}read_norm",
+                      text + mapped(mechanism, f"{layer}read_proj", o))  # fmt: skip
+        inner = gelu(mapped(mechanism, f"{layer}inner_proj_0", text))
+        text = normed(mechanism, f"{layer}o_norm",
+                      text + mapped(mechanism, f"{layer}inner_proj_1", inner))  # fmt: skip
     return torch.cat([text, layout], -1)
 
 
-def test_99_one_map_serves_both_layers():
+def test_99_one_map_serves_all_layers():
     mechanism = Mechanism("skim_attention")
     assert_close(mechanism(PAGE), skimmed(mechanism, PAGE))
 
 
+def test_99_only_the_lowest_layer_draws_a_map():
+    names = [name for name, _ in Mechanism("skim_attention").meaning.named_parameters()]
+    assert [name for name in names if "q_proj" in name or "k_proj" in name] == [
+        f"layers.0.attn.{name}_proj.{part}" for name in "qk" for part in ("weight", "bias")
+    ]
+
+
+def first_read(x: Tensor) -> Tensor:
+    """What the heads of the lowest layer read, of values without a bias."""
+    mechanism = Mechanism("skim_attention").set(layers_0_attn_v_proj_bias=0)
+    layer = mechanism.meaning.get_submodule("layers.0.attn")
+    with torch.no_grad():
+        return layer.layer(x, {})[1]["o"]
+
+
 def test_99_text_does_not_change_who_reads_whom():
-    mechanism = Mechanism("skim_attention")
-    first = mechanism.streams(PAGE)["first"]
     louder = torch.cat([3 * PAGE[..., :32], PAGE[..., 32:]], -1)
-    mechanism.set(first_v_proj_bias=0)
-    quiet, loud = (mechanism.streams(each)["first"] for each in (PAGE, louder))
-    assert_close(loud, 3 * quiet)
-    assert not torch.allclose(first, quiet)
+    assert_close(first_read(louder), 3 * first_read(PAGE))
 
 
 def test_99_equal_boxes_are_read_evenly():
-    mechanism = Mechanism("skim_attention")
     page = torch.cat([PAGE[..., :32], PAGE[:, :1, 32:].expand(-1, N, -1)], -1)
-    text = mechanism.streams(page)["text"]
-    mean = mapped(mechanism, "first_v_proj", text).mean(1, keepdim=True).expand(-1, N, -1)
-    assert_close(merge(mechanism.streams(page)["first"]), mean)
+    read = first_read(page)
+    assert_close(read, read.mean(2, keepdim=True).expand_as(read))
 
 
 def ntk(mechanism: Mechanism, z: Tensor) -> Tensor:
