@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from headloom.compiler import zoo
 from headloom.compiler.api import build_module
@@ -160,3 +161,30 @@ def softmax(s: Tensor, seen: Tensor | None = None) -> Tensor:
     """Softmax over the visible, by default over all up to the query."""
     seen = causal(s.shape[-1]) if seen is None else seen
     return s.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def mapped(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
+    """Return what a linear map of the block makes of x."""
+    weights = dict(mechanism.meaning.named_parameters())
+    bias = weights.get(f"{name}.bias")
+    return linear(x, weights[f"{name}.weight"].detach(), None if bias is None else bias.detach())
+
+
+def normed(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
+    """Return what a layer norm of the block makes of x."""
+    weight, bias = (mechanism.parameter(f"{name}.{each}") for each in ("weight", "bias"))
+    return layer_norm(x, weight.shape, weight, bias)
+
+
+def split(x: Tensor, heads: int = 4) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, heads: int = 4, **options: Any) -> Tensor:
+    """Return plain attention of streams [b, n, d]."""
+    return merge(scaled_dot_product_attention(*(split(each, heads) for each in (q, k, v)),
+                                              **options))  # fmt: skip

@@ -14,7 +14,6 @@ from torch.nn.functional import (
     conv1d,
     elu,
     gelu,
-    layer_norm,
     linear,
     pad,
     scaled_dot_product_attention,
@@ -22,40 +21,27 @@ from torch.nn.functional import (
     softplus,
 )
 
-from .mechanisms import MHA, Mechanism, assert_close, causal, softmax, tokens
+from headloom.compiler import zoo
+
+from .mechanisms import (
+    MHA,
+    Mechanism,
+    assert_close,
+    attended,
+    causal,
+    mapped,
+    merge,
+    normed,
+    softmax,
+    split,
+    tokens,
+)
 
 FULL = MHA.replace("; mask = causal", "")
 X = tokens()
 N = X.shape[1]
 OTHER = tokens(9, seed=5)
 ORDER = torch.tensor([3, 0, 6, 8, 1, 5, 2, 4, 7])
-
-
-def mapped(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
-    """Return what a linear map of the block makes of x."""
-    weights = dict(mechanism.meaning.named_parameters())
-    bias = weights.get(f"{name}.bias")
-    return linear(x, weights[f"{name}.weight"].detach(), None if bias is None else bias.detach())
-
-
-def normed(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
-    """Return what a layer norm of the block makes of x."""
-    weight, bias = (mechanism.parameter(f"{name}.{each}") for each in ("weight", "bias"))
-    return layer_norm(x, weight.shape, weight, bias)
-
-
-def split(x: Tensor, heads: int = 4) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
-
-
-def attended(q: Tensor, k: Tensor, v: Tensor, heads: int = 4, **options: Any) -> Tensor:
-    """Return plain attention of streams [b, n, d]."""
-    return merge(scaled_dot_product_attention(*(split(each, heads) for each in (q, k, v)),
-                                              **options))  # fmt: skip
 
 
 def moved(one: Tensor, other: Tensor) -> list[int]:
@@ -390,7 +376,7 @@ def test_161_factors_are_a_metric_of_each_head():
 
 def test_229_equal_shares_of_all_heads_are_plain_attention():
     mechanism = Mechanism("moh", ("active = 2", "active = 4"))
-    mechanism.set(always_proj_weight=0, chosen_proj_weight=0, parts_proj_weight=0)
+    mechanism.set(always_proj_weight=0, routed_proj_weight=0, parts_proj_weight=0)
     x = tokens(width=64)
     plain = Mechanism("block plain { width = 64; heads = 8 }", like=mechanism)
     assert_close(mechanism(x), plain(x))
@@ -400,7 +386,7 @@ def test_229_gates_are_those_of_the_code():
     mechanism = Mechanism("moh")
     x = tokens(width=64)
     always, chosen, parts = (mapped(mechanism, f"{name}_proj", x).softmax(-1)
-                             for name in ("always", "chosen", "parts"))  # fmt: skip
+                             for name in ("always", "routed", "parts"))  # fmt: skip
     _, places = chosen.topk(2, dim=-1)
     hot = torch.zeros_like(chosen).scatter_(-1, places, 1.0)
     routed = chosen * hot / (chosen * hot).sum(-1, keepdim=True) * 2
@@ -487,8 +473,9 @@ def test_133_is_torchs_spectral_norm_times_a_factor():
 
 def test_118_of_equal_streams_both_are_plain_attention():
     mechanism = Mechanism("sal")
-    plain = Mechanism(FULL, like=mechanism)
-    plain.set(v_proj_weight=mechanism.parameter("values_proj.weight"))
+    relative = zoo.entry("shaw").text.replace("shaw", "plain").replace("relative", "nearer")
+    plain = Mechanism(relative, like=mechanism)
+    plain.set(v_proj_weight=mechanism.parameter("values_proj.weight"), relative_table=0)
     y = plain(X)
     assert_close(mechanism(torch.cat([X, X], -1)), torch.cat([y, y], -1))
 

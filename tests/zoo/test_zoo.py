@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +132,13 @@ def test_the_table_lists_them_all():
     assert rows["mqa"]["catalogue"] == "#87"
     assert rows["mqa"]["cache_bytes"] * 4 == rows["mha"]["cache_bytes"]
     assert rows["relu_attention"]["relative_flops"] > 1 > rows["mha"]["relative_flops"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_how_many_there_are_is_said(name):
+    text = (Path(__file__).parents[2] / name).read_text(encoding="utf-8")
+    said = re.findall(r"([\d,]+) published mechanisms", text)
+    assert said[:1] == [f"{len(zoo.names()):,}"]
 
 
 def test_the_table_is_for_people_too():
