@@ -126,9 +126,9 @@ SETTINGS = {
     "heads * mean((r | mean_tokens) * (step(r - 0.3) | mean_tokens)) - "
     "mean(log(1.1 - rows(o, p * r[j, 0]))); out = o | gate(r) | merge | linear",
     "regularized_by_kernel": f"{CAUSAL}; regularize = -0.1 * mean(entropy(o))",
-    "regularized_branch": "heads = 4; branch share { heads = 1; q = x | linear | split; k = x | split; "
-    "v = x | split; scale = 0.1 }; let part = columns(share, p) / columns(share, 1); "
-    "regularize = mean(part * log(part))",
+    "regularized_branch": "heads = 4; branch share { heads = 1; q = x | linear | split; "
+    "k = x | split; v = x | split; scale = 0.1 }; "
+    "let part = columns(share, p) / columns(share, 1); regularize = mean(part * log(part))",
     "regularized_columns": "heads = 4; regularize = mean((1 - columns(o, p)) ** 2)",
     # other tokens
     "latent_keys": "heads = 4; source = latents(5)",

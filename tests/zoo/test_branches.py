@@ -21,8 +21,6 @@ from torch.nn.functional import (
     softplus,
 )
 
-from headloom.compiler import zoo
-
 from .mechanisms import (
     MHA,
     Mechanism,
@@ -473,9 +471,9 @@ def test_133_is_torchs_spectral_norm_times_a_factor():
 
 def test_118_of_equal_streams_both_are_plain_attention():
     mechanism = Mechanism("sal")
-    relative = zoo.entry("shaw").text.replace("shaw", "plain").replace("relative", "nearer")
-    plain = Mechanism(relative, like=mechanism)
-    plain.set(v_proj_weight=mechanism.parameter("values_proj.weight"), relative_table=0)
+    plain = Mechanism("shaw", like=mechanism)
+    plain.set(v_proj_weight=mechanism.parameter("values_proj.weight"),
+              table=mechanism.parameter("both_relative_table"))  # fmt: skip
     y = plain(X)
     assert_close(mechanism(torch.cat([X, X], -1)), torch.cat([y, y], -1))
 

@@ -1003,14 +1003,14 @@ def test_22_units_have_no_order():
 def compared(mechanism: Mechanism, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the products of queries and keys, scaled, and the distances between them."""
     q, k = (mechanism.streams(x)[name] for name in "qk")
-    return 4**-0.5 * mechanism.logits(x), (q[:, :, :, None] - k[:, :, None]).abs().sum(-1)
+    return 8**-0.5 * mechanism.logits(x), (q[:, :, :, None] - k[:, :, None]).abs().sum(-1)
 
 
 def test_73_adds_takes_away_and_leaves_out():
     mechanism = Mechanism("comateformer")
     x = tokens()
     s, apart = compared(mechanism, x)
-    p = s.tanh() * 2 * torch.sigmoid(-apart / 2)
+    p = s.tanh() * 2 * torch.sigmoid(-(8**-0.5) * apart)
     assert (p < 0).any()
     assert (p.abs() < 1).all()
     assert_close(mechanism.weights(x), p)
@@ -1021,7 +1021,7 @@ def test_73_a_query_that_is_a_key_opens_the_gate():
     mechanism = Mechanism("comateformer")
     mechanism.set(k_proj_weight=mechanism.parameter("q_proj.weight"))
     x = tokens()
-    own = 4**-0.5 * mechanism.logits(x).diagonal(dim1=2, dim2=3)
+    own = 8**-0.5 * mechanism.logits(x).diagonal(dim1=2, dim2=3)
     assert_close(mechanism.weights(x).diagonal(dim1=2, dim2=3), own.tanh())
 
 
