@@ -51,7 +51,8 @@ def weights(mechanism: Mechanism, x: Tensor, segments: Tensor | None = None) -> 
     streams["v"] = torch.eye(n, dtype=k.dtype).expand(*k.shape[:2], -1, -1)
     tensors = {each.name: mechanism.meaning._tensor(each.name) for each in mechanism.block.tensors}
     places = Places({"n": torch.arange(n).expand(x.shape[0], -1)})
-    return attend(mechanism.block.mixings["o"], Given(streams, tensors, places, segments, False))
+    given = Given(streams, tensors, places, segments, False, {})
+    return attend(mechanism.block.mixings["o"], given).o
 
 
 def through(mechanism: Mechanism, mixed: Tensor) -> Tensor:

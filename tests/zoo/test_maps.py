@@ -73,7 +73,9 @@ def everywhere(s: Tensor) -> Tensor:
 # ── layers that read each other ──────────────────────────────────────────────────────────
 
 
-def layered(mechanism: Mechanism, x: Tensor, sources: list[int]) -> Tensor:
+def layered(
+    mechanism: Mechanism, x: Tensor, sources: list[int], windows: tuple[int, ...] = ()
+) -> Tensor:
     """A model of pre-norm layers, layer l with the keys and values of layer sources[l]."""
     made: list[tuple[Tensor, Tensor]] = []
     weights = {name: each.detach() for name, each in mechanism.meaning.named_parameters()}
@@ -96,7 +98,10 @@ def layered(mechanism: Mechanism, x: Tensor, sources: list[int]) -> Tensor:
             assert f"{layer}.attn.k_proj.weight" not in weights
             made.append(made[source])
         k, v = (each.repeat_interleave(4 // each.shape[1], 1) for each in made[source])
-        o = softmax(8**-0.5 * q @ k.mT) @ v
+        seen = causal(x.shape[1])
+        if at < len(windows):
+            seen = seen.triu(1 - windows[at])
+        o = softmax(8**-0.5 * q @ k.mT, seen) @ v
         x = x + mapped(mechanism, f"{layer}.attn.o_proj", merge(o))
         y = rms_norm(x, (32,), weights[f"{layer}.ffn_norm.weight"], 1e-6)
         gate, up = (mapped(mechanism, f"{layer}.ffn.{name}_proj", y) for name in ("gate", "up"))
@@ -138,6 +143,40 @@ def test_244_groups_of_two_are_cla():
     mine = Mechanism("r_cla", groups)
     theirs = Mechanism("cla", ("kv_heads = 1", "kv_heads = 4"), like=mine)
     assert_close(mine(X), theirs(X))
+
+
+def test_yoco_the_upper_half_reads_one_cache():
+    mechanism = Mechanism("yoco")
+    assert_close(mechanism(LONG), layered(mechanism, LONG, [0, 1, 2, 3, 3, 3], (8, 8, 8)), 1e-8)
+
+
+def test_yoco_keeps_windows_and_one_whole_layer():
+    caches = Mechanism("yoco").module.init_cache(1, 99)
+    assert [each.kept["k"].shape[2] if "k" in each.kept else 0 for each in caches] == [
+        8, 8, 8, 99, 0, 0,
+    ]  # fmt: skip
+
+
+def test_253_rows_see_what_the_layer_below_saw_most_of():
+    mechanism = Mechanism("hylra")
+    layers = [mechanism.meaning.get_submodule(f"layers.{at}.attn") for at in range(6)]
+    below: dict[str, Tensor] = {}
+    found = []
+    with torch.no_grad():
+        for layer in layers:
+            below = layer.layer(LONG, below)[1]
+            found.append(below)
+    chosen = found[1]["p"].topk(4, dim=-1).indices
+    top = torch.zeros_like(found[1]["p"]).scatter_(-1, chosen, 1.0).bool() & causal(20)
+    for each in found[2:4]:
+        assert torch.equal(each["p"] > 0, top)
+        assert_close(each["p"], softmax(8**-0.5 * each["q"] @ each["k"].mT, top))
+
+
+def test_253_as_many_keys_as_tokens_are_the_dense_model():
+    mechanism = Mechanism("hylra", ("count = 4", "count = 99"))
+    dense = Mechanism("hylra", ("weights = among(count)", ""), like=mechanism)
+    assert_close(mechanism(LONG), dense(LONG))
 
 
 def test_realformer_logits_are_sums_over_layers():
@@ -742,6 +781,53 @@ def test_24_no_window_and_a_closed_gate_are_the_largest_alone():
     q, k = parts(mechanism, X, *"qk", context=far)
     hot = torch.nn.functional.one_hot((q @ k.mT).argmax(-1), 14).double()
     assert_close(mechanism.weights(X, context=far), hot)
+
+
+def test_141_dropped_weights_go_to_the_mean():
+    mechanism = Mechanism("top_theta")
+    q, k, v = parts(mechanism, X, *"qkv")
+    s = 8**-0.5 * q @ k.mT
+    p = softmax(s)
+    kept = (s > 0.5 * torch.arange(4)[:, None, None]) | (torch.arange(N) < 4)[:, None]
+    a = p * kept
+    assert (a != p).any()
+    mean = v.cumsum(2) / torch.arange(1, N + 1)[:, None]
+    assert_close(mechanism.mixed(X), a @ v + (1 - a.sum(-1, keepdim=True)) * mean)
+
+
+def test_141_a_low_threshold_is_attention():
+    mechanism = Mechanism("top_theta", ("= 0.5 * h", "= -1e9"))
+    assert_close(mechanism(X), Mechanism(MHA, like=mechanism)(X))
+
+
+def test_141_equal_values_come_out_as_they_are():
+    mechanism = Mechanism("top_theta")
+    v = mechanism.streams(X)["v"][:, :, :1].expand(-1, -1, N, -1)
+    assert_close(mechanism.mixed(X, v=v), v)
+
+
+@pytest.mark.parametrize("bias", [-99, 99])
+def test_231_a_router_chooses_for_the_whole_text(bias):
+    mechanism = Mechanism("flux_attention").set(logit_proj_1_bias=bias)
+    seen = "causal" if bias > 0 else "causal and (sink(2) or window(4))"
+    plain = Mechanism(f"block b {{ width = 32; heads = 4; position = rope; mask = {seen} }}",
+                      like=mechanism)  # fmt: skip
+    plain.set(q_proj_weight=mechanism.parameter("own_proj.weight"))
+    assert_close(mechanism(X), plain(X))
+
+
+def test_231_of_few_tokens_both_are_the_same():
+    mechanism = Mechanism("flux_attention").set(logit_proj_1_bias=99)
+    y = mechanism(tokens(6))
+    assert_close(mechanism.set(logit_proj_1_bias=-99)(tokens(6)), y)
+
+
+def test_231_the_router_learns_through_its_step():
+    mechanism = Mechanism("flux_attention")
+    mechanism(X)
+    mechanism.module(X).sin().sum().backward()
+    grad = dict(mechanism.module.named_parameters())["read_proj_0.weight"].grad
+    assert grad.abs().max() > 0
 
 
 # ── what only training does ──────────────────────────────────────────────────────────────
