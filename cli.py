@@ -411,4 +411,4 @@ def zoo(name: str | None, tokens: int, json: bool) -> None:
         _print_json({**mechanisms.row(found, tokens), "text": found.text})
         return
     click.echo(found.text)
-    view.show(found.block(), tokens)
+    view.show(found.what(), tokens)

@@ -22,7 +22,7 @@ def obstacle(block: Block) -> str | None:
     for stream in block.streams:
         why = _obstacle(stream.flow, grown)
         if why is None and isinstance(stream.flow, Mixing) and stream.flow.queries == "n":
-            why = _other_queries(block, stream.flow)
+            why = other_queries(block, stream.flow)
         if why is not None:
             return why
         grown[stream.name] = grows(stream.flow, grown)
@@ -64,7 +64,7 @@ def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
     return None
 
 
-def _other_queries(block: Block, mixing: Mixing) -> str | None:
+def other_queries(block: Block, mixing: Mixing) -> str | None:
     """Say which function of the map reads queries that are not there, or no longer."""
     shapes = {each.name: each.shape for each in block.tensors}
     for node in (node for expr in mix_exprs(mixing.mix) for node in walk(expr)):

@@ -23,6 +23,7 @@ from ..grammar.syntax import Binary, Compare, Name, Number
 from ..ops import OPS
 from .api import build_module, construct
 from .choose import Target
+from .decoding import other_queries
 from .emit import Code
 from .mixing import mix_exprs
 from .model import Apply, Block, Model, Pairwise, Recurrence, applies
@@ -203,6 +204,8 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
         return "its queries or keys are not the tokens"
     if any(OPS[node.op].lookback(dict(node.options)) for node in _stages(block)):
         return "a stage carries one token's values to another"
+    if (why := other_queries(block, mixing)) is not None:
+        return why
     count = 0
     for case in subject.cases[1:]:
         x, given = subject.inputs(case)

@@ -8,7 +8,8 @@ after a key belong to it until the next one:
     # source: Shazeer 2019, Fast Transformer Decoding
     # catalogue: #87 (its number in the project's catalogue, what is left out; or `none`)
 
-Everything else is the description itself, with one block named like the file.
+Everything else is the description itself: one block named like the file, or, where layers
+differ or read each other, blocks and one model of that name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..grammar.diagnostics import did_you_mean
 from ..grammar.source import Source
 from .check import check, find
 from .cost import cost
-from .model import Block
+from .model import Block, Model
 from .parse import parse_source
 
 KEYS = ("family", "source", "catalogue")
@@ -51,12 +52,9 @@ class Entry:
         found = re.match(r"#\d+", self.catalogue)
         return found[0] if found else ""
 
-    def block(self) -> Block:
-        """Check the file and return its block. Raises `LoomError`."""
-        arch = check(parse_source(Source(f"{self.name}.loom", self.text)))
-        found = find(arch, self.name)
-        assert isinstance(found, Block)
-        return found
+    def what(self) -> Block | Model:
+        """Check the file and return the block or model of its name. Raises `LoomError`."""
+        return find(check(parse_source(Source(f"{self.name}.loom", self.text))), self.name)
 
 
 def folder() -> Path:
@@ -103,12 +101,12 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
     """Return what the table says of a mechanism.
 
     `relative_flops` compares with plain attention of the same width and as many heads, in
-    which every token sees all.
+    which every token sees all; of a model, its attention layers with as many of those.
     """
-    block = each.block()
-    plain = f"block plain {{ width = {block.width}; heads = {block.heads} }}"
-    full = find(check(parse_source(Source("plain.loom", plain))), "plain")
-    found = cost(block)
+    what = each.what()
+    layers = what.layers if isinstance(what, Model) else (what,)
+    plain = sum(cost(_plain(block)).flops(tokens) for block in layers)
+    found = cost(what)
     return {
         "name": each.name,
         "catalogue": each.catalogue,
@@ -118,9 +116,16 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
         "tokens": tokens,
         "params": found.params,
         "flops": found.flops(tokens),
-        "relative_flops": found.flops(tokens) / cost(full).flops(tokens),
+        "relative_flops": sum(cost(block).flops(tokens) for block in layers) / plain,
         "cache_bytes": found.cache_bytes(tokens),
     }
+
+
+def _plain(block: Block) -> Block:
+    text = f"block plain {{ width = {block.width}; heads = {block.heads} }}"
+    found = find(check(parse_source(Source("plain.loom", text))), "plain")
+    assert isinstance(found, Block)
+    return found
 
 
 def show_all(tokens: int, console: Console | None = None) -> None:

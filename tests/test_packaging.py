@@ -57,6 +57,6 @@ def test_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
         "y = headloom.compile(headloom.load('a.loom'))(torch.randn(1, 5, 32))\n"
         "assert y.shape == (1, 5, 32)\n"
         "from headloom.compiler import zoo\n"
-        "assert 'sparsemax' in zoo.names() and zoo.entry('swin').block().heads == 4\n"
+        "assert 'sparsemax' in zoo.names() and zoo.entry('swin').what().heads == 4\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)

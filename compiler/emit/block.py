@@ -404,7 +404,8 @@ class _Writer:
         rest: list[str] = []
         extra: list[str] = []  # what only training needs
         graph = self.graph
-        ends = [graph.output, *(name for _, name in graph.shared)]
+        mixed = [node.name for node in graph.nodes if node.op in ("attend", "scan")]
+        ends = [graph.output, *mixed, *(name for _, name in graph.shared)]
         needed = frozenset().union(*(self._roots[name] for name in ends))
         for node in graph.nodes:
             if node.name in (graph.output, graph.auxiliary):

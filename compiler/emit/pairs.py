@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from ...grammar.expr import names, rebuild, substitute
 from ...grammar.functions import MAP_FUNCTIONS
-from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
+from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, children, walk
 from ...kernels.places import bounds
 from ..graph import Dims, Graph, Node
 from ..model import MAPS, PREVIOUS
@@ -25,6 +25,7 @@ from .values import Text, Values
 
 _ALONG = {(QUERY, 0): "[..., None]", (QUERY, 1): "[..., None, :]",
           (KEY, 0): "[..., None, :]", (KEY, 1): "[..., None, :, :]"}  # fmt: skip
+_WHOLE_MAPS = ("rank", "mix", "convolve", "coin")  # functions of maps that give one
 _WITHOUT_HEADS = {(QUERY, 0): "[:, None, :, None]", (QUERY, 1): "[:, None, :, None, :]",
                   (KEY, 0): "[:, None, None, :]", (KEY, 1): "[:, None, None]"}  # fmt: skip
 
@@ -104,6 +105,18 @@ def _indexes(expr: Expr) -> bool:
     return any(isinstance(each, Index) for each in walk(expr))
 
 
+def _spread(expr: Expr) -> bool:
+    """Say whether an expression is a fraction for every pair by itself."""
+    match expr:
+        case Name(id):
+            return id.removeprefix(PREVIOUS) in MAPS
+        case Call(name) if name in MAP_FUNCTIONS and not name.startswith(_WHOLE_MAPS):
+            return False
+        case Index() | Compare():
+            return False
+    return any(map(_spread, children(expr)))
+
+
 @dataclass
 class Pairs(Values):
     """Writes expressions of one attention, laid out along pairs, queries or keys."""
@@ -171,8 +184,7 @@ class Pairs(Values):
     def spread(self, expr: Expr) -> str:
         """Return the text of a number for every pair, also where it does not read the logits."""
         text = self.value(expr).text
-        full = {*MAPS, *(f"{PREVIOUS}{name}" for name in MAPS)}
-        return text if full & names(expr) else f"torch.zeros_like(s) + {atomic(text)}"
+        return text if _spread(expr) else f"torch.zeros_like(s) + {atomic(text)}"
 
     def hidden(self, text: str, by: str = "0") -> str:
         """Return a text with what is not visible replaced."""

@@ -83,6 +83,8 @@ SETTINGS = {
     "+ mean_queries(p)",
     "column_statistics_of_all": "heads = 4; weights = p - mean_queries(p) + max_queries(p) "
     "+ mean_keys(p) * max_keys(p)",
+    "maps_of_places": f"{CAUSAL}; weights = p * max_keys(where(mean_queries(p) > 0.1, -j, -9)) + "
+    "sum_keys(max_keys(p)) - p * max_keys(where(p == max_keys(p), j, 0)) / 9",
     "mixed_heads": f"{CAUSAL}; param a[heads, heads] = normal(1); "
     "param c[heads, heads] = normal(1); score = mix_heads(s, a); weights = mix_heads(p, c)",
     "convolved": f"{CAUSAL}; param a[heads, 3, 5] = normal(1); param c[1, 3] = normal(1); "
@@ -130,6 +132,9 @@ SETTINGS = {
     "heads * mean((r | mean_tokens) * (step(r - 0.3) | mean_tokens)) - "
     "mean(log(1.1 - rows(o, p * r[j, 0]))); out = o | gate(r) | merge | linear",
     "regularized_by_kernel": f"{CAUSAL}; regularize = -0.1 * mean(entropy(o))",
+    "regularized_branch": "heads = 4; branch share { heads = 1; q = x | linear | split; "
+    "k = x | split; v = x | split; scale = 0.1 }; "
+    "let part = columns(share, p) / columns(share, 1); regularize = mean(part * log(part))",
     "regularized_columns": "heads = 4; regularize = mean((1 - columns(o, p)) ** 2)",
     # other tokens
     "latent_keys": "heads = 4; source = latents(5)",

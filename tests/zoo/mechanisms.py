@@ -12,13 +12,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from headloom.compiler import zoo
 from headloom.compiler.api import build_module
 from headloom.compiler.check import check, find
 from headloom.compiler.choose import Target
-from headloom.compiler.model import Block, Mixing, Pairwise, Recurrence
-from headloom.compiler.reference import ReferenceBlock, reference
+from headloom.compiler.model import Block, Mixing, Model, Pairwise, Recurrence
+from headloom.compiler.reference import ReferenceBlock, ReferenceModel, reference
 from headloom.compiler.reference_attend import Given, Places, attend
 from headloom.compiler.reference_scan import scan
 from headloom.grammar.parse import parse
@@ -37,21 +38,23 @@ def text_of(name: str, *changes: tuple[str, str]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _made(text: str) -> tuple[Block, nn.Module]:
-    block = find(check(parse(text)), None)
-    assert isinstance(block, Block)
-    return block, build_module(block, Target("torch"), dtype=torch.float64, seed=0).eval()
+def _made(text: str) -> tuple[Block | Model, nn.Module]:
+    what = find(check(parse(text)), None)
+    return what, build_module(what, Target("torch"), dtype=torch.float64, seed=0).eval()
 
 
 class Mechanism:
-    """A block by its name in the zoo or by its text, with random weights or those of another."""
+    """A block by its name in the zoo or by its text, with random weights or those of another.
 
-    meaning: ReferenceBlock
+    Of a model there is only what goes in and comes out.
+    """
+
+    meaning: ReferenceBlock | ReferenceModel
 
     def __init__(self, what: str, *changes: tuple[str, str], like: Mechanism | None = None) -> None:
         text = what if "{" in what else text_of(what, *changes)
-        self.block, self.module = _made(text)
-        self.meaning = reference(self.block, dtype=torch.float64).eval()
+        self.what, self.module = _made(text)
+        self.meaning = reference(self.what, dtype=torch.float64).eval()
         generator = torch.Generator().manual_seed(1)
         theirs = dict(like.meaning.named_parameters()) if like else {}
         with torch.no_grad():
@@ -61,6 +64,11 @@ class Mechanism:
                 else:
                     noise = torch.randn(each.shape, generator=generator, dtype=torch.float64)
                     each += 0.3 * noise
+
+    @property
+    def block(self) -> Block:
+        assert isinstance(self.what, Block)
+        return self.what
 
     def set(self, **values: Any) -> Self:
         """Give parameters values; `q_proj_weight` is `q_proj.weight`."""
@@ -74,7 +82,7 @@ class Mechanism:
         return dict(self.meaning.named_parameters())[name].detach()
 
     def __call__(self, x: Tensor, **given: Tensor) -> Tensor:
-        """Return what the compiled block makes of x."""
+        """Return what the compiled block or model makes of x."""
         self.module.load_state_dict(self.meaning.state_dict())
         with torch.no_grad():
             y: Tensor = self.module(x, **given)
@@ -153,3 +161,30 @@ def softmax(s: Tensor, seen: Tensor | None = None) -> Tensor:
     """Softmax over the visible, by default over all up to the query."""
     seen = causal(s.shape[-1]) if seen is None else seen
     return s.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def mapped(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
+    """Return what a linear map of the block makes of x."""
+    weights = dict(mechanism.meaning.named_parameters())
+    bias = weights.get(f"{name}.bias")
+    return linear(x, weights[f"{name}.weight"].detach(), None if bias is None else bias.detach())
+
+
+def normed(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
+    """Return what a layer norm of the block makes of x."""
+    weight, bias = (mechanism.parameter(f"{name}.{each}") for each in ("weight", "bias"))
+    return layer_norm(x, weight.shape, weight, bias)
+
+
+def split(x: Tensor, heads: int = 4) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, heads: int = 4, **options: Any) -> Tensor:
+    """Return plain attention of streams [b, n, d]."""
+    return merge(scaled_dot_product_attention(*(split(each, heads) for each in (q, k, v)),
+                                              **options))  # fmt: skip

@@ -14,7 +14,6 @@ from torch.nn.functional import (
     conv1d,
     elu,
     gelu,
-    layer_norm,
     linear,
     pad,
     scaled_dot_product_attention,
@@ -22,40 +21,25 @@ from torch.nn.functional import (
     softplus,
 )
 
-from .mechanisms import MHA, Mechanism, assert_close, causal, softmax, tokens
+from .mechanisms import (
+    MHA,
+    Mechanism,
+    assert_close,
+    attended,
+    causal,
+    mapped,
+    merge,
+    normed,
+    softmax,
+    split,
+    tokens,
+)
 
 FULL = MHA.replace("; mask = causal", "")
 X = tokens()
 N = X.shape[1]
 OTHER = tokens(9, seed=5)
 ORDER = torch.tensor([3, 0, 6, 8, 1, 5, 2, 4, 7])
-
-
-def mapped(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
-    """Return what a linear map of the block makes of x."""
-    weights = dict(mechanism.meaning.named_parameters())
-    bias = weights.get(f"{name}.bias")
-    return linear(x, weights[f"{name}.weight"].detach(), None if bias is None else bias.detach())
-
-
-def normed(mechanism: Mechanism, name: str, x: Tensor) -> Tensor:
-    """Return what a layer norm of the block makes of x."""
-    weight, bias = (mechanism.parameter(f"{name}.{each}") for each in ("weight", "bias"))
-    return layer_norm(x, weight.shape, weight, bias)
-
-
-def split(x: Tensor, heads: int = 4) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
-
-
-def attended(q: Tensor, k: Tensor, v: Tensor, heads: int = 4, **options: Any) -> Tensor:
-    """Return plain attention of streams [b, n, d]."""
-    return merge(scaled_dot_product_attention(*(split(each, heads) for each in (q, k, v)),
-                                              **options))  # fmt: skip
 
 
 def moved(one: Tensor, other: Tensor) -> list[int]:
@@ -390,7 +374,7 @@ def test_161_factors_are_a_metric_of_each_head():
 
 def test_229_equal_shares_of_all_heads_are_plain_attention():
     mechanism = Mechanism("moh", ("active = 2", "active = 4"))
-    mechanism.set(always_proj_weight=0, chosen_proj_weight=0, parts_proj_weight=0)
+    mechanism.set(always_proj_weight=0, routed_proj_weight=0, parts_proj_weight=0)
     x = tokens(width=64)
     plain = Mechanism("block plain { width = 64; heads = 8 }", like=mechanism)
     assert_close(mechanism(x), plain(x))
@@ -400,7 +384,7 @@ def test_229_gates_are_those_of_the_code():
     mechanism = Mechanism("moh")
     x = tokens(width=64)
     always, chosen, parts = (mapped(mechanism, f"{name}_proj", x).softmax(-1)
-                             for name in ("always", "chosen", "parts"))  # fmt: skip
+                             for name in ("always", "routed", "parts"))  # fmt: skip
     _, places = chosen.topk(2, dim=-1)
     hot = torch.zeros_like(chosen).scatter_(-1, places, 1.0)
     routed = chosen * hot / (chosen * hot).sum(-1, keepdim=True) * 2
@@ -487,8 +471,9 @@ def test_133_is_torchs_spectral_norm_times_a_factor():
 
 def test_118_of_equal_streams_both_are_plain_attention():
     mechanism = Mechanism("sal")
-    plain = Mechanism(FULL, like=mechanism)
-    plain.set(v_proj_weight=mechanism.parameter("values_proj.weight"))
+    plain = Mechanism("shaw", like=mechanism)
+    plain.set(v_proj_weight=mechanism.parameter("values_proj.weight"),
+              table=mechanism.parameter("both_relative_table"))  # fmt: skip
     y = plain(X)
     assert_close(mechanism(torch.cat([X, X], -1)), torch.cat([y, y], -1))
 
@@ -1068,39 +1053,49 @@ PAGE = tokens(width=64)
 
 
 def skimmed(mechanism: Mechanism, x: Tensor) -> Tensor:
-    """Two layers of BERT that share a map."""
+    """Layers of BERT that share a map, then a norm."""
     text, layout = x.chunk(2, -1)
-    q, k = (split(mapped(mechanism, f"{name}_proj", layout)) for name in "qk")
+    q, k = (split(mapped(mechanism, f"layers.0.attn.{name}_proj", layout)) for name in "qk")
     p = (8**-0.5 * q @ k.mT).softmax(-1)
-    for layer, a, b in (("first", "a", "b"), ("second", "c", "d")):
-        o = merge(p @ split(mapped(mechanism, f"{layer}_v_proj", text)))
-        text = normed(mechanism, f"{a}_norm", text + mapped(mechanism, f"{a}_proj", o))
-        inner = gelu(mapped(mechanism, f"{b}_proj_0", text))
-        text = normed(mechanism, f"{b}_norm", text + mapped(mechanism, f"{b}_proj_1", inner))
+    for layer in (f"layers.{at}.attn." for at in range(3)):
+        o = merge(p @ split(mapped(mechanism, f"{layer}v_proj", text)))
+        text = normed(mechanism, f"{layer}read_norm",
+                      text + mapped(mechanism, f"{layer}read_proj", o))  # fmt: skip
+        inner = gelu(mapped(mechanism, f"{layer}inner_proj_0", text))
+        text = normed(mechanism, f"{layer}o_norm",
+                      text + mapped(mechanism, f"{layer}inner_proj_1", inner))  # fmt: skip
     return torch.cat([text, layout], -1)
 
 
-def test_99_one_map_serves_both_layers():
+def test_99_one_map_serves_all_layers():
     mechanism = Mechanism("skim_attention")
     assert_close(mechanism(PAGE), skimmed(mechanism, PAGE))
 
 
+def test_99_only_the_lowest_layer_draws_a_map():
+    names = [name for name, _ in Mechanism("skim_attention").meaning.named_parameters()]
+    assert [name for name in names if "q_proj" in name or "k_proj" in name] == [
+        f"layers.0.attn.{name}_proj.{part}" for name in "qk" for part in ("weight", "bias")
+    ]
+
+
+def first_read(x: Tensor) -> Tensor:
+    """What the heads of the lowest layer read, of values without a bias."""
+    mechanism = Mechanism("skim_attention").set(layers_0_attn_v_proj_bias=0)
+    layer = mechanism.meaning.get_submodule("layers.0.attn")
+    with torch.no_grad():
+        return layer.layer(x, {})[1]["o"]
+
+
 def test_99_text_does_not_change_who_reads_whom():
-    mechanism = Mechanism("skim_attention")
-    first = mechanism.streams(PAGE)["first"]
     louder = torch.cat([3 * PAGE[..., :32], PAGE[..., 32:]], -1)
-    mechanism.set(first_v_proj_bias=0)
-    quiet, loud = (mechanism.streams(each)["first"] for each in (PAGE, louder))
-    assert_close(loud, 3 * quiet)
-    assert not torch.allclose(first, quiet)
+    assert_close(first_read(louder), 3 * first_read(PAGE))
 
 
 def test_99_equal_boxes_are_read_evenly():
-    mechanism = Mechanism("skim_attention")
     page = torch.cat([PAGE[..., :32], PAGE[:, :1, 32:].expand(-1, N, -1)], -1)
-    text = mechanism.streams(page)["text"]
-    mean = mapped(mechanism, "first_v_proj", text).mean(1, keepdim=True).expand(-1, N, -1)
-    assert_close(merge(mechanism.streams(page)["first"]), mean)
+    read = first_read(page)
+    assert_close(read, read.mean(2, keepdim=True).expand_as(read))
 
 
 def ntk(mechanism: Mechanism, z: Tensor) -> Tensor:

@@ -972,7 +972,8 @@ def test_22_is_a_network_on_what_stands_side_by_side():
                        k[:, :, None].expand(-1, -1, n, -1, -1)], -1)  # fmt: skip
     first = torch.cat([weights["u_proj_1.weight"], weights["w_proj_1.weight"]], 1)
     hidden = unit(pairs, first, weights["u_proj_1.bias"]).relu()
-    s = weights["last"] * (hidden @ weights["inner"] + weights["shift"]).relu() + weights["level"]
+    s = (hidden @ weights["inner"].mT + weights["shift"]).relu() @ weights["last"]
+    s = s + weights["level"]
     assert_close(mechanism(x), through(mechanism, softmax(s) @ v))
 
 
@@ -995,21 +996,22 @@ def test_22_units_have_no_order():
     x = tokens()
     y = mechanism(x)
     names = ("u_proj_1.weight", "u_proj_1.bias", "w_proj_1.weight", "inner")
-    swapped = {name.replace(".", "_"): mechanism.parameter(name).flip(0) for name in names}
+    swapped = {name.replace(".", "_"): mechanism.parameter(name).flip(-1 if name == "inner" else 0)
+               for name in names}  # fmt: skip
     assert_close(mechanism.set(**swapped)(x), y)
 
 
 def compared(mechanism: Mechanism, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the products of queries and keys, scaled, and the distances between them."""
     q, k = (mechanism.streams(x)[name] for name in "qk")
-    return mechanism.logits(x), (q[:, :, :, None] - k[:, :, None]).abs().sum(-1)
+    return 8**-0.5 * mechanism.logits(x), (q[:, :, :, None] - k[:, :, None]).abs().sum(-1)
 
 
 def test_73_adds_takes_away_and_leaves_out():
     mechanism = Mechanism("comateformer")
     x = tokens()
     s, apart = compared(mechanism, x)
-    p = s.tanh() * 2 * torch.sigmoid(-apart / 2)
+    p = s.tanh() * 2 * torch.sigmoid(-(8**-0.5) * apart)
     assert (p < 0).any()
     assert (p.abs() < 1).all()
     assert_close(mechanism.weights(x), p)
@@ -1020,7 +1022,7 @@ def test_73_a_query_that_is_a_key_opens_the_gate():
     mechanism = Mechanism("comateformer")
     mechanism.set(k_proj_weight=mechanism.parameter("q_proj.weight"))
     x = tokens()
-    own = mechanism.logits(x).diagonal(dim1=2, dim2=3)
+    own = 8**-0.5 * mechanism.logits(x).diagonal(dim1=2, dim2=3)
     assert_close(mechanism.weights(x).diagonal(dim1=2, dim2=3), own.tanh())
 
 
