@@ -13,13 +13,12 @@ from functools import cached_property
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...ops import OPS
-from .. import decoding
-from ..choose import Lowering, always_fused, attend_exprs, kernel_reads, maps, reads_places
+from ..choose import Lowering, always_fused, kernel_reads, maps, reads_places
 from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
-from ..masks import extent, remembered, widest
 from ..model import MAPS, PREVIOUS, Pairwise
 from . import attend, scan
+from .caches import Caches, plain_name
 from .tensors import tensor as tensor_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
@@ -63,115 +62,10 @@ def _docstring(graph: Graph) -> list[str]:
             *(f"{heads}; {how}" for heads, how in parts), '"""']  # fmt: skip
 
 
-class _Writer:
+class _Writer(Caches):
     def __init__(self, graph: Graph, kernels: Mapping[str, str]) -> None:
-        self.graph, self.block, self.kernels = graph, graph.block, kernels
-        self.attentions = tuple(graph.of("attend"))
-        self.recurrences = tuple(graph.of("scan"))
-        self.crosses = any(n.op == "input" and n.name == "context" for n in graph.nodes)
-        self.obstacle = decoding.obstacle(graph.block)
-        self.borrows = frozenset(graph.block.borrows)
-
-    # what depends on what
-
-    @cached_property
-    def _roots(self) -> dict[str, frozenset[str]]:
-        """Everything that each node depends on, and its own name."""
-        roots: dict[str, frozenset[str]] = {}
-        for node in self.graph.nodes:
-            read = [] if _starts(node) else node.inputs
-            roots[node.name] = frozenset({node.name}).union(*(roots[name] for name in read))
-        return roots
-
-    def _late(self, name: str) -> bool:
-        """Whether a node depends on what was mixed, or is mixed itself."""
-        return any(each.name in self._roots[name] for each in self.graph.mixings())
-
-    def _far(self, name: str) -> bool:
-        """Whether a node depends on the context and not on the tokens."""
-        roots = self._roots[name]
-        return "context" in roots and not any(self._of_tokens(each) for each in roots)
-
-    def _of_tokens(self, name: str) -> bool:
-        """Whether a node is an argument that stands for the tokens of the call."""
-        return name in ("x", "doc") or (
-            name.startswith(PREVIOUS) and "n" in self.graph.node(name).dims
-        )
-
-    @cached_property
-    def _from_context(self) -> list[str]:
-        """What of the context is read by the rest: this is kept."""
-        found: dict[str, None] = {}
-        for node in self.graph.nodes:
-            if not self._far(node.name):
-                found |= {name: None for name in node.inputs if self._far(name)}
-        return list(found)
-
-    # what is kept of the tokens
-
-    def _keyed(self, node: Node) -> list[str]:
-        """Return the streams of an attention along its keys: k, v, those indexed by j."""
-        others = [each.name for each in attend.operands(self.graph, node) if each.at == "j"]
-        return list(dict.fromkeys([*node.inputs[1:3], *others]))
-
-    @cached_property
-    def _held(self) -> dict[str, tuple[Node, ...]]:
-        """The caches of keys and values: which attentions read each of them.
-
-        One is for all whose keys are there from the start, so that nothing is kept twice.
-        """
-        held: dict[str, tuple[Node, ...]] = {}
-        for node in self.attentions:
-            tokens = node.dims[2] == "n" and not self.graph.crosses(node)
-            if tokens and node.name not in self.borrows:
-                early = not any(self._late(name) for name in self._keyed(node))
-                name = "keys" if early else node.name
-                held[name] = (*held.get(name, ()), node)
-        return held
-
-    def _kept(self, held: str) -> list[str]:
-        """Return the streams that a cache keeps: what its attentions read, what is lent."""
-        names = dict.fromkeys(name for node in self._held[held] for name in self._keyed(node))
-        return list(names | (dict.fromkeys(self._lent.values()) if held == "keys" else {}))
-
-    @property
-    def _lent(self) -> dict[str, str]:
-        """What layers above read of the cache of keys, under the name they know: its node."""
-        return {label: name for label, name in self.graph.shared if label.endswith("[j]")}
-
-    @cached_property
-    def _tails(self) -> list[Node]:
-        """The stages that read earlier tokens."""
-        return [node for node in self.graph.nodes if self._tail(node)]
-
-    def _tail(self, node: Node) -> int:
-        """Return how many earlier tokens a stage reads, of tokens that a cache is for."""
-        if node.op not in OPS or "n" not in node.dims:
-            return 0
-        return OPS[node.op].lookback(dict(node.attrs))
-
-    @cached_property
-    def _parts(self) -> dict[str, str]:
-        """The caches of the block, by name: the text that makes each."""
-        if self.obstacle is not None:
-            return {}
-        parts = dict.fromkeys(self._held, "KeyValueCache")
-        parts |= {node.name: "StateCache" for node in self.recurrences}
-        if self.crosses:
-            parts["context"] = "ContextCache"
-        if self._tails:
-            parts["tails"] = "TailCache"
-        return parts or {"context": "Cache" if self.borrows else "ContextCache"}
-
-    @property
-    def _cache_type(self) -> str:
-        if self.obstacle is not None:
-            return "None"
-        return "BlockCache" if len(self._parts) > 1 else next(iter(self._parts.values()))
-
-    def cache(self, part: str) -> str:
-        """Return the variable of one of the caches."""
-        return "cache" if len(self._parts) <= 1 else f"{part}_cache"
+        super().__init__(graph)
+        self.kernels = kernels
 
     # constructor
 
@@ -187,59 +81,6 @@ class _Writer:
         if self.graph.auxiliary is not None:
             lines.append("    self.auxiliary: Tensor | None = None")
         return lines
-
-    def init_cache(self) -> list[str]:
-        head = f"def init_cache(self, batch: int, length: int) -> {self._cache_type}:"
-        if self.obstacle is not None:
-            return [head, f'    """Raise `ValueError`: {self.obstacle}."""', self._refusal]
-        made = {name: self._made(name, kind) for name, kind in self._parts.items()}
-        keys = [f"    {self.weight()}"] if self._held else []
-        if len(made) == 1:
-            ((name, (args, what)),) = made.items()
-            return [head, f'    """Return {what}."""', *keys,
-                    *indent(call(f"return {self._parts[name]}", args))]  # fmt: skip
-        lines = [head, '    """Return what the tokens so far leave behind, still empty."""', *keys,
-                 "    return BlockCache("]  # fmt: skip
-        for name, (args, _) in made.items():
-            lines += indent(call(f"{ident(name)}={self._parts[name]}", args, "),"), 2)
-        return [*lines, "    )"]
-
-    def _made(self, name: str, kind: str) -> tuple[list[str], str]:
-        """Return the arguments that make a cache, and what it is."""
-        if kind == "StateCache":
-            return ([f"**self.{scan.method_name(self.graph.node(name))}(batch)"],
-                    "the state before the first token")  # fmt: skip
-        if kind == "Cache":
-            return [], "a cache that only counts: the keys are kept below"
-        if kind == "ContextCache":
-            return [], "room for the keys and values of a context"
-        if kind == "TailCache":
-            return [], "room for the tokens before the next one"
-        own = (remembered(node.get("mask"), attend_exprs(node)) for node in self._held[name])
-        masks = (*own, *self.block.serves)
-        reach = widest(map(extent, masks))
-        shown = ", ".join(f'"{ident(each)}": {self._size(each)}' for each in self._kept(name))
-        ring = [] if reach.back is None else [f"ring={reach.back + 1}"]
-        ring += [f"prefix={reach.prefix}"] if ring and reach.prefix else []
-        args = ["batch", "length", f"{{{shown}}}", *ring, "dtype=weight.dtype",
-                "device=weight.device"]  # fmt: skip
-        what = "the last tokens" if ring else "`length` tokens"
-        return args, f"an empty cache for the keys and values of {what}"
-
-    @property
-    def _refusal(self) -> str:
-        return f'    raise ValueError("this block cannot decode: {self.obstacle}")'
-
-    def weight(self) -> str:
-        """Write what says the dtype and device of the module."""
-        default = "" if self.graph.weights else ", torch.empty(0)"
-        return f"weight = next(self.parameters(){default})"
-
-    def _size(self, name: str) -> tuple[int | None, int]:
-        if name == "doc":
-            return (None, 1)
-        shape = shape_of(self.graph.node(name).dims)
-        return (shape.heads, shape.dim)
 
     # forward
 
@@ -311,15 +152,9 @@ class _Writer:
                 return True
         return False
 
-    @property
-    def _shared_now(self) -> dict[str, str]:
-        """What the layer above reads at the tokens of the call: its node."""
-        return {label: name for label, name in self.graph.shared
-                if label not in MAPS and label not in self._lent}  # fmt: skip
-
     def _given(self) -> dict[str, str]:
         """Return what the layer above reads, by name, as text."""
-        given = {label: _plain_name(name) for label, name in self._shared_now.items()}
+        given = {label: plain_name(name) for label, name in self._shared_now.items()}
         for label, name in self._lent.items():
             given[label] = self._seen_as(self._held["keys"][0], name)
         for name in self.block.lends:
@@ -483,7 +318,7 @@ class _Writer:
             _column(named[each.name]) if each.at == "j" else each.variable for each in operands
         ]
         lines += [
-            f"{variable} = {_column(_plain_name(each.name))}"
+            f"{variable} = {_column(plain_name(each.name))}"
             for each, variable in zip(operands, variables, strict=True)
             if each.at == "i"
         ]
@@ -492,7 +327,7 @@ class _Writer:
         if node.name in self.borrows:
             lines += [f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
                       for name, variable in named.items()]  # fmt: skip
-        args = [_plain_name(q), k, v]
+        args = [plain_name(q), k, v]
         if places:
             at = (
                 "positions"
@@ -512,29 +347,6 @@ class _Writer:
             return [*lines, *comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
         return [*lines, "if plain:", *indent(self._plain(node)), "else:", *indent(general)]
 
-    def _seen_as(self, node: Node, name: str) -> str:
-        """Return the variable of a stream along the keys, with what the cache gives back."""
-        if node.name in self.borrows:
-            return f"{ident(name)}_j"
-        mine = next((held for held in self._held.values() if node in held), ())
-        if self.obstacle is not None or not mine:
-            return _plain_name(name)
-        special = not any(name in other.inputs[1:3] for other in mine)
-        elsewhere = any(self._reads_new(other, name, mine) for other in self.graph.nodes)
-        elsewhere = elsewhere or name in self._shared_now.values()
-        return f"{ident(name)}_j" if special or elsewhere else ident(name)
-
-    def _reads_new(self, node: Node, name: str, held: tuple[Node, ...]) -> bool:
-        """Whether a node reads a stream of the new tokens after the cache has brought all."""
-        if name not in node.inputs or not self._late(node.name):
-            return False
-        if node not in held:
-            return True
-        return name == node.inputs[0] or (node is not held[0] and name in self._queried(node))
-
-    def _queried(self, node: Node) -> list[str]:
-        return [each.name for each in attend.operands(self.graph, node) if each.at == "i"]
-
     def _plain(self, node: Node) -> list[str]:
         target = _target(node)
         q, k, v = (self._kernel_operand(node, name) for name in node.inputs[:3])
@@ -553,7 +365,7 @@ class _Writer:
     def _kernel_operand(self, node: Node, name: str) -> str:
         if node.name in self.borrows and name in self._keyed(node) and name != "doc":
             return self._seen_as(node, name)
-        return f"self.{name}" if self.graph.node(name).op == "tensor" else _plain_name(name)
+        return f"self.{name}" if self.graph.node(name).op == "tensor" else plain_name(name)
 
     def _advance(self, node: Node, named: Mapping[str, str], places: bool) -> list[str]:
         """Write the lines that take new tokens into the cache, and say where the keys stand."""
@@ -575,16 +387,16 @@ class _Writer:
         any_places = lends or any(reads_places(self.graph, each) for each in nodes)
         named = {name: self._seen_as(node, name) for name in self._kept(held)}
         lines += [
-            f"{variable} = {_column(_plain_name(name))}"
+            f"{variable} = {_column(plain_name(name))}"
             for name, variable in named.items()
-            if variable != _plain_name(name)
+            if variable != plain_name(name)
         ]
         lines += ["places = positions"] if any_places else []
         if self.obstacle is not None:
             return lines
         cache = self.cache(held)
         given = "given" if self._needs_places else "positions"
-        values = [f"{ident(name)}={_column(_plain_name(name))}" for name in named]
+        values = [f"{ident(name)}={_column(plain_name(name))}" for name in named]
         got = ", ".join([*named.values(), "places" if any_places else "_"])
         lines.append(f"if {cache} is not None:")
         lines += indent(call(f"{got} = {cache}.update", [given, *values]))
@@ -595,7 +407,7 @@ class _Writer:
     def _remembered(self, node: Node, head: str, dims: str) -> list[str]:
         """Write a stage that reads the tokens before those it is given."""
         first = self.graph.node(node.inputs[0])
-        given = _plain_name(first.name)
+        given = plain_name(first.name)
         lines: list[str] = []
         if first.op in OPS and self._inlined(first):
             given = ident(node.name.partition(".")[0])
@@ -630,7 +442,7 @@ class _Writer:
             elif made.op in OPS and self._inlined(made):
                 texts.append(self._operand(node, self._text(made)))
             else:
-                texts.append(_tensor_text(made) if made.op == "tensor" else _plain_name(name))
+                texts.append(_tensor_text(made) if made.op == "tensor" else plain_name(name))
         shapes = [shape_of(self.graph.node(name).dims) for name in node.inputs]
         return OPS[node.op].text(texts, shapes, dict(node.attrs), node.module)
 
@@ -641,7 +453,7 @@ class _Writer:
     def _assign(self, node: Node, head: str) -> list[str]:
         """Write `head text  # dims`, the innermost stages on lines of their own if too long."""
         if node.op not in OPS:
-            return [f"{head} {_plain_name(node.name)}"]
+            return [f"{head} {plain_name(node.name)}"]
         dims = f"[{', '.join(map(str, node.dims))}]"
         if self._tail(node) and self.obstacle is None:
             return self._remembered(node, head, dims)
@@ -661,13 +473,8 @@ def _count(expr: Expr, part: Expr) -> int:
     return sum(node == part for node in walk(expr))
 
 
-def _plain_name(name: str) -> str:
-    """Return the variable of a node."""
-    return name if name in ("x", "context", "o") else ident(name)
-
-
 def _target(node: Node) -> str:
-    return _plain_name(node.name)
+    return plain_name(node.name)
 
 
 def _column(variable: str) -> str:
@@ -684,8 +491,3 @@ def _tensor_text(node: Node) -> str:
     """Write a param or const as a stream of one token."""
     lifted = {0: "[None, None, None]", 1: "[None, None]", 2: "[:, None]"}[len(node.dims)]
     return f"self.{node.name}{lifted}"
-
-
-def _starts(node: Node) -> bool:
-    """Say whether a stage starts from nothing: its input only says how large the batch is."""
-    return node.op in OPS and OPS[node.op].starts
