@@ -19,7 +19,7 @@ from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
 from ..masks import extent, remembered, widest
 from ..model import MAPS, PREVIOUS, Pairwise
-from . import attend, scan
+from . import attend, chunk, scan
 from .tensors import tensor as tensor_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
@@ -472,7 +472,9 @@ class _Writer:
     def _mixed(self, node: Node) -> list[str]:
         """Write an attention or a recurrence."""
         if node.op == "scan":
-            return scan.forward(self.graph, node, self.cache(node.name))
+            lowering: Lowering = node.get("lowering")
+            forward = chunk.forward if lowering.path == "chunkwise" else scan.forward
+            return forward(self.graph, node, self.cache(node.name))
         lines: list[str] = []
         operands = attend.operands(self.graph, node)
         q, *_ = node.inputs

@@ -68,7 +68,7 @@ def test_compiled_is_what_it_means(name):
         if each is None or theirs[key] is None:
             assert all(other is None or not other.any() for other in (each, theirs[key])), key
         else:
-            assert (each - theirs[key]).abs().max() <= 1e-9, key
+            assert (each - theirs[key]).abs().max() <= 1e-9 * max(1, theirs[key].abs().max()), key
     assert cost(mechanism.block).params == sum(each.numel() for each in module.parameters())
 
 
