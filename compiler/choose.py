@@ -20,6 +20,7 @@ from .kernel_form import KernelForm, Side, kernel_form
 from .masks import extent
 from .model import MAPS, PREVIOUS, Normalizer
 from .normalizers import exponential
+from .recurrences import described, of_node
 
 _OF_KERNELS = ("lse", "entropy")  # the statistics that kernels give
 
@@ -36,7 +37,7 @@ class Lowering:
     """The path a node takes, why, and what stood in the way of the others."""
 
     node: str
-    path: str  # triton, sdpa, dense, sequential
+    path: str  # triton, sdpa, dense, chunkwise, sequential
     reason: str
     obstacles: tuple[tuple[str, str], ...] = ()
 
@@ -55,13 +56,16 @@ def _chosen(graph: Graph, node: Node, target: Target) -> Node:
     if node.op == "attend":
         return node.having(lowering=_attend(graph, node, target))
     if node.op == "scan":
-        return node.having(lowering=_scan(node))
+        return node.having(lowering=_scan(graph, node))
     return node
 
 
-def _scan(node: Node) -> Lowering:
-    return Lowering(node.name, "sequential", "the statements run token by token",
-                    (("chunkwise", "chunkwise recurrences are not generated yet"),))  # fmt: skip
+def _scan(graph: Graph, node: Node) -> Lowering:
+    form = of_node(graph, node)
+    if isinstance(form, str):
+        return Lowering(node.name, "sequential", "the statements run token by token",
+                        (("chunkwise", form),))  # fmt: skip
+    return Lowering(node.name, "chunkwise", described(form))
 
 
 def _attend(graph: Graph, node: Node, target: Target) -> Lowering:

@@ -330,6 +330,219 @@ def expect_per_token(name: str, given: Tensor, x: Tensor) -> None:
         raise ValueError(f"`{name}` must be [{n}] or [{b}, {n}], it is {list(given.shape)}")
 
 
+def chunked_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    before: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return q_i @ S_i [b, h, n, e] of S_i = decay_i S_{i-1} + outer(k_i, v_i), and the last S.
+
+    q and k are [b, h, n, d]; decay is None for 1, [b, h, n, 1], or [b, h, n, d] for the rows of
+    S; `state`, the S before the first token, is [b, h, d, e]. With `before`, S_{i-1} is read.
+
+    The tokens of a chunk meet in one product, under a mask that fades; from chunk to chunk the
+    state goes on (Sun et al. 2023, Yang et al. 2023). Decays are multiplied and never divided,
+    so that they may be zero.
+    """
+    n = q.shape[2]
+    q, k, v = q.to(state.dtype), k.to(state.dtype), v.to(state.dtype)
+    if n == 1:  # a step of decoding
+        with torch.autocast(q.device.type, enabled=False):
+            last = (state if decay is None else decay.mT * state) + k.mT @ v
+            return q @ (state if before else last), last
+    if before:  # each token is written one place later
+        q, k, v = F.pad(q, (0, 0, 0, 1)), F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
+        decay = None if decay is None else F.pad(decay, (0, 0, 1, 0), value=1.0)
+    size = chunk_size(q.shape[2])
+    q, k, v = in_chunks(q, size), in_chunks(k, size), in_chunks(v, size)
+    with torch.autocast(q.device.type, enabled=False):
+        if decay is None:
+            starts, last = carried(k.mT @ v, None, state)
+            o = (q @ k.mT).tril() @ v + q @ starts
+        else:
+            decay = in_chunks(decay, size, 1.0)
+            since = decay.cumprod(-2)
+            starts, last = carried((k * after_each(decay)).mT @ v, since[..., -1, :], state)
+            o = faded_products(q, k, decay) @ v + (q * since) @ starts
+    return o.flatten(2, 3)[:, :, :n], last
+
+
+def corrected_values(
+    k: Tensor, v: Tensor, w: Tensor, decay: Tensor | None, state: Tensor
+) -> Tensor:
+    """Return v_i + w_i @ S_{i-1} [b, h, n, e] of S_i = decay_i S_{i-1} + outer(k_i, that).
+
+    With w = -beta k and v = beta v this is the delta rule. Within a chunk, what each token
+    writes depends on what those before it wrote: one triangular system (Yang et al. 2024).
+    """
+    n, e, size = v.shape[2], v.shape[3], chunk_size(v.shape[2])
+    k, v, w = k.to(state.dtype), v.to(state.dtype), w.to(state.dtype)
+    if n == 1:  # a step of decoding
+        with torch.autocast(k.device.type, enabled=False):
+            return v + w @ state
+    decay = torch.ones_like(k[..., :1]) if decay is None else decay
+    k, v, w = in_chunks(k, size), in_chunks(v, size), in_chunks(w, size)
+    decay = in_chunks(decay, size, 1.0)
+    with torch.autocast(k.device.type, enabled=False):
+        since = decay.cumprod(-2)
+        next_ = F.pad(w[..., 1:, :], (0, 0, 0, 1))  # w_i meets what faded until i - 1
+        met = F.pad(faded_products(next_, k, decay)[..., :-1, :], (0, 0, 1, 0))
+        begun = F.pad(since[..., :-1, :], (0, 0, 1, 0), value=1.0)
+        solved = torch.linalg.solve_triangular(
+            -met, torch.cat([v, w * begun], dim=-1), upper=False, unitriangular=True
+        )
+        own, reach = solved[..., :e], solved[..., e:]
+        kept, left = since[..., -1, :, None], (k * after_each(decay)).mT
+        values = []
+        for at in range(k.shape[2]):
+            values.append(own[:, :, at] + reach[:, :, at] @ state)
+            state = kept[:, :, at] * state + left[:, :, at] @ values[-1]
+    return torch.cat(values, dim=2)[:, :, :n]
+
+
+def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
+    """Return z_i = decay_i z_{i-1} + x_i [b, h, n, d] from the z before the first, [b, h, d]."""
+    if decay is None:
+        return x.cumsum(2) + state[:, :, None]
+    if x.shape[2] == 1:  # a step of decoding
+        return decay * state[:, :, None] + x
+    n, size = x.shape[2], chunk_size(x.shape[2])
+    x, decay = in_chunks(x, size), in_chunks(decay, size, 1.0)
+    since = decay.cumprod(-2)
+    if decay.shape[-1] == 1:
+        with torch.autocast(x.device.type, enabled=False):
+            x = fading(decay) @ x
+    else:
+        step = 1
+        while step < size:  # sums of 2, 4, 8 … tokens
+            x = x + decay * F.pad(x[..., :-step, :], (0, 0, step, 0))
+            decay = decay * F.pad(decay[..., :-step, :], (0, 0, step, 0), value=1.0)
+            step *= 2
+    starts, _ = carried(x[..., -1, :, None], since[..., -1, :], state[..., None])
+    return (x + since * starts.mT).flatten(2, 3)[:, :, :n]
+
+
+def faded_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
+    """Return q_i · (decay_i … decay_{j+1} k_j) for j ≤ i, 0 after: [..., n, n].
+
+    Where every feature fades by itself, the halves of the tokens meet in their middle: what
+    the first half wrote fades until there, and what the second reads fades from there.
+    """
+    n = q.shape[-2]
+    if decay.shape[-1] == 1:
+        return (q @ k.mT) * fading(decay)
+    if n == 1:
+        return (q * k).sum(-1, keepdim=True)
+    q, k, decay = (
+        each.reshape(*each.shape[:-2], 2, n // 2, each.shape[-1]) for each in (q, k, decay)
+    )
+    first, second = faded_products(q, k, decay).unbind(-3)
+    reads = q[..., 1, :, :] * decay[..., 1, :, :].cumprod(-2)
+    wrote = k[..., 0, :, :] * after_each(decay[..., 0, :, :])
+    across = reads @ wrote.mT
+    above = torch.cat([first, torch.zeros_like(first)], dim=-1)
+    return torch.cat([above, torch.cat([across, second], dim=-1)], dim=-2)
+
+
+def fading(decay: Tensor) -> Tensor:
+    """Return decay_i … decay_{j+1} for j ≤ i, 0 after: [..., n, n] for a decay [..., n, 1]."""
+    n = decay.shape[-2]
+    earlier = torch.ones(n, n, dtype=torch.bool, device=decay.device).tril(-1)
+    return torch.where(earlier, decay, 1.0).cumprod(-2).tril()
+
+
+def after_each(decay: Tensor) -> Tensor:
+    """Return the products of the decays [..., n, d] after each token, 1 for the last."""
+    after = F.pad(decay[..., 1:, :], (0, 0, 0, 1), value=1.0)
+    return after.flip(-2).cumprod(-2).flip(-2)
+
+
+def carried(wrote: Tensor, kept: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the state before each chunk [b, h, chunks, d, e], and the last [b, h, d, e].
+
+    `wrote` is what a chunk adds, `kept` [b, h, chunks, d or 1] what it leaves of the state; None
+    for all of it.
+    """
+    if kept is None:
+        states = torch.cat([state[:, :, None], wrote], dim=2).cumsum(2)
+        return states[:, :, :-1], states[:, :, -1]
+    starts = []
+    for at in range(wrote.shape[2]):
+        starts.append(state)
+        state = kept[:, :, at, :, None] * state + wrote[:, :, at]
+    return torch.stack(starts, dim=2), state
+
+
+def chunk_size(n: int) -> int:
+    """Return 64, or a smaller power of two that holds n tokens."""
+    size = 1
+    while size < min(n, 64):
+        size *= 2
+    return size
+
+
+def in_chunks(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
+    """Return x [b, h, n, d] as [b, h, chunks, size, d], the last chunk filled up."""
+    b, h, n, d = x.shape
+    return F.pad(x, (0, 0, 0, -n % size), value=fill).reshape(b, h, -1, size, d)
+
+
+def whole_linear(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, fresh: Tensor | None = None
+) -> Tensor:
+    """Return q_i @ S [b, h, n, e] of S = state + the sum of all outer(k_j, v_j).
+
+    Where documents begin at `fresh` tokens [b, 1, n, 1], each has a sum of its own.
+    """
+    if fresh is None:
+        return q @ (state + k.mT @ v)
+    shape, nothing = (*k.shape[:3], 1), torch.zeros_like(state)
+    ends = F.pad(fresh[:, :, 1:], (0, 0, 0, 1), value=True)
+    begun, _ = chunked_linear(q, k, v, (~fresh).to(k.dtype).expand(shape), nothing)
+    open_ = (~ends).to(k.dtype).expand(shape).flip(2)
+    asked = q.masked_fill(ends, 0).flip(2)  # from the last token backwards
+    rest, _ = chunked_linear(asked, k.flip(2), v.flip(2), open_, nothing, before=True)
+    return begun + rest.flip(2) + q @ state
+
+
+def whole_sums(x: Tensor, state: Tensor, fresh: Tensor | None = None) -> Tensor:
+    """Return z = state [b, h, d] + the sum of all x_j [b, h, n, d], the same for every token.
+
+    Where documents begin at `fresh` tokens [b, 1, n, 1], each has a sum of its own.
+    """
+    if fresh is None:
+        return (state[:, :, None] + x.sum(2, keepdim=True)).expand_as(x)
+    which = fresh.cumsum(2).expand_as(x)
+    sums = torch.zeros_like(x).scatter_add(2, which, x)
+    return state[:, :, None] + sums.gather(2, which)
+
+
+def one_before(z: Tensor, state: Tensor, fresh: Tensor | None = None, anew: float = 0.0) -> Tensor:
+    """Return z_{i-1} for the values z_i [b, h, n, d] of a state [b, h, d].
+
+    The tokens that are `fresh` find it `anew`.
+    """
+    earlier = torch.cat([state[:, :, None], z[:, :, :-1]], dim=2)
+    return earlier if fresh is None else earlier.masked_fill(fresh, anew)
+
+
+def new_documents(doc: Tensor, last: Tensor | None) -> Tensor:
+    """Say which tokens [b, 1, n, 1] have another document than the token before them.
+
+    `last` [b] is the document of the token before the first, where there was one.
+    """
+    first = doc[:, :1] if last is None else last[:, None]
+    return (doc != torch.cat([first, doc[:, :-1]], dim=1))[:, None, :, None]
+
+
+def interleaved(*parts: Tensor) -> Tensor:
+    """Lay several [b, h, n, d] out as one [b, h, parts · n, d], token by token."""
+    return torch.stack(parts, dim=3).flatten(2, 3)
+
+
 class Cache:
     """What the tokens so far left behind, by name."""
 

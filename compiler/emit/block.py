@@ -17,7 +17,7 @@ from ..choose import Lowering, always_fused, kernel_reads, maps, reads_places
 from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
 from ..model import MAPS, PREVIOUS, Pairwise
-from . import attend, scan
+from . import attend, chunk, scan
 from .caches import Caches, plain_name
 from .tensors import tensor as tensor_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
@@ -308,7 +308,9 @@ class _Writer(Caches):
     def _mixed(self, node: Node) -> list[str]:
         """Write an attention or a recurrence."""
         if node.op == "scan":
-            return scan.forward(self.graph, node, self.cache(node.name))
+            lowering: Lowering = node.get("lowering")
+            forward = chunk.forward if lowering.path == "chunkwise" else scan.forward
+            return forward(self.graph, node, self.cache(node.name))
         lines: list[str] = []
         operands = attend.operands(self.graph, node)
         q, *_ = node.inputs

@@ -85,7 +85,7 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     ranks: dict[str, int] = {each.name: len(each.shape) for each in mix.states}
     lines = ["wide = torch.promote_types(x.dtype, torch.float32)"]
     for name in streams:
-        text, ranks[name] = _per_head(graph, node, name)
+        text, ranks[name] = per_head(graph, node, name)
         lines.append(f"{_all_of(name)} = {text}.to(wide)")
     for each in mix.updates:
         ranks.setdefault(each.name, 1 if each.name == "o" else 0)
@@ -110,7 +110,7 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     return [*lines, f"    {cache}.doc = last"] if mix.resets else lines
 
 
-def _per_head(graph: Graph, node: Node, name: str) -> tuple[str, int]:
+def per_head(graph: Graph, node: Node, name: str) -> tuple[str, int]:
     """Return a stream as [b, heads, n] or [b, heads, n, d], and its rank per head."""
     heads, dims = int(node.dims[1]), graph.node(name).dims
     variable = ident(name)

@@ -24,6 +24,7 @@ _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "Encode
                        "EncoderFeedForward"))  # fmt: skip
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
+    r"|_(?:added|asked|before|decay|key|query|read|value|written)s?(?:_\d+)?$"
 )
 
 

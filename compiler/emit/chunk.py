@@ -1,0 +1,294 @@
+"""A recurrence in chunks of tokens as PyTorch text: its operands, and one call for each state.
+
+    S <- alpha * S + outer(k, v)        z <- alpha * z + k        o <- q @ S / dot(q, z)
+
+S_read, S = chunked_linear(q_h, k_h, v_h, alpha_h[..., None], state["S"])
+z = faded_sums(k_h, alpha_h[..., None], state["z"])
+o = S_read / (q_h * z).sum(-1)[..., None]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...grammar.expr import evaluate, names, rebuild
+from ...grammar.syntax import Expr, Index, Name, Number, walk
+from ..affine import BEFORE
+from ..graph import Graph, Node
+from ..model import Recurrence
+from ..recurrences import Chunked, Memory, Sum, of_node, ranks_of
+from . import scan
+from .text import atomic, call, ident
+from .values import Text, Values, lifted
+
+
+def forward(graph: Graph, node: Node, cache: str) -> list[str]:
+    """Return the lines that run the recurrence, from the streams to its output."""
+    form = of_node(graph, node)
+    assert isinstance(form, Chunked)
+    return _Writer(graph, node, form, cache).lines()
+
+
+@dataclass
+class _Values(Values):
+    """Expressions for all tokens at once: numbers are [b, h, n], vectors [b, h, n, d]."""
+
+    graph: Graph
+    texts: dict[str, str]
+    ranks: dict[str, int]
+
+    @property
+    def typed(self) -> str:
+        return "x.new_full((), {}, dtype=wide)"
+
+    def leaf(self, expr: Name | Index) -> Text:
+        match expr:
+            case Name(id):
+                return Text(self.texts[id], self.ranks[id])
+            case Index(Name(id), items):
+                along = "[:, None]" if items else ""
+                rank = len(self.graph.node(id).dims) - len(items)
+                return Text(f"self.{id}.to(wide){along}", rank)
+        raise TypeError(f"{type(expr).__name__} in a mixer")
+
+
+@dataclass
+class _Writer:
+    graph: Graph
+    node: Node
+    form: Chunked
+    cache: str
+    known: dict[Expr, Name] = field(default_factory=dict)  # what has a variable already
+    batched: set[str] = field(default_factory=set)  # names whose values differ in a batch
+
+    def __post_init__(self) -> None:
+        self.mix: Recurrence = self.node.get("recurrence")
+        self.states = {each.name: each for each in self.mix.states}
+        self.values = _Values(self.graph, {}, ranks_of(self.graph, self.node))
+        self.fresh = self.mix.resets
+
+    def lines(self) -> list[str]:
+        start = f"self.{scan.method_name(self.node)}(b)"
+        lines = ["wide = torch.promote_types(x.dtype, torch.float32)", *self._streams()]
+        cached = f"state = {start} if {self.cache} is None else {self.cache}.kept"
+        lines.append(cached if self.mix.causal else f"state = {start}")
+        if self.fresh:
+            last = f"None if {self.cache} is None else {self.cache}.doc"
+            lines.append(f"fresh = new_documents(doc, {last if self.mix.causal else None})")
+        for each in self.form.lets:
+            lines += self._let(each.name, each.value) if self._reads(each.name) else []
+        for step in self.form.steps:
+            if isinstance(step, Memory):
+                lines += self._memory(step)
+            elif self.mix.causal or self._reads(step.state):
+                lines += self._sum(step)
+        made = self.node.name if self.node.name == "o" else ident(self.node.name)
+        heads, dim = self.node.dims[1], int(self.node.dims[3])
+        output = atomic(self._full(self.form.output, dim))
+        lines.append(f"{made} = {output}.to(x.dtype)  # [b, {heads}, n, {dim}]")
+        return [*lines, *self._keep()] if self.mix.causal else lines
+
+    def _streams(self) -> list[str]:
+        lines = []
+        for name in self.node.inputs:
+            if self.graph.node(name).op == "tensor" or name == "doc":
+                continue
+            text, rank = scan.per_head(self.graph, self.node, name)
+            variable = f"{ident(name)}_h"
+            lines.append(f"{variable} = {text}.to(wide)")
+            self._name(name, variable, rank)
+        return lines
+
+    def _name(self, name: str, variable: str, rank: int) -> None:
+        self.values.texts[name], self.values.ranks[name] = variable, rank
+        self.batched.add(name)
+
+    def _let(self, name: str, value: Expr) -> list[str]:
+        value = self._short(value)
+        found = self.values.value(value)
+        variable = ident(name)
+        self.values.texts[name], self.values.ranks[name] = variable, found.rank
+        if names(value) & self.batched:
+            self.batched.add(name)
+        elif isinstance(value, Number):
+            found = Text(f"x.new_full((), {found.text}, dtype=wide)", 0)
+        self.known[value] = Name(name)
+        return [f"{variable} = {found.text}"]
+
+    def _keep(self) -> list[str]:
+        lasts = {
+            ident(name): "" if len(state.shape) == 2 else "[:, :, -1]"
+            for name, state in self.states.items()
+        }
+        kept = ", ".join(f'"{own}": {own}{at}.detach()' for own, at in lasts.items())
+        lines = [f"if {self.cache} is not None:", f"    {self.cache}.kept = {{{kept}}}",
+                 f"    {self.cache}.length += n"]  # fmt: skip
+        return [*lines, f"    {self.cache}.doc = doc[:, -1]"] if self.mix.resets else lines
+
+    # operands
+
+    def _short(self, expr: Expr) -> Expr:
+        """Return an expression with what has a variable already under its name."""
+        if isinstance(expr, Number):
+            return expr
+        if expr in self.known:
+            return self.known[expr]
+        return rebuild(expr, self._short)
+
+    def _full(self, expr: Expr, dim: int) -> str:
+        """Write a vector [b, heads, n, dim] for every token."""
+        size = f"b, {self.node.dims[1]}, n, {dim}"
+        expr = self._short(expr)
+        if not any(isinstance(each, Name | Index) for each in walk(expr)):
+            return f"x.new_full(({size}), {float(evaluate(expr, {}))!r}, dtype=wide)"
+        found = self.values.value(expr)
+        text = lifted(found, 1) if found.rank == 0 else found.text
+        if (found.rank == 0 and dim > 1) or not names(expr) & self.batched:
+            return f"{atomic(text)}.expand({size})"
+        return text
+
+    def _operand(self, name: str, expr: Expr, dim: int, lines: list[str]) -> str:
+        """Write an operand of a state, a long one on a line of its own."""
+        expr = self._short(expr)
+        text = self._full(expr, dim)
+        if isinstance(expr, Name) or len(text) < 24:
+            return text
+        label = f"operand {name}"
+        self._name(label, name, 1)
+        self.known[expr] = Name(label)
+        lines.append(f"{name} = {text}")
+        return name
+
+    def _decay(self, name: str, decay: Expr | None, lines: list[str]) -> str:
+        """Write what a state is multiplied by: nothing of it where a document begins."""
+        if decay is None:
+            if not self.fresh:
+                return "None"
+            text = f"(~fresh).to(wide).expand(b, {self.node.dims[1]}, n, 1)"
+        else:
+            text = self._full(decay, self._width(name, decay))
+            if self.fresh:
+                text = f"{atomic(text)}.masked_fill(fresh, 0)"
+        if len(text) < 24:
+            return text
+        lines.append(f"{ident(name)}_decay = {text}")
+        return f"{ident(name)}_decay"
+
+    def _faded(self, step: Sum) -> str:
+        if step.decay is None:
+            return ""
+        return f" * {atomic(self._full(step.decay, self._width(step.state, step.decay)))}"
+
+    def _width(self, name: str, decay: Expr) -> int:
+        """Return 1 for a decay that is a number, else the size of what fades."""
+        return self._rows(name) if self.values.value(self._short(decay)).rank else 1
+
+    def _rows(self, name: str) -> int:
+        shape = self.states[name].shape
+        return shape[0] if shape else 1
+
+    # states
+
+    def _sum(self, step: Sum) -> list[str]:
+        state, own = self.states[step.state], ident(step.state)
+        lines: list[str] = []
+        dim, flat = self._rows(step.state), not state.shape
+        start = f'state["{own}"]' + ("[..., None]" if flat else "")
+        added = self._operand(f"{own}_added", step.added, dim, lines)
+        anew = float(evaluate(state.init, {}))
+        if not self.mix.causal:
+            args = [added, start, *(["fresh"] if self.fresh else [])]
+            lines += call(f"{own} = whole_sums", args)
+        else:
+            if self.fresh and anew:
+                added = f"{added} + {anew!r}{self._faded(step)} * fresh"
+            decay = self._decay(step.state, step.decay, lines)
+            lines += call(f"{own} = faded_sums", [added, decay, start])
+        self._name(step.state, own, len(state.shape))
+        if self._reads(f"{BEFORE}{step.state}"):
+            args = [own, start, *(["fresh", repr(anew)] if self.fresh else [])]
+            lines += call(f"{own}_before = one_before", args)
+            self._name(f"{BEFORE}{step.state}", f"{own}_before", len(state.shape))
+            lines += [f"{own}_before = {own}_before[..., 0]"] if flat else []
+        return [*lines, f"{own} = {own}[..., 0]"] if flat else lines
+
+    def _reads(self, name: str) -> bool:
+        """Say whether a name is read by a statement, a step or the output."""
+        exprs: list[Expr | None] = [self.form.output, *(each.value for each in self.form.lets)]
+        for step in self.form.steps:
+            exprs.append(step.decay)
+            if isinstance(step, Sum):
+                exprs.append(step.added)
+                continue
+            exprs += [each.query for each in step.readings]
+            exprs += [part for each in step.writes for part in (each.key, each.value, each.query)]
+        return any(name in names(each) for each in exprs if each is not None)
+
+    def _memory(self, step: Memory) -> list[str]:
+        lines: list[str] = []
+        own = ident(step.state)
+        shape = self.states[step.state].shape
+        d, e = reversed(shape) if step.turned else shape
+        start = f'state["{own}"]' + (".mT" if step.turned else "")
+        decay = self._decay(step.state, step.decay, lines) if self.mix.causal else "None"
+        count = len(step.writes)
+        parts = [self._write(step, at, (d, e), lines) for at in range(count)]
+        key, value, query = (self._woven([each[at] for each in parts]) for at in range(3))
+        if count > 1 and decay != "None":
+            decay = self._woven([decay, *[f"torch.ones_like({decay})"] * (count - 1)])
+        for at, (name, text) in enumerate((("key", key), ("value", value))):
+            if count > 1:
+                lines.append(f"{own}_{name}s = {text}")
+                key, value = (f"{own}_keys", value) if at == 0 else (key, f"{own}_values")
+        if any(each.query is not None for each in step.writes):
+            args = [key, value, query, decay, start]
+            value = f"{own}_written"
+            lines += call(f"{value} = corrected_values", args)
+        for at, reading in enumerate(step.readings):
+            variable = f"{own}_read" if at == 0 else f"{own}_read_{at + 1}"
+            asked = self._operand(f"{own}_query" if at == 0 else f"{own}_query_{at + 1}",
+                                  reading.query, d, lines)  # fmt: skip
+            if self.fresh and not reading.after and self.mix.causal:
+                asked = f"{atomic(asked)}.masked_fill(fresh, 0)"
+            if count > 1:
+                others = [f"torch.zeros_like({asked})"] * (count - 1)
+                asked = self._woven([*others, asked] if reading.after else [asked, *others])
+            lines += self._asked(step, variable, [asked, key, value], decay, start, at)
+            if count > 1:
+                first = count - 1 if reading.after else 0
+                lines.append(f"{variable} = {variable}[:, :, {first}::{count}]")
+            self._name(reading.name, variable, 1)
+        if step.turned and self.mix.causal:
+            lines.append(f"{own} = {own}.mT")
+        return lines
+
+    def _asked(
+        self, step: Memory, variable: str, args: list[str], decay: str, start: str, at: int
+    ) -> list[str]:
+        if not self.mix.causal:
+            zeros = ["torch.zeros_like(fresh)"] * (len(step.writes) - 1)
+            fresh = [self._woven(["fresh", *zeros])] if self.fresh else []
+            return call(f"{variable} = whole_linear", [*args, start, *fresh])
+        before = [] if step.readings[at].after else ["before=True"]
+        own = ident(step.state) if at == 0 else "_"
+        return call(f"{variable}, {own} = chunked_linear", [*args, decay, start, *before])
+
+    def _write(
+        self, step: Memory, at: int, size: tuple[int, int], lines: list[str]
+    ) -> tuple[str, str, str]:
+        """Write the key, value and query of an outer product; zeros for what it has not."""
+        each, own, (d, e) = step.writes[at], ident(step.state), size
+        number = "" if at == 0 else f"_{at + 1}"
+        nothing = Number(0, "0")
+        key = self._operand(f"{own}_key{number}", each.key, d, lines)
+        value = self._operand(f"{own}_value{number}", each.value or nothing, e, lines)
+        if not any(each.query is not None for each in step.writes):
+            return key, value, ""
+        query = self._operand(f"{own}_asked{number}", each.query or nothing, d, lines)
+        if self.fresh and each.query is not None:
+            query = f"{atomic(query)}.masked_fill(fresh, 0)"
+        return key, value, query
+
+    @staticmethod
+    def _woven(parts: list[str]) -> str:
+        return parts[0] if len(parts) == 1 else f"interleaved({', '.join(parts)})"

@@ -1,0 +1,301 @@
+"""Recurrences in chunks of tokens against their meaning, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headloom.compiler import choose, decoding, pieces
+from headloom.compiler.build import build
+from headloom.compiler.model import Block
+from headloom.compiler.recurrences import Chunked, of_node
+
+from .battery import block, compiled, inputs, oracle
+from .test_compile import gradients
+
+LENGTHS = (1, 2, 63, 64, 65, 130)
+MIXERS = {
+    "adds": "S <- S + outer(k, v); o <- q @ S",
+    "normalised": "S <- S + outer(exp(k), v); z <- z + exp(k); n <- n + 1; "
+    "o <- exp(q) @ S / dot(exp(q), z) + 1 / n",
+    "number": "S <- 0.9 * S + outer(k, v); z <- -0.7 * z + k; o <- q @ S + dot(z, q) * v",
+    "head": "S <- c * S + outer(k, v); o <- q @ S * c",
+    "token": "S <- a * S + b * outer(k, v); z <- a * z + b * k; "
+    "o <- q @ S / max(abs(dot(q, z)), 1)",
+    "rows": "S <- g * S + outer(k, v); z <- g * z + k; o <- (q * z) @ S",
+    "rows_of_heads": "S <- sigmoid(r) * S + outer(k, v); o <- q @ S",
+    "any_sign": "S <- tanh(3 * a - 2) * S + outer(k, v); o <- q @ S",
+    "delta": "S <- S + b * outer(k, v - k @ S); o <- q @ S",
+    "gated_delta": "S <- a * (S - b * outer(k, k @ S)) + b * outer(k, v); o <- q @ S",
+    "rows_delta": "S <- g * S; S <- S + b * outer(k, v - k @ S); o <- q @ S",
+    "delta_elsewhere": "S <- a * S - b * outer(k, k @ S) + outer(q, v); o <- q @ S + k @ S",
+    "two_writes": "S <- a * S + outer(k, v) + outer(q, tanh(v)); o <- (q + k) @ S",
+    "before": "o <- q @ S + dot(z, k) * v; S <- a * S + outer(k, v); z <- g * z + k; "
+    "n <- a * n + 1; o <- o + k @ S + n",
+    "before_two_writes": "o <- q @ S; S <- a * S + outer(k, v) - outer(q, b * (q @ S)); "
+    "o <- o + k @ S",
+    "turned": "H <- a * H + outer(b * v, k); o <- H @ q",
+    "turned_delta": "H <- a * H + outer(v - H @ k, b * k); o <- H @ q",
+    "in_turn": "S <- a * S + outer(k, v); z <- g * z + k; y <- b * y + q @ S; "
+    "T <- 0.5 * T + outer(z, y); o <- (q / (1 + z * z)) @ T + y",
+    "begins": "w <- a * w + v; y <- y + 2 * v; n <- b * n; w <- w / 2; o <- w * n + y",
+    "begins_matrix": "B <- a * B + outer(k, v); o <- q @ B",
+}  # fmt: skip
+SHAPES = {"S": "head_dim, value_dim", "T": "head_dim, value_dim", "H": "value_dim, head_dim",
+          "z": "head_dim", "y": "value_dim", "n": "", "w": "value_dim",
+          "B": "head_dim, value_dim"}  # fmt: skip
+
+
+def source(name: str, mask: str = "causal", *, kv_heads: int = 2) -> str:
+    statements = MIXERS[name]
+    written = dict.fromkeys(each.split(" <-")[0].strip() for each in statements.split(";"))
+    starts = {"w": 0.25, "B": 0.5, "n": 1}
+    if name in ("before", "normalised"):
+        starts = {}
+    states = "; ".join(
+        f"state {each}[{SHAPES[each]}] = {starts.get(each, 0)}".replace("[]", "")
+        for each in written if each != "o"
+    )  # fmt: skip
+    return (
+        "mix m { let a = x | linear(heads) | sigmoid; let b = x | linear(heads) | sigmoid; "
+        "let g = x | linear(heads * head_dim) | sigmoid | split; param c[heads] = 0.9 - 0.2 * h; "
+        f"param r[heads, head_dim] = 1 + h; {states}; {statements} }}\n"
+        f"block b {{ heads = 4; kv_heads = {kv_heads}; head_dim = 4; value_dim = 3; mix = m; "
+        f"mask = {mask}; k = x | linear | split | l2_norm }}"
+    )
+
+
+def form(what: Block) -> Chunked | str:
+    graph = build(what)
+    return of_node(graph, next(graph.of("scan")))
+
+
+def close(mine: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert mine.keys() == theirs.keys()
+    for key, each in mine.items():
+        assert (each - theirs[key]).abs().max() <= tolerance * (1 + theirs[key].abs().max()), key
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_chunks_are_what_their_tokens_mean(name):
+    what = block(source(name))
+    assert isinstance(form(what), Chunked)
+    module = compiled(what)
+    meaning = oracle(what, module)
+    for n in LENGTHS:
+        given = inputs(what, n, batch=1 if n > 60 else 2)
+        close(gradients(module, given), gradients(meaning, given))
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "begins_matrix"])
+def test_documents_are_apart(name):
+    what = block(source(name, "causal and document"))
+    assert isinstance(form(what), Chunked)
+    module = compiled(what)
+    meaning = oracle(what, module)
+    segments = torch.cat([torch.full((size,), at % 3) for at, size in
+                          enumerate((1, 5, 1, 1, 30, 27, 40, 5, 1))])[None]  # fmt: skip
+    given = inputs(what, segments.shape[1], batch=1)
+    close(gradients(module, given, segments=segments),
+          gradients(meaning, given, segments=segments))  # fmt: skip
+    whole = module(**given, segments=segments)
+    alone = module(given["x"][:, 8:38])
+    torch.testing.assert_close(whole[:, 8:38], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("document", [False, True])
+@pytest.mark.parametrize("name", MIXERS)
+def test_prefill_and_steps_go_on_where_they_stand(name, document):
+    if name == "begins_matrix" and document:
+        return
+    what = block(source(name, "causal and document" if document else "causal"))
+    assert decoding.obstacle(what) is None
+    module = compiled(what)
+    x = inputs(what, 75)["x"]
+    segments = (torch.arange(75) // 9).repeat(2, 1) if document else None
+    whole = module(x, segments=segments)
+    for cuts in ([75], [70, 1, 1, 3], [1, 1, 66, 7], [5, 64, 6]):
+        cache, parts = module.init_cache(2, 75), []
+        for count in cuts:
+            at = slice(cache.length, cache.length + count)
+            own = None if segments is None else segments[:, at]
+            parts.append(module(x[:, at], segments=own, cache=cache))
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+BOTH_WAYS = {
+    "adds": "S <- S + outer(k, v); o <- q @ S",
+    "normalised": "S <- S + outer(exp(k), v); z <- z + exp(k); n <- n + 1; "
+    "o <- exp(q) @ S / dot(exp(q), z) + 1 / n",
+    "by_sums": "o <- q @ (S / exp(z)) + y; S <- S + outer(exp(k), v); z <- z + k; y <- y + v",
+    "two_writes": "S <- S + (outer(k, v) + outer(q, a * v)); o <- q @ S",
+    "begins": "B <- B + outer(k, v); w <- w + v; o <- q @ B + w",
+    "turned": "H <- H + outer(v, k); o <- H @ q",
+}
+
+
+@pytest.mark.parametrize("mask", ["all", "document"])
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_both_ways(name, mask, monkeypatch):
+    monkeypatch.setitem(MIXERS, name, BOTH_WAYS[name])
+    if name == "begins" and mask == "document":
+        return
+    what = block(source(name, mask))
+    assert isinstance(form(what), Chunked)
+    module = compiled(what)
+    meaning = oracle(what, module)
+    segments = torch.cat([torch.full((size,), at % 3) for at, size in
+                          enumerate((1, 3, 1, 1, 40, 27))])[None]  # fmt: skip
+    given = inputs(what, segments.shape[1], batch=1)
+    close(gradients(module, given, segments=segments),
+          gradients(meaning, given, segments=segments))  # fmt: skip
+
+
+# ── the pieces alone ─────────────────────────────────────────────────────────────────────
+
+N, D, E = 130, 4, 3
+
+
+def drawn(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(2, 3, *sizes, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def stepped(q: Tensor, k: Tensor, v: Tensor, w: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    out = []
+    for t in range(q.shape[2]):
+        said = w[:, :, t, None] @ state
+        state = decay[:, :, t, :, None] * state + k[:, :, t, :, None] * (v[:, :, t, None] + said)
+        out.append(q[:, :, t, None] @ state)
+    return torch.cat(out, 2)
+
+
+def chunks(q: Tensor, k: Tensor, v: Tensor, w: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    written = pieces.corrected_values(k, v, w, decay, state)
+    return pieces.chunked_linear(q, k, written, decay, state)[0]
+
+
+GATES = {
+    "zero": [0.0],
+    "one": [1.0],
+    "nearly": [1e-30],
+    "all": [0.0, 1.0, 1e-30, -1.0, 0.5, 1e-300],
+}
+
+
+@pytest.mark.parametrize("features", [1, D])
+@pytest.mark.parametrize("gates", GATES)
+def test_extreme_gates(gates, features):
+    which = torch.randint(len(GATES[gates]), (2, 3, N, features),
+                          generator=torch.Generator().manual_seed(1))  # fmt: skip
+    decay = torch.tensor(GATES[gates], dtype=torch.float64)[which]
+    k = nn.functional.normalize(drawn(N, D, seed=1), dim=-1)
+    given = [drawn(N, D), k, drawn(N, E, seed=2), -0.5 * k, decay, drawn(D, E, seed=3)]
+    given = [each.requires_grad_() for each in given]
+    mine, theirs = chunks(*given), stepped(*given)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    for one, two in zip(torch.autograd.grad(mine.sin().sum(), given),
+                        torch.autograd.grad(theirs.sin().sum(), given), strict=True):  # fmt: skip
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("features", [1, D])
+def test_extreme_gates_of_sums(features):
+    gates = torch.tensor(GATES["all"], dtype=torch.float64)
+    which = torch.randint(len(gates), (2, 3, N, features),
+                          generator=torch.Generator().manual_seed(1))  # fmt: skip
+    given = [each.requires_grad_() for each in (drawn(N, D), gates[which], drawn(D, seed=2))]
+    x, decay, state = given
+    mine, values = pieces.faded_sums(*given), []
+    for t in range(N):
+        state = decay[:, :, t] * state + x[:, :, t]
+        values.append(state)
+    theirs = torch.stack(values, 2)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    for one, two in zip(torch.autograd.grad(mine.sin().sum(), given),
+                        torch.autograd.grad(theirs.sin().sum(), given), strict=True):  # fmt: skip
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("features", [1, D])
+def test_single_precision_loses_little(features):
+    """Decays over thirty orders of magnitude side by side: products lose nothing to each other."""
+    decay = torch.sigmoid(30 * drawn(N, features, seed=5))
+    k = nn.functional.normalize(drawn(N, D, seed=1), dim=-1)
+    given = [drawn(N, D), k, drawn(N, E, seed=2), -0.5 * k, decay, drawn(D, E, seed=3)]
+    exact = stepped(*given)
+    small = chunks(*(each.float() for each in given))
+    torch.testing.assert_close(small.double(), exact, rtol=2e-5, atol=2e-5)
+
+
+def test_many_tokens_fade_without_overflow():
+    x = torch.ones(1, 1, 4096, 1)
+    decay = torch.full((1, 1, 4096, 1), 1e-30)
+    state = torch.full((1, 1, 1, 1), 1e30)
+    o, last = pieces.chunked_linear(x, x, x, decay, state)
+    assert o[0, 0, 0] == 2
+    assert (o[0, 0, 1:] == 1).all()
+    assert last == 1
+
+
+# ── the text token by token, which the rest still takes ──────────────────────────────────
+
+
+@pytest.fixture
+def by_token(monkeypatch):
+    monkeypatch.setattr(choose, "of_node", lambda *_: "this is the other text")
+
+
+@pytest.mark.usefixtures("by_token")
+@pytest.mark.parametrize("mask", ["causal", "causal and document"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_token_by_token(name, mask):
+    what = block(source(name, mask))
+    module = compiled(what)
+    meaning = oracle(what, module)
+    given = inputs(what, 11)
+    segments = torch.tensor([[0] * 4 + [1] * 7, [2] * 5 + [7] * 3 + [1] * 3])
+    whole = gradients(module, given, segments=segments)
+    close(whole, gradients(meaning, given, segments=segments))
+    cache = module.init_cache(2, 11)
+    parts = [module(given["x"][:, at], segments=segments[:, at], cache=cache)
+             for at in (slice(0, 6), slice(6, 7), slice(7, 11))]  # fmt: skip
+    torch.testing.assert_close(torch.cat(parts, 1), whole["output"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("by_token")
+@pytest.mark.parametrize("mask", ["all", "document"])
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_token_by_token_both_ways(name, mask, monkeypatch):
+    monkeypatch.setitem(MIXERS, name, BOTH_WAYS[name])
+    what = block(source(name, mask))
+    module = compiled(what)
+    meaning = oracle(what, module)
+    given = inputs(what, 11)
+    segments = torch.tensor([[0] * 4 + [1] * 7, [2] * 5 + [7] * 3 + [1] * 3])
+    close(gradients(module, given, segments=segments),
+          gradients(meaning, given, segments=segments))  # fmt: skip
+
+
+def test_a_state_goes_on_from_one_text_to_the_other(monkeypatch):
+    """What a cache holds does not depend on which text wrote it."""
+    what = block(source("token"))
+    chunked = compiled(what)
+    monkeypatch.setattr(choose, "of_node", lambda *_: "this is the other text")
+    stepped_ = compiled(what)
+    x = inputs(what, 80)["x"]
+    cache = chunked.init_cache(2, 80)
+    parts = [chunked(x[:, :70], cache=cache), stepped_(x[:, 70:71], cache=cache),
+             chunked(x[:, 71:], cache=cache)]  # fmt: skip
+    torch.testing.assert_close(torch.cat(parts, 1), chunked(x), rtol=1e-9, atol=1e-9)
+
+
+def test_half_precision_is_mixed_in_single():
+    what = block(source("gated_delta"))
+    exact = compiled(what, torch.float32)
+    half = compiled(what, torch.float32).bfloat16()
+    x = inputs(what, 130)["x"].float()
+    expected = exact(x)
+    assert (half(x.bfloat16()).float() - expected).norm() <= 0.05 * expected.norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (exact(x).float() - expected).norm() <= 0.05 * expected.norm()
