@@ -397,9 +397,10 @@ def corrected_values(
         own, reach = solved[..., :e], solved[..., e:]
         kept, left = since[..., -1, :, None], (k * after_each(decay)).mT
         values = []
-        for at in range(k.shape[2]):
-            values.append(own[:, :, at] + reach[:, :, at] @ state)
-            state = kept[:, :, at] * state + left[:, :, at] @ values[-1]
+        chunks = (each.unbind(2) for each in (own, reach, kept, left))
+        for now, reads, keeps, writes in zip(*chunks, strict=True):
+            values.append(now + reads @ state)
+            state = keeps * state + writes @ values[-1]
     return torch.cat(values, dim=2)[:, :, :n]
 
 
@@ -470,9 +471,9 @@ def carried(wrote: Tensor, kept: Tensor | None, state: Tensor) -> tuple[Tensor, 
         states = torch.cat([state[:, :, None], wrote], dim=2).cumsum(2)
         return states[:, :, :-1], states[:, :, -1]
     starts = []
-    for at in range(wrote.shape[2]):
+    for keeps, writes in zip(kept[..., None].unbind(2), wrote.unbind(2), strict=True):
         starts.append(state)
-        state = kept[:, :, at, :, None] * state + wrote[:, :, at]
+        state = keeps * state + writes
     return torch.stack(starts, dim=2), state
 
 
