@@ -47,11 +47,6 @@ class Groups:
         largest: Tensor = top.scatter_reduce(0, self.of, x, "amax")[self.of]
         return largest
 
-    def each(self, x: Tensor) -> Tensor:
-        """Return one number a group, of one that is the same within it."""
-        mean: Tensor = x.new_zeros(self.count).index_add(0, self.of, x / self.sizes[self.of].to(x))
-        return mean
-
     @property
     def first(self) -> Tensor:
         """One pair of every group."""
