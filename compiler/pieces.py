@@ -336,105 +336,113 @@ def chunked_linear(
     v: Tensor,
     decay: Tensor | None,
     state: Tensor,
+    w: Tensor | None = None,
     before: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return q_i @ S_i [b, h, n, e] of S_i = decay_i S_{i-1} + outer(k_i, v_i), and the last S.
+    """Return q_i @ S_i [b, h, n, e] of S_i = decay_i S_{i-1} + outer(k_i, u_i), and the last S.
 
-    q and k are [b, h, n, d]; decay is None for 1, [b, h, n, 1], or [b, h, n, d] for the rows of
-    S; `state`, the S before the first token, is [b, h, d, e]. With `before`, S_{i-1} is read.
+    u_i is v_i, or v_i + w_i @ S_{i-1}: the delta rule, with w = -beta k and v = beta v. q, k and
+    w are [b, h, n, d]; decay is None for 1, [b, h, n, 1], or [b, h, n, d] for the rows of S;
+    `state`, the S before the first token, is [b, h, d, e]. With `before`, S_{i-1} is read.
 
     The tokens of a chunk meet in one product, under a mask that fades; from chunk to chunk the
-    state goes on (Sun et al. 2023, Yang et al. 2023). Decays are multiplied and never divided,
-    so that they may be zero.
+    state goes on (Sun et al. 2023, Yang et al. 2023, 2024). Decays are multiplied and never
+    divided, so that they may be zero.
     """
-    n = q.shape[2]
+    b, h, n = q.shape[:3]
     q, k, v = q.to(state.dtype), k.to(state.dtype), v.to(state.dtype)
-    if n == 1:  # a step of decoding
-        with torch.autocast(q.device.type, enabled=False):
-            last = (state if decay is None else decay.mT * state) + k.mT @ v
-            return q @ (state if before else last), last
-    if before:  # each token is written one place later
-        q, k, v = F.pad(q, (0, 0, 0, 1)), F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
-        decay = None if decay is None else F.pad(decay, (0, 0, 1, 0), value=1.0)
-    size = chunk_size(q.shape[2])
-    q, k, v = in_chunks(q, size), in_chunks(k, size), in_chunks(v, size)
+    w = None if w is None else w.to(state.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        if decay is None:
-            starts, last = carried(k.mT @ v, None, state)
-            o = (q @ k.mT).tril() @ v + q @ starts
-        else:
-            decay = in_chunks(decay, size, 1.0)
-            since = decay.cumprod(-2)
-            starts, last = carried((k * after_each(decay)).mT @ v, since[..., -1, :], state)
-            o = faded_products(q, k, decay) @ v + (q * since) @ starts
-    return o.flatten(2, 3)[:, :, :n], last
+        if n == 1:  # a step of decoding
+            u = v if w is None else v + w @ state
+            last = (state if decay is None else decay.mT * state) + k.mT @ u
+            return q @ (state if before else last), last
+        size, last, parts = chunk_size(n, 64 if w is None else 32), state.flatten(0, 1), []
+        each = section(q, size)
+        for at in range(0, n, each):
+            some = (in_chunks(x, at, each, size) for x in (q, k, v, w))
+            fades = in_chunks(decay, at, each, size, fill=1.0)
+            part, last = linear_section(*some, fades, last, before)
+            parts += part
+        o = torch.cat(parts, dim=1)  # [b h, chunks · size, e]
+    return o.unflatten(0, (b, h))[:, :, :n], last.unflatten(0, (b, h))
 
 
-def corrected_values(
-    k: Tensor, v: Tensor, w: Tensor, decay: Tensor | None, state: Tensor
-) -> Tensor:
-    """Return v_i + w_i @ S_{i-1} [b, h, n, e] of S_i = decay_i S_{i-1} + outer(k_i, that).
+def linear_section(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    decay: Tensor | None,
+    state: Tensor,
+    before: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """Return what each chunk reads [b h, size, e], and the state [b h, d, e] after the last.
 
-    With w = -beta k and v = beta v this is the delta rule. Within a chunk, what each token
-    writes depends on what those before it wrote: one triangular system (Yang et al. 2024).
+    All else is [chunks, b h, size, ...] and has the meaning that `chunked_linear` gives it.
     """
-    n, e, size = v.shape[2], v.shape[3], chunk_size(v.shape[2])
-    k, v, w = k.to(state.dtype), v.to(state.dtype), w.to(state.dtype)
-    if n == 1:  # a step of decoding
-        with torch.autocast(k.device.type, enabled=False):
-            return v + w @ state
-    decay = torch.ones_like(k[..., :1]) if decay is None else decay
-    k, v, w = in_chunks(k, size), in_chunks(v, size), in_chunks(w, size)
-    decay = in_chunks(decay, size, 1.0)
-    with torch.autocast(k.device.type, enabled=False):
-        since = decay.cumprod(-2)
-        next_ = F.pad(w[..., 1:, :], (0, 0, 0, 1))  # w_i meets what faded until i - 1
-        met = F.pad(faded_products(next_, k, decay)[..., :-1, :], (0, 0, 1, 0))
-        begun = F.pad(since[..., :-1, :], (0, 0, 1, 0), value=1.0)
-        solved = torch.linalg.solve_triangular(
-            -met, torch.cat([v, w * begun], dim=-1), upper=False, unitriangular=True
-        )
-        own, reach = solved[..., :e], solved[..., e:]
-        kept, left = since[..., -1, :, None], (k * after_each(decay)).mT
-        values = []
-        chunks = (each.unbind(2) for each in (own, reach, kept, left))
-        for now, reads, keeps, writes in zip(*chunks, strict=True):
-            values.append(now + reads @ state)
-            state = keeps * state + writes @ values[-1]
-    return torch.cat(values, dim=2)[:, :, :n]
+    since = None if decay is None else decay.cumprod(-2)
+    until = None if since is None else one_later(since, 1.0)
+    keeps = [None] * len(q) if since is None else since[..., -1:, :].mT.unbind(0)
+    reads = scaled(q, until if before else since).unbind(0)
+    writes = scaled(k, None if decay is None else after_each(decay)).mT
+    if decay is None or decay.shape[-1] == 1:
+        fade = fading(k.new_ones(1) if decay is None else decay, k.shape[-2])
+        seen = (q @ k.mT) * (one_later(fade) if before else fade)
+        met = None if w is None else (w @ k.mT) * one_later(fade)
+    else:
+        seen = earlier_products(q, k, decay) if before else faded_products(q, k, decay)
+        met = None if w is None else earlier_products(w, k, decay)
+    parts = []
+    if met is None:
+        done, wrote = (seen @ v).unbind(0), (writes @ v).unbind(0)
+        for at, keep in enumerate(keeps):
+            parts.append(torch.baddbmm(done[at], reads[at], state))
+            state = faded_state(state, keep, wrote[at])
+        return parts, state
+    solved = unit_inverse(met)
+    own, reach = (solved @ v).unbind(0), (solved @ scaled(w, until)).unbind(0)
+    for at, keep in enumerate(keeps):
+        u = torch.baddbmm(own[at], reach[at], state)
+        parts.append(torch.baddbmm(seen[at] @ u, reads[at], state))
+        state = faded_state(state, keep, writes[at] @ u)
+    return parts, state
 
 
 def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
     """Return z_i = decay_i z_{i-1} + x_i [b, h, n, d] from the z before the first, [b, h, d]."""
     if decay is None:
         return x.cumsum(2) + state[:, :, None]
-    if x.shape[2] == 1:  # a step of decoding
+    n = x.shape[2]
+    if n == 1:  # a step of decoding
         return decay * state[:, :, None] + x
-    n, size = x.shape[2], chunk_size(x.shape[2])
-    x, decay = in_chunks(x, size), in_chunks(decay, size, 1.0)
-    since = decay.cumprod(-2)
-    if decay.shape[-1] == 1:
-        with torch.autocast(x.device.type, enabled=False):
-            x = fading(decay) @ x
-    else:
-        step = 1
-        while step < size:  # sums of 2, 4, 8 … tokens
-            x = x + decay * F.pad(x[..., :-step, :], (0, 0, step, 0))
-            decay = decay * F.pad(decay[..., :-step, :], (0, 0, step, 0), value=1.0)
-            step *= 2
-    starts, _ = carried(x[..., -1, :, None], since[..., -1, :], state[..., None])
-    return (x + since * starts.mT).flatten(2, 3)[:, :, :n]
+    size, last, parts = chunk_size(n, 64), state.flatten(0, 1)[:, None], []
+    each = section(x, size)
+    with torch.autocast(x.device.type, enabled=False):
+        for at in range(0, n, each):
+            sums, fades = in_chunks(x, at, each, size), in_chunks(decay, at, each, size, fill=1.0)
+            since = fades.cumprod(-2)
+            if decay.shape[-1] == 1:
+                sums = fading(fades, size) @ sums
+            else:
+                step = 1
+                while step < size:  # sums of 2, 4, 8 … tokens
+                    sums = sums + fades * F.pad(sums[..., :-step, :], (0, 0, step, 0))
+                    fades = fades * F.pad(fades[..., :-step, :], (0, 0, step, 0), value=1.0)
+                    step *= 2
+            for own, faded in zip(sums.unbind(0), since.unbind(0), strict=True):
+                parts.append(torch.addcmul(own, faded, last))
+                last = parts[-1][:, -1:]
+    return torch.cat(parts, dim=1).unflatten(0, x.shape[:2])[:, :, :n]
 
 
 def faded_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
     """Return q_i · (decay_i … decay_{j+1} k_j) for j ≤ i, 0 after: [..., n, n].
 
-    Where every feature fades by itself, the halves of the tokens meet in their middle: what
-    the first half wrote fades until there, and what the second reads fades from there.
+    Every feature fades by itself. The halves of the tokens meet in their middle: what the first
+    half wrote fades until there, and what the second reads fades from there.
     """
     n = q.shape[-2]
-    if decay.shape[-1] == 1:
-        return (q @ k.mT) * fading(decay)
     if n == 1:
         return (q * k).sum(-1, keepdim=True)
     q, k, decay = (
@@ -448,11 +456,22 @@ def faded_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
     return torch.cat([above, torch.cat([across, second], dim=-1)], dim=-2)
 
 
-def fading(decay: Tensor) -> Tensor:
+def earlier_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
+    """Return q_i · (decay_{i-1} … decay_{j+1} k_j) for j < i, 0 from i on: [..., n, n]."""
+    next_ = F.pad(q[..., 1:, :], (0, 0, 0, 1))
+    return one_later(faded_products(next_, k, decay))
+
+
+def fading(decay: Tensor, n: int) -> Tensor:
     """Return decay_i … decay_{j+1} for j ≤ i, 0 after: [..., n, n] for a decay [..., n, 1]."""
-    n = decay.shape[-2]
-    earlier = torch.ones(n, n, dtype=torch.bool, device=decay.device).tril(-1)
-    return torch.where(earlier, decay, 1.0).cumprod(-2).tril()
+    ones = decay.new_ones(n, n)
+    return (ones.tril(-1) * decay + ones.triu()).cumprod(-2) * ones.tril()
+
+
+def unit_inverse(x: Tensor) -> Tensor:
+    """Return the inverse of 1 - x for x [..., n, n] that is 0 on and above its diagonal."""
+    ones = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(x.shape)
+    return torch.linalg.solve_triangular(-x, ones, upper=False, left=False, unitriangular=True)
 
 
 def after_each(decay: Tensor) -> Tensor:
@@ -461,34 +480,48 @@ def after_each(decay: Tensor) -> Tensor:
     return after.flip(-2).cumprod(-2).flip(-2)
 
 
-def carried(wrote: Tensor, kept: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the state before each chunk [b, h, chunks, d, e], and the last [b, h, d, e].
+def one_later(x: Tensor, first: float = 0.0) -> Tensor:
+    """Return x [..., n, d] with each row one place later, after a first of this value."""
+    return F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)
 
-    `wrote` is what a chunk adds, `kept` [b, h, chunks, d or 1] what it leaves of the state; None
-    for all of it.
+
+def scaled(x: Tensor, by: Tensor | None) -> Tensor:
+    """Return x times what it is scaled by, if by anything."""
+    return x if by is None else x * by
+
+
+def faded_state(state: Tensor, keep: Tensor | None, wrote: Tensor) -> Tensor:
+    """Return keep · state + wrote."""
+    return wrote + state if keep is None else torch.addcmul(wrote, keep, state)
+
+
+def section(x: Tensor, size: int) -> int:
+    """Return how many tokens of x [b, h, n, d], in chunks of a size, to work on at a time.
+
+    What is made of them then stays in the cache of a processor.
     """
-    if kept is None:
-        states = torch.cat([state[:, :, None], wrote], dim=2).cumsum(2)
-        return states[:, :, :-1], states[:, :, -1]
-    starts = []
-    for keeps, writes in zip(kept[..., None].unbind(2), wrote.unbind(2), strict=True):
-        starts.append(state)
-        state = keeps * state + writes
-    return torch.stack(starts, dim=2), state
+    b, h, n, d = x.shape
+    return n if torch.compiler.is_compiling() else max(1, 2**17 // (b * h * d * size)) * size
 
 
-def chunk_size(n: int) -> int:
-    """Return 64, or a smaller power of two that holds n tokens."""
+def chunk_size(n: int, most: int) -> int:
+    """Return a power of two that holds n tokens, or at most so many."""
     size = 1
-    while size < min(n, 64):
+    while size < min(n, most):
         size *= 2
     return size
 
 
-def in_chunks(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
-    """Return x [b, h, n, d] as [b, h, chunks, size, d], the last chunk filled up."""
-    b, h, n, d = x.shape
-    return F.pad(x, (0, 0, 0, -n % size), value=fill).reshape(b, h, -1, size, d)
+def in_chunks(
+    x: Tensor | None, start: int, count: int, size: int, fill: float = 0.0
+) -> Tensor | None:
+    """Return tokens of x [b, h, n, d] as [chunks, b h, size, d], the last chunk filled up."""
+    if x is None:
+        return None
+    x = x[:, :, start : start + count].flatten(0, 1)
+    if x.shape[1] % size:
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % size), value=fill)
+    return x.unflatten(1, (-1, size)).transpose(0, 1).contiguous()
 
 
 def whole_linear(

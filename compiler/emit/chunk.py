@@ -240,10 +240,7 @@ class _Writer:
             if count > 1:
                 lines.append(f"{own}_{name}s = {text}")
                 key, value = (f"{own}_keys", value) if at == 0 else (key, f"{own}_values")
-        if any(each.query is not None for each in step.writes):
-            args = [key, value, query, decay, start]
-            value = f"{own}_written"
-            lines += call(f"{value} = corrected_values", args)
+        corrected = [query] if any(each.query is not None for each in step.writes) else []
         for at, reading in enumerate(step.readings):
             variable = f"{own}_read" if at == 0 else f"{own}_read_{at + 1}"
             asked = self._operand(f"{own}_query" if at == 0 else f"{own}_query_{at + 1}",
@@ -253,7 +250,8 @@ class _Writer:
             if count > 1:
                 others = [f"torch.zeros_like({asked})"] * (count - 1)
                 asked = self._woven([*others, asked] if reading.after else [asked, *others])
-            lines += self._asked(step, variable, [asked, key, value], decay, start, at)
+            args = [asked, key, value, decay, start, *corrected]
+            lines += self._asked(step, variable, args, at)
             if count > 1:
                 first = count - 1 if reading.after else 0
                 lines.append(f"{variable} = {variable}[:, :, {first}::{count}]")
@@ -262,16 +260,15 @@ class _Writer:
             lines.append(f"{own} = {own}.mT")
         return lines
 
-    def _asked(
-        self, step: Memory, variable: str, args: list[str], decay: str, start: str, at: int
-    ) -> list[str]:
+    def _asked(self, step: Memory, variable: str, args: list[str], at: int) -> list[str]:
         if not self.mix.causal:
             zeros = ["torch.zeros_like(fresh)"] * (len(step.writes) - 1)
             fresh = [self._woven(["fresh", *zeros])] if self.fresh else []
-            return call(f"{variable} = whole_linear", [*args, start, *fresh])
+            query, key, value, _, start = args
+            return call(f"{variable} = whole_linear", [query, key, value, start, *fresh])
         before = [] if step.readings[at].after else ["before=True"]
         own = ident(step.state) if at == 0 else "_"
-        return call(f"{variable}, {own} = chunked_linear", [*args, decay, start, *before])
+        return call(f"{variable}, {own} = chunked_linear", [*args, *before])
 
     def _write(
         self, step: Memory, at: int, size: tuple[int, int], lines: list[str]

@@ -171,8 +171,7 @@ def stepped(q: Tensor, k: Tensor, v: Tensor, w: Tensor, decay: Tensor, state: Te
 
 
 def chunks(q: Tensor, k: Tensor, v: Tensor, w: Tensor, decay: Tensor, state: Tensor) -> Tensor:
-    written = pieces.corrected_values(k, v, w, decay, state)
-    return pieces.chunked_linear(q, k, written, decay, state)[0]
+    return pieces.chunked_linear(q, k, v, decay, state, w)[0]
 
 
 GATES = {
