@@ -89,14 +89,14 @@ class Mixing:
 
 
 def indexed(exprs: Iterable[Expr], inputs: tuple[Read, ...], at: str) -> list[str]:
-    """Return the streams that expressions read at the token i or j."""
+    """Return the streams that expressions read by the token i or j."""
     streams = {"doc", *(each.name for each in inputs)}
     return [
         node.base.id
         for expr in exprs
         for node in walk(expr)
-        if isinstance(node, Index) and isinstance(node.base, Name) and Name(at) in node.items
-        if node.base.id in streams
+        if isinstance(node, Index) and isinstance(node.base, Name) and node.base.id in streams
+        if any(at in names(item) for item in node.items)
     ]
 
 
