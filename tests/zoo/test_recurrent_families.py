@@ -527,7 +527,9 @@ def infini_attention(w: Weights, x: Tensor) -> Tensor:
 
 def linformer(w: Weights, x: Tensor) -> Tensor:
     q = split(w.linear("q", x))
-    k, v = (w[name][:, :N] @ split(w.linear(of, x)) for name, of in (("e", "keys"), ("f", "values")))
+    k, v = (
+        w[name][:, :N] @ split(w.linear(of, x)) for name, of in (("e", "keys"), ("f", "values"))
+    )
     return w.linear("o", merge((8**-0.5 * q @ k.mT).softmax(-1) @ v))
 
 
@@ -551,7 +553,7 @@ def softmax_layer(
         q, k = w.rms("q", q), w.rms("k", k)
     q, k = turned(q, rope, theta), turned(k, rope, theta)
     k, v = (each.repeat_interleave(4 // each.shape[1], 1) for each in (k, v))
-    mask = causal() & (GAP < window)
+    mask = causal() & GAP.lt(window)
     return merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
@@ -650,7 +652,9 @@ def matrix_memory(w: Weights, x: Tensor) -> Tensor:
     """xLSTM: the parallel form of the mLSTM, with the largest logarithm of a row taken out."""
     up = w.linear("up", x)
     smooth = silu(w.conv("smooth", up))
-    q, k, v = (w.each_head(name, split(of)) for name, of in zip("qkv", (smooth, smooth, up)))
+    q, k, v = (
+        w.each_head(name, split(of)) for name, of in zip("qkv", (smooth, smooth, up), strict=True)
+    )
     every = torch.cat([merge(each) for each in (q, k, v)], -1)
     total = F.logsigmoid(w.linear("keep", every)).cumsum(1).mT
     log_d = total[..., :, None] - total[..., None, :] + w.linear("write", every).mT[..., None, :]
@@ -680,7 +684,9 @@ def stacked(*layers: Callable[[Weights, Tensor], Tensor], norm: str = "rms",
             x = x + layer(own.part("attn"), getattr(own, norm)("attn", x))
             if mlp:
                 inner, ffn = own.rms("ffn", x), own.part("ffn")
-                x = x + ffn.linear("down", silu(ffn.linear("gate", inner)) * ffn.linear("up", inner))
+                x = x + ffn.linear(
+                    "down", silu(ffn.linear("gate", inner)) * ffn.linear("up", inner)
+                )
         weight, bias = w["norm.weight"], w.bias("norm")
         if norm == "rms":
             return F.rms_norm(x, (32,), weight, 1e-6)
