@@ -142,21 +142,28 @@ def product(x, y, Like):
 
 
 @triton.jit
+def joined(solved, met, Like, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """The inverse of blocks of 2 SIZE from that of blocks of SIZE on the diagonal."""
+    i = tl.arange(0, CHUNK)[:, None]
+    j = tl.arange(0, CHUNK)[None, :]
+    below = (i // (2 * SIZE) == j // (2 * SIZE)) & (j // SIZE < i // SIZE)
+    half = product(solved, tl.where(below, met, 0.0), Like)
+    return solved + product(half, solved, Like)
+
+
+@triton.jit
 def inverse(met, Like, CHUNK: tl.constexpr):
     """(1 - met)^-1 for met [CHUNK, CHUNK] below the diagonal.
 
-    The inverses of two neighbours on the diagonal give that of both: [[A, 0], [B X A, B]] for
-    what lies below them, X. So blocks grow from 1 to CHUNK; no power of met is ever taken.
+    The inverses A and B of two neighbours on the diagonal give that of both, [[A, 0], [B X A, B]]
+    for what lies below them, X. So blocks grow from 1 to CHUNK; no power of met is ever taken.
     """
     i = tl.arange(0, CHUNK)[:, None]
     j = tl.arange(0, CHUNK)[None, :]
     solved = tl.where((i // 2 == j // 2) & (j < i), met, tl.where(i == j, 1.0, 0.0))
     for level in tl.static_range(1, 8):
-        size: tl.constexpr = 2**level
-        if size < CHUNK:
-            below = (i // (2 * size) == j // (2 * size)) & (j // size < i // size)
-            joined = product(solved, tl.where(below, met, 0.0), Like)
-            solved += product(joined, solved, Like)
+        if 2**level < CHUNK:
+            solved = joined(solved, met, Like, 2**level, CHUNK)
     return solved
 
 
