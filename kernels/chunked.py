@@ -133,6 +133,20 @@ def pair_fade(
 
 
 @triton.jit
+def meet(
+    X, Y, x_stride, y_stride, first, n,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """X Yᵀ for the tokens of a chunk, over all of their SIZE columns: [CHUNK, CHUNK]."""
+    met = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for left in range(0, SIZE, WIDTH):
+        x = load_tile(X, x_stride, first, left, n, SIZE, CHUNK, WIDTH)
+        y = load_tile(Y, y_stride, first, left, n, SIZE, CHUNK, WIDTH)
+        met = tl.dot(x, tl.trans(y), met, input_precision="ieee")
+    return met
+
+
+@triton.jit
 def product(x, y, Like):
     """x @ y of float32 tiles, exact where Like is float32, in TF32 where it is shorter."""
     if Like.dtype.element_ty == tl.float32:
@@ -211,29 +225,23 @@ def chunked_pairs(
         w, w_stride = head(W, w_strides, b, h), w_strides[2]
     if DECAY is not None:
         a, a_stride = head(A, a_strides, b, h), a_strides[2]
-    pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
     met = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for left in range(0, D, BLOCK_D):
-        if DECAY == "rows":
+    if DECAY == "rows":
+        pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
+        for left in range(0, D, BLOCK_D):
             pairs, met = token_pairs(
                 pairs, met, q, k, w, a, q_strides[2], k_strides[2], w_stride, a_stride, first,
                 left, n, D, BEFORE, BLOCK_D, CHUNK,
             )  # fmt: skip
-        else:
-            keys = tl.trans(load_tile(k, k_strides[2], first, left, n, D, CHUNK, BLOCK_D))
-            x = load_tile(q, q_strides[2], first, left, n, D, CHUNK, BLOCK_D)
-            pairs = tl.dot(x, keys, pairs, input_precision="ieee")
-            if W is not None:
-                x = load_tile(w, w_stride, first, left, n, D, CHUNK, BLOCK_D)
-                met = tl.dot(x, keys, met, input_precision="ieee")
-    if DECAY == "rows":
         pairs, met = tl.trans(pairs), tl.trans(met)
     else:
-        pairs = pairs * pair_fade(a, a_stride, first, n, BEFORE, DECAY, CHUNK)
-        if W is not None:
-            met = met * pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)
+        pairs = meet(q, k, q_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
+        pairs *= pair_fade(a, a_stride, first, n, BEFORE, DECAY, CHUNK)
     store_tile(Pairs + row * n * CHUNK, pairs, CHUNK, first, 0, n, CHUNK, CHUNK, CHUNK)
     if W is not None:
+        if DECAY != "rows":
+            met = meet(w, k, w_stride, k_strides[2], first, n, D, BLOCK_D, CHUNK)
+            met *= pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)
         solved = inverse(met, Q, CHUNK)
         store_tile(Inverse + row * n * CHUNK, solved, CHUNK, first, 0, n, CHUNK, CHUNK, CHUNK)
 

@@ -22,44 +22,150 @@ from .chunked import (
     fade,
     head,
     load_tile,
+    meet,
     pair_fade,
     product,
     store_tile,
     token,
 )
 
-# ── the chunk's decays are numbers, or none ──────────────────────────────────────────────
+# ── what a chunk's tokens meet at its ends ────────────────────────────────────────────────
 
 
 @triton.jit
-def number_gradient(
-    of_q, of_w, q, k, w, by_q, by_w, by_k, ends, A, a_stride, first, n, Like,
-    BEFORE: tl.constexpr, CORRECTED: tl.constexpr, CHUNK: tl.constexpr,
+def meet_state(
+    X, stride, State, first, top, n,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """What some columns of q, k, w give to the gradient of each decay: [CHUNK]."""
-    faded = pair_fade(A, a_stride, first, n, BEFORE, "number", CHUNK)
-    lagged = pair_fade(A, a_stride, first, n, 1, "number", CHUNK)
-    met = of_q * tl.dot(q, tl.trans(k), input_precision="ieee")
-    sums = product(tl.trans(faded), met, Like)
-    from_start = tl.sum(faded * tl.sum(q * by_q, 1, keep_dims=True), 0)
-    if CORRECTED:
-        met = of_w * tl.dot(w, tl.trans(k), input_precision="ieee")
-        sums += product(tl.trans(lagged), met, Like)
-        from_start += tl.sum(lagged * tl.sum(w * by_w, 1, keep_dims=True), 0)
-    to_end = tl.sum(k * by_k, 1)
-    begun = fade(A, a_stride, first, 0, n, "begun", "number", 1, 1, CHUNK)
-    after = fade(A, a_stride, first, 0, n, "after", "number", 1, 1, CHUNK)
-    to_end = tl.sum(lagged * to_end[None, :], 1) + tl.sum(begun, 1) * tl.sum(ends, 0)
-    return tl.sum(sums * lagged, 1) + tl.sum(begun, 1) * from_start + tl.sum(after, 1) * to_end
+    """X Sᵀ for the tokens of a chunk and some rows of a state: [CHUNK, BLOCK_D]."""
+    met = tl.zeros([CHUNK, BLOCK_D], tl.float32)
+    for left in range(0, E, BLOCK_E):
+        x = load_tile(X, stride, first, left, n, E, CHUNK, BLOCK_E)
+        state = load_tile(State, E, top, left, D, E, BLOCK_D, BLOCK_E)
+        met = tl.dot(x, tl.trans(state), met, input_precision="ieee")
+    return met
+
+
+@triton.jit
+def shared(
+    Start, End, top,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Σ_e S ∘ X for some rows of a chunk's two states: [1, BLOCK_D]."""
+    met = tl.zeros([1, BLOCK_D], tl.float32)
+    for left in range(0, E, BLOCK_E):
+        start = load_tile(Start, E, top, left, D, E, BLOCK_D, BLOCK_E).to(tl.float32)
+        end = load_tile(End, E, top, left, D, E, BLOCK_D, BLOCK_E).to(tl.float32)
+        met += tl.sum(start * end, 1)[None, :]
+    return met
+
+
+# ── no decay, or a number ────────────────────────────────────────────────────────────────
+
+
+@triton.jit(do_not_specialize=["B", "n"])
+def chunked_backward(
+    Q, K, W, A, DO, U, DU, Starts, Ends, DQ, DK, DW, DA, q_strides, k_strides, w_strides,
+    a_strides, do_strides, u_strides, dq_strides, dk_strides, dw_strides, B, n,
+    H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DECAY: tl.constexpr,
+    BEFORE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """DQ, DK, DW [B, H, n, D]; one program for each chunk and block of D.
+
+    Starts and Ends [B, H, chunks, D, E] are S before each chunk and X behind it; W, DU and DW are
+    None where nothing is corrected. DA[block, B, H, n], where a number decays, is what the ends
+    of the chunk give to its gradient: `chunked_backward_decay` has the rest.
+    """
+    chunks, blocks = tl.cdiv(n, CHUNK), tl.cdiv(D, BLOCK_D)
+    block = tl.program_id(0) % blocks
+    chunk = tl.program_id(0) // blocks % chunks
+    row = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    top, first = block * BLOCK_D, chunk * CHUNK
+    b, h = row // H, row % H
+    a, a_stride = None, 0
+    if DECAY is not None:
+        a, a_stride = head(A, a_strides, b, h), a_strides[2]
+    do, u = head(DO, do_strides, b, h), head(U, u_strides, b, h)
+    start = Starts + (row * chunks + chunk) * D * E
+    end = Ends + (row * chunks + chunk) * D * E
+    q = load_tile(head(Q, q_strides, b, h), q_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+    k = load_tile(head(K, k_strides, b, h), k_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+
+    dk = meet_state(u, u_strides[2], end, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
+    dq = meet_state(do, do_strides[2], start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
+    faded = pair_fade(a, a_stride, first, n, BEFORE, DECAY, CHUNK)
+    if DECAY is not None:
+        begun = fade(a, a_stride, first, 0, n, "begun", DECAY, 1, 1, CHUNK)
+        after = fade(a, a_stride, first, 0, n, "after", DECAY, 1, 1, CHUNK)
+        lagged = pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)
+        through = tl.sum(shared(start, end, top, D, E, BLOCK_D, BLOCK_E), 1, keep_dims=True)
+        to_end = tl.sum(lagged * tl.trans(tl.sum(k * dk, 1, keep_dims=True)), 1, keep_dims=True)
+        da = tl.sum(after * (to_end + begun * through), 1)
+        from_start = tl.sum(faded * tl.sum(q * dq, 1, keep_dims=True), 0)
+        dk *= after
+        if BEFORE:
+            dq *= begun
+        else:
+            dq *= fade(a, a_stride, first, 0, n, "since", DECAY, 1, 1, CHUNK)
+    met = meet(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
+    met = (met * faded).to(q.dtype)
+    dq = tl.dot(met, k, dq, input_precision="ieee")
+    store_tile(head(DQ, dq_strides, b, h), dq, dq_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+    dk = tl.dot(tl.trans(met), q, dk, input_precision="ieee")
+    if W is not None:
+        w = load_tile(head(W, w_strides, b, h), w_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+        du = DU + row * n * E
+        dw = meet_state(du, E, start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
+        faded = pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)
+        if DECAY is not None:
+            from_start += tl.sum(faded * tl.sum(w * dw, 1, keep_dims=True), 0)
+            dw *= begun
+        met = meet(du, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
+        met = (met * faded).to(q.dtype)
+        dw = tl.dot(met, k, dw, input_precision="ieee")
+        place = head(DW, dw_strides, b, h)
+        store_tile(place, dw, dw_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+        dk = tl.dot(tl.trans(met), w, dk, input_precision="ieee")
+    store_tile(head(DK, dk_strides, b, h), dk, dk_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+    if DECAY is not None:
+        at = first + tl.arange(0, CHUNK)
+        da += tl.sum(begun, 1) * from_start
+        tl.store(DA + (block * B * H + row) * n + at, da, mask=at < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def chunked_backward_decay(
+    Q, K, W, A, DO, U, DU, DA, q_strides, k_strides, w_strides, a_strides, do_strides,
+    u_strides, n,
+    H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BEFORE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """DA [B, H, n] = Σ_j (Dᵀ G + Eᵀ G_w)_rj E_rj: of decays that are numbers, inside a chunk."""
+    chunks = tl.cdiv(n, CHUNK)
+    first = tl.program_id(0) % chunks * CHUNK
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    b, h = row // H, row % H
+    a, a_stride = head(A, a_strides, b, h), a_strides[2]
+    k, u = head(K, k_strides, b, h), head(U, u_strides, b, h)
+    do = head(DO, do_strides, b, h)
+    met = meet(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
+    q = head(Q, q_strides, b, h)
+    met *= meet(q, k, q_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
+    faded = pair_fade(a, a_stride, first, n, BEFORE, "number", CHUNK)
+    sums = product(tl.trans(faded), met, Q)
+    if W is not None:
+        met = meet(DU + row * n * E, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
+        w = head(W, w_strides, b, h)
+        met *= meet(w, k, w_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
+        faded = pair_fade(a, a_stride, first, n, 1, "number", CHUNK)
+        sums += product(tl.trans(faded), met, Q)
+    faded = pair_fade(a, a_stride, first, n, 1, "number", CHUNK)
+    at = first + tl.arange(0, CHUNK)
+    tl.store(DA + row * n + at, tl.sum(sums * faded, 1), mask=at < n)
 
 
 # ── rows that decay by themselves ────────────────────────────────────────────────────────
-
-
-@triton.jit
-def of_token(x, row):
-    """Row `row` (a mask) of a tile as [1, WIDTH]."""
-    return tl.sum(tl.where(row, x, 0.0), 0, keep_dims=True)
 
 
 @triton.jit
@@ -80,161 +186,125 @@ def row_fade(
 
 
 @triton.jit
-def forward_tokens(
-    of_q, of_w, q, w, by_q, by_w, by_k, ends, K, A, k_stride, a_stride, first, left, n,
-    BEFORE: tl.constexpr, CORRECTED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
+def through_reads(
+    of_x, by_x, X, K, A, x_stride, k_stride, a_stride, first, left, n,
+    LAG: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, w and the decays. by_q, by_w and ends are S met with o', u' and X.
+    """The gradient of X, which reads S_{i - LAG}, and what it gives to the decays'.
 
-    They begin with the S before the chunk, and follow it from token to token.
+    of_x [CHUNK, CHUNK] is what was read met with u; by_x [CHUNK, WIDTH] is what was read met with
+    the S before the chunk, and follows S from token to token.
     """
     i = tl.arange(0, CHUNK)[:, None]
-    dq, dw, da = tl.zeros_like(by_q), tl.zeros_like(by_q), tl.zeros_like(by_q)
-    after = fade(A, a_stride, first, left, n, "after", "rows", D, WIDTH, CHUNK)
+    x = load_tile(X, x_stride, first, left, n, D, CHUNK, WIDTH)
+    dx, da = tl.zeros_like(by_x), tl.zeros_like(by_x)
     for at in range(CHUNK):
-        here = i == at
+        faded = row_fade(A, a_stride, first, at, left, n, LAG, D, WIDTH, CHUNK)
+        da = tl.where(i == at, tl.sum(faded * x * by_x, 0, keep_dims=True), da)
+        if LAG:
+            dx = tl.where(i == at, by_x, dx)
         a = token(A, a_stride, first + at, left, n, D, WIDTH)
         k = token(K, k_stride, first + at, left, n, D, WIDTH)
-        faded = row_fade(A, a_stride, first, at, left, n, BEFORE, D, WIDTH, CHUNK)
-        share = tl.sum(faded * q * by_q, 0, keep_dims=True) + of_token(after, here) * ends
-        if BEFORE:
-            dq = tl.where(here, by_q, dq)
-        if CORRECTED:
-            lagged = row_fade(A, a_stride, first, at, left, n, 1, D, WIDTH, CHUNK)
-            share += tl.sum(lagged * w * by_w, 0, keep_dims=True)
-            dw = tl.where(here, by_w, dw)
-            by_w = a * by_w + of_column(of_w, at, CHUNK) * k
-        da = tl.where(here, share, da)
-        by_q = a * by_q + of_column(of_q, at, CHUNK) * k
-        ends = a * ends + of_token(by_k, here) * k
-        if not BEFORE:
-            dq = tl.where(here, by_q, dq)
-    return dq, dw, da
+        by_x = a * by_x + of_column(of_x, at, CHUNK) * k
+        if not LAG:
+            dx = tl.where(i == at, by_x, dx)
+    return dx, da
 
 
 @triton.jit
-def backward_tokens(
-    of_q, of_w, by_k, Q, W, A, q_stride, w_stride, a_stride, first, left, n,
-    BEFORE: tl.constexpr, CORRECTED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
+def through_decays(
+    by_k, ends, K, A, k_stride, a_stride, first, left, n,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of k. by_k, X met with u, begins with the X behind the chunk."""
+    """What the X behind the chunk gives to the decays' gradient.
+
+    by_k is X met with u; `ends` is X met with the S before the chunk, and follows S.
+    """
+    i = tl.arange(0, CHUNK)[:, None]
+    da = tl.zeros_like(by_k)
+    for at in range(CHUNK):
+        da = tl.where(i == at, ends, da)
+        a = token(A, a_stride, first + at, left, n, D, WIDTH)
+        k = token(K, k_stride, first + at, left, n, D, WIDTH)
+        ends = a * ends + tl.sum(tl.where(i == at, by_k, 0.0), 0, keep_dims=True) * k
+    return da * fade(A, a_stride, first, left, n, "after", "rows", D, WIDTH, CHUNK)
+
+
+@triton.jit
+def through_writes(
+    of_q, of_w, by_k, Q, W, A, q_stride, w_stride, a_stride, first, left, n,
+    BEFORE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of k. by_k is u met with the X behind the chunk, and follows X backwards."""
     j = tl.arange(0, CHUNK)[:, None]
-    of_q, of_w = tl.trans(of_q), tl.trans(of_w)
+    of_q = tl.trans(of_q)
+    if W is not None:
+        of_w = tl.trans(of_w)
     dk = tl.zeros_like(by_k)
     for step in range(CHUNK):
         at = CHUNK - 1 - step
-        a = token(A, a_stride, first + at, left, n, D, WIDTH)
-        given = of_column(of_q, at, CHUNK) * token(Q, q_stride, first + at, left, n, D, WIDTH)
+        read = of_column(of_q, at, CHUNK) * token(Q, q_stride, first + at, left, n, D, WIDTH)
         if not BEFORE:
-            by_k += given
+            by_k += read
         dk = tl.where(j == at, by_k, dk)
+        a = token(A, a_stride, first + at, left, n, D, WIDTH)
         by_k = tl.where(first + at < n, a, 1.0) * by_k
         if BEFORE:
-            by_k += given
-        if CORRECTED:
+            by_k += read
+        if W is not None:
             w = token(W, w_stride, first + at, left, n, D, WIDTH)
             by_k += of_column(of_w, at, CHUNK) * w
     return dk
 
 
-# ── the kernel ───────────────────────────────────────────────────────────────────────────
-
-
-@triton.jit(do_not_specialize=["B", "n"])
-def chunked_backward(
+@triton.jit(do_not_specialize=["n"])
+def chunked_backward_rows(
     Q, K, W, A, DO, U, DU, Starts, Ends, DQ, DK, DW, DA, q_strides, k_strides, w_strides,
-    a_strides, do_strides, u_strides, dq_strides, dk_strides, dw_strides, B, n,
-    H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DECAY: tl.constexpr,
-    BEFORE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+    a_strides, do_strides, u_strides, dq_strides, dk_strides, dw_strides, n,
+    H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BEFORE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """DQ, DK, DW [B, H, n, D], and DA: [B, H, n, D] for rows, [blocks of D, B, H, n] for numbers.
-
-    Starts and Ends [B, H, chunks, D, E] are S before each chunk and X behind it. One program for
-    each chunk and block of D; W, DU and DW are None where nothing is corrected.
-    """
+    """DQ, DK, DW and DA [B, H, n, D], as `chunked_backward` but for rows that decay."""
     chunks, blocks = tl.cdiv(n, CHUNK), tl.cdiv(D, BLOCK_D)
-    block = tl.program_id(0) % blocks
+    top = tl.program_id(0) % blocks * BLOCK_D
     chunk = tl.program_id(0) // blocks % chunks
     row = (tl.program_id(0) // blocks // chunks).to(tl.int64)
-    top, first = block * BLOCK_D, chunk * CHUNK
+    first = chunk * CHUNK
     b, h = row // H, row % H
-    corrected: tl.constexpr = W is not None
-    a, a_stride, W_, w_stride = None, 0, None, 0
-    if DECAY is not None:
-        a, a_stride = head(A, a_strides, b, h), a_strides[2]
-
-    of_q = tl.zeros([CHUNK, CHUNK], tl.float32)  # o' uᵀ
-    of_w = tl.zeros([CHUNK, CHUNK], tl.float32)  # u' uᵀ
-    by_q = tl.zeros([CHUNK, BLOCK_D], tl.float32)  # o' Sᵀ
-    by_w = tl.zeros([CHUNK, BLOCK_D], tl.float32)  # u' Sᵀ
-    by_k = tl.zeros([CHUNK, BLOCK_D], tl.float32)  # u Xᵀ
-    ends = tl.zeros([BLOCK_D], tl.float32)  # Σ_e S ∘ X
-    states = (row * chunks + chunk) * D * E
-    for left in range(0, E, BLOCK_E):
-        do = head(DO, do_strides, b, h)
-        do = load_tile(do, do_strides[2], first, left, n, E, CHUNK, BLOCK_E)
-        u = head(U, u_strides, b, h)
-        u = load_tile(u, u_strides[2], first, left, n, E, CHUNK, BLOCK_E)
-        start = load_tile(Starts + states, E, top, left, D, E, BLOCK_D, BLOCK_E)
-        end = load_tile(Ends + states, E, top, left, D, E, BLOCK_D, BLOCK_E)
-        of_q = tl.dot(do, tl.trans(u), of_q, input_precision="ieee")
-        by_q = tl.dot(do, tl.trans(start), by_q, input_precision="ieee")
-        by_k = tl.dot(u, tl.trans(end), by_k, input_precision="ieee")
-        if corrected:
-            du = load_tile(DU + row * n * E, E, first, left, n, E, CHUNK, BLOCK_E)
-            of_w = tl.dot(du, tl.trans(u), of_w, input_precision="ieee")
-            by_w = tl.dot(du, tl.trans(start), by_w, input_precision="ieee")
-        if DECAY is not None:
-            ends += tl.sum(start.to(tl.float32) * end.to(tl.float32), 1)
-
+    a, a_stride = head(A, a_strides, b, h), a_strides[2]
     q, k = head(Q, q_strides, b, h), head(K, k_strides, b, h)
-    if corrected:
-        W_, w_stride = head(W, w_strides, b, h), w_strides[2]
-    q_tile = load_tile(q, q_strides[2], first, top, n, D, CHUNK, BLOCK_D)
-    w_tile = q_tile
-    if corrected:
-        w_tile = load_tile(W_, w_stride, first, top, n, D, CHUNK, BLOCK_D)
-    dw = by_w
-    if DECAY == "rows":
-        dq, dw, da = forward_tokens(
-            of_q, of_w, q_tile, w_tile, by_q, by_w, by_k, ends[None, :], k, a, k_strides[2],
-            a_stride, first, top, n, BEFORE, corrected, D, BLOCK_D, CHUNK,
+    do, u = head(DO, do_strides, b, h), head(U, u_strides, b, h)
+    start = Starts + (row * chunks + chunk) * D * E
+    end = Ends + (row * chunks + chunk) * D * E
+    by_k = meet_state(u, u_strides[2], end, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
+    by_q = meet_state(do, do_strides[2], start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
+    of_q = meet(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
+    ends = shared(start, end, top, D, E, BLOCK_D, BLOCK_E)
+    da = through_decays(
+        by_k, ends, k, a, k_strides[2], a_stride, first, top, n, D, BLOCK_D, CHUNK
+    )  # fmt: skip
+    dq, of_a = through_reads(
+        of_q, by_q, q, k, a, q_strides[2], k_strides[2], a_stride, first, top, n,
+        BEFORE, D, BLOCK_D, CHUNK,
+    )  # fmt: skip
+    da += of_a
+    store_tile(head(DQ, dq_strides, b, h), dq, dq_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+    w, w_stride, of_w = None, 0, None
+    if W is not None:
+        w, w_stride = head(W, w_strides, b, h), w_strides[2]
+        du = DU + row * n * E
+        by_w = meet_state(du, E, start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
+        of_w = meet(du, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
+        dw, of_a = through_reads(
+            of_w, by_w, w, k, a, w_stride, k_strides[2], a_stride, first, top, n,
+            1, D, BLOCK_D, CHUNK,
         )  # fmt: skip
-        store_tile(DA + row * n * D, da, D, first, top, n, D, CHUNK, BLOCK_D)
-        dk = backward_tokens(
-            of_q, of_w, by_k, q, W_, a, q_strides[2], w_stride, a_stride, first, top, n,
-            BEFORE, corrected, D, BLOCK_D, CHUNK,
-        )  # fmt: skip
-    else:
-        k_tile = load_tile(k, k_strides[2], first, top, n, D, CHUNK, BLOCK_D)
-        if DECAY is not None:
-            da = number_gradient(
-                of_q, of_w, q_tile, k_tile, w_tile, by_q, by_w, by_k, ends, a, a_stride, first,
-                n, Q, BEFORE, corrected, CHUNK,
-            )  # fmt: skip
-            at = first + tl.arange(0, CHUNK)
-            tl.store(DA + (block * B * H + row) * n + at, da, mask=at < n)
-            by_k *= fade(a, a_stride, first, 0, n, "after", DECAY, 1, 1, CHUNK)
-            since = fade(a, a_stride, first, 0, n, "since", DECAY, 1, 1, CHUNK)
-            begun = fade(a, a_stride, first, 0, n, "begun", DECAY, 1, 1, CHUNK)
-            if BEFORE:
-                by_q *= begun
-            else:
-                by_q *= since
-            if corrected:
-                by_w *= begun
-        faded = (of_q * pair_fade(a, a_stride, first, n, BEFORE, DECAY, CHUNK)).to(q_tile.dtype)
-        dq = tl.dot(faded, k_tile, by_q, input_precision="ieee")
-        dk = tl.dot(tl.trans(faded), q_tile, by_k, input_precision="ieee")
-        if corrected:
-            faded = (of_w * pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)).to(q_tile.dtype)
-            dw = tl.dot(faded, k_tile, by_w, input_precision="ieee")
-            dk = tl.dot(tl.trans(faded), w_tile, dk, input_precision="ieee")
-    dq_place, dk_place = head(DQ, dq_strides, b, h), head(DK, dk_strides, b, h)
-    store_tile(dq_place, dq, dq_strides[2], first, top, n, D, CHUNK, BLOCK_D)
-    store_tile(dk_place, dk, dk_strides[2], first, top, n, D, CHUNK, BLOCK_D)
-    if corrected:
-        dw_place = head(DW, dw_strides, b, h)
-        store_tile(dw_place, dw, dw_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+        da += of_a
+        place = head(DW, dw_strides, b, h)
+        store_tile(place, dw, dw_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+    store_tile(DA + row * n * D, da, D, first, top, n, D, CHUNK, BLOCK_D)
+    dk = through_writes(
+        of_q, of_w, by_k, q, w, a, q_strides[2], w_stride, a_stride, first, top, n,
+        BEFORE, D, BLOCK_D, CHUNK,
+    )  # fmt: skip
+    store_tile(head(DK, dk_strides, b, h), dk, dk_strides[2], first, top, n, D, CHUNK, BLOCK_D)

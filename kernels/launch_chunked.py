@@ -14,7 +14,7 @@ d e / CHUNK of the dtype of q, where CHUNK is the number of tokens of `Tiles`.
 import torch
 
 from .chunked import chunked_pairs, chunked_read, chunked_solved, chunked_states
-from .chunked_backward import chunked_backward
+from .chunked_backward import chunked_backward, chunked_backward_decay, chunked_backward_rows
 from .device import Call, Tensors, _launch, _readable, padded
 
 # ── tiles ────────────────────────────────────────────────────────────────────────────────
@@ -86,21 +86,29 @@ class Chunked:
         calls.append(self._states(given, written, solved, between, states, turned=True))
         if w is None:
             calls.append(self._read(given, (k, do), "after", pairs, ends, of_v, turned=True))
+        arguments = self._shared(given) | _tensors(Q=q, K=k, W=w, DO=do, U=u)
+        arguments |= {"DU": None if w is None else of_v, "BEFORE": int(self.before)}
+        into = {"Starts": starts, "Ends": ends, "DA": self._one(grads, "decay"), "B": q.shape[0]}
+        into |= _tensors(DQ=grads[0], DK=grads[1], DW=self._one(grads, "w"))
         shape = self._shape("backward", q, v)
-        arguments = self._shared(given) | shape | {"B": q.shape[0], "BEFORE": int(self.before)}
-        arguments |= {"Starts": starts, "Ends": ends, "DA": self._one(grads, "decay")}
-        arguments |= _tensors(Q=q, K=k, W=w, DO=do, U=u, DQ=grads[0], DK=grads[1])
-        arguments |= _tensors(DW=self._one(grads, "w")) | {"DU": None if w is None else of_v}
         programs = self._chunks(q, v) * -(-q.shape[-1] // shape["BLOCK_D"])
-        return [*calls, (chunked_backward, programs, arguments)]
+        if self.decay == "rows":
+            del arguments["DECAY"], into["B"]
+            return [*calls, (chunked_backward_rows, programs, arguments | into | shape)]
+        calls.append((chunked_backward, programs, arguments | into | shape))
+        if self.decay == "number":
+            of_decay = arguments | self._shape("decay", q, v) | {"DA": grads[-2][-1]}
+            del of_decay["DECAY"]
+            calls.append((chunked_backward_decay, self._chunks(q, v), of_decay))
+        return calls
 
     def gradients(self, given: Tensors) -> Tensors:
-        """What the backward fills: one for each input; of numbers one for each block of d."""
+        """What the backward fills: one for each input, and parts of a number's, to be summed."""
         grads = [each.new_empty(each.shape) for each in given]
         if self.decay == "number":
             q, _, v, *_ = given
             blocks = -(-q.shape[-1] // self._shape("backward", q, v)["BLOCK_D"])
-            grads[-2] = grads[-2].new_empty(blocks, *q.shape[:3])
+            grads[-2] = grads[-2].new_empty(blocks + 1, *q.shape[:3])
         return tuple(grads)
 
     def _to_states(
