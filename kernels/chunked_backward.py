@@ -66,7 +66,7 @@ def shared(
 
 @triton.jit(do_not_specialize=["B", "n"])
 def chunked_backward(
-    Q, K, W, A, DO, U, DU, Starts, Ends, DQ, DK, DW, DA, q_strides, k_strides, w_strides,
+    Q, K, W, A, DO, U, DU, Starts, Ends, DQ, DK, DW, Sums, q_strides, k_strides, w_strides,
     a_strides, do_strides, u_strides, dq_strides, dk_strides, dw_strides, B, n,
     H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DECAY: tl.constexpr,
     BEFORE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
@@ -74,8 +74,8 @@ def chunked_backward(
     """DQ, DK, DW [B, H, n, D]; one program for each chunk and block of D.
 
     Starts and Ends [B, H, chunks, D, E] are S before each chunk and X behind it; W, DU and DW are
-    None where nothing is corrected. DA[block, B, H, n], where a number decays, is what the ends
-    of the chunk give to its gradient: `chunked_backward_decay` has the rest.
+    None where nothing is corrected. Sums [4, blocks of D, B, H, n], where a number decays, are
+    what `chunked_backward_decay` needs of the states: q S o', w S u', k X u, and Σ S ∘ X.
     """
     chunks, blocks = tl.cdiv(n, CHUNK), tl.cdiv(D, BLOCK_D)
     block = tl.program_id(0) % blocks
@@ -89,59 +89,65 @@ def chunked_backward(
     do, u = head(DO, do_strides, b, h), head(U, u_strides, b, h)
     start = Starts + (row * chunks + chunk) * D * E
     end = Ends + (row * chunks + chunk) * D * E
-    q = load_tile(head(Q, q_strides, b, h), q_strides[2], first, top, n, D, CHUNK, BLOCK_D)
-    k = load_tile(head(K, k_strides, b, h), k_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+    at = first + tl.arange(0, CHUNK)
+    size = B * H * n
+    sums = Sums + (block * B * H + row) * n + at if DECAY is not None else None
 
-    dk = meet_state(u, u_strides[2], end, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
+    q = load_tile(head(Q, q_strides, b, h), q_strides[2], first, top, n, D, CHUNK, BLOCK_D)
     dq = meet_state(do, do_strides[2], start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
-    faded = pair_fade(a, a_stride, first, n, BEFORE, DECAY, CHUNK)
     if DECAY is not None:
-        begun = fade(a, a_stride, first, 0, n, "begun", DECAY, 1, 1, CHUNK)
-        after = fade(a, a_stride, first, 0, n, "after", DECAY, 1, 1, CHUNK)
-        lagged = pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)
-        through = tl.sum(shared(start, end, top, D, E, BLOCK_D, BLOCK_E), 1, keep_dims=True)
-        to_end = tl.sum(lagged * tl.trans(tl.sum(k * dk, 1, keep_dims=True)), 1, keep_dims=True)
-        da = tl.sum(after * (to_end + begun * through), 1)
-        from_start = tl.sum(faded * tl.sum(q * dq, 1, keep_dims=True), 0)
-        dk *= after
+        tl.store(sums, tl.sum(q * dq, 1), mask=at < n)
         if BEFORE:
-            dq *= begun
+            dq *= fade(a, a_stride, first, 0, n, "begun", DECAY, 1, 1, CHUNK)
         else:
             dq *= fade(a, a_stride, first, 0, n, "since", DECAY, 1, 1, CHUNK)
     met = meet(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
-    met = (met * faded).to(q.dtype)
+    met = (met * pair_fade(a, a_stride, first, n, BEFORE, DECAY, CHUNK)).to(q.dtype)
+    k = load_tile(head(K, k_strides, b, h), k_strides[2], first, top, n, D, CHUNK, BLOCK_D)
     dq = tl.dot(met, k, dq, input_precision="ieee")
     store_tile(head(DQ, dq_strides, b, h), dq, dq_strides[2], first, top, n, D, CHUNK, BLOCK_D)
+
+    dk = meet_state(u, u_strides[2], end, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
+    if DECAY is not None:
+        tl.store(sums + 2 * blocks * size, tl.sum(k * dk, 1), mask=at < n)
+        through = tl.sum(shared(start, end, top, D, E, BLOCK_D, BLOCK_E), 1)
+        tl.store(sums + 3 * blocks * size, tl.zeros([CHUNK], tl.float32) + through, mask=at < n)
+        dk *= fade(a, a_stride, first, 0, n, "after", DECAY, 1, 1, CHUNK)
     dk = tl.dot(tl.trans(met), q, dk, input_precision="ieee")
     if W is not None:
         w = load_tile(head(W, w_strides, b, h), w_strides[2], first, top, n, D, CHUNK, BLOCK_D)
         du = DU + row * n * E
-        dw = meet_state(du, E, start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
-        faded = pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)
-        if DECAY is not None:
-            from_start += tl.sum(faded * tl.sum(w * dw, 1, keep_dims=True), 0)
-            dw *= begun
         met = meet(du, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
-        met = (met * faded).to(q.dtype)
+        met = (met * pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)).to(q.dtype)
+        dk = tl.dot(tl.trans(met), w, dk, input_precision="ieee")
+        dw = meet_state(du, E, start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
+        if DECAY is not None:
+            tl.store(sums + blocks * size, tl.sum(w * dw, 1), mask=at < n)
+            dw *= fade(a, a_stride, first, 0, n, "begun", DECAY, 1, 1, CHUNK)
         dw = tl.dot(met, k, dw, input_precision="ieee")
         place = head(DW, dw_strides, b, h)
         store_tile(place, dw, dw_strides[2], first, top, n, D, CHUNK, BLOCK_D)
-        dk = tl.dot(tl.trans(met), w, dk, input_precision="ieee")
     store_tile(head(DK, dk_strides, b, h), dk, dk_strides[2], first, top, n, D, CHUNK, BLOCK_D)
-    if DECAY is not None:
-        at = first + tl.arange(0, CHUNK)
-        da += tl.sum(begun, 1) * from_start
-        tl.store(DA + (block * B * H + row) * n + at, da, mask=at < n)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
+def summed(Sums, which, row, at, B, n, H: tl.constexpr, BLOCKS: tl.constexpr):
+    """Sums[which, :, row] at some tokens, over all blocks of D: as many numbers as tokens."""
+    total = tl.zeros(at.shape, tl.float32)
+    for block in range(BLOCKS):
+        place = Sums + ((which * BLOCKS + block) * B * H + row) * n + at
+        total += tl.load(place, mask=at < n, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["B", "n"])
 def chunked_backward_decay(
-    Q, K, W, A, DO, U, DU, DA, q_strides, k_strides, w_strides, a_strides, do_strides,
-    u_strides, n,
+    Q, K, W, A, DO, U, DU, Sums, DA, q_strides, k_strides, w_strides, a_strides, do_strides,
+    u_strides, B, n,
     H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BEFORE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """DA [B, H, n] = Σ_j (Dᵀ G + Eᵀ G_w)_rj E_rj: of decays that are numbers, inside a chunk."""
+    """DA [B, H, n, 1], of decays that are numbers, from matrices of the chunk and from Sums."""
     chunks = tl.cdiv(n, CHUNK)
     first = tl.program_id(0) % chunks * CHUNK
     row = (tl.program_id(0) // chunks).to(tl.int64)
@@ -149,20 +155,27 @@ def chunked_backward_decay(
     a, a_stride = head(A, a_strides, b, h), a_strides[2]
     k, u = head(K, k_strides, b, h), head(U, u_strides, b, h)
     do = head(DO, do_strides, b, h)
+    at = first + tl.arange(0, CHUNK)
     met = meet(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
     q = head(Q, q_strides, b, h)
     met *= meet(q, k, q_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
     faded = pair_fade(a, a_stride, first, n, BEFORE, "number", CHUNK)
     sums = product(tl.trans(faded), met, Q)
+    from_start = tl.sum(faded * summed(Sums, 0, row, at, B, n, H, BLOCKS)[:, None], 0)
     if W is not None:
         met = meet(DU + row * n * E, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
         w = head(W, w_strides, b, h)
         met *= meet(w, k, w_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
         faded = pair_fade(a, a_stride, first, n, 1, "number", CHUNK)
         sums += product(tl.trans(faded), met, Q)
+        from_start += tl.sum(faded * summed(Sums, 1, row, at, B, n, H, BLOCKS)[:, None], 0)
     faded = pair_fade(a, a_stride, first, n, 1, "number", CHUNK)
-    at = first + tl.arange(0, CHUNK)
-    tl.store(DA + row * n + at, tl.sum(sums * faded, 1), mask=at < n)
+    to_end = tl.sum(faded * summed(Sums, 2, row, at, B, n, H, BLOCKS)[None, :], 1)
+    begun = tl.sum(fade(a, a_stride, first, 0, n, "begun", "number", 1, 1, CHUNK), 1)
+    after = tl.sum(fade(a, a_stride, first, 0, n, "after", "number", 1, 1, CHUNK), 1)
+    to_end += begun * summed(Sums, 3, row, at, B, n, H, BLOCKS)
+    da = tl.sum(sums * faded, 1) + begun * from_start + after * to_end
+    tl.store(DA + row * n + at, da, mask=at < n)
 
 
 # ── rows that decay by themselves ────────────────────────────────────────────────────────

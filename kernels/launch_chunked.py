@@ -88,28 +88,28 @@ class Chunked:
             calls.append(self._read(given, (k, do), "after", pairs, ends, of_v, turned=True))
         arguments = self._shared(given) | _tensors(Q=q, K=k, W=w, DO=do, U=u)
         arguments |= {"DU": None if w is None else of_v, "BEFORE": int(self.before)}
-        into = {"Starts": starts, "Ends": ends, "DA": self._one(grads, "decay"), "B": q.shape[0]}
-        into |= _tensors(DQ=grads[0], DK=grads[1], DW=self._one(grads, "w"))
         shape = self._shape("backward", q, v)
-        programs = self._chunks(q, v) * -(-q.shape[-1] // shape["BLOCK_D"])
+        blocks = -(-q.shape[-1] // shape["BLOCK_D"])
+        into = {"Starts": starts, "Ends": ends} | shape
+        into |= _tensors(DQ=grads[0], DK=grads[1], DW=self._one(grads, "w"))
         if self.decay == "rows":
-            del arguments["DECAY"], into["B"]
-            return [*calls, (chunked_backward_rows, programs, arguments | into | shape)]
-        calls.append((chunked_backward, programs, arguments | into | shape))
-        if self.decay == "number":
-            of_decay = arguments | self._shape("decay", q, v) | {"DA": grads[-2][-1]}
-            del of_decay["DECAY"]
-            calls.append((chunked_backward_decay, self._chunks(q, v), of_decay))
+            del arguments["DECAY"]
+            arguments |= into | {"DA": grads[-2]}
+            return [*calls, (chunked_backward_rows, self._chunks(q, v) * blocks, arguments)]
+        sums = None
+        if self.decay is not None:
+            sums = grads[-2].new_empty(4, blocks, *q.shape[:3])
+        arguments |= {"B": q.shape[0], "Sums": sums}
+        calls.append((chunked_backward, self._chunks(q, v) * blocks, arguments | into))
+        if self.decay is not None:
+            del arguments["DECAY"]
+            arguments |= self._shape("decay", q, v) | {"DA": grads[-2], "BLOCKS": blocks}
+            calls.append((chunked_backward_decay, self._chunks(q, v), arguments))
         return calls
 
     def gradients(self, given: Tensors) -> Tensors:
-        """What the backward fills: one for each input, and parts of a number's, to be summed."""
-        grads = [each.new_empty(each.shape) for each in given]
-        if self.decay == "number":
-            q, _, v, *_ = given
-            blocks = -(-q.shape[-1] // self._shape("backward", q, v)["BLOCK_D"])
-            grads[-2] = grads[-2].new_empty(blocks + 1, *q.shape[:3])
-        return tuple(grads)
+        """What the backward fills: one for each input."""
+        return tuple(each.new_empty(each.shape) for each in given)
 
     def _to_states(
         self, given: Tensors, last: torch.Tensor
@@ -250,8 +250,6 @@ class Chunked:
         readable = tuple(_readable(each) for each in given)
         grads = self.gradients(readable)
         _launch(self.backward_calls((do, dlast), readable, grads), do)
-        if self.decay == "number":
-            grads = *grads[:-2], grads[-2].sum(0)[..., None], grads[-1]
         return tuple(each.to(like.dtype) for each, like in zip(grads, given, strict=True))
 
     def backward_fake(self, *arguments: torch.Tensor) -> Tensors:
