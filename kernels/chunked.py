@@ -323,14 +323,6 @@ def chunked_states(
             last = tl.arange(0, CHUNK)[:, None] == CHUNK - 1
             since = fade(a, a_stride, first, top, n, "since", DECAY, D, BLOCK_D, CHUNK)
             state = state * tl.sum(tl.where(last, since, 0.0), 0)[:, None]
-        if X is not None:
-            x = load_faded(
-                head(X, x_strides, b, h), x_strides[2], a, a_stride, first, top, n,
-                FADE, DECAY, D, BLOCK_D, CHUNK,
-            )  # fmt: skip
-            y = head(Y, y_strides, b, h)
-            y = load_tile(y, y_strides[2], first, left, n, E, CHUNK, BLOCK_E)
-            state = tl.dot(tl.trans(x), y, state, input_precision="ieee")
         if Z is not None:
             u = load_tile(Own + row * n * E, E, first, left, n, E, CHUNK, BLOCK_E)
             reach = load_tile(Reach + row * n * D, D, first, top, n, D, CHUNK, BLOCK_D)
@@ -341,6 +333,14 @@ def chunked_states(
                 OF_Z, DECAY, D, BLOCK_D, CHUNK,
             )  # fmt: skip
             state = tl.dot(tl.trans(z), u.to(z.dtype), state, input_precision="ieee")
+        if X is not None:
+            x = load_faded(
+                head(X, x_strides, b, h), x_strides[2], a, a_stride, first, top, n,
+                FADE, DECAY, D, BLOCK_D, CHUNK,
+            )  # fmt: skip
+            y = head(Y, y_strides, b, h)
+            y = load_tile(y, y_strides[2], first, left, n, E, CHUNK, BLOCK_E)
+            state = tl.dot(tl.trans(x), y, state, input_precision="ieee")
     store_tile(End + row * D * E, state, E, top, left, D, E, BLOCK_D, BLOCK_E)
 
 

@@ -19,17 +19,18 @@ from .device import Call, Tensors, _launch, _readable, padded
 
 # ── tiles ────────────────────────────────────────────────────────────────────────────────
 
-# Rows decay one by one? → element size → padded width of d or of e, whichever is larger →
-# tokens of a chunk, columns of a tile, warps and stages. None of these spills registers or
-# overflows shared memory, from sm_80 on (`aot` checks it).
+# Rows decay by themselves? → element size → padded width of d or of e, whichever is larger →
+# tokens of a chunk, columns of a tile, warps, stages. None of these spills registers or overflows
+# shared memory (`aot` checks it), but that a state of more than 128 rows in float32 spills where it
+# is corrected. A product of float32 holds both of its sides in registers: such tiles are small.
 CHUNK_TILES: dict[bool, dict[int, dict[int, tuple[int, int, int, int]]]] = {
     False: {
-        2: {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
-        4: {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+        2: {128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
+        4: {256: (16, 16, 8, 1)},
     },
     True: {
-        2: {64: (16, 32, 4, 2), 128: (16, 32, 4, 2), 256: (16, 32, 8, 1)},
-        4: {64: (16, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+        2: {128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
+        4: {256: (16, 16, 8, 1)},
     },
 }
 
@@ -203,6 +204,7 @@ class Chunked:
         for limit, found in CHUNK_TILES[self.decay == "rows"][q.element_size()].items():
             if width <= limit:
                 chunk, block, warps, stages = found
+                block *= 1 + (kernel in ("solved", "read"))  # these hold few tiles at once
                 return {
                     "CHUNK": chunk,
                     "BLOCK_D": min(block, padded(q.shape[-1])),
