@@ -31,8 +31,20 @@ POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def calls(attend: Any, job: dict[str, Any]) -> list[Any]:
-    """Return what a forward and a backward launch, with tensors that hold no memory."""
+def recurrence_calls(chunked: Any, job: dict[str, Any]) -> list[Any]:
+    """Return what the passes of a recurrence launch, with tensors that hold no memory."""
+    given = tuple(
+        torch.empty(shape, dtype=DTYPES[dtype], device="meta") for shape, dtype in job["inputs"]
+    )
+    results = chunked.forward_fake(*given)
+    found: list[Any] = chunked.forward_calls(given, results)
+    if job["backward"]:
+        found += chunked.backward_calls(results, given, chunked.gradients(given))
+    return found
+
+
+def attention_calls(attend: Any, job: dict[str, Any]) -> list[Any]:
+    """Return what the passes of an attention launch, with tensors that hold no memory."""
     dtype = DTYPES[job["dtype"]]
     q, k, v = (torch.empty(job[name], dtype=dtype, device="meta") for name in "qkv")
     sizes = {"b": q.shape[0], "n": q.shape[2], "m": k.shape[2]}
@@ -127,6 +139,7 @@ def main() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    calls = recurrence_calls if "inputs" in job else attention_calls
     launches = calls(getattr(module, job["name"]), job)
     rows = [
         measure(kernel, arguments, target)
