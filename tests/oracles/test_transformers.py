@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import headloom as hl
+
+from .others import Widened
 
 pytest.importorskip("transformers", reason="needs Hugging Face Transformers")
 
@@ -52,25 +53,6 @@ from transformers.models.t5.modeling_t5 import T5Attention
 BATCH, WINDOW = 2, 7
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 Table = Mapping[str, "str | tuple[str, Callable[[Tensor], Tensor]]"]
-
-
-class Widened(TorchFunctionMode):
-    """Turn float32 in their code into float64.
-
-    Their angles, softmax and norms are cast to float32 whatever the input is; within this mode
-    the same code keeps all the digits of a float64 input.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        def widen(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        if func is Tensor.float:
-            func = Tensor.double
-        given = {name: widen(value) for name, value in (kwargs or {}).items()}
-        return func(*map(widen, args), **given)
 
 
 @dataclass(frozen=True)
