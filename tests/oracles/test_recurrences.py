@@ -26,7 +26,8 @@ import headloom as hl
 
 from .others import Widened, file_of
 
-Given = Mapping[str, Tensor]
+Tensors = dict[str, Tensor]
+Oracle = Callable[[Tensors, Tensors | None], tuple[Tensor, Tensors | None]]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 LENGTHS = (1, 63, 65, 130)
 BATCH, HEADS, KEY, VALUE = 2, 3, 5, 4
@@ -60,7 +61,7 @@ class Rule:
 
     def text(self) -> str:
         heads = max(self.heads)
-        at, streams, sliced = 0, [], {}
+        at, sliced = 0, {}
         for name, shape in self.shapes().items():
             sliced[name] = f"x | slice({at}, {at + math.prod(shape)})"
             at += math.prod(shape)
@@ -86,15 +87,11 @@ class Found(NamedTuple):
     """What is compared: outputs [b, n, heads, e], last states, gradients by name."""
 
     output: Tensor
-    last: dict[str, Tensor]
-    gradients: dict[str, Tensor]
+    last: Tensors
+    gradients: Tensors
 
 
-Oracle = Callable[[Rule, dict[str, Tensor], dict[str, Tensor] | None],
-                  tuple[Tensor, "dict[str, Tensor] | None"]]  # fmt: skip
-
-
-def drawn(rule: Rule, tokens: int, seed: int, **gates: Tensor) -> dict[str, Tensor]:
+def drawn(rule: Rule, tokens: int, seed: int, **gates: Tensor) -> Tensors:
     """Draw streams [b, n, heads, …], first states and parameters, float64.
 
     Keys and what stands for them have length one, log gates are below zero, betas in (0, 1).
@@ -136,7 +133,7 @@ def modules(rule_text: str, dtype: torch.dtype, meaning: bool) -> nn.Module:
     return module
 
 
-def ours(rule: Rule, given: dict[str, Tensor], *, meaning: bool = False) -> Found:
+def ours(rule: Rule, given: Tensors, *, meaning: bool = False) -> Found:
     """Run the emitted module, or the reference, which begins with states of zero."""
     leaves = {name: each.detach().clone().requires_grad_() for name, each in given.items()}
     dtype = next(iter(leaves.values())).dtype
@@ -146,7 +143,7 @@ def ours(rule: Rule, given: dict[str, Tensor], *, meaning: bool = False) -> Foun
         for name in rule.parameters:
             module.get_parameter(name).copy_(given[name])
     module.zero_grad()
-    last: dict[str, Tensor] = {}
+    last: Tensors = {}
     if meaning:
         y = module(x)
     else:
@@ -162,12 +159,16 @@ def ours(rule: Rule, given: dict[str, Tensor], *, meaning: bool = False) -> Foun
     return Found(output.detach(), last, {name: gradient(each) for name, each in leaves.items()})
 
 
-def theirs(rule: Rule, oracle: Oracle, given: dict[str, Tensor]) -> Found:
+def streams_of(given: Tensors) -> Tensors:
+    return {name: each for name, each in given.items() if not name.startswith("first ")}
+
+
+def theirs(rule: Rule, oracle: Oracle, given: Tensors) -> Found:
     leaves = {name: each.detach().clone().requires_grad_() for name, each in given.items()}
     first = {name: leaves[f"first {name}"] for name in rule.states if f"first {name}" in given}
     widened = next(iter(leaves.values())).dtype == torch.float64
     with Widened() if widened else nullcontext():
-        output, last = oracle(rule, leaves, first or None)
+        output, last = oracle(streams_of(leaves), first or None)
     output.backward(upstream(output))
     kept = {name: each.detach() for name, each in (last or {}).items()}
     return Found(output.detach(), kept, {name: gradient(each) for name, each in leaves.items()})
@@ -243,14 +244,12 @@ def fla(path: str, function: str, *, heads_first: bool = False, **more: Any) -> 
     """Return a reference as an oracle; ours are [b, n, heads, …], some of theirs heads first."""
     renamed: dict[str, str] = more.pop("names", {})
 
-    def run(
-        rule: Rule, given: dict[str, Tensor], first: dict[str, Tensor] | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
         call = getattr(file_of("fla-core", f"fla/ops/{path}.py"), function)
-        streams = {name: given[name].transpose(1, 2) if heads_first else given[name]
-                   for name in rule.shapes()}  # fmt: skip
-        streams |= {name: given[name] for name in rule.parameters}
-        streams = {renamed.get(name, name): each for name, each in streams.items()}
+        streams = {
+            renamed.get(name, name): each.transpose(1, 2) if heads_first and each.ndim > 2 else each
+            for name, each in given.items()
+        }
         start = first["S"] if first else None
         o, last = call(**streams, initial_state=start, output_final_state=True, **more)
         return (o.transpose(1, 2) if heads_first else o), {"S": last}
@@ -258,9 +257,7 @@ def fla(path: str, function: str, *, heads_first: bool = False, **more: Any) -> 
     return run
 
 
-def normalised(
-    rule: Rule, given: dict[str, Tensor], first: dict[str, Tensor] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def normalised(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
     call = file_of("fla-core", "fla/ops/linear_attn/naive.py").naive_recurrent_linear_attn
     start = (first["S"], first["z"][:, None]) if first else None
     o, (last, total) = call(*(given[name] for name in "qkv"), initial_state=start,
@@ -268,50 +265,41 @@ def normalised(
     return o, {"S": last, "z": total[:, 0]}
 
 
-def retention(
-    rule: Rule, given: dict[str, Tensor], first: dict[str, Tensor] | None
-) -> tuple[Tensor, None]:
+def retention(given: Tensors, first: Tensors | None) -> tuple[Tensor, None]:
     assert first is None
     call = file_of("fla-core", "fla/ops/retention/naive.py").naive_retention
     return call(*(given[name].transpose(1, 2) for name in "qkv")).transpose(1, 2), None
 
 
-def hgrn(
-    rule: Rule, given: dict[str, Tensor], first: dict[str, Tensor] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def hgrn(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
     call = file_of("fla-core", "fla/ops/hgrn/naive.py").naive_recurrent_hgrn
     start = first["y"].flatten(1) if first else None
     o, last = call(given["v"].flatten(2), given["g"].flatten(2), start, output_final_state=True)
     return o.unflatten(-1, (HEADS, VALUE)), {"y": last.unflatten(-1, (HEADS, VALUE))}
 
 
-def twice(
-    rule: Rule, given: dict[str, Tensor], first: dict[str, Tensor] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def twice(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
     path = "fla/ops/gated_delta_product/naive.py"
     call = file_of("fla-core", path).naive_recurrent_gated_delta_product
     k, v, beta = (torch.stack([given[name], given[f"{name}2"]], dim=2).flatten(1, 2)
                   for name in ("k", "v", "beta"))  # fmt: skip
-    o, last = call(given["q"], k, v, given["g"], beta, KEY**-0.5, num_householder=2,
-                   initial_state=first["S"] if first else None, output_final_state=True)  # fmt: skip
+    o, last = call(given["q"], k, v, given["g"], beta, KEY**-0.5,
+                   initial_state=first["S"] if first else None, num_householder=2)  # fmt: skip
     return o, {"S": last}
 
 
-def momentum(
-    rule: Rule, given: dict[str, Tensor], first: dict[str, Tensor] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def momentum(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
     path = "fla/ops/momentum_delta_rule/naive.py"
     call = file_of("fla-core", path).recurrent_momentum_delta_rule_ref
     streams = {{"g": "log_alpha", "mu": "log_mu", "kp": "p"}.get(name, name): given[name]
-               for name in rule.shapes()}  # fmt: skip
+               for name in given}  # fmt: skip
     start = (first["S"], first["M"]) if first else (None, None)
     o, last = call(**streams, initial_S=start[0], initial_M=start[1], output_final_state=True)
     return o, {"S": last[0], "M": last[1]}
 
 
-ATTENTION = "linear_attn/naive"
 FLA: dict[str, tuple[Rule, Oracle]] = {
-    "linear_attn": (LINEAR, fla(ATTENTION, "naive_recurrent_linear_attn")),
+    "linear_attn": (LINEAR, fla("linear_attn/naive", "naive_recurrent_linear_attn")),
     "linear_attn_normalised": (NORMALISED, normalised),
     "retention": (RETENTION, retention),
     "simple_gla": (FADING, fla("simple_gla/naive", "naive_recurrent_simple_gla")),
@@ -339,12 +327,8 @@ FLA: dict[str, tuple[Rule, Oracle]] = {
 }  # fmt: skip
 
 
-def cast(given: Given, dtype: torch.dtype) -> dict[str, Tensor]:
+def cast(given: Tensors, dtype: torch.dtype) -> Tensors:
     return {name: each.to(dtype) for name, each in given.items()}
-
-
-def streams_of(given: Given) -> dict[str, Tensor]:
-    return {name: each for name, each in given.items() if not name.startswith("first ")}
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -354,4 +338,171 @@ def test_fla(name: str, tokens: int) -> None:
     given = cast(drawn(rule, tokens, seed=tokens), torch.float32)
     if name == "retention":
         given = streams_of(given)
+    compare(ours(rule, given), theirs(rule, oracle, given), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("name", FLA)
+def test_fla_in_double(name: str) -> None:
+    """The emitted text, and the reference that begins at zero, with all digits."""
+    rule, oracle = FLA[name]
+    given = drawn(rule, 65, seed=0)
+    alone = streams_of(given)
+    if name != "retention":
+        compare(ours(rule, given), theirs(rule, oracle, given), TOLERANCE[torch.float64])
+    compare(ours(rule, alone, meaning=True), theirs(rule, oracle, alone),
+            TOLERANCE[torch.float64], states=False)  # fmt: skip
+
+
+def chosen(values: list[float], shape: tuple[int, ...], seed: int) -> Tensor:
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return numbers[torch.randint(len(values), shape, generator=torch.Generator().manual_seed(seed))]
+
+
+GATES = {
+    "zero": [0.0],
+    "one": [1.0],
+    "tiny": [1e-30],
+    "mixed": [0.0, 1.0, 1e-30, 0.5],
+}
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "hgrn", "rwkv6", "gated_delta_rule", "kda",
+                                  "dplr", "comba", "gdn2", "momentum_delta_rule",
+                                  "gated_delta_product"])  # fmt: skip
+def test_fla_at_extreme_gates(name: str, gates: str) -> None:
+    """Log gates of minus infinity, zero and -69; what gates by numbers is a gate of all this."""
+    rule, oracle = FLA[name]
+    shape = (BATCH, 130, *rule.shapes()["g"])
+    given = drawn(rule, 130, seed=3, g=chosen(GATES[gates], shape, 4).log())
+    if name == "momentum_delta_rule":
+        given = {key: 0.3 * each if key == "eta" else each for key, each in given.items()}
+    given = cast(given, torch.float32)
+    compare(ours(rule, given), theirs(rule, oracle, given), TOLERANCE[torch.float32])
+
+
+# ── gates as they are, which may be zero, against a loop over the tokens ─────────────────
+
+WRITES = {
+    "sums": "S <- a * S + outer(k, v)",
+    "delta": "S <- a * S; S <- S + beta * outer(k, v - k @ S)",
+}
+
+
+def looped(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
+    """Compute both of `WRITES` token by token."""
+    assert first is not None
+    state, out = first["S"], []
+    for t in range(given["q"].shape[1]):
+        q, k, v, gate = (given[name][:, t] for name in "qkva")
+        state = (gate[..., None] if gate.ndim == 3 else gate[..., None, None]) * state
+        wanted = v
+        if "beta" in given:
+            wanted = given["beta"][:, t, :, None] * (v - (k[..., None, :] @ state)[..., 0, :])
+        state = state + k[..., :, None] * wanted[..., None, :]
+        out.append((q[..., None, :] @ state)[..., 0, :])
+    return torch.stack(out, 1), {"S": state}
+
+
+@pytest.mark.parametrize("tokens", [1, 65, 130])
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("kind", ["number", "rows"])
+@pytest.mark.parametrize("writes", WRITES)
+def test_extreme_gates(writes: str, kind: str, gates: str, tokens: int) -> None:
+    streams = {"a": kind, **({"beta": "number"} if writes == "delta" else {})}
+    rule = Rule(f"{WRITES[writes]}; o <- q @ S", streams)
+    extreme = {name: chosen(GATES[gates], (BATCH, tokens, *rule.shapes()[name]), len(name))
+               for name in streams}  # fmt: skip
+    given = drawn(rule, tokens, seed=1, **extreme)
+    exact = theirs(rule, looped, given)
+    compare(ours(rule, cast(given, torch.float32)), exact, TOLERANCE[torch.float32])
+    compare(ours(rule, given), exact, TOLERANCE[torch.float64])
+
+
+# ── ONNX: LinearAttention, since opset 27 ────────────────────────────────────────────────
+
+ONNX = {
+    "linear": LINEAR,
+    "gated": FADING,
+    "gated_rows": FADING_ROWS,
+    "delta": DELTA_RULE,
+    "gated_delta": GATED_DELTA,
+    "gated_delta_rows": KDA,
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 65, 130])
+@pytest.mark.parametrize("heads", [(HEADS,) * 3, (4, 2, 2), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", ONNX)
+def test_onnx(name: str, heads: tuple[int, int, int], tokens: int) -> None:
+    """Outputs and last states alone: an operator of ONNX has no gradient."""
+    onnx = pytest.importorskip("onnx", minversion="1.23")
+    from onnx.reference import ReferenceEvaluator
+
+    rule = Rule(ONNX[name].statements, ONNX[name].streams, heads=heads)
+    given = drawn(rule, tokens, seed=tokens)
+    times = heads[0] // heads[1]
+    for key in (*rule.streams, "first S"):  # theirs are one for each key, ours for each query
+        at = 1 if key == "first S" else 2
+        given[key] = given[key].narrow(at, 0, heads[1]).repeat_interleave(times, at)
+    given = cast(given, torch.float32)
+
+    fed = {"query": given["q"], "key": given["k"], "value": given["v"],
+           "past_state": given["first S"][:, ::times]}  # fmt: skip
+    fed |= {wanted: given[key][:, :, ::times]
+            for wanted, key in (("decay", "g"), ("beta", "beta")) if key in given}  # fmt: skip
+    inputs = ["query", "key", "value", "past_state", "decay", "beta"]
+    node = onnx.helper.make_node(
+        "LinearAttention", [each if each in fed else "" for each in inputs], ["o", "last"],
+        q_num_heads=heads[0], kv_num_heads=heads[1], update_rule=name.removesuffix("_rows"),
+    )  # fmt: skip
+    arrays = {key: each.numpy() if key == "past_state" else each.flatten(2).numpy()
+              for key, each in fed.items()}  # fmt: skip
+    real = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [node], "g",
+        [onnx.helper.make_tensor_value_info(key, real, each.shape) for key, each in arrays.items()],
+        [onnx.helper.make_tensor_value_info("o", real, [BATCH, tokens, heads[0] * VALUE]),
+         onnx.helper.make_tensor_value_info("last", real, arrays["past_state"].shape)],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 27)])
+    onnx.checker.check_model(model)
+    o, last = map(torch.from_numpy, ReferenceEvaluator(model).run(None, arrays))
+
+    mine = ours(rule, given)
+    assert off(mine.output, o.unflatten(-1, (heads[0], VALUE))) <= 1e-5
+    assert off(mine.last["S"], last.repeat_interleave(times, 1)) <= 1e-5
+    meant = ours(rule, {**given, "first S": 0 * given["first S"]})
+    begun = ours(rule, streams_of(given), meaning=True)
+    assert off(meant.output, begun.output) <= 1e-5
+
+
+# ── Hugging Face Transformers ────────────────────────────────────────────────────────────
+
+
+def transformers_of(module: str, function: str) -> Oracle:
+    """Return a PyTorch path of theirs, without what would replace it by a kernel."""
+
+    def run(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
+        models = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
+        call = getattr(models, function).__wrapped__
+        o, last = call(*(given[name] for name in ("q", "k", "v", "g", "beta")),
+                       initial_state=first["S"] if first else None,
+                       output_final_state=True)  # fmt: skip
+        return o, {"S": last}
+
+    return run
+
+
+GROUPED = Rule(GATED_DELTA.statements, GATED_DELTA.streams, heads=(2, 2, 4))
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("rule", [GATED_DELTA, GROUPED], ids=["equal", "grouped"])
+@pytest.mark.parametrize("path", ["chunk", "recurrent"])
+def test_qwen3_next(path: str, rule: Rule, tokens: int) -> None:
+    oracle = transformers_of("qwen3_next", f"torch_{path}_gated_delta_rule")
+    given = drawn(rule, tokens, seed=tokens)
+    compare(ours(rule, given), theirs(rule, oracle, given), TOLERANCE[torch.float64])
+    given = cast(given, torch.float32)
     compare(ours(rule, given), theirs(rule, oracle, given), TOLERANCE[torch.float32])
