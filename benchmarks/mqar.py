@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")

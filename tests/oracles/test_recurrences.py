@@ -331,7 +331,7 @@ def cast(given: Tensors, dtype: torch.dtype) -> Tensors:
     return {name: each.to(dtype) for name, each in given.items()}
 
 
-@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("tokens", [*LENGTHS, 257])
 @pytest.mark.parametrize("name", FLA)
 def test_fla(name: str, tokens: int) -> None:
     rule, oracle = FLA[name]
@@ -351,6 +351,16 @@ def test_fla_in_double(name: str) -> None:
         compare(ours(rule, given), theirs(rule, oracle, given), TOLERANCE[torch.float64])
     compare(ours(rule, alone, meaning=True), theirs(rule, oracle, alone),
             TOLERANCE[torch.float64], states=False)  # fmt: skip
+
+
+BY_TOKEN = ("gated_delta_product", "momentum_delta_rule")  # which no chunk takes
+
+
+@pytest.mark.parametrize("name", FLA)
+def test_both_texts_are_compared(name: str) -> None:
+    report = hl.explain(hl.load(FLA[name][0].text(), format="loom"), "b", backend="torch")
+    paths = [each.path for each in report.lowerings]
+    assert paths == ["sequential" if name in BY_TOKEN else "chunkwise"]
 
 
 def chosen(values: list[float], shape: tuple[int, ...], seed: int) -> Tensor:
