@@ -369,11 +369,9 @@ def chunked_linear(
             last = (state if decay is None else decay.mT * state) + k.mT @ u
             return q @ (state if before else last), last
         size, last, parts = chunk_size(n, 64 if w is None else 32), state.flatten(0, 1), []
-        each = section(q, size)
-        for at in range(0, n, each):
-            some = (in_chunks(x, at, each, size) for x in (q, k, v, w))
-            fades = in_chunks(decay, at, each, size, fill=1.0)
-            part, last = linear_section(*some, fades, last, before)
+        for *some, fades in sections((q, k, v, w, decay), size):
+            chunks = (in_chunks(x, size) for x in some)
+            part, last = linear_section(*chunks, in_chunks(fades, size, 1.0), last, before)
             parts += part
         o = torch.cat(parts, dim=1)  # [b h, chunks · size, e]
     return o.unflatten(0, (b, h))[:, :, :n], last.unflatten(0, (b, h))
@@ -428,10 +426,9 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
     if n == 1:  # a step of decoding
         return decay * state[:, :, None] + x
     size, last, parts = chunk_size(n, 64), state.flatten(0, 1)[:, None], []
-    each = section(x, size)
     with torch.autocast(x.device.type, enabled=False):
-        for at in range(0, n, each):
-            sums, fades = in_chunks(x, at, each, size), in_chunks(decay, at, each, size, fill=1.0)
+        for some, fades in sections((x, decay), size):
+            sums, fades = in_chunks(some, size), in_chunks(fades, size, 1.0)
             since = fades.cumprod(-2)
             if decay.shape[-1] == 1:
                 sums = fading(fades, size) @ sums
@@ -506,13 +503,15 @@ def faded_state(state: Tensor, keep: Tensor | None, wrote: Tensor) -> Tensor:
     return wrote + state if keep is None else torch.addcmul(wrote, keep, state)
 
 
-def section(x: Tensor, size: int) -> int:
-    """Return how many tokens of x [b, h, n, d], in chunks of a size, to work on at a time.
+def sections(given: tuple[Tensor | None, ...], size: int) -> list[tuple[Tensor | None, ...]]:
+    """Cut several [b, h, n, d] along their tokens, into whole chunks of a size; None stays None.
 
-    What is made of them then stays in the cache of a processor.
+    What is made of a section then stays in the cache of a processor.
     """
-    b, h, n, d = x.shape
-    return n if torch.compiler.is_compiling() else max(1, 2**17 // (b * h * d * size)) * size
+    b, h, n, d = given[0].shape
+    each = n if torch.compiler.is_compiling() else max(1, 2**17 // (b * h * d * size)) * size
+    cut = [[None] * -(-n // each) if x is None else x.split(each, dim=2) for x in given]
+    return list(zip(*cut, strict=True))
 
 
 def chunk_size(n: int, most: int) -> int:
@@ -523,16 +522,13 @@ def chunk_size(n: int, most: int) -> int:
     return size
 
 
-def in_chunks(
-    x: Tensor | None, start: int, count: int, size: int, fill: float = 0.0
-) -> Tensor | None:
-    """Return tokens of x [b, h, n, d] as [chunks, b h, size, d], the last chunk filled up."""
+def in_chunks(x: Tensor | None, size: int, fill: float = 0.0) -> Tensor | None:
+    """Return x [b, h, n, d] as [chunks, b h, size, d], the last chunk filled up; None for None."""
     if x is None:
         return None
-    x = x[:, :, start : start + count].flatten(0, 1)
-    if x.shape[1] % size:
-        x = F.pad(x, (0, 0, 0, -x.shape[1] % size), value=fill)
-    return x.unflatten(1, (-1, size)).transpose(0, 1).contiguous()
+    if x.shape[2] % size:
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % size), value=fill)
+    return x.flatten(0, 1).unflatten(1, (-1, size)).transpose(0, 1).contiguous()
 
 
 def whole_linear(
