@@ -544,6 +544,128 @@ def interleaved(*parts: Tensor) -> Tensor:
     return torch.stack(parts, dim=3).flatten(2, 3)
 
 
+def leveled_linear(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, decay: Tensor | None, weights: Tensor,
+    state: Tensor, place: int, before: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the sum over levels l of weights_il q_i @ S_il [b, h, n, e], and the last levels.
+
+    In every level S_i = decay_i S_{i-1} + outer(k_i, w_i @ S_{i-1}); outer(k_i, v_i) is written
+    into level 0 alone, and levels are merged as `merged_levels` says (Guo et al. 2025). decay is
+    [b, h, n, 1 or d], weights are [b, h, n, levels]; `state` [b, h, levels, d, e] is what `place`
+    tokens left behind. With `before`, q_i reads what token i finds.
+
+    Within a chunk, tokens meet in one product, weighed by the level in which i finds j. Chunks
+    begin at multiples of their size, so that only whole ones are merged.
+    """
+    n, dtype, most = q.shape[2], state.dtype, state.shape[2] - 1
+    decay = torch.ones_like(k[..., :1]) if decay is None else decay
+    q, k, v, decay, weights = (each.to(dtype) for each in (q, k, v, decay, weights))
+    w = None if w is None else w.to(dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        if n == 1:  # a step of decoding
+            state = merged_levels(state, place)
+            last = decay[:, :, 0, None, :, None] * state
+            if w is not None:
+                last = last + k.mT[:, :, None] @ (w[:, :, None] @ state)
+            last = with_written(last, k.mT @ v)
+            return q @ summed_levels(state if before else last, weights[:, :, 0]), last
+        size = chunk_size(n)
+        front = place % size
+        q, k, v, weights = (
+            in_chunks(F.pad(each, (0, 0, front, 0)), size) for each in (q, k, v, weights)
+        )
+        decay = in_chunks(F.pad(decay, (0, 0, front, 0), value=1.0), size, 1.0)
+        since = decay.cumprod(-2)
+        begun = F.pad(since[..., :-1, :], (0, 0, 1, 0), value=1.0)
+        pairs = faded_before(q, k, decay) if before else faded_products(q, k, decay)
+        reads = q * (begun if before else since)
+        keeps, left = since[..., -1, :, None], (k * after_each(decay)).mT
+        reach, writes = None, left
+        if w is not None:  # what a token writes depends on what those before it wrote
+            w = in_chunks(F.pad(w, (0, 0, front, 0)), size)
+            eye = torch.eye(size, dtype=dtype, device=q.device).expand(pairs.shape)
+            solved = torch.linalg.solve_triangular(
+                -faded_before(w, k, decay), torch.cat([eye, w * begun], dim=-1),
+                upper=False, unitriangular=True,
+            )  # fmt: skip
+            inverse, reach = solved[..., :size], solved[..., size:]
+            reads = reads + pairs @ reach
+            pairs, writes = pairs @ inverse, left @ inverse
+        token = torch.arange(size, device=q.device)
+        found = level_between(token[:, None], token).clamp(max=most)
+        within = (pairs * weights.gather(-1, found.expand(pairs.shape))) @ v
+        wrote = writes @ v
+        across, held, levels = [], state if place else state[:, :, :0], list(range(most + 1))
+        levels = levels[: held.shape[2]]
+        for at in range(q.shape[2]):
+            begin = place - front + at * size
+            if at:  # the chunk before is whole
+                held = torch.cat([wrote[:, :, at - 1, None], held], dim=2)
+                levels = [0, *levels]
+            if levels and begin >= place:
+                into = min((begin ^ (begin - 1)).bit_length(), most)
+                full = sum(each <= into for each in levels)
+                held = torch.cat([held[:, :, :full].sum(2, True), held[:, :, full:]], dim=2)
+                levels = [into, *levels[full:]]
+            earlier = max(begin, place) - 1
+            lows = torch.tensor(levels, dtype=torch.int64, device=q.device)
+            found = level_between((begin + token)[:, None], torch.full_like(lows, earlier))
+            found = found.maximum(lows).clamp(max=most).expand(*q.shape[:2], -1, -1)
+            weighed = weights[:, :, at].gather(-1, found)[..., None] * reads[:, :, at, :, None]
+            across.append(weighed.flatten(-2) @ held.flatten(2, 3))
+            faded = keeps[:, :, at, None] * held
+            if reach is not None:
+                faded = faded + left[:, :, at, None] @ (reach[:, :, at, None] @ held)
+            held = faded
+        end = torch.tensor(place + n - 1, device=q.device)
+        ends = level_between(begin + token, end).clamp(max=most)
+        here = ends == torch.arange(most + 1, device=q.device)[:, None]
+        last = (writes[:, :, -1, None] * here[:, None]) @ v[:, :, -1, None]
+        lows = level_between(torch.full_like(lows, earlier), end).maximum(lows).clamp(max=most)
+        last = last.index_add(2, lows, held)
+    o = within + torch.stack(across, dim=2)
+    return o.flatten(2, 3)[:, :, front : front + n], last
+
+
+def faded_before(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
+    """Return q_i · (decay_{i-1} … decay_{j+1} k_j) for j < i, 0 from i on: [..., n, n]."""
+    next_ = F.pad(q[..., 1:, :], (0, 0, 0, 1))  # q_i meets what faded until i - 1
+    return F.pad(faded_products(next_, k, decay)[..., :-1, :], (0, 0, 1, 0))
+
+
+def level_between(i: Tensor, j: Tensor) -> Tensor:
+    """Return the level in which token i finds token j: how many bits i xor j has, 0 where i = j."""
+    return torch.frexp((i ^ j).double()).exponent.long()
+
+
+def merged_levels(state: Tensor, place: int | Tensor) -> Tensor:
+    """Merge the levels of a state [b, h, levels, …] that are full before token number `place`.
+
+    Before token i, levels 0 … z are merged into level z + 1, where 2^z is the largest power of
+    two that divides i; the last level takes what would go beyond. `place` is one number, or one
+    a sequence [b, 1, 1].
+    """
+    sizes = 2 ** torch.arange(state.shape[2] - 1, device=state.device)
+    full = (place % sizes == 0) & (place > 0)
+    gives = F.pad(full, (0, 1))
+    takes = F.pad(full, (1, 0), value=True) & ~gives
+    gives, takes = (each.reshape(*each.shape, *[1] * (state.ndim - 3)) for each in (gives, takes))
+    moved = state.masked_fill(~gives, 0).sum(2, keepdim=True)
+    return state.masked_fill(gives, 0) + torch.where(takes, moved, 0)
+
+
+def summed_levels(state: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum of the levels of a state [b, h, levels, …], weighed by [b, h, levels]."""
+    return (state * weights.reshape(*weights.shape, *[1] * (state.ndim - 3))).sum(2)
+
+
+def with_written(state: Tensor, written: Tensor) -> Tensor:
+    """Add what a token writes [b, h, …] to the first level of a state [b, h, levels, …]."""
+    first = state[:, :, 0] + written
+    return torch.cat([first[:, :, None], state[:, :, 1:]], dim=2)
+
+
 class Cache:
     """What the tokens so far left behind, by name."""
 

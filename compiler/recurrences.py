@@ -62,7 +62,8 @@ class Memory:
     """A matrix: S <- decay * S, and its writes; `decay` None for 1, a number, or one for each row.
 
     At most the first write has a query, which meets S as the token before left it. Where
-    `turned`, all is said of the transposed matrix: it is read by `S @ query`.
+    `turned`, all is said of the transposed matrix: it is read by `S @ query`. With `weights` it is
+    kept in levels: it fades, is corrected and read level by level, and has one write.
     """
 
     state: str
@@ -70,6 +71,7 @@ class Memory:
     writes: tuple[Write, ...]
     readings: tuple[Reading, ...]
     turned: bool = False
+    weights: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ def _described(step: Memory | Sum) -> str:
     if isinstance(step, Sum):
         return f"`{step.state}` only adds{fades}" if not fades else (
             f"`{step.state}` adds{fades}")  # fmt: skip
+    if step.weights is not None:
+        fades += f", in levels weighed by {show(step.weights)}"
     if any(each.query is not None for each in step.writes):
         return f"`{step.state}` is corrected along one key{fades}: a triangular system a chunk"
     return f"`{step.state}` adds outer products{fades}: masked products within chunks of tokens"
@@ -166,9 +170,19 @@ class _Analysis:
             raise RefusedError(f"`{state.name}` is never written")
         value = finals[state.name]
         with _statement(state.name):
+            if state.levels:
+                self._in_levels(state)
             if not self.mix.causal and (others := self._others(value, state.name)):
                 raise RefusedError(f"it reads `{others[0]}` before all tokens are taken up")
             return (self._memory if len(state.shape) == 2 else self._sum)(state, value)
+
+    def _in_levels(self, state: State) -> None:
+        if self.mix.resets:
+            raise RefusedError("documents begin its levels anew in the middle of chunks")
+        if len(state.shape) != 2:
+            raise RefusedError("what is kept in levels and is no matrix goes token by token")
+        if [each.name for each in self.mix.updates].count(state.name) > 1:
+            raise RefusedError("it is kept in levels, and written more than once")
 
     def _others(self, value: Expr, own: str) -> list[str]:
         return [name for name in self.states
@@ -238,7 +252,11 @@ class _Analysis:
         if turned:
             plain, kept = ([flipped(each) for each in group] for group in (plain, kept))
             corrections = [flipped(each) for each in corrections]
-        return Memory(name, self._decay(kept), _writes(plain, corrections), (), turned)
+        writes = _writes(plain, corrections)
+        if state.levels and len(writes) > 1:
+            shown = " and ".join(f"`{show(each.key)}`" for each in writes)
+            raise RefusedError(f"it is kept in levels, and written along several keys, {shown}")
+        return Memory(name, self._decay(kept), writes, (), turned, state.weights)
 
     @staticmethod
     def _decay(kept: list[Term]) -> Expr | None:

@@ -72,6 +72,7 @@ class _Writer:
         lines = ["wide = torch.promote_types(x.dtype, torch.float32)", *self._streams()]
         cached = f"state = {start} if {self.cache} is None else {self.cache}.kept"
         lines.append(cached if self.mix.causal else f"state = {start}")
+        lines += scan.begun(self.mix, self.cache)
         if self.fresh:
             last = f"None if {self.cache} is None else {self.cache}.doc"
             lines.append(f"fresh = new_documents(doc, {last if self.mix.causal else None})")
@@ -230,6 +231,10 @@ class _Writer:
         shape = self.states[step.state].shape
         d, e = reversed(shape) if step.turned else shape
         start = f'state["{own}"]' + (".mT" if step.turned else "")
+        weights = ""
+        if step.weights is not None:
+            levels = self.states[step.state].levels
+            weights = self._operand(f"{own}_levels", step.weights, levels, lines)
         decay = self._decay(step.state, step.decay, lines) if self.mix.causal else "None"
         count = len(step.writes)
         parts = [self._write(step, at, (d, e), lines) for at in range(count)]
@@ -240,7 +245,9 @@ class _Writer:
             if count > 1:
                 lines.append(f"{own}_{name}s = {text}")
                 key, value = (f"{own}_keys", value) if at == 0 else (key, f"{own}_values")
-        if any(each.query is not None for each in step.writes):
+        if weights:
+            query = query or "None"
+        elif any(each.query is not None for each in step.writes):
             args = [key, value, query, decay, start]
             value = f"{own}_written"
             lines += call(f"{value} = corrected_values", args)
@@ -253,7 +260,11 @@ class _Writer:
             if count > 1:
                 others = [f"torch.zeros_like({asked})"] * (count - 1)
                 asked = self._woven([*others, asked] if reading.after else [asked, *others])
-            lines += self._asked(step, variable, [asked, key, value], decay, start, at)
+            if weights:
+                args = [asked, key, value, query, decay, weights, start, "place"]
+                lines += self._weighed(step, variable, args, at)
+            else:
+                lines += self._asked(step, variable, [asked, key, value], decay, start, at)
             if count > 1:
                 first = count - 1 if reading.after else 0
                 lines.append(f"{variable} = {variable}[:, :, {first}::{count}]")
@@ -272,6 +283,13 @@ class _Writer:
         before = [] if step.readings[at].after else ["before=True"]
         own = ident(step.state) if at == 0 else "_"
         return call(f"{variable}, {own} = chunked_linear", [*args, decay, start, *before])
+
+    @staticmethod
+    def _weighed(step: Memory, variable: str, args: list[str], at: int) -> list[str]:
+        """Write how a state that is kept in levels is read."""
+        before = [] if step.readings[at].after else ["before=True"]
+        own = ident(step.state) if at == 0 else "_"
+        return call(f"{variable}, {own} = leveled_linear", [*args, *before])
 
     def _write(
         self, step: Memory, at: int, size: tuple[int, int], lines: list[str]
