@@ -556,7 +556,7 @@ def leveled_linear(
     tokens left behind. With `before`, q_i reads what token i finds.
 
     Within a chunk, tokens meet in one product, weighed by the level in which i finds j. Chunks
-    begin at multiples of their size, so that only whole ones are merged.
+    begin at multiples of their size, so that `across_chunks` merges whole ones.
     """
     n, dtype, most = q.shape[2], state.dtype, state.shape[2] - 1
     decay = torch.ones_like(k[..., :1]) if decay is None else decay
@@ -580,8 +580,7 @@ def leveled_linear(
         begun = F.pad(since[..., :-1, :], (0, 0, 1, 0), value=1.0)
         pairs = faded_before(q, k, decay) if before else faded_products(q, k, decay)
         reads = q * (begun if before else since)
-        keeps, left = since[..., -1, :, None], (k * after_each(decay)).mT
-        reach, writes = None, left
+        keeps, writes = since[..., -1, :, None], (k * after_each(decay)).mT
         if w is not None:  # what a token writes depends on what those before it wrote
             w = in_chunks(F.pad(w, (0, 0, front, 0)), size)
             eye = torch.eye(size, dtype=dtype, device=q.device).expand(pairs.shape)
@@ -591,41 +590,69 @@ def leveled_linear(
             )  # fmt: skip
             inverse, reach = solved[..., :size], solved[..., size:]
             reads = reads + pairs @ reach
-            pairs, writes = pairs @ inverse, left @ inverse
+            keeps = keeps * torch.eye(k.shape[-1], dtype=dtype, device=q.device) + writes @ reach
+            pairs, writes = pairs @ inverse, writes @ inverse
         token = torch.arange(size, device=q.device)
         found = level_between(token[:, None], token).clamp(max=most)
         within = (pairs * weights.gather(-1, found.expand(pairs.shape))) @ v
-        wrote = writes @ v
-        across, held, levels = [], state if place else state[:, :, :0], list(range(most + 1))
-        levels = levels[: held.shape[2]]
-        for at in range(q.shape[2]):
-            begin = place - front + at * size
-            if at:  # the chunk before is whole
-                held = torch.cat([wrote[:, :, at - 1, None], held], dim=2)
-                levels = [0, *levels]
-            if levels and begin >= place:
-                into = min((begin ^ (begin - 1)).bit_length(), most)
-                full = sum(each <= into for each in levels)
-                held = torch.cat([held[:, :, :full].sum(2, True), held[:, :, full:]], dim=2)
-                levels = [into, *levels[full:]]
-            earlier = max(begin, place) - 1
-            lows = torch.tensor(levels, dtype=torch.int64, device=q.device)
-            found = level_between((begin + token)[:, None], torch.full_like(lows, earlier))
-            found = found.maximum(lows).clamp(max=most).expand(*q.shape[:2], -1, -1)
-            weighed = weights[:, :, at].gather(-1, found)[..., None] * reads[:, :, at, :, None]
-            across.append(weighed.flatten(-2) @ held.flatten(2, 3))
-            faded = keeps[:, :, at, None] * held
-            if reach is not None:
-                faded = faded + left[:, :, at, None] @ (reach[:, :, at, None] @ held)
-            held = faded
         end = torch.tensor(place + n - 1, device=q.device)
-        ends = level_between(begin + token, end).clamp(max=most)
-        here = ends == torch.arange(most + 1, device=q.device)[:, None]
+        here = level_between(token, end % size).clamp(max=most)
+        here = here == torch.arange(most + 1, device=q.device)[:, None]
         last = (writes[:, :, -1, None] * here[:, None]) @ v[:, :, -1, None]
-        lows = level_between(torch.full_like(lows, earlier), end).maximum(lows).clamp(max=most)
-        last = last.index_add(2, lows, held)
-    o = within + torch.stack(across, dim=2)
-    return o.flatten(2, 3)[:, :, front : front + n], last
+        across, older = across_chunks(reads, keeps, writes @ v, weights, state, place, place + n)
+    return (within + across).flatten(2, 3)[:, :, front : front + n], last + older
+
+
+def across_chunks(
+    reads: Tensor, keeps: Tensor, wrote: Tensor, weights: Tensor, state: Tensor, start: int,
+    stop: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what tokens read of the chunks before theirs, and the levels that those leave.
+
+    A chunk reads `reads @ S` [b, h, chunks, size, e] of a state S, and leaves `keeps @ S + wrote`;
+    `keeps * S` where that is [b, h, chunks, d or 1, 1]. From one level of the tree to the next,
+    what two neighbours leave becomes what both leave, after the second has read the first.
+    """
+    dense = keeps.shape[-1] > 1
+    meet = torch.matmul if dense else torch.mul
+    size, most, device = reads.shape[3], state.shape[2] - 1, reads.device
+    first, chunks = start // size, reads.shape[2]
+    nothing = torch.ones_like(keeps[:, :, :1])  # what an empty node makes of a state
+    nothing = nothing * torch.eye(keeps.shape[-1], device=device) if dense else nothing
+    since = nothing.repeat(1, 1, chunks, 1, 1)  # from the beginning of each chunk's node to it
+    last = keeps[:, :, -1]
+    out = reads.new_zeros(*reads.shape[:4], wrote.shape[-1])
+    left = [torch.zeros_like(state[:, :, 0])] * (most + 1)
+    low, bit = first, 0  # the number of the first node, and that of the level of nodes
+    while keeps.shape[2] > 1:
+        pairs = [(at, (first + at >> bit) - 1 - low) for at in range(chunks)
+                 if first + at >> bit & 1 and first + at >> bit > low]  # fmt: skip
+        if pairs:
+            level = min(size.bit_length() + bit, most)
+            seconds, firsts = torch.tensor(pairs, device=device).unbind(1)
+            found = meet(since[:, :, seconds], wrote[:, :, firsts])
+            told = weights[:, :, seconds, :, level, None] * (reads[:, :, seconds] @ found)
+            out.index_add_(2, seconds, told)
+            since.index_copy_(2, seconds, meet(since[:, :, seconds], keeps[:, :, firsts]))
+            if pairs[-1][0] == chunks - 1:
+                left[level] = left[level] + meet(last, found[:, :, -1])
+        odd = (low % 2, (low + keeps.shape[2]) % 2)  # nodes without a neighbour get an empty one
+        wrote = F.pad(wrote, (0, 0, 0, 0, *odd))
+        keeps = torch.cat([nothing] * odd[0] + [keeps] + [nothing] * odd[1], dim=2)
+        wrote = meet(keeps[:, :, 1::2], wrote[:, :, ::2]) + wrote[:, :, 1::2]
+        keeps = meet(keeps[:, :, 1::2], keeps[:, :, ::2])
+        low, bit = low // 2, bit + 1
+    if start:  # what was there before the first token
+        token = first * size + torch.arange(chunks * size, device=device)
+        there = level_between(token, torch.full_like(token, start - 1))
+        filled = (at + 1 for at in range((start - 1).bit_length()) if start - 1 >> at & 1)
+        for level in sorted({0, *(min(each, most) for each in filled)}):
+            found = meet(since, state[:, :, None, level])
+            which = there.clamp(level, most).view(-1, size, 1).expand(*reads.shape[:4], 1)
+            out = out + weights.gather(-1, which) * (reads @ found)
+            at = min(max((stop - 1 ^ start - 1).bit_length(), level), most)
+            left[at] = left[at] + meet(last, found[:, :, -1])
+    return out, torch.stack(left, dim=2)
 
 
 def faded_before(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
