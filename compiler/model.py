@@ -238,7 +238,7 @@ class Recurrence:
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        """Every expression: of the statements, and what the states begin with and are weighed by."""
+        """Every expression: of the statements, of what states begin with and are weighed by."""
         weights = (each.weights for each in self.states if each.weights is not None)
         return (*(each.value for each in self.updates), *(each.init for each in self.states),
                 *weights)  # fmt: skip

@@ -17,7 +17,8 @@ from headloom.grammar.functions import FUNCTIONS
 
 DECLARING = ("let", "param", "const", "state", "branch")
 ODD = (
-    "where", "by", "search", "block", "model", "base", "branches", "value", "masks", "true", "Ki", "e5",
+    "where", "by", "search", "block", "model", "base", "branches", "value", "masks", "true", "Ki",
+    "e5",
 )  # fmt: skip
 
 _plain = st.sampled_from(["x", "q", "k", "heads", "head_dim", "S", "gate_2", "_", "sum", "i"])
