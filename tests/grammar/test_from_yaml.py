@@ -50,6 +50,7 @@ mixers:
     - state S[head_dim] = 0
     - S <- S + feature(k)
     - o <- q * S
+
   levels:
     - state S[head_dim] = 0 by exp(k)
     - state z = 0
