@@ -76,11 +76,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A vector or a number: z <- decay * z + added."""
+    """A vector or a number: z <- decay * z + added; with `weights`, kept in levels."""
 
     state: str
     decay: Expr | None
     added: Expr
+    weights: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +132,11 @@ def described(form: Chunked) -> str:
 
 def _described(step: Memory | Sum) -> str:
     fades = "" if step.decay is None else f" and fades by {show(step.decay)}"
+    if step.weights is not None:
+        fades += f", in levels weighed by {show(step.weights)}"
     if isinstance(step, Sum):
         return f"`{step.state}` only adds{fades}" if not fades else (
             f"`{step.state}` adds{fades}")  # fmt: skip
-    if step.weights is not None:
-        fades += f", in levels weighed by {show(step.weights)}"
     if any(each.query is not None for each in step.writes):
         return f"`{step.state}` is corrected along one key{fades}: a triangular system a chunk"
     return f"`{step.state}` adds outer products{fades}: masked products within chunks of tokens"
@@ -179,8 +180,6 @@ class _Analysis:
     def _in_levels(self, state: State) -> None:
         if self.mix.resets:
             raise RefusedError("documents begin its levels anew in the middle of chunks")
-        if len(state.shape) != 2:
-            raise RefusedError("what is kept in levels and is no matrix goes token by token")
         if [each.name for each in self.mix.updates].count(state.name) > 1:
             raise RefusedError("it is kept in levels, and written more than once")
 
@@ -237,7 +236,10 @@ class _Analysis:
         for term in self.algebra.terms(value, name):
             factors = product_of(term.number, term.scalars, term.rows)
             (added if term.core is None else decays).append(factors)
-        return Sum(name, _decay(decays), total_of(added))
+        decay = _decay(decays)
+        if state.levels and decay is not None and self.algebra.rank(decay):
+            raise RefusedError(f"it is kept in levels, and fades by the vector `{show(decay)}`")
+        return Sum(name, decay, total_of(added), state.weights)
 
     def _memory(self, state: State, value: Expr) -> Memory:
         name = state.name

@@ -15,10 +15,10 @@ from ...grammar.expr import evaluate, names, rebuild
 from ...grammar.syntax import Expr, Index, Name, Number, walk
 from ..affine import BEFORE
 from ..graph import Graph, Node
-from ..model import Recurrence
+from ..model import Recurrence, State
 from ..recurrences import Chunked, Memory, Sum, of_node, ranks_of
 from . import scan
-from .text import atomic, call, ident
+from .text import atomic, braced, call, ident, indent
 from .values import Text, Values, lifted
 
 
@@ -117,14 +117,18 @@ class _Writer:
         return [f"{variable} = {found.text}"]
 
     def _keep(self) -> list[str]:
-        lasts = {
-            ident(name): "" if len(state.shape) == 2 else "[:, :, -1]"
-            for name, state in self.states.items()
-        }
-        kept = ", ".join(f'"{own}": {own}{at}.detach()' for own, at in lasts.items())
-        lines = [f"if {self.cache} is not None:", f"    {self.cache}.kept = {{{kept}}}",
+        lasts = [(ident(name), self._last(state)) for name, state in self.states.items()]
+        kept = {f'"{own}"': f"{own}{at}.detach()" for own, at in lasts}
+        lines = [f"if {self.cache} is not None:", *indent(braced(f"{self.cache}.kept = ", kept)),
                  f"    {self.cache}.length += n"]  # fmt: skip
         return [*lines, f"    {self.cache}.doc = doc[:, -1]"] if self.mix.resets else lines
+
+    @staticmethod
+    def _last(state: State) -> str:
+        """Return what comes after a state's variable where the last of it is meant."""
+        if len(state.shape) == 2:
+            return ""
+        return f"_written[..., 0, {':' if state.shape else '0'}]" if state.levels else "[:, :, -1]"
 
     # operands
 
@@ -191,6 +195,8 @@ class _Writer:
     # states
 
     def _sum(self, step: Sum) -> list[str]:
+        if step.weights is not None:
+            return self._weighed_sum(step, step.weights)
         state, own = self.states[step.state], ident(step.state)
         lines: list[str] = []
         dim, flat = self._rows(step.state), not state.shape
@@ -212,6 +218,27 @@ class _Writer:
             self._name(f"{BEFORE}{step.state}", f"{own}_before", len(state.shape))
             lines += [f"{own}_before = {own}_before[..., 0]"] if flat else []
         return [*lines, f"{own} = {own}[..., 0]"] if flat else lines
+
+    def _weighed_sum(self, step: Sum, weights: Expr) -> list[str]:
+        """Write a vector that is kept in levels: a matrix of one row, which every key is 1 for."""
+        state, own = self.states[step.state], ident(step.state)
+        lines: list[str] = []
+        added = self._operand(f"{own}_added", step.added, self._rows(step.state), lines)
+        one = f"{own}_key"
+        lines.append(f"{one} = x.new_ones((b, {self.node.dims[1]}, n, 1), dtype=wide)")
+        start = f'state["{own}"][..., None, {":" if state.shape else "None"}]'
+        args = [one, one, added, "None", self._decay(step.state, step.decay, lines),
+                self._operand(f"{own}_levels", weights, state.levels, lines), start,
+                "place"]  # fmt: skip
+        lines += call(f"{own}, {own}_written = leveled_linear", args)
+        made = {step.state: own}
+        if self._reads(f"{BEFORE}{step.state}"):
+            lines += call(f"{own}_before, _ = leveled_linear", [*args, "before=True"])
+            made[f"{BEFORE}{step.state}"] = f"{own}_before"
+        for name, variable in made.items():
+            self._name(name, variable, len(state.shape))
+            lines += [] if state.shape else [f"{variable} = {variable}[..., 0]"]
+        return lines
 
     def _reads(self, name: str) -> bool:
         """Say whether a name is read by a statement, a step or the output."""

@@ -30,6 +30,8 @@ UPDATES = {
     "turned": "H <- c * H / 2 + outer(v, k); o <- H @ q",
     "turned_delta": "H <- a * H + outer(v - H @ k, b * k); o <- H @ q",
     "forgets": "S <- outer(k, v); o <- q @ S",
+    "normalised": "o <- y / (1 + n * n); n <- a * n + 1; y <- a * y + b * k; "
+    "S <- a * S + b * outer(k, v); o <- o * n + q @ S / (1 + dot(y, y))",
     "with_others": "z <- a * z + k; S <- a * S + outer(k, v); T <- a * T + outer(q, q @ S); "
     "o <- q @ S / (1 + dot(z, z)) + k @ T",
 }  # fmt: skip
@@ -42,7 +44,7 @@ BY_TOKEN = {
     "read_elsewhere": "S <- a * S + outer(k, v); z <- z + S @ v; o <- z * sum(q @ S)",
 }  # fmt: skip
 SHAPES = {"S": "head_dim, value_dim", "H": "value_dim, head_dim", "T": "head_dim, value_dim",
-          "z": "head_dim", "n": ""}  # fmt: skip
+          "z": "head_dim", "y": "head_dim", "n": ""}  # fmt: skip
 PLAIN = ("T", "z")  # beside others
 
 
@@ -348,7 +350,7 @@ def test_levels_that_cannot_be(old, new, code, words):
     ("statements", "mask", "words"),
     [
         (UPDATES["adds"], "causal and document", "documents begin its levels anew"),
-        (BY_TOKEN["vectors"], "causal", "what is kept in levels and is no matrix"),
+        (BY_TOKEN["vectors"], "causal", "it is kept in levels, and fades by the vector `g`"),
         (BY_TOKEN["twice"], "causal", "it is kept in levels, and written more than once"),
         (BY_TOKEN["two_keys"], "causal", "written along several keys, `k` and `q`"),
         (BY_TOKEN["read_elsewhere"], "causal", "`S` is read from both sides"),
