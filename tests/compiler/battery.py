@@ -221,6 +221,10 @@ SETTINGS = {
     "k = x | linear | split | l2_norm",
     "levels_documents": "heads = 4; mix = in_levels(3); mask = causal and document; "
     "k = x | linear | split | l2_norm",
+    "levels_alike": f"{CAUSAL}; mix = alike; branch near {{ mix = attend }}; "
+    "branch side { heads = 2; mix = in_levels(4); mask = causal and document; "
+    "k = x | linear | split | l2_norm; out = o | merge | linear }; "
+    "out = (o + near) | merge | concat(side) | linear",
     "levels_of_vectors": "heads = 4; mix = in_two_levels; mask = causal; "
     "branch side { mix = linear }; out = (o + side) | merge | linear",
     "delta_grouped": "heads = 4; kv_heads = 2; value_dim = 3; mix = gated_delta; mask = causal;"
@@ -255,6 +259,13 @@ mix in_levels(levels) {
   state S[head_dim, value_dim] = 0 by share * lam
   S <- a * (S - outer(k, k @ S)) + outer(k, v)
   o <- q @ S
+}
+mix alike {
+  let one = q | softplus
+  let two = q | softplus
+  state S[head_dim, value_dim] = 0 by two
+  S <- S + outer(one, v)
+  o <- two @ S
 }
 mix in_two_levels {
   param share[heads, 2] = 1
