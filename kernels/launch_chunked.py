@@ -34,6 +34,10 @@ CHUNK_TILES: dict[bool, dict[int, dict[int, tuple[int, int, int, int]]]] = {
     },
 }
 
+# What tokens write to a state: x and y, or z and u, and how far the first has faded.
+Term = tuple[torch.Tensor | None, torch.Tensor | None, str]
+NOTHING: Term = (None, None, "after")
+
 # ── one recurrence ───────────────────────────────────────────────────────────────────────
 
 
@@ -82,8 +86,8 @@ class Chunked:
         if inverse is not None:
             between = self._between(q, v)
             calls.append(self._solved(given, (k, do), "after", pairs, inverse, between))
-        written, solved = (q, do, self._reads), (w, of_v, "begun")
-        states = (dlast, ends, of_state)
+        written, states = (q, do, self._reads), (dlast, ends, of_state)
+        solved = (w, of_v, "begun")
         calls.append(self._states(given, written, solved, between, states, turned=True))
         if w is None:
             calls.append(self._read(given, (k, do), "after", pairs, ends, of_v, turned=True))
@@ -91,7 +95,7 @@ class Chunked:
         arguments |= {"DU": None if w is None else of_v, "BEFORE": int(self.before)}
         shape = self._shape("backward", q, v)
         blocks = -(-q.shape[-1] // shape["BLOCK_D"])
-        into = {"Starts": starts, "Ends": ends} | shape
+        into: dict[str, object] = {"Starts": starts, "Ends": ends, **shape}
         into |= _tensors(DQ=grads[0], DK=grads[1], DW=self._one(grads, "w"))
         if self.decay == "rows":
             del arguments["DECAY"]
@@ -125,17 +129,17 @@ class Chunked:
         starts = q.new_empty(batch, heads, -(-n // chunk), d, e)
         arguments = self._shared(given) | shape | _tensors(Q=q, K=k, W=w)
         arguments |= {"Pairs": pairs, "Inverse": inverse, "BEFORE": int(self.before)}
-        arguments.pop("E"), arguments.pop("BLOCK_E")
+        del arguments["E"], arguments["BLOCK_E"]
         calls: list[Call] = [(chunked_pairs, self._chunks(q, v), arguments)]
         states = (state.contiguous(), starts, last)
         if w is None or inverse is None:
-            written, solved = (k, v, "after"), (None, None, "after")
-            calls.append(self._states(given, written, solved, None, states, turned=False))
+            written = (k, v, "after")
+            calls.append(self._states(given, written, NOTHING, None, states, turned=False))
             return calls, pairs, None, starts, v
         between, u = self._between(q, v), v.new_empty(v.shape)
         calls.append(self._solved(given, (w, v), "begun", None, inverse, between))
-        written, solved = (None, None, "after"), (k, u, "after")
-        calls.append(self._states(given, written, solved, between, states, turned=False))
+        solved = (k, u, "after")
+        calls.append(self._states(given, NOTHING, solved, between, states, turned=False))
         return calls, pairs, inverse, starts, u
 
     def _solved(
@@ -156,8 +160,8 @@ class Chunked:
     def _states(
         self,
         given: Tensors,
-        written: tuple[torch.Tensor | None, torch.Tensor | None, str],
-        solved: tuple[torch.Tensor | None, torch.Tensor | None, str],
+        written: Term,
+        solved: Term,
         between: Tensors | None,
         states: Tensors,
         *,
@@ -258,7 +262,7 @@ class Chunked:
         return tuple(each.new_empty(each.shape) for each in arguments[2:])
 
     def _check(self, given: Tensors) -> None:
-        q, k, v, *_, state = given
+        q, _, v, *_ = given
         (batch, heads, n, d), e = q.shape, v.shape[-1]
         vectors = given[: 3 + self.corrected]
         if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -296,7 +300,9 @@ class Chunked:
         forward.register_fake(self.forward_fake)
 
         def remember(
-            ctx: torch.autograd.function.FunctionCtx, inputs: Tensors, output: Tensors
+            ctx: torch.autograd.function.FunctionCtx,
+            inputs: Tensors,
+            output: Tensors,  # noqa: ARG001
         ) -> None:
             ctx.save_for_backward(*inputs)
 

@@ -44,7 +44,10 @@ def skeleton_text(*families: str) -> str:
 
     Docstrings of modules and imports are left out, and what families share is there once.
     """
-    names = [*_SHARED, *(each for family in families or ("pairwise",) for each in _FAMILIES[family])]
+    names = [
+        *_SHARED,
+        *(each for family in families or ("pairwise",) for each in _FAMILIES[family]),
+    ]
     return "\n\n".join(_body(Path(__file__).with_name(name)).strip() for name in names) + "\n"
 
 
