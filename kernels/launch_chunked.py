@@ -20,17 +20,18 @@ from .device import Call, Tensors, _launch, _readable, padded
 # ── tiles ────────────────────────────────────────────────────────────────────────────────
 
 # Rows decay by themselves? → element size → padded width of d or of e, whichever is larger →
-# tokens of a chunk, columns of a tile, warps, stages. None of these spills registers or overflows
-# shared memory (`aot` checks it), but that a state of more than 128 rows in float32 spills where it
-# is corrected. A product of float32 holds both of its sides in registers: such tiles are small.
-CHUNK_TILES: dict[bool, dict[int, dict[int, tuple[int, int, int, int]]]] = {
+# tokens of a chunk, columns of a tile, warps, stages, stages for the gradients. None of these
+# spills registers or overflows shared memory (`aot` checks it), but that a corrected state of more
+# than 128 rows spills in float32. A product of float32 holds both of its sides in registers, and
+# so its tiles are small.
+CHUNK_TILES: dict[bool, dict[int, dict[int, tuple[int, int, int, int, int]]]] = {
     False: {
-        2: {128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
-        4: {256: (16, 16, 8, 1)},
+        2: {128: (64, 32, 8, 2, 1), 256: (32, 16, 8, 1, 1)},
+        4: {256: (16, 16, 8, 2, 2)},
     },
     True: {
-        2: {128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
-        4: {256: (16, 16, 8, 1)},
+        2: {128: (32, 32, 8, 2, 2), 256: (16, 16, 8, 1, 1)},
+        4: {256: (16, 16, 8, 1, 1)},
     },
 }
 
@@ -207,8 +208,11 @@ class Chunked:
         width = max(padded(q.shape[-1]), padded(v.shape[-1]))
         for limit, found in CHUNK_TILES[self.decay == "rows"][q.element_size()].items():
             if width <= limit:
-                chunk, block, warps, stages = found
-                block *= 1 + (kernel in ("solved", "read"))  # these hold few tiles at once
+                chunk, block, warps, stages, of_gradients = found
+                if kernel in ("solved", "read"):  # these hold few tiles at once
+                    block *= 2
+                if kernel in ("backward", "decay"):
+                    stages = of_gradients
                 return {
                     "CHUNK": chunk,
                     "BLOCK_D": min(block, padded(q.shape[-1])),
