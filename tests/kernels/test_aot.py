@@ -92,7 +92,7 @@ def test_whole_numbers_and_flags_compile() -> None:
 @pytest.mark.parametrize(
     ("spec", "count"),
     [
-        (Recurrence(), 7),
+        (Recurrence(), 8),
         (Recurrence("number", corrected=True), 11),
         (Recurrence("rows", corrected=True, before=True), 10),
     ],
