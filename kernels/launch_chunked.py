@@ -8,7 +8,7 @@ needs nothing but torch and triton. One `Chunked` holds the form of a recurrence
 
 Between the passes nothing is kept but the inputs: the backward computes the forward's states
 again. While it runs it holds, for each token and head, 2 CHUNK + 2 d + 3 e numbers and twice
-d e / CHUNK of the dtype of q, where CHUNK is the number of tokens of `Tiles`.
+d e / CHUNK of the dtype of q, where CHUNK is the number of tokens in `CHUNK_TILES`.
 """
 
 import torch
