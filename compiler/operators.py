@@ -8,7 +8,7 @@ recurrence.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..kernels import recurrence, render
 from ..kernels.recurrence import Recurrence
@@ -16,6 +16,9 @@ from ..kernels.spec import Attend
 from .choose import kernel_spec
 from .graph import Graph, Node, shape_of
 from .recurrences import Chunked, Memory, kernel_of, of_node
+
+if TYPE_CHECKING:
+    from ..kernels.aot import Compiled
 
 
 class Operator(NamedTuple):
@@ -35,18 +38,19 @@ class Operator(NamedTuple):
             return render.render(self.spec, self.name, namespace)
         return recurrence.render(self.spec, self.name, namespace)
 
-    def sizes(self, graph: Graph) -> dict[str, int]:
-        """Return the sizes its tensors have in the graph, as `compile_ahead` calls them."""
+    def compiled(self, graph: Graph, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
+        """Compile its kernels ahead of time, with the sizes its tensors have in the graph."""
+        from ..kernels.aot import compile_ahead
+
         if isinstance(self.spec, Attend):
             q, k, v = (shape_of(graph.node(name).dims) for name in self.node.inputs[:3])
-            return {"head_dim": q.dim, "value_dim": v.dim, "heads": q.heads or 1,
-                    "kv_heads": max(k.heads or 1, v.heads or 1)}  # fmt: skip
+            kv_heads = max(k.heads or 1, v.heads or 1)
+            return compile_ahead(self.spec, targets, q.dim, v.dim, heads=q.heads or 1,
+                                 kv_heads=kv_heads)  # fmt: skip
         states = {each.name: each.shape for each in self.node.get("recurrence").states}
-        for step, spec in _readings(graph, self.node):
-            if spec == self.spec:
-                d, e = reversed(states[step.state]) if step.turned else states[step.state]
-                return {"head_dim": d, "value_dim": e, "heads": int(self.node.dims[1])}
-        raise LookupError(f"`{self.node.name}` has no such recurrence")
+        step = next(step for step, spec in _readings(graph, self.node) if spec == self.spec)
+        d, e = reversed(states[step.state]) if step.turned else states[step.state]
+        return compile_ahead(self.spec, targets, d, e, heads=int(self.node.dims[1]))
 
 
 def operators(graph: Graph, name: str) -> tuple[Operator, ...]:

@@ -369,12 +369,13 @@ def chunked_linear(
             last = (state if decay is None else decay.mT * state) + k.mT @ u
             return q @ (state if before else last), last
         size, last, parts = chunk_size(n, 64 if w is None else 32), state.flatten(0, 1), []
-        for *some, fades in sections((q, k, v, w, decay), size):
-            chunks = (chunks_first(x, size) for x in some)
-            part, last = linear_section(*chunks, chunks_first(fades, size, 1.0), last, before)
+        each = section(q, size)
+        qs, ks, vs = (torch.split(x, each, dim=2) for x in (q, k, v))
+        for some in zip(qs, ks, vs, cut(w, each, n), cut(decay, each, n), strict=True):
+            part, last = linear_section(*some, last, size, before)
             parts += part
         o = torch.cat(parts, dim=1)  # [b h, chunks · size, e]
-    return o.unflatten(0, (b, h))[:, :, :n], last.unflatten(0, (b, h))
+    return o.reshape(b, h, -1, v.shape[3])[:, :, :n], last.reshape(state.shape)
 
 
 def linear_section(
@@ -384,26 +385,30 @@ def linear_section(
     w: Tensor | None,
     decay: Tensor | None,
     state: Tensor,
+    size: int,
     before: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return what each chunk reads [b h, size, e], and the state [b h, d, e] after the last.
+    """Return what each chunk of a size reads [b h, size, e], and the state [b h, d, e] after it.
 
-    All else is [chunks, b h, size, ...] and has the meaning that `chunked_linear` gives it.
+    All else has the shapes and the meaning that `chunked_linear` gives it.
     """
+    q, k, v = chunks_first(q, size), chunks_first(k, size), chunks_first(v, size)
+    w = None if w is None else chunks_first(w, size)
+    decay = None if decay is None else chunks_first(decay, size, 1.0)
     since = None if decay is None else decay.cumprod(-2)
     until = None if since is None else one_later(since, 1.0)
     keeps = [None] * len(q) if since is None else since[..., -1:, :].mT.unbind(0)
     reads = scaled(q, until if before else since).unbind(0)
     writes = scaled(k, None if decay is None else after_each(decay)).mT
     if decay is None or decay.shape[-1] == 1:
-        fade = fading(k.new_ones(1) if decay is None else decay, k.shape[-2])
+        fade = fading(k.new_ones(1) if decay is None else decay, size)
         seen = (q @ k.mT) * (one_later(fade) if before else fade)
         met = None if w is None else (w @ k.mT) * one_later(fade)
     else:
         seen = earlier_products(q, k, decay) if before else faded_products(q, k, decay)
         met = None if w is None else earlier_products(w, k, decay)
     parts = []
-    if met is None:
+    if w is None or met is None:
         done, wrote = (seen @ v).unbind(0), (writes @ v).unbind(0)
         for at, keep in enumerate(keeps):
             parts.append(torch.baddbmm(done[at], reads[at], state))
@@ -427,8 +432,10 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
         return decay * state[:, :, None] + x
     size, last, parts = chunk_size(n, 64), state.flatten(0, 1)[:, None], []
     with torch.autocast(x.device.type, enabled=False):
-        for some, fades in sections((x, decay), size):
-            sums, fades = chunks_first(some, size), chunks_first(fades, size, 1.0)
+        each = section(x, size)
+        cuts = (torch.split(x, each, dim=2), torch.split(decay, each, dim=2))
+        for part, fade in zip(*cuts, strict=True):
+            sums, fades = chunks_first(part, size), chunks_first(fade, size, 1.0)
             since = fades.cumprod(-2)
             if decay.shape[-1] == 1:
                 sums = fading(fades, size) @ sums
@@ -441,7 +448,7 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
             for own, faded in zip(sums.unbind(0), since.unbind(0), strict=True):
                 parts.append(torch.addcmul(own, faded, last))
                 last = parts[-1][:, -1:]
-    return torch.cat(parts, dim=1).unflatten(0, x.shape[:2])[:, :, :n]
+    return torch.cat(parts, dim=1).reshape(*x.shape[:2], -1, x.shape[3])[:, :, :n]
 
 
 def faded_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
@@ -481,7 +488,10 @@ def fading(decay: Tensor, n: int) -> Tensor:
 def unit_inverse(x: Tensor) -> Tensor:
     """Return the inverse of 1 - x for x [..., n, n] that is 0 on and above its diagonal."""
     ones = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(x.shape)
-    return torch.linalg.solve_triangular(-x, ones, upper=False, left=False, unitriangular=True)
+    found: Tensor = torch.linalg.solve_triangular(
+        -x, ones, upper=False, left=False, unitriangular=True
+    )
+    return found
 
 
 def after_each(decay: Tensor) -> Tensor:
@@ -505,15 +515,18 @@ def faded_state(state: Tensor, keep: Tensor | None, wrote: Tensor) -> Tensor:
     return wrote + state if keep is None else torch.addcmul(wrote, keep, state)
 
 
-def sections(given: tuple[Tensor | None, ...], size: int) -> list[tuple[Tensor | None, ...]]:
-    """Cut several [b, h, n, d] along their tokens, into whole chunks of a size; None stays None.
+def section(x: Tensor, size: int) -> int:
+    """Return how many tokens of x [b, h, n, d], in chunks of a size, to work on at a time.
 
-    What is made of a section then stays in the cache of a processor.
+    What is made of them then stays in the cache of a processor.
     """
-    b, h, n, d = given[0].shape
-    each = n if torch.compiler.is_compiling() else max(1, 2**17 // (b * h * d * size)) * size
-    cut = [[None] * -(-n // each) if x is None else x.split(each, dim=2) for x in given]
-    return list(zip(*cut, strict=True))
+    b, h, n, d = x.shape
+    return n if torch.compiler.is_compiling() else max(1, 2**17 // (b * h * d * size)) * size
+
+
+def cut(x: Tensor | None, each: int, n: int) -> list[Tensor | None]:
+    """Return n tokens x [b, h, n, d] as sections of so many `each`; a None for each of None."""
+    return [None] * -(-n // each) if x is None else [*torch.split(x, each, dim=2)]
 
 
 def chunk_size(n: int, most: int) -> int:
@@ -528,13 +541,11 @@ def in_chunks(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
     """Return x [b, h, n, d] as [b, h, chunks, size, d], the last chunk filled up."""
     if x.shape[2] % size:
         x = F.pad(x, (0, 0, 0, -x.shape[2] % size), value=fill)
-    return x.unflatten(2, (-1, size))
+    return x.reshape(*x.shape[:2], -1, size, x.shape[3])
 
 
-def chunks_first(x: Tensor | None, size: int, fill: float = 0.0) -> Tensor | None:
-    """Return x [b, h, n, d] as [chunks, b h, size, d], the last chunk filled up; None for None."""
-    if x is None:
-        return None
+def chunks_first(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
+    """Return x [b, h, n, d] as [chunks, b h, size, d], the last chunk filled up."""
     return in_chunks(x, size, fill).flatten(0, 1).transpose(0, 1).contiguous()
 
 

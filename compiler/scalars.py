@@ -283,7 +283,7 @@ class _Resolver(Resolver):
         tokens = "n" if shape is None else shape.tokens  # doc runs along x
         counted = {"i": self.axes.queries, "j": self.axes.keys}
         allowed = {each for each, along in counted.items() if along == tokens}
-        if item in map(Name, allowed):
+        if item in [Name(each) for each in allowed]:
             return
         indexed = any(isinstance(each, Index) for each in syntax.walk(item))
         fits = name != "doc" and not name.startswith(PREVIOUS) and not indexed

@@ -71,8 +71,6 @@ def can_run_kernels() -> bool:
 
 def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[int, float]:
     """Compile a block's kernels for GPUs. Raises `RuntimeError` where one spills or overflows."""
-    from ..kernels.aot import compile_ahead
-
     if not targets:
         return "no targets were named (`--target sm_90`)"
     assert isinstance(what, Block)
@@ -81,7 +79,7 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
         return graph
     count = 0
     for operator in operators(graph, what.name):
-        found = compile_ahead(operator.spec, targets, **operator.sizes(graph))
+        found = operator.compiled(graph, targets)
         for each in found:
             if not each.ok:
                 raise RuntimeError(f"{each.kernel} on {each.target} spills {each.spills} bytes "
