@@ -37,10 +37,11 @@ _FAR = 2**30  # beyond any number of tokens: such a bound bounds nothing
 @cache
 def skeleton_text() -> str:
     """Return the skeletons and their host code, without docstrings of modules and imports."""
-    return "\n\n".join(_body(Path(__file__).with_name(name)).strip() for name in _SOURCES) + "\n"
+    return "\n\n".join(body_of(Path(__file__).with_name(name)).strip() for name in _SOURCES) + "\n"
 
 
-def _body(path: Path) -> str:
+def body_of(path: Path) -> str:
+    """Return the text of a module after its imports."""
     text = path.read_text(encoding="utf-8")
     imports = [
         node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)
