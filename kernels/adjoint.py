@@ -21,6 +21,7 @@ from .tape import Op, Part, Shape, Tape, Variables, padded
 
 _LIFTS = {"": "", "rows": "[:, None]", "columns": "[None, :]"}
 _ZERO, _ONE = Number(0), Number(1)
+_GRADIENT = Name("gradient")  # of an operation, before the derivative of its pattern
 
 
 @dataclass
@@ -132,9 +133,8 @@ class Writer:
             by = derivative(op.pattern, Name(f"part {at}"))
             if by == _ZERO:
                 continue
-            factor = _Factor(f"{own}{lift}")
-            whole: Expr = factor.name if by == _ONE else Binary("*", factor.name, by)
-            text = self._pattern(op, whole, factor)
+            whole = _GRADIENT if by == _ONE else Binary("*", _GRADIENT, by)
+            text = self._pattern(op, whole, f"{own}{lift}")
             read = [op.parts[int(each.removeprefix("part "))] for each in names(by)]
             self.used |= {each.value for each in read}
             covered = kept.union(*(self._axes(each, op.wide) for each in read))
@@ -169,23 +169,15 @@ class Writer:
         """Give a text the shape of a value, where it does not have it already."""
         return text if len(covered) == len(wide) else f"{zeros(wide)} + ({text})"
 
-    def _pattern(self, op: Op, pattern: Expr, factor: _Factor | None = None) -> str:
+    def _pattern(self, op: Op, pattern: Expr, gradient: str = "") -> str:
         def leaf(each: Name | Index) -> str:
             assert isinstance(each, Name)
-            if factor is not None and each == factor.name:
-                return factor.text
+            if each == _GRADIENT:
+                return gradient
             part = op.parts[int(each.id.removeprefix("part "))]
             return f"{part.value}{_LIFTS[part.along]}"
 
         return write(_floats(pattern), "triton", leaf)
-
-
-@dataclass(frozen=True)
-class _Factor:
-    """What stands before a derivative: the gradient of the operation."""
-
-    text: str
-    name: Name = Name("gradient")
 
 
 @dataclass

@@ -96,7 +96,7 @@ def compile_ahead(
             "kinds": _kinds(spec),
             "backward": backward,
         }
-        rows = _work(job)
+        rows = work(job)
     return tuple(Compiled(**row, limit=SHARED_LIMIT[row["target"]]) for row in rows)
 
 
@@ -131,7 +131,8 @@ def _kinds(spec: Attend) -> dict[str, str]:
     return found
 
 
-def _work(job: dict[str, object]) -> list[dict[str, Any]]:
+def work(job: dict[str, object]) -> list[dict[str, Any]]:
+    """Compile a job in a process of its own; one row for every kernel and target."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     done = subprocess.run(

@@ -53,6 +53,29 @@ def calls(attend: Any, job: dict[str, Any]) -> list[Any]:
     return found
 
 
+def scan_calls(scan: Any, job: dict[str, Any]) -> list[Any]:
+    """Return what a sequential kernel launches, forward and backward, without memory."""
+
+    def empty(size: list[int], dtype: Any) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    batch, n, dtype = job["batch"], job["n"], DTYPES[job["dtype"]]
+    sizes = [[] if size is None else [size] for size in scan.streams.values()]
+    given = [empty([batch, scan.heads, n, *size], dtype) for size in sizes]
+    given += [empty(list(shape), torch.float32) for shape in scan.tensors.values()]
+    given += [empty([batch, scan.heads, *shape], torch.float32) for shape in scan.states.values()]
+    fresh = empty([batch, n], torch.bool) if scan.resets else None
+    everything = (*given, fresh)
+    results = scan.forward_fake(*everything)
+    o, rest = results[0], results[1:]
+    lasts, kept = rest[: len(scan.states)], rest[len(scan.states) :]
+    grads = scan.gradients(everything, o)
+    return [
+        scan.forward_call(everything, results),
+        scan.backward_call((o, *lasts), everything, kept, grads),
+    ]
+
+
 def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Return the types, constants and alignments of a launch, as the just-in-time path would."""
     known = {param.name for param in kernel.params} | {"num_warps", "num_stages"}
@@ -127,7 +150,8 @@ def main() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    launches = calls(getattr(module, job["name"]), job)
+    find = scan_calls if job.get("scan") else calls
+    launches = find(getattr(module, job["name"]), job)
     rows = [
         measure(kernel, arguments, target)
         for target in job["targets"]

@@ -86,7 +86,7 @@ class Sequential:
     ) -> tuple[tuple[torch.Tensor, ...], ...]:
         """What the backward fills: of streams, of what is read of tensors, of first states."""
         streams, tensors, starts, _ = self._apart(given)
-        batch, _, n, _ = like.shape
+        batch = like.shape[0]
         whole = tuple(
             like.new_empty(
                 (batch, self.heads, *each.shape[2:]),

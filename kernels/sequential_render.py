@@ -178,7 +178,7 @@ class _Printer:
             *writer.forward(ops),
             *gradients,
         ]  # fmt: skip
-        for at, (name, var) in enumerate(tape.streams.items()):
+        for at, var in enumerate(tape.streams.values()):
             shape = tape.shapes[var]
             row = f"DStreams[{at}] + (program * n + t) * {math.prod(shape)}"
             value = found.get(var, zeros(shape))

@@ -16,13 +16,11 @@ from headloom.compiler.check import block, check
 from headloom.compiler.choose import Target
 from headloom.compiler.model import Block
 from headloom.compiler.pipeline import lower
-from headloom.compiler.recurrences import of_node
 from headloom.compiler.reference_scan import value
 from headloom.compiler.sequential_form import scan_of
-from headloom.grammar.expr import evaluate
 from headloom.grammar.parse import parse
 from headloom.kernels.render import IMPORTS
-from headloom.kernels.sequential import Scan, State, Stream, obstacle
+from headloom.kernels.sequential import Scan, obstacle
 from headloom.kernels.sequential_render import render_scan, sequential_text
 from headloom.kernels.spec import Tensor
 
@@ -34,7 +32,8 @@ MIXERS = {
     "o <- q @ S",
     "by_norm": "S <- a * S / max(1, norm(S)) + outer(k, v); o <- q @ S + norm(b) * norm(v) * v",
     "norm_of_nothing": "S <- S + 0 * outer(k, v); o <- norm(S) * v + norm(k) * v",
-    "tensors": "S <- sigmoid(w) * S + outer(c * k, v); o <- q @ S + sum(w) * shared @ v + place * v",
+    "tensors": "S <- sigmoid(w) * S + outer(c * k, v); "
+    "o <- q @ S + sum(w) * shared @ v + place * v",
     "both_sides": "S <- tanh(S + outer(k, v)); z <- S @ v; y <- q @ S; "
     "o <- y * mean(z) + dot(z, k) * v",
     "in_turn": "z <- a * z + k; y <- silu(y + dot(z, z) * v) + mean(S); S <- S / 2 + outer(z, y); "
@@ -44,6 +43,8 @@ MIXERS = {
     "o <- gelu(q @ S) ** 2 + exp(b) ** a",
     "columns": "S <- outer(g, v) * S + outer(k, v); o <- elu(q @ S) * softplus(v)",
     "step": "n <- step(n + a) + detach(b) * n; o <- n * v + sqrt(abs(n) + 1) * v",
+    "padded_lanes": "S <- a * S + outer(1 / abs(k), v); z <- z / 2 + log(abs(k)); "
+    "S <- S / norm(S); o <- q @ S + mean(z) * v",
     "output_first": "o <- v; z <- z + k; o <- o + sum(z) * v",
 }  # fmt: skip
 SHAPES = {"S": "head_dim, value_dim", "z": "head_dim", "y": "value_dim", "z2": "value_dim",
@@ -169,6 +170,15 @@ def test_the_zoo(execute: Any, name: str) -> None:
         compare(module, scan, args)
 
 
+def test_the_norm_of_nothing_has_no_slope(execute: Any) -> None:
+    scan = made(MIXERS["by_norm"])
+    module = execute(printed(scan), f"<{SPACE}_nothing>")
+    names = [*scan.streams, *scan.tensors, *scan.states]
+    args = [torch.zeros_like(arg) if each.name in ("k", "S") else arg
+            for each, arg in zip(names, given(scan, 3), strict=True)]  # fmt: skip
+    compare(module, scan, args)
+
+
 def test_documents_sizes_and_grouped_heads(execute: Any) -> None:
     scan = made(MIXERS["in_turn"], mask="causal and document", d=4)
     module = execute(printed(scan), f"<{SPACE}_documents>")
@@ -283,8 +293,8 @@ def test_wrong_arguments_are_named(execute: Any) -> None:
         module.recur(*(each.double() for each in args))
     with pytest.raises(ValueError, match=f"{scan.streams[at].name} is"):
         module.recur(*(each[..., :-1] if i == at else each for i, each in enumerate(args)))
+    streams = len(scan.streams)
     with pytest.raises(ValueError, match="at least one token"):
-        streams = len(scan.streams)
         module.recur(*(each[:, :, :0] if i < streams else each for i, each in enumerate(args)))
     with pytest.raises(ValueError, match="the first y"):
         module.recur(*args[: -len(scan.states)], *(each[:1] for each in args[-len(scan.states) :]))
