@@ -72,7 +72,8 @@ class Lanes:
 
 def zeros(shape: Shape) -> str:
     """Return zeros in the registers of a value."""
-    return f"tl.full(({''.join(f'{padded(size)}, ' for size in shape).rstrip()}), 0.0, tl.float32)"
+    sizes = ", ".join(str(padded(size)) for size in shape) + "," * (len(shape) == 1)
+    return f"tl.full(({sizes}), 0.0, tl.float32)"
 
 
 @dataclass

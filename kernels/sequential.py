@@ -27,7 +27,6 @@ from ..grammar.syntax import Expr
 from .spec import Tensor
 from .tape import Inputs, RefusedError, Shape, Tape, taped, volume
 
-WARPS = 16  # the most that one program may have
 # Numbers that a program may carry from token to token: half of a multiprocessor's registers.
 ROOM = 32768
 
@@ -112,6 +111,11 @@ def carries(scan: Scan, tape: Tape) -> int:
 
 
 def warps(tape: Tape) -> int:
-    """Return how many warps a program has: up to 16 numbers of the largest value in a thread."""
+    """Return how many warps a program has.
+
+    A thread holds 8 numbers of the largest value, which leaves it registers for the dozen that
+    are at hand at once. Beyond 4096 numbers, 8 warps with all the registers there are spill
+    least (`sequential_aot` measures it).
+    """
     largest = max(volume(each) for each in (*tape.shapes.values(), *(op.wide for op in tape.ops)))
-    return min(max(largest // (32 * 16), 1), WARPS)
+    return 8 if largest > 4096 else max(largest // (32 * 8), 1)

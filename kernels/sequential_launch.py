@@ -131,7 +131,7 @@ class Sequential:
     ]:
         """The operator's arguments: streams; tensors; states; the marks of tokens."""
         first, second = len(self.streams), len(self.streams) + len(self.tensors)
-        *rest, fresh = given
+        rest, fresh = [each for each in given[:-1] if each is not None], given[-1]
         return tuple(rest[:first]), tuple(rest[first:second]), tuple(rest[second:]), fresh
 
     # The operators: what runs, what it returns before it runs, and its gradient.
@@ -156,22 +156,19 @@ class Sequential:
         return o, *lasts, *kept
 
     def backward(self, *arguments: torch.Tensor | None) -> list[torch.Tensor]:
-        count = len(self.states)
-        upstream, kept, given = (
-            arguments[: 1 + count],
-            arguments[1 + count : 1 + 2 * count],
-            arguments[1 + 2 * count :],
-        )
-        do, *dlasts = upstream
+        count = 1 + len(self.states)  # what is returned beside the states that are kept
+        results, given = arguments[: 2 * count - 1], arguments[2 * count - 1 :]
+        do, *rest = (each for each in results if each is not None)
         do = do if do.stride(-1) == 1 else do.contiguous()
-        upstream = (do, *(each.contiguous() for each in dlasts))
+        upstream = (do, *(each.contiguous() for each in rest[: count - 1]))
+        kept = tuple(rest[count - 1 :])
         grads = self.gradients(given, do)
         self._launch(self.backward_call(upstream, self._readable(given), kept, grads))
         streams, tensors, _, _ = self._apart(given)
         of_streams = [
             each
             if each.shape == like.shape
-            else each.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
+            else each.reshape(*like.shape[:2], -1, *like.shape[2:]).sum(2).to(like.dtype)
             for like, each in zip(streams, grads[0], strict=True)
         ]
         found, reads = dict(zip(self.tensors, tensors, strict=True)), iter(grads[1])
@@ -275,7 +272,7 @@ class Sequential:
             inputs: tuple[torch.Tensor | None, ...],
             output: tuple[torch.Tensor, ...],
         ) -> None:
-            ctx.save_for_backward(*output[1 + len(states) :], *inputs)
+            ctx.save_for_backward(*output[1 + len(states) :], *inputs)  # type: ignore[arg-type]
 
         def gradient(
             ctx: torch.autograd.function.FunctionCtx, *upstream: torch.Tensor

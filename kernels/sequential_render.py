@@ -198,7 +198,8 @@ class _Printer:
         head = textwrap.fill(signature, 92, initial_indent="    ", subsequent_indent="    ")
         own = [
             "program = tl.cast(tl.program_id(0), tl.int64)",
-            f"b, h = program // {self.scan.heads}, program % {self.scan.heads}",
+            f"head = tl.program_id(0) % {self.scan.heads}",
+            f"b, h = program // {self.scan.heads}, tl.cast(head, tl.int64)",
             *self.lanes.lines(),
         ]
         body = "\n".join(_indented([*own, *lines]))
@@ -224,7 +225,7 @@ class _Printer:
         """Say where the streams of this head begin."""
         return [
             f"{self.base[name]} = Streams[{at}] + b * strides[{at}][0] "
-            f"+ h // groups[{at}] * strides[{at}][1]"
+            f"+ tl.cast(head // groups[{at}], tl.int64) * strides[{at}][1]"
             for at, (name, var) in enumerate(self.tape.streams.items())
             if var in read
         ]
@@ -302,7 +303,7 @@ class _Printer:
             for each in (tensor.name for tensor in scan.tensors)
             if each in self.learned
         }
-        tables = {
+        tables: dict[str, dict[str, object]] = {
             "streams": {each.name: each.size for each in scan.streams},
             "tensors": {each.name: each.shape for each in scan.tensors},
             "learned": {each: kind for each, kind in kinds.items() if kind},

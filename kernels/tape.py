@@ -118,7 +118,7 @@ class Variables:
 
 # What the text of a kernel calls its own.
 OWN = frozenset({
-    "tl", "triton", "program", "programs", "b", "h", "n", "t", "chunk", "chunks", "start", "stop",
+    "tl", "triton", "program", "head", "b", "h", "n", "t", "chunk", "chunks", "start", "stop",
     "step", "Streams", "strides", "groups", "Tensors", "Starts", "Fresh", "O", "o_strides",
     "Lasts", "Kept", "DO", "DLasts", "DStreams", "DTensors", "DStarts", "Scratch", "fresh",
     "range", "row", "o_at", "do_at", "do_next", "d_o", "back", "do_strides", "EVERY",
@@ -158,7 +158,7 @@ class _Recorder:
         given = {**self.inputs.streams, **self.inputs.states}
         self.scope = {name: self._variable(name, shape) for name, shape in given.items()}
         before = dict(self.scope)
-        fixed = self.inputs.states | {"o": self.inputs.output}
+        fixed = {**self.inputs.states, "o": self.inputs.output}
         for name, expr in statements:
             self.statement = name
             made = self._value(fold(expr), name)
@@ -316,20 +316,21 @@ class _Recorder:
 
     def _contracted(self, left: Expr, right: Expr, whole: Expr) -> str:
         a, b = self._value(left), self._value(right)
+        wide: Shape
         match self.shapes[a], self.shapes[b]:
             case (d,), (e,) if d == e:
-                parts, wide, over = (Part(a), Part(b)), (d,), (0,)
+                parts, wide, axis = (Part(a), Part(b)), (d,), 0
             case (d,), (rows, columns) if d == rows:
-                parts, wide, over = (Part(a, "rows"), Part(b)), (rows, columns), (0,)
+                parts, wide, axis = (Part(a, "rows"), Part(b)), (rows, columns), 0
             case (rows, columns), (e,) if e == columns:
-                parts, wide, over = (Part(a), Part(b, "columns")), (rows, columns), (1,)
+                parts, wide, axis = (Part(a), Part(b, "columns")), (rows, columns), 1
             case (_, _), (_, _):
                 raise RefusedError(f"`{show(whole)}` multiplies a matrix by a matrix")
             case one, two:
                 raise RefusedError(f"`{show(whole)}` contracts {list(one)} with {list(two)}")
         if a == b and parts[0] == parts[1]:
-            return self._record(_product(0, 0), parts[:1], wide, over, "")
-        return self._record(_product(0, 1), parts, wide, over, "")
+            return self._record(_product(0, 0), parts[:1], wide, (axis,), "")
+        return self._record(_product(0, 1), parts, wide, (axis,), "")
 
     def _reduced(self, name: str, arg: Expr) -> str:
         if name == "norm":

@@ -21,6 +21,7 @@ from headloom.compiler.sequential_form import scan_of
 from headloom.grammar.parse import parse
 from headloom.kernels.render import IMPORTS
 from headloom.kernels.sequential import Scan, obstacle
+from headloom.kernels.sequential_aot import compile_scan
 from headloom.kernels.sequential_render import render_scan, sequential_text
 from headloom.kernels.spec import Tensor
 
@@ -299,3 +300,26 @@ def test_wrong_arguments_are_named(execute: Any) -> None:
         module.recur(*(each[:, :, :0] if i < streams else each for i, each in enumerate(args)))
     with pytest.raises(ValueError, match="the first y"):
         module.recur(*args[: -len(scan.states)], *(each[:1] for each in args[-len(scan.states) :]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_nothing_spills_at_the_sizes_of_a_head(dtype: str) -> None:
+    """A state space of 64 features with 16 numbers each, and a matrix of 64 by 64."""
+    space = "H <- exp(-exp(rate) * time) * H + outer(time * v, k); o <- H @ q"
+    (small,) = scans(
+        block(check(parse(
+            "block b { heads = 2; head_dim = 16; value_dim = 64; mix = m; mask = causal }\n"
+            "mix m { param rate[heads, value_dim, head_dim] = 0; state H[value_dim, head_dim] = 0; "
+            f"let time = x | linear(heads * value_dim) | softplus | split; {space} }}"
+        )), "b", 32)
+    )  # fmt: skip
+    for scan in (small, made(MIXERS["products"], d=64, e=64)):
+        found = compile_scan(scan, ("sm_80", "sm_90"), dtype=dtype)
+        assert [each.kernel for each in found] == ["_scan_forward", "_scan_backward"] * 2
+        assert [each for each in found if not each.ok] == []
+
+
+def test_unknown_targets_are_named() -> None:
+    with pytest.raises(ValueError, match="sm_12"):
+        compile_scan(made(MIXERS["swapped"]), ("sm_12",))
