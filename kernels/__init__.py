@@ -5,6 +5,6 @@ hook is such a function, printed from an expression of the language (`hooks`). `
 both, with the host code of `launch`, into one text that needs torch and triton only; `aot`
 compiles that text for real hardware without a GPU. Recurrences that run token by token have
 no skeleton: their statements become a `tape`, its gradients come from `adjoint`, and
-`sequential_render` prints both kernels from the description in `sequential`. Nothing here imports torch or triton
-until a kernel runs, but for the skeletons themselves.
+`sequential_render` prints both kernels from the description in `sequential`. Nothing here
+imports torch or triton until a kernel runs, but for the skeletons themselves.
 """
