@@ -20,7 +20,7 @@ from headloom.compiler.reference_scan import value
 from headloom.compiler.sequential_form import scan_of
 from headloom.grammar.parse import parse
 from headloom.kernels.render import IMPORTS
-from headloom.kernels.sequential import Scan, obstacle
+from headloom.kernels.sequential import Scan, Stream, obstacle
 from headloom.kernels.sequential_aot import compile_scan
 from headloom.kernels.sequential_render import render_scan, sequential_text
 from headloom.kernels.spec import Tensor
@@ -181,6 +181,17 @@ def test_the_norm_of_nothing_has_no_slope(execute: Any) -> None:
     args = [torch.zeros_like(arg) if each.name in ("k", "S") else arg
             for each, arg in zip(names, given(scan, 3), strict=True)]  # fmt: skip
     compare(module, scan, args)
+
+
+def test_what_is_never_read_has_no_gradient(execute: Any) -> None:
+    scan = made("z <- k; o <- v")
+    scan = replace(
+        scan,
+        streams=(*scan.streams, Stream("unread", 4), Stream("number", None)),
+        tensors=(Tensor("fixed", (2, 3)),),
+    )
+    module = execute(printed(scan), f"<{SPACE}_unread>")
+    compare(module, scan, given(scan, 3))
 
 
 def test_documents_sizes_and_grouped_heads(execute: Any) -> None:
