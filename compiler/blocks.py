@@ -6,7 +6,7 @@ returns a `model.Block`, or raises every finding together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..grammar import syntax
@@ -30,6 +30,7 @@ from .model import (
     Recurrence,
     Stream,
     flow_nodes,
+    reaching,
 )
 from .scope import Findings, Scope
 
@@ -250,10 +251,10 @@ class _Builder:
     def assemble(self, out: Flow, shared: Iterable[str]) -> Block:
         """Put together what is needed."""
         ends = [out] if self.regularize is None else [out, self.regularize]
-        needed = _needed(self.scope.streams, ends)
+        needed = reaching(self.scope.streams, ends)
         for name in shared:
             read = "o" if name in MAPS else name
-            needed |= _needed(self.scope.streams, [Read(read, self.scope.streams[read].shape)])
+            needed |= reaching(self.scope.streams, [Read(read, self.scope.streams[read].shape)])
         streams = tuple(each for name, each in self.scope.streams.items() if name in needed)
         flows = [*(each.flow for each in streams), *ends]
         nodes = [node for flow in flows for node in flow_nodes(flow)]
@@ -281,18 +282,6 @@ class _Builder:
             regularize=self.regularize,
             span=self.body.span,
         )
-
-
-def _needed(streams: Mapping[str, Stream], ends: list[Flow]) -> set[str]:
-    """Return the streams that reach the output, or what training adds to the loss."""
-    needed: set[str] = set()
-    stack = list(ends)
-    while stack:
-        for node in flow_nodes(stack.pop()):
-            if isinstance(node, Read) and node.name in streams and node.name not in needed:
-                needed.add(node.name)
-                stack.append(streams[node.name].flow)
-    return needed
 
 
 def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic]:

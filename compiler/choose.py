@@ -20,8 +20,9 @@ from .kernel_form import KernelForm, Side, kernel_form
 from .masks import extent
 from .model import MAPS, PREVIOUS, Normalizer
 from .normalizers import exponential
-from .recurrences import described, of_node
+from .recurrences import described, kernel_obstacle, of_node
 
+ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels)"
 _OF_KERNELS = ("lse", "entropy")  # the statistics that kernels give
 
 
@@ -56,23 +57,28 @@ def _chosen(graph: Graph, node: Node, target: Target) -> Node:
     if node.op == "attend":
         return node.having(lowering=_attend(graph, node, target))
     if node.op == "scan":
-        return node.having(lowering=_scan(graph, node))
+        return node.having(lowering=_scan(graph, node, target))
     return node
 
 
-def _scan(graph: Graph, node: Node) -> Lowering:
+def _scan(graph: Graph, node: Node, target: Target) -> Lowering:
     form = of_node(graph, node)
     if isinstance(form, str):
         return Lowering(node.name, "sequential", "the statements run token by token",
                         (("chunkwise", form),))  # fmt: skip
-    return Lowering(node.name, "chunkwise", described(form))
+    why_not_triton: str | None = ONLY_PYTORCH
+    if target.backend == "triton":
+        why_not_triton = kernel_obstacle(node.get("recurrence"), form)
+    if why_not_triton is None:
+        return Lowering(node.name, "triton", described(form))
+    return Lowering(node.name, "chunkwise", described(form), (("triton", why_not_triton),))
 
 
 def _attend(graph: Graph, node: Node, target: Target) -> Lowering:
     obstacles: list[tuple[str, str]] = []
     why_not_triton = triton_obstacle(graph, node)
     if target.backend != "triton":
-        why_not_triton = "the target is PyTorch alone (`--backend triton` asks for kernels)"
+        why_not_triton = ONLY_PYTORCH
     if why_not_triton is None:
         spec = kernel_spec(graph, node)
         reason = _describe(spec)

@@ -119,7 +119,7 @@ def _block_flops(block: Block, tokens: int) -> int:
         * OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
         for node in _applies(block)
     )
-    return total + sum(_mixing_flops(each, tokens) for each in block.mixings.values())
+    return total + sum(_mixing_flops(each, tokens, block) for each in block.mixings.values())
 
 
 def _count(axis: str, tokens: int) -> int:
@@ -127,9 +127,10 @@ def _count(axis: str, tokens: int) -> int:
     return int(axis) if axis.isdecimal() else tokens
 
 
-def _mixing_flops(mixing: Mixing, tokens: int) -> int:
+def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
     if isinstance(mixing.mix, Recurrence):
-        return tokens * mixing.heads * _recurrence_flops(mixing, mixing.mix)
+        dims = {each.name: each.shape for each in block.tensors}
+        return tokens * mixing.heads * _recurrence_flops(mixing, mixing.mix, dims)
     mix = mixing.mix
     each = 2 * (mixing.inputs[0].shape.dim + mixing.shape.dim)
     each += sum(_scalar_ops(expr) for expr in mix_exprs(mix) if expr != mix.mask)
@@ -141,9 +142,9 @@ def _scalar_ops(expr: Expr) -> int:
     return sum(isinstance(node, Binary | Unary | Call) for node in walk(expr))
 
 
-def _recurrence_flops(mixing: Mixing, mix: Recurrence) -> int:
+def _recurrence_flops(mixing: Mixing, mix: Recurrence, tensors: dict[str, tuple[int, ...]]) -> int:
     """Operations per token and head: sizes of all intermediate results, products twice."""
-    dims: dict[str, tuple[int, ...]] = {each.name: each.shape for each in mix.states}
+    dims = tensors | {each.name: each.shape for each in mix.states}
     for stream in mixing.inputs:
         shape = stream.shape
         per_head = shape.dim if shape.heads is not None else shape.dim // mixing.heads
@@ -160,8 +161,8 @@ def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tupl
     match expr:
         case Name(id):
             return 0, dims.get(id, ())
-        case Index():
-            return 0, ()
+        case Index(Name(id), items):
+            return 0, dims.get(id, ())[len(items) :]
         case Binary("@", left, right):
             (one, a), (two, b) = _expr_flops(left, dims), _expr_flops(right, dims)
             made = a[:-1] + b[1:]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, floor, inf
 
-from ..grammar.expr import TRUE, calls, fold, number, rebuild, substitute
+from ..grammar.expr import TRUE, calls, fold, names, number, rebuild, substitute
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, walk
 from ..kernels.spec import Reach
 
@@ -71,8 +71,19 @@ def extent(mask: Expr) -> Extent:
 
 
 def remembered(mask: Expr, exprs: Iterable[Expr]) -> Expr:
-    """Return the mask of what a cache must keep: a convolution reads all keys, in their order."""
-    return TRUE if any(calls(expr, "convolve") for expr in exprs) else mask
+    """Return the mask of what a cache must keep: some expressions read all keys, in order."""
+    return TRUE if any(map(_reads_others, exprs)) else mask
+
+
+def _reads_others(expr: Expr) -> bool:
+    """Say whether an expression reads of other keys' tokens than its own pair's."""
+    if calls(expr, "convolve"):
+        return True
+    return any(
+        isinstance(node, Index) and any(names(item) == {"j"} and item != Name("j")
+                                        for item in node.items)
+        for node in walk(expr)
+    )  # fmt: skip
 
 
 def widest(extents: Iterable[Extent]) -> Extent:

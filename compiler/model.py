@@ -9,7 +9,7 @@ to a graph. Scalar expressions stay trees, but what they may read is now fixed:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..grammar.diagnostics import Diagnostic
@@ -89,14 +89,14 @@ class Mixing:
 
 
 def indexed(exprs: Iterable[Expr], inputs: tuple[Read, ...], at: str) -> list[str]:
-    """Return the streams that expressions read at the token i or j."""
+    """Return the streams that expressions read by the token i or j."""
     streams = {"doc", *(each.name for each in inputs)}
     return [
         node.base.id
         for expr in exprs
         for node in walk(expr)
-        if isinstance(node, Index) and isinstance(node.base, Name) and Name(at) in node.items
-        if node.base.id in streams
+        if isinstance(node, Index) and isinstance(node.base, Name) and node.base.id in streams
+        if any(at in names(item) for item in node.items)
     ]
 
 
@@ -142,6 +142,18 @@ class Stream:
     @property
     def shape(self) -> Shape:
         return self.flow.shape
+
+
+def reaching(streams: Mapping[str, Stream], ends: Iterable[Flow]) -> set[str]:
+    """Return the streams that reach the output, or what training adds to the loss."""
+    found: set[str] = set()
+    stack = list(ends)
+    while stack:
+        for node in flow_nodes(stack.pop()):
+            if isinstance(node, Read) and node.name in streams and node.name not in found:
+                found.add(node.name)
+                stack.append(streams[node.name].flow)
+    return found
 
 
 # ── how tokens mix ───────────────────────────────────────────────────────────────────────
@@ -299,7 +311,10 @@ class Block:
 
     def alone(self) -> Block:
         """Return the block as it is by itself, where no layer stands above it."""
-        return replace(self, shared=None, borrows=(), lends=(), serves=())
+        ends = [self.out] if self.regularize is None else [self.out, self.regularize]
+        kept = reaching({each.name: each for each in self.streams}, ends)
+        streams = tuple(each for each in self.streams if each.name in kept)
+        return replace(self, streams=streams, shared=None, borrows=(), lends=(), serves=())
 
     def remixed(self, change: Callable[[Pairwise], Pairwise]) -> Block:
         """Return the block with every pairwise mix changed."""

@@ -196,6 +196,17 @@ def by_key(positions: Tensor) -> Tensor:
     return positions[:, None, None, :] if positions.ndim == 2 else positions[None]
 
 
+def steps_on(x: Tensor, steps: Tensor) -> Tensor:
+    """Return, for each token of x [b, (h,) m, d], the one so many `steps` [(b, 1,) m] on.
+
+    Steps are rounded down; past an end, it is the token at that end.
+    """
+    m = x.shape[-2]
+    rows = torch.arange(m, device=x.device) + steps.floor().long()
+    rows = rows.clamp(0, m - 1)[..., None]
+    return x.gather(-2, (rows[:, 0] if rows.ndim > x.ndim else rows).expand(x.shape))
+
+
 def over_queries(
     rows: Callable[..., Any],
     queries: tuple[Tensor, ...],

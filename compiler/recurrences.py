@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from ..grammar.expr import evaluate, names
 from ..grammar.show import show
 from ..grammar.syntax import Expr, Name, Number
+from ..kernels import recurrence as kernel
 from .affine import (
     BEFORE,
     Affine,
@@ -37,6 +38,8 @@ from .affine import (
 )
 from .graph import Graph, Node
 from .model import Recurrence, State, Update
+
+LARGEST = 256  # rows or columns of a state in a kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Memory:
     writes: tuple[Write, ...]
     readings: tuple[Reading, ...]
     turned: bool = False
+    by_rows: bool = False  # whether it fades by a number for each row
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,27 @@ def ranks_of(graph: Graph, node: Node) -> dict[str, int]:
         elif name != "doc":
             ranks[name] = 0 if len(dims) == 3 and dims[2] == node.dims[1] else 1
     return ranks
+
+
+def kernel_of(step: Memory, reading: Reading, resets: bool) -> kernel.Recurrence:
+    """Return the kernel that a reading takes; where documents begin, a state fades to nothing."""
+    decay = "number" if step.decay is not None or resets else None
+    corrected = any(each.query is not None for each in step.writes)
+    return kernel.Recurrence("rows" if step.by_rows else decay, corrected, not reading.after)
+
+
+def kernel_obstacle(mix: Recurrence, form: Chunked) -> str | None:
+    """Return why no kernel carries a recurrence that runs in chunks, or None."""
+    if not mix.causal:
+        return "a recurrence over all tokens is two products, and needs no kernel"
+    states = [step.state for step in form.steps if isinstance(step, Memory)]
+    if not states:
+        return "no state is a matrix"
+    for each in mix.states:
+        if each.name in states and max(each.shape) > LARGEST:
+            rows, columns = each.shape
+            return f"`{each.name}` is {rows} x {columns}; the kernels hold up to {LARGEST}"
+    return None
 
 
 def described(form: Chunked) -> str:
@@ -238,7 +263,9 @@ class _Analysis:
         if turned:
             plain, kept = ([flipped(each) for each in group] for group in (plain, kept))
             corrections = [flipped(each) for each in corrections]
-        return Memory(name, self._decay(kept), _writes(plain, corrections), (), turned)
+        by_rows = any(each.rows for each in kept)
+        writes = _writes(plain, corrections)
+        return Memory(name, self._decay(kept), writes, (), turned, by_rows)
 
     @staticmethod
     def _decay(kept: list[Term]) -> Expr | None:

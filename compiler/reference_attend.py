@@ -187,18 +187,14 @@ class _Scope:
             segments = self.given.segments
             if segments is None:
                 segments = torch.zeros_like(self.given.positions["n"])
-            return _take(segments, (pairs.batch,), [_token(node.items[0], pairs)])
+            own = pairs.query if node.items[0] == Name("i") else pairs.key
+            return _take(segments, (pairs.batch,), [own])
         shape = self.axes[name]
         at = 0 if shape.heads is None else 1
-        items[at] = _token(node.items[at], pairs)
+        places = names["i"] if node.items[at] == Name("i") else names["j"]
+        own = pairs.query if node.items[at] == Name("i") else pairs.key
+        items[at] = own + (items[at] - places)  # so many tokens from its own
         return _take(self.given.streams[name], (pairs.batch,), items)
-
-
-def _token(item: Expr, pairs: Pairs) -> Tensor:
-    """Return which row of a stream is read: that of the pair's own query or key."""
-    if item not in (Name("i"), Name("j")):
-        raise TypeError("the tokens of a stream are read at `i` or `j`")
-    return pairs.query if item == Name("i") else pairs.key
 
 
 def _take(table: Tensor, batch: tuple[Tensor, ...], items: list[Value]) -> Tensor:

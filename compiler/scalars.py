@@ -283,10 +283,16 @@ class _Resolver(Resolver):
         tokens = "n" if shape is None else shape.tokens  # doc runs along x
         counted = {"i": self.axes.queries, "j": self.axes.keys}
         allowed = {each for each, along in counted.items() if along == tokens}
-        if not isinstance(item, Name) or item.id not in allowed:
-            shown = " or ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"
-            raise error("L214", f"the tokens of `{name}` are read at {shown} here", item.span, "",
-                        "`i` are the queries' tokens, `j` the keys'")  # fmt: skip
+        if item in map(Name, allowed):
+            return
+        indexed = any(isinstance(each, Index) for each in syntax.walk(item))
+        fits = name != "doc" and not name.startswith(PREVIOUS) and not indexed
+        if fits and "j" in allowed and names(item) == {"j"}:  # another key's token
+            return
+        shown = " or ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"
+        raise error("L214", f"the tokens of `{name}` are read at {shown} here", item.span, "",
+                    "`i` are the queries' tokens, `j` the keys', "
+                    "`j // 4 * 4` another key's")  # fmt: skip
 
 
 def _is_whole(expr: Expr) -> bool:

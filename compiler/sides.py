@@ -8,6 +8,7 @@ sum(abs(q - k))         both sides at once, and no product
 
 from __future__ import annotations
 
+from ..grammar.expr import names
 from ..grammar.functions import MAP_FUNCTIONS
 from ..grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from .graph import Graph
@@ -26,6 +27,11 @@ def sides(expr: Expr) -> frozenset[str]:
         if isinstance(node, Call) and node.function in MAP_FUNCTIONS:
             found.add(PAIR)
     return frozenset(found)
+
+
+def at_token(read: Index) -> Expr:
+    """Return where the tokens of a stream are read: `i`, `j`, or an expression of `j`."""
+    return next(item for item in read.items if names(item) & {QUERY, KEY})
 
 
 def reduces(expr: Expr) -> bool:

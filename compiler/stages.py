@@ -6,8 +6,9 @@ from ..grammar.format import format_loom
 from ..grammar.syntax import File
 from .api import target
 from .check import check, find
-from .choose import kernel_spec, lowerings
+from .choose import lowerings
 from .graph import Graph
+from .operators import operators
 from .picture import graph_lines
 from .pipeline import generate, graphs
 
@@ -29,15 +30,12 @@ def stage_text(file: File, name: str | None, width: int | None, backend: str, st
 
 
 def _kernels(made: list[Graph]) -> str:
-    from ..kernels.render import render
-
     texts = []
     for graph in made:
+        texts += [each.render("headloom") for each in operators(graph, graph.block.name)]
         for lowering in lowerings(graph):
-            if lowering.path == "triton":
-                spec = kernel_spec(graph, next(graph.of("attend")))
-                texts.append(render(spec, f"{graph.block.name}_attention", "headloom"))
-            else:
-                why = dict(lowering.obstacles).get("triton", lowering.reason)
+            if lowering.path != "triton":
+                reasons = dict(lowering.obstacles)
+                why = reasons.get("triton") or reasons.get("chunkwise") or lowering.reason
                 texts.append(f"# {graph.block.name} has no kernel: {why}")
     return "\n\n".join(text.strip("\n") for text in texts) + "\n"

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .choose import Target, kernel_spec, lowerings
-from .graph import Graph, shape_of
+from .choose import Target, lowerings
+from .graph import Graph
 from .model import Block, Model
+from .operators import operators
 from .pipeline import lower
 
 
 def _kernel_graph(block: Block) -> Graph | str:
-    """Return the graph in which an attention is a kernel, or why there is none."""
+    """Return the graph in which something is a kernel, or why there is none."""
     graph = lower(block, Target("triton"))
     if any(each.path == "triton" for each in lowerings(graph)):
         return graph
@@ -79,13 +80,8 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
     if isinstance(graph, str):
         return graph
     count = 0
-    for node in graph.of("attend"):
-        if node.get("lowering").path != "triton":
-            continue
-        q, k, v = (shape_of(graph.node(name).dims) for name in node.inputs[:3])
-        kv_heads = max(k.heads or 1, v.heads or 1)
-        found = compile_ahead(kernel_spec(graph, node), targets, q.dim, v.dim,
-                              heads=q.heads or 1, kv_heads=kv_heads)  # fmt: skip
+    for operator in operators(graph, what.name):
+        found = compile_ahead(operator.spec, targets, **operator.sizes(graph))
         for each in found:
             if not each.ok:
                 raise RuntimeError(f"{each.kernel} on {each.target} spills {each.spills} bytes "

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import takewhile
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
 
 
 def _plain(block: Block) -> Block:
-    text = f"block plain {{ width = {block.width}; heads = {block.heads} }}"
+    heads = gcd(block.heads, block.width)  # a mixer may have more heads than there are features
+    text = f"block plain {{ width = {block.width}; heads = {heads} }}"
     found = find(check(parse_source(Source("plain.loom", text))), "plain")
     assert isinstance(found, Block)
     return found

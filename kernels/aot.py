@@ -21,7 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, children
+from . import recurrence
+from .recurrence import Recurrence
 from .render import IMPORTS, render, skeleton_text
+from .sequential import Scan
+from .sequential_render import render_scan
 from .spec import Attend
 
 # Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, table of
@@ -65,7 +69,7 @@ def cuda_tools() -> dict[str, Path | None]:
 
 
 def compile_ahead(
-    spec: Attend,
+    spec: Attend | Recurrence | Scan,
     targets: tuple[str, ...] = ("sm_80", "sm_90"),
     head_dim: int = 64,
     value_dim: int | None = None,
@@ -76,28 +80,46 @@ def compile_ahead(
 ) -> tuple[Compiled, ...]:
     """Compile every kernel of a spec for each target: `sm_80`, `sm_90`, `sm_100`, `gfx942`.
 
-    `dtype` is `bf16`, `fp16` or `fp32`; `value_dim` defaults to `head_dim`. Raises
-    `ValueError` for a spec no kernel can carry, `RuntimeError` where compilation fails.
+    `dtype` is `bf16`, `fp16` or `fp32`; `value_dim` defaults to `head_dim`; a recurrence has no
+    `kv_heads`, a scan brings its own sizes. Raises `ValueError` for a spec no kernel can carry,
+    `RuntimeError` where compilation fails.
     """
     if unknown := set(targets) - set(SHARED_LIMIT):
         raise ValueError(f"unknown targets: {', '.join(sorted(unknown))}")
-    with tempfile.TemporaryDirectory() as folder:
-        emitted = Path(folder, "emitted.py")
-        text = (IMPORTS, skeleton_text(), render(spec, _NAME, _NAMESPACE))
-        emitted.write_text("\n\n".join(text), encoding="utf-8")
-        job = {
-            "path": str(emitted),
-            "name": f"_{_NAME}",
-            "targets": list(targets),
+    value_dim = value_dim or head_dim
+    job: dict[str, object] = {"name": f"_{_NAME}", "targets": list(targets), "backward": backward}
+    if isinstance(spec, Recurrence):
+        texts = (skeleton_text("chunked"), recurrence.render(spec, _NAME, _NAMESPACE))
+        job |= {"inputs": _inputs(spec, heads, head_dim, value_dim, dtype)}
+    elif isinstance(spec, Scan):
+        texts = (skeleton_text("sequential"), render_scan(spec, _NAME, _NAMESPACE))
+        job |= {"tokens": [2, 512], "dtype": dtype}
+    else:
+        texts = (skeleton_text(), render(spec, _NAME, _NAMESPACE))
+        job |= {
             "q": [2, heads, 512, head_dim],
             "k": [2, kv_heads, 512, head_dim],
-            "v": [2, kv_heads, 512, value_dim or head_dim],
+            "v": [2, kv_heads, 512, value_dim],
             "dtype": dtype,
             "kinds": _kinds(spec),
-            "backward": backward,
         }
-        rows = work(job)
+    with tempfile.TemporaryDirectory() as folder:
+        emitted = Path(folder, "emitted.py")
+        emitted.write_text("\n\n".join((IMPORTS, *texts)), encoding="utf-8")
+        rows = _work(job | {"path": str(emitted)})
     return tuple(Compiled(**row, limit=SHARED_LIMIT[row["target"]]) for row in rows)
+
+
+def _inputs(
+    spec: Recurrence, heads: int, head_dim: int, value_dim: int, dtype: str
+) -> list[tuple[list[int], str]]:
+    """Return the shapes and dtypes of what a recurrence takes, in its order."""
+    before, vector = [2, heads, 512], ([2, heads, 512, head_dim], dtype)
+    found = [vector, vector, ([*before, value_dim], dtype)]
+    found += [vector] * spec.corrected
+    if spec.decay is not None:
+        found.append(([*before, 1 if spec.decay == "number" else head_dim], "fp32"))
+    return [*found, ([2, heads, head_dim, value_dim], "fp32")]
 
 
 def _kinds(spec: Attend) -> dict[str, str]:
@@ -131,8 +153,7 @@ def _kinds(spec: Attend) -> dict[str, str]:
     return found
 
 
-def work(job: dict[str, object]) -> list[dict[str, Any]]:
-    """Compile a job in a process of its own; one row for every kernel and target."""
+def _work(job: dict[str, object]) -> list[dict[str, Any]]:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     done = subprocess.run(

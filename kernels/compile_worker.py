@@ -31,8 +31,20 @@ POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def calls(attend: Any, job: dict[str, Any]) -> list[Any]:
-    """Return what a forward and a backward launch, with tensors that hold no memory."""
+def recurrence_calls(chunked: Any, job: dict[str, Any]) -> list[Any]:
+    """Return what the passes of a recurrence launch, with tensors that hold no memory."""
+    given = tuple(
+        torch.empty(shape, dtype=DTYPES[dtype], device="meta") for shape, dtype in job["inputs"]
+    )
+    results = chunked.forward_fake(*given)
+    found: list[Any] = chunked.forward_calls(given, results)
+    if job["backward"]:
+        found += chunked.backward_calls(results, given, chunked.gradients(given))
+    return found
+
+
+def attention_calls(attend: Any, job: dict[str, Any]) -> list[Any]:
+    """Return what the passes of an attention launch, with tensors that hold no memory."""
     dtype = DTYPES[job["dtype"]]
     q, k, v = (torch.empty(job[name], dtype=dtype, device="meta") for name in "qkv")
     sizes = {"b": q.shape[0], "n": q.shape[2], "m": k.shape[2]}
@@ -54,26 +66,24 @@ def calls(attend: Any, job: dict[str, Any]) -> list[Any]:
 
 
 def scan_calls(scan: Any, job: dict[str, Any]) -> list[Any]:
-    """Return what a sequential kernel launches, forward and backward, without memory."""
-
-    def empty(size: list[int], dtype: Any) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    batch, n, dtype = job["batch"], job["n"], DTYPES[job["dtype"]]
-    sizes = [[] if size is None else [size] for size in scan.streams.values()]
-    given = [empty([batch, scan.heads, n, *size], dtype) for size in sizes]
-    given += [empty(list(shape), torch.float32) for shape in scan.tensors.values()]
-    given += [empty([batch, scan.heads, *shape], torch.float32) for shape in scan.states.values()]
-    fresh = empty([batch, n], torch.bool) if scan.resets else None
-    everything = (*given, fresh)
-    results = scan.forward_fake(*everything)
-    o, rest = results[0], results[1:]
-    lasts, kept = rest[: len(scan.states)], rest[len(scan.states) :]
-    grads = scan.gradients(everything, o)
-    return [
-        scan.forward_call(everything, results),
-        scan.backward_call((o, *lasts), everything, kept, grads),
+    """Return what the passes of a scan launch, with tensors that hold no memory."""
+    (batch, n), dtype = job["tokens"], job["dtype"]
+    heads = (batch, scan.heads)
+    sizes = [(*heads, n) if each is None else (*heads, n, each) for each in scan.streams.values()]
+    shapes = [
+        *((size, dtype) for size in sizes),
+        *((each, "fp32") for each in scan.tensors.values()),
     ]
+    shapes += [((*heads, *each), "fp32") for each in scan.states.values()]
+    shapes += [((batch, n), "i1")] * scan.resets
+    given = [torch.empty(size, dtype=DTYPES[kind], device="meta") for size, kind in shapes]
+    everything = (*given, *[None] * (not scan.resets))
+    results, count = scan.forward_fake(*everything), 1 + len(scan.states)
+    found: list[Any] = scan.forward_calls(everything, results)
+    if job["backward"]:
+        grads = scan.gradients(everything, results[0])
+        found += scan.backward_calls(results[:count], everything, results[count:], grads)
+    return found
 
 
 def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -150,8 +160,9 @@ def main() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    find = scan_calls if job.get("scan") else calls
-    launches = find(getattr(module, job["name"]), job)
+    calls = recurrence_calls if "inputs" in job else attention_calls
+    calls = scan_calls if "tokens" in job else calls
+    launches = calls(getattr(module, job["name"]), job)
     rows = [
         measure(kernel, arguments, target)
         for target in job["targets"]

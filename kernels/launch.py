@@ -14,14 +14,12 @@ operator returns them after it, as [b, heads, n] in float32, with gradients of t
 """
 
 import torch
-import triton
 
+from .device import Call, Tensors, _launch, _readable, padded
 from .pairwise import pairwise_forward
 from .pairwise_backward import pairwise_backward_key, pairwise_backward_query, pairwise_delta
 
 Tiles = dict[int, dict[int, tuple[int, int, int, int]]]
-Call = tuple[object, int, dict[str, object]]  # kernel, number of programs, arguments
-Tensors = tuple[torch.Tensor, ...]
 Gradients = tuple[Tensors, Tensors, Tensors]  # of q, k and v; row and column sums; scattered
 
 # ── tiles ────────────────────────────────────────────────────────────────────────────────
@@ -55,11 +53,6 @@ CROWDED_KEY_TILES: Tiles = {
     2: {64: (32, 64, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 1), 512: (16, 16, 8, 1)},
     4: {32: (16, 16, 4, 1), 64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
 }
-
-
-def padded(width: int) -> int:
-    """The width of a tile that holds `width` columns: a power of two, at least 16."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def tiles(table: Tiles, q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
@@ -347,25 +340,6 @@ class Pairwise:
         return forward._opoverload
 
 
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    """The tensor with adjacent elements in its last axis; kernels take any other stride."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        x = x.float()  # only the interpreter runs there, and it multiplies bfloat16 as bits
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _programs(x: torch.Tensor, block: int) -> int:
     """One program for each batch element, head and tile of `block` rows."""
     return x.shape[0] * x.shape[1] * -(-x.shape[2] // block)
-
-
-def _launch(calls: list[Call], like: torch.Tensor) -> None:
-    """Run the kernels on the device that holds the tensors."""
-    if like.device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            "these kernels need a GPU: move the module there, take the one built for PyTorch "
-            "alone, or set TRITON_INTERPRET=1 before triton is imported to run them slowly"
-        )
-    with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
-        for kernel, programs, arguments in calls:
-            kernel[(programs,)](**arguments)  # type: ignore[index]

@@ -28,20 +28,31 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 """
-_SOURCES = ("pairwise.py", "pairwise_backward.py", "launch.py")
+_SHARED = ("device.py",)
+_FAMILIES = {
+    "pairwise": ("pairwise.py", "pairwise_backward.py", "launch.py"),
+    "chunked": ("chunked.py", "chunked_backward.py", "launch_chunked.py"),
+    "sequential": ("launch_sequential.py",),
+}
 _FOR_TOOLS = re.compile(r"  # (fmt|noqa|type):.*")
 _OWN = frozenset({"q", "k", "v", "o", "do", "stats", "dlse", "dentropy"})
 _FAR = 2**30  # beyond any number of tokens: such a bound bounds nothing
 
 
 @cache
-def skeleton_text() -> str:
-    """Return the skeletons and their host code, without docstrings of modules and imports."""
-    return "\n\n".join(body_of(Path(__file__).with_name(name)).strip() for name in _SOURCES) + "\n"
+def skeleton_text(*families: str) -> str:
+    """Return the skeletons and host code of families of kernels, "pairwise" where none is named.
+
+    Docstrings of modules and imports are left out, and what families share is there once.
+    """
+    names = [
+        *_SHARED,
+        *(each for family in families or ("pairwise",) for each in _FAMILIES[family]),
+    ]
+    return "\n\n".join(_body(Path(__file__).with_name(name)).strip() for name in names) + "\n"
 
 
-def body_of(path: Path) -> str:
-    """Return the text of a module after its imports."""
+def _body(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     imports = [
         node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)

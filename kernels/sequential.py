@@ -115,7 +115,7 @@ def warps(tape: Tape) -> int:
 
     A thread holds 8 numbers of the largest value, which leaves it registers for the dozen that
     are at hand at once. Beyond 4096 numbers, 8 warps with all the registers there are spill
-    least (`sequential_aot` measures it).
+    least (`aot` measures it).
     """
     largest = max(volume(each) for each in (*tape.shapes.values(), *(op.wide for op in tape.ops)))
     return 8 if largest > 4096 else max(largest // (32 * 8), 1)

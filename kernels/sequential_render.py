@@ -1,6 +1,6 @@
 """Printing a sequential kernel: forward, backward, and the function that others call.
 
-    text = IMPORTS + sequential_text() + render_scan(scan, "mamba", "headloom_1a2b")
+    text = IMPORTS + skeleton_text("sequential") + render_scan(scan, "mamba", "headloom_1a2b")
 
 is a file that needs torch and triton only and defines
 
@@ -17,13 +17,10 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable
-from functools import cache
-from pathlib import Path
 
 from ..grammar.show import show
 from .adjoint import Lanes, Writer, zeros
 from .hooks import wrapped
-from .render import body_of
 from .sequential import Scan, obstacle, tape_of, warps
 from .tape import OWN, Op, Shape, Variables
 
@@ -31,12 +28,6 @@ _SHARED = ("Streams", "strides", "groups", "Tensors")
 _FORWARD = (*_SHARED, "Starts", "Fresh", "O", "o_strides", "Lasts", "Kept", "n", "chunks")
 _BACKWARD = (*_SHARED, "Fresh", "Kept", "DO", "do_strides", "DLasts", "DStreams", "DTensors",
              "DStarts", "Scratch", "n", "chunks")  # fmt: skip
-
-
-@cache
-def sequential_text() -> str:
-    """Return the host code of sequential kernels, without imports."""
-    return body_of(Path(__file__).with_name("sequential_launch.py")).strip() + "\n"
 
 
 def render_scan(scan: Scan, name: str, namespace: str) -> str:

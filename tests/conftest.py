@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is small, and runs side by side
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is imported
+sys.modules.setdefault("fla", None)  # or transformers takes its kernels for the layers we compare
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,24 +7,27 @@ What depends on nothing that was mixed comes first, then what the context gives,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
+from ...kernels.recurrence import Recurrence
+from ...kernels.spec import Attend
 from ...ops import OPS
 from ..choose import Lowering, always_fused, kernel_reads, maps, reads_places
 from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
 from ..model import MAPS, PREVIOUS, Pairwise
+from ..operators import Operator
 from . import attend, chunk, scan
 from .caches import Caches, plain_name
 from .tensors import tensor as tensor_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
 
-def block_class(graph: Graph, name: str, kernels: Mapping[str, str]) -> list[str]:
-    """Return the lines of a block's class; `kernels` are the functions its attentions call."""
+def block_class(graph: Graph, name: str, kernels: Iterable[Operator]) -> list[str]:
+    """Return the lines of a block's class; `kernels` are the functions that it calls."""
     writer = _Writer(graph, kernels)
     lines = [f"class {class_name(name)}(nn.Module):", *indent(_docstring(graph)), ""]
     lines += indent(writer.constructor())
@@ -63,9 +66,14 @@ def _docstring(graph: Graph) -> list[str]:
 
 
 class _Writer(Caches):
-    def __init__(self, graph: Graph, kernels: Mapping[str, str]) -> None:
+    def __init__(self, graph: Graph, kernels: Iterable[Operator]) -> None:
         super().__init__(graph)
-        self.kernels = kernels
+        of = {each.spec: each.name for each in kernels}
+        self.recurrence_kernels = {
+            spec: name for spec, name in of.items() if isinstance(spec, Recurrence)
+        }
+        self.kernels = {each.node.name: each.name for each in kernels
+                        if isinstance(each.spec, Attend)}  # fmt: skip
 
     # constructor
 
@@ -309,8 +317,11 @@ class _Writer(Caches):
         """Write an attention or a recurrence."""
         if node.op == "scan":
             lowering: Lowering = node.get("lowering")
-            forward = chunk.forward if lowering.path == "chunkwise" else scan.forward
-            return forward(self.graph, node, self.cache(node.name))
+            cache = self.cache(node.name)
+            if lowering.path == "sequential":
+                return scan.forward(self.graph, node, cache)
+            kernels = self.recurrence_kernels if lowering.path == "triton" else None
+            return chunk.forward(self.graph, node, cache, kernels)
         lines: list[str] = []
         operands = attend.operands(self.graph, node)
         q, *_ = node.inputs

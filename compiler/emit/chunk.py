@@ -9,24 +9,31 @@ o = S_read / (q_h * z).sum(-1)[..., None]
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...grammar.expr import evaluate, names, rebuild
 from ...grammar.syntax import Expr, Index, Name, Number, walk
+from ...kernels.recurrence import Recurrence
+from .. import model
 from ..affine import BEFORE
 from ..graph import Graph, Node
-from ..model import Recurrence
-from ..recurrences import Chunked, Memory, Sum, of_node, ranks_of
+from ..recurrences import Chunked, Memory, Sum, kernel_of, of_node, ranks_of
 from . import scan
 from .text import atomic, call, ident
 from .values import Text, Values, lifted
 
 
-def forward(graph: Graph, node: Node, cache: str) -> list[str]:
-    """Return the lines that run the recurrence, from the streams to its output."""
+def forward(
+    graph: Graph, node: Node, cache: str, kernels: Mapping[Recurrence, str] | None
+) -> list[str]:
+    """Return the lines that run the recurrence, from the streams to its output.
+
+    `kernels` are the functions that read matrices, where PyTorch does not.
+    """
     form = of_node(graph, node)
     assert isinstance(form, Chunked)
-    return _Writer(graph, node, form, cache).lines()
+    return _Writer(graph, node, form, cache, kernels).lines()
 
 
 @dataclass
@@ -58,11 +65,12 @@ class _Writer:
     node: Node
     form: Chunked
     cache: str
+    kernels: Mapping[Recurrence, str] | None
     known: dict[Expr, Name] = field(default_factory=dict)  # what has a variable already
     batched: set[str] = field(default_factory=set)  # names whose values differ in a batch
 
     def __post_init__(self) -> None:
-        self.mix: Recurrence = self.node.get("recurrence")
+        self.mix: model.Recurrence = self.node.get("recurrence")
         self.states = {each.name: each for each in self.mix.states}
         self.values = _Values(self.graph, {}, ranks_of(self.graph, self.node))
         self.fresh = self.mix.resets
@@ -266,9 +274,16 @@ class _Writer:
             fresh = [self._woven(["fresh", *zeros])] if self.fresh else []
             query, key, value, _, start = args
             return call(f"{variable} = whole_linear", [query, key, value, start, *fresh])
-        before = [] if step.readings[at].after else ["before=True"]
-        own = ident(step.state) if at == 0 else "_"
-        return call(f"{variable}, {own} = chunked_linear", [*args, *before])
+        targets = f"{variable}, {ident(step.state) if at == 0 else '_'}"
+        reading = step.readings[at]
+        if self.kernels is not None:
+            query, key, value, decay, start, *corrected = args
+            vectors = [f"{atomic(each)}.to(x.dtype)" for each in (query, key, value, *corrected)]
+            decays = [] if decay == "None" else [decay]
+            kernel = self.kernels[kernel_of(step, reading, self.mix.resets)]
+            return call(f"{targets} = {kernel}", [*vectors, *decays, start])
+        before = [] if reading.after else ["before=True"]
+        return call(f"{targets} = chunked_linear", [*args, *before])
 
     def _write(
         self, step: Memory, at: int, size: tuple[int, int], lines: list[str]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...kernels import render
-from ..choose import kernel_spec
 from ..graph import Graph
 from ..model import Block, Model
+from ..operators import operators
 from . import model as model_text
 from .block import block_class
 from .lines import wrap
@@ -36,19 +36,14 @@ def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
     taken = {class_name(name) for name in names}
     sections: list[str] = []
     classes: list[str] = []
+    families: dict[str, None] = {}
     for name, graph in zip(names, graphs, strict=True):
-        kernels = {
-            node.name: f"{name}_attention" if node.name == "o" else f"{name}_{node.name}_attention"
-            for node in graph.of("attend")
-            if node.get("lowering").path == "triton"
-        }
-        for node in graph.of("attend"):
-            if node.name in kernels:
-                spec = kernel_spec(graph, node)
-                sections.append(render.render(spec, kernels[node.name], f"headloom_{_HASH}"))
+        kernels = operators(graph, name)
+        families |= {each.family: None for each in kernels}
+        sections += [each.render(f"headloom_{_HASH}") for each in kernels]
         classes.append("\n".join(wrap(block_class(graph, name, kernels))))
     if sections:
-        sections.insert(0, render.skeleton_text())
+        sections.insert(0, render.skeleton_text(*families))
     main = class_name(names[0])
     if isinstance(what, Model):
         main = class_name(what.name)

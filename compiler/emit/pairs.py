@@ -19,7 +19,7 @@ from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, 
 from ...kernels.places import bounds
 from ..graph import Dims, Graph, Node
 from ..model import MAPS, PREVIOUS
-from ..sides import KEY, PAIR, QUERY, product, reduces, sides
+from ..sides import KEY, PAIR, QUERY, at_token, product, reduces, sides
 from .text import atomic, ident
 from .values import Text, Values
 
@@ -43,8 +43,8 @@ class Operand:
 
 
 def token(read: Index) -> str:
-    """Return at which token a stream is read, i or j."""
-    return next(item.id for item in read.items if item in (Name("i"), Name("j")))
+    """Return on which side a stream is read, i or j."""
+    return QUERY if at_token(read) == Name("i") else KEY
 
 
 def operand(node: Node, read: Index) -> str:
@@ -197,9 +197,10 @@ class Pairs(Values):
             name = "rows" if expr.id == "sum" else expr.id
             if name.startswith(PREVIOUS):
                 return Text(name.replace(".", "_"), 0)
-            if self.layout == PAIR or name not in ("i", "j", "h"):
+            place = name.partition(".")[0]  # `j`, or `j.to(wide)`
+            if self.layout == PAIR or place not in ("i", "j", "h"):
                 return Text(name, 0)
-            return Text(f"{name}[..., 0, :]" if name == "j" else f"{name}[..., 0]", 0)
+            return Text(f"{name}[..., 0, :]" if place == "j" else f"{name}[..., 0]", 0)
         assert isinstance(expr.base, Name)
         name = expr.base.id
         made = self.graph.node(name)
@@ -232,7 +233,11 @@ class Pairs(Values):
         assert isinstance(read.base, Name)
         seen = Operand(read.base.id, token(read))
         variable = self.variables.get(seen, seen.variable)
-        items = [item for item in read.items if item not in (Name("i"), Name("j"))]
+        at = at_token(read)
+        if at not in (Name("i"), Name("j")):
+            steps = self.side(KEY).value(Binary("-", at, Name("j"))).text
+            variable = f"steps_on({variable}, {steps})"
+        items = [item for item in read.items if item is not at]
         if len(dims) == 4:
             head, feature = items[0], items[1] if len(items) > 1 else None
             rank = 0 if feature is not None else 1

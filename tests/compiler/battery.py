@@ -53,6 +53,11 @@ SETTINGS = {
     "bias_past_the_end": f"{CAUSAL}; param t[3] = normal(1); score = s + t[i - j] + t[i / 2]",
     "bias_of_key": f"{CAUSAL}; let g = x | linear(heads); score = s + g[j, h] - g[i, 1]",
     "bias_of_key_head": f"{CAUSAL}; kv_heads = 2; score = s + k[h // 2, j, 1] * q[h, i, 0]",
+    "another_key": "heads = 4; head_dim = 4; kv_heads = 2; let g = x | linear(heads); "
+    "mask = causal and window(3); score = s + g[j // 4 * 4 - 1, h] * k[h // 2, j / 2, 1]",
+    "another_key_as_a_vector": f"{CAUSAL}; let f = x | linear(3); score = s + dot(f[i], f[j - 2])",
+    "another_key_in_a_mask": "heads = 4; let keep = (x | linear(1)) > 0; "
+    "mask = causal and (keep[j // 3 * 3] or i == j)",
     "bias_of_input": f"{CAUSAL}; score = s + x[j, 3] * x[i, 0]",
     "grid": "heads = 4; grid = [3, 4]; score = s - abs(row(i) - row(j)) - abs(col(i) - col(j))",
     # similarities and vectors

@@ -40,6 +40,22 @@ def test_flops_by_hand():
     assert cost(what).flops(10) == 10 * linears + 2 * 55 * each
 
 
+def test_tensors_of_a_mixer_have_their_dimensions():
+    text = """
+        mix m {
+          param w[heads, value_dim, 3] = 1
+          param u[heads, 3] = 1
+          state z[value_dim] = 0
+          z <- z + v
+          o <- w @ u + z
+        }
+        block b { width = 16; heads = 2; mix = m; mask = causal }
+    """
+    each = 8 + 2 * 8 * 3 + 8  # z + v; a matrix times a vector; one more sum
+    linears = 2 * 2 * 16 * 16  # v and o
+    assert cost(check(parse(text)).blocks["b"]).flops(10) == 10 * (linears + 2 * each)
+
+
 def test_a_window_costs_its_pairs_alone():
     near, far = block("window"), block("causal")
     pairs = 4 * (1000 * 1001 // 2 - (3 * 1000 - 3))

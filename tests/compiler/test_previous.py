@@ -127,6 +127,19 @@ def test_layers_that_read_the_layer_below(name):
     }
 
 
+def test_what_only_the_layer_above_reads_is_not_part_of_a_block_alone():
+    text = """
+        block lower { heads = 4; mask = causal; let g = x | linear(heads) | sigmoid }
+        block upper : lower { out = o | gate(previous.g) | merge | linear }
+        model m { width = 32; layers = [lower, upper] }
+    """
+    what = check(parse(text)).models["m"]
+    alone, whole = subjects(what)
+    assert whole is what
+    assert "g" not in {each.name for each in alone.streams}
+    assert all(each.ok is not False for each in verify(alone))
+
+
 @pytest.mark.parametrize("name", ["two", "windows", "documents", "gates", "branches", "cross"])
 def test_a_reader_keeps_nothing_of_its_own(name):
     what = model(MODELS[name])

@@ -19,10 +19,10 @@ from headloom.compiler.pipeline import lower
 from headloom.compiler.reference_scan import value
 from headloom.compiler.sequential_form import scan_of
 from headloom.grammar.parse import parse
-from headloom.kernels.render import IMPORTS
+from headloom.kernels.aot import compile_ahead
+from headloom.kernels.render import IMPORTS, skeleton_text
 from headloom.kernels.sequential import Scan, Stream, obstacle
-from headloom.kernels.sequential_aot import compile_scan
-from headloom.kernels.sequential_render import render_scan, sequential_text
+from headloom.kernels.sequential_render import render_scan
 from headloom.kernels.spec import Tensor
 
 SPACE = "headloom_test_sequential"
@@ -81,7 +81,7 @@ def scans(what: Block) -> list[Scan]:
 
 def printed(scan: Scan, name: str = "recur") -> str:
     space = f"{SPACE}_{hashlib.sha256(repr((scan, name)).encode()).hexdigest()[:12]}"
-    return "\n\n".join([IMPORTS, sequential_text(), render_scan(scan, name, space)])
+    return "\n\n".join([IMPORTS, skeleton_text("sequential"), render_scan(scan, name, space)])
 
 
 def given(scan: Scan, n: int, *, batch: int = 2, heads: int | None = None) -> list[T]:
@@ -345,11 +345,6 @@ def test_nothing_spills_at_the_sizes_of_a_head() -> None:
         )), "b", 32)
     )  # fmt: skip
     for scan in (small, made(MIXERS["products"], d=64, e=64)):
-        found = compile_scan(scan, ("sm_80", "sm_90"))
-        assert [each.kernel for each in found] == ["_scan_forward", "_scan_backward"] * 2
+        found = compile_ahead(scan, ("sm_80", "sm_90"))
+        assert [each.kernel for each in found] == ["_attend_forward", "_attend_backward"] * 2
         assert [each for each in found if not each.ok] == []
-
-
-def test_unknown_targets_are_named() -> None:
-    with pytest.raises(ValueError, match="sm_12"):
-        compile_scan(made(MIXERS["swapped"]), ("sm_12",))

@@ -12,14 +12,17 @@ import random
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import headloom as hl
+from headloom.compiler import zoo
+
+from .others import Widened
 
 pytest.importorskip("transformers", reason="needs Hugging Face Transformers")
 
@@ -30,10 +33,12 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
     T5Config,
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -45,32 +50,15 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RotaryEmbedding
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 from transformers.models.t5.modeling_t5 import T5Attention
 
 BATCH, WINDOW = 2, 7
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 Table = Mapping[str, "str | tuple[str, Callable[[Tensor], Tensor]]"]
-
-
-class Widened(TorchFunctionMode):
-    """Turn float32 in their code into float64.
-
-    Their angles, softmax and norms are cast to float32 whatever the input is; within this mode
-    the same code keeps all the digits of a float64 input.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        def widen(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        if func is Tensor.float:
-            func = Tensor.double
-        given = {name: widen(value) for name, value in (kwargs or {}).items()}
-        return func(*map(widen, args), **given)
 
 
 @dataclass(frozen=True)
@@ -320,9 +308,106 @@ def t5(sizes: Sizes) -> Pair:
     return Pair(text, module, lambda x: module(x)[0], table)
 
 
+GATED = """mix gated {
+  let beta = x | linear(heads) | sigmoid
+  let time = x | linear(heads, bias = true) | softplus
+  param rate[heads] = 0
+  state S[head_dim, value_dim] = 0
+  alpha <- exp(-exp(rate) * time)
+  S <- alpha * (S - beta * outer(k, k @ S)) + beta * outer(k, v)
+  o <- head_dim ** -0.5 * (q @ S)
+}
+"""
+
+
+def qwen3_next(sizes: Sizes) -> Pair:
+    """Return the gated delta rule with fewer heads of keys than of values.
+
+    Their `in_proj_qkvz` holds for each key head the rows of its query, its key, its values and
+    their gates, `in_proj_ba` those of betas, then of steps; one convolution runs over all.
+    """
+    keys, values, d, e = sizes.kv_heads, sizes.heads, sizes.head_dim, 5
+    group = values // keys
+    text = f"""{GATED}block b {{
+      width = {sizes.width}; heads = {values}; kv_heads = {keys}; value_heads = {values}
+      head_dim = {d}; value_dim = {e}; mix = gated; mask = causal
+      let z = x | linear({values * e}) | silu | split
+      q = x | linear({keys * d}) | conv(4) | silu | split({keys}) | l2_norm | repeat({group})
+      k = x | linear | conv(4) | silu | split | l2_norm
+      v = x | linear | conv(4) | silu | split
+      out = o | rms_norm | gate(z) | merge | linear
+    }}"""
+
+    def rows(start: int, stop: int) -> Callable[[Tensor], Tensor]:
+        return lambda weight: weight.unflatten(0, (keys, -1))[:, start:stop].flatten(0, 1)
+
+    def channels(start: int, stop: int) -> Callable[[Tensor], Tensor]:
+        return lambda weight: weight[start:stop, 0]
+
+    at, size = [0, d, 2 * d, 2 * d + group * e, 2 * (d + group * e)], keys * d
+    table: Table = {
+        **{f"{name}_proj.weight": ("in_proj_qkvz.weight", rows(*span))
+           for name, span in zip("qkvz", pairwise(at), strict=True)},
+        "q_conv.weight": ("conv1d.weight", channels(0, size)),
+        "k_conv.weight": ("conv1d.weight", channels(size, 2 * size)),
+        "v_conv.weight": ("conv1d.weight", channels(2 * size, 2 * size + values * e)),
+        "beta_proj.weight": ("in_proj_ba.weight", rows(0, group)),
+        "time_proj.weight": ("in_proj_ba.weight", rows(group, 2 * group)),
+        "time_proj.bias": "dt_bias",
+        "rate": "A_log",
+        "o_norm.weight": "norm.weight",
+        "o_proj.weight": "out_proj.weight",
+    }  # fmt: skip
+    config = Qwen3NextConfig(
+        hidden_size=sizes.width, linear_num_key_heads=keys, linear_num_value_heads=values,
+        linear_key_head_dim=d, linear_value_head_dim=e, rms_norm_eps=1e-6,
+    )  # fmt: skip
+    module = Qwen3NextGatedDeltaNet(config, 0).eval()
+    return Pair(text, module, module, table)
+
+
+def mamba2(sizes: Sizes) -> Pair:
+    """Return the state space model with one decay a head, as the zoo has it.
+
+    Their `in_proj` holds the rows of the gate, the values, the keys, the queries and the steps,
+    their convolution the channels of the middle three.
+    """
+    heads, state, e = sizes.heads, sizes.head_dim, 2 * sizes.width // sizes.heads
+    text = (
+        zoo.entry("mamba2").text
+        + f"""block b : mamba2({state}) {{
+      width = {sizes.width}; heads = {heads}; value_dim = {e}
+    }}"""
+    )
+
+    def part(start: int, stop: int) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: tensor[start:stop, 0] if tensor.ndim == 3 else tensor[start:stop]
+
+    wide = heads * e
+    rows = [0, wide, 2 * wide, 2 * wide + state, 2 * (wide + state), 2 * (wide + state) + heads]
+    channels = [each - wide for each in rows[1:5]]
+    table: Table = {
+        **{f"{name}_proj.weight": ("in_proj.weight", part(*span))
+           for name, span in zip(("gate_", *"vkq", "time"), pairwise(rows), strict=True)},
+        **{f"{name}_conv.{kind}": (f"conv1d.{kind}", part(*span))
+           for name, span in zip("vkq", pairwise(channels), strict=True)
+           for kind in ("weight", "bias")},
+        "time_proj.bias": "dt_bias",
+        "rate": "A_log",
+        "skip": "D",
+        "o_norm.weight": "norm.weight",
+        "o_proj.weight": "out_proj.weight",
+    }  # fmt: skip
+    config = Mamba2Config(hidden_size=sizes.width, num_heads=heads, head_dim=e, expand=2,
+                          state_size=state, n_groups=1, conv_kernel=4, chunk_size=16,
+                          num_hidden_layers=1, layer_norm_epsilon=1e-5)  # fmt: skip
+    module = Mamba2Mixer(config, 0).eval()
+    return Pair(text, module, module, table)
+
+
 PAIRS = (
     llama, llama_biased, mistral, gemma2_local, gemma2_global, qwen3, gpt_oss_local,
-    gpt_oss_global, deepseek_v3, deepseek_v3_halves, bert, t5,
+    gpt_oss_global, deepseek_v3, deepseek_v3_halves, bert, t5, qwen3_next, mamba2,
 )  # fmt: skip
 
 

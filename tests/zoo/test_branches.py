@@ -1134,3 +1134,61 @@ def test_185_is_attention_with_a_prefix_whose_kernel_is_exact():
     a = torch.cat([kernel, (8**-0.5 * q @ k.mT).exp() * causal()], -1)
     o = a / a.sum(-1, keepdim=True) @ torch.cat([values.expand(2, -1, -1, -1), v], 2)
     assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(o)))
+
+
+def convolved(mechanism: Mechanism, name: str) -> Tensor:
+    weight = mechanism.parameter(f"{name}_conv.weight")
+    x = pad(mapped(mechanism, f"{name}_proj", X).mT, (3, 0))
+    return silu(conv1d(x, weight[:, None], groups=len(weight)).mT)
+
+
+def natsl(mechanism: Mechanism, stays: Tensor) -> Tensor:
+    """The layer, chunk by chunk, for `stays` [b, heads, chunks]: whose keys later queries see."""
+    asked, keyed, held = (convolved(mechanism, name) for name in ("asked", "keyed", "held"))
+    q, k, v = (split(each, 2) for each in (asked, keyed, held))
+    q, k = (each / (each.square().sum(-1, keepdim=True) + 1e-6).sqrt() for each in (q, k))
+    beta = mapped(mechanism, "state__routed_delta_beta_proj", X).sigmoid().mT
+    rate = mechanism.parameter("state__routed_delta_rate").exp()
+    alpha = softplus(mapped(mechanism, "state__routed_delta_alpha__proj", X))
+    alpha = (-rate * alpha).exp().mT
+    found = torch.empty_like(v)
+    start = torch.zeros(2, 2, 8, 16, dtype=X.dtype)
+    for at in range(0, N, 4):
+        state, faded = start, start
+        for t in range(at, min(at + 4, N)):
+            a, b, key = alpha[..., t, None, None], beta[..., t, None, None], k[..., t, :, None]
+            state = a * (state - b * key @ (key.mT @ state)) + b * key @ v[..., t, None, :]
+            faded = a * faded
+            found[..., t, :] = 8**-0.5 * (q[..., t, None, :] @ state)[..., 0, :]
+        start = torch.where(stays[..., at // 4, None, None], faded, state)
+    q, k = (split(each, 4) for each in (asked, keyed))
+    q, k = (nn.functional.rms_norm(each, (4,), eps=1e-6) for each in (q, k))
+    q, k = (each * mechanism.parameter(f"both_{name}_norm.weight")
+            for each, name in ((q, "q"), (k, "k")))  # fmt: skip
+    chunk = torch.arange(N) // 4
+    later = stays.repeat_interleave(2, 1).repeat_interleave(4, 2)[:, :, None, :N]
+    seen = causal() & (later | (chunk[:, None] == chunk))
+    read = softmax(0.5 * q @ k.mT, seen) @ split(held, 4)
+    both = [nn.functional.rms_norm(each, (8,), mechanism.parameter(f"both_norm_{at}.weight"), 1e-6)
+            for at, each in enumerate((read, split(merge(found), 4)))]  # fmt: skip
+    ours, theirs = (mapped(mechanism, f"both_{name}_proj", asked) for name in ("ours", "theirs"))
+    share = torch.stack([ours, theirs]).softmax(0).mT[..., None]
+    o = merge(share[0] * both[0] + share[1] * both[1])
+    return mapped(mechanism, "o_proj", o * silu(mapped(mechanism, "gate__proj", X)))
+
+
+def test_250_chunks_stay_as_keys_or_in_the_state():
+    mechanism = Mechanism("natsl")
+    chunks = pad(X, (0, 0, 0, 1)).unflatten(1, (-1, 4))
+    means = chunks.sum(2) / torch.tensor([4, 4, 3])[:, None]
+    logits = [mapped(mechanism, f"{name}_proj", means) for name in ("stay", "vote")]
+    stays = (logits[0] > logits[1]).mT
+    assert stays.any()
+    assert not stays.all()
+    assert_close(mechanism(X), natsl(mechanism, stays))
+
+
+def test_250_where_nothing_is_preferred_all_goes_into_the_state():
+    mechanism = Mechanism("natsl")
+    mechanism.set(stay_proj_weight=mechanism.parameter("vote_proj.weight"))
+    assert_close(mechanism(X), natsl(mechanism, torch.zeros(2, 2, 3, dtype=torch.bool)))

@@ -11,7 +11,10 @@ from which the backward computes the others anew.
 """
 
 import torch
-import triton
+
+from .device import Call, Tensors, _launch
+
+Given = tuple[torch.Tensor | None, ...]  # streams, tensors, states, and the marks of tokens
 
 EVERY = 64  # tokens between states that the forward keeps
 
@@ -49,24 +52,22 @@ class Sequential:
 
     # Which kernels run, and with what. Tensors may be on the meta device: nothing is read.
 
-    def forward_call(
-        self, given: tuple[torch.Tensor | None, ...], results: tuple[torch.Tensor, ...]
-    ) -> tuple[object, int, dict[str, object]]:
+    def forward_calls(self, given: Given, results: Tensors) -> list[Call]:
         """The forward kernel, which fills `results`, as `forward_fake` makes them."""
         streams, tensors, starts, fresh = self._apart(given)
         o, lasts, kept = results[0], results[1 : 1 + len(starts)], results[1 + len(starts) :]
         arguments = self._shared(streams, tensors, fresh, o)
         arguments |= {"Starts": starts, "Lasts": lasts, "Kept": kept}
         arguments |= {"O": o, "o_strides": o.stride()[:3]}
-        return self.kernels[0], o.shape[0] * self.heads, arguments
+        return [(self.kernels[0], o.shape[0] * self.heads, arguments)]
 
-    def backward_call(
+    def backward_calls(
         self,
-        upstream: tuple[torch.Tensor, ...],
-        given: tuple[torch.Tensor | None, ...],
-        kept: tuple[torch.Tensor, ...],
-        grads: tuple[tuple[torch.Tensor, ...], ...],
-    ) -> tuple[object, int, dict[str, object]]:
+        upstream: Tensors,
+        given: Given,
+        kept: Tensors,
+        grads: tuple[Tensors, ...],
+    ) -> list[Call]:
         """The backward kernel, which fills `grads`, as `gradients` makes them."""
         streams, tensors, _, fresh = self._apart(given)
         do, *dlasts = upstream
@@ -79,11 +80,9 @@ class Sequential:
             do.new_empty(programs, EVERY, *shape, dtype=torch.float32)
             for shape in self.states.values()
         )
-        return self.kernels[1], programs, arguments
+        return [(self.kernels[1], programs, arguments)]
 
-    def gradients(
-        self, given: tuple[torch.Tensor | None, ...], like: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, ...], ...]:
+    def gradients(self, given: Given, like: torch.Tensor) -> tuple[Tensors, ...]:
         """What the backward fills: of streams, of what is read of tensors, of first states."""
         streams, tensors, starts, _ = self._apart(given)
         batch = like.shape[0]
@@ -108,8 +107,8 @@ class Sequential:
 
     def _shared(
         self,
-        streams: tuple[torch.Tensor, ...],
-        tensors: tuple[torch.Tensor, ...],
+        streams: Tensors,
+        tensors: Tensors,
         fresh: torch.Tensor | None,
         like: torch.Tensor,
     ) -> dict[str, object]:
@@ -121,14 +120,7 @@ class Sequential:
             "EVERY": EVERY, "num_warps": self.warps, "num_stages": 1,
         }  # fmt: skip
 
-    def _apart(
-        self, given: tuple[torch.Tensor | None, ...]
-    ) -> tuple[
-        tuple[torch.Tensor, ...],
-        tuple[torch.Tensor, ...],
-        tuple[torch.Tensor, ...],
-        torch.Tensor | None,
-    ]:
+    def _apart(self, given: Given) -> tuple[Tensors, Tensors, Tensors, torch.Tensor | None]:
         """The operator's arguments: streams; tensors; states; the marks of tokens."""
         first, second = len(self.streams), len(self.streams) + len(self.tensors)
         rest, fresh = [each for each in given[:-1] if each is not None], given[-1]
@@ -136,13 +128,13 @@ class Sequential:
 
     # The operators: what runs, what it returns before it runs, and its gradient.
 
-    def forward(self, *given: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def forward(self, *given: torch.Tensor | None) -> Tensors:
         self._check(given)
         results = self.forward_fake(*given)
-        self._launch(self.forward_call(self._readable(given), results))
+        _launch(self.forward_calls(self._readable(given), results), results[0])
         return results
 
-    def forward_fake(self, *given: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def forward_fake(self, *given: torch.Tensor | None) -> Tensors:
         streams, _, starts, _ = self._apart(given)
         batch, n = streams[0].shape[0], streams[0].shape[2]
         dtype = streams[0].dtype
@@ -163,7 +155,7 @@ class Sequential:
         upstream = (do, *(each.contiguous() for each in rest[: count - 1]))
         kept = tuple(rest[count - 1 :])
         grads = self.gradients(given, do)
-        self._launch(self.backward_call(upstream, self._readable(given), kept, grads))
+        _launch(self.backward_calls(upstream, self._readable(given), kept, grads), do)
         streams, tensors, _, _ = self._apart(given)
         of_streams = [
             each
@@ -184,7 +176,7 @@ class Sequential:
         learned = (found[name] for name in self.learned)
         return [each.new_empty(each.shape) for each in (*streams, *learned, *starts)]
 
-    def _readable(self, given: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    def _readable(self, given: Given) -> Given:
         """The arguments as kernels read them: any strides, but vectors without gaps."""
         streams, tensors, starts, fresh = self._apart(given)
         dense = (each if size is None or each.stride(-1) == 1 else each.contiguous()
@@ -192,7 +184,7 @@ class Sequential:
         rest = (each.contiguous() for each in (*tensors, *starts))
         return *dense, *rest, None if fresh is None else fresh.contiguous()
 
-    def _check(self, given: tuple[torch.Tensor | None, ...]) -> None:
+    def _check(self, given: Given) -> None:
         streams, tensors, starts, fresh = self._apart(given)
         batch, n = streams[0].shape[0], streams[0].shape[2]
         if n == 0:
@@ -222,18 +214,6 @@ class Sequential:
             raise ValueError(
                 f"fresh is {list(fresh.shape)} in {fresh.dtype}, not {[batch, n]} in bool"
             )
-
-    def _launch(self, call: tuple[object, int, dict[str, object]]) -> None:
-        """Run a kernel on the device that holds its tensors."""
-        kernel, programs, arguments = call
-        like = arguments["Streams"][0]  # type: ignore[index]
-        if like.device.type == "cpu" and not triton.knobs.runtime.interpret:
-            raise RuntimeError(
-                "these kernels need a GPU: move the module there, take the one built for PyTorch "
-                "alone, or set TRITON_INTERPRET=1 before triton is imported to run them slowly"
-            )
-        with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
-            kernel[(programs,)](**arguments)  # type: ignore[index]
 
     def _registered(self) -> object:
         """Register both operators, once per name: the name is a hash of this very text."""
@@ -269,14 +249,12 @@ class Sequential:
 
         def remember(
             ctx: torch.autograd.function.FunctionCtx,
-            inputs: tuple[torch.Tensor | None, ...],
-            output: tuple[torch.Tensor, ...],
+            inputs: Given,
+            output: Tensors,
         ) -> None:
             ctx.save_for_backward(*output[1 + len(states) :], *inputs)  # type: ignore[arg-type]
 
-        def gradient(
-            ctx: torch.autograd.function.FunctionCtx, *upstream: torch.Tensor
-        ) -> tuple[torch.Tensor | None, ...]:
+        def gradient(ctx: torch.autograd.function.FunctionCtx, *upstream: torch.Tensor) -> Given:
             saved = ctx.saved_tensors  # type: ignore[attr-defined]
             found = backward._opoverload(*upstream[: 1 + len(states)], *saved)
             grads: list[torch.Tensor | None] = [None] * (first + len(states) + 1)
