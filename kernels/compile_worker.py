@@ -160,8 +160,8 @@ def main() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    calls = recurrence_calls if "inputs" in job else attention_calls
-    calls = scan_calls if "tokens" in job else calls
+    of_state = scan_calls if "tokens" in job else recurrence_calls
+    calls = of_state if {"inputs", "tokens"} & job.keys() else attention_calls
     launches = calls(getattr(module, job["name"]), job)
     rows = [
         measure(kernel, arguments, target)

@@ -16,13 +16,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from keyword import iskeyword
 
-from ..grammar.expr import fold, rebuild
+from ..grammar.expr import fold, rebuild, substitute
 from ..grammar.functions import FUNCTIONS
 from ..grammar.parse import parse_expression
 from ..grammar.show import show
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary
 
 Shape = tuple[int, ...]
+
+_NOTHING = Number(0)
 
 # The root of a sum of squares, with the derivative 0 at 0, as torch's norm has it.
 _ROOT = "where(a == 0, 0, sqrt(where(a == 0, 1, a)))"
@@ -258,8 +260,12 @@ class _Recorder:
                 return self._below(self._contracted(left, right, expr), parts)
             case Call("sum" | "mean" | "norm" as name, (arg,)):
                 return self._below(self._reduced(name, arg), parts)
-            case Binary("//" | "%" as op):
-                raise RefusedError(f"`{show(expr)}`: `{op}` is for whole numbers")
+            case Binary("//" | "%" as op, left, right):
+                if not isinstance(right, Number) or right.value <= 0:
+                    raise RefusedError(
+                        f"`{show(expr)}`: `{op}` needs a positive number on its right"
+                    )
+                return self._below(self._divided(op, left, right), parts)
             case Binary("**", Number(value), exponent) if value <= 0:
                 raise RefusedError(f"`{show(expr)}`: the base of a varying power is not positive")
             case Binary("**", base, exponent):
@@ -348,15 +354,20 @@ class _Recorder:
             pattern = Binary("*", pattern, Number(1 / count))
         return self._made(pattern, parts, total=True)
 
-    def _value_of(self, text: str, value: str) -> str:
-        """Record a formula of the one argument a."""
-        pattern = _put(parse_expression(text), Name("part 0"))
-        return self._record(pattern, (Part(value),), self.shapes[value], (), "")
+    def _divided(self, op: str, left: Expr, by: Number) -> str:
+        """Record a rest or a quotient; a GPU divides a little wrong, which is put right."""
+        value = self._value(left)
+        rest = self._value_of("a - floor(a / c) * c", value, by)
+        rest = self._value_of("where(a >= c, a - c, where(a < 0, a + c, a))", rest, by)
+        return rest if op == "%" else self._value_of("floor((a - b) / c + 0.5)", value, by, rest)
+
+    def _value_of(self, text: str, value: str, number: Expr = _NOTHING, other: str = "") -> str:
+        """Record a formula of a value a, of another b of its shape, and of a number c."""
+        names = {"a": Name("part 0"), "b": Name("part 1"), "c": number}
+        parts = (Part(value), Part(other)) if other else (Part(value),)
+        pattern = fold(substitute(parse_expression(text), names))
+        return self._record(pattern, parts, self.shapes[value], (), "")
 
 
 def _product(a: int, b: int) -> Expr:
     return Binary("*", Name(f"part {a}"), Name(f"part {b}"))
-
-
-def _put(expr: Expr, argument: Expr) -> Expr:
-    return argument if expr == Name("a") else rebuild(expr, lambda each: _put(each, argument))

@@ -16,6 +16,7 @@ from headloom.compiler.check import block, check
 from headloom.compiler.choose import Target
 from headloom.compiler.model import Block
 from headloom.compiler.pipeline import lower
+from headloom.compiler.recurrences import of_node
 from headloom.compiler.reference_scan import value
 from headloom.compiler.sequential_form import scan_of
 from headloom.grammar.parse import parse
@@ -46,6 +47,8 @@ MIXERS = {
     "step": "n <- step(n + a) + detach(b) * n; o <- n * v + sqrt(abs(n) + 1) * v",
     "padded_lanes": "S <- a * S + outer(1 / abs(k), v); z <- z / 2 + log(abs(k)); "
     "S <- S / norm(S); o <- q @ S + mean(z) * v",
+    "counts": "n <- n + 1; y <- y + where(floor(n) % 3 == 0, v, 2 * (v % 0.7)); "
+    "o <- y * (floor(detach(3 * n)) // 2) + norm(n - 5 % 3) * v",
     "output_first": "o <- v; z <- z + k; o <- o + sum(z) * v",
 }  # fmt: skip
 SHAPES = {"S": "head_dim, value_dim", "z": "head_dim", "y": "value_dim", "z2": "value_dim",
@@ -158,12 +161,15 @@ def test_statements_and_their_gradients(execute: Any, name: str) -> None:
     compare(module, scan, given(scan, 5))
 
 
-ZOO = ("mamba", "mega", "aft_simple", "key_only")
+ZOO = ("mamba", "mega", "aft_simple", "key_only", "decaying_weights", "delta_product", "slstm",
+       "infini_attention", "natsl", "sru", "titans", "ttt_linear")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo(execute: Any, name: str) -> None:
-    (scan,) = scans(zoo.entry(name).what())
+    graph = lower(zoo.entry(name).what(), Target("torch"))
+    (scan,) = (scan_of(graph, node) for node in graph.of("scan")
+               if isinstance(of_node(graph, node), str))  # fmt: skip
     module = execute(printed(scan), f"<{SPACE}_zoo_{name}>")
     module.EVERY = 4  # tokens a chunk
     for n in (1, 10):
@@ -292,7 +298,8 @@ def test_two_at_once(execute: Any) -> None:
 
 REFUSED = {
     "S <- outer(k, k) @ S + outer(k, v); o <- q @ S": r"`outer\(k, k\) @ S` multiplies a matrix",
-    "n <- n // 2; o <- n * v": "`//` is for whole numbers",
+    "n <- n // b; o <- n * v": "`//` needs a positive number on its right",
+    "n <- n % -3; o <- n * v": "`%` needs a positive number on its right",
     "n <- n + (0 - 2) ** a; o <- n * v": "the base of a varying power",
 }
 
