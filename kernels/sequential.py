@@ -27,8 +27,9 @@ from ..grammar.syntax import Expr
 from .spec import Tensor
 from .tape import Inputs, RefusedError, Shape, Tape, taped, volume
 
-# Numbers that a program may carry from token to token: half of a multiprocessor's registers.
-ROOM = 32768
+# Numbers that a program may carry from token to token: 160 KiB of the 256 KiB of registers that
+# a multiprocessor has. Near the limit a kernel spills, by some hundred bytes a thread.
+ROOM = 40960
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def obstacle(scan: Scan) -> str | None:
     carried = carries(scan, tape)
     if carried > ROOM:
         return (f"{carried} numbers would be carried from token to token: the states, the "
-                f"tensors and the gradients of both; registers hold {ROOM}")  # fmt: skip
+                f"tensors and the gradients of both; there is room for {ROOM}")  # fmt: skip
     return None
 
 
@@ -111,11 +112,10 @@ def carries(scan: Scan, tape: Tape) -> int:
 
 
 def warps(tape: Tape) -> int:
-    """Return how many warps a program has.
+    """Return how many warps a program has: a thread holds 8 numbers of the largest value.
 
-    A thread holds 8 numbers of the largest value, which leaves it registers for the dozen that
-    are at hand at once. Beyond 4096 numbers, 8 warps with all the registers there are spill
-    least (`aot` measures it).
+    No more than 8 warps: with 16, a thread has half the registers, and more spills (`aot`
+    measures it).
     """
     largest = max(volume(each) for each in (*tape.shapes.values(), *(op.wide for op in tape.ops)))
-    return 8 if largest > 4096 else max(largest // (32 * 8), 1)
+    return min(max(largest // (32 * 8), 1), 8)
