@@ -13,6 +13,8 @@ Predicted, before the first run: in chunks, time a token stays as it is from 1k 
 a hundred times faster than token by token at scalar decay, fifty times for the delta rule;
 softmax is faster up to 2k tokens, slower from 8k on.
 
+In levels (`by lam`, 15 of them) time a token grows with the logarithm of the sequence.
+
 Found: flat from 1k to 16k, and the crossing with softmax near 1k (scalar decay) to 4k (the delta
 rule). The gain over token by token was predicted far too high: forward it is 2 to 9 times, forward
 and backward 13 to 27 times; the projections are a good part of what is left.
@@ -44,6 +46,21 @@ mix rows {
   S <- alpha * S + outer(k, v)
   o <- q @ S
 }
+mix levels {
+  let alpha = x | linear(heads) | sigmoid
+  let lam = x | linear(heads * 15) | softplus | split
+  state S[head_dim, value_dim] = 0 by lam
+  S <- alpha * S + outer(k, v)
+  o <- q @ S
+}
+mix delta_levels {
+  let alpha = x | linear(heads) | sigmoid
+  let beta = x | linear(heads) | sigmoid
+  let lam = x | linear(heads * 15) | softplus | split
+  state S[head_dim, value_dim] = 0 by lam
+  S <- alpha * (S - beta * outer(k, k @ S)) + beta * outer(k, v)
+  o <- q @ S
+}
 """
 BLOCK = "block b {{ width = 256; heads = 4; mask = causal; k = x | linear | split | l2_norm; {} }}"
 MIX = {
@@ -51,6 +68,8 @@ MIX = {
     "scalar decay": "mix = decayed",
     "decay of rows": "mix = rows",
     "gated delta": "mix = gated_delta",
+    "scalar decay, levels": "mix = levels",
+    "gated delta, levels": "mix = delta_levels",
     "sdpa": "position = none",
 }
 

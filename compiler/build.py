@@ -159,7 +159,7 @@ class _Builder:
     def _recurrence(self, mixing: Mixing, mix: Recurrence, name: str) -> str:
         read: dict[str, None] = {}
         written = {each.name for each in mix.states} | {each.name for each in mix.updates}
-        for expr in (*(each.value for each in mix.updates), *(each.init for each in mix.states)):
+        for expr in mix.exprs:
             for node in walk(expr):
                 if isinstance(node, Name) and node.id not in written and node != TRUE:
                     known = node.id in self.names or node.id in self.tensors

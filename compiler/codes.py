@@ -232,6 +232,20 @@ OWN: dict[str, Code] = {
             "model m { width = 64; layers = [b]; encoder = e }",
         ),
         Code(
+            "L230",
+            "a state cannot be kept in levels",
+            "`state S[…] = 0 by weights` keeps one S for each level of a tree over the tokens. It "
+            "begins at 0, has a vector of weights, one a level, and is written by statements that "
+            "are affine in it and read of it what they say themselves.",
+            "mix m {\n"
+            "  let lam = x | linear(heads * 4) | split\n"
+            "  state S[head_dim] = 0 by lam\n"
+            "  S <- tanh(S) + k\n"
+            "  o <- q * S\n"
+            "}\n"
+            "block a { mix = m; mask = causal }",
+        ),
+        Code(
             "W001",
             "a block depends on the number of tokens",
             "An expression reads `n` or `m`, so that its values change as a sequence grows and "

@@ -20,6 +20,7 @@ from ..grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
 from ..ops import OPS, Weight
 from .counting import pairs
 from .kept import kept_bytes
+from .levels import affine_parts
 from .mixing import mix_exprs
 from .model import (
     Apply,
@@ -143,15 +144,25 @@ def _scalar_ops(expr: Expr) -> int:
 
 
 def _recurrence_flops(mixing: Mixing, mix: Recurrence, tensors: dict[str, tuple[int, ...]]) -> int:
-    """Operations per token and head: sizes of all intermediate results, products twice."""
+    """Operations per token and head: sizes of all intermediate results, products twice.
+
+    Of a state that is kept in levels, each fades, is corrected and is weighed.
+    """
     dims = tensors | {each.name: each.shape for each in mix.states}
     for stream in mixing.inputs:
         shape = stream.shape
         per_head = shape.dim if shape.heads is not None else shape.dim // mixing.heads
         dims[stream.name] = (per_head,) if shape.heads is not None or per_head > 1 else ()
-    total = 0
+    levels = {each.name: each.levels for each in mix.leveled}
+    total = sum(2 * prod(each.kept) for each in mix.leveled)
     for update in mix.updates:
         work, made = _expr_flops(update.value, dims)
+        if update.name in levels:
+            linear, rest = affine_parts(
+                update.value, update.name, lambda each: len(_expr_flops(each, dims)[1])
+            )
+            work = levels[update.name] * (0 if linear is None else _expr_flops(linear, dims)[0])
+            work += 0 if rest is None else _expr_flops(rest, dims)[0] + prod(made)
         total += work
         dims[update.name] = made
     return total

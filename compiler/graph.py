@@ -130,7 +130,11 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
         written = {each.name for each in value.states} | {each.name for each in value.updates}
         new = {old: Name(to) for old, to in names.items() if old not in written}
         updates = (replace(each, value=substitute(each.value, new)) for each in value.updates)
-        states = (replace(each, init=substitute(each.init, new)) for each in value.states)
+        states = (
+            replace(each, init=substitute(each.init, new),
+                    weights=None if each.weights is None else substitute(each.weights, new))
+            for each in value.states
+        )  # fmt: skip
         return replace(value, updates=tuple(updates), states=tuple(states))
     if isinstance(value, Normalizer):
         below = value.denominator

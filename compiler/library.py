@@ -177,7 +177,10 @@ def substitute_statement(statement: Statement, values: Mapping[str, Expr]) -> St
             return replace(statement, value=put(statement.value, values))
         case syntax.Param() | syntax.State():
             dims = tuple(put(each, values) for each in statement.dims)
-            return replace(statement, dims=dims, init=put(statement.init, values))
+            statement = replace(statement, dims=dims, init=put(statement.init, values))
+            if isinstance(statement, syntax.State) and statement.weights is not None:
+                return replace(statement, weights=put(statement.weights, values))
+            return statement
         case syntax.Setting(_, value, where) | syntax.Result(value, where):
             where = None if where is None else put(where, values)
             return replace(statement, value=put(value, values), where=where)
@@ -192,8 +195,10 @@ def statement_exprs(statement: Statement) -> tuple[Expr, ...]:
     match statement:
         case syntax.Let() | syntax.Update():
             return (statement.value,)
-        case syntax.Param() | syntax.State():
-            return (*statement.dims, statement.init)
+        case syntax.Param(_, dims, init):
+            return (*dims, init)
+        case syntax.State(_, dims, init, weights):
+            return (*dims, init) if weights is None else (*dims, init, weights)
         case syntax.Setting(_, value, where) | syntax.Result(value, where):
             return (value,) if where is None else (value, where)
         case syntax.Branch(_, body):

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from ..grammar import syntax
 from ..grammar.diagnostics import error
 from ..grammar.expr import fold, names, number
+from ..grammar.show import show
 from ..grammar.syntax import Binary, Definition, Expr, Index, Name
 from ..ops import Shape
+from .affine import Affine
 from .expressions import Dims, Resolver, Value
+from .levels import MAX_LEVELS, NotAffineError, affine_parts
 from .library import substitute_statement
 from .model import Recurrence, State, Update
 from .scope import Scope, suggest
@@ -45,6 +48,12 @@ def resolve_mixer(scope: Scope, definition: Definition, call: Expr, mask: str) -
     causal = "causal" in mask
     if not causal:
         _only_adds(definition, updates, {each.name for each in states}, call)
+        if any(each.levels for each in states):
+            raise error("L217", f"`{definition.name}` needs a causal mask", call.span,
+                        "it keeps a state in levels", "set `mask = causal`")  # fmt: skip
+    for each in states:
+        if each.levels:
+            _merges(visitor, each, updates, {other.name for other in states})
     return Recurrence(definition.name, states, tuple(updates), causal, "document" in mask)
 
 
@@ -60,7 +69,43 @@ def _state(scope: Scope, state: syntax.State) -> State:
         raise error("L216", "a state is a number, a vector or a matrix", state.span,
                     f"{len(shape)} dimensions")  # fmt: skip
     value = scope.number(state.init, f"the initial value of `{state.name}`")
-    return State(state.name, shape, number(value, state.init))
+    init = number(value, state.init)
+    if state.weights is None:
+        return State(state.name, shape, init)
+    if value != 0:
+        raise error("L230", f"`{state.name}` is kept in levels, which begin at 0", state.init.span,
+                    f"it is {value}", "write `= 0 by …`")  # fmt: skip
+    weights, dims, _ = _Mixer(scope, {}).number(state.weights)
+    if len(dims) != 1 or not 1 <= dims[0] <= MAX_LEVELS:
+        raise error("L230", f"`{state.name}` needs a weight for each level", state.weights.span,
+                    f"the weights are {list(dims)}",
+                    f"write a vector of 1 to {MAX_LEVELS} numbers")  # fmt: skip
+    return State(state.name, shape, init, fold(weights), dims[0])
+
+
+def _merges(visitor: _Mixer, state: State, updates: list[Update], states: set[str]) -> None:
+    """Check that levels of a state can be merged: each is updated by itself (L230)."""
+    read = {name for each in updates for name in names(each.value)}
+    ranks = {name: visitor.rank(name) for name in read - {"true", "false"}}
+    rank = Affine(ranks, frozenset()).rank
+    seen: set[str] = set()  # names that stand for what is read of the state
+    for update in updates:
+        reads = names(update.value) & {state.name, *seen}
+        if update.name == state.name:
+            try:
+                affine_parts(update.value, state.name, rank)
+            except NotAffineError as wrong:
+                part: Expr = wrong.args[0]
+                raise error("L230", f"`{state.name}` is kept in levels, which add up",
+                            part.span, f"`{show(part)}` is not affine in `{state.name}`",
+                            "write an update that is") from None  # fmt: skip
+            if reads & seen:
+                name = min(reads & seen)
+                raise error("L230", f"`{state.name}` is written by what `{name}` reads of it",
+                            update.value.span, f"`{name}` reads all levels in one",
+                            f"write what `{name}` is in its place")  # fmt: skip
+        elif update.name not in states:
+            seen = seen | {update.name} if reads else seen - {update.name}
 
 
 def _update(visitor: _Mixer, update: syntax.Update) -> Update:
@@ -100,6 +145,14 @@ class _Mixer(Resolver):
     @property
     def fixed(self) -> set[str]:
         return {"x", "context", "true", "false", *self.scope.tensors}
+
+    def rank(self, name: str) -> int:
+        """Return how many dimensions a resolved name has: of a tensor all, else those per head."""
+        if name in self.locals:
+            return len(self.locals[name])
+        if name in self.scope.tensors:
+            return len(self.scope.tensors[name].shape)
+        return len(self.name(Name(name)).dims) if name != "h" else 0
 
     def other(self, expr: Expr) -> Value:
         raise error("L216", "this has no meaning in a mixer", expr.span)

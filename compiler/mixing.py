@@ -266,6 +266,6 @@ def _conjuncts(expr: Expr) -> list[Expr]:
 def mix_exprs(mix: Pairwise | Recurrence) -> tuple[Expr, ...]:
     """Return every expression of a mixer."""
     if isinstance(mix, Recurrence):
-        return (*(each.value for each in mix.updates), *(each.init for each in mix.states))
+        return mix.exprs
     exprs = (mix.score, mix.mask, *mix.normalize.exprs, mix.weights)
     return exprs if mix.similarity is None else (mix.similarity, *exprs)

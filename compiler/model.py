@@ -197,11 +197,26 @@ class Pairwise:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a recurrence remembers, per head; `init` is a number or reads tensors[h]."""
+    """What a recurrence remembers, per head; `init` is a number or reads tensors[h].
+
+    With `weights`, a vector of the current token, it is kept in as many levels, one for each
+    node of a Fenwick tree over the tokens so far (Guo et al. 2025). Before token i (from 0, in
+    its document) levels 0 … z are merged into level z + 1, z the number of zeros at the end of
+    i; the last level takes what would go beyond. A statement that writes the state is affine in
+    it: its linear part is of every level, the rest goes into level 0. Whatever else reads the
+    state reads the sum of weights[l] * level l.
+    """
 
     name: str
     shape: tuple[int, ...]
     init: Expr
+    weights: Expr | None = None
+    levels: int = 0
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The shape of what is remembered, levels first."""
+        return (self.levels, *self.shape) if self.levels else self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +242,18 @@ class Recurrence:
     updates: tuple[Update, ...]
     causal: bool = True
     resets: bool = False
+
+    @property
+    def leveled(self) -> tuple[State, ...]:
+        """The states that are kept in levels."""
+        return tuple(each for each in self.states if each.levels)
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        """Every expression: of the statements, of what states begin with and are weighed by."""
+        weights = (each.weights for each in self.states if each.weights is not None)
+        return (*(each.value for each in self.updates), *(each.init for each in self.states),
+                *weights)  # fmt: skip
 
 
 # ── blocks and models ────────────────────────────────────────────────────────────────────

@@ -65,7 +65,8 @@ class Memory:
     """A matrix: S <- decay * S, and its writes; `decay` None for 1, a number, or one for each row.
 
     At most the first write has a query, which meets S as the token before left it. Where
-    `turned`, all is said of the transposed matrix: it is read by `S @ query`.
+    `turned`, all is said of the transposed matrix: it is read by `S @ query`. With `weights` it is
+    kept in levels: it fades, is corrected and read level by level, and has one write.
     """
 
     state: str
@@ -74,15 +75,17 @@ class Memory:
     readings: tuple[Reading, ...]
     turned: bool = False
     by_rows: bool = False  # whether it fades by a number for each row
+    weights: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A vector or a number: z <- decay * z + added."""
+    """A vector or a number: z <- decay * z + added; with `weights`, kept in levels."""
 
     state: str
     decay: Expr | None
     added: Expr
+    weights: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,8 @@ def kernel_obstacle(mix: Recurrence, form: Chunked) -> str | None:
     if not states:
         return "no state is a matrix"
     for each in mix.states:
+        if each.levels:
+            return f"`{each.name}` is kept in levels, which the kernels do not do"
         if each.name in states and max(each.shape) > LARGEST:
             rows, columns = each.shape
             return f"`{each.name}` is {rows} x {columns}; the kernels hold up to {LARGEST}"
@@ -154,6 +159,8 @@ def described(form: Chunked) -> str:
 
 def _described(step: Memory | Sum) -> str:
     fades = "" if step.decay is None else f" and fades by {show(step.decay)}"
+    if step.weights is not None:
+        fades += f", in levels weighed by {show(step.weights)}"
     if isinstance(step, Sum):
         return f"`{step.state}` only adds{fades}" if not fades else (
             f"`{step.state}` adds{fades}")  # fmt: skip
@@ -191,9 +198,17 @@ class _Analysis:
             raise RefusedError(f"`{state.name}` is never written")
         value = finals[state.name]
         with _statement(state.name):
+            if state.levels:
+                self._in_levels(state)
             if not self.mix.causal and (others := self._others(value, state.name)):
                 raise RefusedError(f"it reads `{others[0]}` before all tokens are taken up")
             return (self._memory if len(state.shape) == 2 else self._sum)(state, value)
+
+    def _in_levels(self, state: State) -> None:
+        if self.mix.resets:
+            raise RefusedError("documents begin its levels anew in the middle of chunks")
+        if [each.name for each in self.mix.updates].count(state.name) > 1:
+            raise RefusedError("it is kept in levels, and written more than once")
 
     def _others(self, value: Expr, own: str) -> list[str]:
         return [name for name in self.states
@@ -248,7 +263,10 @@ class _Analysis:
         for term in self.algebra.terms(value, name):
             factors = product_of(term.number, term.scalars, term.rows)
             (added if term.core is None else decays).append(factors)
-        return Sum(name, _decay(decays), total_of(added))
+        decay = _decay(decays)
+        if state.levels and decay is not None and self.algebra.rank(decay):
+            raise RefusedError(f"it is kept in levels, and fades by the vector `{show(decay)}`")
+        return Sum(name, decay, total_of(added), state.weights)
 
     def _memory(self, state: State, value: Expr) -> Memory:
         name = state.name
@@ -263,9 +281,12 @@ class _Analysis:
         if turned:
             plain, kept = ([flipped(each) for each in group] for group in (plain, kept))
             corrections = [flipped(each) for each in corrections]
-        by_rows = any(each.rows for each in kept)
         writes = _writes(plain, corrections)
-        return Memory(name, self._decay(kept), writes, (), turned, by_rows)
+        if state.levels and len(writes) > 1:
+            shown = " and ".join(f"`{show(each.key)}`" for each in writes)
+            raise RefusedError(f"it is kept in levels, and written along several keys, {shown}")
+        by_rows = any(each.rows for each in kept)
+        return Memory(name, self._decay(kept), writes, (), turned, by_rows, state.weights)
 
     @staticmethod
     def _decay(kept: list[Term]) -> Expr | None:

@@ -11,13 +11,14 @@ the dimensions it lacks at the end, so a vector scales the rows of a matrix.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ..grammar.syntax import Expr, Index, Name
 from . import reference_values as values
-from .model import Mixing, Recurrence, Update
+from .model import Mixing, Recurrence, State, Update
 from .reference_attend import Given, wide
 from .reference_values import Value
 
@@ -38,44 +39,47 @@ def scan(mixing: Mixing, given: Given) -> Tensor:
     }
     fixed = {name: wide(each) for name, each in given.tensors.items()}
     head = wide(x).new_zeros(x.shape[0], mixing.heads)  # what every value begins like
-    start = {each.name: _filled(value(each.init, fixed), head, each.shape) for each in mix.states}
+    start = {each.name: _filled(value(each.init, fixed), head, each.kept) for each in mix.states}
     resets = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     if mix.resets and given.segments is not None:
         resets[:, 1:] = given.segments[:, 1:] != given.segments[:, :-1]
     run = _forward if mix.causal else _bidirectional
-    outputs = run(mix.updates, fixed, streams, start, resets)
+    outputs = run(mix, fixed, streams, start, resets)
     o = [_filled(each, head, (mixing.shape.dim,)) for each in outputs]
     return torch.stack(o, dim=2).to(x.dtype)
 
 
 def _forward(
-    updates: tuple[Update, ...], fixed: Scope, streams: Mapping[str, Tensor], start: States,
-    resets: Tensor,
-) -> Iterable[Value]:  # fmt: skip
+    mix: Recurrence, fixed: Scope, streams: Mapping[str, Tensor], start: States, resets: Tensor
+) -> Iterable[Value]:
     """Yield each token's output, carrying the states along."""
-    states = start
+    states, number = start, torch.zeros_like(resets[:, 0], dtype=torch.int64)
     for t in range(resets.shape[1]):
         states = _restarted(states, start, resets[:, t])
-        now = _run(updates, {**fixed, **_at(streams, t), **states}, start)
-        states = _states(now, start)
+        number = number.masked_fill(resets[:, t], 0)
+        token = {**fixed, **_at(streams, t)}
+        sets = {each.name: _Levels(each, states[each.name], number.tolist(), token)
+                for each in mix.leveled}  # fmt: skip
+        now = _run(mix.updates, {**token, **states}, start, sets)
+        states = {**_states(now, start), **{name: each.levels for name, each in sets.items()}}
+        number = number + 1
         yield now["o"]
 
 
 def _bidirectional(
-    updates: tuple[Update, ...], fixed: Scope, streams: Mapping[str, Tensor], start: States,
-    resets: Tensor,
-) -> Iterable[Value]:  # fmt: skip
+    mix: Recurrence, fixed: Scope, streams: Mapping[str, Tensor], start: States, resets: Tensor
+) -> Iterable[Value]:
     """Yield each token's output from the states after the last token of its document."""
     batch, tokens = resets.shape
     states, history = start, []
     for t in range(tokens):
         states = _restarted(states, start, resets[:, t])
-        now = _run([each for each in updates if each.name != "o"],
+        now = _run([each for each in mix.updates if each.name != "o"],
                    {**fixed, **_at(streams, t), **states}, start)  # fmt: skip
         states = _states(now, start)
         history.append(states)
     ends = [[_end(row, t) for t in range(tokens)] for row in resets.tolist()]
-    outputs = [each for each in updates if each.name not in start]
+    outputs = [each for each in mix.updates if each.name not in start]
     for t in range(tokens):
         final = {
             name: torch.stack([history[ends[b][t]][name][b] for b in range(batch)])
@@ -84,9 +88,57 @@ def _bidirectional(
         yield _run(outputs, {**fixed, **_at(streams, t), **final}, start)["o"]
 
 
-def _run(updates: Iterable[Update], scope: dict[str, Value], start: States) -> dict[str, Value]:
+class _Levels:
+    """A state that is kept in levels, [b, H, levels, …], while one token is taken up."""
+
+    def __init__(self, state: State, levels: Tensor, numbers: list[int], token: Scope) -> None:
+        assert state.weights is not None
+        rows = zip(levels, numbers, strict=True)
+        self.name, self.levels = state.name, torch.stack([self._merged(*row) for row in rows])
+        head = levels.flatten(2)[..., 0]
+        self.weights = _filled(value(state.weights, token), head, (state.levels,))
+
+    @staticmethod
+    def _merged(levels: Tensor, number: int) -> Tensor:
+        """Merge the levels [H, levels, …] that are full before a token with this number."""
+        if number == 0:
+            return levels
+        zeros = next(at for at in range(number.bit_length()) if number >> at & 1)
+        into = min(zeros + 1, levels.shape[1] - 1)
+        parts = list(levels.unbind(1))
+        parts[into] = torch.stack(parts[: into + 1]).sum(0)
+        parts[:into] = [torch.zeros_like(parts[0])] * into
+        return torch.stack(parts, 1)
+
+    def read(self) -> Tensor:
+        """Return what the state is to whoever reads it: the weighed sum of its levels."""
+        lifted = [1] * (self.levels.ndim - 3)
+        return (self.weights.reshape(*self.weights.shape, *lifted) * self.levels).sum(2)
+
+    def write(self, expr: Expr, scope: Scope) -> None:
+        """Write f(level) into the first level and f(level) - f(0), linear in it, into others."""
+
+        def f(level: Tensor) -> Tensor:
+            new = value(expr, {**scope, self.name: level})
+            return _filled(new, level.flatten(2)[..., 0] if level.ndim > 2 else level,
+                           level.shape[2:])  # fmt: skip
+
+        first, *others = self.levels.unbind(2)
+        added = f(torch.zeros_like(first))
+        self.levels = torch.stack([f(first), *(f(each) - added for each in others)], 2)
+
+
+def _run(
+    updates: Iterable[Update], scope: dict[str, Value], start: States,
+    sets: Mapping[str, _Levels] = MappingProxyType({}),
+) -> dict[str, Value]:  # fmt: skip
     """Run statements top to bottom; a state keeps the shape it started with."""
+    scope |= {name: each.read() for name, each in sets.items()}
     for update in updates:
+        if update.name in sets:
+            sets[update.name].write(update.value, scope)
+            scope[update.name] = sets[update.name].read()
+            continue
         new = value(update.value, scope)
         if update.name in start:
             like = start[update.name]

@@ -26,7 +26,8 @@ def scan_of(graph: Graph, node: Node) -> Scan:
             if name != "doc" and graph.node(name).op != "tensor"
         ),
         states=tuple(
-            State(each.name, each.shape, float(evaluate(each.init, {}))) for each in mix.states
+            State(each.name, each.shape, float(evaluate(each.init, {})), each.levels)
+            for each in mix.states
         ),
         statements=tuple((each.name, each.value) for each in mix.updates),
         tensors=tuple(

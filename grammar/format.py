@@ -21,7 +21,7 @@ from itertools import pairwise
 from . import syntax
 from .comments import Bodied, Node
 from .from_yaml import KINDS, meant
-from .show import POSTFIX, declared, head, one_result, result, show, statement, within
+from .show import POSTFIX, declared, head, initial, one_result, result, show, statement, within
 from .syntax import Branch, Definition, File, Let, Param, Result, Search, Setting, State
 
 __all__ = ["format_loom", "format_yaml", "show"]
@@ -218,8 +218,9 @@ def _entry(node: Node, owner: str) -> _Entry:
         case Param(name, dims, value, learned):
             group, key = "param" if learned else "const", declared(name, dims)
             text = _value(value)
-        case State(name, dims, value):
-            group, key, text = "state", declared(name, dims), _value(value)
+        case State(name, dims, value, weights):
+            group, key = "state", declared(name, dims)
+            text = _value(value) if weights is None else _scalar(initial(node))
         case Setting(name, value, where) if name not in meant(owner):
             group, key = "", name
             text = _value(value) if where is None else _scalar(result(node))

@@ -185,13 +185,20 @@ class _Reader:
     def _declared(self, group: str, key: Scalar, value: Node) -> syntax.Statement:
         span = _over(key, value)
         name, dims = self._declaration(key)
-        init = self._expression(value)
-        node = (
-            syntax.State(name, dims, init, span=span)
-            if group == "state"
-            else syntax.Param(name, dims, init, group == "param", span=span)
-        )
+        node: syntax.Statement
+        if group == "state":
+            node = syntax.State(name, dims, *self._initial(value), span=span)
+        else:
+            learned = group == "param"
+            node = syntax.Param(name, dims, self._expression(value), learned, span=span)
         return self._made(node, Extent(span.start, span.end))
+
+    def _initial(self, value: Node) -> tuple[syntax.Expr, syntax.Expr | None]:
+        if not isinstance(value, Scalar):
+            return self._expression(value), None
+        found: tuple[syntax.Expr, syntax.Expr | None]
+        found = self._parse(value, "initial", (_NOTHING, None))
+        return found
 
     def _declaration(self, key: Scalar) -> tuple[str, tuple[syntax.Expr, ...]]:
         declared: tuple[str, tuple[syntax.Expr, ...]] = self._parse(key, "declared", ("", ()))

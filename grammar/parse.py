@@ -36,7 +36,7 @@ from .source import Piece, Source, Span
 E = TypeVar("E", bound=syntax.Expr | syntax.Branch)
 H = TypeVar("H", syntax.Block, syntax.Model)
 
-Part = Literal["expression", "result", "statement", "head", "declared"]
+Part = Literal["expression", "result", "statement", "head", "declared", "initial"]
 
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 64
@@ -127,7 +127,7 @@ def parse_piece(piece: Piece, start: Part) -> Any:
 
     An `expression` gives an `Expr`, a `result` (`s where s == 1`) a `Result`, a `statement` a
     `Statement`, a `head` (`window(w = 8)`) a name and its parameters, a `declared`
-    (`z[heads]`) a name and its dimensions.
+    (`z[heads]`) a name and its dimensions, an `initial` (`0 by lam`) a value and the weights.
     """
     try:
         return _build(piece, start)
@@ -310,6 +310,9 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
     def declared(self, meta: Meta, args: list[Any]) -> tuple[str, tuple[syntax.Expr, ...]]:
         return str(args[0]), args[1] if len(args) == 2 else ()
 
+    def initial(self, meta: Meta, args: list[Any]) -> tuple[syntax.Expr, syntax.Expr | None]:
+        return args[0], args[1] if len(args) == 2 else None
+
     # statements
 
     def setting(self, meta: Meta, args: list[Any]) -> syntax.Setting:
@@ -332,7 +335,8 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
         return syntax.Param(*self._declared(args), learned=False, span=self._span(meta))
 
     def state(self, meta: Meta, args: list[Any]) -> syntax.State:
-        return syntax.State(*self._declared(args), span=self._span(meta))
+        name, dims, (init, weights) = self._declared(args)
+        return syntax.State(name, dims, init, weights, span=self._span(meta))
 
     def update(self, meta: Meta, args: list[Any]) -> syntax.Update:
         return syntax.Update(str(args[0]), args[1], span=self._span(meta))

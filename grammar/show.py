@@ -110,6 +110,11 @@ def result(node: Result | Setting) -> str:
     return show(node.value) + (f" where {show(node.where)}" if node.where is not None else "")
 
 
+def initial(node: State) -> str:
+    """Return `value`, or `value by weights`."""
+    return show(node.init) + (f" by {show(node.weights)}" if node.weights is not None else "")
+
+
 def statement(node: Node, pad: int = 0) -> str:
     """Return a statement without a body as one line; `pad` is the width of its name."""
     match node:
@@ -119,8 +124,8 @@ def statement(node: Node, pad: int = 0) -> str:
             return f"let {name:{pad}} = {show(value)}"
         case Param(name, dims, init, learned):
             return f"{'param' if learned else 'const'} {declared(name, dims)} = {show(init)}"
-        case State(name, dims, init):
-            return f"state {declared(name, dims)} = {show(init)}"
+        case State(name, dims):
+            return f"state {declared(name, dims)} = {initial(node)}"
         case syntax.Update(name, value):
             return f"{name} <- {show(value)}"
         case Result(value) if _MISREAD.match(show(value)):

@@ -242,11 +242,12 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """`state S[head_dim, value_dim] = 0`"""
+    """`state S[head_dim, value_dim] = 0`; `by lam` keeps it in levels, and weighs them."""
 
     name: str
     dims: tuple[Expr, ...]
     init: Expr
+    weights: Expr | None = None
     comments: Comments = _comments()
     span: Span = _span()
 
@@ -374,8 +375,11 @@ def expressions(node: Item | Statement | Parameter) -> Iterator[tuple[object, Ex
     match node:
         case Let(_, value) | Update(_, value):
             yield node, value
-        case Param(_, dims, init) | State(_, dims, init):
+        case Param(_, dims, init):
             yield from ((node, each) for each in (*dims, init))
+        case State(_, dims, init, weights):
+            more = () if weights is None else (weights,)
+            yield from ((node, each) for each in (*dims, init, *more))
         case Setting(_, value, where) | Result(value, where):
             yield from ((node, each) for each in (value, where) if each is not None)
         case Parameter(_, default):

@@ -194,7 +194,7 @@ def token_pairs(
     i = tl.arange(0, CHUNK)[None, :]
     k = load_tile(K, k_stride, first, left, n, D, CHUNK, WIDTH).to(tl.float32)
     left_of_k = tl.zeros([CHUNK, WIDTH], tl.float32)
-    for at in range(CHUNK):
+    for at in range(tl.minimum(n - first, CHUNK)):
         q = token(Q, q_stride, first + at, left, n, D, WIDTH)
         if W is not None:
             w = token(W, w_stride, first + at, left, n, D, WIDTH)

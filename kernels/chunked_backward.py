@@ -211,7 +211,7 @@ def through_reads(
     i = tl.arange(0, CHUNK)[:, None]
     x = load_tile(X, x_stride, first, left, n, D, CHUNK, WIDTH)
     dx, da = tl.zeros_like(by_x), tl.zeros_like(by_x)
-    for at in range(CHUNK):
+    for at in range(tl.minimum(n - first, CHUNK)):
         faded = row_fade(A, a_stride, first, at, left, n, LAG, D, WIDTH, CHUNK)
         da = tl.where(i == at, tl.sum(faded * x * by_x, 0, keep_dims=True), da)
         if LAG:
@@ -235,7 +235,7 @@ def through_decays(
     """
     i = tl.arange(0, CHUNK)[:, None]
     da = tl.zeros_like(by_k)
-    for at in range(CHUNK):
+    for at in range(tl.minimum(n - first, CHUNK)):
         da = tl.where(i == at, ends, da)
         a = token(A, a_stride, first + at, left, n, D, WIDTH)
         k = token(K, k_stride, first + at, left, n, D, WIDTH)
@@ -254,14 +254,15 @@ def through_writes(
     if W is not None:
         of_w = tl.trans(of_w)
     dk = tl.zeros_like(by_k)
-    for step in range(CHUNK):
-        at = CHUNK - 1 - step
+    count = tl.minimum(n - first, CHUNK)
+    for step in range(count):
+        at = count - 1 - step
         read = of_column(of_q, at, CHUNK) * token(Q, q_stride, first + at, left, n, D, WIDTH)
         if not BEFORE:
             by_k += read
         dk = tl.where(j == at, by_k, dk)
         a = token(A, a_stride, first + at, left, n, D, WIDTH)
-        by_k = tl.where(first + at < n, a, 1.0) * by_k
+        by_k = a * by_k
         if BEFORE:
             by_k += read
         if W is not None:

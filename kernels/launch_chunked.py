@@ -8,7 +8,7 @@ needs nothing but torch and triton. One `Chunked` holds the form of a recurrence
 
 Between the passes nothing is kept but the inputs: the backward computes the forward's states
 again. While it runs it holds, for each token and head, 2 CHUNK + 2 d + 3 e numbers and twice
-d e / CHUNK of the dtype of q, where CHUNK is the number of tokens of `Tiles`.
+d e / CHUNK of the dtype of q, where CHUNK is the number of tokens in `CHUNK_TILES`.
 """
 
 import torch
@@ -20,19 +20,24 @@ from .device import Call, Tensors, _launch, _readable, padded
 # ── tiles ────────────────────────────────────────────────────────────────────────────────
 
 # Rows decay by themselves? → element size → padded width of d or of e, whichever is larger →
-# tokens of a chunk, columns of a tile, warps, stages. None of these spills registers or overflows
-# shared memory (`aot` checks it), but that a state of more than 128 rows in float32 spills where it
-# is corrected. A product of float32 holds both of its sides in registers: such tiles are small.
-CHUNK_TILES: dict[bool, dict[int, dict[int, tuple[int, int, int, int]]]] = {
+# tokens of a chunk, columns of a tile, warps, stages, stages for the gradients. None of these
+# spills registers or overflows shared memory (`aot` checks it), but that a corrected state of more
+# than 128 rows spills in float32. A product of float32 holds both of its sides in registers, and
+# so its tiles are small.
+CHUNK_TILES: dict[bool, dict[int, dict[int, tuple[int, int, int, int, int]]]] = {
     False: {
-        2: {128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
-        4: {256: (16, 16, 8, 1)},
+        2: {128: (64, 32, 8, 2, 1), 256: (32, 16, 8, 1, 1)},
+        4: {256: (16, 16, 8, 2, 2)},
     },
     True: {
-        2: {128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
-        4: {256: (16, 16, 8, 1)},
+        2: {128: (32, 32, 8, 1, 1), 256: (16, 16, 8, 1, 1)},
+        4: {256: (16, 16, 8, 1, 1)},
     },
 }
+
+# What tokens write to a state: x and y, or z and u, and how far the first has faded.
+Term = tuple[torch.Tensor | None, torch.Tensor | None, str]
+NOTHING: Term = (None, None, "after")
 
 # ── one recurrence ───────────────────────────────────────────────────────────────────────
 
@@ -82,8 +87,8 @@ class Chunked:
         if inverse is not None:
             between = self._between(q, v)
             calls.append(self._solved(given, (k, do), "after", pairs, inverse, between))
-        written, solved = (q, do, self._reads), (w, of_v, "begun")
-        states = (dlast, ends, of_state)
+        written, states = (q, do, self._reads), (dlast, ends, of_state)
+        solved = (w, of_v, "begun")
         calls.append(self._states(given, written, solved, between, states, turned=True))
         if w is None:
             calls.append(self._read(given, (k, do), "after", pairs, ends, of_v, turned=True))
@@ -91,7 +96,7 @@ class Chunked:
         arguments |= {"DU": None if w is None else of_v, "BEFORE": int(self.before)}
         shape = self._shape("backward", q, v)
         blocks = -(-q.shape[-1] // shape["BLOCK_D"])
-        into = {"Starts": starts, "Ends": ends} | shape
+        into: dict[str, object] = {"Starts": starts, "Ends": ends, **shape}
         into |= _tensors(DQ=grads[0], DK=grads[1], DW=self._one(grads, "w"))
         if self.decay == "rows":
             del arguments["DECAY"]
@@ -125,17 +130,17 @@ class Chunked:
         starts = q.new_empty(batch, heads, -(-n // chunk), d, e)
         arguments = self._shared(given) | shape | _tensors(Q=q, K=k, W=w)
         arguments |= {"Pairs": pairs, "Inverse": inverse, "BEFORE": int(self.before)}
-        arguments.pop("E"), arguments.pop("BLOCK_E")
+        del arguments["E"], arguments["BLOCK_E"]
         calls: list[Call] = [(chunked_pairs, self._chunks(q, v), arguments)]
         states = (state.contiguous(), starts, last)
         if w is None or inverse is None:
-            written, solved = (k, v, "after"), (None, None, "after")
-            calls.append(self._states(given, written, solved, None, states, turned=False))
+            written = (k, v, "after")
+            calls.append(self._states(given, written, NOTHING, None, states, turned=False))
             return calls, pairs, None, starts, v
         between, u = self._between(q, v), v.new_empty(v.shape)
         calls.append(self._solved(given, (w, v), "begun", None, inverse, between))
-        written, solved = (None, None, "after"), (k, u, "after")
-        calls.append(self._states(given, written, solved, between, states, turned=False))
+        solved = (k, u, "after")
+        calls.append(self._states(given, NOTHING, solved, between, states, turned=False))
         return calls, pairs, inverse, starts, u
 
     def _solved(
@@ -156,8 +161,8 @@ class Chunked:
     def _states(
         self,
         given: Tensors,
-        written: tuple[torch.Tensor | None, torch.Tensor | None, str],
-        solved: tuple[torch.Tensor | None, torch.Tensor | None, str],
+        written: Term,
+        solved: Term,
         between: Tensors | None,
         states: Tensors,
         *,
@@ -203,8 +208,11 @@ class Chunked:
         width = max(padded(q.shape[-1]), padded(v.shape[-1]))
         for limit, found in CHUNK_TILES[self.decay == "rows"][q.element_size()].items():
             if width <= limit:
-                chunk, block, warps, stages = found
-                block *= 1 + (kernel in ("solved", "read"))  # these hold few tiles at once
+                chunk, block, warps, stages, of_gradients = found
+                if kernel in ("solved", "read"):  # these hold few tiles at once
+                    block *= 2
+                if kernel in ("backward", "decay"):
+                    stages = of_gradients
                 return {
                     "CHUNK": chunk,
                     "BLOCK_D": min(block, padded(q.shape[-1])),
@@ -258,7 +266,7 @@ class Chunked:
         return tuple(each.new_empty(each.shape) for each in arguments[2:])
 
     def _check(self, given: Tensors) -> None:
-        q, k, v, *_, state = given
+        q, _, v, *_ = given
         (batch, heads, n, d), e = q.shape, v.shape[-1]
         vectors = given[: 3 + self.corrected]
         if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -296,7 +304,9 @@ class Chunked:
         forward.register_fake(self.forward_fake)
 
         def remember(
-            ctx: torch.autograd.function.FunctionCtx, inputs: Tensors, output: Tensors
+            ctx: torch.autograd.function.FunctionCtx,
+            inputs: Tensors,
+            output: Tensors,  # noqa: ARG001
         ) -> None:
             ctx.save_for_backward(*inputs)
 

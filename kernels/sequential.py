@@ -42,11 +42,15 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is remembered, for each head; `initial` is where a document begins it."""
+    """What is remembered, for each head; `initial` is where a document begins it.
+
+    `levels` says how many a state is kept in, 0 for none: no kernel carries such a state.
+    """
 
     name: str
     shape: Shape
     initial: float = 0.0
+    levels: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,9 @@ def obstacle(scan: Scan) -> str | None:
         return "it reads no stream"
     if not scan.states:
         return "it keeps no state"
+    for each in scan.states:
+        if each.levels:
+            return f"`{each.name}` is kept in levels"
     for each in scan.tensors:
         if each.batched or not all(isinstance(size, int) for size in each.shape):
             return f"`{each.name}` is no tensor of fixed size"

@@ -246,7 +246,11 @@ class Drawing:
                 sizes = tuple(
                     self.whole(each, f"{below}.dims[{at}]", scope) for at, each in enumerate(dims)
                 )
-                return replace(statement, dims=sizes, init=self.whole(init, below, scope))
+                drawn_ = replace(statement, dims=sizes, init=self.whole(init, below, scope))
+                if isinstance(drawn_, syntax.State) and drawn_.weights is not None:
+                    weights = self.whole(drawn_.weights, f"{below}.weights", scope)
+                    return replace(drawn_, weights=weights)
+                return drawn_
             case syntax.Result(value, where):
                 condition = None if where is None else self.whole(where, f"{path}.where", scope)
                 return replace(statement, value=self.whole(value, path, scope), where=condition)

@@ -18,9 +18,10 @@ from ...kernels.recurrence import Recurrence
 from .. import model
 from ..affine import BEFORE
 from ..graph import Graph, Node
+from ..model import State
 from ..recurrences import Chunked, Memory, Sum, kernel_of, of_node, ranks_of
 from . import scan
-from .text import atomic, call, ident
+from .text import atomic, braced, call, ident, indent
 from .values import Text, Values, lifted
 
 
@@ -80,6 +81,7 @@ class _Writer:
         lines = ["wide = torch.promote_types(x.dtype, torch.float32)", *self._streams()]
         cached = f"state = {start} if {self.cache} is None else {self.cache}.kept"
         lines.append(cached if self.mix.causal else f"state = {start}")
+        lines += scan.begun(self.mix, self.cache)
         if self.fresh:
             last = f"None if {self.cache} is None else {self.cache}.doc"
             lines.append(f"fresh = new_documents(doc, {last if self.mix.causal else None})")
@@ -124,14 +126,18 @@ class _Writer:
         return [f"{variable} = {found.text}"]
 
     def _keep(self) -> list[str]:
-        lasts = {
-            ident(name): "" if len(state.shape) == 2 else "[:, :, -1]"
-            for name, state in self.states.items()
-        }
-        kept = ", ".join(f'"{own}": {own}{at}.detach()' for own, at in lasts.items())
-        lines = [f"if {self.cache} is not None:", f"    {self.cache}.kept = {{{kept}}}",
+        lasts = [(ident(name), self._last(state)) for name, state in self.states.items()]
+        kept = {f'"{own}"': f"{own}{at}.detach()" for own, at in lasts}
+        lines = [f"if {self.cache} is not None:", *indent(braced(f"{self.cache}.kept = ", kept)),
                  f"    {self.cache}.length += n"]  # fmt: skip
         return [*lines, f"    {self.cache}.doc = doc[:, -1]"] if self.mix.resets else lines
+
+    @staticmethod
+    def _last(state: State) -> str:
+        """Return what comes after a state's variable where the last of it is meant."""
+        if len(state.shape) == 2:
+            return ""
+        return f"_written[..., 0, {':' if state.shape else '0'}]" if state.levels else "[:, :, -1]"
 
     # operands
 
@@ -198,6 +204,8 @@ class _Writer:
     # states
 
     def _sum(self, step: Sum) -> list[str]:
+        if step.weights is not None:
+            return self._weighed_sum(step, step.weights)
         state, own = self.states[step.state], ident(step.state)
         lines: list[str] = []
         dim, flat = self._rows(step.state), not state.shape
@@ -220,6 +228,27 @@ class _Writer:
             lines += [f"{own}_before = {own}_before[..., 0]"] if flat else []
         return [*lines, f"{own} = {own}[..., 0]"] if flat else lines
 
+    def _weighed_sum(self, step: Sum, weights: Expr) -> list[str]:
+        """Write a vector that is kept in levels: a matrix of one row, which every key is 1 for."""
+        state, own = self.states[step.state], ident(step.state)
+        lines: list[str] = []
+        added = self._operand(f"{own}_added", step.added, self._rows(step.state), lines)
+        one = f"{own}_key"
+        lines.append(f"{one} = x.new_ones((b, {self.node.dims[1]}, n, 1), dtype=wide)")
+        start = f'state["{own}"][..., None, {":" if state.shape else "None"}]'
+        args = [one, one, added, "None", self._decay(step.state, step.decay, lines),
+                self._operand(f"{own}_levels", weights, state.levels, lines), start,
+                "place"]  # fmt: skip
+        lines += call(f"{own}, {own}_written = leveled_linear", args)
+        made = {step.state: own}
+        if self._reads(f"{BEFORE}{step.state}"):
+            lines += call(f"{own}_before, _ = leveled_linear", [*args, "before=True"])
+            made[f"{BEFORE}{step.state}"] = f"{own}_before"
+        for name, variable in made.items():
+            self._name(name, variable, len(state.shape))
+            lines += [] if state.shape else [f"{variable} = {variable}[..., 0]"]
+        return lines
+
     def _reads(self, name: str) -> bool:
         """Say whether a name is read by a statement, a step or the output."""
         exprs: list[Expr | None] = [self.form.output, *(each.value for each in self.form.lets)]
@@ -238,6 +267,10 @@ class _Writer:
         shape = self.states[step.state].shape
         d, e = reversed(shape) if step.turned else shape
         start = f'state["{own}"]' + (".mT" if step.turned else "")
+        weights = ""
+        if step.weights is not None:
+            levels = self.states[step.state].levels
+            weights = self._operand(f"{own}_levels", step.weights, levels, lines)
         decay = self._decay(step.state, step.decay, lines) if self.mix.causal else "None"
         count = len(step.writes)
         parts = [self._write(step, at, (d, e), lines) for at in range(count)]
@@ -259,7 +292,11 @@ class _Writer:
                 others = [f"torch.zeros_like({asked})"] * (count - 1)
                 asked = self._woven([*others, asked] if reading.after else [asked, *others])
             args = [asked, key, value, decay, start, *corrected]
-            lines += self._asked(step, variable, args, at)
+            if weights:
+                args = [asked, key, value, *(corrected or ["None"]), decay, weights, start, "place"]
+                lines += self._weighed(step, variable, args, at)
+            else:
+                lines += self._asked(step, variable, args, at)
             if count > 1:
                 first = count - 1 if reading.after else 0
                 lines.append(f"{variable} = {variable}[:, :, {first}::{count}]")
@@ -284,6 +321,13 @@ class _Writer:
             return call(f"{targets} = {kernel}", [*vectors, *decays, start])
         before = [] if reading.after else ["before=True"]
         return call(f"{targets} = chunked_linear", [*args, *before])
+
+    @staticmethod
+    def _weighed(step: Memory, variable: str, args: list[str], at: int) -> list[str]:
+        """Write how a state that is kept in levels is read."""
+        before = [] if step.readings[at].after else ["before=True"]
+        own = ident(step.state) if at == 0 else "_"
+        return call(f"{variable}, {own} = leveled_linear", [*args, *before])
 
     def _write(
         self, step: Memory, at: int, size: tuple[int, int], lines: list[str]

@@ -8,15 +8,18 @@ o = torch.stack(outputs, dim=2)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ...grammar.expr import evaluate, names
 from ...grammar.syntax import Index, Name
 from ..graph import Graph, Node
-from ..model import Recurrence, State
-from .text import call, ident, indent
-from .values import Text, Values
+from ..levels import affine_parts
+from ..model import Recurrence, State, Update
+from .text import atomic, call, ident, indent
+from .values import Text, Values, lifted
+
+COUNT = "token number"  # under which a cache keeps how many tokens a document has had; no state's
 
 
 @dataclass
@@ -26,7 +29,7 @@ class _Ranks(Values):
     graph: Graph
     node: Node
     known: dict[str, int]
-    texts: Mapping[str, str] = field(default_factory=dict)  # how a name is written, if not so
+    texts: dict[str, str] = field(default_factory=dict)  # how a name is written, if not so
 
     @property
     def typed(self) -> str:
@@ -39,6 +42,20 @@ class _Ranks(Values):
             case Index(Name(id), items):
                 return Text(f"self.{id}.to(wide)", len(self.graph.node(id).dims) - len(items))
         raise TypeError(f"{type(expr).__name__} in a mixer")
+
+
+@dataclass
+class _EachLevel(_Ranks):
+    """Values for each level of one state: [b, h, levels, …]."""
+
+    own: str = ""
+
+    def leaf(self, expr: Name | Index) -> Text:
+        if expr == Name(self.own):
+            return Text(ident(self.own), self.known[self.own])
+        found = super().leaf(expr)
+        return Text(f"{atomic(found.text)}[{', '.join(['...', 'None', *[':'] * found.rank])}]",
+                    found.rank)  # fmt: skip
 
 
 def states_of(mix: Recurrence) -> list[str]:
@@ -61,12 +78,27 @@ def initial(node: Node, weight: str) -> list[str]:
         "    return {",
     ]
     for each in mix.states:
-        sizes = "".join(f", {size}" for size in each.shape)
+        sizes = "".join(f", {size}" for size in each.kept)
         value = repr(float(evaluate(each.init, {})))
         size = f"(batch, {node.dims[1]}{sizes})"
         args = [size, value, "dtype=dtype", "device=weight.device"]
         lines += indent(call(f'"{ident(each.name)}": torch.full', args, "),"), 2)
+    if _counts(mix):
+        lines.append(f'        "{COUNT}": torch.zeros((batch, 1, 1), dtype=torch.int64, '
+                     "device=weight.device),")  # fmt: skip
     return [*lines, "    }"]
+
+
+def _counts(mix: Recurrence) -> bool:
+    """Whether each sequence counts the tokens of its document."""
+    return mix.resets and bool(mix.leveled)
+
+
+def begun(mix: Recurrence, cache: str) -> list[str]:
+    """Return the line that says how many tokens are before the first, where levels need it."""
+    if _counts(mix):
+        return [f'place = state["{COUNT}"]']
+    return [f"place = 0 if {cache} is None else {cache}.length"] if mix.leveled else []
 
 
 def method_name(node: Node) -> str:
@@ -90,12 +122,15 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     for each in mix.updates:
         ranks.setdefault(each.name, 1 if each.name == "o" else 0)
     known = _Ranks(graph, node, ranks, {name: _token_of(name) for name in streams})
+    known.texts |= {each.name: f"summed_levels({ident(each.name)}, {ident(each.name)}_levels)"
+                    for each in mix.leveled}  # fmt: skip
     for each in mix.updates:  # intermediate names have the rank of what is written to them
         if each.name != "o" and each.name not in {state.name for state in mix.states}:
             ranks[each.name] = known.value(each.value).rank
     cached = f"state = {start} if {cache} is None else {cache}.kept"
     lines += [cached] if mix.causal else [f"state = {start}"]
     lines += [f'{name} = state["{name}"]' for name in states(mix)]
+    lines += begun(mix, cache)
     if mix.resets:
         lines.append(f"anew = {start}")
     lines.append("outputs = []")
@@ -105,6 +140,7 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     if not mix.causal:
         return lines
     kept = ", ".join(f'"{name}": {name}.detach()' for name in states(mix))
+    kept += f', "{COUNT}": place' if _counts(mix) else ""
     lines += [f"if {cache} is not None:", f"    {cache}.kept = {{{kept}}}",
               f"    {cache}.length += n"]  # fmt: skip
     return [*lines, f"    {cache}.doc = last"] if mix.resets else lines
@@ -129,9 +165,23 @@ def _causal(known: _Ranks, mix: Recurrence, streams: list[str], cache: str) -> l
         "for step in range(n):",
         *indent(_reset(mix)),
         *indent(_tokens(streams)),
+        *indent(_merged(known, mix)),
         *indent(_statements(known, mix, [*states_of(mix), "o"])),
         "    outputs.append(o)",
+        *(["    place = place + 1"] if _counts(mix) else []),
     ]
+
+
+def _merged(known: _Ranks, mix: Recurrence) -> list[str]:
+    """Return the lines that merge the levels that are full, and weigh them."""
+    place = "place" if _counts(mix) else "place + step"
+    lines = []
+    for each in mix.leveled:
+        assert each.weights is not None
+        own = ident(each.name)
+        lines += [f"{own} = merged_levels({own}, {place})",
+                  f"{own}_levels = {known.value(each.weights).text}"]  # fmt: skip
+    return lines
 
 
 def _reset(mix: Recurrence) -> list[str]:
@@ -143,11 +193,13 @@ def _reset(mix: Recurrence) -> list[str]:
         f'    {name} = torch.where(fresh{_lifted(each)}, anew["{name}"], {name})'
         for each, name in zip(mix.states, states(mix), strict=True)
     ]
+    if _counts(mix):
+        lines.append("    place = place.masked_fill(fresh[..., None], 0)")
     return [*lines, "last = doc[:, step]"]
 
 
 def _lifted(state: State) -> str:
-    return f"[..., {', '.join(['None'] * len(state.shape))}]" if state.shape else ""
+    return f"[..., {', '.join(['None'] * len(state.kept))}]" if state.kept else ""
 
 
 def _tokens(streams: list[str]) -> list[str]:
@@ -160,9 +212,13 @@ def _statements(known: _Ranks, mix: Recurrence, written: Collection[str]) -> lis
     shapes = {each.name: each.shape for each in mix.states}
     shapes["o"] = (int(known.node.dims[3]),)
     batched = {*known.texts, *shapes}
+    leveled = {each.name for each in mix.leveled}
     lines = []
     for each in mix.updates:
         if each.name in everywhere and each.name not in written:
+            continue
+        if each.name in leveled:
+            lines += _each_level(known, each)
             continue
         text = known.value(each.value).text
         if names(each.value) & batched:
@@ -172,6 +228,21 @@ def _statements(known: _Ranks, mix: Recurrence, written: Collection[str]) -> lis
             heads = known.node.dims[1]
             text = f"torch.as_tensor({text}).expand(b, {heads}{sizes}).to(wide)"
         lines.append(f"{_variable(each.name)} = {text}")
+    return lines
+
+
+def _each_level(known: _Ranks, update: Update) -> list[str]:
+    """Return the lines that update each level of a state, and add what the token writes."""
+    own, rank = ident(update.name), known.known[update.name]
+    linear, rest = affine_parts(update.value, update.name, lambda each: known.value(each).rank)
+    lines = [f"{own} = torch.zeros_like({own})"]
+    if linear is not None:
+        every = _EachLevel(known.graph, known.node, known.known, known.texts, update.name)
+        found = every.value(linear)
+        text = found.text if found.rank == rank else f"{lifted(found, rank)}.expand_as({own})"
+        lines = [] if linear == Name(update.name) else [f"{own} = {text}"]
+    if rest is not None:
+        lines += call(f"{own} = with_written", [own, lifted(known.value(rest), rank)])
     return lines
 
 

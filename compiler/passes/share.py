@@ -24,8 +24,7 @@ def share(graph: Graph) -> Graph:
     kept: list[Node] = []
     for node in graph.nodes:
         inputs = tuple(renamed.get(name, name) for name in node.inputs)
-        node = replace(node, inputs=inputs)
-        key = replace(node, name="")
+        key = replace(node, name="", inputs=inputs)
         apart = node.op in _APART or (node.op in OPS and OPS[node.op].random)
         if not apart and not node.module and key in first:
             renamed[node.name] = first[key]

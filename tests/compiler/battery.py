@@ -222,6 +222,16 @@ SETTINGS = {
     "linear_documents": "heads = 4; mix = linear; mask = document",
     "delta": "heads = 4; mix = gated_delta; mask = causal; k = x | linear | split | l2_norm",
     "delta_documents": "heads = 4; mix = gated_delta; mask = causal and document",
+    "levels": "heads = 4; kv_heads = 2; value_dim = 3; mix = in_levels(7); mask = causal; "
+    "k = x | linear | split | l2_norm",
+    "levels_documents": "heads = 4; mix = in_levels(3); mask = causal and document; "
+    "k = x | linear | split | l2_norm",
+    "levels_alike": f"{CAUSAL}; mix = alike; branch near {{ mix = attend }}; "
+    "branch side { heads = 2; mix = in_levels(4); mask = causal and document; "
+    "k = x | linear | split | l2_norm; out = o | merge | linear }; "
+    "out = (o + near) | merge | concat(side) | linear",
+    "levels_of_vectors": "heads = 4; mix = in_two_levels; mask = causal; "
+    "branch side { mix = linear }; out = (o + side) | merge | linear",
     "delta_grouped": "heads = 4; kv_heads = 2; value_dim = 3; mix = gated_delta; mask = causal;"
                      " let g = x | linear(heads) | sigmoid; out = o | gate(g) | merge | linear",
     "leaky": "heads = 4; mix = leaky(0.5); mask = causal",
@@ -246,6 +256,27 @@ mix odd {
   n <- last * n + v
   fresh <- 2 * n - fresh / 2
   o <- fresh + clip(n, -1, 1)
+}
+mix in_levels(levels) {
+  let lam = x | linear(heads * levels) | softplus | split
+  let a = x | linear(heads) | sigmoid
+  param share[heads, levels] = 1
+  state S[head_dim, value_dim] = 0 by share * lam
+  S <- a * (S - outer(k, k @ S)) + outer(k, v)
+  o <- q @ S
+}
+mix alike {
+  let one = q | softplus
+  let two = q | softplus
+  state S[head_dim, value_dim] = 0 by two
+  S <- S + outer(one, v)
+  o <- two @ S
+}
+mix in_two_levels {
+  param share[heads, 2] = 1
+  state z[value_dim] = 0 by share
+  z <- z / 2 + v
+  o <- z
 }
 """
 

@@ -210,7 +210,18 @@ def test_an_example_is_what_it_means(path):
 
 # ── what PyTorch does with modules ────────────────────────────────────────────────────────
 
-SOME = ["window", "sink", "alibi", "learned_sink", "grouped", "rope", "gate", "delta", "leaky"]
+SOME = [
+    "window",
+    "sink",
+    "alibi",
+    "learned_sink",
+    "grouped",
+    "rope",
+    "gate",
+    "delta",
+    "leaky",
+    "levels",
+]
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -256,7 +267,7 @@ def test_a_block_is_one_graph_for_torch_compile(name):
     torch.testing.assert_close(whole(**given), module(**given), **TIGHT)
 
 
-@pytest.mark.parametrize("name", ["window", "alibi", "grouped", "gate", "delta"])
+@pytest.mark.parametrize("name", ["window", "alibi", "grouped", "gate", "delta", "levels"])
 def test_a_block_can_be_exported(name):
     what = block(name)
     module = compiled(what)

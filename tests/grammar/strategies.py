@@ -17,7 +17,8 @@ from headloom.grammar.functions import FUNCTIONS
 
 DECLARING = ("let", "param", "const", "state", "branch")
 ODD = (
-    "where", "search", "block", "model", "base", "branches", "value", "masks", "true", "Ki", "e5",
+    "where", "by", "search", "block", "model", "base", "branches", "value", "masks", "true", "Ki",
+    "e5",
 )  # fmt: skip
 
 _plain = st.sampled_from(["x", "q", "k", "heads", "head_dim", "S", "gate_2", "_", "sum", "i"])
@@ -89,7 +90,7 @@ def statements(expr: st.SearchStrategy[syntax.Expr]) -> st.SearchStrategy[syntax
         st.builds(syntax.Setting, setting_names, expr, st.none() | expr, comments=comments)
         | st.builds(syntax.Let, names, expr, comments=comments)
         | st.builds(syntax.Param, names, dims, expr, st.booleans(), comments=comments)
-        | st.builds(syntax.State, names, dims, expr, comments=comments)
+        | st.builds(syntax.State, names, dims, expr, st.none() | expr, comments=comments)
         | st.builds(syntax.Update, update_names, expr, comments=comments)
         | st.builds(syntax.Result, expr, st.none() | expr, comments=comments)
     )

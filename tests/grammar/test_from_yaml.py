@@ -16,6 +16,7 @@ score alibi { const slope[heads] = 2 ** -h; s - slope[h] }
 normalize entmax(a) = relu(s - tau) where sum == 1
 weights half = p / 2
 mix plain(feature = elu1) { state S[head_dim] = 0; S <- S + feature(k); o <- q * S }
+mix levels { state S[head_dim] = 0 by exp(k); state z = 0; S <- S + k; o <- q * S }
 stage soft = | linear | silu
 block local(w = 64) { heads = 8; mask = causal and near(w); let g = x | linear; out = o | gate(g) }
 block global : local {
@@ -48,6 +49,12 @@ mixers:
   plain(feature = elu1):
     - state S[head_dim] = 0
     - S <- S + feature(k)
+    - o <- q * S
+
+  levels:
+    - state S[head_dim] = 0 by exp(k)
+    - state z = 0
+    - S <- S + k
     - o <- q * S
 
 stages:

@@ -8,6 +8,7 @@ import pytest
 
 from headloom.grammar.parse import parse_expression
 from headloom.kernels.aot import compile_ahead
+from headloom.kernels.recurrence import Recurrence
 from headloom.kernels.spec import Attend, Reach, Tensor
 
 CAPPED = Attend(
@@ -82,6 +83,30 @@ def test_a_log_sum_exp_fits_the_tiles_it_has(head_dim: int, dtype: str) -> None:
 @pytest.mark.slow
 def test_whole_numbers_and_flags_compile() -> None:
     found = compile_ahead(DOCUMENTS, ("sm_90",), head_dim=40, value_dim=24)
+    assert [each for each in found if not each.ok] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [
+        (Recurrence(), 8),
+        (Recurrence("number", corrected=True), 11),
+        (Recurrence("rows", corrected=True, before=True), 10),
+    ],
+    ids=["kept", "number", "rows"],
+)
+def test_no_recurrence_spills(spec: Recurrence, count: int, head_dim: int, dtype: str) -> None:
+    found = compile_ahead(spec, ("sm_80", "gfx942"), head_dim=head_dim, dtype=dtype)
+    assert len(found) == 2 * count  # the backward computes the states again
+    assert [each for each in found if not each.ok] == []
+
+
+@pytest.mark.slow
+def test_a_wide_state_fits() -> None:
+    found = compile_ahead(Recurrence("rows", corrected=True), ("sm_90",), head_dim=256)
     assert [each for each in found if not each.ok] == []
 
 

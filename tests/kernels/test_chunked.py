@@ -79,37 +79,41 @@ def in_chunks(given: Inputs, before: bool) -> tuple[Tensor, Tensor]:
     return chunked_linear(q, k, v, given.get("decay"), state, before)
 
 
+def with_gradients(results: tuple[Tensor, Tensor], given: Inputs) -> tuple[Tensor, ...]:
+    """Return results and the gradients of all inputs, for one gradient of the results."""
+    torch.manual_seed(1)
+    upstream = [torch.randn(each.shape, dtype=torch.float64) for each in results]
+    loss = sum((x.double() * y).sum() for x, y in zip(results, upstream, strict=True))
+    return *results, *torch.autograd.grad(loss, list(given.values()))
+
+
 def assert_agrees(
     function: Callable[..., tuple[Tensor, Tensor]],
     given: Inputs,
     before: bool,
-    oracle: Callable[[Inputs, bool], tuple[Tensor, Tensor]] = by_token,
+    oracles: tuple[Callable[[Inputs, bool], tuple[Tensor, Tensor]], ...] = (by_token,),
     rtol: float = 2e-6,
 ) -> None:
     """Compare results and the gradients of all inputs; `rtol` is of the largest number of each."""
     leaves = {name: each.detach().requires_grad_() for name, each in given.items()}
     exact = {name: each.detach().double().requires_grad_() for name, each in given.items()}
-    found, expected = function(*leaves.values()), oracle(exact, before)
-    assert [each.dtype for each in found] == [given["v"].dtype, torch.float32]
-    upstream = [torch.randn(each.shape, dtype=torch.float64) for each in expected]
-    loss = sum((x.double() * y).sum() for x, y in zip(found, upstream, strict=True))
-    exact_loss = sum((x * y).sum() for x, y in zip(expected, upstream, strict=True))
-    grads = torch.autograd.grad(loss, list(leaves.values()))
-    exact_grads = torch.autograd.grad(exact_loss, list(exact.values()))
-    assert [each.dtype for each in grads] == [each.dtype for each in given.values()]
-    pairs = zip((*found, *grads), (*expected, *exact_grads), strict=True)
-    for name, (one, other) in zip(("o", "last", *given), pairs, strict=True):
-        worst, scale = (one.double() - other).abs().max(), other.abs().max().clamp(min=1e-3)
-        assert worst <= rtol * scale, f"{name}: {worst / scale:.1e} of {scale:.1e}"
+    found = with_gradients(function(*leaves.values()), leaves)
+    dtypes = [given["v"].dtype, torch.float32, *(each.dtype for each in given.values())]
+    assert [each.dtype for each in found] == dtypes
+    for oracle in oracles:
+        expected = with_gradients(oracle(exact, before), exact)
+        for name, one, other in zip(("o", "last", *given), found, expected, strict=True):
+            worst, scale = (one.double() - other).abs().max(), other.abs().max().clamp(min=1e-3)
+            assert worst <= rtol * scale, f"{name}: {worst / scale:.1e} of {scale:.1e}"
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_agrees_with_the_definition(module: ModuleType, name: str) -> None:
     form = FORMS[name]
-    size = 20 if form.decay == "rows" else 37  # two chunks, or three
-    given = inputs(form, size, 20, 24, heads=1 if form.decay == "rows" else 2)
-    assert_agrees(getattr(module, name), given, form.before)
-    assert_agrees(getattr(module, name), given, form.before, in_chunks)
+    # two chunks with two tiles of d, or three chunks of two heads
+    n, d, heads = (20, 20, 1) if form.decay == "rows" else (37, 12, 2)
+    given = inputs(form, n, d, 24, heads=heads)
+    assert_agrees(getattr(module, name), given, form.before, (by_token, in_chunks))
 
 
 @pytest.mark.parametrize("name", ["number_corrected", "kept", "rows_before"])

@@ -321,6 +321,8 @@ def test_limits_are_named() -> None:
     assert "131072 numbers would be carried" in reason
     assert "bidirectional" in (obstacle(replace(wide, causal=False)) or "")
     assert "keeps no state" in (obstacle(replace(wide, states=())) or "")
+    (leveled,) = scans(zoo.entry("log_linear_mamba2").what())
+    assert obstacle(leveled) == "`S` is kept in levels"
     assert "reads no stream" in (obstacle(replace(wide, streams=())) or "")
 
 

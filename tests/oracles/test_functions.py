@@ -6,7 +6,9 @@ with the block's own weights.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,3 +191,51 @@ def test_entmax(name: str, mask: str, tokens: int, dtype: torch.dtype) -> None:
     module = block(f"normalize = {name}; mask = {mask}", dtype)
     x = tokens_in(tokens, dtype)
     assert_same(module, x, by_rows(normalise, mask == "causal"))
+
+
+def their_log_linear() -> Callable[..., Tensor]:
+    """Return fla's dense log-linear attention; its file stands alone, the package needs a GPU."""
+    package = importlib.util.find_spec("fla")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("needs the fla-core package")
+    path = Path(package.submodule_search_locations[0], "ops/log_linear_attn/naive.py")
+    spec = importlib.util.spec_from_file_location("naive_log_linear", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: Callable[..., Tensor] = module.naive_log_linear_attn
+    return function
+
+
+LOG_LINEAR = """
+mix log_linear {
+  let lam = x | linear(heads * 8) | softplus | split
+  let fade = x | linear(heads) | softplus
+  state S[head_dim, value_dim] = 0 by lam
+  S <- exp(-fade) * S + outer(k, v)
+  o <- q @ S
+}
+"""
+
+
+@in_both
+@pytest.mark.parametrize("tokens", [1, *LENGTHS, 100])
+def test_log_linear_attention(tokens: int, dtype: torch.dtype) -> None:
+    """States in levels, in chunks and token by token, against a map of levels and decays."""
+    theirs = their_log_linear()
+    settings = f"heads = {HEADS}; head_dim = {DIM}; mix = log_linear; mask = causal"
+    arch = hl.load(f"{LOG_LINEAR}\nblock b {{ {settings} }}", format="loom")
+    module = hl.compile(arch, "b", width=WIDTH, dtype=dtype, seed=0)
+    x = tokens_in(tokens, dtype)
+    fade = nn.functional.softplus(module.fade_proj(x))  # [b, n, heads]
+    lam = nn.functional.softplus(module.lam_proj(x)).unflatten(-1, (HEADS, 8))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        return theirs(q, k, v, -fade, lam).transpose(1, 2)
+
+    assert_same(module, x, attention)
+    meaning = hl.reference(arch, "b", width=WIDTH, dtype=dtype)
+    meaning.load_state_dict(module.state_dict())
+    torch.testing.assert_close(meaning(x), module(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

@@ -58,6 +58,21 @@ def test_every_draw_prints_parses_and_checks(seed):
     assert list(check(file).models) == ["probe"]
 
 
+def test_weights_of_levels_may_be_drawn():
+    mixer = """mix m {
+  let lam = x | linear(heads * choose(3, 5)) | split
+  state S[head_dim] = 0 by choose(exp(lam), lam)
+  S <- S + k
+  o <- q * S
+}
+"""
+    file = model("[a]", mixer, "block a { heads = 2; mix = m; mask = causal }")
+    text = drawn(file)
+    assert "heads * 3" in text
+    assert "= 0 by exp(lam)" in text
+    assert not has_holes(parse(text))
+
+
 def test_a_draw_keeps_only_what_the_model_uses():
     names = [each.name for each in draw(SPACE, First()).items]
     assert names == ["base", "local", "probe"]

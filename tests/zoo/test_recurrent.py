@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import elu, layer_norm, relu, sigmoid, silu
+from torch.nn.functional import elu, layer_norm, relu, sigmoid, silu, softplus
 
 from .mechanisms import Mechanism, assert_close, causal, softmax, tokens
 
@@ -175,6 +175,69 @@ def test_the_gated_delta_rule_is_a_product_too():
 def test_without_forgetting_the_gated_delta_rule_is_the_delta_rule():
     gated = Mechanism("gated_deltanet").set(rate=-60)
     assert_close(gated.mixed(X), Mechanism("deltanet", like=gated).mixed(X))
+
+
+def test_174_levels_of_a_token():
+    assert [weighed_level(6, j) for j in range(7)] == [3, 3, 3, 3, 2, 2, 0]
+
+
+def weighed_level(i: int, j: int) -> int:
+    """The level in which token i finds token j, bit by bit from the top."""
+    if i == j:
+        return 0
+    top = i.bit_length() - 1
+    return top + 1 if j < 1 << top else weighed_level(i - (1 << top), j - (1 << top))
+
+
+def in_levels(mechanism: Mechanism) -> Tensor:
+    """The weight of each pair [b, h, n, n]: that of the level in which i finds j."""
+    lam = softplus(mechanism.parameter("spread")[:, None] * mechanism.streams(X)["lam"])
+    levels = torch.tensor([[weighed_level(i, min(i, j)) for j in range(N)] for i in range(N)])
+    return lam.gather(-1, levels.expand(*lam.shape[:2], N, N)) * causal()
+
+
+def test_174_mamba2_weighed_by_levels_has_a_map():
+    mechanism = Mechanism("log_linear_mamba2")
+    q, k, v = qkv(mechanism)
+    time = per_head(mechanism.streams(X)["time"])[..., 0]
+    total = (-mechanism.parameter("rate").exp()[:, None] * time).cumsum(-1)
+    fading = (total[..., :, None] - total[..., None, :]).exp()
+    written = time[..., None] * v
+    skipped = mechanism.parameter("skip")[:, None, None] * v
+    weighed = in_levels(mechanism)
+    assert_close(mechanism.mixed(X), (q @ k.mT * fading * weighed) @ written + skipped)
+
+
+def test_174_the_gated_delta_rule_weighed_by_levels_has_a_map():
+    """What the keys leave of each other, all at once: a triangular system (the parallel form)."""
+    mechanism = Mechanism("log_linear_gated_deltanet")
+    q, k, v = qkv(mechanism)
+    streams = mechanism.streams(X)
+    rate = mechanism.parameter("rate").exp()[:, None]
+    total = (-rate * per_head(streams["step"])[..., 0]).cumsum(-1)
+    fading = (total[..., :, None] - total[..., None, :]).exp()
+    beta = per_head(streams["beta"])
+    left = torch.linalg.inv(torch.eye(N) + (beta * (k @ k.mT)).tril(-1))
+    a = (q @ k.mT * causal()) @ left * fading * in_levels(mechanism)
+    assert_close(mechanism.mixed(X), a @ (beta * v))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated_deltanet"])
+def test_174_with_all_weights_one_nothing_changes(name):
+    ones = ("by softplus(spread * lam)", "by spread + 0 * lam")
+    mechanism = Mechanism(f"log_linear_{name}", ones).set(spread=1)
+    assert_close(mechanism(X), Mechanism(name, like=mechanism)(X))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated_deltanet"])
+def test_174_the_first_level_alone_is_the_token_itself(name):
+    first = ("by softplus(spread * lam)", "by spread + 0 * lam")
+    mechanism = Mechanism(f"log_linear_{name}", first, (" + skip * v", "")) if (
+        name == "mamba2") else Mechanism(f"log_linear_{name}", first)  # fmt: skip
+    mechanism.set(spread=torch.arange(15) == 0)
+    q, k, v = qkv(mechanism)
+    wrote = per_head(mechanism.streams(X)["time" if name == "mamba2" else "beta"])
+    assert_close(mechanism.mixed(X), (q * k).sum(-1, keepdim=True) * wrote * v)
 
 
 def test_mlstm_is_a_map_with_a_floor_under_its_denominator():
