@@ -78,9 +78,9 @@ def obstacle(scan: Scan) -> str | None:
         return "it reads no stream"
     if not scan.states:
         return "it keeps no state"
-    for each in scan.states:
-        if each.levels:
-            return f"`{each.name}` is kept in levels"
+    for state in scan.states:
+        if state.levels:
+            return f"`{state.name}` is kept in levels"
     for each in scan.tensors:
         if each.batched or not all(isinstance(size, int) for size in each.shape):
             return f"`{each.name}` is no tensor of fixed size"

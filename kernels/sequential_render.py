@@ -267,8 +267,8 @@ class _Printer:
 
     def _store(self, row: str, value: str, shape: Shape, dtype: str = "") -> str:
         inside = f", mask={mask}" if (mask := self.lanes.mask(shape)) else ""
-        value = f"({value}).to({dtype})" if dtype and not value.isidentifier() else value
-        value = f"{value}.to({dtype})" if dtype and value.isidentifier() else value
+        if dtype:
+            value = f"{value if value.isidentifier() else f'({value})'}.to({dtype})"
         return f"tl.store({_joined(row, self.lanes.offsets(shape))}, {value}{inside})"
 
     def _state(self, name: str, buffer: str, row: str) -> tuple[str, Shape]:
