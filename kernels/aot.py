@@ -24,6 +24,8 @@ from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, U
 from . import recurrence
 from .recurrence import Recurrence
 from .render import IMPORTS, render, skeleton_text
+from .sequential import Scan
+from .sequential_render import render_scan
 from .spec import Attend
 
 # Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, table of
@@ -67,7 +69,7 @@ def cuda_tools() -> dict[str, Path | None]:
 
 
 def compile_ahead(
-    spec: Attend | Recurrence,
+    spec: Attend | Recurrence | Scan,
     targets: tuple[str, ...] = ("sm_80", "sm_90"),
     head_dim: int = 64,
     value_dim: int | None = None,
@@ -79,8 +81,8 @@ def compile_ahead(
     """Compile every kernel of a spec for each target: `sm_80`, `sm_90`, `sm_100`, `gfx942`.
 
     `dtype` is `bf16`, `fp16` or `fp32`; `value_dim` defaults to `head_dim`; a recurrence has no
-    `kv_heads`. Raises `ValueError` for a spec no kernel can carry, `RuntimeError` where
-    compilation fails.
+    `kv_heads`, a scan brings its own sizes. Raises `ValueError` for a spec no kernel can carry,
+    `RuntimeError` where compilation fails.
     """
     if unknown := set(targets) - set(SHARED_LIMIT):
         raise ValueError(f"unknown targets: {', '.join(sorted(unknown))}")
@@ -89,6 +91,9 @@ def compile_ahead(
     if isinstance(spec, Recurrence):
         texts = (skeleton_text("chunked"), recurrence.render(spec, _NAME, _NAMESPACE))
         job |= {"inputs": _inputs(spec, heads, head_dim, value_dim, dtype)}
+    elif isinstance(spec, Scan):
+        texts = (skeleton_text("sequential"), render_scan(spec, _NAME, _NAMESPACE))
+        job |= {"tokens": [2, 512], "dtype": dtype}
     else:
         texts = (skeleton_text(), render(spec, _NAME, _NAMESPACE))
         job |= {

@@ -65,6 +65,27 @@ def attention_calls(attend: Any, job: dict[str, Any]) -> list[Any]:
     return found
 
 
+def scan_calls(scan: Any, job: dict[str, Any]) -> list[Any]:
+    """Return what the passes of a scan launch, with tensors that hold no memory."""
+    (batch, n), dtype = job["tokens"], job["dtype"]
+    heads = (batch, scan.heads)
+    sizes = [(*heads, n) if each is None else (*heads, n, each) for each in scan.streams.values()]
+    shapes = [
+        *((size, dtype) for size in sizes),
+        *((each, "fp32") for each in scan.tensors.values()),
+    ]
+    shapes += [((*heads, *each), "fp32") for each in scan.states.values()]
+    shapes += [((batch, n), "i1")] * scan.resets
+    given = [torch.empty(size, dtype=DTYPES[kind], device="meta") for size, kind in shapes]
+    everything = (*given, *[None] * (not scan.resets))
+    results, count = scan.forward_fake(*everything), 1 + len(scan.states)
+    found: list[Any] = scan.forward_calls(everything, results)
+    if job["backward"]:
+        grads = scan.gradients(everything, results[0])
+        found += scan.backward_calls(results[:count], everything, results[count:], grads)
+    return found
+
+
 def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Return the types, constants and alignments of a launch, as the just-in-time path would."""
     known = {param.name for param in kernel.params} | {"num_warps", "num_stages"}
@@ -139,7 +160,8 @@ def main() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    calls = recurrence_calls if "inputs" in job else attention_calls
+    of_state = scan_calls if "tokens" in job else recurrence_calls
+    calls = of_state if {"inputs", "tokens"} & job.keys() else attention_calls
     launches = calls(getattr(module, job["name"]), job)
     rows = [
         measure(kernel, arguments, target)

@@ -104,7 +104,7 @@ class _Printer:
         flat = role in ("score", "numerator") and "s" not in names(value)
         if flat:  # a value that the tile does not carry in: give it the tile's shape and type
             text = f"tl.zeros_like(s) + ({text})"
-        return self._define(role, params, [*body.lines, _wrapped("return ", text)])
+        return self._define(role, params, [*body.lines, wrapped("return ", text)])
 
     def pair_sums(self, role: str, sums_of: list[Share]) -> str:
         """Print the hook that adds a tile's part to the sum of each share, or ''."""
@@ -117,7 +117,7 @@ class _Printer:
                 sums.append(f"sums[{at}]")
                 continue
             name = score.named(f"d_{share.tensor.name}")
-            lines.append(_wrapped(f"{name} = ", " + ".join(text for _, text in terms)))
+            lines.append(wrapped(f"{name} = ", " + ".join(text for _, text in terms)))
             sums.append(f"sums[{at}] + tl.sum(tl.where(visible, {name}, 0.0), 1)")
         if not lines:
             return ""
@@ -162,7 +162,7 @@ class _Printer:
             for body, text in terms:
                 name = body.named(f"d_{share.tensor.name}")
                 place = body.place(share.read)
-                lines.append(_wrapped(f"{name} = ", text))
+                lines.append(wrapped(f"{name} = ", text))
                 lines.append(self._scatter(share, place, name, "visible"))
         if not lines:
             return ""
@@ -214,7 +214,7 @@ class _Body:
             stem = twice.function if isinstance(twice, Call) else "part"
             name = self._fresh(stem, ())
             text = write(twice, "triton", self._leaf)
-            self.lines.append(_wrapped(f"{name} = ", text))
+            self.lines.append(wrapped(f"{name} = ", text))
             self.bound[twice] = name
             expr = _replaced(expr, twice, Name(name))
         return write(expr, "triton", self._leaf)
@@ -231,7 +231,7 @@ class _Body:
             offset, inside = self._place(tensor, items, texts)
             place = f"T[{at}] + {offset}" if offset else f"T[{at}]"
             name = self._fresh(tensor.name, index_names(leaf))
-            self.lines.append(_wrapped(f"{name} = ", f"read({place}{inside})"))
+            self.lines.append(wrapped(f"{name} = ", f"read({place}{inside})"))
             self.bound[leaf] = name
         return self.bound[leaf]
 
@@ -347,7 +347,7 @@ def _tuple(parts: list[str]) -> str:
     return "return (\n" + "".join(f"    {part},\n" for part in parts) + ")"
 
 
-def _wrapped(head: str, text: str) -> str:
+def wrapped(head: str, text: str) -> str:
     """`head text` on one line, or broken at spaces inside parentheses."""
     return head + text if len(head) + len(text) + 4 <= _WIDTH else _broken(head, text)
 

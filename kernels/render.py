@@ -32,6 +32,7 @@ _SHARED = ("device.py",)
 _FAMILIES = {
     "pairwise": ("pairwise.py", "pairwise_backward.py", "launch.py"),
     "chunked": ("chunked.py", "chunked_backward.py", "launch_chunked.py"),
+    "sequential": ("launch_sequential.py",),
 }
 _FOR_TOOLS = re.compile(r"  # (fmt|noqa|type):.*")
 _OWN = frozenset({"q", "k", "v", "o", "do", "stats", "dlse", "dentropy"})
