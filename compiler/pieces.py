@@ -521,7 +521,7 @@ def section(x: Tensor, size: int) -> int:
     What is made of them then stays in the cache of a processor.
     """
     b, h, n, d = x.shape
-    return n if torch.compiler.is_compiling() else max(1, 2**17 // (b * h * d * size)) * size
+    return n if torch.compiler.is_compiling() else max(1, 2**18 // (b * h * d * size)) * size
 
 
 def cut(x: Tensor | None, each: int, n: int) -> list[Tensor | None]:
