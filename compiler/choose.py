@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from ..grammar.expr import fold, names, substitute
 from ..grammar.show import show
 from ..grammar.syntax import Expr, Index, Name, children, walk
+from ..kernels import sequential
 from ..kernels import spec as kernel
 from .graph import Graph, Node
 from .kernel_form import KernelForm, Side, kernel_form
@@ -21,6 +22,7 @@ from .masks import extent
 from .model import MAPS, PREVIOUS, Normalizer
 from .normalizers import exponential
 from .recurrences import described, kernel_obstacle, of_node
+from .sequential_form import scan_of
 
 ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels)"
 _OF_KERNELS = ("lse", "entropy")  # the statistics that kernels give
@@ -63,10 +65,16 @@ def _chosen(graph: Graph, node: Node, target: Target) -> Node:
 
 def _scan(graph: Graph, node: Node, target: Target) -> Lowering:
     form = of_node(graph, node)
-    if isinstance(form, str):
-        return Lowering(node.name, "sequential", "the statements run token by token",
-                        (("chunkwise", form),))  # fmt: skip
     why_not_triton: str | None = ONLY_PYTORCH
+    if isinstance(form, str):
+        why_not_chunks = ("chunkwise", form)
+        if target.backend == "triton":
+            why_not_triton = sequential.obstacle(scan_of(graph, node))
+        if why_not_triton is None:
+            return Lowering(node.name, "triton", "one kernel runs the statements token by token",
+                            (why_not_chunks,))  # fmt: skip
+        return Lowering(node.name, "sequential", "the statements run token by token",
+                        (("triton", why_not_triton), why_not_chunks))  # fmt: skip
     if target.backend == "triton":
         why_not_triton = kernel_obstacle(node.get("recurrence"), form)
     if why_not_triton is None:

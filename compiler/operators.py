@@ -1,5 +1,7 @@
-"""The kernels that a graph asks for: one operator for each attention, one for each form of
-recurrence.
+"""The kernels that a graph asks for.
+
+Each attention has an operator of its own, and each recurrence that runs token by token; those
+that run in chunks share one for each form.
 
     for each in operators(graph, "hybrid"):
         print(each.render("headloom"))       # def hybrid_attention(q, k, v): …
@@ -10,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..kernels import recurrence, render
+from ..kernels import recurrence, render, sequential_render
 from ..kernels.recurrence import Recurrence
+from ..kernels.sequential import Scan
 from ..kernels.spec import Attend
 from .choose import kernel_spec
 from .graph import Graph, Node, shape_of
 from .recurrences import Chunked, Memory, kernel_of, of_node
+from .sequential_form import scan_of
 
 if TYPE_CHECKING:
     from ..kernels.aot import Compiled
@@ -26,16 +30,19 @@ class Operator(NamedTuple):
 
     name: str
     node: Node
-    spec: Attend | Recurrence
+    spec: Attend | Recurrence | Scan
 
     @property
     def family(self) -> str:
-        return "pairwise" if isinstance(self.spec, Attend) else "chunked"
+        """The skeletons that its text needs."""
+        return {Attend: "pairwise", Recurrence: "chunked", Scan: "sequential"}[type(self.spec)]
 
     def render(self, namespace: str) -> str:
         """Return the text of its function and of the operators behind it."""
         if isinstance(self.spec, Attend):
             return render.render(self.spec, self.name, namespace)
+        if isinstance(self.spec, Scan):
+            return sequential_render.render_scan(self.spec, self.name, namespace)
         return recurrence.render(self.spec, self.name, namespace)
 
     def compiled(self, graph: Graph, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
@@ -47,6 +54,8 @@ class Operator(NamedTuple):
             kv_heads = max(k.heads or 1, v.heads or 1)
             return compile_ahead(self.spec, targets, q.dim, v.dim, heads=q.heads or 1,
                                  kv_heads=kv_heads)  # fmt: skip
+        if isinstance(self.spec, Scan):
+            return compile_ahead(self.spec, targets)
         states = {each.name: each.shape for each in self.node.get("recurrence").states}
         step = next(step for step, spec in _readings(graph, self.node) if spec == self.spec)
         d, e = reversed(states[step.state]) if step.turned else states[step.state]
@@ -63,6 +72,9 @@ def operators(graph: Graph, name: str) -> tuple[Operator, ...]:
         own = name if node.name == "o" else f"{name}_{node.name}"
         if node.op == "attend":
             found.append(Operator(f"{own}_attention", node, kernel_spec(graph, node)))
+            continue
+        if isinstance(of_node(graph, node), str):
+            found.append(Operator(f"{own}_scan", node, scan_of(graph, node)))
             continue
         for _, spec in _readings(graph, node):
             if spec not in forms:

@@ -13,7 +13,6 @@ from functools import cached_property
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...kernels.recurrence import Recurrence
-from ...kernels.spec import Attend
 from ...ops import OPS
 from ..choose import Lowering, always_fused, kernel_reads, maps, reads_places
 from ..graph import Graph, Node, shape_of
@@ -73,7 +72,7 @@ class _Writer(Caches):
             spec: name for spec, name in of.items() if isinstance(spec, Recurrence)
         }
         self.kernels = {each.node.name: each.name for each in kernels
-                        if isinstance(each.spec, Attend)}  # fmt: skip
+                        if not isinstance(each.spec, Recurrence)}  # fmt: skip
 
     # constructor
 
@@ -318,6 +317,8 @@ class _Writer(Caches):
         if node.op == "scan":
             lowering: Lowering = node.get("lowering")
             cache = self.cache(node.name)
+            if node.name in self.kernels:
+                return scan.by_kernel(self.graph, node, cache, self.kernels[node.name])
             if lowering.path == "sequential":
                 return scan.forward(self.graph, node, cache)
             kernels = self.recurrence_kernels if lowering.path == "triton" else None

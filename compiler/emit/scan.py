@@ -16,7 +16,7 @@ from ...grammar.syntax import Index, Name
 from ..graph import Graph, Node
 from ..levels import affine_parts
 from ..model import Recurrence, State, Update
-from .text import atomic, call, ident, indent
+from .text import atomic, braced, call, ident, indent
 from .values import Text, Values, lifted
 
 COUNT = "token number"  # under which a cache keeps how many tokens a document has had; no state's
@@ -146,17 +146,52 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     return [*lines, f"    {cache}.doc = last"] if mix.resets else lines
 
 
+def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
+    """Return the lines that hand the recurrence to a kernel, and keep its last states."""
+    mix: Recurrence = node.get("recurrence")
+    made, own = (node.name if node.name == "o" else ident(node.name)), states(mix)
+    streams, tensors = [], []
+    for name in node.inputs:
+        if graph.node(name).op == "tensor":
+            tensors.append(f"self.{name}")
+        elif name != "doc":
+            streams.append(_by_heads(graph, node, name))
+    start = f"self.{method_name(node)}(b)"
+    lines = [f"state = {start} if {cache} is None else {cache}.kept"]
+    args = [*streams, *tensors, *(f'state["{name}"]' for name in own)]
+    if mix.resets:
+        last = f"None if {cache} is None else {cache}.doc"
+        lines.append(f"fresh = new_documents(doc, {last})")
+        args.append("fresh[:, 0, :, 0]")
+    lines += call(f"{', '.join([made, *own])} = {kernel}", args)
+    kept = {f'"{name}"': f"{name}.detach()" for name in own}
+    return [
+        *lines,
+        f"{made} = {made}.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]",
+        f"if {cache} is not None:",
+        *indent(braced(f"{cache}.kept = ", kept)),
+        f"    {cache}.length += n",
+        *([f"    {cache}.doc = doc[:, -1]"] if mix.resets else []),
+    ]
+
+
+def _by_heads(graph: Graph, node: Node, name: str) -> str:
+    """Return a stream as [b, heads, n] or [b, heads, n, d]; the heads may be fewer."""
+    heads, dims = int(node.dims[1]), graph.node(name).dims
+    if len(dims) == 4:
+        return ident(name)
+    if int(dims[2]) == heads:
+        return f"{ident(name)}.mT"
+    return f"{ident(name)}.unflatten(-1, ({heads}, -1)).transpose(1, 2)"
+
+
 def per_head(graph: Graph, node: Node, name: str) -> tuple[str, int]:
     """Return a stream as [b, heads, n] or [b, heads, n, d], and its rank per head."""
     heads, dims = int(node.dims[1]), graph.node(name).dims
-    variable = ident(name)
-    if len(dims) == 4:
-        group = heads // int(dims[1])
-        return (f"{variable}.repeat_interleave({group}, dim=1)" if group > 1 else variable), 1
-    each = int(dims[2]) // heads
-    if each == 1:
-        return f"{variable}.mT", 0
-    return f"{variable}.unflatten(-1, ({heads}, -1)).transpose(1, 2)", 1
+    text = _by_heads(graph, node, name)
+    group = heads // int(dims[1]) if len(dims) == 4 else 1
+    rank = 0 if len(dims) == 3 and int(dims[2]) == heads else 1
+    return (f"{text}.repeat_interleave({group}, dim=1)" if group > 1 else text), rank
 
 
 def _causal(known: _Ranks, mix: Recurrence, streams: list[str], cache: str) -> list[str]:
