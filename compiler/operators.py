@@ -10,9 +10,10 @@ that run in chunks share one for each form.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..kernels import recurrence, render, sequential_render
+from ..kernels.aot import Compiled, compile_ahead
 from ..kernels.recurrence import Recurrence
 from ..kernels.sequential import Scan
 from ..kernels.spec import Attend
@@ -20,9 +21,6 @@ from .choose import kernel_spec
 from .graph import Graph, Node, shape_of
 from .recurrences import Chunked, Memory, kernel_of, of_node
 from .sequential_form import scan_of
-
-if TYPE_CHECKING:
-    from ..kernels.aot import Compiled
 
 
 class Operator(NamedTuple):
@@ -47,8 +45,6 @@ class Operator(NamedTuple):
 
     def compiled(self, graph: Graph, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
         """Compile its kernels ahead of time, with the sizes its tensors have in the graph."""
-        from ..kernels.aot import compile_ahead
-
         if isinstance(self.spec, Attend):
             q, k, v = (shape_of(graph.node(name).dims) for name in self.node.inputs[:3])
             kv_heads = max(k.heads or 1, v.heads or 1)

@@ -315,7 +315,8 @@ class _Writer:
         reading = step.readings[at]
         if self.kernels is not None:
             query, key, value, decay, start, *corrected = args
-            vectors = [f"{atomic(each)}.to(x.dtype)" for each in (query, key, value, *corrected)]
+            dtype = f"{self._like}.dtype"
+            vectors = [f"{atomic(each)}.to({dtype})" for each in (query, key, value, *corrected)]
             decays = [] if decay == "None" else [decay]
             kernel = self.kernels[kernel_of(step, reading, self.mix.resets)]
             return call(f"{targets} = {kernel}", [*vectors, *decays, start])
@@ -328,6 +329,13 @@ class _Writer:
         before = [] if step.readings[at].after else ["before=True"]
         own = ident(step.state) if at == 0 else "_"
         return call(f"{variable}, {own} = leveled_linear", [*args, *before])
+
+    @property
+    def _like(self) -> str:
+        """A stream whose dtype the kernels take: autocast makes it another than that of x."""
+        streams = (name for name in self.node.inputs if len(self.graph.node(name).dims) == 4
+                   and self.graph.node(name).op != "tensor")  # fmt: skip
+        return ident(next(streams, "x"))
 
     def _write(
         self, step: Memory, at: int, size: tuple[int, int], lines: list[str]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headloom.compiler.pieces import chunked_linear, corrected_values
+from headloom.compiler.pieces import chunked_linear
 from headloom.grammar.syntax import Name
 from headloom.kernels import recurrence, render
 from headloom.kernels.recurrence import Recurrence
@@ -74,9 +74,7 @@ def by_token(given: Inputs, before: bool) -> tuple[Tensor, Tensor]:
 
 def in_chunks(given: Inputs, before: bool) -> tuple[Tensor, Tensor]:
     q, k, v, state = (given[name] for name in ("q", "k", "v", "state"))
-    if "w" in given:
-        v = corrected_values(k, v, given["w"], given.get("decay"), state)
-    return chunked_linear(q, k, v, given.get("decay"), state, before)
+    return chunked_linear(q, k, v, given.get("decay"), state, given.get("w"), before)
 
 
 def with_gradients(results: tuple[Tensor, Tensor], given: Inputs) -> tuple[Tensor, ...]:
