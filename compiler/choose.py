@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ..grammar.expr import fold, names, substitute
 from ..grammar.show import show
-from ..grammar.syntax import Expr, Index, Name, children, walk
+from ..grammar.syntax import Binary, Expr, Index, Name, children, walk
 from ..kernels import sequential
 from ..kernels import spec as kernel
 from .graph import Graph, Node
@@ -171,9 +171,10 @@ def sdpa_obstacle(node: Node) -> str | None:
 
 
 def _shown(normalizer: Normalizer) -> str:
-    text = show(normalizer.numerator)
+    value = normalizer.numerator
     if normalizer.denominator is not None:
-        text += f" / ({show(normalizer.denominator)})"
+        value = Binary("/", value, normalizer.denominator)
+    text = show(value)
     if normalizer.where is not None:
         text += f" where {show(normalizer.where)}"
     return text

@@ -150,7 +150,9 @@ class _Resolver(Resolver):
     def call(self, expr: Call) -> Value | None:
         name = expr.function
         definition = self.scope.library.find(self.what, name)
-        if definition is not None and not is_function(expr) and name not in VECTOR_FUNCTIONS:
+        function = is_function(expr) or name in VECTOR_FUNCTIONS
+        function |= self.what == "normalize" and name in FUNCTIONS  # a part of a normaliser
+        if definition is not None and not function:
             return self._definition(definition, expr)
         if name in ("row", "col") and len(expr.args) == 1 and not expr.keywords:
             if self.scope.grid is None:

@@ -574,3 +574,9 @@ block a { width = 16; heads = 2; let g = x | linear(2) | nothing | exp
     oracle = reference(what)
     oracle.load_state_dict(module.state_dict())
     torch.testing.assert_close(module(x), oracle(x))
+
+
+def test_a_part_of_a_normaliser_is_a_function_and_no_normaliser():
+    text = "block a { heads = 2; param g[heads] = 1; normalize = exp(s) / (sum + sigmoid(g[h])) }"
+    made = find(check(parse(text)), "a").mixings["o"].mix.normalize
+    assert show(made.denominator) == "sum + sigmoid(g[h])"
