@@ -22,6 +22,7 @@ _OURS = frozenset((
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip
+_PIECES = ("stages", "maps", "chunks", "levels", "caches")  # files, in this order
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|query|read|value|written)s?(?:_\d+)?$"
@@ -93,13 +94,15 @@ def braced(head: str, items: Mapping[str, str]) -> list[str]:
 @cache
 def pieces() -> dict[str, str]:
     """Return the source text of every function and class of `pieces`, in their order."""
-    source = (Path(__file__).parent.parent / "pieces.py").read_text(encoding="utf-8")
-    lines = source.splitlines()
     found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            text = lines[node.lineno - 1 : node.end_lineno]
-            found[node.name] = "\n".join(line.replace("  # fmt: skip", "") for line in text)
+    for name in _PIECES:
+        path = Path(__file__).parent.parent / "pieces" / f"{name}.py"
+        source = path.read_text(encoding="utf-8")
+        lines = source.splitlines()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                text = lines[node.lineno - 1 : node.end_lineno]
+                found[node.name] = "\n".join(line.replace("  # fmt: skip", "") for line in text)
     return found
 
 

@@ -1,0 +1,179 @@
+"""Stages of pipelines: positions, norms, features, draws, and modules with weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rope(x: Tensor, positions: Tensor, theta: float, dims: int = 0, scaling: float = 1.0) -> Tensor:
+    """Turn the feature pairs (c, c + r/2) of x [b, (h,) n, d] by angles that grow with position.
+
+    dims > 0 turns the first so many features, dims < 0 the last, 0 all of them.
+    """
+    turned = abs(dims) or x.shape[-1]
+    still = x.shape[-1] - turned
+    part = x[..., still:] if dims < 0 else x[..., :turned]
+    cos, sin = rope_angles(x, positions, turned, theta, scaling)
+    a, b = part.chunk(2, dim=-1)
+    done = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    if still == 0:
+        return done
+    return torch.cat([x[..., :still], done] if dims < 0 else [done, x[..., turned:]], dim=-1)
+
+
+def rope_interleaved(
+    x: Tensor, positions: Tensor, theta: float, dims: int = 0, scaling: float = 1.0
+) -> Tensor:
+    """Turn the feature pairs (2c, 2c + 1) of x [b, (h,) n, d] by angles that grow with position.
+
+    dims > 0 turns the first so many features, dims < 0 the last, 0 all of them.
+    """
+    turned = abs(dims) or x.shape[-1]
+    still = x.shape[-1] - turned
+    part = x[..., still:] if dims < 0 else x[..., :turned]
+    cos, sin = rope_angles(x, positions, turned, theta, scaling)
+    a, b = part[..., 0::2], part[..., 1::2]
+    done = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    if still == 0:
+        return done
+    return torch.cat([x[..., :still], done] if dims < 0 else [done, x[..., turned:]], dim=-1)
+
+
+def rope_angles(
+    x: Tensor, positions: Tensor, turned: int, theta: float, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [(b, 1,) n, r/2] for positions [n] or [b, n]."""
+    power = torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned
+    angle = (positions.to(torch.float64) / scaling)[..., None] * theta**-power
+    if positions.ndim == 2 and x.ndim == 4:
+        angle = angle[:, None]
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+def l2_norm(x: Tensor, eps: float) -> Tensor:
+    """Scale the last dimension of x to length one."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (exact * (exact.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def l1_norm(x: Tensor, eps: float) -> Tensor:
+    """Divide the last dimension of x by the sum of its absolute values."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(exact, p=1.0, dim=-1, eps=eps).to(x.dtype)
+
+
+def hard_step(a: Tensor) -> Tensor:
+    """Return 1 where a > 0, else 0; the gradient passes straight through to a."""
+    stepped = a.clone()
+    stepped.detach().copy_(a > 0)
+    return stepped
+
+
+def top_features(x: Tensor, count: int) -> Tensor:
+    """Keep the `count` largest of the last dimension, the first of equal ones; the rest is 0."""
+    order = x.detach().argsort(dim=-1, descending=True, stable=True)
+    rest = torch.zeros_like(x, dtype=torch.bool).scatter(-1, order[..., count:], True)
+    return x.masked_fill(rest, 0)
+
+
+def bernoulli(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Draw a number for each token of x, 1 at this rate, else 0; all are 1 out of training."""
+    size = (*x.shape[:-1], 1)
+    if not training:
+        return x.new_ones(size)
+    return (torch.rand(size, dtype=torch.float32, device=x.device) < rate).to(x.dtype)
+
+
+def drop_heads(x: Tensor, count: int, training: bool) -> Tensor:
+    """Zero `count` heads of each sequence of x [b, heads, n, d] in training."""
+    if not training:
+        return x
+    order = torch.rand(x.shape[:-2], dtype=torch.float32, device=x.device).argsort(dim=-1)
+    return x.masked_fill((order < count)[..., None, None], 0)
+
+
+def add_noise(x: Tensor, std: float, training: bool) -> Tensor:
+    """Add a normal number of deviation `std` to every element of x in training."""
+    if not training:
+        return x
+    return x + std * torch.randn(x.shape, dtype=torch.float32, device=x.device).to(x.dtype)
+
+
+class HeadLinear(nn.Module):
+    """A linear map of its own for each head."""
+
+    def __init__(self, heads: int, into: int, out: int) -> None:
+        super().__init__()
+        unit = torch.empty(heads, out, into).uniform_(-1, 1)
+        self.weight = nn.Parameter(unit * into**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [b, heads, n, into] to [b, heads, n, out]."""
+        return x @ self.weight.mT
+
+
+class ReparamLinear(nn.Module):
+    """A linear map whose weight is divided by its size, and multiplied by a learned gain.
+
+    The size is the largest singular value (`spectral`) or that of each row (`weight_norm`).
+    """
+
+    def __init__(self, into: int, out: int, reparam: str, bias: bool = False) -> None:
+        super().__init__()
+        self.reparam = reparam
+        self.weight = nn.Parameter(torch.empty(out, into).uniform_(-1, 1) * into**-0.5)
+        self.gain = nn.Parameter(torch.ones(() if reparam == "spectral" else (out,)))
+        self.bias = nn.Parameter(torch.zeros(out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x […, into] to […, out]."""
+        exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if self.reparam == "spectral":
+            size = torch.linalg.matrix_norm(exact, ord=2)
+        else:
+            size = torch.linalg.vector_norm(exact, dim=-1)
+        weight = (self.gain / size)[..., None] * exact
+        return F.linear(x, weight.to(self.weight.dtype), self.bias)
+
+
+class ShortConv(nn.Module):
+    """A convolution along the tokens, each feature with weights of its own."""
+
+    def __init__(self, features: int, width: int, bias: bool = False, causal: bool = True) -> None:
+        super().__init__()
+        self.before = width - 1 if causal else (width - 1) // 2
+        self.weight = nn.Parameter(torch.empty(features, width).uniform_(-1, 1) * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """Map x [b, (heads,) n, d] to the same.
+
+        Outside of the tokens there are zeros, or the tokens `before` the first.
+        """
+        features, width = self.weight.shape
+        given = x if before is None else torch.cat([before, x], dim=-2)
+        rows = given.mT.reshape(-1, features, given.shape[-2])  # [b, features, n]
+        rows = F.pad(rows, (self.before if before is None else 0, width - 1 - self.before))
+        rows = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
+        return rows.reshape(x.mT.shape).mT
+
+
+class Latents(nn.Module):
+    """A learned list of tokens, the same for every sequence."""
+
+    def __init__(self, count: int, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.randn(count, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [b, count, features] for the batch of x [b, …]."""
+        return self.weight.to(x.dtype).expand(x.shape[0], -1, -1)
+
+
+def sinusoidal(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return sines and cosines of positions [(b,) n] at falling frequencies: [(b,) n, width]."""
+    power = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
+    angle = positions[..., None].to(torch.float64) * 10_000**-power
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :width].to(dtype)
