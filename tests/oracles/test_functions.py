@@ -6,9 +6,7 @@ with the block's own weights.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +16,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import headloom as hl
+
+from .others import file_of
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 2, 4
 WIDTH = HEADS * DIM
@@ -193,21 +193,6 @@ def test_entmax(name: str, mask: str, tokens: int, dtype: torch.dtype) -> None:
     assert_same(module, x, by_rows(normalise, mask == "causal"))
 
 
-def their_log_linear() -> Callable[..., Tensor]:
-    """Return fla's dense log-linear attention; its file stands alone, the package needs a GPU."""
-    package = importlib.util.find_spec("fla")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("needs the fla-core package")
-    path = Path(package.submodule_search_locations[0], "ops/log_linear_attn/naive.py")
-    spec = importlib.util.spec_from_file_location("naive_log_linear", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Callable[..., Tensor] = module.naive_log_linear_attn
-    return function
-
-
 LOG_LINEAR = """
 mix log_linear {
   let lam = x | linear(heads * 8) | softplus | split
@@ -223,7 +208,7 @@ mix log_linear {
 @pytest.mark.parametrize("tokens", [1, *LENGTHS, 100])
 def test_log_linear_attention(tokens: int, dtype: torch.dtype) -> None:
     """States in levels, in chunks and token by token, against a map of levels and decays."""
-    theirs = their_log_linear()
+    theirs = file_of("fla-core", "fla/ops/log_linear_attn/naive.py").naive_log_linear_attn
     settings = f"heads = {HEADS}; head_dim = {DIM}; mix = log_linear; mask = causal"
     arch = hl.load(f"{LOG_LINEAR}\nblock b {{ {settings} }}", format="loom")
     module = hl.compile(arch, "b", width=WIDTH, dtype=dtype, seed=0)
