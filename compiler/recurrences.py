@@ -39,8 +39,6 @@ from .affine import (
 from .graph import Graph, Node
 from .model import Recurrence, State, Update
 
-LARGEST = 256  # rows or columns of a state in a kernel
-
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -146,9 +144,9 @@ def kernel_obstacle(mix: Recurrence, form: Chunked) -> str | None:
     for each in mix.states:
         if each.levels:
             return f"`{each.name}` is kept in levels, which the kernels do not do"
-        if each.name in states and max(each.shape) > LARGEST:
+        if each.name in states and max(each.shape) > kernel.LARGEST:
             rows, columns = each.shape
-            return f"`{each.name}` is {rows} x {columns}; the kernels hold up to {LARGEST}"
+            return f"`{each.name}` is {rows} x {columns}; the kernels hold up to {kernel.LARGEST}"
     return None
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LARGEST = 256  # rows or columns of a state: no tile holds more
+
 
 @dataclass(frozen=True, slots=True)
 class Recurrence:

@@ -7,7 +7,7 @@ What depends on nothing that was mixed comes first, then what the context gives,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from ...grammar.show import show
@@ -25,7 +25,7 @@ from .tensors import tensor as tensor_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
 
-def block_class(graph: Graph, name: str, kernels: Iterable[Operator]) -> list[str]:
+def block_class(graph: Graph, name: str, kernels: Sequence[Operator]) -> list[str]:
     """Return the lines of a block's class; `kernels` are the functions that it calls."""
     writer = _Writer(graph, kernels)
     lines = [f"class {class_name(name)}(nn.Module):", *indent(_docstring(graph)), ""]
@@ -65,12 +65,10 @@ def _docstring(graph: Graph) -> list[str]:
 
 
 class _Writer(Caches):
-    def __init__(self, graph: Graph, kernels: Iterable[Operator]) -> None:
+    def __init__(self, graph: Graph, kernels: Sequence[Operator]) -> None:
         super().__init__(graph)
-        of = {each.spec: each.name for each in kernels}
-        self.recurrence_kernels = {
-            spec: name for spec, name in of.items() if isinstance(spec, Recurrence)
-        }
+        self.recurrence_kernels = {each.spec: each.name for each in kernels
+                                   if isinstance(each.spec, Recurrence)}  # fmt: skip
         self.kernels = {each.node.name: each.name for each in kernels
                         if not isinstance(each.spec, Recurrence)}  # fmt: skip
 

@@ -21,7 +21,7 @@ from ..graph import Graph, Node
 from ..model import State
 from ..recurrences import Chunked, Memory, Sum, kernel_of, of_node, ranks_of
 from . import scan
-from .text import atomic, braced, call, ident, indent
+from .text import atomic, call, ident
 from .values import Text, Values, lifted
 
 
@@ -127,10 +127,7 @@ class _Writer:
 
     def _keep(self) -> list[str]:
         lasts = [(ident(name), self._last(state)) for name, state in self.states.items()]
-        kept = {f'"{own}"': f"{own}{at}.detach()" for own, at in lasts}
-        lines = [f"if {self.cache} is not None:", *indent(braced(f"{self.cache}.kept = ", kept)),
-                 f"    {self.cache}.length += n"]  # fmt: skip
-        return [*lines, f"    {self.cache}.doc = doc[:, -1]"] if self.mix.resets else lines
+        return scan.keep(self.mix, self.cache, {own: f"{own}{at}.detach()" for own, at in lasts})
 
     @staticmethod
     def _last(state: State) -> str:

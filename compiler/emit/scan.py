@@ -8,7 +8,7 @@ o = torch.stack(outputs, dim=2)
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from ...grammar.expr import evaluate, names
@@ -139,11 +139,21 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
                  f"# [b, {node.dims[1]}, n, {node.dims[3]}]")  # fmt: skip
     if not mix.causal:
         return lines
-    kept = ", ".join(f'"{name}": {name}.detach()' for name in states(mix))
-    kept += f', "{COUNT}": place' if _counts(mix) else ""
-    lines += [f"if {cache} is not None:", f"    {cache}.kept = {{{kept}}}",
-              f"    {cache}.length += n"]  # fmt: skip
-    return [*lines, f"    {cache}.doc = last"] if mix.resets else lines
+    kept = {name: f"{name}.detach()" for name in states(mix)}
+    kept |= {COUNT: "place"} if _counts(mix) else {}
+    return [*lines, *keep(mix, cache, kept, "last")]
+
+
+def keep(
+    mix: Recurrence, cache: str, kept: Mapping[str, str], doc: str = "doc[:, -1]"
+) -> list[str]:
+    """Return the lines that keep what is `kept`, by name, and the document of the last token."""
+    return [
+        f"if {cache} is not None:",
+        *indent(braced(f"{cache}.kept = ", {f'"{name}"': text for name, text in kept.items()})),
+        f"    {cache}.length += n",
+        *([f"    {cache}.doc = {doc}"] if mix.resets else []),
+    ]
 
 
 def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
@@ -164,15 +174,8 @@ def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
         lines.append(f"fresh = new_documents(doc, {last})")
         args.append("fresh[:, 0, :, 0]")
     lines += call(f"{', '.join([made, *own])} = {kernel}", args)
-    kept = {f'"{name}"': f"{name}.detach()" for name in own}
-    return [
-        *lines,
-        f"{made} = {made}.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]",
-        f"if {cache} is not None:",
-        *indent(braced(f"{cache}.kept = ", kept)),
-        f"    {cache}.length += n",
-        *([f"    {cache}.doc = doc[:, -1]"] if mix.resets else []),
-    ]
+    lines.append(f"{made} = {made}.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]")
+    return [*lines, *keep(mix, cache, {name: f"{name}.detach()" for name in own})]
 
 
 def _by_heads(graph: Graph, node: Node, name: str) -> str:
