@@ -46,7 +46,7 @@ def leveled_linear(
         size = chunk_size(n, 64)
         front = place % size
         q, k, v, weights = (
-            in_chunks(F.pad(each, (0, 0, front, 0)), size) for each in (q, k, v, weights)
+            in_chunks(F.pad(each, (0, 0, front, 0)), size, 0.0) for each in (q, k, v, weights)
         )
         decay = in_chunks(F.pad(decay, (0, 0, front, 0), value=1.0), size, 1.0)
         since = decay.cumprod(-2)
@@ -55,7 +55,7 @@ def leveled_linear(
         reads = q * (begun if before else since)
         keeps, writes = since[..., -1, :, None], (k * after_each(decay)).mT
         if w is not None:  # what a token writes depends on what those before it wrote
-            w = in_chunks(F.pad(w, (0, 0, front, 0)), size)
+            w = in_chunks(F.pad(w, (0, 0, front, 0)), size, 0.0)
             inverse = unit_inverse(earlier_products(w, k, decay))
             reach = inverse @ (w * begun)
             reads = reads + pairs @ reach

@@ -64,6 +64,16 @@ def l1_norm(x: Tensor, eps: float) -> Tensor:
     return F.normalize(exact, p=1.0, dim=-1, eps=eps).to(x.dtype)
 
 
+def elu(x: Tensor) -> Tensor:
+    """Return x where x > 0, else exp(x) - 1.
+
+    A compiler takes the gradient of `F.elu` to be laid out as x is, which it need not be.
+    """
+    if torch.compiler.is_compiling():
+        return torch.where(x > 0, x, torch.expm1(x.clamp(max=0)))
+    return F.elu(x)
+
+
 def hard_step(a: Tensor) -> Tensor:
     """Return 1 where a > 0, else 0; the gradient passes straight through to a."""
     stepped = a.clone()
