@@ -16,6 +16,7 @@ from .chunks import (
     faded_state,
     faded_sums,
     fading,
+    first_tokens,
     in_chunks,
     interleaved,
     linear_section,
@@ -33,6 +34,8 @@ from .chunks import (
 )
 from .levels import (
     across_chunks,
+    chunk_by_chunk,
+    chunk_of_levels,
     level_between,
     leveled_linear,
     merged_levels,
@@ -91,6 +94,8 @@ __all__ = [
     "bernoulli",
     "by_key",
     "by_query",
+    "chunk_by_chunk",
+    "chunk_of_levels",
     "chunk_size",
     "chunked_linear",
     "chunks_first",
@@ -106,6 +111,7 @@ __all__ = [
     "faded_state",
     "faded_sums",
     "fading",
+    "first_tokens",
     "hard_step",
     "in_chunks",
     "interleaved",

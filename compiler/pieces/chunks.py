@@ -44,7 +44,7 @@ def chunked_linear(
             part, last = linear_section(*some, last, size, before)
             parts += part
         o = torch.cat(parts, dim=1)  # [b h, chunks · size, e]
-    return o.unflatten(0, (b, h))[:, :, :n], last.unflatten(0, (b, h))
+    return first_tokens(o.unflatten(0, (b, h)), n), last.unflatten(0, (b, h))
 
 
 def linear_section(
@@ -136,7 +136,7 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
                     step *= 2
             made, last = over_chunks(sums_of_chunk, last, sums, since)
             parts += made
-    return torch.cat(parts, dim=1).unflatten(0, (b, h))[:, :, :n]
+    return first_tokens(torch.cat(parts, dim=1).unflatten(0, (b, h)), n)
 
 
 def sums_of_chunk(last: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -239,10 +239,23 @@ def chunk_size(n: int, most: int) -> int:
 def in_chunks(x: Tensor, size: int, fill: float) -> Tensor:
     """Return x [b, h, n, d] as [b, h, chunks, size, d], the last chunk filled up."""
     n = x.shape[2]
-    chunks = (n + size - 1) // size
-    if torch.compiler.is_compiling() or n % size:
+    if torch.compiler.is_compiling():  # two chunks or more, whatever n is
+        chunks = (n + 2 * size - 1) // size
         x = F.pad(x, (0, 0, 0, chunks * size - n), value=fill)
-    return x.unflatten(2, (chunks, size))
+        return x.unflatten(2, (chunks, size))
+    if n % size:
+        x = F.pad(x, (0, 0, 0, -n % size), value=fill)
+    return x.unflatten(2, (-1, size))
+
+
+def first_tokens(x: Tensor, n: int) -> Tensor:
+    """Return the first n tokens of x [b, h, more, d].
+
+    A compiler gets a copy: what a slice is like depends on whether it is all there is.
+    """
+    if torch.compiler.is_compiling():
+        return x.index_select(2, torch.arange(n, device=x.device))
+    return x[:, :, :n]
 
 
 def chunks_first(x: Tensor, size: int, fill: float) -> Tensor:
