@@ -1,9 +1,11 @@
-"""A recurrence as PyTorch text: a loop over the tokens, statement by statement.
+"""A recurrence as PyTorch text: a function of one token, statement by statement.
 
-for step in range(n):
-    S = alpha[:, :, step, None, None] * S + k_[..., :, None] * v_[..., None, :]
-    outputs.append((q_[..., None, :] @ S).squeeze(-2))
-o = torch.stack(outputs, dim=2)
+def token(states, streams):
+    (S,), (alpha_t, k_t, v_t, q_t) = states, streams
+    S = alpha_t[..., None, None] * S + k_t[..., :, None] * v_t[..., None, :]
+    o = (q_t[..., None, :] @ S).squeeze(-2)
+    return (S,), (o,)
+(S,), (o,) = over_tokens(token, (S,), (alpha_h, k_h, v_h, q_h))
 """
 
 from __future__ import annotations
@@ -132,27 +134,27 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     lines += [f'{name} = state["{name}"]' for name in states(mix)]
     lines += begun(mix, cache)
     if mix.resets:
-        lines.append(f"anew = {start}")
-    lines.append("outputs = []")
-    lines += _causal(known, mix, streams, cache) if mix.causal else _both_ways(known, mix, streams)
-    lines.append(f"{made} = torch.stack(outputs, dim=2).to(x.dtype)  "
-                 f"# [b, {node.dims[1]}, n, {node.dims[3]}]")  # fmt: skip
+        last = f"None if {cache} is None else {cache}.doc"
+        lines += [f"anew = {start}", f"fresh = new_documents(doc, {last if mix.causal else None})"]
+    if mix.leveled:
+        args = "fresh, place" if mix.resets else "x.new_zeros(1, 1, n, 1).bool(), place"
+        lines.append(f"number = token_numbers({args})")
+    lines += _causal(known, mix, streams) if mix.causal else _both_ways(known, mix, streams)
+    lines.append(f"{made} = o.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]")
     if not mix.causal:
         return lines
     kept = {name: f"{name}.detach()" for name in states(mix)}
-    kept |= {COUNT: "place"} if _counts(mix) else {}
-    return [*lines, *keep(mix, cache, kept, "last")]
+    kept |= {COUNT: "number[:, :, -1:] + 1"} if _counts(mix) else {}
+    return [*lines, *keep(mix, cache, kept)]
 
 
-def keep(
-    mix: Recurrence, cache: str, kept: Mapping[str, str], doc: str = "doc[:, -1]"
-) -> list[str]:
+def keep(mix: Recurrence, cache: str, kept: Mapping[str, str]) -> list[str]:
     """Return the lines that keep what is `kept`, by name, and the document of the last token."""
     return [
         f"if {cache} is not None:",
         *indent(braced(f"{cache}.kept = ", {f'"{name}"': text for name, text in kept.items()})),
         f"    {cache}.length += n",
-        *([f"    {cache}.doc = {doc}"] if mix.resets else []),
+        *([f"    {cache}.doc = doc[:, -1]"] if mix.resets else []),
     ]
 
 
@@ -197,27 +199,55 @@ def per_head(graph: Graph, node: Node, name: str) -> tuple[str, int]:
     return (f"{text}.repeat_interleave({group}, dim=1)" if group > 1 else text), rank
 
 
-def _causal(known: _Ranks, mix: Recurrence, streams: list[str], cache: str) -> list[str]:
-    return [
-        *([f"last = None if {cache} is None else {cache}.doc"] if mix.resets else []),
-        "for step in range(n):",
-        *indent(_reset(mix)),
-        *indent(_tokens(streams)),
-        *indent(_merged(known, mix)),
-        *indent(_statements(known, mix, [*states_of(mix), "o"])),
-        "    outputs.append(o)",
-        *(["    place = place + 1"] if _counts(mix) else []),
+def _causal(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
+    every = {_token_of(name): _all_of(name) for name in streams}
+    if mix.leveled:
+        every["at"] = "number"
+    if mix.resets:
+        every["begun"] = "fresh[..., 0]"
+    body = [
+        *_reset(mix),
+        *_merged(known, mix),
+        *_statements(known, mix, [*states_of(mix), "o"]),
     ]
+    return _over_tokens("token", states(mix), every, body, {"o": "o"})
+
+
+def _over_tokens(
+    name: str,
+    carried: list[str],
+    streams: Mapping[str, str],
+    body: list[str],
+    made: Mapping[str, str],
+) -> list[str]:
+    """Return a function of one token, and its call for all of them.
+
+    The function changes what is `carried` and reads `streams`, under the names that they have
+    there. `made` says under which name there is afterwards, for all tokens, what it has as which.
+    """
+    streams = streams or {"_": "x[:, None]"}  # which say how many tokens there are
+    return [
+        f"def {name}(states, streams):",
+        *([f"    {_tuple(carried)} = states"] if carried else []),
+        f"    {_tuple(streams)} = streams",
+        *indent(body),
+        f"    return {_tuple(carried)}, {_tuple(made.values())}",
+        *call(f"{_tuple(carried)}, {_tuple(made)} = over_tokens",
+              [name, _tuple(carried), _tuple(streams.values())]),
+    ]  # fmt: skip
+
+
+def _tuple(names: Collection[str]) -> str:
+    return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
 def _merged(known: _Ranks, mix: Recurrence) -> list[str]:
     """Return the lines that merge the levels that are full, and weigh them."""
-    place = "place" if _counts(mix) else "place + step"
     lines = []
     for each in mix.leveled:
         assert each.weights is not None
         own = ident(each.name)
-        lines += [f"{own} = merged_levels({own}, {place})",
+        lines += [f"{own} = merged_levels({own}, at[..., None])",
                   f"{own}_levels = {known.value(each.weights).text}"]  # fmt: skip
     return lines
 
@@ -226,22 +256,14 @@ def _reset(mix: Recurrence) -> list[str]:
     """Return the lines that begin the states anew where a segment begins."""
     if not mix.resets:
         return []
-    lines = ["if last is not None:", "    fresh = (doc[:, step] != last)[:, None]"]
-    lines += [
-        f'    {name} = torch.where(fresh{_lifted(each)}, anew["{name}"], {name})'
+    return [
+        f'{name} = torch.where(begun{_lifted(each)}, anew["{name}"], {name})'
         for each, name in zip(mix.states, states(mix), strict=True)
     ]
-    if _counts(mix):
-        lines.append("    place = place.masked_fill(fresh[..., None], 0)")
-    return [*lines, "last = doc[:, step]"]
 
 
 def _lifted(state: State) -> str:
     return f"[..., {', '.join(['None'] * len(state.kept))}]" if state.kept else ""
-
-
-def _tokens(streams: list[str]) -> list[str]:
-    return [f"{_token_of(name)} = {_all_of(name)}[:, :, step]" for name in streams]
 
 
 def _statements(known: _Ranks, mix: Recurrence, written: Collection[str]) -> list[str]:
@@ -285,32 +307,23 @@ def _each_level(known: _Ranks, update: Update) -> list[str]:
 
 
 def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
-    update = indent(_statements(known, mix, states_of(mix)))
-    answer = [*indent(_statements(known, mix, ["o"])), "    outputs.append(o)"]
-    tokens = indent(_tokens(streams))
+    own = states(mix)
+    every = {_token_of(name): _all_of(name) for name in streams}
+    update = [*_reset(mix), *_statements(known, mix, states_of(mix))]
+    answer = _statements(known, mix, ["o"])
     if not mix.resets:
         return [
-            "for step in range(n):  # every token is taken up",
-            *tokens, *update,
-            "for step in range(n):  # before the first is answered",
-            *tokens, *answer,
-        ]  # fmt: skip
-    kept = "".join(f"{name}, " for name in states(mix))
-    ends = [
-        f"        {name} = torch.where(end{_lifted(each)}, history[step][{at}], {name})"
-        for at, (each, name) in enumerate(zip(mix.states, states(mix), strict=True))
-    ]
+            *_over_tokens("taken_up", own, every, update, {}),
+            *_over_tokens("answered", own, every, answer, {"o": "o"}),
+        ]
+    past = {f"{name}_past": name for name in own}
+    begun = {"begun": "fresh[..., 0]"}
+    ends = {each: f"at_ends({each}, fresh)" for each in past}
+    answer = [*(f"{name} = {each}" for each, name in past.items()), *answer]
     return [
-        "last, history = None, []",
-        "for step in range(n):  # every token is taken up",
-        *indent(_reset(mix)), *tokens, *update,
-        f"    history.append(({kept.rstrip() if len(mix.states) == 1 else kept.rstrip(', ')}))",
-        "for step in reversed(range(n)):  # and answered from where its segment ends",
-        "    if step < n - 1:",
-        "        end = (doc[:, step] != doc[:, step + 1])[:, None]",
-        *ends, *tokens, *answer,
-        "outputs.reverse()",
-    ]  # fmt: skip
+        *_over_tokens("taken_up", own, every | begun, update, past),
+        *_over_tokens("answered", own, every | ends, answer, {"o": "o"}),
+    ]
 
 
 def _variable(name: str) -> str:

@@ -76,6 +76,7 @@ from .stages import (
     sinusoidal,
     top_features,
 )
+from .steps import at_ends, over_tokens, token_numbers
 
 __all__ = [
     "BlockCache",
@@ -91,6 +92,7 @@ __all__ = [
     "across_chunks",
     "add_noise",
     "after_each",
+    "at_ends",
     "bernoulli",
     "by_key",
     "by_query",
@@ -103,8 +105,8 @@ __all__ = [
     "convolve",
     "corrected_chunk",
     "drop_heads",
-    "elu",
     "earlier_products",
+    "elu",
     "expect",
     "expect_per_token",
     "faded_products",
@@ -130,6 +132,7 @@ __all__ = [
     "one_later",
     "over_chunks",
     "over_queries",
+    "over_tokens",
     "rank_keys",
     "read_chunk",
     "rope",
@@ -142,6 +145,7 @@ __all__ = [
     "steps_on",
     "summed_levels",
     "sums_of_chunk",
+    "token_numbers",
     "top_features",
     "unit_inverse",
     "whole_linear",

@@ -273,7 +273,7 @@ def whole_linear(
     if fresh is None:
         return q @ (state + k.mT @ v)
     shape, nothing = (*k.shape[:3], 1), torch.zeros_like(state)
-    ends = F.pad(fresh[:, :, 1:], (0, 0, 0, 1), value=True)
+    ends = F.pad(fresh, (0, 0, 0, 1), value=True)[:, :, 1:]
     begun, _ = chunked_linear(q, k, v, (~fresh).to(k.dtype).expand(shape), nothing)
     open_ = (~ends).to(k.dtype).expand(shape).flip(2)
     asked = q.masked_fill(ends, 0).flip(2)  # from the last token backwards
@@ -298,7 +298,7 @@ def one_before(z: Tensor, state: Tensor, fresh: Tensor | None = None, anew: floa
 
     The tokens that are `fresh` find it `anew`.
     """
-    earlier = torch.cat([state[:, :, None], z[:, :, :-1]], dim=2)
+    earlier = torch.cat([state[:, :, None], z], dim=2)[:, :, :-1]
     return earlier if fresh is None else earlier.masked_fill(fresh, anew)
 
 
@@ -308,7 +308,7 @@ def new_documents(doc: Tensor, last: Tensor | None) -> Tensor:
     `last` [b] is the document of the token before the first, where there was one.
     """
     first = doc[:, :1] if last is None else last[:, None]
-    return (doc != torch.cat([first, doc[:, :-1]], dim=1))[:, None, :, None]
+    return (doc != torch.cat([first, doc], dim=1)[:, :-1])[:, None, :, None]
 
 
 def interleaved(*parts: Tensor) -> Tensor:
