@@ -41,10 +41,10 @@ def chunked_linear(
             return q @ (state if before else last), last
         size, last, parts = chunk_size(n, 64 if w is None else 32), state.flatten(0, 1), []
         for some in sections(size, q, k, v, w, decay):
-            part, last = linear_section(*some, last, size, before)
+            part, last = linear_section(*some, last, n, size, before)
             parts += part
         o = torch.cat(parts, dim=1)  # [b h, chunks · size, e]
-    return first_tokens(o.unflatten(0, (b, h)), n), last.unflatten(0, (b, h))
+    return o.unflatten(0, (b, h))[:, :, :n], last.unflatten(0, (b, h))
 
 
 def linear_section(
@@ -54,12 +54,13 @@ def linear_section(
     w: Tensor | None,
     decay: Tensor | None,
     state: Tensor,
+    n: int,
     size: int,
     before: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """Return what the chunks of a size read [b h, tokens, e], and the state [b h, d, e] after them.
 
-    All else has the shapes and the meaning that `chunked_linear` gives it.
+    All else has the shapes and the meaning that `chunked_linear` gives it; n are all tokens.
     """
     q, k, v = (chunks_first(each, size, 0.0) for each in (q, k, v))
     w = None if w is None else chunks_first(w, size, 0.0)
@@ -77,10 +78,10 @@ def linear_section(
         seen = earlier_products(q, k, decay) if before else faded_products(q, k, decay)
         met = None if w is None else earlier_products(w, k, decay)
     if w is None or met is None:
-        return over_chunks(read_chunk, state, seen @ v, reads, writes @ v, *keeps)
+        return over_chunks(read_chunk, n, state, seen @ v, reads, writes @ v, *keeps)
     solved = unit_inverse(met)
     own, reach = solved @ v, solved @ scaled(w, until)
-    return over_chunks(corrected_chunk, state, own, reach, seen, reads, writes, *keeps)
+    return over_chunks(corrected_chunk, n, state, own, reach, seen, reads, writes, *keeps)
 
 
 def read_chunk(state: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -98,15 +99,16 @@ def corrected_chunk(state: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, T
 
 
 def over_chunks(
-    step: Callable[..., Any], state: Tensor, *chunks: Tensor
+    step: Callable[..., Any], n: int, state: Tensor, *chunks: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """Return what `step` makes of each chunk [b h, tokens, e], and the state after the last.
 
-    A compiler gets the loop as one operator, for any number of chunks: it would write it out.
+    A compiler gets the loop as one operator, for any number of chunks: it would unroll it. Of
+    what is made it gets the n tokens that there are.
     """
     if torch.compiler.is_compiling():
         state, made = torch._higher_order_ops.scan(step, state, chunks)
-        return [made.transpose(0, 1).flatten(1, 2)], state
+        return [tokens_of_chunks(made.transpose(0, 1), n)], state
     parts = []
     for chunk in zip(*(each.unbind(0) for each in chunks), strict=True):
         state, part = step(state, chunk)
@@ -134,9 +136,9 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
                     sums = sums + fades * F.pad(sums[..., :-step, :], (0, 0, step, 0))
                     fades = fades * F.pad(fades[..., :-step, :], (0, 0, step, 0), value=1.0)
                     step *= 2
-            made, last = over_chunks(sums_of_chunk, last, sums, since)
+            made, last = over_chunks(sums_of_chunk, n, last, sums, since)
             parts += made
-    return first_tokens(torch.cat(parts, dim=1).unflatten(0, (b, h)), n)
+    return torch.cat(parts, dim=1).unflatten(0, (b, h))[:, :, :n]
 
 
 def sums_of_chunk(last: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -248,14 +250,15 @@ def in_chunks(x: Tensor, size: int, fill: float) -> Tensor:
     return x.unflatten(2, (-1, size))
 
 
-def first_tokens(x: Tensor, n: int) -> Tensor:
-    """Return the first n tokens of x [b, h, more, d].
+def tokens_of_chunks(x: Tensor, n: int) -> Tensor:
+    """Return the first n tokens [..., n, d] of chunks x [..., chunks, size, d].
 
-    A compiler gets a copy: what a slice is like depends on whether it is all there is.
+    A compiler takes them one by one: what a slice is like depends on whether it is all there is.
     """
     if torch.compiler.is_compiling():
-        return x.index_select(2, torch.arange(n, device=x.device))
-    return x[:, :, :n]
+        token, size = torch.arange(n, device=x.device), x.shape[-2]
+        return x[..., token // size, token % size, :]
+    return x.flatten(-3, -2)[..., :n, :]
 
 
 def chunks_first(x: Tensor, size: int, fill: float) -> Tensor:

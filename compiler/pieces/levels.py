@@ -11,9 +11,9 @@ from .chunks import (
     chunk_size,
     earlier_products,
     faded_products,
-    first_tokens,
     in_chunks,
     one_later,
+    tokens_of_chunks,
     unit_inverse,
 )
 
@@ -78,8 +78,8 @@ def leveled_linear(
             across, older = across_chunks(
                 reads, keeps, writes @ v, weights, state, place, place + n
             )
-        o = (within + across).flatten(2, 3)
-    return first_tokens(o[:, :, front:] if front else o, n), last + older
+        o = tokens_of_chunks(within + across, front + n)
+    return o[:, :, front:], last + older
 
 
 def chunk_by_chunk(
