@@ -28,6 +28,7 @@ from .emit import Code
 from .mixing import mix_exprs
 from .model import Apply, Block, Model, Pairwise, Recurrence, applies
 from .reference import reference
+from .verify_batch import as_if_alone, rows_of_a_cache
 from .verify_cases import (
     TOLERANCE,
     Difference,
@@ -332,6 +333,8 @@ _COMMON: dict[str, Check] = {
     "gradients": _gradients,
     "decoding": _decoding,
     "causality": _causality,
+    "as if alone": as_if_alone,
+    "rows of a cache": rows_of_a_cache,
     "training": _training,
     "exported file": _export,
 }

@@ -12,6 +12,7 @@ from .api import construct
 from .build import tensors_read
 from .choose import Target
 from .emit import Code
+from .emit.caches import own_rows
 from .mixing import mix_exprs
 from .model import Block, Mixing, Model, Recurrence
 from .pipeline import generate
@@ -73,6 +74,24 @@ class Subject:
     def obstacle(self) -> str | None:
         """Why it cannot be decoded token by token."""
         return next((why for each in self.blocks if (why := decoding.obstacle(each))), None)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether it reads a context."""
+        encoder = self.what.encoder if isinstance(self.what, Model) else None
+        return encoder is not None or any(each.context_width for each in self.blocks)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row can hold several sequences: its output is one of each token."""
+        if isinstance(self.what, Model):
+            return self.what.head != "classify"
+        return self.what.out.shape.tokens == "n"
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row of a cache holds one sequence, from its beginning to its end."""
+        return any(own_rows(each) for each in self.blocks)
 
     @property
     def cases(self) -> tuple[Case, ...]:

@@ -47,6 +47,7 @@ def method(graph: Graph, node: Node) -> list[str]:
     writer = _Writer(graph, node)
     lowering: Lowering = node.get("lowering")
     places = ["i", "j"] if reads_places(graph, node) else []
+    places += sequences(graph, node)
     seen = operands(graph, node)
     below = [f"previous_{name}" for name in maps_below(node)]
     given = [*"qkv", *places, *(each.variable for each in seen), *below]
@@ -57,8 +58,10 @@ def method(graph: Graph, node: Node) -> list[str]:
     gives = "tuple[Tensor, ...]" if writer.statistics or maps(graph, node) else "Tensor"
     if not writer.by_rows:
         return _defined(head, given, body, gives)
-    queries = ["q", *places[:1], *(each.variable for each in seen if each.at == "i"), *below]
-    keys = ["k", "v", *places[1:], *(each.variable for each in seen if each.at == "j")]
+    queries = ["q", *(each for each in places if each in ("i", "own")),
+               *(each.variable for each in seen if each.at == "i"), *below]  # fmt: skip
+    keys = ["k", "v", *(each for each in places if each in ("j", "other")),
+            *(each.variable for each in seen if each.at == "j")]  # fmt: skip
     comma = "," if len(queries) == 1 else ""
     args = [f"self.{method_name(node)}_rows", f"({', '.join(queries)}{comma})",
             f"({', '.join(keys)})"]  # fmt: skip
@@ -72,8 +75,20 @@ def method(graph: Graph, node: Node) -> list[str]:
 
 
 def _defined(head: str, given: list[str], body: list[str], gives: str = "Tensor") -> list[str]:
-    args = ["self", *(f"{name}: Tensor" for name in given)]
+    optional = ("own", "other")
+    args = ["self", *(f"{name}: Tensor{' | None' * (name in optional)}" for name in given)]
     return [*call(head, args, f") -> {gives}:"), *indent(body)]
+
+
+def sequences(graph: Graph, node: Node) -> list[str]:
+    """Return what tells an attention whose tokens are whose: numbers of sequences, or None.
+
+    `own` along the queries, `other` along the keys.
+    """
+    keys = graph.node(node.inputs[1]).dims[-2]
+    if keys not in ("n", "m"):
+        return []
+    return ["own", "other"] if node.dims[2] == keys else ["other"]
 
 
 def maps_below(node: Node) -> tuple[str, ...]:
@@ -100,13 +115,16 @@ class _Writer:
         self.value_heads = graph.node(node.inputs[2]).dims[1]
         self.normalizer: Normalizer = node.get("normalizer")
         self.mask: Expr = node.get("mask")
-        self.pairs = Pairs(graph, node, masked=self.mask != TRUE)
+        self.told = sequences(graph, node)
+        self.masked = self.mask != TRUE or bool(self.told)
+        self.pairs = Pairs(graph, node, masked=self.masked, told=bool(self.told))
         self.statistics: tuple[tuple[str, str, Expr | None], ...] = node.get("statistics") or ()
         self.lines: list[str] = []
 
     @property
     def _sees_something(self) -> bool:
-        return sees_something(self.graph.block.mixings[self.node.name])
+        own = self.told != ["other"]  # else padding may be all that there is
+        return own and sees_something(self.graph.block.mixings[self.node.name])
 
     @property
     def by_rows(self) -> bool:
@@ -136,6 +154,8 @@ class _Writer:
         if self.mask != TRUE:
             self._visible()
             args.append("attn_mask=visible")
+        elif self.told:
+            args.append(f"attn_mask={self._together}")
         return [*self._sized(), *sdpa_call(self.graph, self.node, args, "return ")]
 
     def dense(self) -> list[str]:
@@ -156,12 +176,12 @@ class _Writer:
             text = self._text(similarity)
             text = f"{atomic(text)}.to(wide){times}" if times else f"{atomic(text)}.to(wide)"
             self.lines += comment(f"s = {text}", f"[{shape}, {self.keys}]")
-        if self.mask != TRUE:
+        if self.masked:
             self._visible()
         if any("seen" in names(expr) for expr in self._all()):
             count = (
                 "visible.expand(s.shape).sum(-1, keepdim=True)"
-                if self.mask != TRUE
+                if self.masked
                 else "torch.full_like(s[..., :1], k.shape[-2])"
             )
             self.lines.append(f"seen = {count}.clamp(min=1).to(wide)")
@@ -189,17 +209,36 @@ class _Writer:
     def _sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""
         text = "\n".join(line.partition("# ")[0] for line in self.lines)
+        both = self.told == ["own", "other"]
+        queries = "torch.tensor(q.shape[-2], device=q.device)"
+        if both:
+            queries = "tokens_of(own, None if own is None else own.mT, q)"
+        keys = "torch.tensor(k.shape[-2], device=q.device)"
+        if self.told:
+            keys = f"tokens_of({'own' if both else 'None'}, other, k)"
         made = {
             "h": f"torch.arange({self.heads}, device=q.device)[:, None, None]",
-            "n": "torch.tensor(q.shape[-2], device=q.device)",
-            "m": "torch.tensor(k.shape[-2], device=q.device)",
+            "n": queries,
+            "m": keys,
         }
         read = [name for name in made if re.search(rf"\b{name}\b", text)]
         return [*(f"{name} = {made[name]}" for name in read), *self.lines]
 
+    @property
+    def _together(self) -> str:
+        return f"together({'own' if 'own' in self.told else 'None'}, other)"
+
     def _visible(self) -> None:
+        """Write who sees whom: what the mask says, of the query's own sequence."""
+        if self.mask == TRUE:
+            ones = "torch.ones((1, 1, 1, 1), dtype=torch.bool, device=q.device)"
+            self.lines += [f"visible = {self._together}",
+                           f"visible = {ones} if visible is None else visible"]  # fmt: skip
+            return
         text = replace(self.pairs, wide=".double()").value(self.mask).text
         self.lines.append(f"visible = {text}")
+        if self.told:
+            self.lines += ["if other is not None:", f"    visible = visible & {self._together}"]
 
     def _hidden(self, text: str, by: str = "0") -> str:
         return self.pairs.hidden(text, by)
@@ -238,7 +277,7 @@ class _Writer:
     def _exponential(self, form: Exponential) -> None:
         if form.logit != Name("s"):
             self.lines.append(f"s = {self._spread(form.logit)}")
-        if self.mask != TRUE:
+        if self.masked:
             self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
         every = "s"
         if form.extra is not None:
@@ -256,9 +295,9 @@ class _Writer:
         else:
             own = "" if form.extra is None else "[..., :-1]"
             self.lines.append(f"p = {every}.softmax(-1){own}")
-        if asked and form.extra is None and self.mask != TRUE and not self._sees_something:
+        if asked and form.extra is None and self.masked and not self._sees_something:
             self.lines.append("lse = lse.masked_fill(~visible.any(-1, keepdim=True), -torch.inf)")
-        if self.mask != TRUE and not (form.extra is None and self._sees_something):
+        if self.masked and not (form.extra is None and self._sees_something):
             self.lines.append("p = p.masked_fill(~visible, 0)")
 
     def _ratio(self) -> None:
@@ -276,7 +315,7 @@ class _Writer:
             self.lines.pop(-2)
 
     def _threshold(self) -> None:
-        visible = "visible" if self.mask != TRUE else "torch.ones_like(s, dtype=torch.bool)"
+        visible = "visible" if self.masked else "torch.ones_like(s, dtype=torch.bool)"
         self.lines += [
             "def weight(s: Tensor, tau: Tensor) -> Tensor:",
             f"    return {self._text(self.normalizer.numerator)}",

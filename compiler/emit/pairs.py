@@ -125,6 +125,7 @@ class Pairs(Values):
     node: Node
     layout: str = PAIR
     masked: bool = True  # whether `visible` says who is
+    told: bool = False  # whether `other` may say which keys are of one sequence
     wide: str = ".to(wide)"  # how a place becomes a fraction
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
 
@@ -236,7 +237,7 @@ class Pairs(Values):
         at = at_token(read)
         if at not in (Name("i"), Name("j")):
             steps = self.side(KEY).value(Binary("-", at, Name("j"))).text
-            variable = f"steps_on({variable}, {steps})"
+            variable = f"steps_on({variable}, {steps}{', other' * self.told})"
         items = [item for item in read.items if item is not at]
         if len(dims) == 4:
             head, feature = items[0], items[1] if len(items) > 1 else None
