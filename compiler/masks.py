@@ -72,10 +72,10 @@ def extent(mask: Expr) -> Extent:
 
 def remembered(mask: Expr, exprs: Iterable[Expr]) -> Expr:
     """Return the mask of what a cache must keep: some expressions read all keys, in order."""
-    return TRUE if any(map(_reads_others, exprs)) else mask
+    return TRUE if any(map(reads_others, exprs)) else mask
 
 
-def _reads_others(expr: Expr) -> bool:
+def reads_others(expr: Expr) -> bool:
     """Say whether an expression reads of other keys' tokens than its own pair's."""
     if calls(expr, "convolve"):
         return True

@@ -244,7 +244,7 @@ class _Rows:
         cache.reset([1])
         at[1] = 0
         at = self._steps(cache, at, min(2, self._left))
-        if not self.subject.packs or self.subject.whole_rows:
+        if not self.subject.packs or self.subject.whole_rows or self.subject.what.marks:
             return
         # a new sequence in each row, in the middle of a step
         left = min(2, self._left - 2)

@@ -12,7 +12,7 @@ from .api import construct
 from .build import tensors_read
 from .choose import Target
 from .emit import Code
-from .emit.caches import own_rows
+from .emit.caches import begins_within
 from .mixing import mix_exprs
 from .model import Block, Mixing, Model, Recurrence
 from .pipeline import generate
@@ -91,7 +91,7 @@ class Subject:
     @property
     def whole_rows(self) -> bool:
         """Whether a row of a cache holds one sequence, from its beginning to its end."""
-        return any(own_rows(each) for each in self.blocks)
+        return not all(map(begins_within, self.blocks))
 
     @property
     def cases(self) -> tuple[Case, ...]:

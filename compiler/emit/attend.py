@@ -91,6 +91,16 @@ def sequences(graph: Graph, node: Node) -> list[str]:
     return ["own", "other"] if node.dims[2] == keys else ["other"]
 
 
+def by_rows(graph: Graph, node: Node) -> bool:
+    """Say whether some queries can be attended to without the others, but those just before."""
+    exprs = attend_exprs(node)
+    reads = {name for expr in exprs for name in names(expr)}
+    called = {part.function for expr in exprs for part in walk(expr) if isinstance(part, Call)}
+    columns = any(kind == "columns" for _, kind, _ in node.get("statistics") or ())
+    columns = columns or any(each.endswith("_queries") for each in called)
+    return "n" not in reads and not columns
+
+
 def maps_below(node: Node) -> tuple[str, ...]:
     """Return what an attention reads of the map of the layer below."""
     read = {name for expr in attend_exprs(node) for name in names(expr)}
@@ -128,13 +138,7 @@ class _Writer:
 
     @property
     def by_rows(self) -> bool:
-        """Whether some queries can be attended to without the others, but those just before."""
-        reads = {name for expr in self._all() for name in names(expr)}
-        calls = {part.function for expr in self._all() for part in walk(expr)
-                 if isinstance(part, Call)}  # fmt: skip
-        columns = any(kind == "columns" for _, kind, _ in self.statistics)
-        columns = columns or any(each.endswith("_queries") for each in calls)
-        return "n" not in reads and not columns
+        return by_rows(self.graph, self.node)
 
     @property
     def before(self) -> int:

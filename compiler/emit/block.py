@@ -21,7 +21,7 @@ from ..masks import extent
 from ..model import MAPS, PREVIOUS, Pairwise
 from ..operators import Operator
 from . import attend, chunk, scan
-from .caches import Caches, own_rows, plain_name
+from .caches import Caches, begins_within, own_rows, plain_name
 from .tensors import tensor as tensor_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
@@ -160,6 +160,7 @@ class _Writer(Caches):
         args += ["cuts=False"] if self.block.marks else []
         args += ["rows=True"] if own_rows(self.block) else []
         if self.obstacle is None:
+            args += [] if begins_within(self.block) else ["begins=False"]
             made = call("batch = begin", ["self", "x", "cache", *args])
         else:
             made = call("batch = Batch", ["x", "None", *args])
@@ -410,7 +411,7 @@ class _Writer(Caches):
             args += [f"by_query({at})", f"""by_key({'shared["places"]' if borrowed else "places"})"""]
         seen = attend.sequences(self.graph, node)
         own = """shared["run"]""" if borrowed else "run_j" if self._held_by(node) else "run"
-        of = {"own": "run", "other": own if self._key_tokens(node) == "n" else "context_run"}
+        of = {"own": "batch.own" if attend.by_rows(self.graph, node) else "run", "other": own if self._key_tokens(node) == "n" else "context_run"}
         args += [f"by_{'query' if each == 'own' else 'key'}({of[each]})" for each in seen]
         below = [f'shared["{name}"]' for name in attend.maps_below(node)]
         also = [f"shared_{each}" for each in maps(self.graph, node)]

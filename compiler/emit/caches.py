@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from ...grammar.expr import calls
 from ...ops import OPS
 from .. import decoding
 from ..choose import attend_exprs
 from ..graph import Graph, Node, shape_of
-from ..masks import extent, remembered, widest
+from ..masks import extent, reads_others, remembered, widest
+from ..mixing import mix_exprs
 from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, flow_nodes
 from . import attend, scan
 from .text import call, ident, indent
@@ -220,11 +222,22 @@ def own_rows(block: Block) -> bool:
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
             if flow.keys == "n" and flow.queries != "n":
                 return True
+            if any(calls(expr, "convolve") for expr in mix_exprs(flow.mix)):
+                return True
         elif isinstance(flow, Mixing) and flow.mix.leveled:
             return True
         elif isinstance(flow, Apply) and OPS[flow.op].whole_rows:
             return True
     return False
+
+
+def begins_within(block: Block) -> bool:
+    """Say whether a sequence may begin within a row of a cache, after another one.
+
+    Not where expressions read other keys in order: those of both sequences lie in one cache.
+    """
+    exprs = (expr for each in block.mixings.values() for expr in mix_exprs(each.mix))
+    return not own_rows(block) and not any(map(reads_others, exprs))
 
 
 def plain_name(name: str) -> str:

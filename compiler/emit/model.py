@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..decoding import obstacle
 from ..model import Block, Model
-from .caches import own_rows
+from .caches import begins_within, own_rows
 from .text import call, indent
 
 _SWIGLU = '''class FeedForward(nn.Module):
@@ -234,6 +234,8 @@ def _forward(model: Model) -> list[str]:
     args = ["attention_mask", "segments", "cu_seqlens", "positions"]
     args += ["cuts=False"] if model.marks else []
     args += ["rows=True"] if any(own_rows(block) for block in model.layers) else []
+    if cached and not all(map(begins_within, model.layers)):
+        args.append("begins=False")
     head = ["self", first, "cache"] if cached else [first, "None"]
     opened = call(f"batch = {'begin' if cached else 'Batch'}", [*head, *args])
     lines += ["outer = batch is None", "if batch is None:",

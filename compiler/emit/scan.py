@@ -96,8 +96,7 @@ def opened(graph: Graph, node: Node, cache: str) -> list[str]:
         lines = [f"fresh, idle = {first}, None if {cache} is None else batch.idle"]
     if any(_elsewhere(each) for each in mix.states):
         lines += ["if batch.changed is not None:",
-                  '    raise ValueError("a new segment cannot begin in the middle of these states: "',
-                  '                     "give each sequence a row, or use `cache.reset(rows)`")']  # fmt: skip
+                  '    raise ValueError("a segment cannot begin in the middle of these states")']
     if mix.leveled:
         lines.append("place = batch.before if isinstance(batch.before, int) else batch.before[:, None, None]")
     state = f"state = {start} if {cache} is None else {cache}.kept" if mix.causal and cache else f"state = {start}"

@@ -4,7 +4,7 @@ The emitter copies the ones it uses, word for word, into the file it writes. Not
 may use anything but torch and other pieces.
 """
 
-from .batches import Batch, Past, numbered, packed, per_token
+from .batches import Batch, Past, filled, numbered, packed, per_token
 from .caches import (
     Cache,
     ContextCache,
@@ -47,6 +47,7 @@ from .chunks import (
 from .levels import (
     across_chunks,
     level_between,
+    leveled_by_row,
     leveled_linear,
     merged_levels,
     summed_levels,
@@ -126,6 +127,7 @@ __all__ = [
     "faded_state",
     "faded_sums",
     "fading",
+    "filled",
     "finish",
     "hard_step",
     "in_chunks",
@@ -135,6 +137,7 @@ __all__ = [
     "l1_norm",
     "l2_norm",
     "level_between",
+    "leveled_by_row",
     "leveled_linear",
     "linear_section",
     "marks_of",

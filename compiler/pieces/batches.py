@@ -28,8 +28,10 @@ class Batch:
 
     x [b, n, …] is what is given; `take` lays it out like this and `give` lays the result out as
     x is. `run` [rows, tokens] numbers the sequences of a row, from 0 for the one that a cache
-    goes on with, -1 for padding; it is None where every row is one sequence and full. `place`
-    counts the tokens of each sequence; `positions` are those that were given, or the same.
+    goes on with, -1 for padding; it is None where every row is one sequence and full. Padding
+    repeats the last token of its row, so that whatever is made of it is as finite; `own` has the
+    number of that one's sequence there. `place` counts the tokens of each sequence; `positions`
+    are those that were given, or the same.
     With `cuts`, segments are sequences, else they only mark tokens. With `rows`, each sequence
     is laid into a row of its own: what mixes all tokens of a row then meets no others.
     """
@@ -68,10 +70,12 @@ class Batch:
         elif live is not None:
             order = live.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
             first = n * torch.arange(b, device=x.device)[:, None]
-            self.index, self.back = order + first, order.argsort(-1) + first
-            live, doc = live.gather(1, order), None if doc is None else doc.gather(1, order)
-            if self.given is not None:
-                self.given = self.given.expand(b, n).gather(1, order).masked_fill(~live, 0)
+            self.back = order.argsort(-1) + first
+            step, count = torch.arange(n, device=x.device), live.sum(1, keepdim=True)
+            live, order = step < count, filled(order, count)
+            self.index = order + first
+            doc = None if doc is None else doc.gather(1, order)
+            self.given = None if self.given is None else self.given.expand(b, n).gather(1, order)
         self.live, self.segments = live, doc
         self._count(past, x)
 
@@ -87,8 +91,8 @@ class Batch:
         place = torch.arange(len(at), device=at.device) - first[number]
         longest = int(place.max()) + 1 if len(at) else 0
         index = at.new_zeros(count, longest)
-        self.index = index.index_put((number, place), at)
         self.live = index.index_put((number, place), torch.ones_like(at)).bool()
+        self.index = filled(index.index_put((number, place), at), self.live.sum(1, keepdim=True))
         self.back = torch.zeros_like(every).index_put((at,), number * longest + place).view(b, n)
         begun = first.clamp(max=max(0, len(at) - 1))
         self.owner = at[begun] // n if len(at) else first.new_zeros(count)
@@ -117,10 +121,13 @@ class Batch:
             self.place = before[:, None] + step
         else:
             self.place = before + step
+        self.own = self.run
         if live is not None:
-            self.place = self.place.expand(rows, tokens)
-            self.run = (torch.zeros_like(self.place) if self.run is None else self.run)
-            self.run = self.run.masked_fill(~live, -1)
+            count = live.sum(1, keepdim=True)
+            self.place = filled(self.place.expand(rows, tokens), count)
+            run = torch.zeros_like(self.place) if self.run is None else self.run
+            self.run = run.masked_fill(~live, -1)
+            self.own = filled(self.run, count)
         self.positions = self.place if self.given is None else self.given
         self.plain = past is None and self.given is None and not self.cut
 
@@ -169,12 +176,12 @@ class Batch:
         return self.live.sum(1)
 
     def take(self, x: Tensor) -> Tensor:
-        """Lay x [b, n, …] out in rows of sequences, 0 at padding."""
+        """Lay x [b, n, …] out in rows of sequences; a row that is padding alone is 0."""
         if self.index is None:
             return x
         assert self.live is not None
         y = x.flatten(0, 1)[self.index] if x.numel() else x.new_zeros(*self.index.shape, *x.shape[2:])
-        return y.masked_fill(~self.live.reshape(*self.live.shape, *[1] * (x.ndim - 2)), 0)
+        return y.masked_fill(~self.live.any(1).reshape(-1, *[1] * (x.ndim - 1)), 0)
 
     def give(self, y: Tensor) -> Tensor:
         """Lay y [rows, tokens, d] out as x was, 0 at padding."""
@@ -186,6 +193,12 @@ class Batch:
     def of_rows(self, context: Tensor) -> Tensor:
         """Return the context of every row, where sequences have rows of their own."""
         return context if self.owner is None else context[self.owner]
+
+
+def filled(index: Tensor, count: Tensor) -> Tensor:
+    """Return index [rows, n] with the last of the first `count` [rows, 1] in place of the rest."""
+    step = torch.arange(index.shape[1], device=index.device)
+    return index.gather(1, torch.minimum(step, (count - 1).clamp(min=0)))
 
 
 def per_token(name: str, given: Tensor | None, x: Tensor) -> Tensor | None:

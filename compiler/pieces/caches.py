@@ -633,11 +633,19 @@ def begin(
     *,
     cuts: bool = True,
     rows: bool = False,
+    begins: bool = True,
 ) -> Batch:
-    """Return how the tokens of a call stand; raise `ValueError` where the cache does not fit."""
+    """Return how the tokens of a call stand; raise `ValueError` where the cache does not fit.
+
+    Without `begins`, a row of a cache holds one sequence until it is reset.
+    """
     past = None if cache is None else cache.past
+    rows = rows and cache is None
     batch = Batch(x, past, attention_mask, segments, cu_seqlens, positions, cuts=cuts, rows=rows)
     if cache is not None:
+        if batch.cut and not begins:
+            raise ValueError("with a cache, a row of this module holds one sequence: give others "
+                             "rows of their own, or end it with `cache.reset(rows)`")  # fmt: skip
         cache.expect(batch, module)
         new = batch.cut or cu_seqlens is not None
         cache.note(module, new, x=x, attention_mask=attention_mask, positions=positions)

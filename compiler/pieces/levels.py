@@ -19,19 +19,22 @@ from .chunks import (
 
 def leveled_linear(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, decay: Tensor | None, weights: Tensor,
-    state: Tensor, place: int, before: bool = False,
+    state: Tensor, place: int | Tensor, counts: Tensor | None = None, before: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the sum over levels l of weights_il q_i @ S_il [b, h, n, e], and the last levels.
 
     In every level S_i = decay_i S_{i-1} + outer(k_i, w_i @ S_{i-1}); outer(k_i, v_i) is written
     into level 0 alone, and levels are merged as `merged_levels` says (Guo et al. 2025). decay is
     [b, h, n, 1 or d], weights are [b, h, n, levels]; `state` [b, h, levels, d, e] is what `place`
-    tokens left behind. With `before`, q_i reads what token i finds.
+    tokens left behind, one number or [b, 1, 1]. With `before`, q_i reads what token i finds. Of
+    a row's tokens the first `counts` [b] are taken up, if that is given.
 
     Within a chunk, tokens meet in one product, weighed by the level in which i finds j. Chunks
     begin at multiples of their size, so that `across_chunks` merges whole ones.
     """
     n, dtype, most = q.shape[2], state.dtype, state.shape[2] - 1
+    if counts is not None or (isinstance(place, Tensor) and n > 1):
+        return leveled_by_row(q, k, v, w, decay, weights, state, place, counts, before)
     decay = torch.ones_like(k[..., :1]) if decay is None else decay
     q, k, v, decay, weights = (each.to(dtype) for each in (q, k, v, decay, weights))
     w = None if w is None else w.to(dtype)
@@ -70,6 +73,27 @@ def leveled_linear(
         last = (writes[:, :, -1, None] * here[:, None]) @ v[:, :, -1, None]
         across, older = across_chunks(reads, keeps, writes @ v, weights, state, place, place + n)
     return (within + across).flatten(2, 3)[:, :, front : front + n], last + older
+
+
+def leveled_by_row(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, decay: Tensor | None, weights: Tensor,
+    state: Tensor, place: int | Tensor, counts: Tensor | None, before: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what `leveled_linear` does where rows stand at different places: row by row."""
+    b, n = q.shape[0], q.shape[2]
+    places = [place] * b if isinstance(place, int) else place.flatten().tolist()
+    many = [n] * b if counts is None else counts.tolist()
+    parts, lasts = [], []
+    for row, (at, count) in enumerate(zip(places, many, strict=True)):
+        own = [None if x is None else x[row : row + 1, :, :count]
+               for x in (q, k, v, w, decay, weights)]  # fmt: skip
+        last = state[row : row + 1]
+        o = q.new_zeros(1, q.shape[1], 0, v.shape[-1], dtype=state.dtype)
+        if count:
+            o, last = leveled_linear(*own, last, at, None, before)  # type: ignore[arg-type]
+        parts.append(F.pad(o, (0, 0, 0, n - count)))
+        lasts.append(last)
+    return torch.cat(parts), torch.cat(lasts)
 
 
 def across_chunks(
