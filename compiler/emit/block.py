@@ -120,7 +120,10 @@ class _Writer(Caches):
         body = [f'expect("x", x, {width})']
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
-        body += self._opened() + self._sizes() + self._places()
+        body += self._opened()
+        if self._isolates:
+            body.append(f"x, spoilt = batch.clean(x, causal={self.obstacle is None})")
+        body += self._sizes() + self._places()
         if len(self._parts) > 1:
             body += [
                 f'{self.cache(name)} = None if cache is None else cache.parts["{ident(name)}"]'
@@ -136,6 +139,9 @@ class _Writer(Caches):
             body += self._assign(end, "return")
         else:
             body += self._assign(end, "out =")
+            if self._isolates:
+                body += ["if spoilt is not None:",
+                         "    out = out.masked_fill(spoilt, torch.nan)"]  # fmt: skip
             if self.stacked:
                 body.append(f"out = {give} if outer else out")
             else:
@@ -145,6 +151,12 @@ class _Writer(Caches):
                 "return out, ", {f'"{key}"': text for key, text in self._given().items()}
             )
         return lines + indent(body)
+
+    @property
+    def _isolates(self) -> bool:
+        """Whether sequences of one row are told apart in it, and not laid into rows of their own."""
+        tokens = self.block.out.shape.tokens
+        return tokens == "n" and not self.block.marks and not own_rows(self.block)
 
     def _opened(self) -> list[str]:
         """Write the lines that lay the tokens of a call out in sequences."""

@@ -183,6 +183,22 @@ class Batch:
         y = x.flatten(0, 1)[self.index] if x.numel() else x.new_zeros(*self.index.shape, *x.shape[2:])
         return y.masked_fill(~self.live.any(1).reshape(-1, *[1] * (x.ndim - 1)), 0)
 
+    def clean(self, x: Tensor, causal: bool) -> tuple[Tensor, Tensor | None]:
+        """Return x [rows, tokens, d] without NaN and infinity, and what they would have reached.
+
+        Where a row holds several sequences, one that is not finite would else reach the others
+        through products with zero. It reaches all that comes after in its own, or all of it.
+        """
+        if not self.cut or self.run is None or self.changed is None or self.bound:
+            return x, None
+        bad = ~torch.isfinite(x).all(-1)
+        count = bad.cumsum(1)
+        first = torch.where(self.changed, count - bad.long(), 0).cummax(1)[0]
+        if not causal:
+            own = self.run.clamp(min=0)
+            count = torch.zeros_like(count).scatter_reduce(1, own, count, "amax").gather(1, own)
+        return x.masked_fill(bad[..., None], 0), (count > first)[..., None]
+
     def give(self, y: Tensor) -> Tensor:
         """Lay y [rows, tokens, d] out as x was, 0 at padding."""
         if self.back is None:
