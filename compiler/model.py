@@ -101,7 +101,9 @@ def without_document(mask: Expr) -> Expr:
     match mask:
         case Binary("and", left, right):
             rest = [each for each in map(without_document, (left, right)) if each != TRUE]
-            return TRUE if not rest else rest[0] if len(rest) == 1 else Binary("and", *rest)
+            return (
+                TRUE if not rest else rest[0] if len(rest) == 1 else Binary("and", rest[0], rest[1])
+            )
         case _:
             return TRUE if mask in SAME_DOCUMENT else mask
 

@@ -51,7 +51,9 @@ def layouts(subject: Subject, case: Case) -> Iterator[Layout]:
         return
     segments = (step * 3 // n + torch.arange(b)[:, None]).clamp(max=2)
     yield Layout("packing", {"segments": segments})
-    yield Layout("packing and padding", {"segments": segments, "attention_mask": inside}, noise=True)
+    yield Layout(
+        "packing and padding", {"segments": segments, "attention_mask": inside}, noise=True
+    )
 
 
 def as_if_alone(subject: Subject) -> tuple[int, float]:
@@ -168,7 +170,9 @@ class _Rows:
         rows = list(range(len(self.x))) if rows is None else rows
         sizes = [2] * (count // 3) + [1] * (count - 2 * (count // 3))
         for size in sizes:
-            part = torch.stack([self.x[row, t : t + size] for row, t in zip(rows, at.tolist(), strict=True)])
+            part = torch.stack(
+                [self.x[row, t : t + size] for row, t in zip(rows, at.tolist(), strict=True)]
+            )
             y = self.module(part, cache=cache)
             for own, row, t in zip(y, rows, at.tolist(), strict=True):
                 self._same(f"row {row} decoded with others", own, self.whole[row, t : t + size])
@@ -262,4 +266,3 @@ class _Rows:
 
 def _filled(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool()[..., None], x, torch.nan) if x.is_floating_point() else x
-

@@ -91,7 +91,7 @@ def sequences(graph: Graph, node: Node) -> list[str]:
     return ["own", "other"] if node.dims[2] == keys else ["other"]
 
 
-def by_rows(graph: Graph, node: Node) -> bool:
+def by_rows(node: Node) -> bool:
     """Say whether some queries can be attended to without the others, but those just before."""
     exprs = attend_exprs(node)
     reads = {name for expr in exprs for name in names(expr)}
@@ -138,7 +138,7 @@ class _Writer:
 
     @property
     def by_rows(self) -> bool:
-        return by_rows(self.graph, self.node)
+        return by_rows(self.node)
 
     @property
     def before(self) -> int:

@@ -114,7 +114,7 @@ class _Writer(Caches):
             "",
             *(["    `shared` is what this layer reads of the one below; what the one above "
                "reads comes back."] if self.stacked else []),
-            "    `batch` and `far` say how tokens and context stand, where a model has laid them out.",
+            "    `batch` and `far` say how tokens and context stand, where a model says it.",
             '    """',
         ]  # fmt: skip
         body = [f'expect("x", x, {width})']
@@ -130,7 +130,9 @@ class _Writer(Caches):
                 for name in self._parts
             ]
         elif self._parts:
-            body.append(f"part = None if cache is None else cache.parts[{self._only!r}]".replace("'", '"'))
+            body.append(
+                f"part = None if cache is None else cache.parts[{self._only!r}]".replace("'", '"')
+            )
         body += self._from_below()
         body += self._streams()
         end = self.graph.node(self.graph.output)
@@ -154,7 +156,7 @@ class _Writer(Caches):
 
     @property
     def _isolates(self) -> bool:
-        """Whether sequences of one row are told apart in it, and not laid into rows of their own."""
+        """Whether sequences of a row are told apart in it, and not laid into rows of their own."""
         tokens = self.block.out.shape.tokens
         return tokens == "n" and not self.block.marks and not own_rows(self.block)
 
@@ -264,7 +266,7 @@ class _Writer(Caches):
     @cached_property
     def _needs_run(self) -> bool:
         """Whether the forward pass reads the number of each token's sequence."""
-        along = any("n" == each for node in self.attentions for each in (self._key_tokens(node),))
+        along = any(each == "n" for node in self.attentions for each in (self._key_tokens(node),))
         return along or self._by_sequence("n")
 
     def _by_sequence(self, tokens: str) -> bool:
@@ -358,8 +360,10 @@ class _Writer(Caches):
         """Write what is made of a context, once for each of them."""
         laid = ["context_run = far.run"]
         if self.obstacle is not None:  # with a cache, every sequence has a row
-            laid = ["context = batch.of_rows(context)",
-                    "context_run = None if far.run is None else batch.of_rows(far.run)"]  # fmt: skip
+            laid = [
+                "context = batch.of_rows(context)",
+                "context_run = None if far.run is None else batch.of_rows(far.run)",
+            ]
         if self._positional("m"):
             far = ["context_positions = torch.arange(context.shape[1], device=x.device)", *far]
         needed = [
@@ -378,7 +382,12 @@ class _Writer(Caches):
             "else:",
             *indent([*needed, *far]),
             f"    if {cache} is not None:",
-            *indent(call(f"{got} = {cache}.keep", ["context_run", *(f"{name}={name}" for name in names)]), 2),
+            *indent(
+                call(
+                    f"{got} = {cache}.keep", ["context_run", *(f"{name}={name}" for name in names)]
+                ),
+                2,
+            ),
         ]
 
     # mixing
@@ -399,9 +408,7 @@ class _Writer(Caches):
         q, *_ = node.inputs
         named = {name: self._seen_as(node, name) for name in self._keyed(node)}
         k, v = (named[name] for name in node.inputs[1:3])
-        variables = [
-            named[each.name] if each.at == "j" else each.variable for each in operands
-        ]
+        variables = [named[each.name] if each.at == "j" else each.variable for each in operands]
         lines += [
             f"{variable} = {plain_name(each.name)}"
             for each, variable in zip(operands, variables, strict=True)
@@ -420,10 +427,16 @@ class _Writer(Caches):
                 if node.dims[2] == "n"
                 else f"torch.arange({node.dims[2]}, device=x.device)"
             )
-            args += [f"by_query({at})", f"""by_key({'shared["places"]' if borrowed else "places"})"""]
+            args += [
+                f"by_query({at})",
+                f"""by_key({'shared["places"]' if borrowed else "places"})""",
+            ]
         seen = attend.sequences(self.graph, node)
         own = """shared["run"]""" if borrowed else "run_j" if self._held_by(node) else "run"
-        of = {"own": "batch.own" if attend.by_rows(self.graph, node) else "run", "other": own if self._key_tokens(node) == "n" else "context_run"}
+        of = {
+            "own": "batch.own" if attend.by_rows(node) else "run",
+            "other": own if self._key_tokens(node) == "n" else "context_run",
+        }
         args += [f"by_{'query' if each == 'own' else 'key'}({of[each]})" for each in seen]
         below = [f'shared["{name}"]' for name in attend.maps_below(node)]
         also = [f"shared_{each}" for each in maps(self.graph, node)]

@@ -16,7 +16,7 @@ from ..choose import attend_exprs
 from ..graph import Graph, Node, shape_of
 from ..masks import extent, reads_others, remembered, widest
 from ..mixing import mix_exprs
-from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, flow_nodes
+from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
 from . import attend, scan
 from .text import call, ident, indent
 
@@ -170,7 +170,7 @@ class Caches:
             return [head, f'    """Raise `ValueError`: {self.obstacle}."""', self._refusal]
         made = {name: self._made(name, kind) for name, kind in self._parts.items()}
         what = next(iter(made.values()))[1] if len(made) == 1 else "what tokens leave behind"
-        lines = [head, f'    """Return {what}, still empty; without a length it grows."""',
+        lines = [head, f'    """Return {what}; without a length, it grows."""',
                  f"    {self.weight()}", "    return Cache(", "        batch,",
                  "        weight,"]  # fmt: skip
         for name, (args, _) in made.items():
@@ -224,8 +224,9 @@ def own_rows(block: Block) -> bool:
                 return True
             if any(calls(expr, "convolve") for expr in mix_exprs(flow.mix)):
                 return True
-        elif isinstance(flow, Mixing) and flow.mix.leveled:
-            return True
+        elif isinstance(flow, Mixing) and isinstance(flow.mix, Recurrence):
+            if flow.mix.leveled:
+                return True
         elif isinstance(flow, Apply) and OPS[flow.op].whole_rows:
             return True
     return False

@@ -24,7 +24,6 @@ from . import scan
 from .text import atomic, call, ident, indent
 from .values import Text, Values, lifted
 
-
 _PLACES = ("place", "None if idle is None else batch.counts")  # of levels: what came before
 
 
@@ -80,7 +79,7 @@ class _Writer:
 
     def lines(self) -> list[str]:
         lines = ["wide = torch.promote_types(x.dtype, torch.float32)", *self._streams()]
-        lines += scan.opened(self.graph, self.node, self.cache if self.mix.causal else "")
+        lines += scan.opened(self.node, self.cache if self.mix.causal else "")
         for each in self.form.lets:
             lines += self._let(each.name, each.value) if self._reads(each.name) else []
         for step in self.form.steps:
@@ -171,7 +170,10 @@ class _Writer:
         text = "None"
         if decay is not None:
             text = self._full(decay, self._width(name, decay))
-        lines += call(f"{ident(name)}_decay = decays", [text, "fresh", "idle", f"(b, {self.node.dims[1]}, n, 1)", "wide"])
+        lines += call(
+            f"{ident(name)}_decay = decays",
+            [text, "fresh", "idle", f"(b, {self.node.dims[1]}, n, 1)", "wide"],
+        )
         return f"{ident(name)}_decay"
 
     def _faded(self, step: Sum) -> str:
@@ -279,7 +281,16 @@ class _Writer:
                 asked = self._woven([*others, asked] if reading.after else [asked, *others])
             args = [asked, key, value, decay, start, *corrected]
             if weights:
-                args = [asked, key, value, *(corrected or ["None"]), decay, weights, start, *_PLACES]
+                args = [
+                    asked,
+                    key,
+                    value,
+                    *(corrected or ["None"]),
+                    decay,
+                    weights,
+                    start,
+                    *_PLACES,
+                ]
                 lines += self._weighed(step, variable, args, at)
             else:
                 lines += self._asked(step, variable, args, at)
@@ -308,8 +319,8 @@ class _Writer:
             lines = call(f"{targets} = {faded}", [*vectors, decay, start])
             if plain == faded:
                 return lines
-            return [f"if {decay} is None:", *indent(call(f"{targets} = {plain}", [*vectors, start])),
-                    "else:", *indent(lines)]  # fmt: skip
+            undecayed = call(f"{targets} = {plain}", [*vectors, start])
+            return [f"if {decay} is None:", *indent(undecayed), "else:", *indent(lines)]
         before = [] if reading.after else ["before=True"]
         return call(f"{targets} = chunked_linear", [*args, *before])
 

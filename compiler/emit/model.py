@@ -219,8 +219,10 @@ def _constructor(model: Model, which: Mapping[Block, str], encoder: str) -> list
 def _forward(model: Model) -> list[str]:
     first, cached = _first(model), decodes(model)
     if model.vocab is not None:
-        lines = [f"if {first}.ndim != 2:",
-                 '    raise ValueError(f"`tokens` must be [b, n], it is {list(tokens.shape)}")']  # fmt: skip
+        lines = [
+            f"if {first}.ndim != 2:",
+            '    raise ValueError(f"`tokens` must be [b, n], it is {list(tokens.shape)}")',
+        ]
     else:
         lines = [f'expect("x", x, {model.width})']
     if model.head == "classify":
@@ -255,7 +257,11 @@ def _forward(model: Model) -> list[str]:
     if _shares(model):
         lines += ["shared: dict[str, Tensor] = {}  # what a layer reads of the one below"]
     both = ", shared" * _shares(model)
-    given = [f"x{both}", *(["context=context", "far=far"] if _crosses(model) else []), "batch=batch"]
+    given = [
+        f"x{both}",
+        *(["context=context", "far=far"] if _crosses(model) else []),
+        "batch=batch",
+    ]
     if cached:
         lines += ["caches = [None] * len(self.layers) if cache is None else cache",
                   "for layer, kept in zip(self.layers, caches, strict=True):"]  # fmt: skip
@@ -271,7 +277,10 @@ def _forward(model: Model) -> list[str]:
     if model.head == "lm":
         logits = "F.linear(x, self.embed_tokens.weight)" if model.tie else "self.lm_head(x)"
         lines.append(f"x = {logits}  # [b, n, {model.vocab}]")
-    return [*lines, f"return {'finish(x, batch, cache)' if cached else 'batch.give(x)'} if outer else x"]
+    return [
+        *lines,
+        f"return {'finish(x, batch, cache)' if cached else 'batch.give(x)'} if outer else x",
+    ]
 
 
 def _crosses(model: Model) -> bool:
@@ -291,6 +300,6 @@ def _context(model: Model, cached: bool) -> list[str]:
     if model.encoder is not None:
         lines.append("    context = self.encoder(context, batch=far)")
         missing = "else:" if not cached else "elif cache is None or cache.context is None:"
-        lines += [missing,
-                  f'    raise ValueError("`context` is needed: {_takes(model.encoder, "m")}")']  # fmt: skip
+        needed = _takes(model.encoder, "m")
+        lines += [missing, f'    raise ValueError("`context` is needed: {needed}")']
     return lines

@@ -19,6 +19,7 @@ from ..model import Recurrence, State, Update
 from .text import atomic, call, ident, indent
 from .values import Text, Values, lifted
 
+
 @dataclass
 class _Ranks(Values):
     """How many dimensions a name has per head: 0 number, 1 vector, 2 matrix."""
@@ -83,7 +84,7 @@ def initial(node: Node, weight: str) -> list[str]:
     return [*lines, "    }"]
 
 
-def opened(graph: Graph, node: Node, cache: str) -> list[str]:
+def opened(node: Node, cache: str) -> list[str]:
     """Return the lines that say where states begin anew and stay as they are, and the states.
 
     `fresh` tokens begin a sequence, `idle` ones are padding; None where there are none.
@@ -95,11 +96,19 @@ def opened(graph: Graph, node: Node, cache: str) -> list[str]:
     if mix.causal and cache:
         lines = [f"fresh, idle = {first}, None if {cache} is None else batch.idle"]
     if any(_elsewhere(each) for each in mix.states):
-        lines += ["if batch.changed is not None:",
-                  '    raise ValueError("a segment cannot begin in the middle of these states")']
+        lines += [
+            "if batch.changed is not None:",
+            '    raise ValueError("a segment cannot begin in the middle of these states")',
+        ]
     if mix.leveled:
-        lines.append("place = batch.before if isinstance(batch.before, int) else batch.before[:, None, None]")
-    state = f"state = {start} if {cache} is None else {cache}.kept" if mix.causal and cache else f"state = {start}"
+        lines.append(
+            "place = batch.before if isinstance(batch.before, int) else batch.before[:, None, None]"
+        )
+    state = (
+        f"state = {start} if {cache} is None else {cache}.kept"
+        if mix.causal and cache
+        else f"state = {start}"
+    )
     return [*lines, state]
 
 
@@ -134,7 +143,7 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     for each in mix.updates:  # intermediate names have the rank of what is written to them
         if each.name != "o" and each.name not in {state.name for state in mix.states}:
             ranks[each.name] = known.value(each.value).rank
-    lines += opened(graph, node, cache)
+    lines += opened(node, cache)
     lines += [f'{name} = state["{name}"]' for name in states(mix)]
     lines.append(f"anew = None if fresh is None else {start}")
     lines.append("outputs = []")
@@ -164,7 +173,7 @@ def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
             tensors.append(f"self.{name}")
         elif name != "doc":
             streams.append(_by_heads(graph, node, name))
-    lines = opened(graph, node, cache)
+    lines = opened(node, cache)
     args = [*streams, *tensors, *(f'state["{name}"]' for name in own)]
     args.append("marks_of(fresh, idle)")
     lines += call(f"{', '.join([made, *own])} = {kernel}", args)

@@ -24,7 +24,15 @@ _OURS = frozenset((
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip
-_PIECES = ("stages", "maps", "chunks", "levels", "batches", "caches")  # files, in this order
+_PIECES = (
+    "stages",
+    "maps",
+    "chunks",
+    "levels",
+    "batches",
+    "parts",
+    "caches",
+)  # files, in this order
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|query|read|value|written)s?(?:_\d+)?$"

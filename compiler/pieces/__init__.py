@@ -5,19 +5,7 @@ may use anything but torch and other pieces.
 """
 
 from .batches import Batch, Past, filled, numbered, packed, per_token
-from .caches import (
-    Cache,
-    ContextCache,
-    KeyValueCache,
-    Part,
-    StateCache,
-    TailCache,
-    begin,
-    by_row,
-    by_token,
-    finish,
-    joined_rows,
-)
+from .caches import Cache, begin, finish
 from .chunks import (
     after_each,
     begun_at,
@@ -69,6 +57,16 @@ from .maps import (
     steps_on,
     together,
     tokens_of,
+)
+from .parts import (
+    ContextCache,
+    KeyValueCache,
+    Part,
+    StateCache,
+    TailCache,
+    by_row,
+    by_token,
+    joined_rows,
 )
 from .stages import (
     HeadLinear,

@@ -49,7 +49,8 @@ class Batch:
         rows: bool = False,
     ) -> None:
         b, n = self.shape = x.shape[:2]
-        live, doc = per_token("attention_mask", attention_mask, x), per_token("segments", segments, x)
+        live = per_token("attention_mask", attention_mask, x)
+        doc = per_token("segments", segments, x)
         self.given = per_token("positions", positions, x)
         if cu_seqlens is not None:
             if b != 1 or live is not None or doc is not None:
@@ -57,7 +58,10 @@ class Batch:
                                  "`attention_mask` nor `segments`")  # fmt: skip
             live, doc = packed(cu_seqlens, x)
         live = None if live is None else live.bool()
-        self.index = self.back = self.owner = None
+        self.index: Tensor | None = None  # where each token is among the b · n, [rows, tokens]
+        self.back: Tensor | None = None  # where the b · n tokens are now
+        self.owner: Tensor | None = None  # the row that each row was in
+        self.live: Tensor | None = None  # what is no padding, None for all [rows, tokens]
         self.padded, self.cut = live, cuts and doc is not None
         if cu_seqlens is not None and past is not None:
             assert doc is not None
@@ -102,13 +106,14 @@ class Batch:
     def _count(self, past: Past | None, x: Tensor) -> None:
         """Number the sequences, and count the tokens of each."""
         live, doc = self.live, self.segments
-        rows, tokens = (self.shape if self.index is None else self.index.shape)
+        rows, tokens = self.shape if self.index is None else self.index.shape
         before = 0 if past is None else past.since
         self.before: int | Tensor = before
         self.bound = 0 if past is None else past.bound
         self.last = None if past is None else past.doc
         step = torch.arange(tokens, device=x.device)
-        self.changed = self.run = None
+        self.changed: Tensor | None = None
+        self.run: Tensor | None = None
         if doc is not None:
             last = doc[:, :1] if past is None else past.before(doc)
             self.changed = doc != torch.cat([last, doc[:, :-1]], 1)
@@ -180,7 +185,8 @@ class Batch:
         if self.index is None:
             return x
         assert self.live is not None
-        y = x.flatten(0, 1)[self.index] if x.numel() else x.new_zeros(*self.index.shape, *x.shape[2:])
+        y = x.new_zeros(*self.index.shape, *x.shape[2:])
+        y = x.flatten(0, 1)[self.index] if x.numel() else y
         return y.masked_fill(~self.live.any(1).reshape(-1, *[1] * (x.ndim - 1)), 0)
 
     def clean(self, x: Tensor, causal: bool) -> tuple[Tensor, Tensor | None]:

@@ -288,7 +288,7 @@ def marks_of(fresh: Tensor | None, idle: Tensor | None) -> Tensor | None:
     """Return 1 for tokens [b, 1, n, 1] that begin a sequence, 2 for padding, else 0, as [b, n]."""
     marks = None if fresh is None else fresh.to(torch.int8)
     if idle is not None:
-        marks = (torch.zeros_like(idle, dtype=torch.int8) if marks is None else marks)
+        marks = torch.zeros_like(idle, dtype=torch.int8) if marks is None else marks
         marks = marks.masked_fill(idle, 2)
     return None if marks is None else marks[:, 0, :, 0]
 

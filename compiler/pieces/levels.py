@@ -46,6 +46,7 @@ def leveled_linear(
                 last = last + k.mT[:, :, None] @ (w[:, :, None] @ state)
             last = with_written(last, k.mT @ v)
             return q @ summed_levels(state if before else last, weights[:, :, 0]), last
+        assert isinstance(place, int)
         size = chunk_size(n, 64)
         front = place % size
         q, k, v, weights = (
@@ -85,12 +86,12 @@ def leveled_by_row(
     many = [n] * b if counts is None else counts.tolist()
     parts, lasts = [], []
     for row, (at, count) in enumerate(zip(places, many, strict=True)):
-        own = [None if x is None else x[row : row + 1, :, :count]
-               for x in (q, k, v, w, decay, weights)]  # fmt: skip
+        own = [x[row : row + 1, :, :count] for x in (q, k, v, weights)]
+        more = [None if x is None else x[row : row + 1, :, :count] for x in (w, decay)]
         last = state[row : row + 1]
         o = q.new_zeros(1, q.shape[1], 0, v.shape[-1], dtype=state.dtype)
         if count:
-            o, last = leveled_linear(*own, last, at, None, before)  # type: ignore[arg-type]
+            o, last = leveled_linear(*own[:3], *more, own[3], last, at, None, before)
         parts.append(F.pad(o, (0, 0, 0, n - count)))
         lasts.append(last)
     return torch.cat(parts), torch.cat(lasts)

@@ -147,9 +147,7 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(features, width).uniform_(-1, 1) * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
-    def forward(
-        self, x: Tensor, run: Tensor | None = None, before: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, run: Tensor | None = None, before: Tensor | None = None) -> Tensor:
         """Map x [b, (heads,) n, d] to the same.
 
         Outside of a sequence there are zeros; `before` are tokens before the first. `run`
