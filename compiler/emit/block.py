@@ -229,6 +229,8 @@ class _Writer(Caches):
             own = "lent_places" if len(self._held) > 1 else "places"
             given["places"] = own if self._lent else 'shared["places"]'
             given["run"] = "lent_run" if self._lent else 'shared["run"]'
+        if any("m" in self.graph.node(name).dims for name in self._shared_now.values()):
+            given["context_run"] = "context_run"
         return given | {label: f"shared_{label}" for label, _ in self.graph.shared if label in MAPS}
 
     def _positional(self, tokens: str) -> bool:
@@ -261,7 +263,15 @@ class _Writer(Caches):
         lines += ["positions = batch.positions"] if self._needs_places else []
         lines += ["run = batch.run"] if self._needs_run else []
         lines += ["doc = batch.doc[..., None]"] if self._reads_doc else []
+        if not self.crosses and self._far_below:
+            lines.append('context_run = shared["context_run"]')
         return lines
+
+    @property
+    def _far_below(self) -> bool:
+        """Whether streams of the layer below run along a context."""
+        nodes = self.graph.of("input")
+        return any(node.name.startswith(PREVIOUS) and "m" in node.dims for node in nodes)
 
     @cached_property
     def _needs_run(self) -> bool:

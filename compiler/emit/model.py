@@ -162,7 +162,7 @@ def _obstacle(model: Model) -> str | None:
 def _init_cache(model: Model) -> list[str]:
     head = "def init_cache(self, batch: int, length: int | None = None) -> "
     if not decodes(model):
-        why = _obstacle(model) or "a classifier has one answer for the whole sequence"
+        why = _obstacle(model) or "a classifier answers once a sequence"
         return [f"{head}None:", f'    """Raise `ValueError`: {why}."""',
                 f'    raise ValueError("this model cannot decode: {why}")']  # fmt: skip
     return [
@@ -230,7 +230,7 @@ def _forward(model: Model) -> list[str]:
                   '    raise ValueError("a classifier has one answer for each row; "',
                   '                     "lay sequences out in rows of their own")']  # fmt: skip
     if not cached:
-        why = _obstacle(model) or "a classifier has one answer for the whole sequence"
+        why = _obstacle(model) or "a classifier answers once a sequence"
         lines += ["if cache is not None:",
                   f'    raise ValueError("this model cannot decode: {why}")']  # fmt: skip
     args = ["attention_mask", "segments", "cu_seqlens", "positions"]
@@ -240,7 +240,8 @@ def _forward(model: Model) -> list[str]:
         args.append("begins=False")
     head = ["self", first, "cache"] if cached else [first, "None"]
     opened = call(f"batch = {'begin' if cached else 'Batch'}", [*head, *args])
-    lines += ["outer = batch is None", "if batch is None:",
+    lines += ["outer = batch is None"] if model.head != "classify" else []
+    lines += ["if batch is None:",
               *indent([*opened, f"{first} = batch.take({first})"])]  # fmt: skip
     lines += _context(model, cached)
     if model.vocab is not None:

@@ -158,7 +158,7 @@ class Cache:
             which = given if given.dtype == torch.bool else torch.zeros_like(which).index_fill(
                 0, given, True)  # fmt: skip
             if which.shape != (self.batch,):
-                raise ValueError(f"`rows` are numbers below {self.batch}, or [{self.batch}] truths; "
+                raise ValueError(f"`rows` are numbers below {self.batch}, or {self.batch} truths; "
                                  f"they are {list(given.shape)}")  # fmt: skip
         for part in self._every():
             part.reset(which)

@@ -91,7 +91,8 @@ def leveled_by_row(
         last = state[row : row + 1]
         o = q.new_zeros(1, q.shape[1], 0, v.shape[-1], dtype=state.dtype)
         if count:
-            o, last = leveled_linear(*own[:3], *more, own[3], last, at, None, before)
+            (qs, ks, vs, ls), (ws, fades) = own, more
+            o, last = leveled_linear(qs, ks, vs, ws, fades, ls, last, at, None, before)
         parts.append(F.pad(o, (0, 0, 0, n - count)))
         lasts.append(last)
     return torch.cat(parts), torch.cat(lasts)
