@@ -16,7 +16,7 @@ from functools import lru_cache
 from math import ceil, floor, inf
 
 from ..grammar.expr import TRUE, calls, fold, names, number, rebuild, substitute
-from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, walk
+from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, children, walk
 from ..kernels.spec import Reach
 
 
@@ -73,6 +73,19 @@ def extent(mask: Expr) -> Extent:
 def remembered(mask: Expr, exprs: Iterable[Expr]) -> Expr:
     """Return the mask of what a cache must keep: some expressions read all keys, in order."""
     return TRUE if any(map(reads_others, exprs)) else mask
+
+
+def of_distance(expr: Expr) -> bool:
+    """Say whether i and j are read only as their difference, or compared with each other."""
+    places = (Name("i"), Name("j"))
+    match expr:
+        case Binary("-", left, right) if left in places and right in places:
+            return True
+        case Compare(operands) if all(each in places for each in operands):
+            return True
+        case Index(_, items):
+            return all(each in places or of_distance(each) for each in items)
+    return expr not in places and all(map(of_distance, children(expr)))
 
 
 def reads_others(expr: Expr) -> bool:

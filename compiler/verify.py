@@ -325,7 +325,9 @@ def _interpreted(subject: Subject) -> str | tuple[int, float]:
         raise Difference("the module never calls its kernel")
     oracle = reference(subject.what, dtype=torch.float64).eval()
     oracle.load_state_dict(module.state_dict())
-    return compared_gradients(module, oracle, subject, cases)
+    count, worst = compared_gradients(module, oracle, subject, cases)
+    batches, error = as_if_alone(replace(subject, module=module, oracle=oracle), torch.float32)
+    return count + batches, max(worst, error)
 
 
 _COMMON: dict[str, Check] = {

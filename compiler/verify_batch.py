@@ -56,10 +56,14 @@ def layouts(subject: Subject, case: Case) -> Iterator[Layout]:
     )
 
 
-def as_if_alone(subject: Subject) -> tuple[int, float]:
-    """Compare batches with their sequences run alone, the output and every gradient."""
+def as_if_alone(subject: Subject, dtype: torch.dtype = torch.float64) -> tuple[int, float]:
+    """Compare batches with their sequences run alone, the output and every gradient.
+
+    The oracle computes in float64, the module in `dtype`.
+    """
     worst, count = 0.0, 0
-    case = replace(subject.cases[2], batch=2, tokens=min(11, subject.cases[2].tokens), context=5)
+    tokens = min(11, subject.cases[2].tokens)
+    case = replace(subject.cases[2], batch=2, tokens=tokens, context=5, dtype=dtype)
     for layout in layouts(subject, case):
         error, cases = _compared(subject, case, layout)
         worst, count = max(worst, error), count + cases
@@ -78,13 +82,15 @@ def _compared(subject: Subject, case: Case, layout: Layout) -> tuple[float, int]
         given.pop("segments", None)
     given = {**given, **layout.given}
     noisy, context = x, given.get("context")
+    wide = {k: each.double() if each.is_floating_point() else each for k, each in given.items()}
+    wide_x = x.double() if x.is_floating_point() else x
     if layout.noise:
         noisy = _with_noise(x, _live(layout.given, x))
         if context is not None:
             context = _with_noise(context, layout.given.get("context_mask"))
     with torch.no_grad():
-        weigh = weighing(subject.oracle(x, **given))
-    y, expected = gradients(subject.oracle, x, given, weigh)
+        weigh = weighing(subject.oracle(wide_x, **wide))
+    y, expected = gradients(subject.oracle, wide_x, wide, weigh)
     more = {} if context is None else {"context": context}
     z, got = gradients(subject.module, noisy, {**given, **more}, weigh)
     where = f"{case}, {layout.name}"

@@ -14,11 +14,11 @@ from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...kernels.recurrence import Recurrence
 from ...ops import OPS
-from ..choose import Lowering, kernel_reads, maps, reads_places
+from ..choose import Lowering, attend_exprs, kernel_reads, maps, reads_places
 from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
-from ..masks import extent
-from ..model import MAPS, PREVIOUS, Pairwise
+from ..masks import extent, of_distance
+from ..model import MAPS, PREVIOUS, Pairwise, without_document
 from ..operators import Operator
 from . import attend, chunk, scan
 from .caches import Caches, begins_within, own_rows, plain_name
@@ -258,8 +258,8 @@ class _Writer(Caches):
 
     def _places(self) -> list[str]:
         lines = []
-        if any("plain" in self._condition(node) for node in self.attentions):
-            lines.append("plain = batch.plain")
+        needed = [each for node in self.attentions for each in self._condition(node)]
+        lines += [f"{each} = batch.{each}" for each in ("plain", "counted") if each in needed]
         lines += ["positions = batch.positions"] if self._needs_places else []
         lines += ["run = batch.run"] if self._needs_run else []
         lines += ["doc = batch.doc[..., None]"] if self._reads_doc else []
@@ -294,7 +294,8 @@ class _Writer(Caches):
     def _condition(self, node: Node) -> list[str]:
         """Return when a faster text than the general one serves: all of these names hold.
 
-        `plain`: no cache, no positions, one sequence a row; `run` and `context_run`: no padding.
+        `plain`: no cache, no positions, one sequence a row; `counted`: no cache, no positions;
+        `run` and `context_run`: no padding.
         An empty list where there is no such text.
         """
         lowering: Lowering = node.get("lowering")
@@ -302,6 +303,8 @@ class _Writer(Caches):
         if not kernel and not (lowering.path == "sdpa" and node.get("mask") == attend.CAUSAL):
             return []
         crosses = self.graph.crosses(node)
+        if kernel and not crosses and node.dims[2] == "n" and self._tells_apart(node):
+            return ["counted"]
         needs = []
         if node.dims[2] == "n" and (not crosses or reads_places(self.graph, node)):
             needs.append("plain")
@@ -312,8 +315,16 @@ class _Writer(Caches):
 
     def _when(self, node: Node) -> str:
         """Write the condition of the faster text."""
-        return " and ".join("plain" if each == "plain" else f"{each} is None"
+        truths = ("plain", "counted")
+        return " and ".join(each if each in truths else f"{each} is None"
                             for each in self._condition(node))  # fmt: skip
+
+    def _tells_apart(self, node: Node) -> bool:
+        """Whether an attention's own mask keeps sequences apart, wherever in a row they stand."""
+        mask = node.get("mask")
+        rest = without_document(mask)
+        others = [expr for expr in attend_exprs(node) if expr is not mask]
+        return rest != mask and not self.block.marks and all(map(of_distance, (rest, *others)))
 
     def always_kernel(self, node: Node) -> bool:
         """Whether the kernel takes every call."""
@@ -476,6 +487,8 @@ class _Writer(Caches):
         return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
 
     def _kernel_operand(self, node: Node, name: str) -> str:
+        if name == "doc" and not self.block.marks:
+            return "batch.number"
         if node.name in self.borrows and name in self._keyed(node) and name != "doc":
             return self._seen_as(node, name)
         return f"self.{name}" if self.graph.node(name).op == "tensor" else plain_name(name)

@@ -171,7 +171,7 @@ class _Writer:
         if decay is not None:
             text = self._full(decay, self._width(name, decay))
         lines += call(
-            f"{ident(name)}_decay = decays",
+            f"{ident(name)}_decay = decay_of",
             [text, "fresh", "idle", f"(b, {self.node.dims[1]}, n, 1)", "wide"],
         )
         return f"{ident(name)}_decay"

@@ -20,7 +20,7 @@ _OURS = frozenset((
     "given", "places", "state", "last", "anew", "fresh",
     "history", "tau", "o", "before", "shared", "place", "attention_mask", "context_mask",
     "cu_seqlens", "batch", "far", "outer", "run", "context_run", "own", "other", "idle",
-    "known", "spoilt", "part",
+    "known", "spoilt", "part", "counted",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip

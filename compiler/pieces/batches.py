@@ -134,7 +134,8 @@ class Batch:
             self.run = run.masked_fill(~live, -1)
             self.own = filled(self.run, count)
         self.positions = self.place if self.given is None else self.given
-        self.plain = past is None and self.given is None and not self.cut
+        self.counted = past is None and self.given is None
+        self.plain = self.counted and not self.cut
 
     @property
     def after(self) -> int | Tensor:
@@ -158,6 +159,12 @@ class Batch:
         if self.last is not None:
             return self.last[:, None].expand(rows, tokens)
         return torch.zeros_like(self.place).expand(rows, tokens)
+
+    @property
+    def number(self) -> Tensor:
+        """The number of each token's sequence in its row, -1 for padding."""
+        rows, tokens = self.shape if self.index is None else self.index.shape
+        return torch.zeros_like(self.place).expand(rows, tokens) if self.run is None else self.run
 
     @property
     def fresh(self) -> Tensor | None:

@@ -254,7 +254,7 @@ def one_before(z: Tensor, state: Tensor, fresh: Tensor | None = None, anew: floa
     return earlier if fresh is None else earlier.masked_fill(fresh, anew)
 
 
-def decays(
+def decay_of(
     decay: Tensor | None,
     fresh: Tensor | None,
     idle: Tensor | None,
