@@ -29,7 +29,7 @@ from lark.visitors import Transformer_NonRecursive
 
 from . import syntax
 from .comments import attach
-from .complaints import END, explain, without_statement
+from .complaints import APART, END, explain, with_separator, without_statement
 from .diagnostics import Diagnostic, LoomError, error
 from .source import Piece, Source, Span
 
@@ -87,7 +87,8 @@ def _all_problems(problem: UnexpectedInput, whole: Piece) -> list[Diagnostic]:
         # What is cut away can leave the rest unfinished: only a first error may say so.
         if not found or not (ended or _repeats(diagnostic, found)):
             found.append(diagnostic)
-        text, changed = without_statement(text, diagnostic.span.start)
+        mended = with_separator if diagnostic.label == APART else without_statement
+        text, changed = mended(text, diagnostic.span.start)
         if ended or not changed or len(found) >= MAX_REPORTED or len(text) > _RECOVERABLE:
             return found
         try:
