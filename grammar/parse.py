@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -28,6 +29,7 @@ from lark.tree import Meta
 from lark.visitors import Transformer_NonRecursive
 
 from . import syntax
+from .chains import chain
 from .comments import attach
 from .complaints import APART, END, explain, with_separator, without_statement
 from .diagnostics import Diagnostic, LoomError, error
@@ -232,7 +234,8 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
         depth = 1 + max((self._depth.get(id(each), 0) for each in below), default=0)
         if depth > limit:
             label = f"more than {limit} levels"
-            raise error("L103", "this is nested too deeply", node.span, label)
+            help = "" if isinstance(node, syntax.Branch) else "name a part of it with `let`"
+            raise error("L103", "this is nested too deeply", node.span, label, help)
         self._depth[id(node)] = depth
         return node
 
@@ -258,7 +261,16 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
 
     def binary(self, meta: Meta, args: list[Any]) -> syntax.Expr:
         left, op, right = args
-        return self._node(syntax.Binary(str(op), left, right, self._span(meta)), left, right)
+        return self._joined(str(op), left, right)
+
+    def _joined(self, op: str, left: syntax.Expr, right: syntax.Expr) -> syntax.Expr:
+        return self._node(syntax.Binary(op, left, right, left.span.to(right.span)), left, right)
+
+    def chain(self, meta: Meta, args: list[Any]) -> syntax.Expr:
+        done: syntax.Expr = args[0]
+        for op, run in groupby(zip(args[1::2], args[2::2], strict=True), lambda each: str(each[0])):
+            done = chain(op, [done, *(term for _, term in run)], self._joined)
+        return done
 
     def compare(self, meta: Meta, args: list[Any]) -> syntax.Expr:
         operands, ops = tuple(args[::2]), tuple(str(op) for op in args[1::2])

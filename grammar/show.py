@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 
 from . import syntax
+from .chains import terms
 from .comments import Node
 from .syntax import Definition, Expr, Let, Param, Result, Setting, State
 
@@ -46,9 +47,12 @@ def _shown(expr: Expr) -> tuple[str, int]:
             return f"{op}{within(operand, _UNARY)}", _UNARY
         case syntax.Binary("**", left, right):
             return f"{within(left, POSTFIX)} ** {within(right, _UNARY)}", _BINARY["**"]
-        case syntax.Binary(op, left, right):
+        case syntax.Binary(op):
             level = _BINARY[op]
-            return f"{within(left, level)} {op} {within(right, level + 1)}", level
+            first, *others = terms(expr)
+            again = isinstance(first, syntax.Binary) and first.op == op
+            text = within(first, level + again)
+            return text + "".join(f" {op} {within(each, level + 1)}" for each in others), level
         case syntax.Compare(operands, ops):
             first, *others = (within(each, _RANGE) for each in operands)
             rest = (f" {op} {other}" for op, other in zip(ops, others, strict=True))
