@@ -100,7 +100,9 @@ def _instead(token: Token, expected: set[str], piece: Piece) -> str:
     if "NEWLINE" in expected and before.isidentifier() and before not in _ITEMS:
         if token.type == "COLON":
             return f"Loom writes `{before} = …`, YAML `{before}: …`"
-        if (token.type in _VALUES or token.isidentifier()) and not _DEFINES.match(piece.text, start):
+        if (token.type in _VALUES or token.isidentifier()) and not _DEFINES.match(
+            piece.text, start
+        ):
             return f"write `{before} = {token}`"
     if token.type in _CLOSING and not _opened(piece, start, _CLOSING[token.type]):
         return "nothing is open that it closes"
