@@ -17,6 +17,7 @@ from ..grammar.syntax import Call, Expr, Name, Statement
 from .library import Library, bind, put, substitute_statement
 from .names import taken
 from .scope import Findings
+from .spellings import Owner, instead
 
 SETTINGS = {
     "width": "", "context_width": "", "heads": "8", "kv_heads": "heads",
@@ -84,8 +85,9 @@ class Body:
                                         statement.span, "",
                                         "set it outside of the branch")  # fmt: skip
                         if name not in SETTINGS:
+                            owner: Owner = "branch" if branches is None else "block"
                             raise error("L202", f"{what} has no setting `{name}`", statement.span,
-                                        "", did_you_mean(name, SETTINGS))  # fmt: skip
+                                        "", instead(statement, owner, SETTINGS))  # fmt: skip
                         self.settings[name] = statement
                     case syntax.Let() | syntax.Param():
                         self.lets[name] = statement

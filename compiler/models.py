@@ -14,10 +14,12 @@ from ..grammar.parse import parse_expression
 from ..grammar.syntax import Binary, Call, Expr, ListOf, Name
 from ..ops import Shape
 from .blocks import Draft, Sizes, draft_block
+from .inheritance import SETTINGS as OF_BLOCKS
 from .library import Library, bind, put, statement_exprs
 from .model import Block, FeedForward, Model
 from .previous import stack
 from .scope import Findings, Scope
+from .spellings import instead
 
 SETTINGS = {
     "vocab": "none", "width": "", "layers": "", "ffn": "swiglu(8/3)", "norm": "rms",
@@ -72,7 +74,13 @@ class _Reader:
                     self.settings[name] = put(statement.value, values)
                 else:
                     raise error("L202", f"a model has no setting `{name}`", statement.span, "",
-                                did_you_mean(name, SETTINGS))  # fmt: skip
+                                self._instead(statement))  # fmt: skip
+
+    @staticmethod
+    def _instead(statement: syntax.Statement) -> str:
+        if isinstance(statement, syntax.Setting):
+            return instead(statement, "model", SETTINGS, OF_BLOCKS)
+        return "a model is made of settings and `let`"
 
     def get(self, name: str) -> Expr:
         return self.settings.get(name) or parse_expression(SETTINGS[name])

@@ -18,6 +18,7 @@ from .diagnostics import Diagnostic, did_you_mean
 from .source import Piece
 
 END = "nothing follows"
+AS_YAML = "this is YAML: let the file's name end in `.yaml`"
 APART = "something new begins here"
 
 _STARTS = {
@@ -40,6 +41,7 @@ _BEGINS = re.compile(
     r"(let|param|const|state|branch|block|model|mask|similarity|score|normalize|weights|mix|stage)"
     r"[ \t]+(?!(?:or|and|not)\b)[A-Za-z_]|search[ \t]*\{|[A-Za-z_]\w*[ \t]*(=(?!=)|<-)"
 )
+_VALUE = re.compile(r"[^\n;{}#]*")  # the rest of a setting
 _DEFINES = re.compile(r"\w+[ \t]*[=({]")  # what follows the kind of a definition
 _BRACKETS = re.compile(r'"[^"\n]*"|#[^\n]*|[][(){}]')
 
@@ -70,7 +72,7 @@ def _missing(token: Token, expected: set[str], piece: Piece) -> str:
     """Return what two statements, or two values, on one line lack between them."""
     start = token.start_pos or 0
     before = _before(piece.text, start)
-    if "NEWLINE" not in expected or "BLOCK" in expected or before in _STARTS:
+    if "NEWLINE" not in expected or "_BLOCK" in expected or before in _STARTS:
         return ""
     if _BEGINS.match(piece.text, start):  # `let NAME`, `block NAME`, `NAME = …`, `NAME <- …`
         return "`;` or a new line"
@@ -90,7 +92,9 @@ def _instead(token: Token, expected: set[str], piece: Piece) -> str:
     """Return what to write where a token is not expected."""
     start = token.start_pos or 0
     before = _before(piece.text, start)
-    if "BLOCK" in expected:
+    if "_BLOCK" in expected:
+        if piece.text[start + len(token) :].lstrip(" ").startswith(":"):
+            return AS_YAML
         tops = ", ".join(f"`{each}`" for each in _STARTS.values())
         return did_you_mean(str(token), _STARTS) or f"at the top level stand: {tops}"
     if token.type in _OPERATORS and not piece.text[:start].rpartition("\n")[2].strip():
@@ -99,10 +103,11 @@ def _instead(token: Token, expected: set[str], piece: Piece) -> str:
         return "write `=` to set, `==` to compare"
     if "NEWLINE" in expected and before.isidentifier() and before not in _ITEMS:
         if token.type == "COLON":
-            return f"Loom writes `{before} = …`, YAML `{before}: …`"
-        if (token.type in _VALUES or token.isidentifier()) and not _DEFINES.match(
-            piece.text, start
-        ):
+            value = _VALUE.match(piece.text, start + 1)
+            written = (value[0].strip() if value else "") or "…"
+            return f"write `{before} = {written}`; `{before}: {written}` is YAML"
+        value_follows = token.type in _VALUES or token.isidentifier()
+        if value_follows and not _DEFINES.match(piece.text, start):
             return f"write `{before} = {token}`"
     if token.type in _CLOSING and not _opened(piece, start, _CLOSING[token.type]):
         return "nothing is open that it closes"

@@ -101,7 +101,8 @@ class _Reader:
         items: list[syntax.Item] = []
         for entry in self._entries(root, "a description"):
             if isinstance(entry, Scalar):
-                self._wrong(entry, "this is not a mapping", "write `blocks:`, `models:` …")
+                self._wrong(entry, "this is not a mapping",
+                            _as_mapping(entry, "write `blocks:`, `models:` …"))  # fmt: skip
                 continue
             key, value = entry
             if key.text == "search":
@@ -271,7 +272,7 @@ class _Reader:
                 elif what:
                     self._wrong(item, "a list of lists cannot be read here", "write mappings")
         elif what:
-            help = "write a mapping, `{}` where there is nothing to say"
+            help = _as_mapping(node, "write a mapping, `{}` where there is nothing to say")
             self._wrong(node, f"{what} must be a mapping or a list", help)
 
     def _members(self, key: Scalar, value: Node) -> tuple[Entry, ...]:
@@ -318,6 +319,16 @@ class _Reader:
         self.problems += diagnostics
         if len(self.problems) >= MAX_REPORTED:
             raise self.failure()
+
+
+def _as_mapping(node: Node, otherwise: str) -> str:
+    """Return what to write where Loom stands in place of a mapping."""
+    text = node.text if isinstance(node, Scalar) else ""
+    if re.match(r"(block|model|search|let|mask)\b[^:=]*[{=]", text):
+        return "this is Loom: let the file's name end in `.loom`"
+    if (setting := re.match(r"(\w+) *=(?!=) *(\S.*)", text)) and "=" not in setting[2]:
+        return f"YAML writes `{setting[1]}: {setting[2]}`"
+    return otherwise
 
 
 def _key(entry: Scalar | Entry) -> str:

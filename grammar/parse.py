@@ -31,7 +31,7 @@ from lark.visitors import Transformer_NonRecursive
 from . import syntax
 from .chains import chain
 from .comments import attach
-from .complaints import APART, END, explain, with_separator, without_statement
+from .complaints import APART, AS_YAML, END, explain, with_separator, without_statement
 from .diagnostics import Diagnostic, LoomError, error
 from .source import Piece, Source, Span
 
@@ -106,7 +106,8 @@ def _all_problems(problem: UnexpectedInput, whole: Piece) -> list[Diagnostic]:
 def _repeats(diagnostic: Diagnostic, found: list[Diagnostic]) -> bool:
     """Say whether an error stands where another does, or comes of the same open bracket."""
     return any(
-        each.span == diagnostic.span or (each.help == diagnostic.help and " of line " in each.help)
+        each.span == diagnostic.span
+        or (each.help == diagnostic.help and (" of line " in each.help or each.help == AS_YAML))
         for each in found
     )
 
