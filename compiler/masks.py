@@ -30,6 +30,11 @@ class Extent:
     ahead: float = inf
 
     @property
+    def nothing(self) -> bool:
+        """Whether no pair is visible at all."""
+        return self.prefix == 0 and self.low > self.high
+
+    @property
     def causal(self) -> bool:
         return self.ahead <= 0
 
@@ -49,6 +54,9 @@ class Extent:
                      prefix=self.prefix)  # fmt: skip
 
 
+NOTHING = Extent(0, inf, -inf, -inf)  # of a mask that shows nothing
+
+
 @lru_cache(maxsize=4096)
 def extent(mask: Expr) -> Extent:
     """Return bounds on the positions of visible keys."""
@@ -64,10 +72,29 @@ def extent(mask: Expr) -> Extent:
             return found
         case Call("ispow2", (arg,)) if (line := linear(arg)) and line[:2] == (1, -1):
             return Extent(low=1 - line[2], ahead=line[2] - 1)
+        case Unary("not", inner) if (turned := _negated(inner)) is not None:
+            return extent(turned)
         case Name("false"):
-            return Extent(0, inf, -inf, -inf)
+            return NOTHING
         case _:
             return Extent()
+
+
+def _negated(mask: Expr) -> Expr | None:
+    """Return `not mask` without its `not`, as far as it compares whole numbers; else None."""
+    match mask:
+        case Unary("not", inner):
+            return inner
+        case Binary("and" | "or" as op, left, right):
+            return Binary("or" if op == "and" else "and", Unary("not", left), Unary("not", right))
+        case Compare((left, right), (op,)) if linear(left) and linear(right):
+            return Compare((left, right), (_OPPOSITE[op],))
+        case Compare((left, middle, right), (first, second)):
+            return _negated(Binary("and", Compare((left, middle), (first,)),
+                                   Compare((middle, right), (second,))))  # fmt: skip
+        case Name("true" | "false" as id):
+            return TRUE if id == "false" else Name("false")
+    return None
 
 
 def remembered(mask: Expr, exprs: Iterable[Expr]) -> Expr:
@@ -88,7 +115,7 @@ def _reads_others(expr: Expr) -> bool:
 
 def widest(extents: Iterable[Extent]) -> Extent:
     """Return bounds that hold for every one of several masks."""
-    first, *others = extents
+    first, *others = [each for each in extents if not each.nothing] or [NOTHING]
     for each in others:
         first = Extent(max(first.prefix, each.prefix), min(first.low, each.low),
                        max(first.high, each.high), max(first.ahead, each.ahead))  # fmt: skip
@@ -97,8 +124,11 @@ def widest(extents: Iterable[Extent]) -> Extent:
 
 def _both(a: Extent, b: Extent) -> Extent:
     """Return bounds on what two masks let through together."""
+    if a.nothing or b.nothing:
+        return NOTHING
     prefix = max(a.prefix, b.prefix)
-    return Extent(prefix, max(a.low, b.low), min(a.high, b.high), min(a.ahead, b.ahead))
+    found = Extent(prefix, max(a.low, b.low), min(a.high, b.high), min(a.ahead, b.ahead))
+    return NOTHING if found.nothing else found
 
 
 def _comparison(op: str, left: Expr, right: Expr) -> Extent:
@@ -140,6 +170,7 @@ def _same_block(left: Expr, right: Expr) -> int | None:
     return None
 
 
+_OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 Line = tuple[int | float, int | float, int | float]
 
 

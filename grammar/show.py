@@ -49,10 +49,10 @@ def _shown(expr: Expr) -> tuple[str, int]:
             return f"{within(left, POSTFIX)} ** {within(right, _UNARY)}", _BINARY["**"]
         case syntax.Binary(op):
             level = _BINARY[op]
-            first, *others = terms(expr)
-            again = isinstance(first, syntax.Binary) and first.op == op
-            text = within(first, level + again)
-            return text + "".join(f" {op} {within(each, level + 1)}" for each in others), level
+            lead, *more = terms(expr)
+            again = isinstance(lead, syntax.Binary) and lead.op == op
+            row = [within(lead, level + again), *(within(each, level + 1) for each in more)]
+            return f" {op} ".join(row), level
         case syntax.Compare(operands, ops):
             first, *others = (within(each, _RANGE) for each in operands)
             rest = (f" {op} {other}" for op, other in zip(ops, others, strict=True))
