@@ -17,7 +17,6 @@ from math import ceil, floor, inf
 
 from ..grammar.expr import TRUE, calls, fold, names, number, rebuild, substitute
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, walk
-from ..kernels.spec import Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +43,6 @@ class Extent:
         if self.low > self.high:  # the prefix is all there is
             return 0
         return None if self.high == inf else max(0, int(self.high))
-
-    @property
-    def reach(self) -> Reach:
-        if self.low > self.high:
-            return Reach(back=0, ahead=0, prefix=self.prefix)
-        ahead = None if self.low == -inf else int(-self.low)
-        return Reach(back=None if self.high == inf else int(self.high), ahead=ahead,
-                     prefix=self.prefix)  # fmt: skip
 
 
 NOTHING = Extent(0, inf, -inf, -inf)  # of a mask that shows nothing

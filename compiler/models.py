@@ -6,16 +6,15 @@ layers = ([local] * 5 + [global]) * 2      → twelve blocks, in order
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, did_you_mean, error
-from ..grammar.parse import parse_expression
 from ..grammar.syntax import Binary, Call, Expr, ListOf, Name
 from ..ops import Shape
 from .blocks import Draft, Sizes, draft_block
 from .inheritance import SETTINGS as OF_BLOCKS
-from .library import Library, bind, put, statement_exprs
+from .library import Library, bind, parsed, put, statement_exprs
 from .model import Block, FeedForward, Model
 from .previous import stack
 from .scope import Findings, Scope
@@ -27,6 +26,11 @@ SETTINGS = {
     "encoder": "none",
 }  # fmt: skip
 MAX_LAYERS = 1024
+
+
+@cache
+def _defaults() -> dict[str, Expr]:
+    return parsed("model", SETTINGS)
 
 
 def elaborate_model(
@@ -83,7 +87,7 @@ class _Reader:
         return "a model is made of settings and `let`"
 
     def get(self, name: str) -> Expr:
-        return self.settings.get(name) or parse_expression(SETTINGS[name])
+        return self.settings[name] if name in self.settings else _defaults()[name]
 
     def read(self, warnings: list[Diagnostic] | None) -> Model | None:
         guard = self.findings.guard

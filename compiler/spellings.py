@@ -17,7 +17,7 @@ from ..grammar.diagnostics import did_you_mean
 from ..grammar.show import show
 from ..grammar.syntax import Name, Setting
 
-Owner = Literal["block", "branch", "model"]
+Owner = Literal["block", "model"]
 Spelling = tuple[str, str]  # a setting and its value
 
 _NOTHING = frozenset((Name("false"), Name("none"), Name("None"), Name("False"), Name("null")))
@@ -98,20 +98,17 @@ MODEL: dict[str, Spelling] = dict(_rows(
     ("cross_encoder encoder_model", "encoder", "{}"),
 ))  # fmt: skip
 
-_OTHER = {"block": ("model", MODEL), "branch": ("model", MODEL), "model": ("block", BLOCK)}
-
 
 def instead(
     setting: Setting, owner: Owner, known: Collection[str], elsewhere: Collection[str] = ()
 ) -> str:
-    """Return what to write for a setting that a block, branch or model does not have.
+    """Return what to write for a setting that a block (or a branch) or a model does not have.
 
     `known` are its settings, `elsewhere` those of the other kind.
     """
-    own = MODEL if owner == "model" else BLOCK
+    own, table, other = (BLOCK, MODEL, "model") if owner == "block" else (MODEL, BLOCK, "block")
     if setting.name in own:
         return _said(setting, *own[setting.name])
-    other, table = _OTHER[owner]
     if setting.name in table:
         return f"in a {other}, {_said(setting, *table[setting.name])}"
     if setting.name in elsewhere or setting.name in {name for name, _ in table.values()}:

@@ -39,6 +39,7 @@ from . import syntax
 from .comments import Extent, Found, place
 from .comments import Node as SyntaxNode
 from .diagnostics import Diagnostic, LoomError, did_you_mean
+from .keys import GROUPS, KINDS, meant
 from .parse import MAX_DEPTH, MAX_REPORTED, Part, check_size, parse_piece
 from .source import Source, Span
 from .yaml_tree import Mapping, Node, Scalar, Sequence, load
@@ -47,23 +48,8 @@ T = TypeVar("T")
 M = TypeVar("M", bound=SyntaxNode)
 Entry = tuple[Scalar, Node]
 
-KINDS = {
-    "masks": "mask", "similarities": "similarity", "scores": "score",
-    "normalizers": "normalize", "weights": "weights",
-    "mixers": "mix", "stages": "stage",
-}  # fmt: skip
-GROUPS = ("let", *KINDS, "blocks", "models", "search")
-DECLARATIONS = ("let", "param", "const", "state")
 _NAME = re.compile(r"(?!(?:or|and|not|branch)\Z)[A-Za-z_][A-Za-z0-9_]*\Z")
 _NOTHING = syntax.Name("")
-
-
-def meant(owner: str) -> tuple[str, ...]:
-    """Return the keys that are no settings in a body of this kind."""
-    own = {
-        "block": ("base",), "model": ("base",), "definition": ("value", "where"),
-    }.get(owner, ())  # fmt: skip
-    return (*DECLARATIONS, "branches", *own)
 
 
 def parse_yaml(text: str | Source, name: str = "<text>") -> syntax.File:

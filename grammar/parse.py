@@ -13,11 +13,9 @@ the size of a text and the depth of its nesting are bounded here, for every late
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -34,6 +32,7 @@ from .comments import attach
 from .complaints import APART, AS_YAML, END, explain, with_separator, without_statement
 from .diagnostics import Diagnostic, LoomError, error
 from .source import Piece, Source, Span
+from .store import folder
 
 E = TypeVar("E", bound=syntax.Expr | syntax.Branch)
 H = TypeVar("H", syntax.Block, syntax.Model)
@@ -154,7 +153,12 @@ def _build(piece: Piece, start: str) -> Any:
 
 @cache
 def _lark() -> Lark:
-    grammar = files(__package__).joinpath("loom.lark").read_text(encoding="utf-8")
+    """Return the parser; its tables are kept, as building them takes longer than a check.
+
+    Lark makes them anew when the grammar or its own version is another.
+    """
+    where = folder()
+    grammar = Path(__file__).with_name("loom.lark").read_text(encoding="utf-8")
     return Lark(
         grammar,
         parser="lalr",
@@ -162,25 +166,8 @@ def _lark() -> Lark:
         postlex=_LineEnds(),
         propagate_positions=True,
         maybe_placeholders=False,
-        cache=_cache_file() or False,
+        cache=str(where / f"grammar-{lark.__version__}.pickle") if where else False,
     )
-
-
-def _cache_file() -> str | None:
-    """Return where the parser's tables are kept: building them takes longer than a check.
-
-    They are pickled, so they lie in the user's own folder; Lark rebuilds them when the
-    grammar or its own version is another. None where there is no such folder to write to.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(home, "headloom")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return None
-    if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
-        return None
-    return str(folder / f"grammar-{lark.__version__}.pickle")
 
 
 class _TooDeep(Exception):
