@@ -273,6 +273,13 @@ OWN: dict[str, Code] = {
             "the file does. Use it in a model, or remove it.",
             "block a { k = previous.k }",
         ),
+        Code(
+            "W005",
+            "a mask shows nothing to anyone",
+            "No query sees a key, so that the rows of all weights are empty and nothing is mixed. "
+            "The query stands at `i`, the key at `j`; `window(w)` needs a w of at least 1.",
+            "block a { mask = causal and j > i }",
+        ),
     )
 }
 

@@ -140,6 +140,16 @@ def test_pairs_are_counted_head_by_head():
     assert pairs(expr, 9, 9, heads=2) == expected
 
 
+@pytest.mark.parametrize("text", [
+    "window(70) and j % 3 == 0", "window(3) and i % 2 == 0 or sink(2)", "causal and j % 5 == 1",
+    "i - j < 9 and j % 2 == 0",
+])  # fmt: skip
+def test_pairs_of_a_band_are_counted_within_it(text):
+    expr = mask(text)
+    for n, m in ((150, 90), (90, 150)):
+        assert pairs(expr, n, m) == len(visible(expr, n, m)), (n, m)
+
+
 def test_what_data_hides_counts_as_visible():
     assert pairs(mask("causal and document"), 9, 9) == 45
     assert pairs(mask("causal and not (doc[i] == doc[j])"), 9, 9) == 45

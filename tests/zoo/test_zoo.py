@@ -14,8 +14,9 @@ from headloom.cli import main
 from headloom.compiler import certificate, decoding, zoo
 from headloom.compiler.choose import Target
 from headloom.compiler.cost import cost
-from headloom.compiler.model import Block, Model
+from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.pipeline import lower
+from headloom.compiler.unseen import unseen
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
 
@@ -112,7 +113,11 @@ def test_it_decodes_as_it_trains(name):
 
 def test_every_mechanism_lowers_without_torch_being_asked():
     for name in zoo.names():
-        assert all(lower(block, Target("torch")) for block in blocks(zoo.entry(name).what()))
+        for block in blocks(zoo.entry(name).what()):
+            assert lower(block, Target("torch"))
+            mixes = [(each.mix, each.heads) for each in block.mixings.values()]
+            assert not any(unseen(mix.mask, heads) for mix, heads in mixes
+                           if isinstance(mix, Pairwise)), name  # fmt: skip
 
 
 @pytest.mark.slow
