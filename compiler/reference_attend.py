@@ -370,8 +370,8 @@ def _threshold(normalizer: Normalizer, s: Tensor, rows: Groups, read: Read) -> T
     """Return the tau of each row that makes `where left == right` true.
 
     Bisection on F(tau) = left − right, which has to be monotone, down to float64's precision.
-    One Newton step, tau − F(tau) / F'(tau) with F' held constant, moves it by nothing and
-    gives it the gradient of the implicit function, −(∂F/∂s) / F'.
+    Newton steps, tau − F(tau) / F'(tau) with F' held constant, move it by nothing; the first
+    gives it the gradient of the implicit function, −(∂F/∂s) / F', the next its derivative.
     """
     where = normalizer.where
     if not (isinstance(where, Compare) and where.ops == ("==",)):
@@ -406,4 +406,7 @@ def _threshold(normalizer: Normalizer, s: Tensor, rows: Groups, read: Read) -> T
         return tau
     at = tau.clone().requires_grad_()
     (slope,) = torch.autograd.grad(excess(at, s.detach()).sum(), at)
-    return tau - excess(tau, s) / torch.where(slope == 0, 1, slope)
+    slope = torch.where(slope == 0, 1, slope)
+    for _ in range(2):
+        tau = tau - excess(tau, s) / slope
+    return tau

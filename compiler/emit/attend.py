@@ -24,6 +24,7 @@ from ..kernel_form import KernelForm
 from ..model import MAPS, PREVIOUS, Normalizer
 from ..normalizers import Exponential, exponential
 from ..sides import makes_vectors
+from ..thresholds import threshold
 from .pairs import Operand, Pairs, operand, token
 from .text import atomic, call, comment, ident, indent
 
@@ -276,13 +277,24 @@ class _Writer:
             self.lines.pop(-2)
 
     def _threshold(self) -> None:
-        visible = "visible" if self.mask != TRUE else "torch.ones_like(s, dtype=torch.bool)"
+        form = threshold(self.normalizer)
+        if self.mask == TRUE:
+            self.lines.append("visible = torch.ones_like(s, dtype=torch.bool)")
+        top = "max_of_visible(s, visible, -1).detach()"
+        if form.moves:
+            self.lines.append(f"s = (s - {top}).masked_fill(~visible, 0)")
+        else:  # next to large logits a threshold needs more than seven digits
+            self.lines.append(f"s = torch.where(visible, s, {top}).double()")
+        pairs = self.pairs if form.moves else replace(self.pairs, wide=".double()")
+        for name, expr in (("weight", form.numerator), ("slope", form.slope)):
+            self.lines += [
+                f"def {name}(s: Tensor, tau: Tensor) -> Tensor:",
+                f"    return {pairs.spread(expr)}",
+                "",
+            ]
         self.lines += [
-            "def weight(s: Tensor, tau: Tensor) -> Tensor:",
-            f"    return {self._text(self.normalizer.numerator)}",
-            "",
-            f"tau = row_threshold(weight, s, {visible})",
-            f"p = {self._hidden('weight(s, tau)')}",
+            "tau = row_threshold(weight, slope, s, visible)",
+            f"p = {self._hidden('weight(s, tau)')}{'' if form.moves else '.to(wide)'}",
         ]
 
 

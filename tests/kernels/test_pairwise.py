@@ -185,6 +185,7 @@ CASES = (
         reach=Reach(6, 0, 2),
     ),
     Case("squared_relu", numerator="relu(s) ** 2", denominator="sum", mask="j <= i", reach=CAUSAL),
+    Case("root_of_relu", numerator="relu(s) ** 0.5", denominator="sum", n=9, m=9),
     Case(
         "ratio_learned",
         score="s * t[i]",
