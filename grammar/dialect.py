@@ -102,6 +102,8 @@ class _Writer:
                 pass
             case "min" | "max", (Number(bound), a) | (a, Number(bound)):
                 return f"{self.within(a, _ATOM)}.clamp({_BOUND[name]}={bound!r})", _ATOM
+            case "clip", (Number(a), Number(low), high):
+                return self._call("min", (Number(max(a, low)), high))
             case "clip", (a, low, high) if _mixed(a, low, high):
                 return self._call("min", (Call("max", (a, low)), high))
             case "where", (condition, Number(a), Number(b)):

@@ -13,9 +13,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ...grammar.expr import names, rebuild, substitute
+from ...grammar.expr import names, rebuild
 from ...grammar.functions import MAP_FUNCTIONS
-from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, children, walk
+from ...grammar.syntax import (
+    Binary,
+    Call,
+    Compare,
+    Expr,
+    Index,
+    Name,
+    Number,
+    Unary,
+    children,
+    walk,
+)
 from ...kernels.places import bounds
 from ..graph import Dims, Graph, Node
 from ..model import MAPS, PREVIOUS
@@ -98,7 +109,13 @@ def _turns(expr: Expr) -> bool:
 
 
 def _widen(expr: Expr, wide: str) -> Expr:
-    return substitute(expr, {name: Name(f"{name}{wide}") for name in PLACES})
+    """Make fractions of places, but not where a truth is told of them."""
+    match expr:
+        case Name(id) if id in PLACES:
+            return Name(f"{id}{wide}", expr.span)
+        case Compare() | Unary("not") | Binary("and" | "or") | Call("ispow2"):
+            return widened(expr, wide)
+    return rebuild(expr, lambda each: _widen(each, wide))
 
 
 def _indexes(expr: Expr) -> bool:
