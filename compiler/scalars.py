@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ..grammar import syntax
 from ..grammar.diagnostics import error
-from ..grammar.expr import fold, names, number
+from ..grammar.expr import PLACES, fold, names, number
 from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS, VECTOR_FUNCTIONS
 from ..grammar.show import show
 from ..grammar.source import Span
@@ -26,7 +26,6 @@ from .scope import Scope, body, suggest
 from .thresholds import require
 from .trends import Unclear
 
-PLACES = frozenset(("i", "j", "h", "n", "m"))
 FREE = {
     "mask": PLACES,
     "similarity": PLACES,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ...grammar.expr import names, rebuild
+from ...grammar.expr import PLACES, names, rebuild
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import (
     Binary,
@@ -73,7 +73,6 @@ def operand(node: Node, read: Index) -> str:
     return ""
 
 
-PLACES = frozenset(("i", "j", "h", "n", "m"))
 _WHOLE = ("abs", "min", "max", "clip", "where", "floor", "ispow2")  # keep whole numbers whole
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,3 +86,35 @@ def test_numbers_on_both_sides_of_the_sum(text: str, like: str) -> None:
 )
 def test_truths_inside_fractions(text: str) -> None:
     same(text)
+
+
+DIVIDED = {  # how a block reads what is divided, called `e` here: what that is
+    "score = s + e": "s",
+    "score = s * (e + t[h])": "t[h]",
+    "weights = p + e": "p",
+    "out = (o + e) | merge | linear": "o",
+    "q = x | linear | split | moved": "x",
+    "mix = kept; mask = causal": "v",
+}
+
+
+@pytest.mark.parametrize("text", DIVIDED)
+def test_whole_division_has_no_gradient(text: str) -> None:
+    found = []
+    for division in (f"({DIVIDED[text]} // 0.3)", f"floor({DIVIDED[text]} / 0.3)"):
+        block = f"block a {{ width = 6; heads = 3; param t[heads] = 0.7; {text} }}"
+        if "moved" in text:
+            block = f"stage moved = x + e\n{block}"
+        if "kept" in text:
+            state = "state S[head_dim, value_dim] = 0"
+            block = f"mix kept {{ {state}; S <- S + outer(k, v + e); o <- q @ S }}\n{block}"
+        checked = find(check(parse(re.sub(r"\be\b", division, block))), "a")
+        module = build_module(checked, Target("torch"), dtype=torch.float64, seed=0)
+        oracle = reference(checked, dtype=torch.float64)
+        oracle.load_state_dict(module.state_dict())
+        for each in (module, oracle):
+            x = tokens().requires_grad_()
+            y = each(x)
+            found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-10)
