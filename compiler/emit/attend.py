@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ...grammar.expr import TRUE, names
+from ...grammar.expr import TRUE, calls, names
 from ...grammar.syntax import Call, Compare, Expr, Index, Name, Number, walk
 from ..blocks import sees_something
 from ..choose import Lowering, attend_exprs, maps, reads_places, sdpa_obstacle
@@ -88,6 +88,16 @@ def method_name(node: Node) -> str:
     return "attend" if node.name == "o" else f"attend_{node.name}"
 
 
+def may_see_nothing(graph: Graph, node: Node) -> bool:
+    """Say whether a row's denominator may be zero: nothing is seen, and nothing else in it."""
+    form = exponential(node.get("normalizer"))
+    if form is None or form.extra is not None or (form.held and calls(form.held, "max")):
+        return False
+    keys = graph.node(node.inputs[1]).dims[2]
+    may_be_none = keys in ("n", "m") and keys != node.dims[2]  # of an empty context, for one
+    return may_be_none or not sees_something(graph.block.mixings[node.name])
+
+
 def sdpa_fits(node: Node, lowering: Lowering) -> bool:
     """The text beside a kernel is scaled_dot_product_attention too where that says it."""
     return lowering.path == "sdpa" or (lowering.path == "triton" and sdpa_obstacle(node) is None)
@@ -108,6 +118,13 @@ class _Writer:
     @property
     def _sees_something(self) -> bool:
         return sees_something(self.graph.block.mixings[self.node.name])
+
+    @property
+    def _sees_nothing(self) -> str:
+        """Which rows have no denominator, "" where all have one."""
+        if not may_see_nothing(self.graph, self.node):
+            return ""
+        return "lse == -torch.inf" if self.mask == TRUE else "~visible.any(-1, keepdim=True)"
 
     @property
     def by_rows(self) -> bool:
@@ -213,8 +230,10 @@ class _Writer:
 
     def _statistic(self, kind: str, expr: Expr | None) -> str:
         """Write a number of every row or column, from p as the normaliser gave it."""
-        if kind == "lse":
-            return "lse"
+        if kind in ("lse", "joint"):
+            nothing = self._sees_nothing
+            by = "0" if kind == "lse" else "-torch.inf"
+            return f"lse.masked_fill({nothing}, {by})" if nothing else "lse"
         if kind == "entropy":
             terms = self._hidden("p * (s - lse)")
             self.lines.append(f"entropy = -{atomic(terms)}.sum(-1, keepdim=True)")
@@ -249,7 +268,7 @@ class _Writer:
             else:
                 self.lines.append(f"added = ({extra}).to(wide).expand_as(s[..., :1])")
             every = "torch.cat([s, added], dim=-1)"
-        asked = any(kind in ("lse", "entropy") for _, kind, _ in self.statistics)
+        asked = any(kind in ("lse", "joint", "entropy") for _, kind, _ in self.statistics)
         if asked or form.held is not None:
             self.lines.append(f"lse = {every}.logsumexp(-1, keepdim=True)")
         if form.held is not None:
@@ -257,8 +276,6 @@ class _Writer:
         else:
             own = "" if form.extra is None else "[..., :-1]"
             self.lines.append(f"p = {every}.softmax(-1){own}")
-        if asked and form.extra is None and self.mask != TRUE and not self._sees_something:
-            self.lines.append("lse = lse.masked_fill(~visible.any(-1, keepdim=True), -torch.inf)")
         if self.mask != TRUE and not (form.extra is None and self._sees_something):
             self.lines.append("p = p.masked_fill(~visible, 0)")
 
