@@ -89,7 +89,7 @@ def _terms(expr: Expr) -> list[Expr]:
     if len(numbers) < 2:
         return terms
     first = next(at for at, each in enumerate(terms) if isinstance(each, Number))
-    done = [each for each in terms if not isinstance(each, Number)]
+    done: list[Expr] = [each for each in terms if not isinstance(each, Number)]
     return [*done[:first], number(sum(numbers)), *done[first:]] if sum(numbers) else done
 
 
