@@ -323,13 +323,15 @@ def made_for_kernel(
     q, k, v = alike(graph, node, q, k, v)
     group = int(node.dims[1]) // max(int(graph.node(name).dims[1]) for name in node.inputs[1:3])
     repeat = f".repeat_interleave({group}, dim=1)" if group > 1 else ""
-    variables = {Operand("q", "i"): q, Operand("k", "j"): f"{k}{repeat}"}
-    for seen in operands(graph, node):
-        variables[seen] = ident(seen.name) if seen.name not in ("x", "context") else seen.name
+    whole = {"q": q, "k": f"{k}{repeat}"}
+    variables = {
+        seen: seen.name if seen.name in ("x", "context") else ident(seen.name)
+        for seen in operands(graph, node)
+    }
     lines: list[str] = []
 
     def side(expr: Expr, at: str) -> str:
-        return Pairs(graph, node, at, variables=variables).value(expr).text
+        return Pairs(graph, node, at, variables=variables, whole=whole).value(expr).text
 
     for each in form.sides:
         size = f"{q}.shape[:3]" if each.at == "i" else f"*{q}.shape[:2], {k}.shape[2]"

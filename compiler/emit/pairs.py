@@ -143,6 +143,7 @@ class Pairs(Values):
     masked: bool = True  # whether `visible` says who is
     wide: str = ".to(wide)"  # how a place becomes a fraction
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
+    whole: Mapping[str, str] = field(default_factory=dict)  # q and k, where they are: for all heads
 
     @property
     def heads(self) -> int:
@@ -235,7 +236,7 @@ class Pairs(Values):
         whole = operand(self.node, expr)
         if whole:
             seen = Operand(whole, "i" if whole == "q" else "j")
-            return self._along(seen, self.variables.get(seen, whole), 1, heads=True)
+            return self._along(seen, self.whole.get(whole, whole), 1, heads=True)
         return self._stream(expr, made.dims)
 
     def _along(self, read: Operand, text: str, rank: int, heads: bool = False) -> Text:
