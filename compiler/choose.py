@@ -26,7 +26,7 @@ from .recurrences import described, kernel_obstacle, of_node
 from .sequential_form import scan_of
 
 ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels)"
-_OF_KERNELS = ("lse", "entropy")  # the statistics that kernels give
+_OF_KERNELS = ("lse", "joint", "entropy")  # the statistics that kernels give
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ def _spec(graph: Graph, node: Node, form: KernelForm) -> kernel.Attend:
                  *(_side(node, each) for each in form.sides)),
         reach=_reach(extent(form.mask)),
         heads=int(node.dims[1]),
-        lse="lse" in asked,
+        lse=bool(asked & {"lse", "joint"}),
         entropy="entropy" in asked,
     )  # fmt: skip
 

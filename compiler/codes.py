@@ -157,7 +157,8 @@ OWN: dict[str, Code] = {
             "L220",
             "this is not a normaliser or a definition with a value",
             "A normaliser is numerator / denominator with `sum` in the denominator alone, or a "
-            "numerator in `tau` `where sum == 1`; every definition ends with an expression.",
+            "numerator in `tau` `where sum == 1`, which has one threshold for any logits; every "
+            "definition ends with an expression.",
             "block a { normalize = exp(s) * sum }",
         ),
         Code(

@@ -124,7 +124,8 @@ def indexed(exprs: Iterable[Expr], inputs: tuple[Read, ...], at: str) -> list[st
 class Statistic:
     """A number for every row or column of a map, [heads, tokens, 1].
 
-    `kind`: `lse` is the logarithm of the normaliser's denominator, `entropy` that of the row,
+    `kind`: `lse` is the logarithm of the normaliser's denominator, 0 where it is zero; `joint`
+    the same, but -inf there, which is what it weighs; `entropy` that of the row,
     `rows` the sum of `expr` over the visible keys, `columns` over the queries that see a key.
     The first of the inputs is what was mixed, the others are what `expr` reads.
     """

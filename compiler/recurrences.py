@@ -208,8 +208,6 @@ class _Analysis:
             return (self._memory if len(state.shape) == 2 else self._sum)(state, value)
 
     def _in_levels(self, state: State) -> None:
-        if self.mix.resets:
-            raise RefusedError("documents begin its levels anew in the middle of chunks")
         if [each.name for each in self.mix.updates].count(state.name) > 1:
             raise RefusedError("it is kept in levels, and written more than once")
 

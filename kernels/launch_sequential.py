@@ -12,7 +12,7 @@ from which the backward computes the others anew.
 
 import torch
 
-from .device import Call, Tensors, _launch
+from .device import Call, Tensors, _launch, _no_second
 
 Given = tuple[torch.Tensor | None, ...]  # streams, tensors, states, and the marks of tokens
 
@@ -232,6 +232,7 @@ class Sequential:
             schema=f"({upstream}{kept}{inputs}) -> ({', '.join(['Tensor'] * count)})",
         )
         backward.register_fake(self.backward_fake)
+        backward.register_autograd(_no_second)
         forward = torch.library.custom_op(
             self.name,
             self.forward,

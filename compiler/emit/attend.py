@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ...grammar.expr import TRUE, names
+from ...grammar.expr import TRUE, calls, names
 from ...grammar.syntax import Call, Compare, Expr, Index, Name, Number, walk
 from ..blocks import sees_something
 from ..choose import Lowering, attend_exprs, maps, reads_places, sdpa_obstacle
@@ -24,6 +24,7 @@ from ..kernel_form import KernelForm
 from ..model import MAPS, PREVIOUS, Normalizer
 from ..normalizers import Exponential, exponential
 from ..sides import makes_vectors
+from ..thresholds import threshold
 from .pairs import Operand, Pairs, operand, token
 from .text import atomic, call, comment, ident, indent
 
@@ -112,6 +113,16 @@ def method_name(node: Node) -> str:
     return "attend" if node.name == "o" else f"attend_{node.name}"
 
 
+def may_see_nothing(graph: Graph, node: Node) -> bool:
+    """Say whether a row's denominator may be zero: nothing is seen, and nothing else in it."""
+    form = exponential(node.get("normalizer"))
+    if form is None or form.extra is not None or (form.held and calls(form.held, "max")):
+        return False
+    keys = graph.node(node.inputs[1]).dims[2]
+    may_be_none = keys in ("n", "m") and keys != node.dims[2]  # of an empty context, for one
+    return may_be_none or not sees_something(graph.block.mixings[node.name])
+
+
 def sdpa_fits(node: Node, lowering: Lowering) -> bool:
     """The text beside a kernel is scaled_dot_product_attention too where that says it."""
     return lowering.path == "sdpa" or (lowering.path == "triton" and sdpa_obstacle(node) is None)
@@ -135,6 +146,13 @@ class _Writer:
     def _sees_something(self) -> bool:
         own = self.told != ["other"]  # else padding may be all that there is
         return own and sees_something(self.graph.block.mixings[self.node.name])
+
+    @property
+    def _sees_nothing(self) -> str:
+        """Which rows have no denominator, "" where all have one."""
+        if not may_see_nothing(self.graph, self.node):
+            return ""
+        return "~visible.any(-1, keepdim=True)" if self.masked else "lse == -torch.inf"
 
     @property
     def by_rows(self) -> bool:
@@ -255,8 +273,10 @@ class _Writer:
 
     def _statistic(self, kind: str, expr: Expr | None) -> str:
         """Write a number of every row or column, from p as the normaliser gave it."""
-        if kind == "lse":
-            return "lse"
+        if kind in ("lse", "joint"):
+            nothing = self._sees_nothing
+            by = "0" if kind == "lse" else "-torch.inf"
+            return f"lse.masked_fill({nothing}, {by})" if nothing else "lse"
         if kind == "entropy":
             terms = self._hidden("p * (s - lse)")
             self.lines.append(f"entropy = -{atomic(terms)}.sum(-1, keepdim=True)")
@@ -291,7 +311,7 @@ class _Writer:
             else:
                 self.lines.append(f"added = ({extra}).to(wide).expand_as(s[..., :1])")
             every = "torch.cat([s, added], dim=-1)"
-        asked = any(kind in ("lse", "entropy") for _, kind, _ in self.statistics)
+        asked = any(kind in ("lse", "joint", "entropy") for _, kind, _ in self.statistics)
         if asked or form.held is not None:
             self.lines.append(f"lse = {every}.logsumexp(-1, keepdim=True)")
         if form.held is not None:
@@ -299,8 +319,6 @@ class _Writer:
         else:
             own = "" if form.extra is None else "[..., :-1]"
             self.lines.append(f"p = {every}.softmax(-1){own}")
-        if asked and form.extra is None and self.masked and not self._sees_something:
-            self.lines.append("lse = lse.masked_fill(~visible.any(-1, keepdim=True), -torch.inf)")
         if self.masked and not (form.extra is None and self._sees_something):
             self.lines.append("p = p.masked_fill(~visible, 0)")
 
@@ -319,13 +337,24 @@ class _Writer:
             self.lines.pop(-2)
 
     def _threshold(self) -> None:
-        visible = "visible" if self.masked else "torch.ones_like(s, dtype=torch.bool)"
+        form = threshold(self.normalizer)
+        if not self.masked:
+            self.lines.append("visible = torch.ones_like(s, dtype=torch.bool)")
+        top = "max_of_visible(s, visible, -1).detach()"
+        if form.moves:
+            self.lines.append(f"s = (s - {top}).masked_fill(~visible, 0)")
+        else:  # next to large logits a threshold needs more than seven digits
+            self.lines.append(f"s = torch.where(visible, s, {top}).double()")
+        pairs = self.pairs if form.moves else replace(self.pairs, wide=".double()")
+        for name, expr in (("weight", form.numerator), ("slope", form.slope)):
+            self.lines += [
+                f"def {name}(s: Tensor, tau: Tensor) -> Tensor:",
+                f"    return {pairs.spread(expr)}",
+                "",
+            ]
         self.lines += [
-            "def weight(s: Tensor, tau: Tensor) -> Tensor:",
-            f"    return {self._text(self.normalizer.numerator)}",
-            "",
-            f"tau = row_threshold(weight, s, {visible})",
-            f"p = {self._hidden('weight(s, tau)')}",
+            "tau = row_threshold(weight, slope, s, visible)",
+            f"p = {self._hidden('weight(s, tau)')}{'' if form.moves else '.to(wide)'}",
         ]
 
 
@@ -337,13 +366,15 @@ def made_for_kernel(
     q, k, v = alike(graph, node, q, k, v)
     group = int(node.dims[1]) // max(int(graph.node(name).dims[1]) for name in node.inputs[1:3])
     repeat = f".repeat_interleave({group}, dim=1)" if group > 1 else ""
-    variables = {Operand("q", "i"): q, Operand("k", "j"): f"{k}{repeat}"}
-    for seen in operands(graph, node):
-        variables[seen] = ident(seen.name) if seen.name not in ("x", "context") else seen.name
+    whole = {"q": q, "k": f"{k}{repeat}"}
+    variables = {
+        seen: seen.name if seen.name in ("x", "context") else ident(seen.name)
+        for seen in operands(graph, node)
+    }
     lines: list[str] = []
 
     def side(expr: Expr, at: str) -> str:
-        return Pairs(graph, node, at, variables=variables).value(expr).text
+        return Pairs(graph, node, at, variables=variables, whole=whole).value(expr).text
 
     for each in form.sides:
         size = f"{q}.shape[:3]" if each.at == "i" else f"*{q}.shape[:2], {k}.shape[2]"

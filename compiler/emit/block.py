@@ -481,9 +481,18 @@ class _Writer(Caches):
             args += [self._kernel_operand(node, name) for name in kernel_reads(node, form)]
             args += [each.name for each in form.sides]
             asked = {kind: ident(name) for name, kind, _ in node.get("statistics") or ()}
-            given = [asked[kind] for kind in ("lse", "entropy") if kind in asked]
+            logs, *entropy = (
+                [asked[kind] for kind in kinds if kind in asked]
+                for kinds in (("joint", "lse"), ("entropy",))
+            )
+            given = [*logs[:1], *entropy[0]]  # the kernel says once what both of them are made of
             lines += call(f"{', '.join([target, *given])} = {self.kernels[node.name]}", args)
-            return [*lines, *(f"{each} = {each}[..., None].to({v}.dtype)" for each in given)]
+            for kind, each in sorted(asked.items(), key=lambda one: one[0] != "lse"):
+                made = logs[0] if kind == "lse" else each
+                if kind == "lse" and attend.may_see_nothing(self.graph, node):
+                    made = f"{made}.masked_fill({made} == -torch.inf, 0)"
+                lines.append(f"{each} = {made}[..., None].to({v}.dtype)")
+            return lines
         return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
 
     def _kernel_operand(self, node: Node, name: str) -> str:

@@ -16,7 +16,7 @@ from ..choose import attend_exprs
 from ..graph import Graph, Node, shape_of
 from ..masks import extent, reads_others, remembered, widest
 from ..mixing import mix_exprs
-from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
+from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, flow_nodes
 from . import attend, scan
 from .text import call, ident, indent
 
@@ -223,9 +223,6 @@ def own_rows(block: Block) -> bool:
             if flow.keys == "n" and flow.queries != "n":
                 return True
             if any(calls(expr, "convolve") for expr in mix_exprs(flow.mix)):
-                return True
-        elif isinstance(flow, Mixing) and isinstance(flow.mix, Recurrence):
-            if flow.mix.leveled:
                 return True
         elif isinstance(flow, Apply) and OPS[flow.op].whole_rows:
             return True

@@ -24,7 +24,11 @@ from . import scan
 from .text import atomic, call, ident, indent
 from .values import Text, Values, lifted
 
-_PLACES = ("place", "None if idle is None else batch.counts")  # of levels: what came before
+_PLACES = (
+    "batch.before",
+    "fresh",
+    "None if idle is None else batch.counts",
+)  # of levels: what came before
 
 
 def forward(

@@ -95,26 +95,17 @@ def opened(node: Node, cache: str) -> list[str]:
     lines = [f"fresh, idle = {first}, batch.idle"]
     if mix.causal and cache:
         lines = [f"fresh, idle = {first}, None if {cache} is None else batch.idle"]
-    if any(_elsewhere(each) for each in mix.states):
+    if mix.leveled and mix.resets:
         lines += [
-            "if batch.changed is not None:",
-            '    raise ValueError("a segment cannot begin in the middle of these states")',
+            "if batch.changed is not None and not batch.cut:",
+            '    raise ValueError("levels begin anew where segments are sequences, not marks")',
         ]
-    if mix.leveled:
-        lines.append(
-            "place = batch.before if isinstance(batch.before, int) else batch.before[:, None, None]"
-        )
     state = (
         f"state = {start} if {cache} is None else {cache}.kept"
         if mix.causal and cache
         else f"state = {start}"
     )
     return [*lines, state]
-
-
-def _elsewhere(state: State) -> bool:
-    """Whether a state cannot begin anew in the middle of a row."""
-    return bool(state.levels)
 
 
 def method_name(node: Node) -> str:
@@ -146,6 +137,11 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     lines += opened(node, cache)
     lines += [f'{name} = state["{name}"]' for name in states(mix)]
     lines.append(f"anew = None if fresh is None else {start}")
+    if mix.leveled:
+        lines += [
+            "place = batch.place",
+            "place = place if place.ndim == 1 else place.mT[..., None, None]",
+        ]
     lines.append("outputs = []")
     lines += _causal(known, mix, streams) if mix.causal else _both_ways(known, mix, streams)
     lines.append(f"{made} = torch.stack(outputs, dim=2).to(x.dtype)  "
@@ -233,7 +229,7 @@ def _merged(known: _Ranks, mix: Recurrence) -> list[str]:
     for each in mix.leveled:
         assert each.weights is not None
         own = ident(each.name)
-        lines += [f"{own} = merged_levels({own}, place + step)",
+        lines += [f"{own} = merged_levels({own}, place[step])",
                   f"{own}_levels = {known.value(each.weights).text}"]  # fmt: skip
     return lines
 

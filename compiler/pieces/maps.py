@@ -111,8 +111,9 @@ def mean_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:
 def max_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:
     """Return the largest x that is visible along a dimension, 0 where nothing is."""
     visible = visible.expand(x.shape)
-    top = x.masked_fill(~visible, -torch.inf).amax(dim, keepdim=True)
-    return top.masked_fill(~visible.any(dim, keepdim=True), 0)
+    one_more = (0, 1) if dim == -1 else (0, 0, 0, 1)  # where there is nothing at all
+    x = F.pad(x.masked_fill(~visible, -torch.inf), one_more, value=-torch.inf)
+    return x.amax(dim, keepdim=True).masked_fill(~visible.any(dim, keepdim=True), 0)
 
 
 def rank_keys(x: Tensor) -> Tensor:
@@ -157,38 +158,38 @@ def expect(name: str, x: Tensor, width: int) -> None:
         raise ValueError(f"`{name}` must be [b, tokens, {width}], it is {list(x.shape)}")
 
 
-def row_threshold(weight: Callable[[Tensor, Tensor], Tensor], s: Tensor, visible: Tensor) -> Tensor:
+def row_threshold(
+    weight: Callable[[Tensor, Tensor], Tensor],
+    slope: Callable[[Tensor, Tensor], Tensor],
+    s: Tensor,
+    visible: Tensor,
+) -> Tensor:
     """Return tau [..., 1] such that the visible weight(s, tau) of each row sum to one.
 
-    Bisection finds it; one Newton step outside of `no_grad` gives it its exact gradient.
+    The sum falls as tau grows; `slope` is the derivative of `weight` by tau. Bisection over all
+    numbers there are finds it, a step a bit: as whole numbers, positive floats are in order.
+
+    What follows moves tau by nothing and gives it the derivatives of the implicit function: each
+    step of Newton's, its slope held constant, makes one more of them right. They are two.
     """
 
-    def total(tau: Tensor) -> Tensor:
-        return weight(s, tau).masked_fill(~visible, 0).sum(-1, keepdim=True)
+    def total(function: Callable[[Tensor, Tensor], Tensor], tau: Tensor) -> Tensor:
+        return function(s, tau).masked_fill(~visible, 0).sum(-1, keepdim=True)
 
-    empty = ~visible.any(-1, keepdim=True)
     with torch.no_grad():
-        top = s.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True).masked_fill(empty, 0)
-        scale = 1.0 + top.abs()
-        low, high = top - scale, top + scale
-        for _ in range(64):
-            if not bool((grow := (total(low) < 1) & ~empty).any()):
-                break
-            low = torch.where(grow, low - scale, low)
-            scale = scale * 2
-        scale = 1.0 + top.abs()
-        for _ in range(64):
-            if not bool((grow := (total(high) > 1) & ~empty).any()):
-                break
-            high = torch.where(grow, high + scale, high)
-            scale = scale * 2
-        for _ in range(80 if s.dtype == torch.float64 else 48):
-            middle = (low + high) / 2
-            above = total(middle) > 1
+        wide = s.dtype == torch.float64
+        whole, last = (torch.int64, 0x7FEFFFFFFFFFFFFF) if wide else (torch.int32, 0x7F7FFFFF)
+        high = torch.full_like(s.sum(-1, keepdim=True), last, dtype=whole)
+        low = -high
+        for _ in range(64 if wide else 32):
+            middle = (low & high) + ((low ^ high) >> 1)  # their mean, which never overflows
+            above = ~(total(weight, middle.abs().view(s.dtype) * middle.sign()) <= 1)
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    with torch.enable_grad():
-        tau = ((low + high) / 2).detach().requires_grad_()
-        slope = torch.autograd.grad(total(tau).sum(), tau)[0]
-    slope = torch.where(empty | (slope == 0), -torch.ones_like(slope), slope).detach()
-    tau = tau.detach()
-    return tau - (total(tau) - 1).masked_fill(empty, 0) / slope
+        sees_nothing = ~visible.any(-1, keepdim=True)
+        tau = (high.abs().view(s.dtype) * high.sign()).masked_fill(sees_nothing, 0)
+        fall = total(slope, tau)
+        fall = torch.where(fall == 0, -1, fall)
+    for _ in range(2):
+        found = total(weight, tau)
+        tau = tau - (found - found.detach()) / fall
+    return tau

@@ -101,8 +101,8 @@ def test_what_is_not_finite_reaches_no_other_sequence(body):
 
 
 def test_a_short_convolution_stops_at_a_boundary():
-    module = compiled("mix = gated_delta; mask = causal and document; "
-                      "q = x | conv(4) | linear | split; k = x | linear | conv(4) | split")  # fmt: skip
+    streams = "q = x | conv(4) | linear | split; k = x | linear | conv(4) | split"
+    module = compiled(f"mix = gated_delta; mask = causal and document; {streams}")
     x, segments = drawn(1, 12), torch.tensor([[0] * 3 + [1] * 9])
     close(module(x, segments=segments)[:, 3:], module(x[:, 3:]))
 
@@ -151,7 +151,7 @@ def test_a_cache_used_wrongly_stays_as_it_was():
         module(x[:1, 4:5], cache=cache)
     with pytest.raises(ValueError, match="the cache holds 6 tokens; 7 were given"):
         module(x[:, :3], cache=cache)
-    with pytest.raises(ValueError, match="made for a module in torch.float64"):
+    with pytest.raises(ValueError, match=r"made for a module in torch\.float64"):
         module.float()(x[:, 4:5].float(), cache=cache)
 
 
@@ -197,7 +197,9 @@ def test_gradients_with_a_cache_are_those_of_the_call(body):
     (first.sum() + second.sum()).backward()
 
 
-@pytest.mark.parametrize("body", ["mask = causal and window(3)", "mix = gated_delta; mask = causal"])
+@pytest.mark.parametrize(
+    "body", ["mask = causal and window(3)", "mix = gated_delta; mask = causal"]
+)
 def test_what_forgets_goes_back_to_a_mark_alone(body):
     module, x = compiled(body), drawn(1, 8)
     cache = module.init_cache(1, 8)
