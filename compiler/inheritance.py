@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from functools import cache
 
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
@@ -105,7 +106,7 @@ class Body:
     def get(self, name: str) -> Expr:
         if name in self.settings:
             return self.settings[name].value
-        return parse_expression(SETTINGS[name])
+        return _default(name)
 
     def condition(self, name: str) -> Expr | None:
         """Return what stands behind the `where` of a setting."""
@@ -126,6 +127,11 @@ class Body:
             moved |= found
             changed |= found
         return changed
+
+
+@cache
+def _default(name: str) -> Expr:
+    return parse_expression(SETTINGS[name])
 
 
 def find_block(library: Library, call: Expr) -> syntax.Block:
