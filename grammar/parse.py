@@ -13,7 +13,6 @@ the size of a text and the depth of its nesting are bounded here, for every late
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -31,6 +30,7 @@ from . import syntax
 from .comments import attach
 from .complaints import END, explain, without_statement
 from .diagnostics import Diagnostic, LoomError, error
+from .folder import cache_folder
 from .source import Piece, Source, Span
 
 E = TypeVar("E", bound=syntax.Expr | syntax.Branch)
@@ -168,15 +168,8 @@ def _cache_file() -> str | None:
     They are pickled, so they lie in the user's own folder; Lark rebuilds them when the
     grammar or its own version is another. None where there is no such folder to write to.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(home, "headloom")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return None
-    if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
-        return None
-    return str(folder / f"grammar-{lark.__version__}.pickle")
+    folder = cache_folder()
+    return None if folder is None else str(folder / f"grammar-{lark.__version__}.pickle")
 
 
 class _TooDeep(Exception):

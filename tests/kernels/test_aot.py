@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from headloom.grammar.parse import parse_expression
+from headloom.kernels import aot
 from headloom.kernels.aot import compile_ahead
 from headloom.kernels.recurrence import Recurrence
 from headloom.kernels.spec import Attend, Reach, Tensor
@@ -113,3 +116,29 @@ def test_a_wide_state_fits() -> None:
 def test_unknown_targets_are_named() -> None:
     with pytest.raises(ValueError, match="sm_12"):
         compile_ahead(CAPPED, ("sm_12",))
+
+
+def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    jobs = []
+
+    def compiled(text: str, job: dict[str, Any]) -> list[dict[str, Any]]:
+        jobs.append((text, job["targets"]))
+        return [
+            {"kernel": kernel, "target": target, "registers": 8, "spills": 0, "shared": 0}
+            for target in job["targets"]
+            for kernel in ("one", "two")
+        ]
+
+    monkeypatch.setattr(aot, "_compiled", compiled)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = compile_ahead(CAPPED, ("sm_90",))
+    assert compile_ahead(CAPPED, ("sm_90",)) == first
+    both = compile_ahead(CAPPED, ("sm_80", "sm_90"))
+    assert [each.target for each in both] == ["sm_80"] * 2 + ["sm_90"] * 2
+    compile_ahead(CAPPED, ("sm_90",), dtype="fp32")
+    compile_ahead(LSE, ("sm_90",))
+    assert [targets for _, targets in jobs] == [["sm_90"], ["sm_80"], ["sm_90"], ["sm_90"]]
+    assert len({text for text, _ in jobs}) == 2
+    monkeypatch.setattr(aot, "version", lambda _: "another")
+    compile_ahead(CAPPED, ("sm_90",))
+    assert len(jobs) == 5
