@@ -61,13 +61,41 @@ RELATIVE = Attend(
 )
 
 
+ATTENTIONS = {
+    "capped": CAPPED,
+    "statistics": STATISTICS,
+    "relative": RELATIVE,
+    "everything": EVERYTHING,
+}
+SHAPES = [(64, "bf16"), (64, "fp32"), (128, "bf16"), (128, "fp32")]
+RECURRENCES = {
+    "kept": (Recurrence(), 8),
+    "number": (Recurrence("number", corrected=True), 11),
+    "rows": (Recurrence("rows", corrected=True, before=True), 10),
+}
+
+
+def sampled(cases: list[Any], every_run: list[str]) -> list[Any]:
+    """Mark all cases as exhaustive but some, which are those that need most of a GPU."""
+    return [
+        each
+        if each.id in every_run
+        else pytest.param(*each.values, id=each.id, marks=pytest.mark.sweep)
+        for each in cases
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
-    "spec",
-    [CAPPED, STATISTICS, RELATIVE, EVERYTHING],
-    ids=["capped", "statistics", "relative", "everything"],
+    ("spec", "head_dim", "dtype"),
+    sampled(
+        [
+            pytest.param(spec, *shape, id=f"{name}-{shape[0]}-{shape[1]}")
+            for name, spec in ATTENTIONS.items()
+            for shape in SHAPES
+        ],
+        every_run=["everything-128-bf16", "everything-128-fp32"],
+    ),
 )
 def test_nothing_spills(spec: Attend, head_dim: int, dtype: str) -> None:
     found = compile_ahead(spec, ("sm_80", "sm_90"), head_dim=head_dim, dtype=dtype)
@@ -76,8 +104,8 @@ def test_nothing_spills(spec: Attend, head_dim: int, dtype: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.sweep
+@pytest.mark.parametrize(("head_dim", "dtype"), SHAPES)
 def test_a_log_sum_exp_fits_the_tiles_it_has(head_dim: int, dtype: str) -> None:
     found = compile_ahead(LSE, head_dim=head_dim, dtype=dtype, backward=False)
     assert [each for each in found if not each.ok] == []
@@ -90,16 +118,16 @@ def test_whole_numbers_and_flags_compile() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
-    ("spec", "count"),
-    [
-        (Recurrence(), 8),
-        (Recurrence("number", corrected=True), 11),
-        (Recurrence("rows", corrected=True, before=True), 10),
-    ],
-    ids=["kept", "number", "rows"],
+    ("spec", "count", "head_dim", "dtype"),
+    sampled(
+        [
+            pytest.param(*form, *shape, id=f"{name}-{shape[0]}-{shape[1]}")
+            for name, form in RECURRENCES.items()
+            for shape in SHAPES
+        ],
+        every_run=["number-64-bf16", "rows-128-fp32"],
+    ),
 )
 def test_no_recurrence_spills(spec: Recurrence, count: int, head_dim: int, dtype: str) -> None:
     found = compile_ahead(spec, ("sm_80", "gfx942"), head_dim=head_dim, dtype=dtype)
