@@ -12,14 +12,12 @@ from click.testing import CliRunner
 
 from headloom.cli import main
 from headloom.compiler import certificate, decoding, zoo
-from headloom.compiler.choose import Target
 from headloom.compiler.cost import cost
 from headloom.compiler.model import Block, Model
-from headloom.compiler.pipeline import lower
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
 
-from .mechanisms import Mechanism, tokens
+from .mechanisms import Mechanism, checked, text_of, tokens
 
 FAMILIES = {"cross", "heads", "latents", "normalisers", "positions", "recurrent", "scores",
             "sparse", "vision"}  # fmt: skip
@@ -93,7 +91,7 @@ def test_what_does_not_read_the_logits_is_still_a_map(setting, mask):
 
 
 def decodes(name: str) -> bool:
-    return not any(map(decoding.obstacle, blocks(zoo.entry(name).what())))
+    return not any(map(decoding.obstacle, blocks(checked(text_of(name)))))
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.names() if decodes(name)])
@@ -108,11 +106,6 @@ def test_it_decodes_as_it_trains(name):
         parts = [module(**{**found, "x": found["x"][:, at]}, cache=cache)
                  for at in (slice(0, 13), slice(13, 14), slice(14, 19))]  # fmt: skip
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
-
-
-def test_every_mechanism_lowers_without_torch_being_asked():
-    for name in zoo.names():
-        assert all(lower(block, Target("torch")) for block in blocks(zoo.entry(name).what()))
 
 
 @pytest.mark.slow
