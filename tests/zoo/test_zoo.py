@@ -11,9 +11,12 @@ import torch
 from click.testing import CliRunner
 
 from headloom.cli import main
-from headloom.compiler import certificate, decoding, zoo
+from headloom.compiler import certificate, decoding, verify_cases, zoo
 from headloom.compiler.cost import cost
 from headloom.compiler.model import Block, Model
+from headloom.compiler.verify import CHECKS
+from headloom.compiler.verify_cases import CASES, Subject
+from headloom.compiler.verify_kernels import interpreted
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
 
@@ -115,6 +118,21 @@ def test_it_is_verified(name):
     """Constants that no short float holds; a power of zero with a learned exponent."""
     result = certificate.make([zoo.entry(name).what()], (), None)
     assert result.ok
+
+
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # in what is masked out
+@every
+def test_its_kernels_are_what_it_means(name, monkeypatch):
+    monkeypatch.setattr(verify_cases, "CASES", CASES[:2])  # five tokens and three of a context
+    kernels = [block for block in blocks(checked(text_of(name)))
+               if not block.previous and interpreted(block) is None]  # fmt: skip
+    if not kernels:
+        pytest.skip("PyTorch computes all of it")
+    for block in dict.fromkeys(kernels):
+        cases, worst = CHECKS["kernels in the interpreter"](Subject.of(block))
+        assert cases > 0
+        assert worst < 2e-5
 
 
 def test_the_table_lists_them_all():
