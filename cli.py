@@ -284,7 +284,7 @@ def _explain_code(code: str) -> None:
         click.echo(f"\nFor example:\n\n{example}")
 
 
-# ── building and proving ─────────────────────────────────────────────────────────────────
+# ── building and verifying ───────────────────────────────────────────────────────────────
 
 
 @command()
@@ -320,7 +320,7 @@ def build(what: str, out: str | None, width: int | None, backend: str, stage: st
 @json_option
 def verify(what: str, width: int | None, targets: tuple[str, ...], module: str | None,
            json: bool) -> None:  # fmt: skip
-    """Prove a compiled block or model against its meaning; exit 3 if something does not hold.
+    """Verify a compiled block or model against its meaning; exit 3 if something does not hold.
 
     Of a space, every alternative of its blocks is verified.
 

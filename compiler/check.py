@@ -159,6 +159,8 @@ def find(
         name = _only(arch)
     if name in arch.models:
         return arch.models[name]
+    if name in arch.blocks and width is None and context_width is None:
+        return arch.blocks[name]
     library = Library.of(arch.file)
     if name not in library.blocks:
         known = [*arch.models, *library.blocks]

@@ -1,4 +1,4 @@
-"""Proving a compiled module against its meaning, check by check.
+"""Verifying a compiled module against its meaning, check by check.
 
     for each in subjects(model):              # its different blocks, then the whole
         for finding in verify(each):

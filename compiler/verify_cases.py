@@ -96,8 +96,12 @@ class Subject:
     @property
     def cases(self) -> tuple[Case, ...]:
         """The cases this subject can take: a learned table of positions ends somewhere."""
+        return tuple(self.fitting(each) for each in CASES)
+
+    def fitting(self, case: Case) -> Case:
+        """Return a case with no more tokens than there are positions."""
         most = self.what.positions if isinstance(self.what, Model) else 0
-        return tuple(replace(each, tokens=min(each.tokens, most or each.tokens)) for each in CASES)
+        return replace(case, tokens=min(case.tokens, most or case.tokens))
 
     def inputs(self, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw the arguments of a call."""

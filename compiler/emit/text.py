@@ -119,10 +119,18 @@ def pieces() -> dict[str, str]:
 def needed_pieces(text: str) -> list[str]:
     """Return the pieces that a text calls, and those that they call, in their order."""
     wanted: set[str] = set()
-    queue = [text]
-    while queue:
-        used = {node.id for node in ast.walk(ast.parse(queue.pop())) if isinstance(node, ast.Name)}
-        new = (used & pieces().keys()) - wanted
-        wanted |= new
-        queue.extend(pieces()[name] for name in new)
+    found = _called(text)
+    while found:
+        wanted |= found
+        found = {each for name in found for each in _called_by(name)} - wanted
     return [name for name in pieces() if name in wanted]
+
+
+@cache
+def _called_by(piece: str) -> set[str]:
+    return _called(pieces()[piece])
+
+
+def _called(text: str) -> set[str]:
+    read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    return read & pieces().keys()

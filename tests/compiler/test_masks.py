@@ -82,9 +82,18 @@ def compiled(text: str) -> Expr | None:
         return None
 
 
-@pytest.mark.slow
-@seeded(1000)
+@seeded(200)
 def test_every_answer_about_a_mask_is_true(text):
+    answers_are_true(text)
+
+
+@pytest.mark.sweep
+@seeded(2000)
+def test_every_answer_about_many_masks_is_true(text):
+    answers_are_true(text)
+
+
+def answers_are_true(text: str) -> None:
     expr = compiled(text)
     if expr is None:
         return
