@@ -19,17 +19,23 @@ from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
 from ..model import MAPS, PREVIOUS, Pairwise
 from ..operators import Operator
+from ..parameters import constants
 from . import attend, chunk, scan
 from .caches import Caches, plain_name
-from .tensors import tensor as tensor_lines
+from .tensors import constants as constant_lines
+from .tensors import parameter as parameter_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
 
 def block_class(graph: Graph, name: str, kernels: Sequence[Operator]) -> list[str]:
     """Return the lines of a block's class; `kernels` are the functions that it calls."""
     writer = _Writer(graph, kernels)
-    lines = [f"class {class_name(name)}(nn.Module):", *indent(_docstring(graph)), ""]
+    fixed = constants(graph.block)
+    base = "Constants" if fixed else "nn.Module"
+    lines = [f"class {class_name(name)}({base}):", *indent(_docstring(graph)), ""]
     lines += indent(writer.constructor())
+    if fixed:
+        lines += ["", *indent(constant_lines(fixed))]
     lines += ["", *indent(writer.init_cache()), "", *indent(writer.forward())]
     if graph.auxiliary is not None:
         lines += ["", *indent(writer.auxiliary_loss())]
@@ -82,7 +88,9 @@ class _Writer(Caches):
                 made = OPS[node.op].constructor(shapes, dict(node.attrs))
                 lines.append(f"    self.{node.module} = {made}")
         for tensor in self.block.tensors:
-            lines += indent(tensor_lines(tensor))
+            lines += indent(parameter_lines(tensor)) if tensor.learned else []
+        if constants(self.block):
+            lines.append("    self.set_constants()")
         if self.graph.auxiliary is not None:
             lines.append("    self.auxiliary: Tensor | None = None")
         return lines

@@ -18,11 +18,11 @@ _OURS = frozenset((
     "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
     "given", "places", "state", "last", "anew", "fresh",
-    "history", "end", "tau", "o", "before", "shared", "place",
+    "history", "end", "tau", "device", "o", "before", "shared", "place",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip
-_PIECES = ("stages", "maps", "chunks", "levels", "caches")  # files, in this order
+_PIECES = ("constants", "stages", "maps", "chunks", "levels", "caches")  # files, in this order
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|query|read|value|written)s?(?:_\d+)?$"

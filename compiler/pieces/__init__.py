@@ -28,6 +28,7 @@ from .chunks import (
     whole_linear,
     whole_sums,
 )
+from .constants import Constants
 from .levels import (
     across_chunks,
     level_between,
@@ -73,6 +74,7 @@ from .stages import (
 __all__ = [
     "BlockCache",
     "Cache",
+    "Constants",
     "ContextCache",
     "HeadLinear",
     "KeyValueCache",
