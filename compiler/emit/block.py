@@ -118,7 +118,7 @@ class _Writer(Caches):
         ]  # fmt: skip
         if not self.stacked:
             lines[-1] += '"""'
-        body = [f'expect("x", x, {width})']
+        body = [f'expect("x", x, {width}, self)']
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
         body += self._sizes() + self._places()
@@ -300,7 +300,7 @@ class _Writer(Caches):
         needed = [
             "if context is None:",
             f'    raise ValueError("`context` is needed: [b, m, {self.block.context_width}]")',
-            f'expect("context", context, {self.block.context_width})',
+            f'expect("context", context, {self.block.context_width}, self)',
         ]
         if self.obstacle is not None:
             return [*needed, *far]

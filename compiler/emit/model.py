@@ -190,7 +190,9 @@ def _forward(model: Model) -> list[str]:
     if model.vocab is not None:
         lines += ["if tokens.ndim != 2:",
                   '    raise ValueError(f"`tokens` must be [b, n], it is {list(tokens.shape)}")',
-                  f"x = self.embed_tokens(tokens)  # [b, n, {model.width}]"]  # fmt: skip
+                  f"x = embedded(self.embed_tokens, tokens)  # [b, n, {model.width}]"]  # fmt: skip
+    else:
+        lines.append(f'expect("x", x, {model.width}, self)')
     if model.encoder is not None:
         lines += ["if cache is not None and cache[0].length:",
                   "    context = None  # the caches hold what is read of it",

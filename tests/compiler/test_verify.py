@@ -99,7 +99,7 @@ def test_a_file_that_needs_us_is_found() -> None:
 
 
 def test_a_text_that_raises_is_found() -> None:
-    found = broken(block(WINDOW), lambda text: text.replace('("x", x, 32)', '("x", x, 33)'))
+    found = broken(block(WINDOW), lambda text: text.replace('("x", x, 32,', '("x", x, 33,'))
     assert "ValueError" in found["forward"].note
 
 
