@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .model import Block, Model
 from .pipeline import generate
 from .verify import Finding, checks_of, subjects
 from .verify import verify as run_checks
-from .verify_kernels import can_run_kernels
+from .verify_kernels import can_run_kernels, repeated
 
 
 class NotVerifiedError(Exception):
@@ -114,12 +114,28 @@ def make(
         task = bar.add_task(f"verifying {main.name}", total=total)
         torch.set_num_threads(1)  # the cases are small: waking a core takes longer than they do
         try:
-            for each in (each for part in parts for each in run_checks(part, code, targets)):
+            for each in _findings(parts, code, targets):
                 findings.append(each)
                 bar.update(task, advance=1, description=f"{each.subject}: {each.check}")
         finally:
             torch.set_num_threads(threads)
     return Certificate(main.name, (code or generated).digest, tuple(findings))
+
+
+def _findings(
+    parts: Sequence[Block | Model], code: Code | None, targets: tuple[str, ...]
+) -> Iterator[Finding]:
+    """Yield what all checks find; what two parts have in common is checked once."""
+    whole = [part.name for part in parts if isinstance(part, Model)]
+    again = {} if code is not None else repeated(p for p in parts if isinstance(p, Block))
+    for part in parts:
+        covered = {}
+        if whole and isinstance(part, Block):
+            covered["exported file"] = f"the file of `{whole[0]}` has it"
+        if isinstance(part, Block) and part in again:
+            note = f"as in `{again[part]}` above, but for fractions"
+            covered |= {"kernels in the interpreter": note, "kernels ahead of time": note}
+        yield from run_checks(part, code, targets, covered)
 
 
 def verify(
