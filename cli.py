@@ -262,11 +262,7 @@ def explain(what: str, width: int | None, backend: str, json: bool) -> None:
         _print_json([{"block": each.node, "path": each.path, "reason": each.reason,
                       "obstacles": dict(each.obstacles)} for each in report.lowerings])  # fmt: skip
         return
-    for each in report.lowerings:
-        click.echo(f"{click.style(each.node, bold=True)}: {click.style(each.path, fg='green')}")
-        click.echo(f"  {each.reason}")
-        for path, why in each.obstacles:
-            click.echo(f"  not {path}: {why}")
+    report.show_paths()
 
 
 def _explain_code(code: str) -> None:

@@ -12,19 +12,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
-from ..grammar.parse import read
-from ..grammar.source import Source
-from .check import check, find
+from rich.console import Console
+from rich.text import Text
+
+from .check import find
 from .choose import Lowering, Target, lowerings
 from .cost import Cost, cost
+from .drawn import Drawn
 from .emit import Code
 from .graph import Graph
+from .loading import load
 from .model import Architecture, Block, Model
-from .parse import parse_source
 from .pipeline import generate, graphs
 from .pipeline import load as load_code
+from .zoo import Entry, entries, entry
 
 if TYPE_CHECKING:
     import torch
@@ -34,18 +37,8 @@ BACKENDS = ("auto", "torch", "triton")
 What = Architecture | str | Path
 
 
-def load(what: str | Path, format: str | None = None) -> Architecture:
-    """Read and check a description: a path, or with a format ("loom", "yaml") its text.
-
-    Raises `LoomError` with every finding; `.diagnostics` holds them as data.
-    """
-    if format not in (None, "loom", "yaml"):
-        raise ValueError(f'format is "loom" or "yaml", not {format!r}')
-    source = Source("<text>", str(what)) if format is not None else read(what)
-    return check(parse_source(source, format))
-
-
-def _architecture(what: What) -> Architecture:
+def architecture(what: What) -> Architecture:
+    """Return an architecture, loaded where it is a path."""
     return what if isinstance(what, Architecture) else load(what)
 
 
@@ -78,7 +71,7 @@ def compile(
     `seed` fixes the first weights. Raises `LoomError` where the sizes do not fit.
     """
     return build_module(
-        find(_architecture(arch), name, width, context_width),
+        find(architecture(arch), name, width, context_width),
         target(backend, device), device=device, dtype=dtype, seed=seed,
     )  # fmt: skip
 
@@ -134,7 +127,7 @@ def reference(
     """Return the dense meaning as a module, with the same state dict keys as the compiled one."""
     from .reference import reference as meaning
 
-    what = find(_architecture(arch), name, width, context_width)
+    what = find(architecture(arch), name, width, context_width)
     return meaning(what, dtype=dtype, device=device, seed=seed)
 
 
@@ -147,12 +140,12 @@ def emit(
     backend: str = "auto",
 ) -> str:
     """Return the standalone Python file of a block or model."""
-    what = find(_architecture(arch), name, width, context_width)
+    what = find(architecture(arch), name, width, context_width)
     return generate(what, target(backend)).text
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Drawn):
     """How a block or model is computed, and what it costs."""
 
     what: Block | Model
@@ -175,6 +168,23 @@ class Report:
     def activation_bytes(self) -> Callable[..., int]:
         return self._cost.activation_bytes
 
+    def show(self, console: Console | None = None) -> None:
+        """Draw every path, and the costs."""
+        from .show import costs
+
+        console = console or Console(highlight=False)
+        self.show_paths(console)
+        console.print(costs(self.what, 4096))
+
+    def show_paths(self, console: Console | None = None) -> None:
+        """Print which path every attention takes, and why not another."""
+        console = console or Console(highlight=False)
+        for each in self.lowerings:
+            console.print(Text.assemble((each.node, "bold"), ": ", (each.path, "green")))
+            lines = [each.reason, *(f"not {path}: {why}" for path, why in each.obstacles)]
+            for line in lines:
+                console.print(f"  {line}", markup=False, soft_wrap=True)
+
 
 def explain(
     arch: What,
@@ -185,7 +195,7 @@ def explain(
     backend: str = "auto",
 ) -> Report:
     """Say which path every attention and recurrence takes, why, and what stands in the way."""
-    return explained(find(_architecture(arch), name, width, context_width), target(backend))
+    return explained(find(architecture(arch), name, width, context_width), target(backend))
 
 
 def _called(graph: Graph, chosen: Lowering) -> str:
@@ -201,3 +211,41 @@ def explained(what: Block | Model, target: Target) -> Report:
         for each in lowerings(graph)
     ]
     return Report(what, tuple(found), cost(what))
+
+
+@dataclass(frozen=True, repr=False)
+class View(Drawn):
+    """A block or model to look at: its parts, its graph, its mask as a picture, its cost."""
+
+    what: Block | Model
+    tokens: int = 4096
+
+    def show(self, console: Console | None = None) -> None:
+        """Draw it."""
+        from .show import show
+
+        show(self.what, self.tokens, console)
+
+
+def show(
+    arch: What,
+    name: str | None = None,
+    *,
+    width: int | None = None,
+    context_width: int | None = None,
+    tokens: int = 4096,
+) -> View:
+    """Return what a notebook draws and `print` prints; `tokens` is a length for the costs."""
+    return View(find(architecture(arch), name, width, context_width), tokens)
+
+
+@overload
+def zoo(name: None = None) -> list[Entry]: ...
+@overload
+def zoo(name: str) -> Entry: ...
+def zoo(name: str | None = None) -> list[Entry] | Entry:
+    """Return the known mechanisms, or one of them: its `.text`, and its `.arch`.
+
+    Raises `LookupError` where there is none of this name.
+    """
+    return entries() if name is None else entry(name)

@@ -435,7 +435,7 @@ class Model:
         return any(block.marks for block in self.layers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Architecture:
     """A checked file. `blocks` and `models` are elaborated at their default sizes."""
 
@@ -443,3 +443,13 @@ class Architecture:
     blocks: dict[str, Block]
     models: dict[str, Model]
     warnings: tuple[Diagnostic, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The file as formatted Loom."""
+        from ..grammar.format import format_loom
+
+        return format_loom(self.file).rstrip()
+
+    def __repr__(self) -> str:
+        return self.text

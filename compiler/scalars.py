@@ -151,6 +151,8 @@ class _Resolver(Resolver):
 
     def call(self, expr: Call) -> Value | None:
         name = expr.function
+        if self.what == "stage" and name in VECTOR_FUNCTIONS:
+            return self._of_features(expr)
         definition = self.scope.library.find(self.what, name)
         function = is_function(expr) or name in VECTOR_FUNCTIONS
         function |= self.what == "normalize" and name in FUNCTIONS  # a part of a normaliser
@@ -172,6 +174,24 @@ class _Resolver(Resolver):
         if not (function or self.scope.library.find("stage", name)) and (mask := self._mask(name)):
             return self._truth(mask, expr)
         return None
+
+    def _contract(self, expr: Binary, a: Value, b: Value) -> Value:
+        if self.what == "stage":
+            raise error("L216", "`@` is not of streams", expr.span, "",
+                        "`dot(a, b)` is the product of their features")  # fmt: skip
+        return super()._contract(expr, a, b)
+
+    def _of_features(self, expr: Call) -> Value:
+        """Resolve a function over the features of streams; the flow it becomes checks shapes."""
+        name, arity = expr.function, VECTOR_FUNCTIONS[expr.function]
+        if name == "outer":
+            raise error("L201", "`outer` is not a function of streams", expr.span,
+                        "a matrix is no stream", "a mixer and a score may use it")  # fmt: skip
+        if len(expr.args) != arity or expr.keywords:
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span,
+                        f"{len(expr.args) + len(expr.keywords)} given")  # fmt: skip
+        args = tuple(self.number(each).expr for each in expr.args)
+        return Value(Call(name, args, (), expr.span))
 
     def unknown(self, expr: Call) -> Exception:
         name = expr.function

@@ -30,6 +30,7 @@ from ..grammar.diagnostics import did_you_mean
 from ..grammar.source import Source
 from .check import check, find
 from .cost import Cost, cost
+from .loading import Loaded, load
 from .model import Block, Model
 from .parse import parse_source
 
@@ -37,7 +38,7 @@ KEYS = ("family", "source", "catalogue")
 _KEY = re.compile(rf"({'|'.join(KEYS)}): +(.*)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Entry:
     """A mechanism: the text of its file, and what the comment at its head says."""
 
@@ -53,6 +54,17 @@ class Entry:
         """Its catalogue number as `#87`; "" where it has none."""
         found = re.match(r"#\d+", self.catalogue)
         return found[0] if found else ""
+
+    @property
+    def arch(self) -> Loaded:
+        """The checked file. Raises `LoomError`."""
+        return load(self.text, "loom")
+
+    def __repr__(self) -> str:
+        return f"<{self.name} ({self.family}): {self.about}>"
+
+    def __str__(self) -> str:
+        return self.text
 
     def what(self) -> Block | Model:
         """Check the file and return the block or model of its name. Raises `LoomError`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from .conv import Conv
 from .draws import Bernoulli, DropHeads, Noise
 from .dropout import Dropout
-from .features import Slice, Softmax, Top
+from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .joint import Joint
 from .latents import Latents
@@ -37,6 +37,7 @@ OPS: dict[str, Op] = {
         Softmax(),
         Top(),
         Slice(),
+        Reduce(),
         Conv(),
         Latents(),
         Rope(),
@@ -50,6 +51,6 @@ OPS: dict[str, Op] = {
         Pointwise(),
     )
 }
-UNNAMED = ("pointwise", "average", "joint")  # operations that are no stages of a pipeline
+UNNAMED = ("pointwise", "reduce", "average", "joint")  # operations that are no stages of a pipeline
 
 __all__ = ["OPS", "UNNAMED", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

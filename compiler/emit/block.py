@@ -20,17 +20,23 @@ from ..kernel_form import KernelForm, kernel_form
 from ..masks import extent, of_distance
 from ..model import MAPS, PREVIOUS, Pairwise, without_document
 from ..operators import Operator
+from ..parameters import constants
 from . import attend, chunk, scan
 from .caches import Caches, begins_within, own_rows, plain_name
-from .tensors import tensor as tensor_lines
+from .tensors import constants as constant_lines
+from .tensors import parameter as parameter_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
 
 def block_class(graph: Graph, name: str, kernels: Sequence[Operator]) -> list[str]:
     """Return the lines of a block's class; `kernels` are the functions that it calls."""
     writer = _Writer(graph, kernels)
-    lines = [f"class {class_name(name)}(nn.Module):", *indent(_docstring(graph)), ""]
+    fixed = constants(graph.block)
+    base = "Constants" if fixed else "nn.Module"
+    lines = [f"class {class_name(name)}({base}):", *indent(_docstring(graph)), ""]
     lines += indent(writer.constructor())
+    if fixed:
+        lines += ["", *indent(constant_lines(fixed))]
     lines += ["", *indent(writer.init_cache()), "", *indent(writer.forward())]
     if graph.auxiliary is not None:
         lines += ["", *indent(writer.auxiliary_loss())]
@@ -83,7 +89,9 @@ class _Writer(Caches):
                 made = OPS[node.op].constructor(shapes, dict(node.attrs))
                 lines.append(f"    self.{node.module} = {made}")
         for tensor in self.block.tensors:
-            lines += indent(tensor_lines(tensor))
+            lines += indent(parameter_lines(tensor)) if tensor.learned else []
+        if constants(self.block):
+            lines.append("    self.set_constants()")
         if self.graph.auxiliary is not None:
             lines.append("    self.auxiliary: Tensor | None = None")
         return lines
@@ -117,7 +125,7 @@ class _Writer(Caches):
             "    `batch` and `far` say how tokens and context stand, where a model says it.",
             '    """',
         ]  # fmt: skip
-        body = [f'expect("x", x, {width})']
+        body = [f'expect("x", x, {width}, self)']
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
         body += self._opened()
@@ -184,7 +192,7 @@ class _Writer(Caches):
             if self.obstacle is None:
                 made.append("context = context if cache is None else cache.reading(context)")
             made += [f"if {kept}:",
-                     f'    expect("context", context, {self.block.context_width})',
+                     f'    expect("context", context, {self.block.context_width}, self)',
                      "    far = Batch(context, None, context_mask)",
                      "    context = far.take(context)"]  # fmt: skip
         return [*lines, "if batch is None:", *indent(made)]

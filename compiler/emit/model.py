@@ -224,7 +224,7 @@ def _forward(model: Model) -> list[str]:
             '    raise ValueError(f"`tokens` must be [b, n], it is {list(tokens.shape)}")',
         ]
     else:
-        lines = [f'expect("x", x, {model.width})']
+        lines = [f'expect("x", x, {model.width}, self)']
     if model.head == "classify":
         lines += ["if segments is not None or cu_seqlens is not None:",
                   '    raise ValueError("a classifier has one answer for each row; "',
@@ -245,7 +245,7 @@ def _forward(model: Model) -> list[str]:
               *indent([*opened, f"{first} = batch.take({first})"])]  # fmt: skip
     lines += _context(model, cached)
     if model.vocab is not None:
-        lines.append(f"x = self.embed_tokens(tokens)  # [b, n, {model.width}]")
+        lines.append(f"x = embedded(self.embed_tokens, tokens)  # [b, n, {model.width}]")
     if model.embed_position == "learned":
         lines += [f"if batch.bound + x.shape[1] > {model.positions}:",
                   f'    raise ValueError("this model has {model.positions} positions; "',

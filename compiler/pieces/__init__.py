@@ -32,6 +32,7 @@ from .chunks import (
     whole_sums,
     zeroed,
 )
+from .constants import Constants
 from .levels import (
     across_chunks,
     level_between,
@@ -76,6 +77,7 @@ from .stages import (
     add_noise,
     bernoulli,
     drop_heads,
+    embedded,
     hard_step,
     l1_norm,
     l2_norm,
@@ -91,6 +93,7 @@ from .stages import (
 __all__ = [
     "Batch",
     "Cache",
+    "Constants",
     "ContextCache",
     "HeadLinear",
     "KeyValueCache",
@@ -120,6 +123,7 @@ __all__ = [
     "decay_of",
     "drop_heads",
     "earlier_products",
+    "embedded",
     "expect",
     "faded_products",
     "faded_state",

@@ -97,9 +97,11 @@ def leveled_by_row(
             if start in first:
                 last, at = torch.zeros_like(last), 0
             if start < stop:
-                cut = [None if x is None else x[row : row + 1, :, start:stop] for x in (w, decay)]
                 qs, ks, vs, ls = (x[row : row + 1, :, start:stop] for x in (q, k, v, weights))
-                o, last = leveled_linear(qs, ks, vs, *cut, ls, last, at, before=before)
+                ws, ds = (
+                    None if x is None else x[row : row + 1, :, start:stop] for x in (w, decay)
+                )
+                o, last = leveled_linear(qs, ks, vs, ws, ds, ls, last, at, before=before)
                 done.append(o)
                 at += stop - start
         parts.append(F.pad(torch.cat([each.to(state.dtype) for each in done], 2),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def by_query(number: Tensor | None) -> Any:
@@ -152,10 +152,19 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     return F.conv2d(x, weight, groups=x.shape[1])
 
 
-def expect(name: str, x: Tensor, width: int) -> None:
-    """Raise `ValueError` unless x is [b, tokens, width]."""
+def expect(name: str, x: Tensor, width: int, module: nn.Module) -> None:
+    """Raise `ValueError` unless x is [b, tokens, width] in a dtype that the module computes in."""
     if x.ndim != 3 or x.shape[-1] != width:
         raise ValueError(f"`{name}` must be [b, tokens, {width}], it is {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"`{name}` must be features in floating point, it is {x.dtype}")
+    if x.dtype == next(module.parameters(), x).dtype or torch.is_autocast_enabled(x.device.type):
+        return
+    own = {each.dtype for each in module.parameters()}
+    computes = all(each.is_floating_point and each.itemsize > 1 for each in own)
+    if computes and x.dtype not in own:  # others are weights in another form than they are read
+        raise ValueError(f"`{name}` is {x.dtype}, the module {next(iter(own))}: convert one of "
+                         "them, or call it under torch.autocast")  # fmt: skip
 
 
 def row_threshold(

@@ -185,6 +185,23 @@ class Latents(nn.Module):
         return self.weight.to(x.dtype).expand(x.shape[0], -1, -1)
 
 
+def embedded(table: nn.Embedding, tokens: Tensor) -> Tensor:
+    """Return the rows [b, n, width] of a table. Raises `ValueError` for what is no token.
+
+    A CPU tells which tokens are outside of the table; they are not read beforehand.
+    """
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`tokens` must be torch.int64 or torch.int32, they are {tokens.dtype}")
+    try:
+        rows: Tensor = table(tokens)
+    except IndexError:
+        size = table.num_embeddings
+        row, at = ((tokens < 0) | (tokens >= size)).nonzero()[0].tolist()
+        found = f"token [{row}, {at}] is {int(tokens[row, at])}"
+        raise ValueError(f"{found}, the vocabulary has 0 to {size - 1}") from None
+    return rows
+
+
 def sinusoidal(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Return sines and cosines of positions [(b,) n] at falling frequencies: [(b,) n, width]."""
     power = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width

@@ -235,6 +235,10 @@ SETTINGS = {
     "branch side { mix = linear }; out = (o + side) | merge | linear",
     "delta_grouped": "heads = 4; kv_heads = 2; value_dim = 3; mix = gated_delta; mask = causal;"
                      " let g = x | linear(heads) | sigmoid; out = o | gate(g) | merge | linear",
+    "lambda": f"{CAUSAL}; param a[head_dim] = normal(1); param b[head_dim] = normal(1);"
+              " param c[heads, head_dim] = normal(1); branch two { q = x | linear | split };"
+              " let g = exp(dot(a, b)) - norm(c) * dot(c, q) + mean(x | linear(3)) + 0.1;"
+              " out = (o - g * two) | merge | linear",
     "leaky": "heads = 4; mix = leaky(0.5); mask = causal",
     "odd_states": "heads = 4; mix = odd; mask = causal",
 }  # fmt: skip

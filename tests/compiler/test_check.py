@@ -288,7 +288,15 @@ BLOCKS = {
     "no call in the loss": ("L201", "regularize = entropy"),
     "a number in the loss": ("L208", "regularize = 0.1"),
     "the mean of two": ("L209", "regularize = mean(o, q)"),
-    "a mean outside of the loss": ("L201", "out = mean(o) | merge | linear"),
+    "a matrix of streams": ("L201", "let t = outer(q, k); out = (o * t) | merge | linear"),
+    "a product of unlike streams": (
+        "L216", "let t = x | linear(3); out = (o * dot(q, t)) | merge | linear",
+    ),
+    "a product with a number": ("L216", "param t = 1; out = (o * dot(q, t)) | merge | linear"),
+    "a product by `@`": ("L216", "out = (o * (q @ k)) | merge | linear"),
+    "a product of one": ("L209", "out = (o * dot(q)) | merge | linear"),
+    "a sum of numbers": ("L208", "let t = sum(2); out = (o * t) | merge | linear"),
+    "a sum as an output": ("L207", "out = sum(o | merge)"),
     "a grid of one": ("L219", "grid = 3"),
     # mixers
     "an unknown mixer": ("L201", "mix = linea"),

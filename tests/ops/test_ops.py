@@ -145,6 +145,9 @@ CASES = {
     "slice": Case("slice", SPLIT, start=1, stop=4),
     "slice to the end": Case("slice", FLAT, start=5),
     "slice from the start": Case("slice", FLAT, start=0, stop=5),
+    "sum": Case("reduce", FLAT, by="sum"),
+    "mean": Case("reduce", SPLIT, by="mean"),
+    "norm": Case("reduce", ONE_SPLIT, by="norm"),
     "conv": Case("conv", FLAT, width=4),
     "conv, biased": Case("conv", SPLIT, width=3, bias=True),
     "conv, both ways": Case("conv", SPLIT, width=4, causal=False),
@@ -284,6 +287,11 @@ def expected(name: str) -> Tensor:
             return x[..., -7:]
         case "slice from the start":
             return x[..., :-7]
+        case "sum" | "mean":
+            total = sum(x[..., at : at + 1] for at in range(x.shape[-1]))
+            return total / (x.shape[-1] if case.options["by"] == "mean" else 1)
+        case "norm":
+            return x.square().sum(-1, True).sqrt()
         case "conv" | "conv, biased" | "conv, both ways" | "conv, longer than the tokens":
             return by_hand(case)
         case "latents" | "latents, features":
