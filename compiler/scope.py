@@ -15,7 +15,7 @@ from math import prod
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
-from ..grammar.expr import NotConstant, Value, calls, evaluate, rebuild
+from ..grammar.expr import NotConstant, Value, calls, evaluate, fold, rebuild
 from ..grammar.functions import FUNCTIONS
 from ..grammar.source import Span
 from ..grammar.syntax import Call, Definition, Expr, Name
@@ -185,7 +185,7 @@ class Scope:
             raise error("L203", f"`{name}` is too large", statement.span,
                         f"{prod(sizes):,} numbers, the limit is {MAX_NUMBERS:,}")  # fmt: skip
         values = {id: syntax.Number(value, str(value)) for id, value in self.numbers.items()}
-        init = put(statement.init, values)
+        init = fold(put(statement.init, values))
         if not statement.learned and calls(init, "normal"):
             raise error("L219", "a constant is not drawn", statement.init.span, "",
                         "it is not in the state dict, so every module would have another; "

@@ -54,6 +54,8 @@ FUNCTIONS: dict[str, Function] = {
                  "({0}).abs()", "tl.abs({0})"),
         Function("exp", 1, math.exp, ("exp(a)",), "torch.exp({0})", "tl.exp({0})"),
         Function("log", 1, math.log, ("1 / a",), "torch.log({0})", "tl.log({0})"),
+        Function("log2", 1, math.log2, (f"{1 / math.log(2)!r} / a",),
+                 "torch.log2({0})", "tl.log2({0})"),
         Function("sqrt", 1, math.sqrt, ("0.5 / sqrt(a)",), "torch.sqrt({0})", "tl.sqrt({0})"),
         Function("tanh", 1, math.tanh, ("1 - tanh(a) ** 2",),
                  "torch.tanh({0})", "2 * tl.sigmoid(2 * ({0})) - 1"),
