@@ -13,7 +13,7 @@ from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, error
 from ..grammar.expr import TRUE, Value, names
 from ..grammar.syntax import Expr, Name
-from ..ops import Shape
+from ..ops import OPS, Shape
 from .flows import Target, elaborate
 from .inheritance import Body
 from .library import Library
@@ -29,6 +29,7 @@ from .model import (
     Read,
     Recurrence,
     Stream,
+    applies,
     flow_nodes,
     reaching,
 )
@@ -306,6 +307,11 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
             if name in own:
                 yield Diagnostic("W003", f"`{name}` has no effect beside a recurrent mixer",
                                  body.span_of(name), severity="warning")  # fmt: skip
+    for node in (node for flow in block.flows for node in applies(flow)):
+        if beyond := OPS[node.op].counts_tokens(dict(node.options)):
+            yield Diagnostic("W001", "this block depends on the number of tokens", node.span,
+                             beyond, "a cache keeps keys as they were turned, so decoding will "
+                             "not repeat the whole sequence", severity="warning")  # fmt: skip
     lengths = {"n", "m"} & {
         name
         for mix in mixes

@@ -248,8 +248,9 @@ OWN: dict[str, Code] = {
         Code(
             "W001",
             "a block depends on the number of tokens",
-            "An expression reads `n` or `m`, so that its values change as a sequence grows and "
-            "decoding does not repeat what training saw. Read `seen`, the number of visible keys.",
+            "An expression reads `n` or `m`, or the scaling of `rope` depends on how long a "
+            "sequence is, so that values change as it grows and decoding does not repeat what "
+            "training saw. Read `seen`, the number of visible keys; scale by `yarn` or `llama3`.",
             "block a { score = s * log(n); mask = causal }",
         ),
         Code(

@@ -22,7 +22,7 @@ _OURS = frozenset((
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip
-_PIECES = ("stages", "maps", "chunks", "levels", "caches")  # files, in this order
+_PIECES = ("positions", "stages", "maps", "chunks", "levels", "caches")  # files, in this order
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|query|read|value|written)s?(?:_\d+)?$"

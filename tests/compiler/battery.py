@@ -186,6 +186,8 @@ SETTINGS = {
     "rope_interleaved": f"{CAUSAL}; position = rope(100, style = interleaved, scaling = 4)",
     "rope_last": f"{CAUSAL}; position = rope(dims = -2)",
     "rope_first": f"{CAUSAL}; position = rope(dims = 2)",
+    "rope_yarn": f"{CAUSAL}; position = rope(dims = 2, scaling = yarn(4, 64))",
+    "rope_longrope": f"{CAUSAL}; position = rope(scaling = longrope([1, 2], [2, 8], 64))",
     "normed": f"{CAUSAL}; q = x | linear | split | rms_norm; k = x | layer_norm | linear | split",
     "l2": f"{CAUSAL}; q = x | linear | split | l2_norm; k = x | linear | split | l2_norm;"
           " scale = 5",
