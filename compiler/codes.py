@@ -150,7 +150,8 @@ OWN: dict[str, Code] = {
             "L219",
             "this must be a number",
             "Sizes, rates and first values are worked out before anything runs, so they read "
-            "settings and `let`s that are numbers, and their result is finite.",
+            "settings and `let`s that are numbers, and their result is finite. Constants within "
+            "expressions have a value too; only log(0), minus infinity, may stand in a score.",
             "block a { heads = x }",
         ),
         Code(

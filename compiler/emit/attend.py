@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ...grammar.constants import infinite
 from ...grammar.expr import TRUE, names
 from ...grammar.syntax import Call, Compare, Expr, Index, Name, Number, walk
 from ..blocks import sees_something
@@ -103,6 +104,7 @@ class _Writer:
         self.pairs = Pairs(graph, node, masked=self.mask != TRUE)
         self.statistics: tuple[tuple[str, str, Expr | None], ...] = node.get("statistics") or ()
         self.lines: list[str] = []
+        self.weighing = ""  # which pairs may weigh something, "" for all
 
     @property
     def _sees_something(self) -> bool:
@@ -215,8 +217,8 @@ class _Writer:
         if kind == "lse":
             return "lse"
         if kind == "entropy":
-            terms = self._hidden("p * (s - lse)")
-            self.lines.append(f"entropy = -{atomic(terms)}.sum(-1, keepdim=True)")
+            hidden = f".masked_fill(~{self.weighing}, 0)" if self.weighing else ""
+            self.lines.append(f"entropy = -(p * (s - lse)){hidden}.sum(-1, keepdim=True)")
             return "entropy"
         assert expr is not None
         total = f"{atomic(self._hidden(self._spread(expr)))}.sum"
@@ -238,8 +240,10 @@ class _Writer:
     def _exponential(self, form: Exponential) -> None:
         if form.logit != Name("s"):
             self.lines.append(f"s = {self._spread(form.logit)}")
-        if self.mask != TRUE:
-            self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
+        some, sees = self._weighing(form)
+        self.weighing = some
+        if some:
+            self.lines.append(f"s = s.masked_fill(~{some}, torch.finfo(s.dtype).min)")
         every = "s"
         if form.extra is not None:
             extra = self._text(form.extra)
@@ -256,10 +260,23 @@ class _Writer:
         else:
             own = "" if form.extra is None else "[..., :-1]"
             self.lines.append(f"p = {every}.softmax(-1){own}")
-        if asked and form.extra is None and self.mask != TRUE and not self._sees_something:
-            self.lines.append("lse = lse.masked_fill(~visible.any(-1, keepdim=True), -torch.inf)")
-        if self.mask != TRUE and not (form.extra is None and self._sees_something):
-            self.lines.append("p = p.masked_fill(~visible, 0)")
+        if asked and form.extra is None and some and not sees:
+            self.lines.append(f"lse = lse.masked_fill(~{some}.any(-1, keepdim=True), -torch.inf)")
+        if some and not (form.extra is None and sees):
+            self.lines.append(f"p = p.masked_fill(~{some}, 0)")
+
+    def _weighing(self, form: Exponential) -> tuple[str, bool]:
+        """Return which pairs may weigh something, "" for all, and whether every row has one.
+
+        A logit of minus infinity weighs nothing, though the pair is visible.
+        """
+        masked = "visible" if self.mask != TRUE else ""
+        s = frozenset({"s"} if infinite(self.node.get("score")) else ())
+        if not infinite(form.logit, s):
+            return masked, self._sees_something
+        shown = f"{masked} & (s > -torch.inf)" if masked else "s > -torch.inf"
+        self.lines.append(f"finite = {shown}")
+        return "finite", False
 
     def _ratio(self) -> None:
         below = self.normalizer.denominator

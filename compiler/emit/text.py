@@ -17,7 +17,7 @@ _OURS = frozenset((
     "self", "x", "b", "n", "m", "i", "j", "h", "s", "p", "f", "F", "nn", "math", "torch", "triton",
     "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
-    "given", "places", "state", "last", "anew", "fresh",
+    "given", "places", "state", "last", "anew", "fresh", "finite",
     "history", "end", "tau", "o", "before", "shared", "place",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
