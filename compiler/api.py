@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..grammar.parse import read
 from ..grammar.source import Source
+from . import decoding
 from .check import check, find
 from .choose import Lowering, Target, lowerings
 from .cost import Cost, cost
@@ -194,10 +195,12 @@ def _called(graph: Graph, chosen: Lowering) -> str:
 
 
 def explained(what: Block | Model, target: Target) -> Report:
-    """Return the report of a checked block or model."""
-    found = [
-        Lowering(_called(graph, each), each.path, each.reason, each.obstacles)
-        for graph in graphs(what, target)
-        for each in lowerings(graph)
-    ]
+    """Return the report of a checked block or model; why it cannot decode is an obstacle too."""
+    found = []
+    for graph in graphs(what, target):
+        why = decoding.obstacle(graph.block)
+        also = () if why is None else (("decoding", why),)
+        for each in lowerings(graph):
+            called, obstacles = _called(graph, each), (*each.obstacles, *also)
+            found.append(Lowering(called, each.path, each.reason, obstacles))
     return Report(what, tuple(found), cost(what))

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, error
 from ..grammar.expr import TRUE, Value, names
+from ..grammar.show import show
 from ..grammar.syntax import Expr, Name
 from ..ops import OPS, Shape
 from .flows import Target, elaborate
 from .inheritance import Body
+from .later import later_read, sees_no_later
 from .library import Library
 from .masks import sees_itself
 from .mixing import Part, mix_exprs
@@ -307,6 +309,12 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
             if name in own:
                 yield Diagnostic("W003", f"`{name}` has no effect beside a recurrent mixer",
                                  body.span_of(name), severity="warning")  # fmt: skip
+    for flow in block.flows:
+        found = later_read(block, flow)
+        if found is not None and sees_no_later(block, flow):
+            yield Diagnostic("W006", "this may read a token after the query", found.span,
+                             f"`{show(found)}`", "what is generated token by token will not "
+                             "repeat it; read a token up to `j`", severity="warning")  # fmt: skip
     for node in (node for flow in block.flows for node in applies(flow)):
         if beyond := OPS[node.op].counts_tokens(dict(node.options)):
             yield Diagnostic("W001", "this block depends on the number of tokens", node.span,

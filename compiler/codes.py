@@ -275,6 +275,15 @@ OWN: dict[str, Code] = {
             "the file does. Use it in a model, or remove it.",
             "block a { k = previous.k }",
         ),
+        Code(
+            "W006",
+            "a read may lie after the query",
+            "The mask lets no query see later keys, but an expression reads a stream at another "
+            "token, `t[j // 4 * 4 + 3]`, which may come after the query. So the block cannot be "
+            "decoded. Read a token up to `j`, or let the mask say that such tokens have passed.",
+            "block a {\n  heads = 4; mask = causal\n  let t = x | linear(heads)\n"
+            "  score = s + t[j // 4 * 4 + 3, h]\n}",
+        ),
     )
 }
 
