@@ -20,6 +20,7 @@ from . import decoding
 from .check import check, find
 from .choose import Lowering, Target, lowerings
 from .cost import Cost, cost
+from .dtypes import DType, of_torch
 from .emit import Code
 from .graph import Graph
 from .model import Architecture, Block, Model
@@ -70,13 +71,14 @@ def compile(
     context_width: int | None = None,
     backend: str = "auto",
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     """Compile a block or model to a module; without a name, the only model or block.
 
     `width` is the block's input width (by default the one it says, or heads · head_dim);
-    `seed` fixes the first weights. Raises `LoomError` where the sizes do not fit.
+    `dtype` is a name, "bfloat16", or torch's own; `seed` fixes the first weights. Raises
+    `LoomError` where the sizes do not fit, `ValueError` for another dtype.
     """
     return build_module(
         find(_architecture(arch), name, width, context_width),
@@ -89,12 +91,13 @@ def build_module(
     target: Target,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     """Generate, load and construct the module of a checked block or model."""
     import torch
 
+    dtype = of_torch(dtype)
     code = generate(what, target)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -102,9 +105,9 @@ def build_module(
         return construct(code, dtype).to(device=device)
 
 
-def construct(code: Code, dtype: torch.dtype | None = None) -> nn.Module:
+def construct(code: Code, dtype: DType | None = None) -> nn.Module:
     """Load a generated text and construct its module in a dtype, by default PyTorch's own."""
-    made = load_code(code)
+    made, dtype = load_code(code), of_torch(dtype)
     with _exactly(dtype):
         return made().to(dtype=dtype)
 
@@ -129,14 +132,14 @@ def reference(
     width: int | None = None,
     context_width: int | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Return the dense meaning as a module, with the same state dict keys as the compiled one."""
     from .reference import reference as meaning
 
     what = find(_architecture(arch), name, width, context_width)
-    return meaning(what, dtype=dtype, device=device, seed=seed)
+    return meaning(what, dtype=of_torch(dtype), device=device, seed=seed)
 
 
 def emit(
