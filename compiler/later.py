@@ -19,12 +19,9 @@ from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import floor, inf
 
-import numpy as np
-
 from ..grammar.expr import FALSE, TRUE, fold, names
 from ..grammar.functions import MAP_FUNCTIONS
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, children, walk
-from .counting import numbers
 from .masks import extent, reads_data
 from .model import Block, Flow, Mixing, Pairwise, Statistic, flow_nodes
 
@@ -113,7 +110,11 @@ def _may_be_later(place: Expr, known: Expr) -> bool:
         return False
     if not _is_pieces(place):
         return True
-    at = _tried(place, known)
+    import numpy as np  # here, so that the checking of other files does not load it
+
+    from .counting import numbers
+
+    at = np.array(_tried(place, known))
     i, j = at[:, None], at[None, :]
     with np.errstate(all="ignore"):
         later = np.floor(numbers(place, {"j": j})) > i
@@ -164,11 +165,11 @@ def _is_pieces(expr: Expr) -> bool:
     return inside and all(_is_pieces(each) for each in children(expr))
 
 
-def _tried(*exprs: Expr) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _tried(*exprs: Expr) -> list[int]:
     """Return the first positions, and those around multiples and sums of constants."""
     sizes = {abs(floor(node.value)) for expr in exprs for node in walk(expr)
              if isinstance(node, Number) and abs(node.value) < _LARGEST}  # fmt: skip
     ends = {times * size for size in sizes for times in range(1, 5)}
     ends |= {a + b for a, b in combinations_with_replacement(sorted(sizes), 2)}
     near = {end + step for end in ends for step in (-2, -1, 0, 1, 2) if end + step >= 0}
-    return np.array(sorted({*range(_FIRST), *near})[:_MOST], dtype=np.int64)
+    return sorted({*range(_FIRST), *near})[:_MOST]
