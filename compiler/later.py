@@ -27,7 +27,7 @@ from .model import Block, Flow, Mixing, Pairwise, Statistic, flow_nodes
 
 _FIRST = 64  # positions that are tried one by one
 _LARGEST = 1 << 24  # constants beyond it are no positions
-_MOST = 1024  # positions that are tried in all
+_MOST = 2048  # positions that are tried at most; where there are more, nothing is certain
 
 
 def later_read(block: Block, flow: Flow) -> Index | None:
@@ -115,6 +115,8 @@ def _may_be_later(place: Expr, known: Expr) -> bool:
     from .counting import numbers
 
     at = np.array(_tried(place, known))
+    if len(at) > _MOST:
+        return True
     i, j = at[:, None], at[None, :]
     with np.errstate(all="ignore"):
         later = np.floor(numbers(place, {"j": j})) > i
@@ -172,4 +174,4 @@ def _tried(*exprs: Expr) -> list[int]:
     ends = {times * size for size in sizes for times in range(1, 5)}
     ends |= {a + b for a, b in combinations_with_replacement(sorted(sizes), 2)}
     near = {end + step for end in ends for step in (-2, -1, 0, 1, 2) if end + step >= 0}
-    return sorted({*range(_FIRST), *near})[:_MOST]
+    return sorted({*range(_FIRST), *near})
