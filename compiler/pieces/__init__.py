@@ -1,7 +1,7 @@
 """The functions an emitted module may need, as ordinary code.
 
 The emitter copies the ones it uses, word for word, into the file it writes. Nothing here
-may use anything but torch and other pieces.
+may use anything but math, torch and other pieces.
 """
 
 from .caches import BlockCache, Cache, ContextCache, KeyValueCache, StateCache, TailCache

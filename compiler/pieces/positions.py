@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -84,15 +86,17 @@ def yarn_frequencies(
     From `beta_fast` turns up a pair keeps its frequency, from `beta_slow` down it is divided; in
     between the share is linear in the number of the pair.
     """
-    fast = rope_frequencies(positions, turned, theta)
-    turns = fast.new_tensor([beta_fast, beta_slow])
-    ends = (length / (2 * torch.pi * turns)).log() / (2 * fast.new_tensor(theta).log()) * turned
+    low, high = (
+        turned * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (beta_fast, beta_slow)
+    )
     if truncate:
-        ends = torch.stack([ends[0].floor(), ends[1].ceil()])
-    low, high = ends[0].clamp(min=0), ends[1].clamp(max=turned - 1)
-    high = torch.where(high == low, high + 0.001, high)
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, turned - 1)
+    width = high - low if high != low else 0.001
+    fast = rope_frequencies(positions, turned, theta)
     pairs = torch.arange(turned // 2, dtype=torch.float64, device=positions.device)
-    share = ((pairs - low) / (high - low)).clamp(0, 1)
+    share = ((pairs - low) / width).clamp(0, 1)
     return torch.lerp(fast, fast / factor, share)
 
 
@@ -121,7 +125,7 @@ def llama3_frequencies(
 ) -> Tensor:
     """Divide by `factor` what makes few turns in `length` tokens; blend from `low` to `high`."""
     fast = rope_frequencies(positions, turned, theta)
-    turns = length * fast / (2 * torch.pi)
+    turns = length * fast / (2 * math.pi)
     share = ((turns - low) / (high - low)).clamp(0, 1)
     return torch.lerp(fast / factor, fast, share)
 
