@@ -36,6 +36,7 @@ from .model import (
     reaching,
 )
 from .scope import Findings, Scope
+from .unseen import unseen
 
 _GUESSES = {
     "heads": "", "kv_heads": "heads", "value_heads": "kv_heads", "head_dim": "",
@@ -309,6 +310,7 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
             if name in own:
                 yield Diagnostic("W003", f"`{name}` has no effect beside a recurrent mixer",
                                  body.span_of(name), severity="warning")  # fmt: skip
+    yield from _unseen(block, body)
     for flow in block.flows:
         found = later_read(block, flow)
         if found is not None and sees_no_later(block, flow):
@@ -332,6 +334,19 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
                          f"it reads {', '.join(sorted(lengths))}",
                          "decoding will not repeat what training saw; `seen` would",
                          severity="warning")  # fmt: skip
+
+
+def _unseen(block: Block, body: Body) -> Iterator[Diagnostic]:
+    """Yield a warning for each mask that shows nothing to anyone (W005)."""
+    bodies = {"o": body}
+    for name, branch in body.branches.items():
+        bodies |= {name: branch, f"{name}_o": branch}
+    for name, mixing in block.mixings.items():
+        if isinstance(mixing.mix, Pairwise) and (label := unseen(mixing.mix.mask, mixing.heads)):
+            span = bodies.get(name, body).span_of("mask")
+            yield Diagnostic("W005", "this mask shows nothing to anyone", span, label,
+                             "the query stands at `i`, the key at `j`: `j <= i` looks back",
+                             severity="warning")  # fmt: skip
 
 
 def sees_something(mixing: Mixing) -> bool:

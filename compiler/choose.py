@@ -10,6 +10,7 @@ Nothing falls back silently: what is chosen, and every obstacle, is on the node 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from ..grammar.expr import fold, names, substitute
 from ..grammar.show import show
@@ -18,14 +19,14 @@ from ..kernels import sequential
 from ..kernels import spec as kernel
 from .graph import Graph, Node
 from .kernel_form import KernelForm, Side, kernel_form
-from .masks import extent
+from .masks import Extent, extent
 from .model import MAPS, PREVIOUS, Normalizer
 from .normalizers import exponential
 from .recurrences import described, kernel_obstacle, of_node
 from .sequential_form import scan_of
 
 ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels)"
-_OF_KERNELS = ("lse", "entropy")  # the statistics that kernels give
+_OF_KERNELS = ("lse", "joint", "entropy")  # the statistics that kernels give
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +225,20 @@ def _spec(graph: Graph, node: Node, form: KernelForm) -> kernel.Attend:
         scale=form.scale,
         tensors=(*(_tensor(graph, name) for name in kernel_reads(node, form)),
                  *(_side(node, each) for each in form.sides)),
-        reach=extent(form.mask).reach,
+        reach=_reach(extent(form.mask)),
         heads=int(node.dims[1]),
-        lse="lse" in asked,
+        lse=bool(asked & {"lse", "joint"}),
         entropy="entropy" in asked,
     )  # fmt: skip
+
+
+def _reach(bounds: Extent) -> kernel.Reach:
+    """Return how far keys can be seen, as kernels take it."""
+    if bounds.low > bounds.high:
+        return kernel.Reach(back=0, ahead=0, prefix=bounds.prefix)
+    return kernel.Reach(back=None if bounds.high == inf else int(bounds.high),
+                        ahead=None if bounds.low == -inf else int(-bounds.low),
+                        prefix=bounds.prefix)  # fmt: skip
 
 
 def kernel_reads(node: Node, form: KernelForm) -> tuple[str, ...]:

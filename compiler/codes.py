@@ -158,7 +158,8 @@ OWN: dict[str, Code] = {
             "L220",
             "this is not a normaliser or a definition with a value",
             "A normaliser is numerator / denominator with `sum` in the denominator alone, or a "
-            "numerator in `tau` `where sum == 1`; every definition ends with an expression.",
+            "numerator in `tau` `where sum == 1`, which has one threshold for any logits; every "
+            "definition ends with an expression.",
             "block a { normalize = exp(s) * sum }",
         ),
         Code(
@@ -274,6 +275,13 @@ OWN: dict[str, Code] = {
             "A block that reads the layer below is checked where a model uses it, and no model of "
             "the file does. Use it in a model, or remove it.",
             "block a { k = previous.k }",
+        ),
+        Code(
+            "W005",
+            "a mask shows nothing to anyone",
+            "No query sees a key, so that the rows of all weights are empty and nothing is mixed. "
+            "The query stands at `i`, the key at `j`; `window(w)` needs a w of at least 1.",
+            "block a { mask = causal and j > i }",
         ),
         Code(
             "W006",

@@ -18,7 +18,6 @@ from math import prod
 
 from ..grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
 from ..ops import OPS, Weight
-from .counting import pairs
 from .dtypes import DType, size
 from .kept import kept_bytes
 from .levels import affine_parts
@@ -135,6 +134,8 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
     each = 2 * (mixing.inputs[0].shape.dim + mixing.shape.dim)
     each += sum(_scalar_ops(expr) for expr in mix_exprs(mix) if expr != mix.mask)
     rows, columns = _count(mixing.queries, tokens), _count(mixing.keys, tokens)
+    from .counting import pairs  # loads numpy, and a search may never ask
+
     return each * pairs(mix.mask, rows, columns, mixing.heads)
 
 

@@ -176,7 +176,7 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
         if isinstance(part, Call) and part.function == "joint":
             return operand(_joint(scope, part))
         if isinstance(part, Call) and part.function in STATISTICS:
-            return operand(_statistic(scope, part))
+            return operand(_statistic(scope, part, part.function))
         if isinstance(part, Call) and part.function == "mean" and target.name == "regularize":
             (arg,) = _exactly(part, part.args, 1)
             flow = _flow(scope, arg, Target("regularize"))
@@ -199,10 +199,9 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
     return _apply(_Stage(OPS["pointwise"], {"expr": body_}, tuple(operands), expr.span), None)
 
 
-def _statistic(scope: Scope, call: Call) -> Statistic:
+def _statistic(scope: Scope, call: Call, kind: str) -> Statistic:
     """Return `lse(o)`, `entropy(o)`, `rows(o, e)` or `columns(o, e)` (L228)."""
-    kind = call.function
-    args = _exactly(call, call.args, STATISTICS[kind])
+    args = _exactly(call, call.args, STATISTICS[call.function])
     of, flow = _attention(scope, kind, args[0], call.span)
     expr: Expr | None = None
     reads: tuple[Read, ...] = ()
@@ -236,7 +235,7 @@ def _joint(scope: Scope, call: Call) -> Apply:
         raise error("L209", "`joint` takes two attentions or more", call.span)
     for each in call.args:
         _attention(scope, "joint", each, call.span)
-    logs = [_statistic(scope, Call("lse", (each,), (), call.span)) for each in call.args]
+    logs = [_statistic(scope, Call("lse", (each,), (), call.span), "joint") for each in call.args]
     stage = _Stage(OPS["joint"], {}, (*(each.inputs[0] for each in logs), *logs), call.span)
     return _apply(stage, None)
 

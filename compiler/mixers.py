@@ -16,7 +16,6 @@ from ..grammar.expr import names, number
 from ..grammar.show import show
 from ..grammar.syntax import Binary, Definition, Expr, Index, Name
 from ..ops import Shape
-from .affine import Affine
 from .expressions import Dims, Resolver, Value
 from .levels import MAX_LEVELS, NotAffineError, affine_parts
 from .library import substitute_statement
@@ -86,6 +85,8 @@ def _state(scope: Scope, state: syntax.State) -> State:
 
 def _merges(visitor: _Mixer, state: State, updates: list[Update], states: set[str]) -> None:
     """Check that levels of a state can be merged: each is updated by itself (L230)."""
+    from .affine import Affine  # the algebra of recurrences, which few checks need
+
     read = {name for each in updates for name in names(each.value)}
     ranks = {name: visitor.rank(name) for name in read - {"true", "false"}}
     rank = Affine(ranks, frozenset()).rank

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from ..grammar import syntax
 from ..grammar.diagnostics import error
-from ..grammar.expr import fold, names, number
+from ..grammar.expr import PLACES, fold, names, number
 from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS, VECTOR_FUNCTIONS
+from ..grammar.show import show
 from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number
 from ..ops import Shape
@@ -23,8 +24,9 @@ from .library import put
 from .model import MAPS, PREVIOUS, Apply, Normalizer, Read
 from .scope import Scope, body, suggest
 from .settled import finite, settled, weighs_nothing
+from .thresholds import require
+from .trends import Unclear
 
-PLACES = frozenset(("i", "j", "h", "n", "m"))
 FREE = {
     "mask": PLACES,
     "similarity": PLACES,
@@ -411,6 +413,14 @@ def resolve_normalizer(
         if infinite:
             raise error("L219", "a threshold needs finite logits", span, "the score may be minus "
                         "infinity", "say in `mask` what is not seen")  # fmt: skip
+        try:
+            require(done)
+        except Unclear as problem:
+            raise error("L220", "no threshold can be found for these weights",
+                        problem.expr.span if value is expr else expr.span,
+                        f"`{show(problem.expr)}`: {problem}",
+                        "the weights must rise or fall with `tau` everywhere, from 0 to 1 or more, "
+                        "and read `s` beside it, as in `relu(s - tau)`") from None  # fmt: skip
         return Normalizer(name, done, None, where)
     if "tau" in names(done):
         raise error("L220", "`tau` needs a condition", span, "", "add `where sum == 1`")

@@ -1,4 +1,4 @@
-"""Proving a compiled module against its meaning, check by check.
+"""Verifying a compiled module against its meaning, check by check.
 
     for each in subjects(model):              # its different blocks, then the whole
         for finding in verify(each):
@@ -28,6 +28,7 @@ from .emit import Code
 from .mixing import mix_exprs
 from .model import Apply, Block, Model, Pairwise, Recurrence, applies
 from .reference import reference
+from .verify_batch import as_if_alone, rows_of_a_cache
 from .verify_cases import (
     TOLERANCE,
     Difference,
@@ -324,7 +325,9 @@ def _interpreted(subject: Subject) -> str | tuple[int, float]:
         raise Difference("the module never calls its kernel")
     oracle = reference(subject.what, dtype=torch.float64).eval()
     oracle.load_state_dict(module.state_dict())
-    return compared_gradients(module, oracle, subject, cases)
+    count, worst = compared_gradients(module, oracle, subject, cases)
+    batches, error = as_if_alone(replace(subject, module=module, oracle=oracle), torch.float32)
+    return count + batches, max(worst, error)
 
 
 _COMMON: dict[str, Check] = {
@@ -332,6 +335,8 @@ _COMMON: dict[str, Check] = {
     "gradients": _gradients,
     "decoding": _decoding,
     "causality": _causality,
+    "as if alone": as_if_alone,
+    "rows of a cache": rows_of_a_cache,
     "training": _training,
     "exported file": _export,
 }

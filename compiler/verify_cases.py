@@ -12,6 +12,7 @@ from .api import construct
 from .build import tensors_read
 from .choose import Target
 from .emit import Code
+from .emit.caches import begins_within
 from .mixing import mix_exprs
 from .model import Block, Mixing, Model, Recurrence
 from .pipeline import generate
@@ -75,10 +76,32 @@ class Subject:
         return next((why for each in self.blocks if (why := decoding.obstacle(each))), None)
 
     @property
+    def crosses(self) -> bool:
+        """Whether it reads a context."""
+        encoder = self.what.encoder if isinstance(self.what, Model) else None
+        return encoder is not None or any(each.context_width for each in self.blocks)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row can hold several sequences: its output is one of each token."""
+        if isinstance(self.what, Model):
+            return self.what.head != "classify"
+        return self.what.out.shape.tokens == "n"
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row of a cache holds one sequence, from its beginning to its end."""
+        return not all(map(begins_within, self.blocks))
+
+    @property
     def cases(self) -> tuple[Case, ...]:
         """The cases this subject can take: a learned table of positions ends somewhere."""
+        return tuple(self.fitting(each) for each in CASES)
+
+    def fitting(self, case: Case) -> Case:
+        """Return a case with no more tokens than there are positions."""
         most = self.what.positions if isinstance(self.what, Model) else 0
-        return tuple(replace(each, tokens=min(each.tokens, most or each.tokens)) for each in CASES)
+        return replace(case, tokens=min(case.tokens, most or case.tokens))
 
     def inputs(self, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw the arguments of a call."""

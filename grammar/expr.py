@@ -22,6 +22,7 @@ Value = int | float | bool
 LIMIT = 2**62  # larger whole numbers than this are refused: no tensor has such a size
 
 TRUE, FALSE = Name("true"), Name("false")
+PLACES = frozenset(("i", "j", "h", "n", "m"))  # of a pair: tokens, head, and how many there are
 
 
 class NotConstant(Exception):

@@ -99,6 +99,8 @@ class Op(ABC):
     starts: bool = False  # its values are its own; the input only says how large the batch is
     random: bool = False  # two of the same are not equal: each draws
     positional: bool = False  # its text reads `positions`, or `context_positions` along "m"
+    by_sequence: bool = False  # its text reads `run`, or `context_run`: whose each token is
+    whole_rows: bool = False  # it reads all tokens of a row, not to be told apart
 
     @abstractmethod
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
@@ -134,6 +136,11 @@ class Op(ABC):
     def helpers(self, options: Options) -> tuple[str, ...]:
         """Return the names in `compiler.pieces` that its text or its constructor calls."""
         return ()
+
+    @staticmethod
+    def run_of(shape: Shape) -> str:
+        """Return the variable that numbers the sequences of a stream's tokens, or `None`."""
+        return {"n": "run", "m": "context_run"}.get(shape.tokens, "None")
 
     def lookback(self, options: Options) -> int:
         """Return how many earlier tokens the result for a token reads."""

@@ -16,10 +16,8 @@ from ...grammar.syntax import Index, Name
 from ..graph import Graph, Node
 from ..levels import affine_parts
 from ..model import Recurrence, State, Update
-from .text import atomic, braced, call, ident, indent
+from .text import atomic, call, ident, indent
 from .values import Text, Values, lifted
-
-COUNT = "token number"  # under which a cache keeps how many tokens a document has had; no state's
 
 
 @dataclass
@@ -83,22 +81,31 @@ def initial(node: Node, weight: str) -> list[str]:
         size = f"(batch, {node.dims[1]}{sizes})"
         args = [size, value, "dtype=dtype", "device=weight.device"]
         lines += indent(call(f'"{ident(each.name)}": torch.full', args, "),"), 2)
-    if _counts(mix):
-        lines.append(f'        "{COUNT}": torch.zeros((batch, 1, 1), dtype=torch.int64, '
-                     "device=weight.device),")  # fmt: skip
     return [*lines, "    }"]
 
 
-def _counts(mix: Recurrence) -> bool:
-    """Whether each sequence counts the tokens of its document."""
-    return mix.resets and bool(mix.leveled)
+def opened(node: Node, cache: str) -> list[str]:
+    """Return the lines that say where states begin anew and stay as they are, and the states.
 
-
-def begun(mix: Recurrence, cache: str) -> list[str]:
-    """Return the line that says how many tokens are before the first, where levels need it."""
-    if _counts(mix):
-        return [f'place = state["{COUNT}"]']
-    return [f"place = 0 if {cache} is None else {cache}.length"] if mix.leveled else []
+    `fresh` tokens begin a sequence, `idle` ones are padding; None where there are none.
+    """
+    mix: Recurrence = node.get("recurrence")
+    start = f"self.{method_name(node)}(b)"
+    first = "batch.begun" if mix.resets else "batch.fresh"
+    lines = [f"fresh, idle = {first}, batch.idle"]
+    if mix.causal and cache:
+        lines = [f"fresh, idle = {first}, None if {cache} is None else batch.idle"]
+    if mix.leveled and mix.resets:
+        lines += [
+            "if batch.changed is not None and not batch.cut:",
+            '    raise ValueError("levels begin anew where segments are sequences, not marks")',
+        ]
+    state = (
+        f"state = {start} if {cache} is None else {cache}.kept"
+        if mix.causal and cache
+        else f"state = {start}"
+    )
+    return [*lines, state]
 
 
 def method_name(node: Node) -> str:
@@ -127,33 +134,29 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     for each in mix.updates:  # intermediate names have the rank of what is written to them
         if each.name != "o" and each.name not in {state.name for state in mix.states}:
             ranks[each.name] = known.value(each.value).rank
-    cached = f"state = {start} if {cache} is None else {cache}.kept"
-    lines += [cached] if mix.causal else [f"state = {start}"]
+    lines += opened(node, cache)
     lines += [f'{name} = state["{name}"]' for name in states(mix)]
-    lines += begun(mix, cache)
-    if mix.resets:
-        lines.append(f"anew = {start}")
+    lines.append(f"anew = None if fresh is None else {start}")
+    if mix.leveled:
+        lines += [
+            "place = batch.place",
+            "place = place if place.ndim == 1 else place.mT[..., None, None]",
+        ]
     lines.append("outputs = []")
-    lines += _causal(known, mix, streams, cache) if mix.causal else _both_ways(known, mix, streams)
+    lines += _causal(known, mix, streams) if mix.causal else _both_ways(known, mix, streams)
     lines.append(f"{made} = torch.stack(outputs, dim=2).to(x.dtype)  "
                  f"# [b, {node.dims[1]}, n, {node.dims[3]}]")  # fmt: skip
     if not mix.causal:
         return lines
-    kept = {name: f"{name}.detach()" for name in states(mix)}
-    kept |= {COUNT: "place"} if _counts(mix) else {}
-    return [*lines, *keep(mix, cache, kept, "last")]
+    return [*lines, *keep(cache, {name: name for name in states(mix)})]
 
 
-def keep(
-    mix: Recurrence, cache: str, kept: Mapping[str, str], doc: str = "doc[:, -1]"
-) -> list[str]:
-    """Return the lines that keep what is `kept`, by name, and the document of the last token."""
-    return [
-        f"if {cache} is not None:",
-        *indent(braced(f"{cache}.kept = ", {f'"{name}"': text for name, text in kept.items()})),
-        f"    {cache}.length += n",
-        *([f"    {cache}.doc = {doc}"] if mix.resets else []),
-    ]
+def keep(cache: str, kept: Mapping[str, str]) -> list[str]:
+    """Return the lines that keep the states after the last token, by name; none for no cache."""
+    if not cache:
+        return []
+    args = [f"{name}={text}" for name, text in kept.items()]
+    return [f"if {cache} is not None:", *indent(call(f"{cache}.keep", args))]
 
 
 def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
@@ -166,16 +169,12 @@ def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
             tensors.append(f"self.{name}")
         elif name != "doc":
             streams.append(_by_heads(graph, node, name))
-    start = f"self.{method_name(node)}(b)"
-    lines = [f"state = {start} if {cache} is None else {cache}.kept"]
+    lines = opened(node, cache)
     args = [*streams, *tensors, *(f'state["{name}"]' for name in own)]
-    if mix.resets:
-        last = f"None if {cache} is None else {cache}.doc"
-        lines.append(f"fresh = new_documents(doc, {last})")
-        args.append("fresh[:, 0, :, 0]")
+    args.append("marks_of(fresh, idle)")
     lines += call(f"{', '.join([made, *own])} = {kernel}", args)
     lines.append(f"{made} = {made}.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]")
-    return [*lines, *keep(mix, cache, {name: f"{name}.detach()" for name in own})]
+    return [*lines, *keep(cache, {name: name for name in own})]
 
 
 def _by_heads(graph: Graph, node: Node, name: str) -> str:
@@ -197,43 +196,50 @@ def per_head(graph: Graph, node: Node, name: str) -> tuple[str, int]:
     return (f"{text}.repeat_interleave({group}, dim=1)" if group > 1 else text), rank
 
 
-def _causal(known: _Ranks, mix: Recurrence, streams: list[str], cache: str) -> list[str]:
+def _causal(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
     return [
-        *([f"last = None if {cache} is None else {cache}.doc"] if mix.resets else []),
         "for step in range(n):",
         *indent(_reset(mix)),
         *indent(_tokens(streams)),
         *indent(_merged(known, mix)),
+        *indent(_held(mix)),
         *indent(_statements(known, mix, [*states_of(mix), "o"])),
         "    outputs.append(o)",
-        *(["    place = place + 1"] if _counts(mix) else []),
+        *indent(_idle(mix)),
     ]
+
+
+def _held(mix: Recurrence) -> list[str]:
+    """Return the line that remembers the states before a token, which may be padding."""
+    own = states(mix)
+    return [f"{', '.join(f'{name}_before' for name in own)} = {', '.join(own)}"]
+
+
+def _idle(mix: Recurrence) -> list[str]:
+    """Return the lines that leave the states as they were at padding."""
+    return ["if idle is not None:", *(
+        f"    {name} = torch.where(idle[:, 0, step]{_lifted(each)}, {name}_before, {name})"
+        for each, name in zip(mix.states, states(mix), strict=True)
+    )]  # fmt: skip
 
 
 def _merged(known: _Ranks, mix: Recurrence) -> list[str]:
     """Return the lines that merge the levels that are full, and weigh them."""
-    place = "place" if _counts(mix) else "place + step"
     lines = []
     for each in mix.leveled:
         assert each.weights is not None
         own = ident(each.name)
-        lines += [f"{own} = merged_levels({own}, {place})",
+        lines += [f"{own} = merged_levels({own}, place[step])",
                   f"{own}_levels = {known.value(each.weights).text}"]  # fmt: skip
     return lines
 
 
 def _reset(mix: Recurrence) -> list[str]:
-    """Return the lines that begin the states anew where a segment begins."""
-    if not mix.resets:
-        return []
-    lines = ["if last is not None:", "    fresh = (doc[:, step] != last)[:, None]"]
-    lines += [
-        f'    {name} = torch.where(fresh{_lifted(each)}, anew["{name}"], {name})'
+    """Return the lines that begin the states anew where a sequence begins."""
+    return ["if fresh is not None:", *(
+        f'    {name} = torch.where(fresh[:, 0, step]{_lifted(each)}, anew["{name}"], {name})'
         for each, name in zip(mix.states, states(mix), strict=True)
-    ]
-    if _counts(mix):
-        lines.append("    place = place.masked_fill(fresh[..., None], 0)")
-    return [*lines, "last = doc[:, step]"]
+    )]  # fmt: skip
 
 
 def _lifted(state: State) -> str:
@@ -288,26 +294,20 @@ def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
     update = indent(_statements(known, mix, states_of(mix)))
     answer = [*indent(_statements(known, mix, ["o"])), "    outputs.append(o)"]
     tokens = indent(_tokens(streams))
-    if not mix.resets:
-        return [
-            "for step in range(n):  # every token is taken up",
-            *tokens, *update,
-            "for step in range(n):  # before the first is answered",
-            *tokens, *answer,
-        ]  # fmt: skip
-    kept = "".join(f"{name}, " for name in states(mix))
+    own = states(mix)
+    kept = f"({', '.join(own)},)" if len(own) == 1 else f"({', '.join(own)})"
     ends = [
         f"        {name} = torch.where(end{_lifted(each)}, history[step][{at}], {name})"
-        for at, (each, name) in enumerate(zip(mix.states, states(mix), strict=True))
+        for at, (each, name) in enumerate(zip(mix.states, own, strict=True))
     ]
     return [
-        "last, history = None, []",
+        "history = []",
         "for step in range(n):  # every token is taken up",
-        *indent(_reset(mix)), *tokens, *update,
-        f"    history.append(({kept.rstrip() if len(mix.states) == 1 else kept.rstrip(', ')}))",
-        "for step in reversed(range(n)):  # and answered from where its segment ends",
-        "    if step < n - 1:",
-        "        end = (doc[:, step] != doc[:, step + 1])[:, None]",
+        *indent(_reset(mix)), *tokens, *indent(_held(mix)), *update, *indent(_idle(mix)),
+        f"    history.append({kept})",
+        "for step in reversed(range(n)):  # and answered from where its sequence ends",
+        "    if fresh is not None and step < n - 1:",
+        "        end = fresh[:, 0, step + 1]",
         *ends, *tokens, *answer,
         "outputs.reverse()",
     ]  # fmt: skip

@@ -102,17 +102,30 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(features, width).uniform_(-1, 1) * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, run: Tensor | None = None, before: Tensor | None = None) -> Tensor:
         """Map x [b, (heads,) n, d] to the same.
 
-        Outside of the tokens there are zeros, or the tokens `before` the first.
+        Outside of a sequence there are zeros; `before` are tokens before the first. `run`
+        numbers the sequences of all these tokens [b, n], None where all are of one.
         """
         features, width = self.weight.shape
         given = x if before is None else torch.cat([before, x], dim=-2)
         rows = given.mT.reshape(-1, features, given.shape[-2])  # [b, features, n]
-        rows = F.pad(rows, (self.before if before is None else 0, width - 1 - self.before))
-        rows = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
-        return rows.reshape(x.mT.shape).mT
+        back, ahead = self.before if before is None else 0, width - 1 - self.before
+        if run is None:
+            rows = F.pad(rows, (back, ahead))
+            rows = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
+            return rows.reshape(x.mT.shape).mT
+        n = x.shape[-2]
+        rows, run = F.pad(rows, (back, ahead)), F.pad(run, (back, ahead), value=-3)[:, None]
+        own = run[..., self.before : self.before + n]
+        y = torch.zeros_like(rows[..., :n])
+        for at in range(width):
+            weight = self.weight[:, at, None].to(rows.dtype)
+            part = rows[..., at : at + n] * weight
+            y = y + (part if at == self.before else part * (run[..., at : at + n] == own))
+        y = y if self.bias is None else y + self.bias[:, None]
+        return y.reshape(x.mT.shape).mT
 
 
 class Latents(nn.Module):
@@ -125,3 +138,21 @@ class Latents(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [b, count, features] for the batch of x [b, …]."""
         return self.weight.to(x.dtype).expand(x.shape[0], -1, -1)
+
+
+def mean_tokens(x: Tensor, run: Tensor | None) -> Tensor:
+    """Return the mean of x [b, (heads,) n, d] over tokens that are no padding: run [b, n] >= 0."""
+    if run is None:
+        return x.mean(-2, keepdim=True)
+    live = (run >= 0)[:, None, :, None] if x.ndim == 4 else (run >= 0)[..., None]
+    count = live.sum(-2, keepdim=True).clamp(min=1)
+    return x.masked_fill(~live, 0).sum(-2, keepdim=True) / count
+
+
+def mean_of_all(x: Tensor, run: Tensor | None) -> Tensor:
+    """Return the mean of all of x [b, (heads,) n, d], of tokens that are no padding."""
+    if run is None:
+        return x.mean()
+    live = (run >= 0)[:, None, :, None] if x.ndim == 4 else (run >= 0)[..., None]
+    count = live.expand(x.shape).sum().clamp(min=1)
+    return x.masked_fill(~live, 0).sum() / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -290,7 +291,11 @@ def source(name: str) -> str:
 
 def block(text: str, name: str = "b", width: int | None = WIDTH) -> Block:
     """Return a checked block: a name of the battery, or the text of settings."""
-    text = source(text) if text in SETTINGS else text
+    return _checked(source(text) if text in SETTINGS else text, name, width)
+
+
+@cache
+def _checked(text: str, name: str, width: int | None) -> Block:
     return block_of(check(parse(text)), name, width)
 
 

@@ -20,7 +20,7 @@ from headloom.compiler.reference import reference
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
 from headloom.grammar.show import show
-from headloom.grammar.syntax import Index, walk
+from headloom.grammar.syntax import File, Index, walk
 
 from ..grammar.strategies import files
 from .battery import EXAMPLES, MIXERS, SETTINGS, source
@@ -478,11 +478,25 @@ def outcome(text: str) -> None:
             assert 0 <= each.span.start <= each.span.end <= len(each.span.source.text)
 
 
-@pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True,
-          suppress_health_check=list(HealthCheck))  # fmt: skip
+def any_(examples: int) -> settings:
+    return settings(max_examples=examples, deadline=None, derandomize=True,
+                    suppress_health_check=list(HealthCheck))  # fmt: skip
+
+
+@any_(40)
 @given(files())
 def test_any_file_is_checked_or_refused(file):
+    checked_or_refused(file)
+
+
+@pytest.mark.sweep
+@any_(300)
+@given(files())
+def test_many_files_are_checked_or_refused(file):
+    checked_or_refused(file)
+
+
+def checked_or_refused(file: File) -> None:
     try:
         check(file)
     except LoomError as problem:
@@ -499,9 +513,20 @@ _WORDS = sorted({each for text in _TEXTS for each in _TOKEN.findall(text) if eac
                 | set(_EXTRA.split()))  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@any_(100)
 @given(st.integers(0, 2**32))
 def test_a_text_with_words_exchanged_is_checked_or_refused(seed):
+    words_exchanged(seed)
+
+
+@pytest.mark.sweep
+@any_(1000)
+@given(st.integers(0, 2**32))
+def test_many_texts_with_words_exchanged_are_checked_or_refused(seed):
+    words_exchanged(seed)
+
+
+def words_exchanged(seed: int) -> None:
     draw = random.Random(seed)
     tokens = _TOKEN.findall(draw.choice(_TEXTS))
     places = [at for at, each in enumerate(tokens) if each.strip()]

@@ -107,6 +107,16 @@ def test_a_cache_keeps_keys_as_they_were_turned(way: str) -> None:
     torch.testing.assert_close(got[:, :5], module(x[:, :5]), **TIGHT)
 
 
+@pytest.mark.parametrize("way", ["dynamic(2, 5)", "longrope([1, 2], [3, 4], 5)"])
+def test_sequences_of_one_row_have_lengths_of_their_own(way: str) -> None:
+    _, module = made(way)
+    x = drawn(9)[:1]
+    ends = torch.tensor([0, 3, 9])
+    packed = module(x, cu_seqlens=ends)
+    torch.testing.assert_close(packed[:, :3], module(x[:, :3]), **TIGHT)
+    torch.testing.assert_close(packed[:, 3:], module(x[:, 3:]), **TIGHT)
+
+
 @pytest.mark.parametrize("way", ["dynamic(2, 5)", "longrope([1, 2], [3, 4], 5)", "yarn(4, 16)"])
 def test_one_graph_takes_short_and_long_sequences(way: str) -> None:
     _, module = made(way)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from headloom.compiler import api
 from headloom.compiler.check import check, find
@@ -16,6 +17,7 @@ from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.parse import parse_path
 from headloom.compiler.pipeline import generate
 from headloom.compiler.verify import Finding, subjects, verify
+from headloom.compiler.verify_export import exported_output
 from headloom.search.space import alternatives, has_holes
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -96,6 +98,13 @@ def test_a_file_that_needs_us_is_found() -> None:
     found = broken(block(WINDOW), lambda text: text.replace("import torch\n", needy, 1))
     assert failed(found) == {"exported file"}
     assert "headloom must not be imported here" in found["exported file"].note
+
+
+def test_a_file_that_ends_its_process_is_found_and_the_next_one_runs() -> None:
+    with pytest.raises(RuntimeError, match="ended its process, with 7"):
+        exported_output(Code("import os\nos._exit(7)\n", "A"), {}, torch.zeros(1), {})
+    plain = "import torch\nprint('hello')\nA = torch.nn.Identity\n"
+    assert exported_output(Code(plain, "A"), {}, torch.ones(1), {}).item() == 1
 
 
 def test_a_text_that_raises_is_found() -> None:

@@ -7,7 +7,7 @@ assert_close(flat(x), plain(x))
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Self
 
 import torch
@@ -37,9 +37,14 @@ def text_of(name: str, *changes: tuple[str, str]) -> str:
     return text
 
 
-@lru_cache(maxsize=256)
+@cache
+def checked(text: str) -> Block | Model:
+    return find(check(parse(text)), None)
+
+
+@lru_cache(maxsize=512)
 def _made(text: str) -> tuple[Block | Model, nn.Module]:
-    what = find(check(parse(text)), None)
+    what = checked(text)
     return what, build_module(what, Target("torch"), dtype=torch.float64, seed=0).eval()
 
 
