@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, overload
 from rich.console import Console
 from rich.text import Text
 
+from . import decoding
 from .check import find
 from .choose import Lowering, Target, lowerings
 from .cost import Cost, cost
 from .drawn import Drawn
+from .dtypes import DType, of_torch
 from .emit import Code
 from .graph import Graph
 from .loading import load
@@ -62,13 +64,14 @@ def compile(
     context_width: int | None = None,
     backend: str = "auto",
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     """Compile a block or model to a module; without a name, the only model or block.
 
     `width` is the block's input width (by default the one it says, or heads · head_dim);
-    `seed` fixes the first weights. Raises `LoomError` where the sizes do not fit.
+    `dtype` is a name, "bfloat16", or torch's own; `seed` fixes the first weights. Raises
+    `LoomError` where the sizes do not fit, `ValueError` for another dtype.
     """
     return build_module(
         find(architecture(arch), name, width, context_width),
@@ -81,12 +84,13 @@ def build_module(
     target: Target,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     """Generate, load and construct the module of a checked block or model."""
     import torch
 
+    dtype = of_torch(dtype)
     code = generate(what, target)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -94,9 +98,9 @@ def build_module(
         return construct(code, dtype).to(device=device)
 
 
-def construct(code: Code, dtype: torch.dtype | None = None) -> nn.Module:
+def construct(code: Code, dtype: DType | None = None) -> nn.Module:
     """Load a generated text and construct its module in a dtype, by default PyTorch's own."""
-    made = load_code(code)
+    made, dtype = load_code(code), of_torch(dtype)
     with _exactly(dtype):
         return made().to(dtype=dtype)
 
@@ -121,14 +125,14 @@ def reference(
     width: int | None = None,
     context_width: int | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Return the dense meaning as a module, with the same state dict keys as the compiled one."""
     from .reference import reference as meaning
 
     what = find(architecture(arch), name, width, context_width)
-    return meaning(what, dtype=dtype, device=device, seed=seed)
+    return meaning(what, dtype=of_torch(dtype), device=device, seed=seed)
 
 
 def emit(
@@ -204,12 +208,14 @@ def _called(graph: Graph, chosen: Lowering) -> str:
 
 
 def explained(what: Block | Model, target: Target) -> Report:
-    """Return the report of a checked block or model."""
-    found = [
-        Lowering(_called(graph, each), each.path, each.reason, each.obstacles)
-        for graph in graphs(what, target)
-        for each in lowerings(graph)
-    ]
+    """Return the report of a checked block or model; why it cannot decode is an obstacle too."""
+    found = []
+    for graph in graphs(what, target):
+        why = decoding.obstacle(graph.block)
+        also = () if why is None else (("decoding", why),)
+        for each in lowerings(graph):
+            called, obstacles = _called(graph, each), (*each.obstacles, *also)
+            found.append(Lowering(called, each.path, each.reason, obstacles))
     return Report(what, tuple(found), cost(what))
 
 

@@ -7,6 +7,7 @@ exp(dot(a, b)) * o      a product of a and b, its sum over the features, and ele
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..grammar.diagnostics import error
@@ -22,13 +23,23 @@ from .scalars import Axes, resolve, streams_read
 from .scope import Scope
 
 
-def applied(op: str, options: Mapping[str, Any], inputs: tuple[Flow, ...], span: Span) -> Apply:
-    """Return an operation on its inputs, its shape checked (L203, L206)."""
+def applied(
+    op: str,
+    options: Mapping[str, Any],
+    inputs: tuple[Flow, ...],
+    span: Span,
+    places: Mapping[str, Span] = MappingProxyType({}),
+) -> Apply:
+    """Return an operation on its inputs, its shape checked (L203, L206).
+
+    `places` say where its options are written.
+    """
     shapes = [each.shape for each in inputs]
     try:
         shape = OPS[op].shape(shapes, options)
     except Mismatch as problem:
-        raise error("L206", problem.message, span, problem.label, problem.help) from None
+        where = places.get(problem.at, span)
+        raise error("L206", problem.message, where, problem.label, problem.help) from None
     if shape.features > 1 << 24:
         raise error("L203", "this stage is too wide", span, f"{shape.features:,} features")
     module = OPS[op].suffix if OPS[op].weights(shapes, options) else ""

@@ -129,5 +129,5 @@ _NUMPY: dict[str, Any] = {
     "%": np.mod, "**": np.power, "and": np.logical_and, "or": np.logical_or, "<": np.less,
     "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal,
     "!=": np.not_equal, "abs": np.abs, "min": np.minimum, "max": np.maximum, "floor": np.floor,
-    "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
+    "exp": np.exp, "log": np.log, "log2": np.log2, "sqrt": np.sqrt,
 }  # fmt: skip

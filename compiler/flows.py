@@ -8,7 +8,7 @@ nobody wrote; then shapes run forward and every stage checks what it is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..grammar import syntax
@@ -20,8 +20,9 @@ from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
 from ..ops import OPS, UNNAMED, Op, Shape
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
-from .library import bind, put
+from .library import put
 from .model import MAPS, PREVIOUS, Apply, Flow, Read
+from .options import bound, option_value
 from .scalars import resolve_function, shaped
 from .scope import Scope, body, suggest
 
@@ -52,6 +53,7 @@ class _Stage:
     options: dict[str, Any]
     others: tuple[Flow, ...]
     span: Span
+    places: dict[str, Span] = field(default_factory=dict)  # of what was written for an option
 
 
 def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
@@ -222,7 +224,7 @@ def _apply(step: _Stage, head: Flow | None) -> Flow:
     inputs = step.others if head is None else (head, *step.others)
     if step.op.name == "pointwise":
         return composed(step.options["expr"], inputs, step.span)
-    return applied(step.op.name, step.options, inputs, step.span)
+    return applied(step.op.name, step.options, inputs, step.span, step.places)
 
 
 def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
@@ -271,12 +273,10 @@ def _pointwise(expr: Expr, others: tuple[Flow, ...], span: Span) -> _Stage:
 
 
 def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Stage:
-    params = tuple(
-        syntax.Parameter(each.name, None if each.required else Name("none")) for each in op.options
-    )
-    values = bind(op.name, params, stage, stage.span)
+    values = bound(op.name, op.options, stage)
     options: dict[str, Any] = {}
     others: list[Flow] = []
+    places: dict[str, Span] = {}
     for option in op.options:
         value = values[option.name]
         if value == Name("none") and not option.required:
@@ -284,25 +284,8 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
         elif option.kind == "stream":
             others.append(_flow(scope, value, replace(target, shape=None)))
         else:
-            options[option.name] = _value(scope, op, option.name, option.kind, value)
-    return _Stage(op, options, tuple(others), stage.span)
-
-
-def _value(scope: Scope, op: Op, name: str, kind: str | tuple[str, ...], expr: Expr) -> Any:
-    what = f"`{name}` of `{op.name}`"
-    if kind == "size":
-        return scope.size(expr, what)
-    if kind == "number":
-        return scope.number(expr, what)
-    if kind == "flag":
-        if expr not in (Name("true"), Name("false")):
-            raise error("L222", f"{what} is true or false", expr.span)
-        return expr == Name("true")
-    word = expr.id if isinstance(expr, Name) else getattr(expr, "value", None)
-    if word not in kind:
-        raise error("L222", f"{what} is one of {', '.join(f'`{each}`' for each in kind)}",
-                    expr.span, "", did_you_mean(str(word), kind))  # fmt: skip
-    return word
+            options[option.name] = option_value(scope, op.name, option, value, places)
+    return _Stage(op, options, tuple(others), stage.span, places)
 
 
 # ── names of submodules ──────────────────────────────────────────────────────────────────

@@ -192,7 +192,7 @@ Line = tuple[int | float, int | float, int | float]
 def linear(expr: Expr) -> Line | None:
     """Return (a, b, c) where the expression is a · i + b · j + c."""
     match expr:
-        case Number(value):
+        case Number(value) if value != -inf:
             return (0, 0, value)
         case Name("i"):
             return (1, 0, 0)

@@ -23,6 +23,7 @@ from .expressions import Dims, Resolver, Value, plain
 from .library import put
 from .model import MAPS, PREVIOUS, Apply, Normalizer, Read
 from .scope import Scope, body, suggest
+from .settled import finite, settled, weighs_nothing
 from .thresholds import require
 from .trends import Unclear
 
@@ -369,12 +370,16 @@ def _elsewhere(scope: Scope, name: str) -> str:
 def resolve(scope: Scope, expr: Expr, kind: str, axes: Axes = Axes()) -> Expr:
     """Return a mask, score or weights expression with every name resolved, folded."""
     visitor = _Resolver(scope, kind, FREE[kind], axes)
-    return fold(visitor.scalar(expr, truth=kind == "mask"))
+    done = settled(visitor.scalar(expr, truth=kind == "mask"), int(scope.numbers["heads"]))
+    if kind == "score":
+        weighs_nothing(done)
+        return done
+    return finite(done)
 
 
 def shaped(expr: Expr) -> Expr:
     """Fold an elementwise expression, unless that would lose the stream that gives its shape."""
-    folded = fold(expr)
+    folded = finite(settled(expr))
     return folded if names(folded) == names(expr) else expr
 
 
@@ -396,9 +401,9 @@ def _says(expr: object) -> bool:
 
 
 def resolve_normalizer(
-    scope: Scope, expr: Expr, axes: Axes, where: Expr | None = None
+    scope: Scope, expr: Expr, axes: Axes, where: Expr | None, score: Expr
 ) -> Normalizer:
-    """Return a normaliser, taken apart into numerator and denominator (L220)."""
+    """Return a normaliser of a score, taken apart into numerator and denominator (L220)."""
     visitor = _Resolver(scope, "normalize", FREE["normalize"], axes)
     name, value = "", expr
     with ExitStack() as open_:
@@ -411,7 +416,9 @@ def resolve_normalizer(
             result = body(scope, definition, value)
             name = name or definition.name
             value, where = result.value, result.where or where
-        done = fold(visitor.scalar(value))
+        done = settled(visitor.scalar(value), int(scope.numbers["heads"]))
+        infinite = weighs_nothing(score)
+        finite(done, frozenset({"s"} if infinite else ()))
     span = value.span
     name = name or "in place"
     if where is not None:
@@ -419,6 +426,13 @@ def resolve_normalizer(
             raise error("L220", "the condition of a threshold must be `sum == 1`", where.span)
         if "tau" not in names(done) or "sum" in names(done):
             raise error("L220", "a threshold normaliser reads `tau` and not `sum`", span)
+        match done:
+            case Call("exp", (Binary("-", logit, Name("tau")),)) if "tau" not in names(logit):
+                # Σ exp(logit - tau) = 1 says that tau is the logarithm of the row sum.
+                return Normalizer(name, Call("exp", (logit,), (), done.span), Name("sum"))
+        if infinite:
+            raise error("L219", "a threshold needs finite logits", span, "the score may be minus "
+                        "infinity", "say in `mask` what is not seen")  # fmt: skip
         try:
             require(done)
         except Unclear as problem:

@@ -50,7 +50,7 @@ class _Writer:
         """Return an expression's text, and how tightly it holds together."""
         match expr:
             case Number(value):
-                return repr(value), _ATOM if value >= 0 else _UNARY
+                return self._literal(value)
             case Name("true" | "false" as id):
                 return id.capitalize(), _ATOM
             case Name() | Index():
@@ -82,6 +82,12 @@ class _Writer:
             case _:
                 raise ValueError(f"{type(expr).__name__} is not a scalar expression")
 
+    def _literal(self, value: float) -> tuple[str, float]:
+        if value == -math.inf:
+            triton = self.dialect == "triton"
+            return ('float("-inf")', _ATOM) if triton else ("-torch.inf", _UNARY)
+        return repr(value), _ATOM if value >= 0 else _UNARY
+
     def within(self, expr: Expr, level: float) -> str:
         text, own = self.write(expr)
         return text if own >= level else f"({text})"
@@ -110,15 +116,16 @@ class _Writer:
             case _ if self.dialect == "triton":
                 pass
             case "min" | "max", (Number(bound), a) | (a, Number(bound)):
-                return f"{self.within(a, _ATOM)}.clamp({_BOUND[name]}={bound!r})", _ATOM
+                limit = self._literal(bound)[0]
+                return f"{self.within(a, _ATOM)}.clamp({_BOUND[name]}={limit})", _ATOM
             case "clip", (Number(a), Number(low), high):
                 return self._call("min", (Number(max(a, low)), high))
             case "clip", (a, low, high) if _mixed(a, low, high):
                 return self._call("min", (Call("max", (a, low)), high))
             case "where", (condition, Number(a), Number(b)):
                 truth = self.write(condition)[0]
-                first = self.typed.replace("{}", repr(a))
-                return f"torch.where({truth}, {first}, {b!r})", _ATOM
+                first, second = (self._literal(each)[0] for each in (a, b))
+                return f"torch.where({truth}, {self.typed.replace('{}', first)}, {second})", _ATOM
         template = getattr(FUNCTIONS[name], self.dialect)
         inner = [self.write(arg)[0] for arg in args]
         text = template.format(*inner)

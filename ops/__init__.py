@@ -15,7 +15,7 @@ from .joint import Joint
 from .latents import Latents
 from .linear import HeadLinear, Linear
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
-from .op import Mismatch, Op, Option, Run, Weight
+from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
 from .rope import Rope
 from .shape import Shape
@@ -53,4 +53,4 @@ OPS: dict[str, Op] = {
 }
 UNNAMED = ("pointwise", "reduce", "average", "joint")  # operations that are no stages of a pipeline
 
-__all__ = ["OPS", "UNNAMED", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]
+__all__ = ["OPS", "UNNAMED", "Chosen", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ...grammar.constants import infinite
 from ...grammar.expr import TRUE, calls, names
 from ...grammar.syntax import Call, Compare, Expr, Index, Name, Number, walk
 from ..blocks import sees_something
@@ -118,9 +119,17 @@ def may_see_nothing(graph: Graph, node: Node) -> bool:
     form = exponential(node.get("normalizer"))
     if form is None or form.extra is not None or (form.held and calls(form.held, "max")):
         return False
+    if may_weigh_nothing(node, form):
+        return True
     keys = graph.node(node.inputs[1]).dims[2]
     may_be_none = keys in ("n", "m") and keys != node.dims[2]  # of an empty context, for one
     return may_be_none or not sees_something(graph.block.mixings[node.name])
+
+
+def may_weigh_nothing(node: Node, form: Exponential) -> bool:
+    """Say whether a logit of a visible pair may be minus infinity."""
+    s = frozenset({"s"} if infinite(node.get("score")) else ())
+    return infinite(form.logit, s)
 
 
 def sdpa_fits(node: Node, lowering: Lowering) -> bool:
@@ -141,6 +150,7 @@ class _Writer:
         self.pairs = Pairs(graph, node, masked=self.masked, told=bool(self.told))
         self.statistics: tuple[tuple[str, str, Expr | None], ...] = node.get("statistics") or ()
         self.lines: list[str] = []
+        self.weighing = ""  # which pairs may weigh something, "" for all
 
     @property
     def _sees_something(self) -> bool:
@@ -152,7 +162,9 @@ class _Writer:
         """Which rows have no denominator, "" where all have one."""
         if not may_see_nothing(self.graph, self.node):
             return ""
-        return "~visible.any(-1, keepdim=True)" if self.masked else "lse == -torch.inf"
+        if self.weighing:
+            return f"~{self.weighing}.any(-1, keepdim=True)"
+        return "lse == -torch.inf"
 
     @property
     def by_rows(self) -> bool:
@@ -278,8 +290,8 @@ class _Writer:
             by = "0" if kind == "lse" else "-torch.inf"
             return f"lse.masked_fill({nothing}, {by})" if nothing else "lse"
         if kind == "entropy":
-            terms = self._hidden("p * (s - lse)")
-            self.lines.append(f"entropy = -{atomic(terms)}.sum(-1, keepdim=True)")
+            hidden = f".masked_fill(~{self.weighing}, 0)" if self.weighing else ""
+            self.lines.append(f"entropy = -(p * (s - lse)){hidden}.sum(-1, keepdim=True)")
             return "entropy"
         assert expr is not None
         total = f"{atomic(self._hidden(self._spread(expr)))}.sum"
@@ -301,8 +313,10 @@ class _Writer:
     def _exponential(self, form: Exponential) -> None:
         if form.logit != Name("s"):
             self.lines.append(f"s = {self._spread(form.logit)}")
-        if self.masked:
-            self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
+        some, sees = self._weighing(form)
+        self.weighing = some
+        if some:
+            self.lines.append(f"s = s.masked_fill(~{some}, torch.finfo(s.dtype).min)")
         every = "s"
         if form.extra is not None:
             extra = self._text(form.extra)
@@ -319,8 +333,20 @@ class _Writer:
         else:
             own = "" if form.extra is None else "[..., :-1]"
             self.lines.append(f"p = {every}.softmax(-1){own}")
-        if self.masked and not (form.extra is None and self._sees_something):
-            self.lines.append("p = p.masked_fill(~visible, 0)")
+        if some and not (form.extra is None and sees):
+            self.lines.append(f"p = p.masked_fill(~{some}, 0)")
+
+    def _weighing(self, form: Exponential) -> tuple[str, bool]:
+        """Return which pairs may weigh something, "" for all, and whether every row has one.
+
+        A logit of minus infinity weighs nothing, though the pair is visible.
+        """
+        masked = "visible" if self.masked else ""
+        if not may_weigh_nothing(self.node, form):
+            return masked, self._sees_something
+        shown = f"{masked} & (s > -torch.inf)" if masked else "s > -torch.inf"
+        self.lines.append(f"finite = {shown}")
+        return "finite", False
 
     def _ratio(self) -> None:
         below = self.normalizer.denominator

@@ -224,8 +224,10 @@ def own_rows(block: Block) -> bool:
                 return True
             if any(calls(expr, "convolve") for expr in mix_exprs(flow.mix)):
                 return True
-        elif isinstance(flow, Apply) and OPS[flow.op].whole_rows:
-            return True
+        elif isinstance(flow, Apply):
+            op = OPS[flow.op]
+            if op.whole_rows or op.counts_tokens(dict(flow.options)):
+                return True
     return False
 
 

@@ -18,14 +18,15 @@ _OURS = frozenset((
     "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
     "given", "places", "state", "last", "anew", "fresh",
-    "history", "tau", "device", "o", "before", "shared", "place", "attention_mask", "context_mask",
-    "cu_seqlens", "batch", "far", "outer", "run", "context_run", "own", "other", "idle",
+    "finite", "history", "tau", "device", "o", "before", "shared", "place",
+    "attention_mask", "context_mask", "cu_seqlens", "batch", "far", "outer", "run", "context_run", "own", "other", "idle",
     "known", "spoilt", "part", "counted",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip
 _PIECES = (
     "constants",
+    "positions",
     "stages",
     "maps",
     "chunks",

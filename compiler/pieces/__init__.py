@@ -1,7 +1,7 @@
 """The functions an emitted module may need, as ordinary code.
 
 The emitter copies the ones it uses, word for word, into the file it writes. Nothing here
-may use anything but torch and other pieces.
+may use anything but math, torch and other pieces.
 """
 
 from .batches import Batch, Past, filled, numbered, packed, per_token
@@ -69,6 +69,19 @@ from .parts import (
     by_token,
     joined_rows,
 )
+from .positions import (
+    dynamic_frequencies,
+    llama3_frequencies,
+    longrope_frequencies,
+    proportional_frequencies,
+    rope,
+    rope_angles,
+    rope_frequencies,
+    rope_interleaved,
+    sinusoidal,
+    tokens_up_to,
+    yarn_frequencies,
+)
 from .stages import (
     HeadLinear,
     Latents,
@@ -83,10 +96,6 @@ from .stages import (
     l2_norm,
     mean_of_all,
     mean_tokens,
-    rope,
-    rope_angles,
-    rope_interleaved,
-    sinusoidal,
     top_features,
 )
 
@@ -122,6 +131,7 @@ __all__ = [
     "cut",
     "decay_of",
     "drop_heads",
+    "dynamic_frequencies",
     "earlier_products",
     "embedded",
     "expect",
@@ -142,6 +152,8 @@ __all__ = [
     "leveled_by_row",
     "leveled_linear",
     "linear_section",
+    "llama3_frequencies",
+    "longrope_frequencies",
     "marks_of",
     "max_of_visible",
     "mean_of_all",
@@ -155,9 +167,11 @@ __all__ = [
     "over_queries",
     "packed",
     "per_token",
+    "proportional_frequencies",
     "rank_keys",
     "rope",
     "rope_angles",
+    "rope_frequencies",
     "rope_interleaved",
     "row_threshold",
     "scaled",
@@ -167,10 +181,12 @@ __all__ = [
     "summed_levels",
     "together",
     "tokens_of",
+    "tokens_up_to",
     "top_features",
     "unit_inverse",
     "whole_linear",
     "whole_sums",
     "with_written",
+    "yarn_frequencies",
     "zeroed",
 ]

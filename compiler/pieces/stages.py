@@ -1,55 +1,10 @@
-"""Stages of pipelines: positions, norms, features, draws, and modules with weights."""
+"""Stages of pipelines: norms, features, draws, and modules with weights."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def rope(x: Tensor, positions: Tensor, theta: float, dims: int = 0, scaling: float = 1.0) -> Tensor:
-    """Turn the feature pairs (c, c + r/2) of x [b, (h,) n, d] by angles that grow with position.
-
-    dims > 0 turns the first so many features, dims < 0 the last, 0 all of them.
-    """
-    turned = abs(dims) or x.shape[-1]
-    still = x.shape[-1] - turned
-    part = x[..., still:] if dims < 0 else x[..., :turned]
-    cos, sin = rope_angles(x, positions, turned, theta, scaling)
-    a, b = part.chunk(2, dim=-1)
-    done = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    if still == 0:
-        return done
-    return torch.cat([x[..., :still], done] if dims < 0 else [done, x[..., turned:]], dim=-1)
-
-
-def rope_interleaved(
-    x: Tensor, positions: Tensor, theta: float, dims: int = 0, scaling: float = 1.0
-) -> Tensor:
-    """Turn the feature pairs (2c, 2c + 1) of x [b, (h,) n, d] by angles that grow with position.
-
-    dims > 0 turns the first so many features, dims < 0 the last, 0 all of them.
-    """
-    turned = abs(dims) or x.shape[-1]
-    still = x.shape[-1] - turned
-    part = x[..., still:] if dims < 0 else x[..., :turned]
-    cos, sin = rope_angles(x, positions, turned, theta, scaling)
-    a, b = part[..., 0::2], part[..., 1::2]
-    done = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    if still == 0:
-        return done
-    return torch.cat([x[..., :still], done] if dims < 0 else [done, x[..., turned:]], dim=-1)
-
-
-def rope_angles(
-    x: Tensor, positions: Tensor, turned: int, theta: float, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [(b, 1,) n, r/2] for positions [n] or [b, n]."""
-    power = torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned
-    angle = (positions.to(torch.float64) / scaling)[..., None] * theta**-power
-    if positions.ndim == 2 and x.ndim == 4:
-        angle = angle[:, None]
-    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
 def l2_norm(x: Tensor, eps: float) -> Tensor:
@@ -200,13 +155,6 @@ def embedded(table: nn.Embedding, tokens: Tensor) -> Tensor:
         found = f"token [{row}, {at}] is {int(tokens[row, at])}"
         raise ValueError(f"{found}, the vocabulary has 0 to {size - 1}") from None
     return rows
-
-
-def sinusoidal(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Return sines and cosines of positions [(b,) n] at falling frequencies: [(b,) n, width]."""
-    power = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
-    angle = positions[..., None].to(torch.float64) * 10_000**-power
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :width].to(dtype)
 
 
 def mean_tokens(x: Tensor, run: Tensor | None) -> Tensor:

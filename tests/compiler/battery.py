@@ -50,6 +50,7 @@ SETTINGS = {
     "temperature": f"{CAUSAL}; score = temperature",
     "composed": f"{CAUSAL}; position = alibi; score = temperature | softcap(3)",
     "logarithm": f"{CAUSAL}; score = s - log(1 + abs(i - j)) / 3 + 2 ** (j - i)",
+    "weightless": f"{CAUSAL}; score = where(i % 3 > 0, s, log(0))",
     "bias_table": f"{CAUSAL}; param t[9, heads] = 0.1 * h; score = s + t[clip(i - j, 0, 8), h]",
     "bias_past_the_end": f"{CAUSAL}; param t[3] = normal(1); score = s + t[i - j] + t[i / 2]",
     "bias_of_key": f"{CAUSAL}; let g = x | linear(heads); score = s + g[j, h] - g[i, 1]",
@@ -187,6 +188,8 @@ SETTINGS = {
     "rope_interleaved": f"{CAUSAL}; position = rope(100, style = interleaved, scaling = 4)",
     "rope_last": f"{CAUSAL}; position = rope(dims = -2)",
     "rope_first": f"{CAUSAL}; position = rope(dims = 2)",
+    "rope_yarn": f"{CAUSAL}; position = rope(dims = 2, scaling = yarn(4, 64))",
+    "rope_longrope": f"{CAUSAL}; position = rope(scaling = longrope([1, 2], [2, 8], 64))",
     "normed": f"{CAUSAL}; q = x | linear | split | rms_norm; k = x | layer_norm | linear | split",
     "l2": f"{CAUSAL}; q = x | linear | split | l2_norm; k = x | linear | split | l2_norm;"
           " scale = 5",

@@ -18,7 +18,7 @@ from .battery import block, inputs
 
 FUSED = [
     "cosine", "distance", "trilinear", "matrix_form", "bias_table", "bias_past_the_end", "joint",
-    "statistics_of_sinks", "branch_beside", "latents_from_tokens",
+    "statistics_of_sinks", "weightless", "branch_beside", "latents_from_tokens",
 ]  # fmt: skip
 OBSTACLES = {
     "relative_keys": "is no product of a query and a key",

@@ -552,12 +552,21 @@ POINTS = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 7.5]).double()
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_on_tensors_are_the_functions_on_numbers(name: str) -> None:
     function = FUNCTIONS[name]
-    points = POINTS.abs() + 0.1 if name in ("log", "sqrt") else POINTS
+    points = POINTS.abs() + 0.1 if name in ("log", "log2", "sqrt") else POINTS
     columns = [points, *[points.roll(shift) for shift in (3, 5)]][: function.arity]
     call = parse_expression(f"{name}({', '.join('abc'[: function.arity])})")
     mine = evaluate(call, dict(zip("abc", columns, strict=False)))
     theirs = [function.value(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
     close(mine.double(), torch.tensor(theirs, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log2_is_exact_for_powers_of_two(dtype: torch.dtype) -> None:
+    powers = torch.arange(-100, 101)
+    numbers = torch.tensor([2.0**at for at in powers.tolist()], dtype=dtype)
+    found = evaluate(parse_expression("log2(a)"), {"a": numbers})
+    assert torch.equal(found, powers.to(dtype))
+    assert all(FUNCTIONS["log2"].value(2.0**at) == at for at in range(-100, 101))
 
 
 EXPRESSIONS = {

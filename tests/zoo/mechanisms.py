@@ -1,7 +1,7 @@
 """Mechanisms of the zoo for tests: built from their files, or from changed texts of them.
 
 plain = Mechanism("mha")
-flat = Mechanism("alibi", ("2 ** (-8 * (h + 1) / heads)", "0"), like=plain)
+flat = Mechanism("alibi", ("position = alibi", "score = s + 0 * abs(i - j)"), like=plain)
 assert_close(flat(x), plain(x))
 """
 
