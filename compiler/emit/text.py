@@ -19,7 +19,8 @@ _OURS = frozenset((
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
     "given", "places", "state", "last", "anew", "fresh",
     "finite", "history", "tau", "device", "o", "before", "shared", "place",
-    "attention_mask", "context_mask", "cu_seqlens", "batch", "far", "outer", "run", "context_run", "own", "other", "idle",
+    "attention_mask", "context_mask", "cu_seqlens", "batch", "far", "outer", "run", "context_run",
+    "own", "other", "idle",
     "known", "spoilt", "part", "counted",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
