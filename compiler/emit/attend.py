@@ -265,9 +265,11 @@ class _Writer:
     def _visible(self) -> None:
         """Write who sees whom: what the mask says, of the query's own sequence."""
         if self.mask == TRUE:
-            ones = "torch.ones((1, 1, 1, 1), dtype=torch.bool, device=q.device)"
-            self.lines += [f"visible = {self._together}",
-                           f"visible = {ones} if visible is None else visible"]  # fmt: skip
+            self.lines += [
+                f"visible = {self._together}",
+                "if visible is None:",
+                "    visible = torch.ones((1, 1, 1, k.shape[-2]), dtype=torch.bool, device=q.device)",
+            ]
             return
         text = replace(self.pairs, wide=".double()").value(self.mask).text
         self.lines.append(f"visible = {text}")

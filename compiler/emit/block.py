@@ -425,7 +425,7 @@ class _Writer(Caches):
         """Write an attention or a recurrence."""
         if node.op == "scan":
             lowering: Lowering = node.get("lowering")
-            cache = self.cache(node.name)
+            cache = self.cache(node.name) if self.obstacle is None else ""
             if node.name in self.kernels:
                 return scan.by_kernel(self.graph, node, cache, self.kernels[node.name])
             if lowering.path == "sequential":
