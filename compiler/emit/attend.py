@@ -268,7 +268,7 @@ class _Writer:
             self.lines += [
                 f"visible = {self._together}",
                 "if visible is None:",
-                "    visible = torch.ones((1, 1, 1, k.shape[-2]), dtype=torch.bool, device=q.device)",
+                "    visible = torch.ones(1, 1, 1, k.shape[-2], dtype=torch.bool, device=q.device)",
             ]
             return
         text = replace(self.pairs, wide=".double()").value(self.mask).text

@@ -14,11 +14,11 @@ from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...kernels.recurrence import Recurrence
 from ...ops import OPS
-from ..choose import Lowering, attend_exprs, kernel_reads, maps, reads_places
+from ..choose import Lowering, kernel_reads, maps, reads_places, tells_apart
 from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
-from ..masks import extent, of_distance
-from ..model import MAPS, PREVIOUS, Pairwise, without_document
+from ..masks import extent
+from ..model import MAPS, PREVIOUS, Pairwise
 from ..operators import Operator
 from ..parameters import constants
 from . import attend, chunk, scan
@@ -311,7 +311,7 @@ class _Writer(Caches):
         if not kernel and not (lowering.path == "sdpa" and node.get("mask") == attend.CAUSAL):
             return []
         crosses = self.graph.crosses(node)
-        if kernel and not crosses and node.dims[2] == "n" and self._tells_apart(node):
+        if kernel and not crosses and node.dims[2] == "n" and tells_apart(self.graph, node):
             return ["counted"]
         needs = []
         if node.dims[2] == "n" and (not crosses or reads_places(self.graph, node)):
@@ -326,13 +326,6 @@ class _Writer(Caches):
         truths = ("plain", "counted")
         return " and ".join(each if each in truths else f"{each} is None"
                             for each in self._condition(node))  # fmt: skip
-
-    def _tells_apart(self, node: Node) -> bool:
-        """Whether an attention's own mask keeps sequences apart, wherever in a row they stand."""
-        mask = node.get("mask")
-        rest = without_document(mask)
-        others = [expr for expr in attend_exprs(node) if expr is not mask]
-        return rest != mask and not self.block.marks and all(map(of_distance, (rest, *others)))
 
     def always_kernel(self, node: Node) -> bool:
         """Whether the kernel takes every call."""

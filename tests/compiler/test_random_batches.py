@@ -15,17 +15,19 @@ from headloom.compiler.model import Block
 from headloom.compiler.verify_batch import as_if_alone, rows_of_a_cache
 from headloom.compiler.verify_cases import Subject
 
-MASKS = ("all", "causal", "causal and window(4)", "causal and (window(3) or sink(2))", "window(3)",
-         "causal and document", "causal and strided(2)", "blocks(3)", "causal or blocks(3)", "power",
-         "h < 1 or causal", "j < i")  # fmt: skip
+MASKS = ("all", "causal", "causal and window(4)", "causal and (window(3) or sink(2))", 
+         "window(3)", "causal and document", "causal and strided(2)", "blocks(3)", "causal or blocks(3)",
+         "power", "h < 1 or causal", "j < i")  # fmt: skip
 POSITIONS = ("none", "rope", "alibi", "relative(8, 20)", "rope(theta = 100)")
 SCORES = ("s", "softcap(4)", "s + 0.1 * log(1 + j)", "s + c[i, h] * 0.1", "temperature",
-          "s - 0.1 * abs(i - j) ** 0.5", "s + 0.1 * sum_keys(s) / seen", "s * log(m + 1)")  # fmt: skip
+          "s - 0.1 * abs(i - j) ** 0.5", "s + 0.1 * sum_keys(s) / seen",
+          "s * log(m + 1)")  # fmt: skip
 NORMALIZERS = ("softmax", "softmax_plus_one", "sink", "sigmoid", "relu", "squared_relu",
                "entmax(1.5)", "sparsemax")  # fmt: skip
 WEIGHTS = ("p", "p", "p * c[j, h]", "p - 0.1 * mean_keys(p)", "p * sum_queries(p)")
 QUERIES = ("x | linear | split", "x | conv(3) | linear | split", "x | linear | conv(2) | split",
-           "x | linear | split | rms_norm", "x | linear | conv(3, causal = false) | split")  # fmt: skip
+           "x | linear | split | rms_norm",
+           "x | linear | conv(3, causal = false) | split")  # fmt: skip
 OUTS = ("o | merge | linear", "(o - 0.3 * rows(o, p)) | merge | linear",
         "(o - (o | mean_tokens)) | merge | linear", "o | gate(g) | merge | linear",
         "(o - 0.1 * columns(o, p)) | merge | linear")  # fmt: skip
