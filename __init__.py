@@ -21,7 +21,11 @@ _DOOR = {
     "reference": ".compiler.api",
     "emit": ".compiler.api",
     "explain": ".compiler.api",
+    "show": ".compiler.api",
+    "verify": ".compiler.certificate",
+    "zoo": ".compiler.api",
     "LoomError": ".grammar.diagnostics",
+    "NotVerifiedError": ".compiler.certificate",
     "Diagnostic": ".grammar.diagnostics",
 }
 

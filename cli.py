@@ -7,7 +7,6 @@ torch is imported only by the commands that need it.
 
 from __future__ import annotations
 
-import json as json_
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,7 +75,9 @@ def _complain(diagnostic: Diagnostic) -> None:
 
 
 def _print_json(value: object) -> None:
-    click.echo(json_.dumps(value, indent=2, ensure_ascii=False))
+    from json import dumps
+
+    click.echo(dumps(value, indent=2, ensure_ascii=False))
 
 
 json_option = click.option("--json", is_flag=True, help="Print the answer as JSON.")
@@ -103,10 +104,13 @@ def _parsed(path: str) -> File:
 
 def _checked(path: str) -> list[Architecture]:
     """Check a file; of a space, plain files in which every alternative occurs."""
-    from .compiler.check import check
-    from .search.space import alternatives, has_holes, search_of
+    from .compiler.check import check, is_space
 
     file = _parsed(path)
+    if not is_space(file):
+        return [check(file)]
+    from .search.space import alternatives, has_holes, search_of
+
     found = [check(plain) for plain in (alternatives(file) if has_holes(file) else [file])]
     if search_of(file) is not None:
         from .search.plan import read_plan
@@ -258,11 +262,7 @@ def explain(what: str, width: int | None, backend: str, json: bool) -> None:
         _print_json([{"block": each.node, "path": each.path, "reason": each.reason,
                       "obstacles": dict(each.obstacles)} for each in report.lowerings])  # fmt: skip
         return
-    for each in report.lowerings:
-        click.echo(f"{click.style(each.node, bold=True)}: {click.style(each.path, fg='green')}")
-        click.echo(f"  {each.reason}")
-        for path, why in each.obstacles:
-            click.echo(f"  not {path}: {why}")
+    report.show_paths()
 
 
 def _explain_code(code: str) -> None:
@@ -280,7 +280,7 @@ def _explain_code(code: str) -> None:
         click.echo(f"\nFor example:\n\n{example}")
 
 
-# ── building and proving ─────────────────────────────────────────────────────────────────
+# ── building and verifying ───────────────────────────────────────────────────────────────
 
 
 @command()
@@ -316,7 +316,7 @@ def build(what: str, out: str | None, width: int | None, backend: str, stage: st
 @json_option
 def verify(what: str, width: int | None, targets: tuple[str, ...], module: str | None,
            json: bool) -> None:  # fmt: skip
-    """Prove a compiled block or model against its meaning; exit 3 if something does not hold.
+    """Verify a compiled block or model against its meaning; exit 3 if something does not hold.
 
     Of a space, every alternative of its blocks is verified.
 

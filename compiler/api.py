@@ -12,19 +12,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
-from ..grammar.parse import read
-from ..grammar.source import Source
-from .check import check, find
+from rich.console import Console
+from rich.text import Text
+
+from . import decoding
+from .check import find
 from .choose import Lowering, Target, lowerings
 from .cost import Cost, cost
+from .drawn import Drawn
+from .dtypes import DType, of_torch
 from .emit import Code
 from .graph import Graph
+from .loading import load
 from .model import Architecture, Block, Model
-from .parse import parse_source
 from .pipeline import generate, graphs
 from .pipeline import load as load_code
+from .zoo import Entry, entries, entry
 
 if TYPE_CHECKING:
     import torch
@@ -34,18 +39,8 @@ BACKENDS = ("auto", "torch", "triton")
 What = Architecture | str | Path
 
 
-def load(what: str | Path, format: str | None = None) -> Architecture:
-    """Read and check a description: a path, or with a format ("loom", "yaml") its text.
-
-    Raises `LoomError` with every finding; `.diagnostics` holds them as data.
-    """
-    if format not in (None, "loom", "yaml"):
-        raise ValueError(f'format is "loom" or "yaml", not {format!r}')
-    source = Source("<text>", str(what)) if format is not None else read(what)
-    return check(parse_source(source, format))
-
-
-def _architecture(what: What) -> Architecture:
+def architecture(what: What) -> Architecture:
+    """Return an architecture, loaded where it is a path."""
     return what if isinstance(what, Architecture) else load(what)
 
 
@@ -69,16 +64,17 @@ def compile(
     context_width: int | None = None,
     backend: str = "auto",
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     """Compile a block or model to a module; without a name, the only model or block.
 
     `width` is the block's input width (by default the one it says, or heads · head_dim);
-    `seed` fixes the first weights. Raises `LoomError` where the sizes do not fit.
+    `dtype` is a name, "bfloat16", or torch's own; `seed` fixes the first weights. Raises
+    `LoomError` where the sizes do not fit, `ValueError` for another dtype.
     """
     return build_module(
-        find(_architecture(arch), name, width, context_width),
+        find(architecture(arch), name, width, context_width),
         target(backend, device), device=device, dtype=dtype, seed=seed,
     )  # fmt: skip
 
@@ -88,12 +84,13 @@ def build_module(
     target: Target,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     """Generate, load and construct the module of a checked block or model."""
     import torch
 
+    dtype = of_torch(dtype)
     code = generate(what, target)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -101,9 +98,9 @@ def build_module(
         return construct(code, dtype).to(device=device)
 
 
-def construct(code: Code, dtype: torch.dtype | None = None) -> nn.Module:
+def construct(code: Code, dtype: DType | None = None) -> nn.Module:
     """Load a generated text and construct its module in a dtype, by default PyTorch's own."""
-    made = load_code(code)
+    made, dtype = load_code(code), of_torch(dtype)
     with _exactly(dtype):
         return made().to(dtype=dtype)
 
@@ -128,14 +125,14 @@ def reference(
     width: int | None = None,
     context_width: int | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Return the dense meaning as a module, with the same state dict keys as the compiled one."""
     from .reference import reference as meaning
 
-    what = find(_architecture(arch), name, width, context_width)
-    return meaning(what, dtype=dtype, device=device, seed=seed)
+    what = find(architecture(arch), name, width, context_width)
+    return meaning(what, dtype=of_torch(dtype), device=device, seed=seed)
 
 
 def emit(
@@ -147,12 +144,12 @@ def emit(
     backend: str = "auto",
 ) -> str:
     """Return the standalone Python file of a block or model."""
-    what = find(_architecture(arch), name, width, context_width)
+    what = find(architecture(arch), name, width, context_width)
     return generate(what, target(backend)).text
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Drawn):
     """How a block or model is computed, and what it costs."""
 
     what: Block | Model
@@ -175,6 +172,23 @@ class Report:
     def activation_bytes(self) -> Callable[..., int]:
         return self._cost.activation_bytes
 
+    def show(self, console: Console | None = None) -> None:
+        """Draw every path, and the costs."""
+        from .show import costs
+
+        console = console or Console(highlight=False)
+        self.show_paths(console)
+        console.print(costs(self.what, 4096))
+
+    def show_paths(self, console: Console | None = None) -> None:
+        """Print which path every attention takes, and why not another."""
+        console = console or Console(highlight=False)
+        for each in self.lowerings:
+            console.print(Text.assemble((each.node, "bold"), ": ", (each.path, "green")))
+            lines = [each.reason, *(f"not {path}: {why}" for path, why in each.obstacles)]
+            for line in lines:
+                console.print(f"  {line}", markup=False, soft_wrap=True)
+
 
 def explain(
     arch: What,
@@ -185,7 +199,7 @@ def explain(
     backend: str = "auto",
 ) -> Report:
     """Say which path every attention and recurrence takes, why, and what stands in the way."""
-    return explained(find(_architecture(arch), name, width, context_width), target(backend))
+    return explained(find(architecture(arch), name, width, context_width), target(backend))
 
 
 def _called(graph: Graph, chosen: Lowering) -> str:
@@ -194,10 +208,50 @@ def _called(graph: Graph, chosen: Lowering) -> str:
 
 
 def explained(what: Block | Model, target: Target) -> Report:
-    """Return the report of a checked block or model."""
-    found = [
-        Lowering(_called(graph, each), each.path, each.reason, each.obstacles)
-        for graph in graphs(what, target)
-        for each in lowerings(graph)
-    ]
+    """Return the report of a checked block or model; why it cannot decode is an obstacle too."""
+    found = []
+    for graph in graphs(what, target):
+        why = decoding.obstacle(graph.block)
+        also = () if why is None else (("decoding", why),)
+        for each in lowerings(graph):
+            called, obstacles = _called(graph, each), (*each.obstacles, *also)
+            found.append(Lowering(called, each.path, each.reason, obstacles))
     return Report(what, tuple(found), cost(what))
+
+
+@dataclass(frozen=True, repr=False)
+class View(Drawn):
+    """A block or model to look at: its parts, its graph, its mask as a picture, its cost."""
+
+    what: Block | Model
+    tokens: int = 4096
+
+    def show(self, console: Console | None = None) -> None:
+        """Draw it."""
+        from .show import show
+
+        show(self.what, self.tokens, console)
+
+
+def show(
+    arch: What,
+    name: str | None = None,
+    *,
+    width: int | None = None,
+    context_width: int | None = None,
+    tokens: int = 4096,
+) -> View:
+    """Return what a notebook draws and `print` prints; `tokens` is a length for the costs."""
+    return View(find(architecture(arch), name, width, context_width), tokens)
+
+
+@overload
+def zoo(name: None = None) -> list[Entry]: ...
+@overload
+def zoo(name: str) -> Entry: ...
+def zoo(name: str | None = None) -> list[Entry] | Entry:
+    """Return the known mechanisms, or one of them: its `.text`, and its `.arch`.
+
+    Raises `LookupError` where there is none of this name.
+    """
+    return entries() if name is None else entry(name)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, error
 from ..grammar.expr import TRUE, Value, names
+from ..grammar.show import show
 from ..grammar.syntax import Expr, Name
-from ..ops import Shape
+from ..ops import OPS, Shape
 from .flows import Target, elaborate
 from .inheritance import Body
+from .later import later_read, sees_no_later
 from .library import Library
 from .masks import sees_itself
 from .mixing import Part, mix_exprs
@@ -29,10 +31,12 @@ from .model import (
     Read,
     Recurrence,
     Stream,
+    applies,
     flow_nodes,
     reaching,
 )
 from .scope import Findings, Scope
+from .unseen import unseen
 
 _GUESSES = {
     "heads": "", "kv_heads": "heads", "value_heads": "kv_heads", "head_dim": "",
@@ -306,6 +310,18 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
             if name in own:
                 yield Diagnostic("W003", f"`{name}` has no effect beside a recurrent mixer",
                                  body.span_of(name), severity="warning")  # fmt: skip
+    yield from _unseen(block, body)
+    for flow in block.flows:
+        found = later_read(block, flow)
+        if found is not None and sees_no_later(block, flow):
+            yield Diagnostic("W006", "this may read a token after the query", found.span,
+                             f"`{show(found)}`", "what is generated token by token will not "
+                             "repeat it; read a token up to `j`", severity="warning")  # fmt: skip
+    for node in (node for flow in block.flows for node in applies(flow)):
+        if beyond := OPS[node.op].counts_tokens(dict(node.options)):
+            yield Diagnostic("W001", "this block depends on the number of tokens", node.span,
+                             beyond, "a cache keeps keys as they were turned, so decoding will "
+                             "not repeat the whole sequence", severity="warning")  # fmt: skip
     lengths = {"n", "m"} & {
         name
         for mix in mixes
@@ -318,6 +334,19 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
                          f"it reads {', '.join(sorted(lengths))}",
                          "decoding will not repeat what training saw; `seen` would",
                          severity="warning")  # fmt: skip
+
+
+def _unseen(block: Block, body: Body) -> Iterator[Diagnostic]:
+    """Yield a warning for each mask that shows nothing to anyone (W005)."""
+    bodies = {"o": body}
+    for name, branch in body.branches.items():
+        bodies |= {name: branch, f"{name}_o": branch}
+    for name, mixing in block.mixings.items():
+        if isinstance(mixing.mix, Pairwise) and (label := unseen(mixing.mix.mask, mixing.heads)):
+            span = bodies.get(name, body).span_of("mask")
+            yield Diagnostic("W005", "this mask shows nothing to anyone", span, label,
+                             "the query stands at `i`, the key at `j`: `j <= i` looks back",
+                             severity="warning")  # fmt: skip
 
 
 def sees_something(mixing: Mixing) -> bool:

@@ -164,6 +164,4 @@ class _Builder:
                 if isinstance(node, Name) and node.id not in written and node != TRUE:
                     known = node.id in self.names or node.id in self.tensors
                     read |= {self.given(node.id): None} if known else {}
-        if mix.resets:
-            read[self.given("doc")] = None
         return self.add(name, "scan", tuple(read), dims_of(mixing.shape), recurrence=mix)

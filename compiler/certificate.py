@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,31 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..kernels.aot import SHARED_LIMIT
+from .api import What, architecture
+from .check import find
 from .choose import Target
+from .drawn import Drawn
 from .emit import Code
 from .model import Block, Model
 from .pipeline import generate
-from .verify import Finding, checks_of, subjects, verify
-from .verify_kernels import can_run_kernels
+from .verify import Finding, checks_of, subjects
+from .verify import verify as run_checks
+from .verify_kernels import can_run_kernels, repeated
 
 
-@dataclass(frozen=True)
-class Certificate:
+class NotVerifiedError(Exception):
+    """A check does not hold; `certificate` says which."""
+
+    def __init__(self, certificate: Certificate) -> None:
+        super().__init__(str(certificate))
+        self.certificate = certificate
+
+
+@dataclass(frozen=True, repr=False)
+class Certificate(Drawn):
     """What all checks of one architecture found."""
 
     name: str
@@ -33,6 +46,17 @@ class Certificate:
     @property
     def ok(self) -> bool:
         return all(each.ok is not False for each in self.findings)
+
+    @property
+    def checks(self) -> tuple[Finding, ...]:
+        """What each check found."""
+        return self.findings
+
+    def demanded(self) -> Certificate:
+        """Return the certificate. Raises `NotVerifiedError` where a check does not hold."""
+        if not self.ok:
+            raise NotVerifiedError(self)
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """Return the certificate as plain data."""
@@ -51,7 +75,8 @@ class Certificate:
             mark = {True: "[green]holds[/]", False: "[red]FAILS[/]", None: "[dim]n/a[/]"}[each.ok]
             numbers = (str(each.cases), f"{each.worst:.1e}") if each.ok else ("", "")
             label = each.check if each.subject == self.name else f"{each.subject}: {each.check}"
-            table.add_row(mark, label, *numbers, "see below" if each.ok is False else each.note)
+            note = "see below" if each.ok is False else each.note
+            table.add_row(mark, Text(label), *numbers, Text(note))
         console.print(table)
         for each in self.findings:
             if each.ok is False:
@@ -73,7 +98,6 @@ def make(
         known = ", ".join(SHARED_LIMIT)
         raise ValueError(f"no such target: {', '.join(sorted(unknown))}; there are {known}")
     can_run_kernels()
-    torch.set_num_threads(1)  # the cases are small: waking another core takes longer than they do
     main = whats[-1]
     generated = generate(main, Target("torch"))
     code = None
@@ -82,13 +106,53 @@ def make(
     parts = (main,) if code is not None else subjects(*whats)
     console = Console(stderr=True)
     findings = []
+    threads = torch.get_num_threads()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True,
                   disable=not console.is_terminal) as bar:  # fmt: skip
         total = sum(len(checks_of(part, code)) for part in parts)
         task = bar.add_task(f"verifying {main.name}", total=total)
-        for part in parts:
-            for each in verify(part, code, targets):
+        torch.set_num_threads(1)  # the cases are small: waking a core takes longer than they do
+        try:
+            for each in _findings(parts, code, targets):
                 findings.append(each)
                 bar.update(task, advance=1, description=f"{each.subject}: {each.check}")
+        finally:
+            torch.set_num_threads(threads)
     return Certificate(main.name, (code or generated).digest, tuple(findings))
+
+
+def _findings(
+    parts: Sequence[Block | Model], code: Code | None, targets: tuple[str, ...]
+) -> Iterator[Finding]:
+    """Yield what all checks find; what two parts have in common is checked once."""
+    whole = [part.name for part in parts if isinstance(part, Model)]
+    again = {} if code is not None else repeated(p for p in parts if isinstance(p, Block))
+    for part in parts:
+        covered = {}
+        if whole and isinstance(part, Block):
+            covered["exported file"] = f"the file of `{whole[0]}` has it"
+        if isinstance(part, Block) and part in again:
+            note = f"as in `{again[part]}` above, but for fractions"
+            covered |= {"kernels in the interpreter": note, "kernels ahead of time": note}
+        yield from run_checks(part, code, targets, covered)
+
+
+def verify(
+    arch: What,
+    name: str | None = None,
+    *,
+    width: int | None = None,
+    context_width: int | None = None,
+    targets: Sequence[str] = (),
+    module: str | Path | None = None,
+    strict: bool = False,
+) -> Certificate:
+    """Prove the compiled block or model against its meaning, and return what was found.
+
+    `targets` are GPUs ("sm_90") that the kernels are compiled for too; `module` is a built file
+    to verify instead of a new one. With `strict`, raises `NotVerifiedError` where a check fails.
+    """
+    what = find(architecture(arch), name, width, context_width)
+    found = make([what], tuple(targets), None if module is None else str(module))
+    return found.demanded() if strict else found

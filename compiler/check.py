@@ -90,16 +90,28 @@ def _bounded(item: syntax.Block | syntax.Model) -> Iterator[None]:
                     "its definitions nest too deeply") from None  # fmt: skip
 
 
+def is_space(file: File) -> bool:
+    """Say whether a file has holes or a search block, which `search` knows how to read."""
+    return any(isinstance(item, syntax.Search) for item in file.items) or any(_holes(file))
+
+
 def _plain(file: File) -> None:
     """Refuse a file that leaves something open outside of its search block (L223)."""
+    for node in _holes(file):
+        raise error("L223", "this is a space, not an architecture", node.span,
+                    f"`{node.function}` leaves something open",
+                    "`headloom search` draws from it, and so does `hl.search`")  # fmt: skip
+
+
+def _holes(file: File) -> Iterator[syntax.Call]:
+    """Yield what is left open outside of the search block."""
     for item in file.items:
-        if isinstance(item, syntax.Search):
-            continue
-        for node in (each for _, expr in syntax.expressions(item) for each in syntax.walk(expr)):
-            if isinstance(node, syntax.Call) and node.function in HOLES:
-                raise error("L223", "this is a space, not an architecture", node.span,
-                            f"`{node.function}` leaves something open",
-                            "`headloom search` draws from it, and so does `hl.search`")  # fmt: skip
+        if not isinstance(item, syntax.Search):
+            for node in (
+                each for _, expr in syntax.expressions(item) for each in syntax.walk(expr)
+            ):
+                if isinstance(node, syntax.Call) and node.function in HOLES:
+                    yield node
 
 
 def _unique(file: File, findings: Findings) -> None:
@@ -147,6 +159,8 @@ def find(
         name = _only(arch)
     if name in arch.models:
         return arch.models[name]
+    if name in arch.blocks and width is None and context_width is None:
+        return arch.blocks[name]
     library = Library.of(arch.file)
     if name not in library.blocks:
         known = [*arch.models, *library.blocks]

@@ -10,6 +10,7 @@ Nothing falls back silently: what is chosen, and every obstacle, is on the node 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from ..grammar.expr import fold, names, substitute
 from ..grammar.show import show
@@ -18,14 +19,14 @@ from ..kernels import sequential
 from ..kernels import spec as kernel
 from .graph import Graph, Node
 from .kernel_form import KernelForm, Side, kernel_form
-from .masks import extent
-from .model import MAPS, PREVIOUS, Normalizer
+from .masks import Extent, extent, of_distance
+from .model import MAPS, PREVIOUS, Normalizer, without_document
 from .normalizers import exponential
 from .recurrences import described, kernel_obstacle, of_node
 from .sequential_form import scan_of
 
 ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels)"
-_OF_KERNELS = ("lse", "entropy")  # the statistics that kernels give
+_OF_KERNELS = ("lse", "joint", "entropy")  # the statistics that kernels give
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,8 @@ def _attend(graph: Graph, node: Node, target: Target) -> Lowering:
     if why_not_triton is None:
         spec = kernel_spec(graph, node)
         reason = _describe(spec)
-        if not always_fused(graph, node):
-            reason += ("; steps with a cache and calls with positions of their own take the "
-                       "PyTorch text beside it")  # fmt: skip
+        if calls := beside(graph, node):
+            reason += f"; {calls} take the PyTorch text beside it"
         return Lowering(node.name, "triton", reason)
     obstacles.append(("triton", why_not_triton))
     why_not_sdpa = MAP_IS_READ if maps(graph, node) else sdpa_obstacle(node)
@@ -140,9 +140,31 @@ def reads_places(graph: Graph, node: Node) -> bool:
     return any(reads(expr) for expr in attend_exprs(node))
 
 
-def always_fused(graph: Graph, node: Node) -> bool:
-    """Say whether a kernel takes every call: all of a context is there at each of them."""
-    return graph.crosses(node) and not reads_places(graph, node)
+def tells_apart(graph: Graph, node: Node) -> bool:
+    """Say whether an attention's own mask keeps sequences apart, wherever in a row they stand."""
+    mask: Expr = node.get("mask")
+    rest = without_document(mask)
+    others = [expr for expr in attend_exprs(node) if expr is not mask]
+    return rest != mask and not graph.block.marks and all(map(of_distance, (rest, *others)))
+
+
+def beside(graph: Graph, node: Node) -> str:
+    """Say which calls of an attention no kernel takes, "" for none."""
+    crosses, keys = graph.crosses(node), graph.node(node.inputs[1]).dims[-2]
+    found = []
+    if node.dims[2] == "n" and (not crosses or reads_places(graph, node)):
+        found = ["steps with a cache", "calls with positions of their own"]
+        if not tells_apart(graph, node):
+            found.append("rows of several sequences")
+    if keys == "m" or (keys == "n" and (crosses or not extent(node.get("mask")).causal)):
+        found += [] if not crosses and tells_apart(graph, node) else ["batches with padding"]
+    return (
+        found[0]
+        if len(found) == 1
+        else ", ".join(found[:-1]) + " and " + found[-1]
+        if found
+        else ""
+    )
 
 
 MAP_IS_READ = "the layer above reads its map"
@@ -224,11 +246,20 @@ def _spec(graph: Graph, node: Node, form: KernelForm) -> kernel.Attend:
         scale=form.scale,
         tensors=(*(_tensor(graph, name) for name in kernel_reads(node, form)),
                  *(_side(node, each) for each in form.sides)),
-        reach=extent(form.mask).reach,
+        reach=_reach(extent(form.mask)),
         heads=int(node.dims[1]),
-        lse="lse" in asked,
+        lse=bool(asked & {"lse", "joint"}),
         entropy="entropy" in asked,
     )  # fmt: skip
+
+
+def _reach(bounds: Extent) -> kernel.Reach:
+    """Return how far keys can be seen, as kernels take it."""
+    if bounds.low > bounds.high:
+        return kernel.Reach(back=0, ahead=0, prefix=bounds.prefix)
+    return kernel.Reach(back=None if bounds.high == inf else int(bounds.high),
+                        ahead=None if bounds.low == -inf else int(-bounds.low),
+                        prefix=bounds.prefix)  # fmt: skip
 
 
 def kernel_reads(node: Node, form: KernelForm) -> tuple[str, ...]:

@@ -150,14 +150,16 @@ OWN: dict[str, Code] = {
             "L219",
             "this must be a number",
             "Sizes, rates and first values are worked out before anything runs, so they read "
-            "settings and `let`s that are numbers, and their result is finite.",
+            "settings and `let`s that are numbers, and their result is finite. Constants within "
+            "expressions have a value too; only log(0), minus infinity, may stand in a score.",
             "block a { heads = x }",
         ),
         Code(
             "L220",
             "this is not a normaliser or a definition with a value",
             "A normaliser is numerator / denominator with `sum` in the denominator alone, or a "
-            "numerator in `tau` `where sum == 1`; every definition ends with an expression.",
+            "numerator in `tau` `where sum == 1`, which has one threshold for any logits; every "
+            "definition ends with an expression.",
             "block a { normalize = exp(s) * sum }",
         ),
         Code(
@@ -248,8 +250,9 @@ OWN: dict[str, Code] = {
         Code(
             "W001",
             "a block depends on the number of tokens",
-            "An expression reads `n` or `m`, so that its values change as a sequence grows and "
-            "decoding does not repeat what training saw. Read `seen`, the number of visible keys.",
+            "An expression reads `n` or `m`, or the scaling of `rope` depends on how long a "
+            "sequence is, so that values change as it grows and decoding does not repeat what "
+            "training saw. Read `seen`, the number of visible keys; scale by `yarn` or `llama3`.",
             "block a { score = s * log(n); mask = causal }",
         ),
         Code(
@@ -272,6 +275,22 @@ OWN: dict[str, Code] = {
             "A block that reads the layer below is checked where a model uses it, and no model of "
             "the file does. Use it in a model, or remove it.",
             "block a { k = previous.k }",
+        ),
+        Code(
+            "W005",
+            "a mask shows nothing to anyone",
+            "No query sees a key, so that the rows of all weights are empty and nothing is mixed. "
+            "The query stands at `i`, the key at `j`; `window(w)` needs a w of at least 1.",
+            "block a { mask = causal and j > i }",
+        ),
+        Code(
+            "W006",
+            "a read may lie after the query",
+            "The mask lets no query see later keys, but an expression reads a stream at another "
+            "token, `t[j // 4 * 4 + 3]`, which may come after the query. So the block cannot be "
+            "decoded. Read a token up to `j`, or let the mask say that such tokens have passed.",
+            "block a {\n  heads = 4; mask = causal\n  let t = x | linear(heads)\n"
+            "  score = s + t[j // 4 * 4 + 3, h]\n}",
         ),
     )
 }

@@ -18,7 +18,7 @@ from math import prod
 
 from ..grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
 from ..ops import OPS, Weight
-from .counting import pairs
+from .dtypes import DType, size
 from .kept import kept_bytes
 from .levels import affine_parts
 from .mixing import mix_exprs
@@ -31,8 +31,6 @@ from .model import (
     applies,
 )
 from .parameters import model_weights, weights
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +69,22 @@ class Cost:
             total += Cost(model.encoder).flops(tokens)
         return total
 
-    def cache_bytes(self, tokens: int, dtype: str = "float32") -> int:
+    def cache_bytes(self, tokens: int, dtype: DType = "float32") -> int:
         """Bytes that decoding keeps for one sequence of so many tokens."""
         if isinstance(self.what, Block):
-            return kept_bytes(self.what, tokens, BYTES[dtype])
+            return kept_bytes(self.what, tokens, size(dtype))
         return sum(
-            count * kept_bytes(block, tokens, BYTES[dtype])
+            count * kept_bytes(block, tokens, size(dtype))
             for block, count in Counter(self.what.layers).items()
         )
 
-    def activation_bytes(self, tokens: int, dtype: str = "float32") -> int:
+    def activation_bytes(self, tokens: int, dtype: DType = "float32") -> int:
         """Bytes of all intermediate results of a forward pass over one sequence.
 
         A fused attention counts its output and one statistic a row, not its map.
         """
         if isinstance(self.what, Block):
-            return _activations(self.what) * tokens * BYTES[dtype]
+            return _activations(self.what) * tokens * size(dtype)
         model = self.what
         total = sum(count * _activations(block) for block, count in Counter(model.layers).items())
         each = 2 * model.width  # the two residual sums
@@ -97,7 +95,7 @@ class Cost:
         total += each * len(model.layers) + model.width
         total += {"lm": model.vocab or 0, "classify": 0, "none": 0}[model.head]
         more = 0 if model.encoder is None else Cost(model.encoder).activation_bytes(tokens, dtype)
-        return total * tokens * BYTES[dtype] + more
+        return total * tokens * size(dtype) + more
 
 
 def cost(what: Block | Model) -> Cost:
@@ -136,6 +134,8 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
     each = 2 * (mixing.inputs[0].shape.dim + mixing.shape.dim)
     each += sum(_scalar_ops(expr) for expr in mix_exprs(mix) if expr != mix.mask)
     rows, columns = _count(mixing.queries, tokens), _count(mixing.keys, tokens)
+    from .counting import pairs  # loads numpy, and a search may never ask
+
     return each * pairs(mix.mask, rows, columns, mixing.heads)
 
 

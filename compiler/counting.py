@@ -3,20 +3,22 @@
     pairs(causal, 4096, 4096)  →  8,390,656
 
 Masks in which i and j matter only through i - j are counted along the diagonals; others
-row by row, in chunks.
+row by row, in chunks, and no further than they reach.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..grammar.expr import TRUE, fold, names, number, rebuild, substitute
 from ..grammar.functions import FUNCTIONS
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, children
-from .masks import linear, reads_data
+from .masks import Extent, extent, linear, reads_data
 
 _CHUNK = 1 << 22  # points evaluated at once
 
@@ -41,12 +43,27 @@ def _pairs(mask: Expr, n: int, m: int, heads: int) -> int:
         length = np.minimum(n, m + away) - np.maximum(0, away)
         return heads * int(np.sum(length[seen.astype(bool)]))
     total = 0
-    j = np.arange(m)[None, :]
-    for start in range(0, n, rows := max(1, _CHUNK // max(1, m))):
+    bounds = extent(mask)
+    for start in range(0, n, rows := _rows(bounds, m)):
         i = np.arange(start, min(n, start + rows))[:, None]
+        j = _keys(bounds, start, start + rows, m)[None, :]
         seen = numbers(mask, {"i": i, "j": j, "n": n, "m": m})
-        total += int(np.sum(np.broadcast_to(seen, (i.shape[0], m)), dtype=np.int64))
+        total += int(np.sum(np.broadcast_to(seen, (i.size, j.size)), dtype=np.int64))
     return heads * total
+
+
+def _rows(bounds: Extent, m: int) -> int:
+    """Return how many queries are looked at together: few of them where they see a band."""
+    most = max(1, _CHUNK // max(1, m))
+    band = bounds.high - bounds.low
+    return int(max(64, min(most, band))) if isfinite(band) else most
+
+
+def _keys(bounds: Extent, start: int, stop: int, m: int) -> NDArray[np.int64]:
+    """Return every key that one of the queries `start` up to `stop` may see."""
+    j = np.arange(m)
+    near = (j >= start - bounds.high) & (j <= stop - 1 - bounds.low)
+    return np.asarray(j[(near | (j < bounds.prefix)) & (j <= stop - 1 + bounds.ahead)])
 
 
 def _by_distance(expr: Expr) -> bool:
@@ -112,5 +129,5 @@ _NUMPY: dict[str, Any] = {
     "%": np.mod, "**": np.power, "and": np.logical_and, "or": np.logical_or, "<": np.less,
     "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal,
     "!=": np.not_equal, "abs": np.abs, "min": np.minimum, "max": np.maximum, "floor": np.floor,
-    "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
+    "exp": np.exp, "log": np.log, "log2": np.log2, "sqrt": np.sqrt,
 }  # fmt: skip

@@ -9,8 +9,10 @@ a mask that looks ahead, queries that are not the tokens: cannot decode, and why
 from __future__ import annotations
 
 from ..grammar.functions import MAP_FUNCTIONS
+from ..grammar.show import show
 from ..grammar.syntax import Call, Index, Name, walk
 from ..ops import OPS
+from .later import later_read
 from .masks import extent
 from .mixing import mix_exprs
 from .model import PREVIOUS, Apply, Block, Flow, Mixing, Read, Recurrence, Statistic
@@ -23,10 +25,18 @@ def obstacle(block: Block) -> str | None:
         why = _obstacle(stream.flow, grown)
         if why is None and isinstance(stream.flow, Mixing) and stream.flow.queries == "n":
             why = other_queries(block, stream.flow)
+        if why is None:
+            why = _later(block, stream.flow)
         if why is not None:
             return why
         grown[stream.name] = grows(stream.flow, grown)
-    return _obstacle(block.out, grown)
+    return _obstacle(block.out, grown) or _later(block, block.out)
+
+
+def _later(block: Block, flow: Flow) -> str | None:
+    """Say what is read at a token that may lie after its query."""
+    found = later_read(block, flow)
+    return None if found is None else f"`{show(found)}` may read a token after its query"
 
 
 def grows(flow: Flow, grown: dict[str, bool]) -> bool:

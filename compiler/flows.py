@@ -8,29 +8,26 @@ nobody wrote; then shapes run forward and every stage checks what it is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import rebuild
-from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS
+from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS, VECTOR_FUNCTIONS
 from ..grammar.show import show
 from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
-from ..ops import OPS, UNNAMED, Mismatch, Op, Shape
-from .expressions import plain
-from .library import bind, put
-from .model import MAPS, PREVIOUS, Apply, Flow, Mixing, Pairwise, Read, Statistic
-from .normalizers import exponential
-from .scalars import Axes, resolve, resolve_function, shaped, streams_read
+from ..ops import OPS, UNNAMED, Op, Shape
+from .arithmetic import applied, composed, exactly, joint, reduces, statistic
+from .library import put
+from .model import MAPS, PREVIOUS, Apply, Flow, Read
+from .options import bound, option_value
+from .scalars import resolve_function, shaped
 from .scope import Scope, body, suggest
 
 # What DESIGN names as a stage and a later version brings.
 LATER = {"pool": "pooling is"}
-
-# Functions that streams have in one place alone: label and help.
-_ELSEWHERE = {"mean": ("it is one in `regularize`", "`| mean_tokens` is the mean over the tokens")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +53,7 @@ class _Stage:
     options: dict[str, Any]
     others: tuple[Flow, ...]
     span: Span
+    places: dict[str, Span] = field(default_factory=dict)  # of what was written for an option
 
 
 def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
@@ -158,7 +156,7 @@ def _tensor(scope: Scope, expr: Name) -> Shape | None:
 
 
 def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
-    """`(one - 0.3 * two)`: streams become operands of one elementwise operation."""
+    """`(one - 0.3 * two)`: streams become operands of elementwise operations."""
     operands: list[Flow] = []
 
     def operand(flow: Flow) -> Expr:
@@ -172,19 +170,18 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
         if isinstance(part, Name) and part.id in scope.numbers:
             return part
         if isinstance(part, Call) and part.function == "joint":
-            return operand(_joint(scope, part))
+            return operand(joint(scope, part))
         if isinstance(part, Call) and part.function in STATISTICS:
-            return operand(_statistic(scope, part))
+            return operand(statistic(scope, part, part.function))
         if isinstance(part, Call) and part.function == "mean" and target.name == "regularize":
-            (arg,) = _exactly(part, part.args, 1)
+            (arg,) = exactly(part, part.args, 1)
             flow = _flow(scope, arg, Target("regularize"))
-            return operand(_apply(_Stage(OPS["average"], {}, (flow,), part.span), None))
-        if isinstance(part, Call) and part.function not in FUNCTIONS:
-            label, help = _ELSEWHERE.get(part.function, ("", ""))
-            if part.function in MAP_FUNCTIONS:
-                label = "it is read in scores, weights, `rows` and `columns`"
+            return operand(applied("average", {}, (flow,), part.span))
+        if isinstance(part, Call) and part.function not in {**FUNCTIONS, **VECTOR_FUNCTIONS}:
+            of_maps = part.function in MAP_FUNCTIONS
+            label = "it is read in scores, weights, `rows` and `columns`" if of_maps else ""
             raise error("L201", f"`{part.function}` is not a function of streams", part.span, label,
-                        help or did_you_mean(part.function, FUNCTIONS))  # fmt: skip
+                        did_you_mean(part.function, (*FUNCTIONS, *VECTOR_FUNCTIONS)))  # fmt: skip
         if isinstance(part, Unary | Binary | Compare | Call):
             return rebuild(part, visit)
         return operand(_flow(scope, part, replace(target, shape=None)))
@@ -194,49 +191,7 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
     body_ = resolve_function(scope, inside, free)
     if not operands:
         raise error("L208", "this is a number, not a stream", expr.span)
-    return _apply(_Stage(OPS["pointwise"], {"expr": body_}, tuple(operands), expr.span), None)
-
-
-def _statistic(scope: Scope, call: Call) -> Statistic:
-    """Return `lse(o)`, `entropy(o)`, `rows(o, e)` or `columns(o, e)` (L228)."""
-    kind = call.function
-    args = _exactly(call, call.args, STATISTICS[kind])
-    of, flow = _attention(scope, kind, args[0], call.span)
-    expr: Expr | None = None
-    reads: tuple[Read, ...] = ()
-    if len(args) == 2:
-        heads = flow.heads // (flow.inputs[1].shape.heads or 1)
-        axes = Axes(flow.queries, flow.keys, heads)
-        expr = resolve(scope, args[1], "statistic", axes)
-        reads = streams_read(scope, (expr,), ())
-    tokens = flow.keys if kind == "columns" else flow.queries
-    return Statistic(kind, expr, (of, *reads), Shape(tokens, 1, flow.heads), call.span)
-
-
-def _attention(scope: Scope, kind: str, arg: Expr, span: Span) -> tuple[Read, Mixing]:
-    """Return the attention that a number of its rows is asked of (L228)."""
-    name = arg.id if isinstance(arg, Name) else ""
-    shape = scope.shape(name, span) if name else None
-    flow = scope.streams[scope.own(name)].flow if scope.own(name) in scope.streams else None
-    if not (isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise)) or shape is None:
-        raise error("L228", f"`{kind}` is of an attention's rows", arg.span, "this is no attention",
-                    "name `o`, or a branch that attends and has no `out` of its own")  # fmt: skip
-    if kind in ("lse", "entropy", "joint") and exponential(flow.mix.normalize) is None:
-        raise error("L228", f"`{kind}` needs a normaliser like softmax", arg.span,
-                    f"`{name}` has {flow.mix.normalize.name}",
-                    "its numerator must be exp(…), what is added to `sum` positive")  # fmt: skip
-    return Read(scope.own(name), shape, arg.span), flow
-
-
-def _joint(scope: Scope, call: Call) -> Apply:
-    """`joint(a, b, …)`: what attention to the keys of all would give (L209, L228)."""
-    if len(call.args) < 2 or call.keywords:
-        raise error("L209", "`joint` takes two attentions or more", call.span)
-    for each in call.args:
-        _attention(scope, "joint", each, call.span)
-    logs = [_statistic(scope, Call("lse", (each,), (), call.span)) for each in call.args]
-    stage = _Stage(OPS["joint"], {}, (*(each.inputs[0] for each in logs), *logs), call.span)
-    return _apply(stage, None)
+    return composed(body_, tuple(operands), expr.span)
 
 
 # ── stages ───────────────────────────────────────────────────────────────────────────────
@@ -249,7 +204,8 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
         out, step = wanted[at], steps[at]
         shapes = [Shape("n", 1), *(each.shape for each in step.others)]
         options = _completed(scope, step, shapes[0], out)
-        wanted[at - 1] = None if out is None else step.op.needs(out, shapes, options)
+        known = out is not None and not reduces(options.get("expr"))
+        wanted[at - 1] = step.op.needs(out, shapes, options) if out and known else None
     for step, out in zip(steps, wanted, strict=True):
         head = _apply(replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
@@ -264,17 +220,11 @@ def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> d
     return step.op.complete(options, given, out)
 
 
-def _apply(step: _Stage, head: Flow | None) -> Apply:
+def _apply(step: _Stage, head: Flow | None) -> Flow:
     inputs = step.others if head is None else (head, *step.others)
-    shapes = [each.shape for each in inputs]
-    try:
-        shape = step.op.shape(shapes, step.options)
-    except Mismatch as problem:
-        raise error("L206", problem.message, step.span, problem.label, problem.help) from None
-    if shape.features > 1 << 24:
-        raise error("L203", "this stream is too wide", step.span, f"{shape.features:,} features")
-    module = step.op.suffix if step.op.weights(shapes, step.options) else ""
-    return Apply(step.op.name, inputs, tuple(step.options.items()), shape, module, step.span)
+    if step.op.name == "pointwise":
+        return composed(step.options["expr"], inputs, step.span)
+    return applied(step.op.name, step.options, inputs, step.span, step.places)
 
 
 def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
@@ -294,18 +244,18 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
             inside = resolve_function(scope, result.value, frozenset("x"))
             return [_pointwise(put(inside, {"x": Name("a0")}), (), stage.span)]
     if name == "gate":
-        (other,) = _exactly(stage, args, 1)
+        (other,) = exactly(stage, args, 1)
         gate = _flow(scope, other, replace(target, shape=None))
         return [_pointwise(Binary("*", Name("a0"), Name("a1")), (gate,), stage.span)]
     if name == "scale":
-        (factor,) = _exactly(stage, args, 1)
+        (factor,) = exactly(stage, args, 1)
         value = scope.number(factor, "the factor of `scale`")
         number = Number(value, repr(value), factor.span)
         return [_pointwise(Binary("*", Name("a0"), number), (), stage.span)]
     if name in FUNCTIONS and not FUNCTIONS[name].boolean and name != "where":
         rest = tuple(
             Number(value := scope.number(arg, f"an argument of `{name}`"), repr(value), arg.span)
-            for arg in _exactly(stage, args, FUNCTIONS[name].arity - 1)
+            for arg in exactly(stage, args, FUNCTIONS[name].arity - 1)
         )
         return [_pointwise(Call(name, (Name("a0"), *rest)), (), stage.span)]
     if name in OPS and name not in UNNAMED:
@@ -322,22 +272,11 @@ def _pointwise(expr: Expr, others: tuple[Flow, ...], span: Span) -> _Stage:
     return _Stage(OPS["pointwise"], {"expr": shaped(expr)}, others, span)
 
 
-def _exactly(stage: Expr, args: tuple[Expr, ...], count: int) -> tuple[Expr, ...]:
-    keywords = stage.keywords if isinstance(stage, Call) else ()
-    if len(args) != count or keywords:
-        name = getattr(stage, "function", getattr(stage, "id", ""))
-        raise error("L209", f"`{name}` takes {plain(count)}", stage.span,
-                    f"{len(args) + len(keywords)} given")  # fmt: skip
-    return args
-
-
 def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Stage:
-    params = tuple(
-        syntax.Parameter(each.name, None if each.required else Name("none")) for each in op.options
-    )
-    values = bind(op.name, params, stage, stage.span)
+    values = bound(op.name, op.options, stage)
     options: dict[str, Any] = {}
     others: list[Flow] = []
+    places: dict[str, Span] = {}
     for option in op.options:
         value = values[option.name]
         if value == Name("none") and not option.required:
@@ -345,25 +284,8 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
         elif option.kind == "stream":
             others.append(_flow(scope, value, replace(target, shape=None)))
         else:
-            options[option.name] = _value(scope, op, option.name, option.kind, value)
-    return _Stage(op, options, tuple(others), stage.span)
-
-
-def _value(scope: Scope, op: Op, name: str, kind: str | tuple[str, ...], expr: Expr) -> Any:
-    what = f"`{name}` of `{op.name}`"
-    if kind == "size":
-        return scope.size(expr, what)
-    if kind == "number":
-        return scope.number(expr, what)
-    if kind == "flag":
-        if expr not in (Name("true"), Name("false")):
-            raise error("L222", f"{what} is true or false", expr.span)
-        return expr == Name("true")
-    word = expr.id if isinstance(expr, Name) else getattr(expr, "value", None)
-    if word not in kind:
-        raise error("L222", f"{what} is one of {', '.join(f'`{each}`' for each in kind)}",
-                    expr.span, "", did_you_mean(str(word), kind))  # fmt: skip
-    return word
+            options[option.name] = option_value(scope, op.name, option, value, places)
+    return _Stage(op, options, tuple(others), stage.span, places)
 
 
 # ── names of submodules ──────────────────────────────────────────────────────────────────

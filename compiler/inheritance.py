@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from functools import cache
 
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import names
-from ..grammar.parse import parse_expression
 from ..grammar.source import Span
 from ..grammar.syntax import Call, Expr, Name, Statement
-from .library import Library, bind, put, substitute_statement
+from .library import Library, bind, parsed, put, substitute_statement
 from .names import taken
 from .scope import Findings
+from .spellings import instead
 
 SETTINGS = {
     "width": "", "context_width": "", "heads": "8", "kv_heads": "heads",
@@ -26,6 +27,11 @@ SETTINGS = {
     "mask": "all", "select": "none", "normalize": "softmax", "weights": "p", "mix": "attend",
     "out": "o | merge | linear", "dropout": "0", "regularize": "none", "grid": "",
 }  # fmt: skip
+
+
+@cache
+def _defaults() -> dict[str, Expr]:
+    return parsed("block", SETTINGS)
 
 
 WHOLE_BLOCK = ("width", "context_width", "grid", "regularize")  # settings that a branch cannot have
@@ -85,7 +91,7 @@ class Body:
                                         "set it outside of the branch")  # fmt: skip
                         if name not in SETTINGS:
                             raise error("L202", f"{what} has no setting `{name}`", statement.span,
-                                        "", did_you_mean(name, SETTINGS))  # fmt: skip
+                                        "", instead(statement, "block", SETTINGS))  # fmt: skip
                         self.settings[name] = statement
                     case syntax.Let() | syntax.Param():
                         self.lets[name] = statement
@@ -103,9 +109,7 @@ class Body:
         return name in self.settings
 
     def get(self, name: str) -> Expr:
-        if name in self.settings:
-            return self.settings[name].value
-        return parse_expression(SETTINGS[name])
+        return self.settings[name].value if name in self.settings else _defaults()[name]
 
     def condition(self, name: str) -> Expr | None:
         """Return what stands behind the `where` of a setting."""

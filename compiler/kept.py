@@ -40,8 +40,6 @@ def kept_bytes(block: Block, tokens: int, size: int) -> int:
         if isinstance(mixing.mix, Recurrence):
             states = sum(prod(state.kept) for state in mixing.mix.states)
             total += max(4, size) * mixing.heads * states
-            if mixing.mix.leveled and mixing.mix.resets:
-                total += 8  # the number of the token in its document
         elif mixing.queries == "n" and mixing.keys in ("n", "m"):
             early = mixing.keys == "m" or not _late(block, name, mixing)
             groups.setdefault(mixing.keys if early else name, []).append((name, mixing))

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import substitute
-from ..grammar.parse import parse
+from ..grammar.parse import parse, parse_expression
 from ..grammar.source import Source, Span
+from ..grammar.store import kept
 from ..grammar.syntax import Definition, Expr, File, Statement
 from .names import taken
 
@@ -28,13 +29,24 @@ MAX_NODES = 20_000  # parts of one expression, and of all the definitions a bloc
 
 @cache
 def standard() -> tuple[Definition, ...]:
-    """Return every definition of the standard library."""
-    folder = files(__package__.rpartition(".")[0] + ".grammar").joinpath("std")
-    found: list[Definition] = []
-    for entry in sorted(folder.iterdir(), key=lambda each: each.name):
-        source = Source(f"std/{entry.name}", entry.read_text(encoding="utf-8"))
-        found.extend(item for item in parse(source).items if isinstance(item, Definition))
-    return tuple(found)
+    """Return every definition of the standard library; what was parsed is kept on disk."""
+    files = sorted((Path(__file__).parent.parent / "grammar" / "std").glob("*.loom"))
+    texts = {f"std/{each.name}": each.read_text(encoding="utf-8") for each in files}
+
+    def parsed() -> tuple[Definition, ...]:
+        items = [item for name, text in texts.items() for item in parse(Source(name, text)).items]
+        return tuple(item for item in items if isinstance(item, Definition))
+
+    return kept("std", [f"{name}\n{text}".encode() for name, text in texts.items()], parsed)
+
+
+def parsed(name: str, texts: Mapping[str, str]) -> dict[str, Expr]:
+    """Return some expressions, without those that are empty; what was parsed is kept on disk."""
+
+    def made() -> dict[str, Expr]:
+        return {key: parse_expression(text) for key, text in texts.items() if text}
+
+    return kept(name, [repr(texts).encode()], made)
 
 
 @dataclass(frozen=True, slots=True)

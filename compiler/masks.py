@@ -16,8 +16,18 @@ from functools import lru_cache
 from math import ceil, floor, inf
 
 from ..grammar.expr import TRUE, calls, fold, names, number, rebuild, substitute
-from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, walk
-from ..kernels.spec import Reach
+from ..grammar.syntax import (
+    Binary,
+    Call,
+    Compare,
+    Expr,
+    Index,
+    Name,
+    Number,
+    Unary,
+    children,
+    walk,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,11 @@ class Extent:
     ahead: float = inf
 
     @property
+    def nothing(self) -> bool:
+        """Whether no pair is visible at all."""
+        return self.prefix == 0 and self.low > self.high
+
+    @property
     def causal(self) -> bool:
         return self.ahead <= 0
 
@@ -40,13 +55,8 @@ class Extent:
             return 0
         return None if self.high == inf else max(0, int(self.high))
 
-    @property
-    def reach(self) -> Reach:
-        if self.low > self.high:
-            return Reach(back=0, ahead=0, prefix=self.prefix)
-        ahead = None if self.low == -inf else int(-self.low)
-        return Reach(back=None if self.high == inf else int(self.high), ahead=ahead,
-                     prefix=self.prefix)  # fmt: skip
+
+NOTHING = Extent(0, inf, -inf, -inf)  # of a mask that shows nothing
 
 
 @lru_cache(maxsize=4096)
@@ -64,18 +74,50 @@ def extent(mask: Expr) -> Extent:
             return found
         case Call("ispow2", (arg,)) if (line := linear(arg)) and line[:2] == (1, -1):
             return Extent(low=1 - line[2], ahead=line[2] - 1)
+        case Unary("not", inner) if (turned := _negated(inner)) is not None:
+            return extent(turned)
         case Name("false"):
-            return Extent(0, inf, -inf, -inf)
+            return NOTHING
         case _:
             return Extent()
 
 
+def _negated(mask: Expr) -> Expr | None:
+    """Return `not mask` without its `not`, as far as it compares whole numbers; else None."""
+    match mask:
+        case Unary("not", inner):
+            return inner
+        case Binary("and" | "or" as op, left, right):
+            return Binary("or" if op == "and" else "and", Unary("not", left), Unary("not", right))
+        case Compare((left, right), (op,)) if linear(left) and linear(right):
+            return Compare((left, right), (_OPPOSITE[op],))
+        case Compare((left, middle, right), (first, second)):
+            return _negated(Binary("and", Compare((left, middle), (first,)),
+                                   Compare((middle, right), (second,))))  # fmt: skip
+        case Name("true" | "false" as id):
+            return TRUE if id == "false" else Name("false")
+    return None
+
+
 def remembered(mask: Expr, exprs: Iterable[Expr]) -> Expr:
     """Return the mask of what a cache must keep: some expressions read all keys, in order."""
-    return TRUE if any(map(_reads_others, exprs)) else mask
+    return TRUE if any(map(reads_others, exprs)) else mask
 
 
-def _reads_others(expr: Expr) -> bool:
+def of_distance(expr: Expr) -> bool:
+    """Say whether i and j are read only as their difference, or compared with each other."""
+    places = (Name("i"), Name("j"))
+    match expr:
+        case Binary("-", left, right) if left in places and right in places:
+            return True
+        case Compare(operands) if all(each in places for each in operands):
+            return True
+        case Index(_, items):
+            return all(each in places or of_distance(each) for each in items)
+    return expr not in places and all(map(of_distance, children(expr)))
+
+
+def reads_others(expr: Expr) -> bool:
     """Say whether an expression reads of other keys' tokens than its own pair's."""
     if calls(expr, "convolve"):
         return True
@@ -88,7 +130,7 @@ def _reads_others(expr: Expr) -> bool:
 
 def widest(extents: Iterable[Extent]) -> Extent:
     """Return bounds that hold for every one of several masks."""
-    first, *others = extents
+    first, *others = [each for each in extents if not each.nothing] or [NOTHING]
     for each in others:
         first = Extent(max(first.prefix, each.prefix), min(first.low, each.low),
                        max(first.high, each.high), max(first.ahead, each.ahead))  # fmt: skip
@@ -97,8 +139,11 @@ def widest(extents: Iterable[Extent]) -> Extent:
 
 def _both(a: Extent, b: Extent) -> Extent:
     """Return bounds on what two masks let through together."""
+    if a.nothing or b.nothing:
+        return NOTHING
     prefix = max(a.prefix, b.prefix)
-    return Extent(prefix, max(a.low, b.low), min(a.high, b.high), min(a.ahead, b.ahead))
+    found = Extent(prefix, max(a.low, b.low), min(a.high, b.high), min(a.ahead, b.ahead))
+    return NOTHING if found.nothing else found
 
 
 def _comparison(op: str, left: Expr, right: Expr) -> Extent:
@@ -140,13 +185,14 @@ def _same_block(left: Expr, right: Expr) -> int | None:
     return None
 
 
+_OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 Line = tuple[int | float, int | float, int | float]
 
 
 def linear(expr: Expr) -> Line | None:
     """Return (a, b, c) where the expression is a · i + b · j + c."""
     match expr:
-        case Number(value):
+        case Number(value) if value != -inf:
             return (0, 0, value)
         case Name("i"):
             return (1, 0, 0)

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 from ..grammar import syntax
 from ..grammar.diagnostics import error
-from ..grammar.expr import fold, names, number
+from ..grammar.expr import names, number
 from ..grammar.show import show
 from ..grammar.syntax import Binary, Definition, Expr, Index, Name
 from ..ops import Shape
-from .affine import Affine
 from .expressions import Dims, Resolver, Value
 from .levels import MAX_LEVELS, NotAffineError, affine_parts
 from .library import substitute_statement
 from .model import Recurrence, State, Update
 from .scope import Scope, suggest
+from .settled import finite, settled
 
 
 def resolve_mixer(scope: Scope, definition: Definition, call: Expr, mask: str) -> Recurrence:
@@ -80,11 +80,13 @@ def _state(scope: Scope, state: syntax.State) -> State:
         raise error("L230", f"`{state.name}` needs a weight for each level", state.weights.span,
                     f"the weights are {list(dims)}",
                     f"write a vector of 1 to {MAX_LEVELS} numbers")  # fmt: skip
-    return State(state.name, shape, init, fold(weights), dims[0])
+    return State(state.name, shape, init, finite(settled(weights)), dims[0])
 
 
 def _merges(visitor: _Mixer, state: State, updates: list[Update], states: set[str]) -> None:
     """Check that levels of a state can be merged: each is updated by itself (L230)."""
+    from .affine import Affine  # the algebra of recurrences, which few checks need
+
     read = {name for each in updates for name in names(each.value)}
     ranks = {name: visitor.rank(name) for name in read - {"true", "false"}}
     rank = Affine(ranks, frozenset()).rank
@@ -119,7 +121,7 @@ def _update(visitor: _Mixer, update: syntax.Update) -> Update:
         raise error("L216", f"`{update.name}` cannot be written", update.span,
                     "a mixer writes its states, `o`, and names of its own")  # fmt: skip
     known.setdefault(update.name, dims)
-    return Update(update.name, fold(value))
+    return Update(update.name, finite(settled(value)))
 
 
 def _only_adds(definition: Definition, updates: list[Update], states: set[str], call: Expr) -> None:

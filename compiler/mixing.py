@@ -185,7 +185,7 @@ class Part:
                 raise error("L210", "this mask lets nothing be seen", body.span_of("mask"))
         with scope.findings.guard():
             where = body.condition("normalize")
-            normalize = resolve_normalizer(scope, body.get("normalize"), axes, where)
+            normalize = resolve_normalizer(scope, body.get("normalize"), axes, where, score)
         with scope.findings.guard():
             weights = resolve(scope, body.get("weights"), "weights", axes)
         similarity: Expr | None = None

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..grammar.diagnostics import Diagnostic
-from ..grammar.expr import names
+from ..grammar.expr import TRUE, names
 from ..grammar.source import NOWHERE, Span
-from ..grammar.syntax import Expr, File, Index, Name, walk
+from ..grammar.syntax import Binary, Compare, Expr, File, Index, Name, walk
 from ..ops import Shape, Weight
 
 PREVIOUS = "previous."  # what stands before the names of the layer below
@@ -88,6 +88,26 @@ class Mixing:
         return tuple(dict.fromkeys((*(each.name for each in first), *read)))
 
 
+def _documents(at: str, other: str) -> Compare:
+    sides = (Index(Name("doc"), (Name(at),)), Index(Name("doc"), (Name(other),)))
+    return Compare(sides, ("==",))
+
+
+SAME_DOCUMENT = (_documents("i", "j"), _documents("j", "i"))  # `document`, and turned
+
+
+def without_document(mask: Expr) -> Expr:
+    """Return a mask without the demand that query and key are of one document."""
+    match mask:
+        case Binary("and", left, right):
+            rest = [each for each in map(without_document, (left, right)) if each != TRUE]
+            return (
+                TRUE if not rest else rest[0] if len(rest) == 1 else Binary("and", rest[0], rest[1])
+            )
+        case _:
+            return TRUE if mask in SAME_DOCUMENT else mask
+
+
 def indexed(exprs: Iterable[Expr], inputs: tuple[Read, ...], at: str) -> list[str]:
     """Return the streams that expressions read by the token i or j."""
     streams = {"doc", *(each.name for each in inputs)}
@@ -104,7 +124,8 @@ def indexed(exprs: Iterable[Expr], inputs: tuple[Read, ...], at: str) -> list[st
 class Statistic:
     """A number for every row or column of a map, [heads, tokens, 1].
 
-    `kind`: `lse` is the logarithm of the normaliser's denominator, `entropy` that of the row,
+    `kind`: `lse` is the logarithm of the normaliser's denominator, 0 where it is zero; `joint`
+    the same, but -inf there, which is what it weighs; `entropy` that of the row,
     `rows` the sum of `expr` over the visible keys, `columns` over the queries that see a key.
     The first of the inputs is what was mixed, the others are what `expr` reads.
     """
@@ -304,6 +325,23 @@ class Block:
         return {each.name: each.flow for each in self.streams if isinstance(each.flow, Mixing)}
 
     @property
+    def marks(self) -> bool:
+        """Whether segments only mark tokens: an expression says itself what documents mean.
+
+        Else each segment of a row is a sequence of its own, that nothing else reaches.
+        """
+        read: list[Expr] = []
+        for flow in (node for each in self.flows for node in flow_nodes(each)):
+            if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
+                mix = flow.mix
+                met = () if mix.similarity is None else (mix.similarity,)
+                read += [*met, mix.score, without_document(mix.mask), *mix.normalize.exprs,
+                         mix.weights]  # fmt: skip
+            elif isinstance(flow, Statistic) and flow.expr is not None:
+                read.append(flow.expr)
+        return any("doc" in names(each) for each in read)
+
+    @property
     def previous(self) -> tuple[str, ...]:
         """What it reads of the layer below: streams, and `s` and `p` of its map."""
         read: dict[str, None] = {}
@@ -391,8 +429,13 @@ class Model:
         more = () if self.encoder is None else self.encoder.blocks
         return tuple(dict.fromkeys((*self.layers, *more)))
 
+    @property
+    def marks(self) -> bool:
+        """Whether segments only mark tokens, as one of the layers says what they mean."""
+        return any(block.marks for block in self.layers)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Architecture:
     """A checked file. `blocks` and `models` are elaborated at their default sizes."""
 
@@ -400,3 +443,13 @@ class Architecture:
     blocks: dict[str, Block]
     models: dict[str, Model]
     warnings: tuple[Diagnostic, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The file as formatted Loom."""
+        from ..grammar.format import format_loom
+
+        return format_loom(self.file).rstrip()
+
+    def __repr__(self) -> str:
+        return self.text

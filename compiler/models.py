@@ -6,18 +6,19 @@ layers = ([local] * 5 + [global]) * 2      → twelve blocks, in order
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, did_you_mean, error
-from ..grammar.parse import parse_expression
 from ..grammar.syntax import Binary, Call, Expr, ListOf, Name
 from ..ops import Shape
 from .blocks import Draft, Sizes, draft_block
-from .library import Library, bind, put, statement_exprs
+from .inheritance import SETTINGS as OF_BLOCKS
+from .library import Library, bind, parsed, put, statement_exprs
 from .model import Block, FeedForward, Model
 from .previous import stack
 from .scope import Findings, Scope
+from .spellings import instead
 
 SETTINGS = {
     "vocab": "none", "width": "", "layers": "", "ffn": "swiglu(8/3)", "norm": "rms",
@@ -25,6 +26,11 @@ SETTINGS = {
     "encoder": "none",
 }  # fmt: skip
 MAX_LAYERS = 1024
+
+
+@cache
+def _defaults() -> dict[str, Expr]:
+    return parsed("model", SETTINGS)
 
 
 def elaborate_model(
@@ -72,10 +78,16 @@ class _Reader:
                     self.settings[name] = put(statement.value, values)
                 else:
                     raise error("L202", f"a model has no setting `{name}`", statement.span, "",
-                                did_you_mean(name, SETTINGS))  # fmt: skip
+                                self._instead(statement))  # fmt: skip
+
+    @staticmethod
+    def _instead(statement: syntax.Statement) -> str:
+        if isinstance(statement, syntax.Setting):
+            return instead(statement, "model", SETTINGS, OF_BLOCKS)
+        return "a model is made of settings and `let`"
 
     def get(self, name: str) -> Expr:
-        return self.settings.get(name) or parse_expression(SETTINGS[name])
+        return self.settings[name] if name in self.settings else _defaults()[name]
 
     def read(self, warnings: list[Diagnostic] | None) -> Model | None:
         guard = self.findings.guard

@@ -34,7 +34,9 @@ MODULE = frozenset((
     "set_extra_state", "set_submodule", "share_memory", "state_dict", "to", "to_empty", "train",
     "training", "type", "xpu", "zero_grad",
 ))  # fmt: skip
-METHODS = frozenset(("attend", "auxiliary", "auxiliary_loss", "init_cache", "initial"))
+METHODS = frozenset((
+    "attend", "auxiliary", "auxiliary_loss", "constants", "init_cache", "initial", "set_constants",
+))  # fmt: skip
 
 
 def taken(name: str, tensor: bool = False) -> str:

@@ -3,6 +3,7 @@
     exp(s) / sum                       exponential, nothing added
     exp(s) / (exp(z[h]) + sum)         exponential, the logit z[h] added
     exp(2 * s) / (1 + sum)             exponential in 2 * s, the logit 0 added
+    exp(s) / (2 + sum - 1)             likewise
     exp(s) / detach(sum)               exponential, its denominator held constant
     exp(s) / max(sum, 1)               exponential, its denominator 1 at least
     relu(s) ** 2 / sum                 ratio
@@ -15,10 +16,10 @@ takes part in it as one more logit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ..grammar.expr import fold, names
+from ..grammar.expr import fold, names, number
 from ..grammar.syntax import Binary, Call, Expr, Name, Number
 from .model import Normalizer
 
@@ -82,11 +83,26 @@ def _held(normalizer: Normalizer, inner: Expr, hold: Callable[[Expr], Expr]) -> 
 
 
 def _terms(expr: Expr) -> list[Expr]:
+    """Return the terms of a sum, its numbers as one: 1 + sum + 2 is 3 + sum."""
+    terms = list(_apart(expr))
+    numbers = [each.value for each in terms if isinstance(each, Number)]
+    if len(numbers) < 2:
+        return terms
+    first = next(at for at, each in enumerate(terms) if isinstance(each, Number))
+    done: list[Expr] = [each for each in terms if not isinstance(each, Number)]
+    return [*done[:first], number(sum(numbers)), *done[first:]] if sum(numbers) else done
+
+
+def _apart(expr: Expr) -> Iterator[Expr]:
     match expr:
         case Binary("+", left, right):
-            return [*_terms(left), *_terms(right)]
+            yield from _apart(left)
+            yield from _apart(right)
+        case Binary("-", left, Number(value)):
+            yield from _apart(left)
+            yield number(-value)
         case _:
-            return [expr]
+            yield expr
 
 
 def _log(term: Expr) -> Expr | None:

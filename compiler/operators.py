@@ -19,7 +19,7 @@ from ..kernels.sequential import Scan
 from ..kernels.spec import Attend
 from .choose import kernel_spec
 from .graph import Graph, Node, shape_of
-from .recurrences import Chunked, Memory, kernel_of, of_node
+from .recurrences import Chunked, Memory, kernels_of, of_node
 from .sequential_form import scan_of
 
 
@@ -84,8 +84,7 @@ def _readings(graph: Graph, node: Node) -> Iterable[tuple[Memory, Recurrence]]:
     """Return the matrices of a recurrence, and the kernel of each of their readings."""
     form = of_node(graph, node)
     assert isinstance(form, Chunked)
-    resets = node.get("recurrence").resets
     for step in form.steps:
         if isinstance(step, Memory):
             for reading in step.readings:
-                yield step, kernel_of(step, reading, resets)
+                yield from ((step, each) for each in kernels_of(step, reading))

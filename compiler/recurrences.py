@@ -127,11 +127,16 @@ def ranks_of(graph: Graph, node: Node) -> dict[str, int]:
     return ranks
 
 
-def kernel_of(step: Memory, reading: Reading, resets: bool) -> kernel.Recurrence:
-    """Return the kernel that a reading takes; where documents begin, a state fades to nothing."""
-    decay = "number" if step.decay is not None or resets else None
+def kernels_of(step: Memory, reading: Reading) -> tuple[kernel.Recurrence, kernel.Recurrence]:
+    """Return the kernels that a reading takes: of full rows of one sequence, and of all others.
+
+    Where a sequence begins, a state fades to nothing.
+    """
     corrected = any(each.query is not None for each in step.writes)
-    return kernel.Recurrence("rows" if step.by_rows else decay, corrected, not reading.after)
+    plain = None if step.decay is None else "rows" if step.by_rows else "number"
+    forms = (plain, plain or "number")
+    found = [kernel.Recurrence(each, corrected, not reading.after) for each in forms]
+    return found[0], found[1]
 
 
 def kernel_obstacle(mix: Recurrence, form: Chunked) -> str | None:
@@ -203,8 +208,6 @@ class _Analysis:
             return (self._memory if len(state.shape) == 2 else self._sum)(state, value)
 
     def _in_levels(self, state: State) -> None:
-        if self.mix.resets:
-            raise RefusedError("documents begin its levels anew in the middle of chunks")
         if [each.name for each in self.mix.updates].count(state.name) > 1:
             raise RefusedError("it is kept in levels, and written more than once")
 

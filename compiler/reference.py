@@ -3,7 +3,8 @@
 This is the oracle of every compiled form: dense, plain PyTorch in any dtype, with no cache
 and no shortcut, sharing nothing with the compiler but `model`, `parameters` and what each
 operation itself says it means (`Op.eager`). Reading order: the design's 2.4 is
-`reference_attend`, 2.5 is `reference_scan`, 2.6 is `ReferenceModel` here.
+`reference_attend`, 2.6 is `reference_scan`, 2.7 is `ReferenceModel` here, and what a batch
+of sequences means is `reference_batch`.
 
     >>> oracle = reference(block, dtype=torch.float64)
     >>> oracle(x).shape == x.shape
@@ -31,6 +32,7 @@ from .parameters import (
     weights,
 )
 from .reference_attend import Given, Places, attend
+from .reference_batch import run_alone
 from .reference_scan import scan
 
 
@@ -70,23 +72,39 @@ class ReferenceBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.architecture = block
-        self.auxiliary = torch.zeros(())
+        self.terms: list[tuple[int, Tensor]] = []  # tokens, and what they add to the loss
 
     def forward(
         self,
         x: Tensor,
         *,
         context: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
         segments: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Return the block's output [b, n, width].
+        """Return the block's output [b, n, width], of every sequence as if it were alone.
 
-        x is [b, n, width]; context [b, m, context_width] for a block that reads one; segments
-        [b, n] the document of each token (default: all the same); positions [n] or [b, n] the
-        absolute position of each token (default: from 0). A context's count from 0.
+        x is [b, n, width]; context [b, m, context_width] for a block that reads one. Of both,
+        the masks [b, n] and [b, m] say what is a token (1) and what padding (0). `segments`
+        [b, n] number the sequences of each row, or with b = 1 `cu_seqlens` [count + 1] say
+        where they begin and end; positions [n] or [b, n] where every token stands (default:
+        counted from 0 in each sequence). A context's count from 0.
         """
-        return self.layer(x, {}, context, segments, positions)[0]
+        self.terms.clear()
+        return run_alone(
+            lambda *given: self.layer(given[0], {}, *given[1:])[0],
+            x,
+            cuts=not self.architecture.marks,
+            context=context,
+            attention_mask=attention_mask,
+            context_mask=context_mask,
+            segments=segments,
+            cu_seqlens=cu_seqlens,
+            positions=positions,
+        )
 
     def layer(
         self,
@@ -125,12 +143,14 @@ class ReferenceBlock(nn.Module):
                 streams[stream.name] = self._flow(stream.flow, given)
         made = {each.name: streams[each.name] for each in block.streams}
         if block.regularize is not None and self.training:
-            self.auxiliary = self._flow(block.regularize, given)
+            self.terms.append((x[..., 0].numel(), self._flow(block.regularize, given)))
         return self._flow(block.out, given), {**made, **maps}
 
     def auxiliary_loss(self) -> Tensor:
-        """Return what the last forward pass in training adds to the loss."""
-        return self.auxiliary
+        """Return what the last forward pass in training adds to the loss: its mean by tokens."""
+        total = max(1, sum(tokens for tokens, _ in self.terms))
+        terms = [term * (tokens / total) for tokens, term in self.terms]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def _flow(self, flow: Flow, given: Given) -> Tensor:
         if isinstance(flow, Read):
@@ -174,15 +194,39 @@ class ReferenceModel(nn.Module):
         x: Tensor,
         *,
         context: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
         segments: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """Return logits [b, n, vocab], classes [b, classes], or features [b, n, width].
 
         x is [b, n] tokens, or [b, n, width] features for a model without a vocabulary; the
-        rest is as for a block, and handed to each. The context passes through the encoder
-        first, where there is one: [b, m] tokens, or [b, m, its width].
+        rest is as for a block. The context passes through the encoder first, where there is
+        one: [b, m] tokens, or [b, m, its width].
         """
+        for each in self._blocks():
+            each.terms.clear()
+        return run_alone(
+            self._alone,
+            x,
+            cuts=not self.architecture.marks,
+            context=context,
+            attention_mask=attention_mask,
+            context_mask=context_mask,
+            segments=segments,
+            cu_seqlens=cu_seqlens,
+            positions=positions,
+        )
+
+    def _alone(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        segments: Tensor | None,
+        positions: Tensor | None,
+    ) -> Tensor:
         model = self.architecture
         if model.encoder is not None:
             if context is None:
@@ -218,8 +262,10 @@ class ReferenceModel(nn.Module):
 
     def auxiliary_loss(self) -> Tensor:
         """Return what the last forward pass in training adds to the loss, of all layers."""
-        blocks = (each for each in self.modules() if isinstance(each, ReferenceBlock))
-        return torch.stack([each.auxiliary_loss() for each in blocks]).sum()
+        return torch.stack([each.auxiliary_loss() for each in self._blocks()]).sum()
+
+    def _blocks(self) -> list[ReferenceBlock]:
+        return [each for each in self.modules() if isinstance(each, ReferenceBlock)]
 
     def _with_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         model = self.architecture

@@ -95,8 +95,10 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         """Return a number for every row or column of the map, [b, heads, tokens, 1]."""
         kind, expr = asked.kind, asked.expr
         scope.axes |= {each.name: each.shape for each in asked.inputs}
-        if kind == "lse":
-            return log_denominator(mix.normalize, logits, scope, pairs)[..., None].to(o.dtype)
+        if kind in ("lse", "joint"):
+            nothing = 0 if kind == "lse" else -torch.inf
+            log = log_denominator(mix.normalize, logits, scope, pairs, nothing)
+            return log[..., None].to(o.dtype)
         x = -plain * torch.where(plain > 0, plain, 1).log()  # the terms of the entropy
         if expr is not None:
             x = column(expr, {"p": plain})
@@ -143,9 +145,11 @@ class _Scope:
     def names(self, pairs: Pairs) -> dict[str, Value]:
         """Whole numbers are float64: exact up to 2**53, and they round nothing they meet."""
         positions = self.given.positions
+        keys = positions[self.mixing.keys]
+        keys = keys if self.shape[3] else keys.new_zeros(len(keys), 1)  # of rows without any
         return {
             "i": positions[self.mixing.queries][pairs.batch, pairs.query].double(),
-            "j": positions[self.mixing.keys][pairs.batch, pairs.key].double(),
+            "j": keys[pairs.batch, pairs.key].double(),
             "h": pairs.head.double(),
             "n": self.shape[2],
             "m": self.shape[3],
@@ -225,8 +229,10 @@ def normalize(normalizer: Normalizer, s: Tensor, rows: Groups, read: Read) -> Te
     return _divide(numerator, _stable(normalizer.denominator, {"s": s}, rows, read, total)).plain()
 
 
-def log_denominator(normalizer: Normalizer, s: Tensor, scope: _Scope, pairs: Pairs) -> Tensor:
-    """Return the logarithm of every row's denominator, [b, heads, queries]."""
+def log_denominator(
+    normalizer: Normalizer, s: Tensor, scope: _Scope, pairs: Pairs, nothing: float
+) -> Tensor:
+    """Return the logarithm of every row's denominator, [b, heads, queries]; of zero, `nothing`."""
     assert normalizer.denominator is not None
     rows, size = scope.map.rows, scope.shape[:3]
     first = rows.first
@@ -257,7 +263,9 @@ def log_denominator(normalizer: Normalizer, s: Tensor, scope: _Scope, pairs: Pai
         lambda expr, more: scope.evaluate(expr, every, {**names, **more}),
         total,
     )
-    return (below.value.log() + below.exponent).reshape(size).to(s)
+    empty = below.value == 0
+    log = torch.where(empty, 1, below.value).log() + below.exponent
+    return torch.where(empty, nothing, log).reshape(size).to(s)
 
 
 class _Scaled(NamedTuple):
@@ -370,8 +378,8 @@ def _threshold(normalizer: Normalizer, s: Tensor, rows: Groups, read: Read) -> T
     """Return the tau of each row that makes `where left == right` true.
 
     Bisection on F(tau) = left − right, which has to be monotone, down to float64's precision.
-    One Newton step, tau − F(tau) / F'(tau) with F' held constant, moves it by nothing and
-    gives it the gradient of the implicit function, −(∂F/∂s) / F'.
+    Newton steps, tau − F(tau) / F'(tau) with F' held constant, move it by nothing; the first
+    gives it the gradient of the implicit function, −(∂F/∂s) / F', the next its derivative.
     """
     where = normalizer.where
     if not (isinstance(where, Compare) and where.ops == ("==",)):
@@ -406,4 +414,7 @@ def _threshold(normalizer: Normalizer, s: Tensor, rows: Groups, read: Read) -> T
         return tau
     at = tau.clone().requires_grad_()
     (slope,) = torch.autograd.grad(excess(at, s.detach()).sum(), at)
-    return tau - excess(tau, s) / torch.where(slope == 0, 1, slope)
+    slope = torch.where(slope == 0, 1, slope)
+    for _ in range(2):
+        tau = tau - excess(tau, s) / slope
+    return tau

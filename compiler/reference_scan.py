@@ -186,7 +186,7 @@ def _at(streams: Mapping[str, Tensor], t: int) -> dict[str, Tensor]:
 def _filled(x: Value, head: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a value as a tensor [b, H, *shape]."""
     size = (*head.shape, *shape)
-    x = torch.as_tensor(x).to(head)
+    x = x.to(head) if isinstance(x, Tensor) else head.new_tensor(x)
     return x.reshape(*x.shape, *[1] * (len(size) - x.ndim)).expand(size)
 
 

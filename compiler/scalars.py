@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from ..grammar import syntax
 from ..grammar.diagnostics import error
-from ..grammar.expr import fold, names, number
+from ..grammar.expr import PLACES, fold, names, number
 from ..grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS, VECTOR_FUNCTIONS
+from ..grammar.show import show
 from ..grammar.source import Span
 from ..grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number
 from ..ops import Shape
@@ -22,8 +23,10 @@ from .expressions import Dims, Resolver, Value, plain
 from .library import put
 from .model import MAPS, PREVIOUS, Apply, Normalizer, Read
 from .scope import Scope, body, suggest
+from .settled import finite, settled, weighs_nothing
+from .thresholds import require
+from .trends import Unclear
 
-PLACES = frozenset(("i", "j", "h", "n", "m"))
 FREE = {
     "mask": PLACES,
     "similarity": PLACES,
@@ -149,6 +152,8 @@ class _Resolver(Resolver):
 
     def call(self, expr: Call) -> Value | None:
         name = expr.function
+        if self.what == "stage" and name in VECTOR_FUNCTIONS:
+            return self._of_features(expr)
         definition = self.scope.library.find(self.what, name)
         function = is_function(expr) or name in VECTOR_FUNCTIONS
         function |= self.what == "normalize" and name in FUNCTIONS  # a part of a normaliser
@@ -170,6 +175,24 @@ class _Resolver(Resolver):
         if not (function or self.scope.library.find("stage", name)) and (mask := self._mask(name)):
             return self._truth(mask, expr)
         return None
+
+    def _contract(self, expr: Binary, a: Value, b: Value) -> Value:
+        if self.what == "stage":
+            raise error("L216", "`@` is not of streams", expr.span, "",
+                        "`dot(a, b)` is the product of their features")  # fmt: skip
+        return super()._contract(expr, a, b)
+
+    def _of_features(self, expr: Call) -> Value:
+        """Resolve a function over the features of streams; the flow it becomes checks shapes."""
+        name, arity = expr.function, VECTOR_FUNCTIONS[expr.function]
+        if name == "outer":
+            raise error("L201", "`outer` is not a function of streams", expr.span,
+                        "a matrix is no stream", "a mixer and a score may use it")  # fmt: skip
+        if len(expr.args) != arity or expr.keywords:
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span,
+                        f"{len(expr.args) + len(expr.keywords)} given")  # fmt: skip
+        args = tuple(self.number(each).expr for each in expr.args)
+        return Value(Call(name, args, (), expr.span))
 
     def unknown(self, expr: Call) -> Exception:
         name = expr.function
@@ -347,12 +370,16 @@ def _elsewhere(scope: Scope, name: str) -> str:
 def resolve(scope: Scope, expr: Expr, kind: str, axes: Axes = Axes()) -> Expr:
     """Return a mask, score or weights expression with every name resolved, folded."""
     visitor = _Resolver(scope, kind, FREE[kind], axes)
-    return fold(visitor.scalar(expr, truth=kind == "mask"))
+    done = settled(visitor.scalar(expr, truth=kind == "mask"), int(scope.numbers["heads"]))
+    if kind == "score":
+        weighs_nothing(done)
+        return done
+    return finite(done)
 
 
 def shaped(expr: Expr) -> Expr:
     """Fold an elementwise expression, unless that would lose the stream that gives its shape."""
-    folded = fold(expr)
+    folded = finite(settled(expr))
     return folded if names(folded) == names(expr) else expr
 
 
@@ -374,9 +401,9 @@ def _says(expr: object) -> bool:
 
 
 def resolve_normalizer(
-    scope: Scope, expr: Expr, axes: Axes, where: Expr | None = None
+    scope: Scope, expr: Expr, axes: Axes, where: Expr | None, score: Expr
 ) -> Normalizer:
-    """Return a normaliser, taken apart into numerator and denominator (L220)."""
+    """Return a normaliser of a score, taken apart into numerator and denominator (L220)."""
     visitor = _Resolver(scope, "normalize", FREE["normalize"], axes)
     name, value = "", expr
     with ExitStack() as open_:
@@ -389,7 +416,9 @@ def resolve_normalizer(
             result = body(scope, definition, value)
             name = name or definition.name
             value, where = result.value, result.where or where
-        done = fold(visitor.scalar(value))
+        done = settled(visitor.scalar(value), int(scope.numbers["heads"]))
+        infinite = weighs_nothing(score)
+        finite(done, frozenset({"s"} if infinite else ()))
     span = value.span
     name = name or "in place"
     if where is not None:
@@ -397,6 +426,21 @@ def resolve_normalizer(
             raise error("L220", "the condition of a threshold must be `sum == 1`", where.span)
         if "tau" not in names(done) or "sum" in names(done):
             raise error("L220", "a threshold normaliser reads `tau` and not `sum`", span)
+        match done:
+            case Call("exp", (Binary("-", logit, Name("tau")),)) if "tau" not in names(logit):
+                # Σ exp(logit - tau) = 1 says that tau is the logarithm of the row sum.
+                return Normalizer(name, Call("exp", (logit,), (), done.span), Name("sum"))
+        if infinite:
+            raise error("L219", "a threshold needs finite logits", span, "the score may be minus "
+                        "infinity", "say in `mask` what is not seen")  # fmt: skip
+        try:
+            require(done)
+        except Unclear as problem:
+            raise error("L220", "no threshold can be found for these weights",
+                        problem.expr.span if value is expr else expr.span,
+                        f"`{show(problem.expr)}`: {problem}",
+                        "the weights must rise or fall with `tau` everywhere, from 0 to 1 or more, "
+                        "and read `s` beside it, as in `relu(s - tau)`") from None  # fmt: skip
         return Normalizer(name, done, None, where)
     if "tau" in names(done):
         raise error("L220", "`tau` needs a condition", span, "", "add `where sum == 1`")

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
+from math import inf, prod
 
 from ..grammar import syntax
+from ..grammar.constants import settle
 from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
-from ..grammar.expr import NotConstant, Value, calls, evaluate, rebuild
+from ..grammar.expr import NotConstant, Value, calls, evaluate, names, rebuild
 from ..grammar.functions import FUNCTIONS
 from ..grammar.source import Span
 from ..grammar.syntax import Call, Definition, Expr, Name
@@ -33,6 +34,7 @@ SCALAR = (
 )  # definitions of a number or truth a pair
 MAX_SIZE = 1 << 24
 MAX_NUMBERS = 1 << 32
+MAX_PLACES = 4096  # heads, and places along a tensor, for which a value is tried
 
 
 class Findings:
@@ -99,7 +101,10 @@ class Scope:
     def number(self, expr: Expr, what: str) -> Value:
         """Return the value of a constant expression (L219)."""
         try:
-            return evaluate(expr, self.numbers)
+            value = evaluate(expr, self.numbers)
+            if value == -inf:
+                raise NotConstant(expr, "it is minus infinity")
+            return value
         except NotConstant as problem:
             help = ""
             if isinstance(problem.node, Name):
@@ -192,15 +197,23 @@ class Scope:
                         "make it a `param`")  # fmt: skip
         if statement.dims and statement.dims[0] == Name("heads"):
             self.per_head.add(name)
-        index = {"h": 0} if statement.dims else {}
         try:
-            evaluate(_drawn(init), index)
+            self._finite(_drawn(init), sizes)
         except NotConstant as problem:
             raise error("L219", f"the initial value of `{name}` must be a number",
                         problem.node.span, problem.reason,
                         "it may read `h`, the place along the first dimension, "
                         "and `normal(std)`") from None  # fmt: skip
-        return Weight(name, sizes, init, statement.learned)
+        return Weight(name, sizes, settle(init), statement.learned)
+
+    @staticmethod
+    def _finite(init: Expr, sizes: tuple[int, ...]) -> None:
+        """Raise `NotConstant` where a first value is not a finite number, at any `h`."""
+        places = min(sizes[0], MAX_PLACES) if sizes and "h" in names(init) else 1
+        for h in range(places):
+            value = evaluate(settle(init), {"h": h} if sizes else {})
+            if value == -inf:
+                raise NotConstant(init, "it is minus infinity")
 
     # definitions
 
@@ -308,7 +321,13 @@ def body(scope: Scope, definition: Definition, call: Expr) -> syntax.Result:
         raise error("L220", f"`{definition.name}` has no value", definition.span, "",
                     "end it with an expression")  # fmt: skip
     where = None if last.where is None else put(last.where, values)
-    return syntax.Result(put(last.value, values), where, span=last.span)
+    return syntax.Result(_seen_from(call, put(last.value, values)), where, span=last.span)
+
+
+def _seen_from(call: Expr, value: Expr) -> Expr:
+    """Say of what stands in another file, the standard library, that it stands at its call."""
+    value = rebuild(value, lambda each: _seen_from(call, each))
+    return value if value.span.source is call.span.source else replace(value, span=call.span)
 
 
 def inline_stage(scope: Scope, stage: Definition, call: Call) -> Expr:

@@ -23,7 +23,7 @@ def scan_of(graph: Graph, node: Node) -> Scan:
         streams=tuple(
             Stream(name, _size(graph.node(name), heads))
             for name in node.inputs
-            if name != "doc" and graph.node(name).op != "tensor"
+            if graph.node(name).op != "tensor"
         ),
         states=tuple(
             State(each.name, each.shape, float(evaluate(each.init, {})), each.levels)
@@ -36,7 +36,6 @@ def scan_of(graph: Graph, node: Node) -> Scan:
             if graph.node(name).op == "tensor"
         ),
         causal=mix.causal,
-        resets=mix.resets,
     )
 
 

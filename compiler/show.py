@@ -8,6 +8,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from .choose import Target
 from .cost import cost
@@ -32,19 +33,19 @@ def show(what: Block | Model, tokens: int, console: Console | None = None) -> No
     blocks = (what,) if isinstance(what, Block) else what.blocks
     for block in blocks:
         _show_block(block, tokens, console)
-    console.print(_costs(what, tokens))
+    console.print(costs(what, tokens))
 
 
 def _show_block(block: Block, tokens: int, console: Console) -> None:
     parts = Table.grid(padding=(0, 2))
     for name, value in [*describe(block), *_tiles(block, tokens)]:
-        parts.add_row(f"[cyan]{name}[/]", value)
+        parts.add_row(Text(name, "cyan"), Text(value))
     panels = [Panel(parts, title=block.name, expand=False)]
     for name, mixing in block.mixings.items():
         picture = mask_picture(mixing)
         if picture:
             title = "queries ↓ keys →" if len(block.mixings) == 1 else f"{name}: queries ↓ keys →"
-            panels.append(Panel("\n".join(picture), title=title, expand=False))
+            panels.append(Panel(Text("\n".join(picture)), title=title, expand=False))
     console.print(Columns(panels))
     for line in graph_lines(lower(block, Target("torch"))):
         console.print(f"  {line}", style="dim", markup=False, soft_wrap=True)
@@ -65,7 +66,8 @@ def _tiles(block: Block, tokens: int) -> list[tuple[str, str]]:
     return lines
 
 
-def _costs(what: Block | Model, tokens: int) -> Table:
+def costs(what: Block | Model, tokens: int) -> Table:
+    """Return the table of what it costs at some lengths."""
     table = Table(title="cost", title_justify="left")
     table.add_column("")
     lengths = sorted({1024, tokens, 4 * tokens})

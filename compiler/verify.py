@@ -1,4 +1,4 @@
-"""Proving a compiled module against its meaning, check by check.
+"""Verifying a compiled module against its meaning, check by check.
 
     for each in subjects(model):              # its different blocks, then the whole
         for finding in verify(each):
@@ -11,9 +11,11 @@ own weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,20 +23,24 @@ from torch import Tensor
 from ..grammar.expr import calls
 from ..grammar.syntax import Binary, Compare, Name, Number
 from ..ops import OPS
-from .api import build_module, construct
+from .api import build_module
 from .choose import Target
 from .decoding import other_queries
 from .emit import Code
 from .mixing import mix_exprs
 from .model import Apply, Block, Model, Pairwise, Recurrence, applies
 from .reference import reference
+from .verify_batch import as_if_alone, rows_of_a_cache
 from .verify_cases import (
+    MARGIN,
     TOLERANCE,
     Difference,
     Subject,
+    bar,
     compare,
     compared_gradients,
     gradients,
+    kernel_cases,
 )
 from .verify_export import exported_output
 from .verify_kernels import CalledOperators, ahead_of_time, interpreted
@@ -67,16 +73,22 @@ def subjects(*whats: Block | Model) -> tuple[Block | Model, ...]:
 
 
 def verify(
-    what: Block | Model, code: Code | None = None, targets: tuple[str, ...] = ()
+    what: Block | Model,
+    code: Code | None = None,
+    targets: tuple[str, ...] = (),
+    covered: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Finding]:
     """Yield what every check of one block or model finds.
 
     `code` is another text to check instead of the generated one; `targets` are GPUs
-    ("sm_90") that the kernels are compiled for ahead of time.
+    ("sm_90") that the kernels are compiled for ahead of time. `covered` are checks that another
+    subject makes as well, and which.
     """
     subject = Subject.of(what, code)
     for name in checks_of(what, code):
-        if name == "kernels ahead of time":
+        if name in covered:
+            yield Finding(what.name, name, None, note=covered[name])
+        elif name == "kernels ahead of time":
             yield _run(subject, name, lambda s: ahead_of_time(s.what, targets))
         else:
             yield _run(subject, name, CHECKS[name])
@@ -102,32 +114,55 @@ def _run(subject: Subject, name: str, check: Check) -> Finding:
         return Finding(subject.what.name, name, False, note=f"{kind}: {problem}")
     if isinstance(found, str):
         return Finding(subject.what.name, name, None, note=found)
-    cases, worst = found
-    return Finding(subject.what.name, name, True, cases, worst)
+    cases, worst, *notes = found
+    note = "; ".join(each for each in (subject.sampled, *notes) if each)
+    return Finding(subject.what.name, name, True, cases, worst, note)
 
 
-Check = Callable[[Subject], "str | tuple[int, float]"]
+# Why a check does not apply; or its cases, the worst error, and what else there is to say.
+Result = str | tuple[int, float] | tuple[int, float, str]
+Check = Callable[[Subject], Result]
 
 
 # ── checks ───────────────────────────────────────────────────────────────────────────────
 
 
-def _forward(subject: Subject) -> tuple[int, float]:
+def _forward(subject: Subject) -> Result:
     worst, count = 0.0, 0
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        module = construct(subject.code, dtype).eval()
-        module.load_state_dict(subject.module.state_dict())
-        for case in subject.cases if dtype == torch.float64 else subject.cases[1:3]:
-            case = replace(case, dtype=dtype)
-            x, given = subject.inputs(case)
-            with torch.no_grad():
-                wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
-                expected = subject.oracle(x.double() if x.is_floating_point() else x, **wide)
-                got = module(x, **given)
-            error = compare("the output", case, got, expected, TOLERANCE[dtype])
-            worst = max(worst, error if dtype == torch.float64 else 0.0)
-            count += 1
-    return count, worst
+    for case in subject.cases:
+        x, given = subject.inputs(case)
+        with torch.no_grad():
+            got, expected = subject.module(x, **given), subject.oracle(x, **given)
+        worst = max(worst, compare("the output", case, got, expected, TOLERANCE[case.dtype]))
+        count += 1
+    notes: list[str] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        cases, note = _in_low_precision(subject, dtype)
+        notes, count = [*notes, note], count + cases
+    return count, worst, "; ".join(notes)
+
+
+def _in_low_precision(subject: Subject, dtype: torch.dtype) -> tuple[int, str]:
+    """Hold a module in a low precision to what its meaning loses in it; say what both lose."""
+    module, meaning = (deepcopy(each).to(dtype) for each in (subject.module, subject.oracle))
+    found, owns = [], []
+    for case in (replace(each, dtype=dtype) for each in subject.cases[1:3]):
+        x, given = subject.inputs(case)
+        wide = {name: _widened(each) for name, each in given.items()}
+        with torch.no_grad():
+            expected, own = subject.oracle(_widened(x), **wide), meaning(x, **given)
+            found.append((case, module(x, **given), expected))
+        owns.append(bar(own, expected))
+    name = str(dtype).removeprefix("torch.")
+    if not math.isfinite(max(owns)):
+        return 0, f"{name} is not compared: the meaning overflows in it"
+    worst = max(compare("the output", case, got, expected, max(owns))
+                for case, got, expected in found)  # fmt: skip
+    return len(found), f"{name} off by {worst:.0e}, the meaning by {max(owns) / MARGIN:.0e}"
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def _gradients(subject: Subject) -> tuple[int, float]:
@@ -309,22 +344,22 @@ def _export(subject: Subject) -> tuple[int, float]:
     return 1, compare("the exported file's output", case, got, expected, 1e-12)
 
 
-def _interpreted(subject: Subject) -> str | tuple[int, float]:
+def _interpreted(subject: Subject) -> Result:
     assert isinstance(subject.what, Block)
     found = interpreted(subject.what)
     if isinstance(found, str):
         return found
     module = build_module(subject.what, Target("triton"), dtype=torch.float32).eval()
     module.load_state_dict(subject.module.state_dict())
-    cases = tuple(replace(case, dtype=torch.float32) for case in subject.cases[1:])
-    x, given = subject.inputs(cases[0])
-    with CalledOperators() as called:
-        module(x, **given)
-    if not called.ours:
-        raise Difference("the module never calls its kernel")
+    cases, note = kernel_cases(subject)
     oracle = reference(subject.what, dtype=torch.float64).eval()
     oracle.load_state_dict(module.state_dict())
-    return compared_gradients(module, oracle, subject, cases)
+    with CalledOperators() as called:
+        count, worst = compared_gradients(module, oracle, subject, cases)
+    if not called.ours:
+        raise Difference("the module never calls its kernel")
+    batches, error = as_if_alone(replace(subject, module=module, oracle=oracle), torch.float32)
+    return count + batches, max(worst, error), note
 
 
 _COMMON: dict[str, Check] = {
@@ -332,6 +367,8 @@ _COMMON: dict[str, Check] = {
     "gradients": _gradients,
     "decoding": _decoding,
     "causality": _causality,
+    "as if alone": as_if_alone,
+    "rows of a cache": rows_of_a_cache,
     "training": _training,
     "exported file": _export,
 }

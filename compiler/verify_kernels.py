@@ -7,7 +7,9 @@ before triton is imported.
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +20,7 @@ from .choose import Target, lowerings
 from .graph import Graph
 from .model import Block, Model
 from .operators import operators
-from .pipeline import lower
+from .pipeline import generate, lower
 
 
 def _kernel_graph(block: Block) -> Graph | str:
@@ -67,6 +69,26 @@ def can_run_kernels() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def repeated(blocks: Iterable[Block]) -> dict[Block, str]:
+    """Return the blocks whose kernels an earlier one has too, but for fractions, and its name."""
+    first: dict[str, Block] = {}
+    again: dict[Block, str] = {}
+    for block in blocks:
+        text = _kernel_text(block)
+        if text in first:
+            again[block] = first[text].name
+        else:
+            first[text] = block
+    return again
+
+
+def _kernel_text(block: Block) -> str:
+    """Return the emitted file of a block with kernels, without its constants and fractions."""
+    code = generate(block, Target("triton"))
+    text = re.sub(r"    def constants\(.*?\n\n", "", code.text, flags=re.DOTALL)
+    return re.sub(r"\d+\.\d+(e[-+]?\d+)?|headloom_[0-9a-f]{12}", "_", text)
 
 
 def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[int, float]:

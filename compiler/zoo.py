@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 from math import gcd
 from pathlib import Path
@@ -28,7 +29,8 @@ from rich.table import Table
 from ..grammar.diagnostics import did_you_mean
 from ..grammar.source import Source
 from .check import check, find
-from .cost import cost
+from .cost import Cost, cost
+from .loading import Loaded, load
 from .model import Block, Model
 from .parse import parse_source
 
@@ -36,7 +38,7 @@ KEYS = ("family", "source", "catalogue")
 _KEY = re.compile(rf"({'|'.join(KEYS)}): +(.*)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Entry:
     """A mechanism: the text of its file, and what the comment at its head says."""
 
@@ -52,6 +54,17 @@ class Entry:
         """Its catalogue number as `#87`; "" where it has none."""
         found = re.match(r"#\d+", self.catalogue)
         return found[0] if found else ""
+
+    @property
+    def arch(self) -> Loaded:
+        """The checked file. Raises `LoomError`."""
+        return load(self.text, "loom")
+
+    def __repr__(self) -> str:
+        return f"<{self.name} ({self.family}): {self.about}>"
+
+    def __str__(self) -> str:
+        return self.text
 
     def what(self) -> Block | Model:
         """Check the file and return the block or model of its name. Raises `LoomError`."""
@@ -72,10 +85,11 @@ def names() -> list[str]:
 
 def entry(name: str) -> Entry:
     """Return one mechanism. Raises `LookupError` where there is none of this name."""
-    if name not in names():
+    path = folder() / f"{name}.loom"
+    if path.stem != name or not path.is_file():
         help = did_you_mean(name, names(), "`headloom zoo` lists them")
         raise LookupError(f"there is no `{name}` in the zoo: {help}")
-    return read(name, (folder() / f"{name}.loom").read_text(encoding="utf-8"))
+    return read(name, path.read_text(encoding="utf-8"))
 
 
 def entries() -> list[Entry]:
@@ -106,7 +120,7 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
     """
     what = each.what()
     layers = what.layers if isinstance(what, Model) else (what,)
-    plain = sum(cost(_plain(block)).flops(tokens) for block in layers)
+    plain = sum(_plain(block.width, block.heads).flops(tokens) for block in layers)
     found = cost(what)
     return {
         "name": each.name,
@@ -122,12 +136,12 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
     }
 
 
-def _plain(block: Block) -> Block:
-    heads = gcd(block.heads, block.width)  # a mixer may have more heads than there are features
-    text = f"block plain {{ width = {block.width}; heads = {heads} }}"
-    found = find(check(parse_source(Source("plain.loom", text))), "plain")
-    assert isinstance(found, Block)
-    return found
+@cache
+def _plain(width: int, heads: int) -> Cost:
+    """Return what plain attention costs."""
+    heads = gcd(heads, width)  # a mixer may have more heads than there are features
+    text = f"block plain {{ width = {width}; heads = {heads} }}"
+    return cost(find(check(parse_source(Source("plain.loom", text))), "plain"))
 
 
 def show_all(tokens: int, console: Console | None = None) -> None:

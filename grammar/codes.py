@@ -49,8 +49,8 @@ CODES: dict[str, Code] = {
         Code(
             "L103",
             "an expression is nested too deeply",
-            "An expression may have 64 levels, and branches 16. Name a part of it with `let`, or "
-            "write a long sum as a list.",
+            "An expression may have 64 levels, and branches 16. Name a part of it with `let`; a "
+            "chain of one of `or`, `and`, `+` and `*` may be long, as it is no nesting.",
             "let deep = " + "[" * 65 + "]" * 65,
         ),
         Code(

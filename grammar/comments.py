@@ -21,6 +21,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TypeVar
 
 from .source import Source
@@ -41,9 +42,6 @@ Bodied = Block | Model | Search | Definition | Branch
 N = TypeVar("N", Item, Statement)
 
 _TOKEN = re.compile(r'"[^"\n]*"|#[^\n]*|\{')
-# What neither YAML nor a single line can hold: control characters, halves of surrogate pairs
-# and the line ends that only some programs take for such.
-_UNPRINTABLE = re.compile("[^\t -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,19 @@ def attach(file: File) -> File:
 
 def clean(comment: str) -> str:
     """Return a comment as both forms can write it: no line ends, no control characters."""
-    return _UNPRINTABLE.sub(" ", comment).rstrip()
+    if not comment.isprintable():
+        comment = _unprintable().sub(" ", comment)
+    return comment.rstrip()
+
+
+@cache
+def _unprintable() -> re.Pattern[str]:
+    """Return what neither YAML nor a single line can hold.
+
+    Control characters, halves of surrogate pairs and the line ends that only some programs take
+    for such. It is compiled when it is first needed, as that takes longer than reading a file.
+    """
+    return re.compile("[^\t -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def place(file: File, found: Iterable[Found], extent: Callable[[Node], Extent]) -> File:

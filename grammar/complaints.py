@@ -18,6 +18,8 @@ from .diagnostics import Diagnostic, did_you_mean
 from .source import Piece
 
 END = "nothing follows"
+AS_YAML = "this is YAML: let the file's name end in `.yaml`"
+APART = "something new begins here"
 
 _STARTS = {
     "block": "block NAME { … }", "model": "model NAME { … }", "search": "search { … }",
@@ -26,13 +28,21 @@ _STARTS = {
     "mix": "mix NAME { … }", "stage": "stage NAME = | …",
     "let": "let NAME = …",
 }  # fmt: skip
+_ITEMS = ("block", "model", "search")
 _WANTED = (
     ("RBRACE", "close the `{`"), ("RPAR", "close the `(`"), ("RSQB", "close the `[`"),
     ("NUMBER", "an expression belongs here"), ("EQUAL", "write `name = expression`"),
     ("LBRACE", "write `{ … }`"), ("NAME", "a name belongs here"),
 )  # fmt: skip
 _OPERATORS = frozenset(("PLUS", "STAR", "SLASH", "SLASHES", "PERCENT", "AT", "POWER", "COMPARE"))
+_VALUES = frozenset(("NUMBER", "STRING"))
 _CLOSING = {"RBRACE": "{", "RPAR": "(", "RSQB": "["}
+_BEGINS = re.compile(
+    r"(let|param|const|state|branch|block|model|mask|similarity|score|normalize|weights|mix|stage)"
+    r"[ \t]+(?!(?:or|and|not)\b)[A-Za-z_]|search[ \t]*\{|[A-Za-z_]\w*[ \t]*(=(?!=)|<-)"
+)
+_VALUE = re.compile(r"[^\n;{}#]*")  # the rest of a setting
+_DEFINES = re.compile(r"\w+[ \t]*[=({]")  # what follows the kind of a definition
 _BRACKETS = re.compile(r'"[^"\n]*"|#[^\n]*|[][(){}]')
 
 
@@ -44,22 +54,64 @@ def explain(problem: UnexpectedInput, piece: Piece) -> Diagnostic:
     expected = _accepted(problem)
     if token is None or token.type == "$END":
         at = max(0, len(piece.text.rstrip()) - 1)
-        help = _wanted(expected, piece, len(piece.text))
+        help = _wanted(expected - {"NEWLINE"}, piece, len(piece.text))
         return Diagnostic("L101", "the text ends too early", piece.span(at, at + 1), END, help)
     start = token.start_pos or 0
-    help = _wanted(expected, piece, start)
-    if token.type == "NEWLINE":
-        span = piece.span(start, start + 1)
-        return Diagnostic("L101", "the line ends too early", span, "", help)
-    if "BLOCK" in expected:
-        close = did_you_mean(str(token), _STARTS)
-        help = close or "at the top level stand: " + ", ".join(f"`{e}`" for e in _STARTS.values())
-    elif token.type in _OPERATORS and not piece.text[:start].rpartition("\n")[2].strip():
-        help = "a line goes on inside `( )`, and after an operator: end the line above with it"
-    elif token.startswith("=") and piece.text[max(0, start - 1)] == "=":
-        help = "write `=` to set, `==` to compare"
     span = piece.span(start, start + max(1, len(token)))
+    if missing := _missing(token, expected, piece):
+        return Diagnostic("L101", f"{missing} is missing before `{token}`", span, APART,
+                          "write one statement a line, or `;` between them")  # fmt: skip
+    if token.type == "NEWLINE":
+        help = _wanted(expected, piece, start)
+        return Diagnostic("L101", "the line ends too early", piece.span(start, start + 1), "", help)
+    help = _instead(token, expected, piece)
     return Diagnostic("L101", f"`{token}` is not expected here", span, "", help)
+
+
+def _missing(token: Token, expected: set[str], piece: Piece) -> str:
+    """Return what two statements, or two values, on one line lack between them."""
+    start = token.start_pos or 0
+    before = _before(piece.text, start)
+    if "NEWLINE" not in expected or "_BLOCK" in expected or before in _STARTS:
+        return ""
+    if _BEGINS.match(piece.text, start):  # `let NAME`, `block NAME`, `NAME = …`, `NAME <- …`
+        return "`;` or a new line"
+    value = token.type in _VALUES or str(token).isidentifier()
+    if not value or before.isidentifier() or before == "}":
+        return ""
+    return "`;`, a new line or an operator"
+
+
+def _before(text: str, at: int) -> str:
+    """Return what stands of a statement before an offset; `}` where it is nothing but that."""
+    start = _statement_start(text, at)
+    return text[start:at].strip() or text[max(0, start - 1) : start]
+
+
+def _instead(token: Token, expected: set[str], piece: Piece) -> str:
+    """Return what to write where a token is not expected."""
+    start = token.start_pos or 0
+    before = _before(piece.text, start)
+    if "_BLOCK" in expected:
+        if piece.text[start + len(token) :].lstrip(" ").startswith(":"):
+            return AS_YAML
+        tops = ", ".join(f"`{each}`" for each in _STARTS.values())
+        return did_you_mean(str(token), _STARTS) or f"at the top level stand: {tops}"
+    if token.type in _OPERATORS and not piece.text[:start].rpartition("\n")[2].strip():
+        return "a line goes on inside `( )`, and after an operator: end the line above with it"
+    if token.startswith("=") and piece.text[max(0, start - 1)] == "=":
+        return "write `=` to set, `==` to compare"
+    if "NEWLINE" in expected and before.isidentifier() and before not in _ITEMS:
+        if token.type == "COLON":
+            value = _VALUE.match(piece.text, start + 1)
+            written = (value[0].strip() if value else "") or "…"
+            return f"write `{before} = {written}`; `{before}: {written}` is YAML"
+        value_follows = token.type in _VALUES or token.isidentifier()
+        if value_follows and not _DEFINES.match(piece.text, start):
+            return f"write `{before} = {token}`"
+    if token.type in _CLOSING and not _opened(piece, start, _CLOSING[token.type]):
+        return "nothing is open that it closes"
+    return _wanted(expected, piece, start)
 
 
 def _bad_character(problem: UnexpectedCharacters, piece: Piece) -> Diagnostic:
@@ -117,6 +169,13 @@ def _opened(piece: Piece, at: int, bracket: str) -> str:
 
 def _statement_start(text: str, at: int) -> int:
     return max(text.rfind(mark, 0, at) for mark in "\n;{}") + 1
+
+
+def with_separator(text: str, at: int) -> tuple[str, bool]:
+    """Put the `;` that is missing in place of the space before an offset."""
+    if text[max(0, at - 1)] not in " \t":
+        return text, False
+    return f"{text[: at - 1]};{text[at:]}", True
 
 
 def without_statement(text: str, at: int) -> tuple[str, bool]:

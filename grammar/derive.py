@@ -48,6 +48,8 @@ def _derive(expr: Expr, target: Expr) -> Expr:
             return _sum("-", first, _quotient(_product(expr, over), right))
         case Binary("**", base, exponent):
             return _power(base, exponent, target)
+        case Call("sqrt", (Call("relu") as base,), ()):
+            return _power(base, Number(0.5, "0.5"), target)
         case Call(function, args, ()) if function in FUNCTIONS:
             total: Expr = _ZERO
             for arg, partial in zip(args, _partials(function), strict=True):
@@ -64,7 +66,15 @@ def _derive(expr: Expr, target: Expr) -> Expr:
 def _power(base: Expr, exponent: Expr, target: Expr) -> Expr:
     of_base, of_exponent = _derive(base, target), _derive(exponent, target)
     lower = fold(Binary("-", exponent, _ONE))
-    first = _product(_product(exponent, fold(Binary("**", base, lower))), of_base)
+    match base:
+        case Call("relu", (arg,)) if not (isinstance(lower, Number) and lower.value >= 0):
+            # relu(x) ** 0.5 is infinitely steep at 0, and flat where x is less
+            inside = Compare((arg, _ZERO), (">",))
+            steep = Binary("**", Call("where", (inside, arg, _ONE)), lower)
+            part = _product(_product(exponent, steep), _derive(arg, target))
+            first: Expr = Call("where", (inside, part, _ZERO)) if of_base != _ZERO else _ZERO
+        case _:
+            first = _product(_product(exponent, fold(Binary("**", base, lower))), of_base)
     if of_exponent == _ZERO:
         return first
     positive = base  # 0 ** e does not change with e: no logarithm of zero

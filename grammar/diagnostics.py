@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from .source import Span
@@ -101,5 +100,7 @@ def error(code: str, message: str, span: Span, label: str = "", help: str = "") 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """Return a help line that names the closest known names, or `otherwise`."""
+    from difflib import get_close_matches  # where nothing is wrong nobody asks
+
     close = get_close_matches(name, sorted(set(known)), n=2, cutoff=0.6)
     return f"did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else otherwise

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from .expr import PLACES, names
 from .functions import FUNCTIONS
 from .syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary
 
@@ -49,7 +50,7 @@ class _Writer:
         """Return an expression's text, and how tightly it holds together."""
         match expr:
             case Number(value):
-                return repr(value), _ATOM if value >= 0 else _UNARY
+                return self._literal(value)
             case Name("true" | "false" as id):
                 return id.capitalize(), _ATOM
             case Name() | Index():
@@ -68,6 +69,9 @@ class _Writer:
                 return " & ".join(f"({pair})" for pair in pairs), 3
             case Binary("//" | "%" | "**") if self.dialect == "triton":
                 return self._triton_binary(expr)
+            case Binary("//", left, right) if not _is_place(left) or not _is_place(right):
+                a, b = self._constant(left), self._constant(right)
+                return f"{a} // {b}", _OPS["//"][1]
             case Binary(op, left, right):
                 sign, level = _OPS[op]
                 tighter = level + (0.5 if op != "**" else -1)
@@ -78,9 +82,20 @@ class _Writer:
             case _:
                 raise ValueError(f"{type(expr).__name__} is not a scalar expression")
 
+    def _literal(self, value: float) -> tuple[str, float]:
+        if value == -math.inf:
+            triton = self.dialect == "triton"
+            return ('float("-inf")', _ATOM) if triton else ("-torch.inf", _UNARY)
+        return repr(value), _ATOM if value >= 0 else _UNARY
+
     def within(self, expr: Expr, level: float) -> str:
         text, own = self.write(expr)
         return text if own >= level else f"({text})"
+
+    def _constant(self, expr: Expr) -> str:
+        """Write an operand of `//`, whose gradient is zero: PyTorch has none."""
+        text = self.within(expr, _ATOM)
+        return text if _is_place(expr) else f"{text}.detach()"
 
     def _triton_binary(self, expr: Binary) -> tuple[str, float]:
         match expr:
@@ -101,18 +116,26 @@ class _Writer:
             case _ if self.dialect == "triton":
                 pass
             case "min" | "max", (Number(bound), a) | (a, Number(bound)):
-                return f"{self.within(a, _ATOM)}.clamp({_BOUND[name]}={bound!r})", _ATOM
+                limit = self._literal(bound)[0]
+                return f"{self.within(a, _ATOM)}.clamp({_BOUND[name]}={limit})", _ATOM
+            case "clip", (Number(a), Number(low), high):
+                return self._call("min", (Number(max(a, low)), high))
             case "clip", (a, low, high) if _mixed(a, low, high):
                 return self._call("min", (Call("max", (a, low)), high))
             case "where", (condition, Number(a), Number(b)):
                 truth = self.write(condition)[0]
-                first = self.typed.replace("{}", repr(a))
-                return f"torch.where({truth}, {first}, {b!r})", _ATOM
+                first, second = (self._literal(each)[0] for each in (a, b))
+                return f"torch.where({truth}, {self.typed.replace('{}', first)}, {second})", _ATOM
         template = getattr(FUNCTIONS[name], self.dialect)
         inner = [self.write(arg)[0] for arg in args]
         text = template.format(*inner)
         whole = text.startswith(("torch.", "F.", "tl.", "hard_step(", "elu(", f"({inner[0]})"))
         return text, _ATOM if whole and template.count("{0}") == 1 else 0
+
+
+def _is_place(expr: Expr) -> bool:
+    """Say whether an expression reads nothing but places, `i` or `i.double()`."""
+    return all(each.partition(".")[0] in PLACES for each in names(expr))
 
 
 def _mixed(a: Expr, low: Expr, high: Expr) -> bool:

@@ -22,6 +22,7 @@ Value = int | float | bool
 LIMIT = 2**62  # larger whole numbers than this are refused: no tensor has such a size
 
 TRUE, FALSE = Name("true"), Name("false")
+PLACES = frozenset(("i", "j", "h", "n", "m"))  # of a pair: tokens, head, and how many there are
 
 
 class NotConstant(Exception):
@@ -38,7 +39,7 @@ def number(value: Value, like: Expr | None = None) -> Expr:
     span = like.span if like is not None else Number(0).span
     if isinstance(value, bool):
         return Name("true" if value else "false", span)
-    return Number(value, repr(value), span)
+    return Number(value, "log(0)" if value == -math.inf else repr(value), span)
 
 
 def rebuild(expr: Expr, visit: Callable[[Expr], Expr]) -> Expr:
@@ -108,7 +109,7 @@ def evaluate(expr: Expr, values: Mapping[str, Value]) -> Value:
         case Unary("not", operand):
             return not evaluate(operand, values)
         case Unary(_, operand):
-            return -evaluate(operand, values)
+            return _finite(-evaluate(operand, values), expr)
         case Binary("and", left, right):
             return bool(evaluate(left, values)) and bool(evaluate(right, values))
         case Binary("or", left, right):
@@ -123,9 +124,11 @@ def evaluate(expr: Expr, values: Mapping[str, Value]) -> Value:
         case Call(function, args, ()) if function in FUNCTIONS:
             numbers = [evaluate(each, values) for each in args]
             try:
-                return FUNCTIONS[function].value(*numbers)
-            except (ArithmeticError, ValueError, TypeError) as problem:
-                raise NotConstant(expr, str(problem)) from None
+                return _finite(FUNCTIONS[function].value(*numbers), expr)
+            except OverflowError:
+                raise NotConstant(expr, "the result is too large") from None
+            except (ArithmeticError, ValueError, TypeError):
+                raise NotConstant(expr, f"`{function}` has no value there") from None
         case _:
             raise NotConstant(expr, "this is not a number")
 
@@ -163,18 +166,31 @@ def _arithmetic(op: str, a: Value, b: Value, expr: Expr) -> Value:
                 result = a**b
             case _:
                 raise NotConstant(expr, f"`{op}` has no number")
-    except (ArithmeticError, ValueError) as problem:
-        raise NotConstant(expr, str(problem)) from None
-    if isinstance(result, complex) or (isinstance(result, float) and not math.isfinite(result)):
-        raise NotConstant(expr, "the result is not a finite number")
+    except ZeroDivisionError:
+        raise NotConstant(expr, "division by zero") from None
+    except (ArithmeticError, ValueError):
+        raise NotConstant(expr, "the result is too large") from None
+    if isinstance(result, complex):
+        raise NotConstant(expr, "a negative number has no such root")
     if isinstance(result, int) and abs(result) > LIMIT:
         raise NotConstant(expr, "the result is too large")
+    return _finite(result, expr)
+
+
+def _finite(result: Value, expr: Expr) -> Value:
+    """Return a result that is finite, or the minus infinity of a logarithm of 0."""
+    if isinstance(result, float) and not math.isfinite(result) and result != -math.inf:
+        raise NotConstant(expr, "the result is not a finite number")
     return result
 
 
 def fold(expr: Expr) -> Expr:
     """Evaluate what is constant and drop neutral elements."""
-    expr = rebuild(expr, fold)
+    return simplified(rebuild(expr, fold))
+
+
+def simplified(expr: Expr) -> Expr:
+    """Fold an expression whose parts are folded."""
     match expr:
         case Number() | Name() | syntax.String():
             return expr
@@ -200,7 +216,7 @@ def fold(expr: Expr) -> Expr:
             return other
         case Binary("*", Number(0) as zero, _) | Binary("*", _, Number(0) as zero):
             return zero
-        case Binary("-", Number(0), other):
+        case Binary("-", Number(0), other) if not isinstance(other, Number):
             return Unary("-", other, expr.span)
         case Call("where", (Name("true"), chosen, _), ()):
             return chosen

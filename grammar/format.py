@@ -20,7 +20,7 @@ from itertools import pairwise
 
 from . import syntax
 from .comments import Bodied, Node
-from .from_yaml import KINDS, meant
+from .keys import KINDS, meant
 from .show import POSTFIX, declared, head, initial, one_result, result, show, statement, within
 from .syntax import Branch, Definition, File, Let, Param, Result, Search, Setting, State
 

@@ -39,6 +39,7 @@ from . import syntax
 from .comments import Extent, Found, place
 from .comments import Node as SyntaxNode
 from .diagnostics import Diagnostic, LoomError, did_you_mean
+from .keys import GROUPS, KINDS, meant
 from .parse import MAX_DEPTH, MAX_REPORTED, Part, check_size, parse_piece
 from .source import Source, Span
 from .yaml_tree import Mapping, Node, Scalar, Sequence, load
@@ -47,23 +48,8 @@ T = TypeVar("T")
 M = TypeVar("M", bound=SyntaxNode)
 Entry = tuple[Scalar, Node]
 
-KINDS = {
-    "masks": "mask", "similarities": "similarity", "scores": "score",
-    "normalizers": "normalize", "weights": "weights",
-    "mixers": "mix", "stages": "stage",
-}  # fmt: skip
-GROUPS = ("let", *KINDS, "blocks", "models", "search")
-DECLARATIONS = ("let", "param", "const", "state")
 _NAME = re.compile(r"(?!(?:or|and|not|branch)\Z)[A-Za-z_][A-Za-z0-9_]*\Z")
 _NOTHING = syntax.Name("")
-
-
-def meant(owner: str) -> tuple[str, ...]:
-    """Return the keys that are no settings in a body of this kind."""
-    own = {
-        "block": ("base",), "model": ("base",), "definition": ("value", "where"),
-    }.get(owner, ())  # fmt: skip
-    return (*DECLARATIONS, "branches", *own)
 
 
 def parse_yaml(text: str | Source, name: str = "<text>") -> syntax.File:
@@ -101,7 +87,8 @@ class _Reader:
         items: list[syntax.Item] = []
         for entry in self._entries(root, "a description"):
             if isinstance(entry, Scalar):
-                self._wrong(entry, "this is not a mapping", "write `blocks:`, `models:` …")
+                self._wrong(entry, "this is not a mapping",
+                            _as_mapping(entry, "write `blocks:`, `models:` …"))  # fmt: skip
                 continue
             key, value = entry
             if key.text == "search":
@@ -271,7 +258,7 @@ class _Reader:
                 elif what:
                     self._wrong(item, "a list of lists cannot be read here", "write mappings")
         elif what:
-            help = "write a mapping, `{}` where there is nothing to say"
+            help = _as_mapping(node, "write a mapping, `{}` where there is nothing to say")
             self._wrong(node, f"{what} must be a mapping or a list", help)
 
     def _members(self, key: Scalar, value: Node) -> tuple[Entry, ...]:
@@ -318,6 +305,16 @@ class _Reader:
         self.problems += diagnostics
         if len(self.problems) >= MAX_REPORTED:
             raise self.failure()
+
+
+def _as_mapping(node: Node, otherwise: str) -> str:
+    """Return what to write where Loom stands in place of a mapping."""
+    text = node.text if isinstance(node, Scalar) else ""
+    if re.match(r"(block|model|search|let|mask)\b[^:=]*[{=]", text):
+        return "this is Loom: let the file's name end in `.loom`"
+    if (setting := re.match(r"(\w+) *=(?!=) *(\S.*)", text)) and "=" not in setting[2]:
+        return f"YAML writes `{setting[1]}: {setting[2]}`"
+    return otherwise
 
 
 def _key(entry: Scalar | Entry) -> str:

@@ -28,6 +28,14 @@ class Function:
     boolean: bool = False
 
 
+def _log(a: float) -> float:
+    return math.log(a) if a else -math.inf
+
+
+def _log2(a: float) -> float:
+    return math.log2(a) if a else -math.inf
+
+
 def _sigmoid(a: float) -> float:
     return 1 / (1 + math.exp(-a)) if a >= 0 else math.exp(a) / (1 + math.exp(a))
 
@@ -53,7 +61,9 @@ FUNCTIONS: dict[str, Function] = {
         Function("abs", 1, abs, ("where(a > 0, 1, where(a < 0, -1, 0))",),
                  "({0}).abs()", "tl.abs({0})"),
         Function("exp", 1, math.exp, ("exp(a)",), "torch.exp({0})", "tl.exp({0})"),
-        Function("log", 1, math.log, ("1 / a",), "torch.log({0})", "tl.log({0})"),
+        Function("log", 1, _log, ("1 / a",), "torch.log({0})", "tl.log({0})"),
+        Function("log2", 1, _log2, (f"{1 / math.log(2)!r} / a",),
+                 "torch.log2({0})", "tl.log2({0})"),
         Function("sqrt", 1, math.sqrt, ("0.5 / sqrt(a)",), "torch.sqrt({0})", "tl.sqrt({0})"),
         Function("tanh", 1, math.tanh, ("1 - tanh(a) ** 2",),
                  "torch.tanh({0})", "2 * tl.sigmoid(2 * ({0})) - 1"),

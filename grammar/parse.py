@@ -13,11 +13,10 @@ the size of a text and the depth of its nesting are bounded here, for every late
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -28,10 +27,12 @@ from lark.tree import Meta
 from lark.visitors import Transformer_NonRecursive
 
 from . import syntax
+from .chains import chain
 from .comments import attach
-from .complaints import END, explain, without_statement
+from .complaints import APART, AS_YAML, END, explain, with_separator, without_statement
 from .diagnostics import Diagnostic, LoomError, error
 from .source import Piece, Source, Span
+from .store import folder
 
 E = TypeVar("E", bound=syntax.Expr | syntax.Branch)
 H = TypeVar("H", syntax.Block, syntax.Model)
@@ -87,7 +88,8 @@ def _all_problems(problem: UnexpectedInput, whole: Piece) -> list[Diagnostic]:
         # What is cut away can leave the rest unfinished: only a first error may say so.
         if not found or not (ended or _repeats(diagnostic, found)):
             found.append(diagnostic)
-        text, changed = without_statement(text, diagnostic.span.start)
+        mended = with_separator if diagnostic.label == APART else without_statement
+        text, changed = mended(text, diagnostic.span.start)
         if ended or not changed or len(found) >= MAX_REPORTED or len(text) > _RECOVERABLE:
             return found
         try:
@@ -103,7 +105,8 @@ def _all_problems(problem: UnexpectedInput, whole: Piece) -> list[Diagnostic]:
 def _repeats(diagnostic: Diagnostic, found: list[Diagnostic]) -> bool:
     """Say whether an error stands where another does, or comes of the same open bracket."""
     return any(
-        each.span == diagnostic.span or (each.help == diagnostic.help and " of line " in each.help)
+        each.span == diagnostic.span
+        or (each.help == diagnostic.help and (" of line " in each.help or each.help == AS_YAML))
         for each in found
     )
 
@@ -150,7 +153,12 @@ def _build(piece: Piece, start: str) -> Any:
 
 @cache
 def _lark() -> Lark:
-    grammar = files(__package__).joinpath("loom.lark").read_text(encoding="utf-8")
+    """Return the parser; its tables are kept, as building them takes longer than a check.
+
+    Lark makes them anew when the grammar or its own version is another.
+    """
+    where = folder()
+    grammar = Path(__file__).with_name("loom.lark").read_text(encoding="utf-8")
     return Lark(
         grammar,
         parser="lalr",
@@ -158,25 +166,8 @@ def _lark() -> Lark:
         postlex=_LineEnds(),
         propagate_positions=True,
         maybe_placeholders=False,
-        cache=_cache_file() or False,
+        cache=str(where / f"grammar-{lark.__version__}.pickle") if where else False,
     )
-
-
-def _cache_file() -> str | None:
-    """Return where the parser's tables are kept: building them takes longer than a check.
-
-    They are pickled, so they lie in the user's own folder; Lark rebuilds them when the
-    grammar or its own version is another. None where there is no such folder to write to.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(home, "headloom")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return None
-    if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
-        return None
-    return str(folder / f"grammar-{lark.__version__}.pickle")
 
 
 class _TooDeep(Exception):
@@ -231,7 +222,8 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
         depth = 1 + max((self._depth.get(id(each), 0) for each in below), default=0)
         if depth > limit:
             label = f"more than {limit} levels"
-            raise error("L103", "this is nested too deeply", node.span, label)
+            help = "" if isinstance(node, syntax.Branch) else "name a part of it with `let`"
+            raise error("L103", "this is nested too deeply", node.span, label, help)
         self._depth[id(node)] = depth
         return node
 
@@ -257,7 +249,16 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
 
     def binary(self, meta: Meta, args: list[Any]) -> syntax.Expr:
         left, op, right = args
-        return self._node(syntax.Binary(str(op), left, right, self._span(meta)), left, right)
+        return self._joined(str(op), left, right)
+
+    def _joined(self, op: str, left: syntax.Expr, right: syntax.Expr) -> syntax.Expr:
+        return self._node(syntax.Binary(op, left, right, left.span.to(right.span)), left, right)
+
+    def chain(self, meta: Meta, args: list[Any]) -> syntax.Expr:
+        done: syntax.Expr = args[0]
+        for op, run in groupby(zip(args[1::2], args[2::2], strict=True), lambda each: str(each[0])):
+            done = chain(op, [done, *(term for _, term in run)], self._joined)
+        return done
 
     def compare(self, meta: Meta, args: list[Any]) -> syntax.Expr:
         operands, ops = tuple(args[::2]), tuple(str(op) for op in args[1::2])

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 
 from . import syntax
+from .chains import terms
 from .comments import Node
 from .syntax import Definition, Expr, Let, Param, Result, Setting, State
 
@@ -46,9 +47,12 @@ def _shown(expr: Expr) -> tuple[str, int]:
             return f"{op}{within(operand, _UNARY)}", _UNARY
         case syntax.Binary("**", left, right):
             return f"{within(left, POSTFIX)} ** {within(right, _UNARY)}", _BINARY["**"]
-        case syntax.Binary(op, left, right):
+        case syntax.Binary(op):
             level = _BINARY[op]
-            return f"{within(left, level)} {op} {within(right, level + 1)}", level
+            lead, *more = terms(expr)
+            again = isinstance(lead, syntax.Binary) and lead.op == op
+            row = [within(lead, level + again), *(within(each, level + 1) for each in more)]
+            return f" {op} ".join(row), level
         case syntax.Compare(operands, ops):
             first, *others = (within(each, _RANGE) for each in operands)
             rest = (f" {op} {other}" for op, other in zip(ops, others, strict=True))

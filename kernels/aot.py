@@ -6,6 +6,9 @@
 The emitted text is compiled exactly as it would be launched, with pointers and strides
 aligned as torch aligns them. This runs in a process of its own, without TRITON_INTERPRET:
 that flag decides, once per process, what `@triton.jit` makes of a function.
+
+What was found is kept in the user's cache folder, by the text, the job and Triton's version:
+the same kernels are compiled once on a machine. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..grammar.store import folder as cache_folder
 from ..grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, children
 from . import recurrence
 from .recurrence import Recurrence
@@ -36,6 +42,8 @@ SHARED_LIMIT = {
     "sm_100": 227 * 1024,
     "gfx942": 64 * 1024,
 }
+Row = dict[str, Any]  # the resources of one kernel, as the worker prints them
+
 _NAME, _NAMESPACE = "attend", "headloom_ahead"
 _WORKER = Path(__file__).with_name("compile_worker.py")
 
@@ -87,7 +95,7 @@ def compile_ahead(
     if unknown := set(targets) - set(SHARED_LIMIT):
         raise ValueError(f"unknown targets: {', '.join(sorted(unknown))}")
     value_dim = value_dim or head_dim
-    job: dict[str, object] = {"name": f"_{_NAME}", "targets": list(targets), "backward": backward}
+    job: dict[str, object] = {"name": f"_{_NAME}", "backward": backward}
     if isinstance(spec, Recurrence):
         texts = (skeleton_text("chunked"), recurrence.render(spec, _NAME, _NAMESPACE))
         job |= {"inputs": _inputs(spec, heads, head_dim, value_dim, dtype)}
@@ -103,10 +111,7 @@ def compile_ahead(
             "dtype": dtype,
             "kinds": _kinds(spec),
         }
-    with tempfile.TemporaryDirectory() as folder:
-        emitted = Path(folder, "emitted.py")
-        emitted.write_text("\n\n".join((IMPORTS, *texts)), encoding="utf-8")
-        rows = _work(job | {"path": str(emitted)})
+    rows = _measured("\n\n".join((IMPORTS, *texts)), job, targets)
     return tuple(Compiled(**row, limit=SHARED_LIMIT[row["target"]]) for row in rows)
 
 
@@ -153,18 +158,58 @@ def _kinds(spec: Attend) -> dict[str, str]:
     return found
 
 
-def _work(job: dict[str, object]) -> list[dict[str, Any]]:
+def _measured(text: str, job: dict[str, object], targets: tuple[str, ...]) -> list[Row]:
+    """Return the resources of a text's kernels for each target, compiled where none are kept."""
+    places = {target: _place(text, job | {"target": target}) for target in targets}
+    found: dict[str, list[Row]] = {
+        target: json.loads(place.read_text(encoding="utf-8"))
+        for target, place in places.items()
+        if place is not None and place.is_file()
+    }
+    if missing := [target for target in targets if target not in found]:
+        rows = _compiled(text, job | {"targets": missing})
+        found |= {target: [row for row in rows if row["target"] == target] for target in missing}
+        for target in missing:
+            _keep(found[target], places[target])
+    return [row for target in targets for row in found[target]]
+
+
+def _place(text: str, job: dict[str, object]) -> Path | None:
+    """Return where the resources of kernels are kept, None where nothing can be."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    worker = _WORKER.read_text(encoding="utf-8")
+    parts = (text, json.dumps(job, sort_keys=True), worker, version("triton"))
+    return folder / "kernels" / f"{sha256(repr(parts).encode()).hexdigest()}.json"
+
+
+def _keep(rows: list[Row], place: Path | None) -> None:
+    """Write the rows whole or not at all: other processes may do the same."""
+    if place is None:
+        return
+    place.parent.mkdir(exist_ok=True)
+    part = place.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(rows), encoding="utf-8")
+    part.replace(place)
+
+
+def _compiled(text: str, job: dict[str, object]) -> list[Row]:
+    """Compile a text in a process of its own. Raises `RuntimeError` where that fails."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    done = subprocess.run(
-        [sys.executable, str(_WORKER)],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=env,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        emitted = Path(folder, "emitted.py")
+        emitted.write_text(text, encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, str(_WORKER)],
+            input=json.dumps(job | {"path": str(emitted)}),
+            capture_output=True,
+            text=True,
+            env=env,
+            check=False,
+        )
     if done.returncode:
         raise RuntimeError(f"ahead-of-time compilation failed:\n{done.stderr[-4000:]}")
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
     return rows

@@ -25,6 +25,7 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "i64": torch.int64,
+    "i8": torch.int8,
     "i1": torch.bool,
 }
 POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
@@ -75,9 +76,9 @@ def scan_calls(scan: Any, job: dict[str, Any]) -> list[Any]:
         *((each, "fp32") for each in scan.tensors.values()),
     ]
     shapes += [((*heads, *each), "fp32") for each in scan.states.values()]
-    shapes += [((batch, n), "i1")] * scan.resets
+    shapes.append(((batch, n), "i8"))
     given = [torch.empty(size, dtype=DTYPES[kind], device="meta") for size, kind in shapes]
-    everything = (*given, *[None] * (not scan.resets))
+    everything = tuple(given)
     results, count = scan.forward_fake(*everything), 1 + len(scan.states)
     found: list[Any] = scan.forward_calls(everything, results)
     if job["backward"]:

@@ -22,6 +22,14 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _no_second(_ctx: torch.autograd.function.FunctionCtx, *_: torch.Tensor) -> None:
+    """What the gradient of a backward operator is."""
+    raise RuntimeError(
+        "this kernel has no second derivative; take the module built for PyTorch alone "
+        '(backend="torch")'
+    )
+
+
 def _launch(calls: list[Call], like: torch.Tensor) -> None:
     """Run the kernels on the device that holds the tensors."""
     if like.device.type == "cpu" and not triton.knobs.runtime.interpret:

@@ -38,7 +38,20 @@ _ENDS = ("sums", "end", "total", *_ROW)
 _ROW_SCATTER = ("sums", "total", "Grads", *_ROW)
 _COLUMN_SCATTER = ("sums", "Grads", "b", "h", "j", "n", "m", "T")
 _FLOAT_ONLY = frozenset(
-    {"exp", "log", "sqrt", "tanh", "sigmoid", "gelu", "silu", "softplus", "elu", "erf", "sin"}
+    {
+        "exp",
+        "log",
+        "log2",
+        "sqrt",
+        "tanh",
+        "sigmoid",
+        "gelu",
+        "silu",
+        "softplus",
+        "elu",
+        "erf",
+        "sin",
+    }
     | {"cos", "floor"}
 )
 _TAKEN = frozenset({*_SUMS, *_ENDS, "Grads", "tl", "triton", "True", "False"}) | {

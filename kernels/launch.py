@@ -15,7 +15,7 @@ operator returns them after it, as [b, heads, n] in float32, with gradients of t
 
 import torch
 
-from .device import Call, Tensors, _launch, _readable, padded
+from .device import Call, Tensors, _launch, _no_second, _readable, padded
 from .pairwise import pairwise_forward
 from .pairwise_backward import pairwise_backward_key, pairwise_backward_query, pairwise_delta
 
@@ -253,7 +253,10 @@ class Pairwise:
             for equation, each in zip(kept.values(), buffer, strict=True)
         ]
         found = zip(self._learned(tensors), (*of_learned, *into), strict=True)
-        return *(each.to(dtype) for each in (dq, dk, dv)), *(x.to(like.dtype) for like, x in found)
+        made = (  # an operator returns no two views of one tensor
+            x.to(like.dtype, copy=x._base is not None) for like, x in found
+        )
+        return *(each.to(dtype) for each in (dq, dk, dv)), *made
 
     def backward_fake(self, *arguments: torch.Tensor) -> Tensors:
         _, qkv, _, tensors = self._apart(arguments)
@@ -308,6 +311,7 @@ class Pairwise:
             schema=f"(Tensor do{upstream}, {inputs}, Tensor o, Tensor stats{reads}) -> ({outputs})",
         )
         backward.register_fake(self.backward_fake)
+        backward.register_autograd(_no_second)
         forward = torch.library.custom_op(
             self.name,
             self.forward,

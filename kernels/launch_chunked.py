@@ -15,7 +15,7 @@ import torch
 
 from .chunked import chunked_pairs, chunked_read, chunked_solved, chunked_states
 from .chunked_backward import chunked_backward, chunked_backward_decay, chunked_backward_rows
-from .device import Call, Tensors, _launch, _readable, padded
+from .device import Call, Tensors, _launch, _no_second, _readable, padded
 
 # ── tiles ────────────────────────────────────────────────────────────────────────────────
 
@@ -298,6 +298,7 @@ class Chunked:
             schema=f"(Tensor do, Tensor dlast, {inputs}) -> ({outputs})",
         )
         backward.register_fake(self.backward_fake)
+        backward.register_autograd(_no_second)
         forward = torch.library.custom_op(
             self.name, self.forward, mutates_args=(), schema=f"({inputs}) -> (Tensor, Tensor)"
         )

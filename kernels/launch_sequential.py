@@ -12,7 +12,7 @@ from which the backward computes the others anew.
 
 import torch
 
-from .device import Call, Tensors, _launch
+from .device import Call, Tensors, _launch, _no_second
 
 Given = tuple[torch.Tensor | None, ...]  # streams, tensors, states, and the marks of tokens
 
@@ -40,11 +40,10 @@ class Sequential:
         tensors: dict[str, tuple[int, ...]],
         learned: dict[str, tuple[bool, ...]],
         states: dict[str, tuple[int, ...]],
-        resets: bool,
         warps: int,
     ) -> None:
         self.name, self.heads, self.width = name, heads, width
-        self.resets, self.warps = resets, warps
+        self.warps = warps
         self.kernels = (forward_kernel, backward_kernel)
         self.streams, self.tensors = streams, tensors
         self.learned, self.states = learned, states
@@ -54,9 +53,9 @@ class Sequential:
 
     def forward_calls(self, given: Given, results: Tensors) -> list[Call]:
         """The forward kernel, which fills `results`, as `forward_fake` makes them."""
-        streams, tensors, starts, fresh = self._apart(given)
+        streams, tensors, starts, marks = self._apart(given)
         o, lasts, kept = results[0], results[1 : 1 + len(starts)], results[1 + len(starts) :]
-        arguments = self._shared(streams, tensors, fresh, o)
+        arguments = self._shared(streams, tensors, marks, o)
         arguments |= {"Starts": starts, "Lasts": lasts, "Kept": kept}
         arguments |= {"O": o, "o_strides": o.stride()[:3]}
         return [(self.kernels[0], o.shape[0] * self.heads, arguments)]
@@ -69,10 +68,10 @@ class Sequential:
         grads: tuple[Tensors, ...],
     ) -> list[Call]:
         """The backward kernel, which fills `grads`, as `gradients` makes them."""
-        streams, tensors, _, fresh = self._apart(given)
+        streams, tensors, _, marks = self._apart(given)
         do, *dlasts = upstream
         programs = do.shape[0] * self.heads
-        arguments = self._shared(streams, tensors, fresh, do)
+        arguments = self._shared(streams, tensors, marks, do)
         arguments |= {"DO": do, "do_strides": do.stride()[:3], "DLasts": tuple(dlasts)}
         arguments |= {"Kept": kept, "DStreams": grads[0], "DTensors": grads[1]}
         arguments |= {"DStarts": grads[2]}
@@ -109,22 +108,22 @@ class Sequential:
         self,
         streams: Tensors,
         tensors: Tensors,
-        fresh: torch.Tensor | None,
+        marks: torch.Tensor | None,
         like: torch.Tensor,
     ) -> dict[str, object]:
         n = like.shape[2]
         return {
             "Streams": streams, "strides": tuple(each.stride()[:3] for each in streams),
             "groups": tuple(self.heads // each.shape[1] for each in streams),
-            "Tensors": tensors, "Fresh": fresh, "n": n, "chunks": -(-n // EVERY),
+            "Tensors": tensors, "Marks": marks, "n": n, "chunks": -(-n // EVERY),
             "EVERY": EVERY, "num_warps": self.warps, "num_stages": 1,
         }  # fmt: skip
 
     def _apart(self, given: Given) -> tuple[Tensors, Tensors, Tensors, torch.Tensor | None]:
         """The operator's arguments: streams; tensors; states; the marks of tokens."""
         first, second = len(self.streams), len(self.streams) + len(self.tensors)
-        rest, fresh = [each for each in given[:-1] if each is not None], given[-1]
-        return tuple(rest[:first]), tuple(rest[first:second]), tuple(rest[second:]), fresh
+        rest, marks = [each for each in given[:-1] if each is not None], given[-1]
+        return tuple(rest[:first]), tuple(rest[first:second]), tuple(rest[second:]), marks
 
     # The operators: what runs, what it returns before it runs, and its gradient.
 
@@ -178,14 +177,14 @@ class Sequential:
 
     def _readable(self, given: Given) -> Given:
         """The arguments as kernels read them: any strides, but vectors without gaps."""
-        streams, tensors, starts, fresh = self._apart(given)
+        streams, tensors, starts, marks = self._apart(given)
         dense = (each if size is None or each.stride(-1) == 1 else each.contiguous()
                  for size, each in zip(self.streams.values(), streams, strict=True))  # fmt: skip
         rest = (each.contiguous() for each in (*tensors, *starts))
-        return *dense, *rest, None if fresh is None else fresh.contiguous()
+        return *dense, *rest, None if marks is None else marks.contiguous()
 
     def _check(self, given: Given) -> None:
-        streams, tensors, starts, fresh = self._apart(given)
+        streams, tensors, starts, marks = self._apart(given)
         batch, n = streams[0].shape[0], streams[0].shape[2]
         if n == 0:
             raise ValueError(f"{self.name} needs at least one token")
@@ -208,11 +207,9 @@ class Sequential:
                     f"the first {name} is {list(each.shape)} in {each.dtype}, "
                     f"not {expected} in float32"
                 )
-        if fresh is not None and not self.resets:
-            raise ValueError(f"{self.name} never starts anew")
-        if fresh is not None and (list(fresh.shape), fresh.dtype) != ([batch, n], torch.bool):
+        if marks is not None and (list(marks.shape), marks.dtype) != ([batch, n], torch.int8):
             raise ValueError(
-                f"fresh is {list(fresh.shape)} in {fresh.dtype}, not {[batch, n]} in bool"
+                f"marks is {list(marks.shape)} in {marks.dtype}, not {[batch, n]} in int8"
             )
 
     def _registered(self) -> object:
@@ -223,7 +220,7 @@ class Sequential:
         states = [f"s{at}" for at in range(len(self.states))]
         tensors = [f"t{at}" for at in range(len(self.tensors))]
         reads = [f"x{at}" for at in range(len(self.streams))] + tensors + states
-        inputs = ", ".join([*(f"Tensor {each}" for each in reads), "Tensor? fresh"])
+        inputs = ", ".join([*(f"Tensor {each}" for each in reads), "Tensor? marks"])
         upstream = "".join(f"Tensor d{each}, " for each in ("o", *states))
         kept = "".join(f"Tensor kept_{each}, " for each in states)
         count = len(self.streams) + len(self.learned) + len(states)
@@ -235,6 +232,7 @@ class Sequential:
             schema=f"({upstream}{kept}{inputs}) -> ({', '.join(['Tensor'] * count)})",
         )
         backward.register_fake(self.backward_fake)
+        backward.register_autograd(_no_second)
         forward = torch.library.custom_op(
             self.name,
             self.forward,

@@ -112,7 +112,8 @@ def visible_pairs(b, h, i, j, n, m, T, mask: tl.constexpr):
     """Which pairs of a tile exist and see each other."""
     visible = (i < n) & (j < m)
     if mask is not None:
-        visible = visible & mask(b, h, i, j, n, m, T)
+        # a truth of scalars alone, as `h < 1`, is a number in the interpreter
+        visible = (visible & mask(b, h, i, j, n, m, T)) != 0
     return visible
 
 

@@ -30,6 +30,7 @@ from .tape import Inputs, RefusedError, Shape, Tape, taped, volume
 # Numbers that a program may carry from token to token: 160 KiB of the 256 KiB of registers that
 # a multiprocessor has. Near the limit the backward spills: up to 1.4 KB a thread at 128 by 128.
 ROOM = 40960
+BEGINS, IDLE = 1, 2  # marks of tokens, 0 for all others
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ class State:
 class Scan:
     """One recurrence. The statement of the name `o` is the output, a vector of `value_dim`.
 
-    `resets` says that tokens may be marked, where every state starts anew.
+    Tokens may be marked: where one `BEGINS`, every state starts anew; an `IDLE` one leaves them
+    as they are.
     """
 
     heads: int
@@ -67,7 +69,6 @@ class Scan:
     statements: tuple[tuple[str, Expr], ...]
     tensors: tuple[Tensor, ...] = ()
     causal: bool = True
-    resets: bool = False
 
 
 def obstacle(scan: Scan) -> str | None:

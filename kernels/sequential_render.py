@@ -4,7 +4,7 @@
 
 is a file that needs torch and triton only and defines
 
-    mamba(time, v, k, q, rate, H, fresh=None) -> (o, H)
+    mamba(time, v, k, q, rate, H, marks=None) -> (o, H)
 
 One program runs one head of one batch element. The forward keeps the states before every 64th
 token; the backward takes up each 64 tokens from there, notes the states before every one of
@@ -21,12 +21,12 @@ from collections.abc import Iterable
 from ..grammar.show import show
 from .adjoint import Lanes, Writer, zeros
 from .hooks import wrapped
-from .sequential import Scan, obstacle, tape_of, warps
+from .sequential import BEGINS, IDLE, Scan, obstacle, tape_of, warps
 from .tape import OWN, Op, Shape, Variables
 
 _SHARED = ("Streams", "strides", "groups", "Tensors")
-_FORWARD = (*_SHARED, "Starts", "Fresh", "O", "o_strides", "Lasts", "Kept", "n", "chunks")
-_BACKWARD = (*_SHARED, "Fresh", "Kept", "DO", "do_strides", "DLasts", "DStreams", "DTensors",
+_FORWARD = (*_SHARED, "Starts", "Marks", "O", "o_strides", "Lasts", "Kept", "n", "chunks")
+_BACKWARD = (*_SHARED, "Marks", "Kept", "DO", "do_strides", "DLasts", "DStreams", "DTensors",
              "DStarts", "Scratch", "n", "chunks")  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def render_scan(scan: Scan, name: str, namespace: str) -> str:
     """Return the text of one recurrence: its kernels, its operators, and `def {name}(…)`.
 
     The function takes the streams, the tensors and the states before the first token, each in
-    the order of the scan, and `fresh` where it resets; it returns o and the last states.
+    the order of the scan, and `marks`; it returns o and the last states.
     Raises `ValueError` for what `obstacle` finds.
     """
     if (reason := obstacle(scan)) is not None:
@@ -76,7 +76,7 @@ class _Printer:
                 output,
                 "O.dtype.element_ty",
             ),
-            *self._assigned([(tape.states[each], final) for each, final in tape.finals.items()]),
+            *self._unless_idle([(tape.states[each], final) for each, final in tape.finals.items()]),
         ]
         lines = [
             *self._tensors(read),
@@ -143,7 +143,7 @@ class _Printer:
             *(self._store_state(name, "Scratch", "program * EVERY + t - start", var)
               for name, var in tape.states.items()),
             *Writer(tape, self.lanes).forward(ops),
-            *self._assigned([(tape.states[each], final) for each, final in tape.finals.items()]),
+            *self._unless_idle([(tape.states[each], final) for each, final in tape.finals.items()]),
         ]  # fmt: skip
         return lines, read
 
@@ -162,6 +162,8 @@ class _Printer:
         read = self._read(writer.used, ops)
         lines = [
             *self._ahead(read, "tl.maximum(t - 1, 0)"),
+            "if Marks is not None:",
+            "    mark = tl.load(Marks + b * n + t)",
             "d_o = do_next.to(tl.float32)",
             self._next_do(),
             *(self._load_state(name, "Scratch", "program * EVERY + t - start")
@@ -172,13 +174,13 @@ class _Printer:
         for at, var in enumerate(tape.streams.values()):
             shape = tape.shapes[var]
             row = f"DStreams[{at}] + (program * n + t) * {math.prod(shape)}"
-            value = found.get(var, zeros(shape))
-            lines.append(self._store(row, value, shape, f"DStreams[{at}].dtype.element_ty"))
+            lines += self._zero_if_idle(found.get(var, zeros(shape)))
+            lines.append(self._store(row, "each", shape, f"DStreams[{at}].dtype.element_ty"))
         for key, total in sums.items():
             if (var := tape.tensors[key]) in found:
-                lines.append(wrapped(f"{total} = ", f"{total} + {found[var]}"))
-        lines += self._assigned([(carried[name], found.get(var, zeros(tape.shapes[var])))
-                            for name, var in tape.states.items()])  # fmt: skip
+                lines += [*self._zero_if_idle(found[var]), f"{total} = {total} + each"]
+        lines += self._unless_idle([(carried[name], found.get(var, zeros(tape.shapes[var])))
+                                for name, var in tape.states.items()])  # fmt: skip
         lines += self._anew(carried.values(), start=False)
         return lines, read
 
@@ -242,24 +244,29 @@ class _Printer:
 
     def _anew(self, targets: Iterable[str], *, start: bool = True) -> list[str]:
         """Begin states anew at a token that is marked, or end their gradients there."""
-        if not self.scan.resets:
-            return []
         values = [each.initial if start else 0.0 for each in self.scan.states]
         return [
-            "if Fresh is not None:",
-            "    fresh = tl.load(Fresh + b * n + t)",
-            *(f"    {var} = tl.where(fresh, {value!r}, {var})"
+            "if Marks is not None:",
+            "    mark = tl.load(Marks + b * n + t)",
+            *(f"    {var} = tl.where(mark == {BEGINS}, {value!r}, {var})"
               for var, value in zip(targets, values, strict=True)),
         ]  # fmt: skip
 
-    def _assigned(self, pairs: Iterable[tuple[str, str]]) -> list[str]:
-        """Return assignments that happen at once: none reads what another has written."""
-        pairs = [(to, value) for to, value in pairs if to != value]
-        targets = {to for to, _ in pairs}
-        held = {value: self.variables.new(f"{value}_held")
-                for _, value in pairs if value in targets}  # fmt: skip
-        return [*(f"{copy} = {value}" for value, copy in held.items()),
-                *(f"{to} = {held.get(value, value)}" for to, value in pairs)]  # fmt: skip
+    def _unless_idle(self, pairs: Iterable[tuple[str, str]]) -> list[str]:
+        """Return assignments that happen at once, and not at all at padding."""
+        pairs = list(pairs)
+        new = {to: self.variables.new(f"{to}_new") for to, _ in pairs}
+        return [
+            *(f"{new[to]} = {value}" for to, value in pairs),
+            "if Marks is not None:",
+            *(f"    {new[to]} = tl.where(mark == {IDLE}, {to}, {new[to]})" for to, _ in pairs),
+            *(f"{to} = {new[to]}" for to, _ in pairs),
+        ]
+
+    def _zero_if_idle(self, value: str) -> list[str]:
+        """Return lines that make a number of a token, `each`, which is 0 at padding."""
+        return [f"each = {value}", "if Marks is not None:",
+                f"    each = tl.where(mark == {IDLE}, 0.0, each)"]  # fmt: skip
 
     def _load(self, row: str, shape: Shape) -> str:
         inside = f", mask={mask}, other=0.0" if (mask := self.lanes.mask(shape)) else ""
@@ -305,13 +312,13 @@ class _Printer:
         for each, table in tables.items():
             inner = ", ".join(f'"{key}": {value!r}' for key, value in table.items())
             lines.append(wrapped(f"{each}=", f"{{{inner}}}"))
-        lines += [f"resets={scan.resets}", f"warps={warps(self.tape)}"]
+        lines += [f"warps={warps(self.tape)}"]
         body = textwrap.indent(",\n".join(lines), "    ")
         return f"_{name} = Sequential(\n{body},\n)\n"
 
     def function(self) -> str:
         """Print the function that others call; its docstring says what it computes."""
-        scan, variables = self.scan, Variables({"torch", "fresh", "found", self.name})
+        scan, variables = self.scan, Variables({"torch", "marks", "found", self.name})
         shapes = {variables.new(each.name): f"(b, {scan.heads} or a divisor, n"
                   + ("" if each.size is None else f", {each.size}") + ")"
                   for each in scan.streams}  # fmt: skip
@@ -319,9 +326,8 @@ class _Printer:
         shapes |= {variables.new(f"first_{each.name}"): str(("b", scan.heads, *each.shape))
                    .replace("'", "") for each in scan.states}  # fmt: skip
         asked = "".join(f"    {each}: torch.Tensor,\n" for each in shapes)
-        if scan.resets:
-            asked += "    fresh: torch.Tensor | None = None,\n"
-            shapes["fresh"] = "(b, n), true where the states start anew"
+        asked += "    marks: torch.Tensor | None = None,\n"
+        shapes["marks"] = f"(b, n), int8: {BEGINS} where states begin anew, {IDLE} where they stay"
         room = max(len(each) for each in shapes) + 2
         said = [
             line
@@ -331,9 +337,7 @@ class _Printer:
         meaning = [*(f"    {each}" for each in said), ""]
         meaning += [f"{each:{room}}{shape}" for each, shape in shapes.items()]
         doc = textwrap.indent("\n".join(meaning), "    ")
-        given = ", ".join([*list(shapes)[: -1 if scan.resets else None],
-                           "fresh" if scan.resets else "None"])  # fmt: skip
-        call = wrapped("found = ", f"_{self.name}.op({given})")
+        call = wrapped("found = ", f"_{self.name}.op({', '.join(shapes)})")
         return (
             f"def {self.name}(\n{asked}) -> tuple[torch.Tensor, ...]:\n"
             f'    """Run the recurrence: o as (b, {scan.heads}, n, {scan.value_dim}), '

@@ -121,8 +121,8 @@ class Variables:
 # What the text of a kernel calls its own.
 OWN = frozenset({
     "tl", "triton", "program", "head", "b", "h", "n", "t", "chunk", "chunks", "start", "stop",
-    "step", "Streams", "strides", "groups", "Tensors", "Starts", "Fresh", "O", "o_strides",
-    "Lasts", "Kept", "DO", "DLasts", "DStreams", "DTensors", "DStarts", "Scratch", "fresh",
+    "step", "Streams", "strides", "groups", "Tensors", "Starts", "Marks", "O", "o_strides",
+    "Lasts", "Kept", "DO", "DLasts", "DStreams", "DTensors", "DStarts", "Scratch", "mark", "each",
     "range", "row", "o_at", "do_at", "do_next", "d_o", "back", "do_strides", "EVERY",
 })  # fmt: skip
 

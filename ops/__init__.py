@@ -9,13 +9,13 @@ from __future__ import annotations
 from .conv import Conv
 from .draws import Bernoulli, DropHeads, Noise
 from .dropout import Dropout
-from .features import Slice, Softmax, Top
+from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .joint import Joint
 from .latents import Latents
 from .linear import HeadLinear, Linear
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
-from .op import Mismatch, Op, Option, Run, Weight
+from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
 from .rope import Rope
 from .shape import Shape
@@ -37,6 +37,7 @@ OPS: dict[str, Op] = {
         Softmax(),
         Top(),
         Slice(),
+        Reduce(),
         Conv(),
         Latents(),
         Rope(),
@@ -50,6 +51,6 @@ OPS: dict[str, Op] = {
         Pointwise(),
     )
 }
-UNNAMED = ("pointwise", "average", "joint")  # operations that are no stages of a pipeline
+UNNAMED = ("pointwise", "reduce", "average", "joint")  # operations that are no stages of a pipeline
 
-__all__ = ["OPS", "UNNAMED", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]
+__all__ = ["OPS", "UNNAMED", "Chosen", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

@@ -5,7 +5,7 @@ Every feature of every head has `width` weights of its own:
     out[t] = Σ_c w[c] · x[t − before + c]
 
 `before` is width − 1, so that a token reads none after it; with `causal = false` it is
-(width − 1) // 2. Before the first token and after the last, x is zero.
+(width − 1) // 2. Before the first token of a sequence and after its last, x is zero.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Conv(Op):
         Option("causal", "flag", True),
     )
     suffix = "conv"
+    by_sequence = True
 
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         return inputs[0]
@@ -57,7 +58,8 @@ class Conv(Op):
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
-        return f"self.{module}({inputs[0]})"
+        run = self.run_of(shapes[0])
+        return f"self.{module}({inputs[0]}{f', {run}' if run != 'None' else ''})"
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
         more = "".join(f", {name}={options[name]}" for name, usual in (("bias", False),

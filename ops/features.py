@@ -1,4 +1,4 @@
-"""Stages over the features of each token: `softmax`, `top`, `slice`."""
+"""Over the features of each token: `softmax`, `top`, `slice`, and `sum(…)`, `norm(…)`."""
 
 from __future__ import annotations
 
@@ -105,3 +105,36 @@ class Slice(Op):
              module: str) -> str:  # fmt: skip
         start, stop = options["start"] or "", options["stop"]
         return f"{inputs[0]}[..., {start}:{'' if stop == shapes[0].dim else stop}]"
+
+
+class Reduce(Op):
+    """`sum`, `mean` and `norm`, functions over the last dimension: one feature is left."""
+
+    name = "reduce"
+    options = (Option("by", ("sum", "mean", "norm"), required=True),)
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        return replace(inputs[0], dim=1)
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        import torch
+
+        (x,) = inputs
+        match options["by"]:
+            case "sum":
+                return x.sum(-1, keepdim=True)
+            case "mean":
+                return x.mean(-1, keepdim=True)
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return length
+
+    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
+             module: str) -> str:  # fmt: skip
+        if options["by"] == "norm":
+            return f"torch.linalg.vector_norm({inputs[0]}, dim=-1, keepdim=True)"
+        return f"{inputs[0]}.{options['by']}(-1, keepdim=True)"
+
+    def flops(self, inputs: Sequence[Shape], options: Options) -> int:
+        return inputs[0].features * (2 if options["by"] == "norm" else 1)

@@ -25,21 +25,37 @@ Options = Mapping[str, Any]
 
 
 class Mismatch(Exception):
-    """The operation does not fit what it is given; `help` says what would."""
+    """The operation does not fit what it is given; `help` says what would.
 
-    def __init__(self, message: str, label: str = "", help: str = "") -> None:
+    `at` is the option that is wrong, `scaling`, or an argument of what was chosen for it,
+    `scaling.short`.
+    """
+
+    def __init__(self, message: str, label: str = "", help: str = "", at: str = "") -> None:
         super().__init__(message)
-        self.message, self.label, self.help = message, label, help
+        self.message, self.label, self.help, self.at = message, label, help, at
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An argument of a stage. `kind` is size, number, flag, stream, or the words allowed."""
+    """An argument of a stage.
+
+    `kind` is size, number, positive (a number), positives (a list of them), flag, stream, the
+    words allowed, or calls, one of which may stand in place of a number: name → its arguments.
+    """
 
     name: str
-    kind: str | tuple[str, ...]
+    kind: str | tuple[str, ...] | Mapping[str, tuple[Option, ...]]
     default: Any = None
     required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The call that was given for an option, `yarn(4, 2048)`, and its arguments by name."""
+
+    name: str
+    values: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +99,8 @@ class Op(ABC):
     starts: bool = False  # its values are its own; the input only says how large the batch is
     random: bool = False  # two of the same are not equal: each draws
     positional: bool = False  # its text reads `positions`, or `context_positions` along "m"
+    by_sequence: bool = False  # its text reads `run`, or `context_run`: whose each token is
+    whole_rows: bool = False  # it reads all tokens of a row, not to be told apart
 
     @abstractmethod
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
@@ -119,6 +137,11 @@ class Op(ABC):
         """Return the names in `compiler.pieces` that its text or its constructor calls."""
         return ()
 
+    @staticmethod
+    def run_of(shape: Shape) -> str:
+        """Return the variable that numbers the sequences of a stream's tokens, or `None`."""
+        return {"n": "run", "m": "context_run"}.get(shape.tokens, "None")
+
     def lookback(self, options: Options) -> int:
         """Return how many earlier tokens the result for a token reads."""
         return 0
@@ -126,6 +149,10 @@ class Op(ABC):
     def looks_ahead(self, options: Options) -> bool:
         """Say whether the result for a token reads later ones."""
         return False
+
+    def counts_tokens(self, options: Options) -> str:
+        """Say from where on the result for a token depends on how many there are, if it does."""
+        return ""
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         """Return floating point operations per token (a multiply-add counts two)."""

@@ -113,7 +113,7 @@ _BINARY: dict[str, Any] = {
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
     "/": lambda a, b: a / b,
-    "//": lambda a, b: a // b,
+    "//": lambda a, b: _constant(a) // _constant(b),
     "%": lambda a, b: a % b,
     "**": lambda a, b: a**b,
     "and": lambda a, b: _truth(a) & _truth(b),
@@ -127,6 +127,13 @@ _COMPARE: dict[str, Any] = {
     "==": lambda a, b: a == b,
     "!=": lambda a, b: a != b,
 }
+
+
+def _constant(value: Any) -> Any:
+    """Return a value without its gradient: that of `//` is zero, which PyTorch does not say."""
+    import torch
+
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _truth(value: Any) -> Tensor:

@@ -17,6 +17,8 @@ class MeanTokens(Op):
     """`mean_tokens`: the mean over the tokens of each sequence; it meets streams along any."""
 
     name = "mean_tokens"
+    by_sequence = True
+    whole_rows = True
 
     def needs(self, out: Shape, inputs: Sequence[Shape], options: Options) -> Shape | None:
         return out
@@ -31,7 +33,10 @@ class MeanTokens(Op):
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
-        return f"{inputs[0]}.mean(-2, keepdim=True)"
+        return f"mean_tokens({inputs[0]}, {self.run_of(shapes[0])})"
+
+    def helpers(self, options: Options) -> tuple[str, ...]:
+        return ("mean_tokens",)
 
     def looks_ahead(self, options: Options) -> bool:
         return True
@@ -41,9 +46,10 @@ class MeanTokens(Op):
 
 
 class Average(Op):
-    """`mean(stream)` in `regularize`: one number, of all there is in the batch."""
+    """`mean(stream)` in `regularize`: one number, of all tokens there are in the batch."""
 
     name = "average"
+    by_sequence = True
 
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         return Shape("1", 1)
@@ -55,4 +61,8 @@ class Average(Op):
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
-        return f"{inputs[0]}.mean()"
+        run = self.run_of(shapes[0])
+        return f"{inputs[0]}.mean()" if run == "None" else f"mean_of_all({inputs[0]}, {run})"
+
+    def helpers(self, options: Options) -> tuple[str, ...]:
+        return ("mean_of_all",)

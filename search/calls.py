@@ -14,7 +14,7 @@ from typing import Any
 
 from ..grammar.diagnostics import Diagnostic, LoomError, did_you_mean
 from ..grammar.expr import NotConstant, evaluate
-from ..grammar.format import show
+from ..grammar.show import show
 from ..grammar.source import Span
 from ..grammar.syntax import Call, Expr, Name, String
 

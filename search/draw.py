@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from ..grammar import syntax
 from ..grammar.diagnostics import error
 from ..grammar.expr import NotConstant, Value, evaluate, number, rebuild
-from ..grammar.format import show
+from ..grammar.show import show
 from ..grammar.syntax import Binary, Call, Expr, Keyword, ListOf, Name, Number, Pipe, Range
 from .choosers import Chooser
 from .holes import MAX_EACH, constant, contains_hole, is_hole, powers, refusal, weights_of

@@ -15,7 +15,7 @@ from typing import Protocol
 from ..grammar import syntax
 from ..grammar.diagnostics import did_you_mean, error
 from ..grammar.expr import NotConstant, evaluate, number, rebuild
-from ..grammar.format import show
+from ..grammar.show import show
 from ..grammar.syntax import Binary, Call, Compare, Expr, Name, Number
 from .calls import read
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,41 @@ sys.modules.setdefault("fla", None)  # or transformers takes its kernels for the
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files anew")
+
+
+def pytest_runtest_setup() -> None:
+    if "triton.runtime.interpreter" in sys.modules:
+        _hasten_interpreter()
+
+
+@cache
+def _hasten_interpreter() -> None:
+    """Leave out what Triton's interpreter does over and over, to no effect: half of its time.
+
+    Every call of a device function replaces the functions of the language again, which once a
+    launch is enough. Sums are watched for overflow by an assertion that only `debug` acts on.
+    """
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    replace_functions: Callable[[Any], Any] = interpreter._patch_lang
+    replaced: set[int] = set()
+
+    def launched(kernel: Any) -> Any:
+        replaced.clear()
+        return replace_functions(kernel)
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in replaced:
+            replaced.add(id(self.fn.__globals__))
+            replace_functions(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as problem:
+            raise interpreter.InterpreterError(repr(problem)) from problem
+
+    interpreter._patch_lang = launched
+    interpreter.InterpretedFunction.__call__ = called
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture

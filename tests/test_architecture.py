@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import networkx as nx
@@ -21,6 +22,7 @@ MAY_IMPORT = {
 }
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of ours by its dotted name within the package."""
     found = {path.stem: path for path in (ROOT / "cli.py",)}
@@ -31,6 +33,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
 def imports(name: str, path: Path) -> set[str]:
     """The modules of ours that a module imports, at its top or inside functions."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from headloom.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,15 +38,14 @@ def commands() -> list[str]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("line", commands())
-def test_command(line: str, tmp_path: Path) -> None:
+def test_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_specs(tmp_path)
-    words = shlex.split(line)
-    assert words[0] == "headloom"
-    done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True,
-                          text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(line)
+    assert program == "headloom"
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
 
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ...grammar.expr import TRUE, names
+from ...grammar.constants import infinite
+from ...grammar.expr import TRUE, calls, names
 from ...grammar.syntax import Call, Compare, Expr, Index, Name, Number, walk
 from ..blocks import sees_something
 from ..choose import Lowering, attend_exprs, maps, reads_places, sdpa_obstacle
@@ -24,6 +25,7 @@ from ..kernel_form import KernelForm
 from ..model import MAPS, PREVIOUS, Normalizer
 from ..normalizers import Exponential, exponential
 from ..sides import makes_vectors
+from ..thresholds import threshold
 from .pairs import Operand, Pairs, operand, token
 from .text import atomic, call, comment, ident, indent
 
@@ -47,6 +49,7 @@ def method(graph: Graph, node: Node) -> list[str]:
     writer = _Writer(graph, node)
     lowering: Lowering = node.get("lowering")
     places = ["i", "j"] if reads_places(graph, node) else []
+    places += sequences(graph, node)
     seen = operands(graph, node)
     below = [f"previous_{name}" for name in maps_below(node)]
     given = [*"qkv", *places, *(each.variable for each in seen), *below]
@@ -57,8 +60,10 @@ def method(graph: Graph, node: Node) -> list[str]:
     gives = "tuple[Tensor, ...]" if writer.statistics or maps(graph, node) else "Tensor"
     if not writer.by_rows:
         return _defined(head, given, body, gives)
-    queries = ["q", *places[:1], *(each.variable for each in seen if each.at == "i"), *below]
-    keys = ["k", "v", *places[1:], *(each.variable for each in seen if each.at == "j")]
+    queries = ["q", *(each for each in places if each in ("i", "own")),
+               *(each.variable for each in seen if each.at == "i"), *below]  # fmt: skip
+    keys = ["k", "v", *(each for each in places if each in ("j", "other")),
+            *(each.variable for each in seen if each.at == "j")]  # fmt: skip
     comma = "," if len(queries) == 1 else ""
     args = [f"self.{method_name(node)}_rows", f"({', '.join(queries)}{comma})",
             f"({', '.join(keys)})"]  # fmt: skip
@@ -72,8 +77,30 @@ def method(graph: Graph, node: Node) -> list[str]:
 
 
 def _defined(head: str, given: list[str], body: list[str], gives: str = "Tensor") -> list[str]:
-    args = ["self", *(f"{name}: Tensor" for name in given)]
+    optional = ("own", "other")
+    args = ["self", *(f"{name}: Tensor{' | None' * (name in optional)}" for name in given)]
     return [*call(head, args, f") -> {gives}:"), *indent(body)]
+
+
+def sequences(graph: Graph, node: Node) -> list[str]:
+    """Return what tells an attention whose tokens are whose: numbers of sequences, or None.
+
+    `own` along the queries, `other` along the keys.
+    """
+    keys = graph.node(node.inputs[1]).dims[-2]
+    if keys not in ("n", "m"):
+        return []
+    return ["own", "other"] if node.dims[2] == keys else ["other"]
+
+
+def by_rows(node: Node) -> bool:
+    """Say whether some queries can be attended to without the others, but those just before."""
+    exprs = attend_exprs(node)
+    reads = {name for expr in exprs for name in names(expr)}
+    called = {part.function for expr in exprs for part in walk(expr) if isinstance(part, Call)}
+    columns = any(kind == "columns" for _, kind, _ in node.get("statistics") or ())
+    columns = columns or any(each.endswith("_queries") for each in called)
+    return "n" not in reads and not columns
 
 
 def maps_below(node: Node) -> tuple[str, ...]:
@@ -85,6 +112,24 @@ def maps_below(node: Node) -> tuple[str, ...]:
 def method_name(node: Node) -> str:
     """Return the name of the method that computes an attention."""
     return "attend" if node.name == "o" else f"attend_{node.name}"
+
+
+def may_see_nothing(graph: Graph, node: Node) -> bool:
+    """Say whether a row's denominator may be zero: nothing is seen, and nothing else in it."""
+    form = exponential(node.get("normalizer"))
+    if form is None or form.extra is not None or (form.held and calls(form.held, "max")):
+        return False
+    if may_weigh_nothing(node, form):
+        return True
+    keys = graph.node(node.inputs[1]).dims[2]
+    may_be_none = keys in ("n", "m") and keys != node.dims[2]  # of an empty context, for one
+    return may_be_none or not sees_something(graph.block.mixings[node.name])
+
+
+def may_weigh_nothing(node: Node, form: Exponential) -> bool:
+    """Say whether a logit of a visible pair may be minus infinity."""
+    s = frozenset({"s"} if infinite(node.get("score")) else ())
+    return infinite(form.logit, s)
 
 
 def sdpa_fits(node: Node, lowering: Lowering) -> bool:
@@ -100,23 +145,30 @@ class _Writer:
         self.value_heads = graph.node(node.inputs[2]).dims[1]
         self.normalizer: Normalizer = node.get("normalizer")
         self.mask: Expr = node.get("mask")
-        self.pairs = Pairs(graph, node, masked=self.mask != TRUE)
+        self.told = sequences(graph, node)
+        self.masked = self.mask != TRUE or bool(self.told)
+        self.pairs = Pairs(graph, node, masked=self.masked, told=bool(self.told))
         self.statistics: tuple[tuple[str, str, Expr | None], ...] = node.get("statistics") or ()
         self.lines: list[str] = []
+        self.weighing = ""  # which pairs may weigh something, "" for all
 
     @property
     def _sees_something(self) -> bool:
-        return sees_something(self.graph.block.mixings[self.node.name])
+        own = self.told != ["other"]  # else padding may be all that there is
+        return own and sees_something(self.graph.block.mixings[self.node.name])
+
+    @property
+    def _sees_nothing(self) -> str:
+        """Which rows have no denominator, "" where all have one."""
+        if not may_see_nothing(self.graph, self.node):
+            return ""
+        if self.weighing:
+            return f"~{self.weighing}.any(-1, keepdim=True)"
+        return "lse == -torch.inf"
 
     @property
     def by_rows(self) -> bool:
-        """Whether some queries can be attended to without the others, but those just before."""
-        reads = {name for expr in self._all() for name in names(expr)}
-        calls = {part.function for expr in self._all() for part in walk(expr)
-                 if isinstance(part, Call)}  # fmt: skip
-        columns = any(kind == "columns" for _, kind, _ in self.statistics)
-        columns = columns or any(each.endswith("_queries") for each in calls)
-        return "n" not in reads and not columns
+        return by_rows(self.node)
 
     @property
     def before(self) -> int:
@@ -136,6 +188,8 @@ class _Writer:
         if self.mask != TRUE:
             self._visible()
             args.append("attn_mask=visible")
+        elif self.told:
+            args.append(f"attn_mask={self._together}")
         return [*self._sized(), *sdpa_call(self.graph, self.node, args, "return ")]
 
     def dense(self) -> list[str]:
@@ -156,12 +210,12 @@ class _Writer:
             text = self._text(similarity)
             text = f"{atomic(text)}.to(wide){times}" if times else f"{atomic(text)}.to(wide)"
             self.lines += comment(f"s = {text}", f"[{shape}, {self.keys}]")
-        if self.mask != TRUE:
+        if self.masked:
             self._visible()
         if any("seen" in names(expr) for expr in self._all()):
             count = (
                 "visible.expand(s.shape).sum(-1, keepdim=True)"
-                if self.mask != TRUE
+                if self.masked
                 else "torch.full_like(s[..., :1], k.shape[-2])"
             )
             self.lines.append(f"seen = {count}.clamp(min=1).to(wide)")
@@ -189,17 +243,38 @@ class _Writer:
     def _sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""
         text = "\n".join(line.partition("# ")[0] for line in self.lines)
+        both = self.told == ["own", "other"]
+        queries = "torch.tensor(q.shape[-2], device=q.device)"
+        if both:
+            queries = "tokens_of(own, None if own is None else own.mT, q)"
+        keys = "torch.tensor(k.shape[-2], device=q.device)"
+        if self.told:
+            keys = f"tokens_of({'own' if both else 'None'}, other, k)"
         made = {
             "h": f"torch.arange({self.heads}, device=q.device)[:, None, None]",
-            "n": "torch.tensor(q.shape[-2], device=q.device)",
-            "m": "torch.tensor(k.shape[-2], device=q.device)",
+            "n": queries,
+            "m": keys,
         }
         read = [name for name in made if re.search(rf"\b{name}\b", text)]
         return [*(f"{name} = {made[name]}" for name in read), *self.lines]
 
+    @property
+    def _together(self) -> str:
+        return f"together({'own' if 'own' in self.told else 'None'}, other)"
+
     def _visible(self) -> None:
+        """Write who sees whom: what the mask says, of the query's own sequence."""
+        if self.mask == TRUE:
+            self.lines += [
+                f"visible = {self._together}",
+                "if visible is None:",
+                "    visible = torch.ones(1, 1, 1, k.shape[-2], dtype=torch.bool, device=q.device)",
+            ]
+            return
         text = replace(self.pairs, wide=".double()").value(self.mask).text
         self.lines.append(f"visible = {text}")
+        if self.told:
+            self.lines += ["if other is not None:", f"    visible = visible & {self._together}"]
 
     def _hidden(self, text: str, by: str = "0") -> str:
         return self.pairs.hidden(text, by)
@@ -212,11 +287,13 @@ class _Writer:
 
     def _statistic(self, kind: str, expr: Expr | None) -> str:
         """Write a number of every row or column, from p as the normaliser gave it."""
-        if kind == "lse":
-            return "lse"
+        if kind in ("lse", "joint"):
+            nothing = self._sees_nothing
+            by = "0" if kind == "lse" else "-torch.inf"
+            return f"lse.masked_fill({nothing}, {by})" if nothing else "lse"
         if kind == "entropy":
-            terms = self._hidden("p * (s - lse)")
-            self.lines.append(f"entropy = -{atomic(terms)}.sum(-1, keepdim=True)")
+            hidden = f".masked_fill(~{self.weighing}, 0)" if self.weighing else ""
+            self.lines.append(f"entropy = -(p * (s - lse)){hidden}.sum(-1, keepdim=True)")
             return "entropy"
         assert expr is not None
         total = f"{atomic(self._hidden(self._spread(expr)))}.sum"
@@ -238,8 +315,10 @@ class _Writer:
     def _exponential(self, form: Exponential) -> None:
         if form.logit != Name("s"):
             self.lines.append(f"s = {self._spread(form.logit)}")
-        if self.mask != TRUE:
-            self.lines.append(f"s = {self._hidden('s', 'torch.finfo(s.dtype).min')}")
+        some, sees = self._weighing(form)
+        self.weighing = some
+        if some:
+            self.lines.append(f"s = s.masked_fill(~{some}, torch.finfo(s.dtype).min)")
         every = "s"
         if form.extra is not None:
             extra = self._text(form.extra)
@@ -248,7 +327,7 @@ class _Writer:
             else:
                 self.lines.append(f"added = ({extra}).to(wide).expand_as(s[..., :1])")
             every = "torch.cat([s, added], dim=-1)"
-        asked = any(kind in ("lse", "entropy") for _, kind, _ in self.statistics)
+        asked = any(kind in ("lse", "joint", "entropy") for _, kind, _ in self.statistics)
         if asked or form.held is not None:
             self.lines.append(f"lse = {every}.logsumexp(-1, keepdim=True)")
         if form.held is not None:
@@ -256,10 +335,20 @@ class _Writer:
         else:
             own = "" if form.extra is None else "[..., :-1]"
             self.lines.append(f"p = {every}.softmax(-1){own}")
-        if asked and form.extra is None and self.mask != TRUE and not self._sees_something:
-            self.lines.append("lse = lse.masked_fill(~visible.any(-1, keepdim=True), -torch.inf)")
-        if self.mask != TRUE and not (form.extra is None and self._sees_something):
-            self.lines.append("p = p.masked_fill(~visible, 0)")
+        if some and not (form.extra is None and sees):
+            self.lines.append(f"p = p.masked_fill(~{some}, 0)")
+
+    def _weighing(self, form: Exponential) -> tuple[str, bool]:
+        """Return which pairs may weigh something, "" for all, and whether every row has one.
+
+        A logit of minus infinity weighs nothing, though the pair is visible.
+        """
+        masked = "visible" if self.masked else ""
+        if not may_weigh_nothing(self.node, form):
+            return masked, self._sees_something
+        shown = f"{masked} & (s > -torch.inf)" if masked else "s > -torch.inf"
+        self.lines.append(f"finite = {shown}")
+        return "finite", False
 
     def _ratio(self) -> None:
         below = self.normalizer.denominator
@@ -276,13 +365,24 @@ class _Writer:
             self.lines.pop(-2)
 
     def _threshold(self) -> None:
-        visible = "visible" if self.mask != TRUE else "torch.ones_like(s, dtype=torch.bool)"
+        form = threshold(self.normalizer)
+        if not self.masked:
+            self.lines.append("visible = torch.ones_like(s, dtype=torch.bool)")
+        top = "max_of_visible(s, visible, -1).detach()"
+        if form.moves:
+            self.lines.append(f"s = (s - {top}).masked_fill(~visible, 0)")
+        else:  # next to large logits a threshold needs more than seven digits
+            self.lines.append(f"s = torch.where(visible, s, {top}).double()")
+        pairs = self.pairs if form.moves else replace(self.pairs, wide=".double()")
+        for name, expr in (("weight", form.numerator), ("slope", form.slope)):
+            self.lines += [
+                f"def {name}(s: Tensor, tau: Tensor) -> Tensor:",
+                f"    return {pairs.spread(expr)}",
+                "",
+            ]
         self.lines += [
-            "def weight(s: Tensor, tau: Tensor) -> Tensor:",
-            f"    return {self._text(self.normalizer.numerator)}",
-            "",
-            f"tau = row_threshold(weight, s, {visible})",
-            f"p = {self._hidden('weight(s, tau)')}",
+            "tau = row_threshold(weight, slope, s, visible)",
+            f"p = {self._hidden('weight(s, tau)')}{'' if form.moves else '.to(wide)'}",
         ]
 
 
@@ -294,13 +394,15 @@ def made_for_kernel(
     q, k, v = alike(graph, node, q, k, v)
     group = int(node.dims[1]) // max(int(graph.node(name).dims[1]) for name in node.inputs[1:3])
     repeat = f".repeat_interleave({group}, dim=1)" if group > 1 else ""
-    variables = {Operand("q", "i"): q, Operand("k", "j"): f"{k}{repeat}"}
-    for seen in operands(graph, node):
-        variables[seen] = ident(seen.name) if seen.name not in ("x", "context") else seen.name
+    whole = {"q": q, "k": f"{k}{repeat}"}
+    variables = {
+        seen: seen.name if seen.name in ("x", "context") else ident(seen.name)
+        for seen in operands(graph, node)
+    }
     lines: list[str] = []
 
     def side(expr: Expr, at: str) -> str:
-        return Pairs(graph, node, at, variables=variables).value(expr).text
+        return Pairs(graph, node, at, variables=variables, whole=whole).value(expr).text
 
     for each in form.sides:
         size = f"{q}.shape[:3]" if each.at == "i" else f"*{q}.shape[:2], {k}.shape[2]"

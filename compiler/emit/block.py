@@ -14,22 +14,29 @@ from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...kernels.recurrence import Recurrence
 from ...ops import OPS
-from ..choose import Lowering, always_fused, kernel_reads, maps, reads_places
+from ..choose import Lowering, kernel_reads, maps, reads_places, tells_apart
 from ..graph import Graph, Node, shape_of
 from ..kernel_form import KernelForm, kernel_form
+from ..masks import extent
 from ..model import MAPS, PREVIOUS, Pairwise
 from ..operators import Operator
+from ..parameters import constants
 from . import attend, chunk, scan
-from .caches import Caches, plain_name
-from .tensors import tensor as tensor_lines
+from .caches import Caches, begins_within, own_rows, plain_name
+from .tensors import constants as constant_lines
+from .tensors import parameter as parameter_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
 
 def block_class(graph: Graph, name: str, kernels: Sequence[Operator]) -> list[str]:
     """Return the lines of a block's class; `kernels` are the functions that it calls."""
     writer = _Writer(graph, kernels)
-    lines = [f"class {class_name(name)}(nn.Module):", *indent(_docstring(graph)), ""]
+    fixed = constants(graph.block)
+    base = "Constants" if fixed else "nn.Module"
+    lines = [f"class {class_name(name)}({base}):", *indent(_docstring(graph)), ""]
     lines += indent(writer.constructor())
+    if fixed:
+        lines += ["", *indent(constant_lines(fixed))]
     lines += ["", *indent(writer.init_cache()), "", *indent(writer.forward())]
     if graph.auxiliary is not None:
         lines += ["", *indent(writer.auxiliary_loss())]
@@ -82,7 +89,9 @@ class _Writer(Caches):
                 made = OPS[node.op].constructor(shapes, dict(node.attrs))
                 lines.append(f"    self.{node.module} = {made}")
         for tensor in self.block.tensors:
-            lines += indent(tensor_lines(tensor))
+            lines += indent(parameter_lines(tensor)) if tensor.learned else []
+        if constants(self.block):
+            lines.append("    self.set_constants()")
         if self.graph.auxiliary is not None:
             lines.append("    self.auxiliary: Tensor | None = None")
         return lines
@@ -97,37 +106,96 @@ class _Writer(Caches):
             "    x: Tensor,",
             "    *,",
             "    context: Tensor | None = None,",
+            "    attention_mask: Tensor | None = None,",
+            "    context_mask: Tensor | None = None,",
             "    segments: Tensor | None = None,",
+            "    cu_seqlens: Tensor | None = None,",
             "    positions: Tensor | None = None,",
             *(["    shared: dict[str, Tensor],"] if self.stacked else []),
             "    cache: None = None," if self.obstacle is not None
-            else f"    cache: {self._cache_type} | None = None,",
+            else "    cache: Cache | None = None,",
+            "    batch: Batch | None = None,",
+            "    far: Batch | None = None,",
             ") -> tuple[Tensor, dict[str, Tensor]]:" if self.stacked else ") -> Tensor:",
             f'    """Map x [b, n, {width}] to [b, {out.tokens}, {out.dim}]; '
             'a cache goes on where it stands.',
-            *(["", "    `shared` is what this layer reads of the one below; what the one above "
-               "reads comes back.", '    """'] if self.stacked else []),
+            "",
+            *(["    `shared` is what this layer reads of the one below; what the one above "
+               "reads comes back."] if self.stacked else []),
+            "    `batch` and `far` say how tokens and context stand, where a model says it.",
+            '    """',
         ]  # fmt: skip
-        if not self.stacked:
-            lines[-1] += '"""'
-        body = [f'expect("x", x, {width})']
+        body = [f'expect("x", x, {width}, self)']
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
+        body += self._opened()
+        if self._isolates:
+            body.append(f"x, spoilt = batch.clean(x, causal={self.obstacle is None})")
         body += self._sizes() + self._places()
         if len(self._parts) > 1:
             body += [
                 f'{self.cache(name)} = None if cache is None else cache.parts["{ident(name)}"]'
                 for name in self._parts
             ]
+        elif self._parts:
+            body.append(
+                f"part = None if cache is None else cache.parts[{self._only!r}]".replace("'", '"')
+            )
         body += self._from_below()
         body += self._streams()
-        head = "out =" if self.stacked else "return"
-        body += self._assign(self.graph.node(self.graph.output), head)
+        end = self.graph.node(self.graph.output)
+        give = "finish(out, batch, cache)" if self.obstacle is None else "batch.give(out)"
+        if out.tokens != "n":
+            body += self._assign(end, "return")
+        else:
+            body += self._assign(end, "out =")
+            if self._isolates:
+                body += ["if spoilt is not None:",
+                         "    out = out.masked_fill(spoilt, torch.nan)"]  # fmt: skip
+            if self.stacked:
+                body.append(f"out = {give} if outer else out")
+            else:
+                body.append(f"return {give} if outer else out")
         if self.stacked:
             body += braced(
                 "return out, ", {f'"{key}"': text for key, text in self._given().items()}
             )
         return lines + indent(body)
+
+    @property
+    def _isolates(self) -> bool:
+        """Whether sequences of a row are told apart in it, and not laid into rows of their own."""
+        tokens = self.block.out.shape.tokens
+        return tokens == "n" and not self.block.marks and not own_rows(self.block)
+
+    def _opened(self) -> list[str]:
+        """Write the lines that lay the tokens of a call out in sequences."""
+        lines = ["outer = batch is None"]
+        if not self.crosses:
+            lines += ["if outer and (context is not None or context_mask is not None):",
+                      '    raise ValueError("this block reads no `context`")']  # fmt: skip
+        if self.block.out.shape.tokens != "n":
+            lines += ["if segments is not None or cu_seqlens is not None:",
+                      '    raise ValueError("this block gives one list of tokens for each row; "',
+                      '                     "lay sequences out in rows of their own")']  # fmt: skip
+        args = ["attention_mask", "segments", "cu_seqlens", "positions"]
+        args += ["cuts=False"] if self.block.marks else []
+        args += ["rows=True"] if own_rows(self.block) else []
+        if self.obstacle is None:
+            args += [] if begins_within(self.block) else ["begins=False"]
+            made = call("batch = begin", ["self", "x", "cache", *args])
+        else:
+            made = call("batch = Batch", ["x", "None", *args])
+        made += ["x = batch.take(x)"]
+        if self.crosses:
+            kept = "context is not None"
+            if self.obstacle is None:
+                made.append("context = context if cache is None else cache.reading(context)")
+            made += [f"if {kept}:",
+                     f'    expect("context", context, {self.block.context_width}, self)',
+                     "    far = Batch(context, None, context_mask)",
+                     "    context = far.take(context)"]  # fmt: skip
+        return [*lines, "if batch is None:", *indent(made)]
 
     # what the layers below and above share
 
@@ -168,6 +236,9 @@ class _Writer(Caches):
         if self.block.lends:
             own = "lent_places" if len(self._held) > 1 else "places"
             given["places"] = own if self._lent else 'shared["places"]'
+            given["run"] = "lent_run" if self._lent else 'shared["run"]'
+        if any("m" in self.graph.node(name).dims for name in self._shared_now.values()):
+            given["context_run"] = "context_run"
         return given | {label: f"shared_{label}" for label, _ in self.graph.shared if label in MAPS}
 
     def _positional(self, tokens: str) -> bool:
@@ -178,16 +249,7 @@ class _Writer(Caches):
         )
 
     def _sizes(self) -> list[str]:
-        if self._needs_places or self.recurrences or self._reads_doc:
-            b = "b" if self.recurrences or self._reads_doc else "_"
-            return [f"{b}, n, _ = x.shape"]
-        return ["n = x.shape[1]"] if self._counts else []
-
-    @property
-    def _counts(self) -> bool:
-        """Whether the forward pass has to count the tokens of a cache itself."""
-        kinds = list(self._parts.values())
-        return len(kinds) > 1 or kinds in (["ContextCache"], ["TailCache"], ["Cache"])
+        return ["b, n, _ = x.shape"] if self.recurrences else []
 
     @property
     def _reads_doc(self) -> bool:
@@ -204,38 +266,70 @@ class _Writer(Caches):
 
     def _places(self) -> list[str]:
         lines = []
-        if any(self._has_plain_form(node) for node in self.attentions):
-            lines.append("plain = cache is None and positions is None" if self.obstacle is None
-                         else "plain = positions is None")  # fmt: skip
-        if self._needs_places and self._held and self.obstacle is None:
-            lines.append("given = positions")
-        if self._needs_places:
-            lines += ["if positions is None:"]
-            if self.obstacle is None:
-                lines += ["    start = 0 if cache is None else cache.length"]
-            tokens = "start, start + n" if self.obstacle is None else "n"
-            lines += [f"    positions = torch.arange({tokens}, device=x.device)"]
-            lines += ['expect_per_token("positions", positions, x)']
-        if self._reads_doc:
-            lines += [
-                "doc = x.new_zeros(b, n, dtype=torch.int64) if segments is None else segments",
-                'expect_per_token("segments", doc, x)',
-                "doc = doc.expand(b, n)",
-            ]
+        needed = [each for node in self.attentions for each in self._condition(node)]
+        lines += [f"{each} = batch.{each}" for each in ("plain", "counted") if each in needed]
+        lines += ["positions = batch.positions"] if self._needs_places else []
+        lines += ["run = batch.run"] if self._needs_run else []
+        lines += ["doc = batch.doc[..., None]"] if self._reads_doc else []
+        if not self.crosses and self._far_below:
+            lines.append('context_run = shared["context_run"]')
         return lines
 
-    def _has_plain_form(self, node: Node) -> bool:
-        """Whether only a call without cache and positions takes a faster text."""
+    @property
+    def _far_below(self) -> bool:
+        """Whether streams of the layer below run along a context."""
+        nodes = self.graph.of("input")
+        return any(node.name.startswith(PREVIOUS) and "m" in node.dims for node in nodes)
+
+    @cached_property
+    def _needs_run(self) -> bool:
+        """Whether the forward pass reads the number of each token's sequence."""
+        along = any(each == "n" for node in self.attentions for each in (self._key_tokens(node),))
+        return along or self._by_sequence("n")
+
+    def _by_sequence(self, tokens: str) -> bool:
+        """Say whether a stage along these tokens tells their sequences apart."""
+        return any(
+            node.op in OPS and OPS[node.op].by_sequence
+            and any(tokens in self.graph.node(name).dims for name in node.inputs)
+            for node in self.graph.nodes
+        )  # fmt: skip
+
+    def _key_tokens(self, node: Node) -> str:
+        """Return what the keys of an attention are: n, m, or a number of them."""
+        return str(self.graph.node(node.inputs[1]).dims[-2])
+
+    def _condition(self, node: Node) -> list[str]:
+        """Return when a faster text than the general one serves: all of these names hold.
+
+        `plain`: no cache, no positions, one sequence a row; `counted`: no cache, no positions;
+        `run` and `context_run`: no padding.
+        An empty list where there is no such text.
+        """
         lowering: Lowering = node.get("lowering")
-        kernel = node.name in self.kernels
-        if node.dims[2] != "n" or self.graph.crosses(node):
-            return kernel and not self.always_kernel(node)
-        causal = lowering.path == "sdpa" and node.get("mask") == attend.CAUSAL
-        return kernel or causal
+        kernel, keys = node.name in self.kernels, self._key_tokens(node)
+        if not kernel and not (lowering.path == "sdpa" and node.get("mask") == attend.CAUSAL):
+            return []
+        crosses = self.graph.crosses(node)
+        if kernel and not crosses and node.dims[2] == "n" and tells_apart(self.graph, node):
+            return ["counted"]
+        needs = []
+        if node.dims[2] == "n" and (not crosses or reads_places(self.graph, node)):
+            needs.append("plain")
+        causal = not crosses and extent(node.get("mask")).causal
+        if keys in ("n", "m") and not causal:
+            needs.append("run" if keys == "n" else "context_run")
+        return needs or ["always"]
+
+    def _when(self, node: Node) -> str:
+        """Write the condition of the faster text."""
+        truths = ("plain", "counted")
+        return " and ".join(each if each in truths else f"{each} is None"
+                            for each in self._condition(node))  # fmt: skip
 
     def always_kernel(self, node: Node) -> bool:
-        """Whether the kernel takes every call: all of a context is there at each of them."""
-        return node.name in self.kernels and always_fused(self.graph, node)
+        """Whether the kernel takes every call."""
+        return self._condition(node) == ["always"]
 
     def _streams(self) -> list[str]:
         """Write all nodes but the output: the early ones, those of the context, the rest."""
@@ -267,8 +361,7 @@ class _Writer(Caches):
                 early += lines
         if self.crosses:
             early += self._context(far)
-        counted = ["if cache is not None:", "    cache.length += n"] if self._counts else []
-        return [*early, *counted, *rest, *self._training(extra)]
+        return [*early, *rest, *self._training(extra)]
 
     def _training(self, lines: list[str]) -> list[str]:
         """Write what training adds to the loss, and what only that needs."""
@@ -287,25 +380,36 @@ class _Writer(Caches):
 
     def _context(self, far: list[str]) -> list[str]:
         """Write what is made of a context, once for each of them."""
+        laid = ["context_run = far.run"]
+        if self.obstacle is not None:  # with a cache, every sequence has a row
+            laid = [
+                "context = batch.of_rows(context)",
+                "context_run = None if far.run is None else batch.of_rows(far.run)",
+            ]
         if self._positional("m"):
             far = ["context_positions = torch.arange(context.shape[1], device=x.device)", *far]
         needed = [
-            "if context is None:",
+            "if context is None or far is None:",
             f'    raise ValueError("`context` is needed: [b, m, {self.block.context_width}]")',
-            f'expect("context", context, {self.block.context_width})',
+            *laid,
         ]
         if self.obstacle is not None:
             return [*needed, *far]
         cache = self.cache("context")
         names = [ident(name) if name != "context" else name for name in self._from_context]
-        comma = "," if len(names) == 1 else ""
+        got = ", ".join([*names, "context_run"])
         return [
-            f"if {cache} is not None and {cache}.kept:",
-            f"    {', '.join(names)}{comma} = {cache}.kept.values()",
+            f"if {cache} is not None and {cache}.serves(context):",
+            f"    {got} = {cache}.brought()",
             "else:",
             *indent([*needed, *far]),
             f"    if {cache} is not None:",
-            *indent(braced(f"{cache}.kept = ", {f'"{name}"': name for name in names}), 2),
+            *indent(
+                call(
+                    f"{got} = {cache}.keep", ["context_run", *(f"{name}={name}" for name in names)]
+                ),
+                2,
+            ),
         ]
 
     # mixing
@@ -314,7 +418,7 @@ class _Writer(Caches):
         """Write an attention or a recurrence."""
         if node.op == "scan":
             lowering: Lowering = node.get("lowering")
-            cache = self.cache(node.name)
+            cache = self.cache(node.name) if self.obstacle is None else ""
             if node.name in self.kernels:
                 return scan.by_kernel(self.graph, node, cache, self.kernels[node.name])
             if lowering.path == "sequential":
@@ -326,11 +430,9 @@ class _Writer(Caches):
         q, *_ = node.inputs
         named = {name: self._seen_as(node, name) for name in self._keyed(node)}
         k, v = (named[name] for name in node.inputs[1:3])
-        variables = [
-            _column(named[each.name]) if each.at == "j" else each.variable for each in operands
-        ]
+        variables = [named[each.name] if each.at == "j" else each.variable for each in operands]
         lines += [
-            f"{variable} = {_column(plain_name(each.name))}"
+            f"{variable} = {plain_name(each.name)}"
             for each, variable in zip(operands, variables, strict=True)
             if each.at == "i"
         ]
@@ -340,14 +442,24 @@ class _Writer(Caches):
             lines += [f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
                       for name, variable in named.items()]  # fmt: skip
         args = [plain_name(q), k, v]
+        borrowed = node.name in self.borrows
         if places:
             at = (
                 "positions"
                 if node.dims[2] == "n"
                 else f"torch.arange({node.dims[2]}, device=x.device)"
             )
-            keys = 'shared["places"]' if node.name in self.borrows else "places"
-            args += [f"by_query({at})", f"by_key({keys})"]
+            args += [
+                f"by_query({at})",
+                f"""by_key({'shared["places"]' if borrowed else "places"})""",
+            ]
+        seen = attend.sequences(self.graph, node)
+        own = """shared["run"]""" if borrowed else "run_j" if self._held_by(node) else "run"
+        of = {
+            "own": "batch.own" if attend.by_rows(node) else "run",
+            "other": own if self._key_tokens(node) == "n" else "context_run",
+        }
+        args += [f"by_{'query' if each == 'own' else 'key'}({of[each]})" for each in seen]
         below = [f'shared["{name}"]' for name in attend.maps_below(node)]
         also = [f"shared_{each}" for each in maps(self.graph, node)]
         targets = ", ".join([_target(node), *also, *_statistics(node)])
@@ -355,9 +467,10 @@ class _Writer(Caches):
         dims = f"[{', '.join(map(str, node.dims))}]"
         if self.always_kernel(node):
             return [*lines, *self._plain(node)]
-        if not self._has_plain_form(node):
+        if not self._condition(node):
             return [*lines, *comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
-        return [*lines, "if plain:", *indent(self._plain(node)), "else:", *indent(general)]
+        when = f"if {self._when(node)}:"
+        return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
 
     def _plain(self, node: Node) -> list[str]:
         target = _target(node)
@@ -369,19 +482,30 @@ class _Writer(Caches):
             args += [self._kernel_operand(node, name) for name in kernel_reads(node, form)]
             args += [each.name for each in form.sides]
             asked = {kind: ident(name) for name, kind, _ in node.get("statistics") or ()}
-            given = [asked[kind] for kind in ("lse", "entropy") if kind in asked]
+            logs, *entropy = (
+                [asked[kind] for kind in kinds if kind in asked]
+                for kinds in (("joint", "lse"), ("entropy",))
+            )
+            given = [*logs[:1], *entropy[0]]  # the kernel says once what both of them are made of
             lines += call(f"{', '.join([target, *given])} = {self.kernels[node.name]}", args)
-            return [*lines, *(f"{each} = {each}[..., None].to({v}.dtype)" for each in given)]
+            for kind, each in sorted(asked.items(), key=lambda one: one[0] != "lse"):
+                made = logs[0] if kind == "lse" else each
+                if kind == "lse" and attend.may_see_nothing(self.graph, node):
+                    made = f"{made}.masked_fill({made} == -torch.inf, 0)"
+                lines.append(f"{each} = {made}[..., None].to({v}.dtype)")
+            return lines
         return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
 
     def _kernel_operand(self, node: Node, name: str) -> str:
+        if name == "doc" and not self.block.marks:
+            return "batch.number"
         if node.name in self.borrows and name in self._keyed(node) and name != "doc":
             return self._seen_as(node, name)
         return f"self.{name}" if self.graph.node(name).op == "tensor" else plain_name(name)
 
     def _advance(self, node: Node, named: Mapping[str, str], places: bool) -> list[str]:
         """Write the lines that take new tokens into the cache, and say where the keys stand."""
-        held = next((name for name, nodes in self._held.items() if node in nodes), None)
+        held = self._held_by(node)
         if node.name in self.borrows:
             return []
         if held is None:
@@ -399,20 +523,27 @@ class _Writer(Caches):
         any_places = lends or any(reads_places(self.graph, each) for each in nodes)
         named = {name: self._seen_as(node, name) for name in self._kept(held)}
         lines += [
-            f"{variable} = {_column(plain_name(name))}"
+            f"{variable} = {plain_name(name)}"
             for name, variable in named.items()
             if variable != plain_name(name)
         ]
         lines += ["places = positions"] if any_places else []
-        if self.obstacle is not None:
-            return lines
+        lines += ["run_j = run"]
         cache = self.cache(held)
-        given = "given" if self._needs_places else "positions"
-        values = [f"{ident(name)}={_column(plain_name(name))}" for name in named]
-        got = ", ".join([*named.values(), "places" if any_places else "_"])
+        values = [f"{ident(name)}={plain_name(name)}" for name in named]
+        got = ", ".join([*named.values(), "places" if any_places else "_", "run_j"])
         lines.append(f"if {cache} is not None:")
-        lines += indent(call(f"{got} = {cache}.update", [given, *values]))
-        return [*lines, "lent_places = places"] if lends and len(self._held) > 1 else lines
+        lines += indent(call(f"{got} = {cache}.update", ["batch", *values]))
+        if lends:
+            lines += ["lent_places = places"] if len(self._held) > 1 else []
+            lines += ["lent_run = run_j"]
+        return lines
+
+    def _held_by(self, node: Node) -> str | None:
+        """Return the cache that holds the keys of an attention."""
+        if self.obstacle is not None:
+            return None
+        return next((name for name, nodes in self._held.items() if node in nodes), None)
 
     # nodes
 
@@ -425,9 +556,10 @@ class _Writer(Caches):
             given = ident(node.name.partition(".")[0])
             lines = self._assign(first, f"{given} =")
         cache = self.cache("tails")
-        tail = f'{cache}.before("{node.name}", {given}, {self._tail(node)})'
-        lines.append(f"before = None if {cache} is None else {tail}")
-        return [*lines, *comment(f"{head} self.{node.module}({given}, before)", dims)]
+        tail = call(f"    before, known = {cache}.before",
+                    [f'"{node.name}"', given, str(self._tail(node)), "batch"])  # fmt: skip
+        lines += ["before, known = None, run", f"if {cache} is not None:", *tail]
+        return [*lines, *comment(f"{head} self.{node.module}({given}, known, before)", dims)]
 
     def _inlined(self, node: Node) -> bool:
         """Whether a node stands inside the only expression that reads it, once."""
@@ -487,11 +619,6 @@ def _count(expr: Expr, part: Expr) -> int:
 
 def _target(node: Node) -> str:
     return plain_name(node.name)
-
-
-def _column(variable: str) -> str:
-    """Return a stream as [b, tokens, d]: a segment is a number a token."""
-    return "doc[..., None]" if variable == "doc" else variable
 
 
 def _statistics(node: Node) -> list[str]:

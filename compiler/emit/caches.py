@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from ...grammar.expr import calls
 from ...ops import OPS
 from .. import decoding
 from ..choose import attend_exprs
 from ..graph import Graph, Node, shape_of
-from ..masks import extent, remembered, widest
-from ..model import MAPS, PREVIOUS
+from ..masks import extent, reads_others, remembered, widest
+from ..mixing import mix_exprs
+from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, flow_nodes
 from . import attend, scan
 from .text import call, ident, indent
 
@@ -150,30 +152,27 @@ class Caches:
             parts["context"] = "ContextCache"
         if self._tails:
             parts["tails"] = "TailCache"
-        return parts or {"context": "Cache" if self.borrows else "ContextCache"}
+        return parts
 
     @property
-    def _cache_type(self) -> str:
-        if self.obstacle is not None:
-            return "None"
-        return "BlockCache" if len(self._parts) > 1 else next(iter(self._parts.values()))
+    def _only(self) -> str:
+        """The name of the only cache."""
+        return ident(next(iter(self._parts)))
 
     def cache(self, part: str) -> str:
         """Return the variable of one of the caches."""
-        return "cache" if len(self._parts) <= 1 else f"{part}_cache"
+        return "part" if len(self._parts) <= 1 else f"{part}_cache"
 
     def init_cache(self) -> list[str]:
-        head = f"def init_cache(self, batch: int, length: int) -> {self._cache_type}:"
+        gives = "None" if self.obstacle is not None else "Cache"
+        head = f"def init_cache(self, batch: int, length: int | None = None) -> {gives}:"
         if self.obstacle is not None:
             return [head, f'    """Raise `ValueError`: {self.obstacle}."""', self._refusal]
         made = {name: self._made(name, kind) for name, kind in self._parts.items()}
-        keys = [f"    {self.weight()}"] if self._held else []
-        if len(made) == 1:
-            ((name, (args, what)),) = made.items()
-            return [head, f'    """Return {what}."""', *keys,
-                    *indent(call(f"return {self._parts[name]}", args))]  # fmt: skip
-        lines = [head, '    """Return what the tokens so far leave behind, still empty."""', *keys,
-                 "    return BlockCache("]  # fmt: skip
+        what = next(iter(made.values()))[1] if len(made) == 1 else "what tokens leave behind"
+        lines = [head, f'    """Return {what}; without a length, it grows."""',
+                 f"    {self.weight()}", "    return Cache(", "        batch,",
+                 "        weight,"]  # fmt: skip
         for name, (args, _) in made.items():
             lines += indent(call(f"{ident(name)}={self._parts[name]}", args, "),"), 2)
         return [*lines, "    )"]
@@ -182,9 +181,7 @@ class Caches:
         """Return the arguments that make a cache, and what it is."""
         if kind == "StateCache":
             return ([f"**self.{scan.method_name(self.graph.node(name))}(batch)"],
-                    "the state before the first token")  # fmt: skip
-        if kind == "Cache":
-            return [], "a cache that only counts: the keys are kept below"
+                    "room for the state")  # fmt: skip
         if kind == "ContextCache":
             return [], "room for the keys and values of a context"
         if kind == "TailCache":
@@ -197,8 +194,8 @@ class Caches:
         ring += [f"prefix={reach.prefix}"] if ring and reach.prefix else []
         args = ["batch", "length", f"{{{shown}}}", *ring, "dtype=weight.dtype",
                 "device=weight.device"]  # fmt: skip
-        what = "the last tokens" if ring else "`length` tokens"
-        return args, f"an empty cache for the keys and values of {what}"
+        what = "the last tokens" if ring else "so many tokens"
+        return args, f"room for the keys and values of {what}"
 
     @property
     def _refusal(self) -> str:
@@ -214,6 +211,33 @@ class Caches:
             return (None, 1)
         shape = shape_of(self.graph.node(name).dims)
         return (shape.heads, shape.dim)
+
+
+def own_rows(block: Block) -> bool:
+    """Say whether sequences of one row must be laid out in rows of their own.
+
+    What reads all tokens of a row at once would else read those of all its sequences.
+    """
+    for flow in (node for each in block.flows for node in flow_nodes(each)):
+        if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
+            if flow.keys == "n" and flow.queries != "n":
+                return True
+            if any(calls(expr, "convolve") for expr in mix_exprs(flow.mix)):
+                return True
+        elif isinstance(flow, Apply):
+            op = OPS[flow.op]
+            if op.whole_rows or op.counts_tokens(dict(flow.options)):
+                return True
+    return False
+
+
+def begins_within(block: Block) -> bool:
+    """Say whether a sequence may begin within a row of a cache, after another one.
+
+    Not where expressions read other keys in order: those of both sequences lie in one cache.
+    """
+    exprs = (expr for each in block.mixings.values() for expr in mix_exprs(each.mix))
+    return not own_rows(block) and not any(map(reads_others, exprs))
 
 
 def plain_name(name: str) -> str:

@@ -19,10 +19,16 @@ from .. import model
 from ..affine import BEFORE
 from ..graph import Graph, Node
 from ..model import State
-from ..recurrences import Chunked, Memory, Sum, kernel_of, of_node, ranks_of
+from ..recurrences import Chunked, Memory, Sum, kernels_of, of_node, ranks_of
 from . import scan
-from .text import atomic, call, ident
+from .text import atomic, call, ident, indent
 from .values import Text, Values, lifted
+
+_PLACES = (
+    "batch.before",
+    "fresh",
+    "None if idle is None else batch.counts",
+)  # of levels: what came before
 
 
 def forward(
@@ -74,17 +80,10 @@ class _Writer:
         self.mix: model.Recurrence = self.node.get("recurrence")
         self.states = {each.name: each for each in self.mix.states}
         self.values = _Values(self.graph, {}, ranks_of(self.graph, self.node))
-        self.fresh = self.mix.resets
 
     def lines(self) -> list[str]:
-        start = f"self.{scan.method_name(self.node)}(b)"
         lines = ["wide = torch.promote_types(x.dtype, torch.float32)", *self._streams()]
-        cached = f"state = {start} if {self.cache} is None else {self.cache}.kept"
-        lines.append(cached if self.mix.causal else f"state = {start}")
-        lines += scan.begun(self.mix, self.cache)
-        if self.fresh:
-            last = f"None if {self.cache} is None else {self.cache}.doc"
-            lines.append(f"fresh = new_documents(doc, {last if self.mix.causal else None})")
+        lines += scan.opened(self.node, self.cache if self.mix.causal else "")
         for each in self.form.lets:
             lines += self._let(each.name, each.value) if self._reads(each.name) else []
         for step in self.form.steps:
@@ -127,7 +126,7 @@ class _Writer:
 
     def _keep(self) -> list[str]:
         lasts = [(ident(name), self._last(state)) for name, state in self.states.items()]
-        return scan.keep(self.mix, self.cache, {own: f"{own}{at}.detach()" for own, at in lasts})
+        return scan.keep(self.cache, {own: f"{own}{at}" for own, at in lasts})
 
     @staticmethod
     def _last(state: State) -> str:
@@ -171,24 +170,20 @@ class _Writer:
         return name
 
     def _decay(self, name: str, decay: Expr | None, lines: list[str]) -> str:
-        """Write what a state is multiplied by: nothing of it where a document begins."""
-        if decay is None:
-            if not self.fresh:
-                return "None"
-            text = f"(~fresh).to(wide).expand(b, {self.node.dims[1]}, n, 1)"
-        else:
+        """Write what a state is multiplied by: nothing of it where a sequence begins."""
+        text = "None"
+        if decay is not None:
             text = self._full(decay, self._width(name, decay))
-            if self.fresh:
-                text = f"{atomic(text)}.masked_fill(fresh, 0)"
-        if len(text) < 24:
-            return text
-        lines.append(f"{ident(name)}_decay = {text}")
+        lines += call(
+            f"{ident(name)}_decay = decay_of",
+            [text, "fresh", "idle", f"(b, {self.node.dims[1]}, n, 1)", "wide"],
+        )
         return f"{ident(name)}_decay"
 
     def _faded(self, step: Sum) -> str:
         if step.decay is None:
-            return ""
-        return f" * {atomic(self._full(step.decay, self._width(step.state, step.decay)))}"
+            return "None"
+        return self._full(step.decay, self._width(step.state, step.decay))
 
     def _width(self, name: str, decay: Expr) -> int:
         """Return 1 for a decay that is a number, else the size of what fades."""
@@ -209,18 +204,17 @@ class _Writer:
         start = f'state["{own}"]' + ("[..., None]" if flat else "")
         added = self._operand(f"{own}_added", step.added, dim, lines)
         anew = float(evaluate(state.init, {}))
+        added = f"zeroed({added}, idle)"
         if not self.mix.causal:
-            args = [added, start, *(["fresh"] if self.fresh else [])]
-            lines += call(f"{own} = whole_sums", args)
+            lines += call(f"{own} = whole_sums", [added, start, "fresh"])
         else:
-            if self.fresh and anew:
-                added = f"{added} + {anew!r}{self._faded(step)} * fresh"
+            if anew:
+                added = f"begun_at({added}, {anew!r}, {self._faded(step)}, fresh)"
             decay = self._decay(step.state, step.decay, lines)
             lines += call(f"{own} = faded_sums", [added, decay, start])
         self._name(step.state, own, len(state.shape))
         if self._reads(f"{BEFORE}{step.state}"):
-            args = [own, start, *(["fresh", repr(anew)] if self.fresh else [])]
-            lines += call(f"{own}_before = one_before", args)
+            lines += call(f"{own}_before = one_before", [own, start, "fresh", repr(anew)])
             self._name(f"{BEFORE}{step.state}", f"{own}_before", len(state.shape))
             lines += [f"{own}_before = {own}_before[..., 0]"] if flat else []
         return [*lines, f"{own} = {own}[..., 0]"] if flat else lines
@@ -235,7 +229,7 @@ class _Writer:
         start = f'state["{own}"][..., None, {":" if state.shape else "None"}]'
         args = [one, one, added, "None", self._decay(step.state, step.decay, lines),
                 self._operand(f"{own}_levels", weights, state.levels, lines), start,
-                "place"]  # fmt: skip
+                *_PLACES]  # fmt: skip
         lines += call(f"{own}, {own}_written = leveled_linear", args)
         made = {step.state: own}
         if self._reads(f"{BEFORE}{step.state}"):
@@ -273,7 +267,8 @@ class _Writer:
         parts = [self._write(step, at, (d, e), lines) for at in range(count)]
         key, value, query = (self._woven([each[at] for each in parts]) for at in range(3))
         if count > 1 and decay != "None":
-            decay = self._woven([decay, *[f"torch.ones_like({decay})"] * (count - 1)])
+            woven = self._woven([decay, *[f"torch.ones_like({decay})"] * (count - 1)])
+            lines.append(f"{decay} = None if {decay} is None else {woven}")
         for at, (name, text) in enumerate((("key", key), ("value", value))):
             if count > 1:
                 lines.append(f"{own}_{name}s = {text}")
@@ -283,14 +278,23 @@ class _Writer:
             variable = f"{own}_read" if at == 0 else f"{own}_read_{at + 1}"
             asked = self._operand(f"{own}_query" if at == 0 else f"{own}_query_{at + 1}",
                                   reading.query, d, lines)  # fmt: skip
-            if self.fresh and not reading.after and self.mix.causal:
-                asked = f"{atomic(asked)}.masked_fill(fresh, 0)"
+            if not reading.after and self.mix.causal:
+                asked = f"zeroed({asked}, fresh)"
             if count > 1:
                 others = [f"torch.zeros_like({asked})"] * (count - 1)
                 asked = self._woven([*others, asked] if reading.after else [asked, *others])
             args = [asked, key, value, decay, start, *corrected]
             if weights:
-                args = [asked, key, value, *(corrected or ["None"]), decay, weights, start, "place"]
+                args = [
+                    asked,
+                    key,
+                    value,
+                    *(corrected or ["None"]),
+                    decay,
+                    weights,
+                    start,
+                    *_PLACES,
+                ]
                 lines += self._weighed(step, variable, args, at)
             else:
                 lines += self._asked(step, variable, args, at)
@@ -305,18 +309,22 @@ class _Writer:
     def _asked(self, step: Memory, variable: str, args: list[str], at: int) -> list[str]:
         if not self.mix.causal:
             zeros = ["torch.zeros_like(fresh)"] * (len(step.writes) - 1)
-            fresh = [self._woven(["fresh", *zeros])] if self.fresh else []
+            fresh = self._woven(["fresh", *zeros])
+            fresh = f"None if fresh is None else {fresh}" if zeros else fresh
             query, key, value, _, start = args
-            return call(f"{variable} = whole_linear", [query, key, value, start, *fresh])
+            return call(f"{variable} = whole_linear", [query, key, value, start, fresh])
         targets = f"{variable}, {ident(step.state) if at == 0 else '_'}"
         reading = step.readings[at]
         if self.kernels is not None:
             query, key, value, decay, start, *corrected = args
             dtype = f"{self._like}.dtype"
             vectors = [f"{atomic(each)}.to({dtype})" for each in (query, key, value, *corrected)]
-            decays = [] if decay == "None" else [decay]
-            kernel = self.kernels[kernel_of(step, reading, self.mix.resets)]
-            return call(f"{targets} = {kernel}", [*vectors, *decays, start])
+            plain, faded = (self.kernels[each] for each in kernels_of(step, reading))
+            lines = call(f"{targets} = {faded}", [*vectors, decay, start])
+            if plain == faded:
+                return lines
+            undecayed = call(f"{targets} = {plain}", [*vectors, start])
+            return [f"if {decay} is None:", *indent(undecayed), "else:", *indent(lines)]
         before = [] if reading.after else ["before=True"]
         return call(f"{targets} = chunked_linear", [*args, *before])
 
@@ -341,13 +349,13 @@ class _Writer:
         each, own, (d, e) = step.writes[at], ident(step.state), size
         number = "" if at == 0 else f"_{at + 1}"
         nothing = Number(0, "0")
-        key = self._operand(f"{own}_key{number}", each.key, d, lines)
+        key = f"zeroed({self._operand(f'{own}_key{number}', each.key, d, lines)}, idle)"
         value = self._operand(f"{own}_value{number}", each.value or nothing, e, lines)
         if not any(each.query is not None for each in step.writes):
             return key, value, ""
         query = self._operand(f"{own}_asked{number}", each.query or nothing, d, lines)
-        if self.fresh and each.query is not None:
-            query = f"{atomic(query)}.masked_fill(fresh, 0)"
+        if each.query is not None:
+            query = f"zeroed({query}, fresh)"
         return key, value, query
 
     @staticmethod

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ..decoding import obstacle
 from ..model import Block, Model
-from .text import indent
+from .caches import begins_within, own_rows
+from .text import call, indent
 
 _SWIGLU = '''class FeedForward(nn.Module):
     """down(silu(gate x) * up x), {width} → {hidden} → {width}."""
@@ -117,7 +119,6 @@ def _model(model: Model, name: str, which: Mapping[Block, str], encoder: str) ->
         shape += f", context {_takes(model.encoder, 'm')}"
     out = {"lm": f"logits [b, n, {model.vocab}]", "classify": f"logits [b, {model.classes}]",
            "none": f"features [b, n, {model.width}]"}[model.head]  # fmt: skip
-    first = "tokens" if model.vocab is not None else "x"
     return [
         f"class {name}(nn.Module):",
         f'    """{shape} → {out}."""',
@@ -125,21 +126,51 @@ def _model(model: Model, name: str, which: Mapping[Block, str], encoder: str) ->
         "    def __init__(self) -> None:",
         *indent(_constructor(model, which, encoder), 2),
         "",
-        "    def init_cache(self, batch: int, length: int) -> list:",
-        '        """Return one cache a layer, for sequences of up to `length` tokens."""',
-        "        return [layer.attn.init_cache(batch, length) for layer in self.layers]",
+        *indent(_init_cache(model)),
         "",
         *indent(_auxiliary(model, which)),
         "    def forward(",
         "        self,",
-        f"        {first}: Tensor,",
+        f"        {_first(model)}: Tensor,",
         "        *,",
         "        context: Tensor | None = None,",
+        "        attention_mask: Tensor | None = None,",
+        "        context_mask: Tensor | None = None,",
         "        segments: Tensor | None = None,",
+        "        cu_seqlens: Tensor | None = None,",
         "        positions: Tensor | None = None,",
-        "        cache: list | None = None,",
+        f"        cache: {'Cache | None' if decodes(model) else 'None'} = None,",
+        "        batch: Batch | None = None,",
         "    ) -> Tensor:",
         *indent(_forward(model), 2),
+    ]
+
+
+def _first(model: Model) -> str:
+    return "tokens" if model.vocab is not None else "x"
+
+
+def decodes(model: Model) -> bool:
+    """Say whether a model can go on token by token."""
+    return model.head != "classify" and _obstacle(model) is None
+
+
+def _obstacle(model: Model) -> str | None:
+    return next((why for each in model.layers if (why := obstacle(each)) is not None), None)
+
+
+def _init_cache(model: Model) -> list[str]:
+    head = "def init_cache(self, batch: int, length: int | None = None) -> "
+    if not decodes(model):
+        why = _obstacle(model) or "a classifier answers once a sequence"
+        return [f"{head}None:", f'    """Raise `ValueError`: {why}."""',
+                f'    raise ValueError("this model cannot decode: {why}")']  # fmt: skip
+    return [
+        f"{head}Cache:",
+        '    """Return what the layers keep, still empty; without a length it grows."""',
+        "    kept = (layer.attn.init_cache(batch, length) for layer in self.layers)",
+        "    parts = {str(at): each for at, each in enumerate(kept)}",
+        "    return Cache(batch, next(self.parameters(), torch.empty(0)), **parts)",
     ]
 
 
@@ -186,44 +217,90 @@ def _constructor(model: Model, which: Mapping[Block, str], encoder: str) -> list
 
 
 def _forward(model: Model) -> list[str]:
-    lines = []
+    first, cached = _first(model), decodes(model)
     if model.vocab is not None:
-        lines += ["if tokens.ndim != 2:",
-                  '    raise ValueError(f"`tokens` must be [b, n], it is {list(tokens.shape)}")',
-                  f"x = self.embed_tokens(tokens)  # [b, n, {model.width}]"]  # fmt: skip
-    if model.encoder is not None:
-        lines += ["if cache is not None and cache[0].length:",
-                  "    context = None  # the caches hold what is read of it",
-                  "elif context is None:",
-                  f'    raise ValueError("`context` is needed: {_takes(model.encoder, "m")}")',
-                  "else:",
-                  "    context = self.encoder(context)"]  # fmt: skip
-    if model.embed_position != "none":
-        lines += ["start = 0 if cache is None else cache[0].length",
-                  "at = torch.arange(start, start + x.shape[1], device=x.device)",
-                  "at = at if positions is None else positions"]  # fmt: skip
-        if model.embed_position == "learned":
-            lines += [f"if x.shape[1] + start > {model.positions}:",
-                      f'    raise ValueError("this model has {model.positions} positions; "',
-                      '                     f"{x.shape[1] + start} are needed")',
-                      "x = x + self.embed_positions(at)"]  # fmt: skip
-        else:
-            lines.append(f"x = x + sinusoidal(at, {model.width}, x.dtype)")
+        lines = [
+            f"if {first}.ndim != 2:",
+            '    raise ValueError(f"`tokens` must be [b, n], it is {list(tokens.shape)}")',
+        ]
+    else:
+        lines = [f'expect("x", x, {model.width}, self)']
+    if model.head == "classify":
+        lines += ["if segments is not None or cu_seqlens is not None:",
+                  '    raise ValueError("a classifier has one answer for each row; "',
+                  '                     "lay sequences out in rows of their own")']  # fmt: skip
+    if not cached:
+        why = _obstacle(model) or "a classifier answers once a sequence"
+        lines += ["if cache is not None:",
+                  f'    raise ValueError("this model cannot decode: {why}")']  # fmt: skip
+    args = ["attention_mask", "segments", "cu_seqlens", "positions"]
+    args += ["cuts=False"] if model.marks else []
+    args += ["rows=True"] if any(own_rows(block) for block in model.layers) else []
+    if cached and not all(map(begins_within, model.layers)):
+        args.append("begins=False")
+    head = ["self", first, "cache"] if cached else [first, "None"]
+    opened = call(f"batch = {'begin' if cached else 'Batch'}", [*head, *args])
+    lines += ["outer = batch is None"] if model.head != "classify" else []
+    lines += ["if batch is None:",
+              *indent([*opened, f"{first} = batch.take({first})"])]  # fmt: skip
+    lines += _context(model, cached)
+    if model.vocab is not None:
+        lines.append(f"x = embedded(self.embed_tokens, tokens)  # [b, n, {model.width}]")
+    if model.embed_position == "learned":
+        lines += [f"if batch.bound + x.shape[1] > {model.positions}:",
+                  f'    raise ValueError("this model has {model.positions} positions; "',
+                  '                     f"{batch.bound + x.shape[1]} are needed")',
+                  "x = x + self.embed_positions(batch.positions)"]  # fmt: skip
+    elif model.embed_position == "sinusoidal":
+        lines.append(f"x = x + sinusoidal(batch.positions, {model.width}, x.dtype)")
     if model.dropout:
         lines.append(f"x = {_dropped(model, 'x')}")
-    lines += ["caches = [None] * len(self.layers) if cache is None else cache"]
     if _shares(model):
         lines += ["shared: dict[str, Tensor] = {}  # what a layer reads of the one below"]
     both = ", shared" * _shares(model)
-    lines += ["for layer, kept in zip(self.layers, caches, strict=True):",
-              f"    x{both} = layer(",
-              f"        x{both}, context=context, segments=segments, positions=positions, "
-              "cache=kept",
-              "    )"]  # fmt: skip
+    given = [
+        f"x{both}",
+        *(["context=context", "far=far"] if _crosses(model) else []),
+        "batch=batch",
+    ]
+    if cached:
+        lines += ["caches = [None] * len(self.layers) if cache is None else cache",
+                  "for layer, kept in zip(self.layers, caches, strict=True):"]  # fmt: skip
+        given.append("cache=kept")
+    else:
+        lines.append("for layer in self.layers:")
+    lines += indent(call(f"x{both} = layer", given))
     if model.norm != "none":
         lines.append("x = self.norm(x)")
-    logits = "F.linear(x, self.embed_tokens.weight)" if model.tie else "self.lm_head(x)"
-    end = {"lm": f"{logits}  # [b, n, {model.vocab}]",
-           "classify": f"self.head(x.mean(dim=1))  # [b, {model.classes}]",
-           "none": f"x  # [b, n, {model.width}]"}[model.head]  # fmt: skip
-    return [*lines, f"return {end}"]
+    if model.head == "classify":
+        return [*lines, "x = mean_tokens(x, batch.run)[:, 0]",
+                f"return self.head(x)  # [b, {model.classes}]"]  # fmt: skip
+    if model.head == "lm":
+        logits = "F.linear(x, self.embed_tokens.weight)" if model.tie else "self.lm_head(x)"
+        lines.append(f"x = {logits}  # [b, n, {model.vocab}]")
+    return [
+        *lines,
+        f"return {'finish(x, batch, cache)' if cached else 'batch.give(x)'} if outer else x",
+    ]
+
+
+def _crosses(model: Model) -> bool:
+    return model.encoder is not None or any(b.context_width is not None for b in model.layers)
+
+
+def _context(model: Model, cached: bool) -> list[str]:
+    """Write the lines that lay a context out, and send it through the encoder."""
+    if not _crosses(model):
+        return ["if context is not None or context_mask is not None:",
+                '    raise ValueError("this model reads no `context`")']  # fmt: skip
+    lines = ["far = None"]
+    if cached:
+        lines.append("context = context if cache is None else cache.reading(context)")
+    lines += ["if context is not None:", "    far = Batch(context, None, context_mask)",
+              "    context = far.take(context)"]  # fmt: skip
+    if model.encoder is not None:
+        lines.append("    context = self.encoder(context, batch=far)")
+        missing = "else:" if not cached else "elif cache is None or cache.context is None:"
+        needed = _takes(model.encoder, "m")
+        lines += [missing, f'    raise ValueError("`context` is needed: {needed}")']
+    return lines

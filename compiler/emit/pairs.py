@@ -13,9 +13,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ...grammar.expr import names, rebuild, substitute
+from ...grammar.expr import PLACES, names, rebuild
 from ...grammar.functions import MAP_FUNCTIONS
-from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, children, walk
+from ...grammar.syntax import (
+    Binary,
+    Call,
+    Compare,
+    Expr,
+    Index,
+    Name,
+    Number,
+    Unary,
+    children,
+    walk,
+)
 from ...kernels.places import bounds
 from ..graph import Dims, Graph, Node
 from ..model import MAPS, PREVIOUS
@@ -62,7 +73,6 @@ def operand(node: Node, read: Index) -> str:
     return ""
 
 
-PLACES = frozenset(("i", "j", "h", "n", "m"))
 _WHOLE = ("abs", "min", "max", "clip", "where", "floor", "ispow2")  # keep whole numbers whole
 
 
@@ -98,7 +108,13 @@ def _turns(expr: Expr) -> bool:
 
 
 def _widen(expr: Expr, wide: str) -> Expr:
-    return substitute(expr, {name: Name(f"{name}{wide}") for name in PLACES})
+    """Make fractions of places, but not where a truth is told of them."""
+    match expr:
+        case Name(id) if id in PLACES:
+            return Name(f"{id}{wide}", expr.span)
+        case Compare() | Unary("not") | Binary("and" | "or") | Call("ispow2"):
+            return widened(expr, wide)
+    return rebuild(expr, lambda each: _widen(each, wide))
 
 
 def _indexes(expr: Expr) -> bool:
@@ -125,8 +141,10 @@ class Pairs(Values):
     node: Node
     layout: str = PAIR
     masked: bool = True  # whether `visible` says who is
+    told: bool = False  # whether `other` may say which keys are of one sequence
     wide: str = ".to(wide)"  # how a place becomes a fraction
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
+    whole: Mapping[str, str] = field(default_factory=dict)  # q and k, where they are: for all heads
 
     @property
     def heads(self) -> int:
@@ -219,7 +237,7 @@ class Pairs(Values):
         whole = operand(self.node, expr)
         if whole:
             seen = Operand(whole, "i" if whole == "q" else "j")
-            return self._along(seen, self.variables.get(seen, whole), 1, heads=True)
+            return self._along(seen, self.whole.get(whole, whole), 1, heads=True)
         return self._stream(expr, made.dims)
 
     def _along(self, read: Operand, text: str, rank: int, heads: bool = False) -> Text:
@@ -236,7 +254,7 @@ class Pairs(Values):
         at = at_token(read)
         if at not in (Name("i"), Name("j")):
             steps = self.side(KEY).value(Binary("-", at, Name("j"))).text
-            variable = f"steps_on({variable}, {steps})"
+            variable = f"steps_on({variable}, {steps}{', other' * self.told})"
         items = [item for item in read.items if item is not at]
         if len(dims) == 4:
             head, feature = items[0], items[1] if len(items) > 1 else None

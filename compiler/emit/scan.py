@@ -18,10 +18,8 @@ from ...grammar.syntax import Index, Name
 from ..graph import Graph, Node
 from ..levels import affine_parts
 from ..model import Recurrence, State, Update
-from .text import atomic, braced, call, ident, indent
+from .text import atomic, call, ident, indent
 from .values import Text, Values, lifted
-
-COUNT = "token number"  # under which a cache keeps how many tokens a document has had; no state's
 
 
 @dataclass
@@ -85,22 +83,31 @@ def initial(node: Node, weight: str) -> list[str]:
         size = f"(batch, {node.dims[1]}{sizes})"
         args = [size, value, "dtype=dtype", "device=weight.device"]
         lines += indent(call(f'"{ident(each.name)}": torch.full', args, "),"), 2)
-    if _counts(mix):
-        lines.append(f'        "{COUNT}": torch.zeros((batch, 1, 1), dtype=torch.int64, '
-                     "device=weight.device),")  # fmt: skip
     return [*lines, "    }"]
 
 
-def _counts(mix: Recurrence) -> bool:
-    """Whether each sequence counts the tokens of its document."""
-    return mix.resets and bool(mix.leveled)
+def opened(node: Node, cache: str) -> list[str]:
+    """Return the lines that say where states begin anew and stay as they are, and the states.
 
-
-def begun(mix: Recurrence, cache: str) -> list[str]:
-    """Return the line that says how many tokens are before the first, where levels need it."""
-    if _counts(mix):
-        return [f'place = state["{COUNT}"]']
-    return [f"place = 0 if {cache} is None else {cache}.length"] if mix.leveled else []
+    `fresh` tokens begin a sequence, `idle` ones are padding; None where there are none.
+    """
+    mix: Recurrence = node.get("recurrence")
+    start = f"self.{method_name(node)}(b)"
+    first = "batch.begun" if mix.resets else "batch.fresh"
+    lines = [f"fresh, idle = {first}, batch.idle"]
+    if mix.causal and cache:
+        lines = [f"fresh, idle = {first}, None if {cache} is None else batch.idle"]
+    if mix.leveled and mix.resets:
+        lines += [
+            "if batch.changed is not None and not batch.cut:",
+            '    raise ValueError("levels begin anew where segments are sequences, not marks")',
+        ]
+    state = (
+        f"state = {start} if {cache} is None else {cache}.kept"
+        if mix.causal and cache
+        else f"state = {start}"
+    )
+    return [*lines, state]
 
 
 def method_name(node: Node) -> str:
@@ -129,33 +136,24 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     for each in mix.updates:  # intermediate names have the rank of what is written to them
         if each.name != "o" and each.name not in {state.name for state in mix.states}:
             ranks[each.name] = known.value(each.value).rank
-    cached = f"state = {start} if {cache} is None else {cache}.kept"
-    lines += [cached] if mix.causal else [f"state = {start}"]
+    lines += opened(node, cache)
     lines += [f'{name} = state["{name}"]' for name in states(mix)]
-    lines += begun(mix, cache)
-    if mix.resets:
-        last = f"None if {cache} is None else {cache}.doc"
-        lines += [f"anew = {start}", f"fresh = new_documents(doc, {last if mix.causal else None})"]
+    lines.append(f"anew = None if fresh is None else {start}")
     if mix.leveled:
-        args = "fresh, place" if mix.resets else "x.new_zeros(1, 1, n, 1).bool(), place"
-        lines.append(f"number = token_numbers({args})")
+        lines.append("place = batch.place.expand(b, n)[:, None]")
     lines += _causal(known, mix, streams) if mix.causal else _both_ways(known, mix, streams)
     lines.append(f"{made} = o.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]")
     if not mix.causal:
         return lines
-    kept = {name: f"{name}.detach()" for name in states(mix)}
-    kept |= {COUNT: "number[:, :, -1:] + 1"} if _counts(mix) else {}
-    return [*lines, *keep(mix, cache, kept)]
+    return [*lines, *keep(cache, {name: name for name in states(mix)})]
 
 
-def keep(mix: Recurrence, cache: str, kept: Mapping[str, str]) -> list[str]:
-    """Return the lines that keep what is `kept`, by name, and the document of the last token."""
-    return [
-        f"if {cache} is not None:",
-        *indent(braced(f"{cache}.kept = ", {f'"{name}"': text for name, text in kept.items()})),
-        f"    {cache}.length += n",
-        *([f"    {cache}.doc = doc[:, -1]"] if mix.resets else []),
-    ]
+def keep(cache: str, kept: Mapping[str, str]) -> list[str]:
+    """Return the lines that keep the states after the last token, by name; none for no cache."""
+    if not cache:
+        return []
+    args = [f"{name}={text}" for name, text in kept.items()]
+    return [f"if {cache} is not None:", *indent(call(f"{cache}.keep", args))]
 
 
 def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
@@ -168,16 +166,12 @@ def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
             tensors.append(f"self.{name}")
         elif name != "doc":
             streams.append(_by_heads(graph, node, name))
-    start = f"self.{method_name(node)}(b)"
-    lines = [f"state = {start} if {cache} is None else {cache}.kept"]
+    lines = opened(node, cache)
     args = [*streams, *tensors, *(f'state["{name}"]' for name in own)]
-    if mix.resets:
-        last = f"None if {cache} is None else {cache}.doc"
-        lines.append(f"fresh = new_documents(doc, {last})")
-        args.append("fresh[:, 0, :, 0]")
+    args.append("marks_of(fresh, idle)")
     lines += call(f"{', '.join([made, *own])} = {kernel}", args)
     lines.append(f"{made} = {made}.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]")
-    return [*lines, *keep(mix, cache, {name: f"{name}.detach()" for name in own})]
+    return [*lines, *keep(cache, {name: name for name in own})]
 
 
 def _by_heads(graph: Graph, node: Node, name: str) -> str:
@@ -200,17 +194,21 @@ def per_head(graph: Graph, node: Node, name: str) -> tuple[str, int]:
 
 
 def _causal(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
-    every = {_token_of(name): _all_of(name) for name in streams}
-    if mix.leveled:
-        every["at"] = "number"
-    if mix.resets:
-        every["begun"] = "fresh[..., 0]"
+    every = _token_streams(streams) | ({"place_t": "place"} if mix.leveled else {})
     body = [
         *_reset(mix),
         *_merged(known, mix),
+        *_held(mix),
         *_statements(known, mix, [*states_of(mix), "o"]),
+        *_idle(mix),
     ]
     return _over_tokens("token", states(mix), every, body, {"o": "o"})
+
+
+def _token_streams(streams: list[str]) -> dict[str, str]:
+    """Return the names that streams have for one token, and those for all of them."""
+    found = {_token_of(name): _all_of(name) for name in streams}
+    return found | {"fresh_t": "fresh", "idle_t": "idle"}
 
 
 def _over_tokens(
@@ -225,20 +223,33 @@ def _over_tokens(
     The function changes what is `carried` and reads `streams`, under the names that they have
     there. `made` says under which name there is afterwards, for all tokens, what it has as which.
     """
-    streams = streams or {"_": "x[:, None]"}  # which say how many tokens there are
     return [
         f"def {name}(states, streams):",
-        *([f"    {_tuple(carried)} = states"] if carried else []),
+        f"    {_tuple(carried)} = states",
         f"    {_tuple(streams)} = streams",
         *indent(body),
         f"    return {_tuple(carried)}, {_tuple(made.values())}",
         *call(f"{_tuple(carried)}, {_tuple(made)} = over_tokens",
-              [name, _tuple(carried), _tuple(streams.values())]),
+              [name, _tuple(carried), _tuple(streams.values()), "n"]),
     ]  # fmt: skip
 
 
 def _tuple(names: Collection[str]) -> str:
     return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
+
+
+def _held(mix: Recurrence) -> list[str]:
+    """Return the line that remembers the states before a token, which may be padding."""
+    own = states(mix)
+    return [f"{', '.join(f'{name}_before' for name in own)} = {', '.join(own)}"]
+
+
+def _idle(mix: Recurrence) -> list[str]:
+    """Return the lines that leave the states as they were at padding."""
+    return ["if idle_t is not None:", *(
+        f"    {name} = torch.where(idle_t[..., 0]{_lifted(each)}, {name}_before, {name})"
+        for each, name in zip(mix.states, states(mix), strict=True)
+    )]  # fmt: skip
 
 
 def _merged(known: _Ranks, mix: Recurrence) -> list[str]:
@@ -247,19 +258,17 @@ def _merged(known: _Ranks, mix: Recurrence) -> list[str]:
     for each in mix.leveled:
         assert each.weights is not None
         own = ident(each.name)
-        lines += [f"{own} = merged_levels({own}, at[..., None])",
+        lines += [f"{own} = merged_levels({own}, place_t[..., None])",
                   f"{own}_levels = {known.value(each.weights).text}"]  # fmt: skip
     return lines
 
 
 def _reset(mix: Recurrence) -> list[str]:
-    """Return the lines that begin the states anew where a segment begins."""
-    if not mix.resets:
-        return []
-    return [
-        f'{name} = torch.where(begun{_lifted(each)}, anew["{name}"], {name})'
+    """Return the lines that begin the states anew where a sequence begins."""
+    return ["if fresh_t is not None:", *(
+        f'    {name} = torch.where(fresh_t[..., 0]{_lifted(each)}, anew["{name}"], {name})'
         for each, name in zip(mix.states, states(mix), strict=True)
-    ]
+    )]  # fmt: skip
 
 
 def _lifted(state: State) -> str:
@@ -307,21 +316,16 @@ def _each_level(known: _Ranks, update: Update) -> list[str]:
 
 
 def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
-    own = states(mix)
-    every = {_token_of(name): _all_of(name) for name in streams}
-    update = [*_reset(mix), *_statements(known, mix, states_of(mix))]
-    answer = _statements(known, mix, ["o"])
-    if not mix.resets:
-        return [
-            *_over_tokens("taken_up", own, every, update, {}),
-            *_over_tokens("answered", own, every, answer, {"o": "o"}),
-        ]
+    """Write how every token is taken up, and then answered from where its sequence ends."""
+    own, every = states(mix), _token_streams(streams)
+    update = [
+        *_reset(mix), *_held(mix), *_statements(known, mix, states_of(mix)), *_idle(mix)
+    ]  # fmt: skip
     past = {f"{name}_past": name for name in own}
-    begun = {"begun": "fresh[..., 0]"}
+    answer = [f"{_tuple(own)} = {_tuple(past)}", *_statements(known, mix, ["o"])]
     ends = {each: f"at_ends({each}, fresh)" for each in past}
-    answer = [*(f"{name} = {each}" for each, name in past.items()), *answer]
     return [
-        *_over_tokens("taken_up", own, every | begun, update, past),
+        *_over_tokens("taken_up", own, every, update, past),
         *_over_tokens("answered", own, every | ends, answer, {"o": "o"}),
     ]
 

@@ -1,50 +1,76 @@
-"""The lines of a constructor that make a block's own tensors: `param` and `const`.
+"""The lines that make a block's own tensors: `param` in the constructor, `const` in a method.
 
     const slope[heads] = 2 ** (-8 * (h + 1) / heads)
 
-becomes  h = torch.arange(8, dtype=torch.float64)  and a buffer of  2 ** (-8 * (h + 1) / 8).
+becomes  h = torch.arange(8, dtype=torch.float64)  and  slope = 2 ** (-8 * (h + 1) / 8).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from ...grammar.dialect import write
 from ...grammar.expr import calls, evaluate, names, rebuild
 from ...grammar.syntax import Call, Expr, Index, Name
 from ...ops import Weight
-from .text import atomic, call
+from .text import atomic, braced, call, comment, ident, indent
 
 
-def tensor(weight: Weight) -> list[str]:
-    """Return the lines that make a `param` or `const`."""
+def parameter(weight: Weight) -> list[str]:
+    """Return the lines of a constructor that make a `param`."""
+    before, value = _made(weight, "dtype=torch.float64")
+    if value.startswith("torch.full"):
+        value = value.replace(", dtype=torch.float64", "")
+    else:
+        value = f"{atomic(value)}.to(torch.get_default_dtype())"
+    made = call(f"self.{weight.name} = nn.Parameter", [value])
+    return [*before, *made[:-1], f"{made[-1]}  # {_shape(weight)}"]
+
+
+def constants(weights: Sequence[Weight]) -> list[str]:
+    """Return the method that makes the `const`s of a block."""
+    lines = [
+        "def constants(self, device: torch.device) -> dict[str, Tensor]:",
+        '    """Return what is not learned, in float64."""',
+    ]
+    for weight in weights:
+        before, value = _made(weight, "dtype=torch.float64, device=device")
+        lines += indent([*before, *comment(f"{ident(weight.name)} = {value}", _shape(weight))])
+    made = {f'"{each.name}"': ident(each.name) for each in weights}
+    return [*lines, *indent(braced("return ", made))]
+
+
+def _shape(weight: Weight) -> str:
+    return f"[{', '.join(map(str, weight.shape))}]"
+
+
+def _made(weight: Weight, typed: str) -> tuple[list[str], str]:
+    """Return the lines before a tensor's first value, and the value; `typed` is how it is made."""
     lines = []
     size = "()" if not weight.shape else f"({', '.join(map(str, weight.shape))},)"
     size = size if len(weight.shape) < 2 else size.replace(",)", ")")
     init = weight.init
     assert not isinstance(init, str)
     if not names(init) and not calls(init, "normal"):
-        text = f"torch.full({size}, {float(evaluate(init, {}))!r})"
-    else:
-        if "h" in names(init):
-            rest = f".view(-1{', 1' * (len(weight.shape) - 1)})" if len(weight.shape) > 1 else ""
-            lines.append(f"h = torch.arange({weight.shape[0]}, dtype=torch.float64){rest}")
-        text = f"({_initial(init, size)}).expand{size}.clone().to(torch.get_default_dtype())"
-        if len(weight.shape) < 2 or calls(init, "normal"):
-            text = text.replace(f".expand{size}.clone()", "")
-    if weight.learned:
-        made = call(f"self.{weight.name} = nn.Parameter", [text])
-    else:
-        made = call("self.register_buffer", [f'"{weight.name}"', text, "persistent=False"])
-    return [*lines, *made[:-1], f"{made[-1]}  # [{', '.join(map(str, weight.shape))}]"]
+        return [], f"torch.full({size}, {float(evaluate(init, {}))!r}, {typed})"
+    if "h" in names(init):
+        rest = f".view(-1{', 1' * (len(weight.shape) - 1)})" if len(weight.shape) > 1 else ""
+        lines.append(f"h = torch.arange({weight.shape[0]}, {typed}){rest}")
+    text = _initial(init, size, typed)
+    if len(weight.shape) < 2 or calls(init, "normal"):
+        return lines, text
+    return lines, f"{atomic(text)}.expand{size}.clone()"
 
 
-def _initial(init: Expr, size: str) -> str:
+def _initial(init: Expr, size: str, typed: str) -> str:
     """Write a first value over h, with a draw for every `normal(std)`."""
     draws: dict[str, str] = {}
 
     def drawn(expr: Expr) -> Expr:
         if not (isinstance(expr, Call) and expr.function == "normal"):
             return rebuild(expr, drawn)
-        text = f"torch.randn({size}, dtype=torch.float64) * {atomic(_initial(expr.args[0], size))}"
+        std = atomic(_initial(expr.args[0], size, typed))
+        text = f"torch.randn({size}, {typed}) * {std}"
         draws[f"draw {len(draws)}"] = text
         return Name(f"draw {len(draws) - 1}")
 
@@ -55,4 +81,4 @@ def _initial(init: Expr, size: str) -> str:
     pattern = drawn(init)
     if pattern == Name("draw 0"):
         return draws["draw 0"]
-    return write(pattern, "torch", leaf, "torch.full((), {}, dtype=torch.float64)")
+    return write(pattern, "torch", leaf, f"torch.full((), {{}}, {typed})")

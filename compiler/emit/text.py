@@ -18,12 +18,25 @@ _OURS = frozenset((
     "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
     "given", "places", "state", "last", "anew", "fresh",
-    "tau", "o", "before", "shared", "place", "token", "taken_up", "answered", "states", "streams",
-    "at", "begun", "number",
+    "finite", "tau", "device", "o", "before", "shared", "place",
+    "attention_mask", "context_mask", "cu_seqlens", "batch", "far", "outer", "run", "context_run",
+    "own", "other", "idle",
+    "known", "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip
-_PIECES = ("stages", "maps", "chunks", "levels", "steps", "caches")  # files, in this order
+_PIECES = (
+    "constants",
+    "positions",
+    "stages",
+    "maps",
+    "chunks",
+    "levels",
+    "steps",
+    "batches",
+    "parts",
+    "caches",
+)  # files, in this order
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|past|query|read|value|written)s?(?:_\d+)?$"
@@ -110,10 +123,18 @@ def pieces() -> dict[str, str]:
 def needed_pieces(text: str) -> list[str]:
     """Return the pieces that a text calls, and those that they call, in their order."""
     wanted: set[str] = set()
-    queue = [text]
-    while queue:
-        used = {node.id for node in ast.walk(ast.parse(queue.pop())) if isinstance(node, ast.Name)}
-        new = (used & pieces().keys()) - wanted
-        wanted |= new
-        queue.extend(pieces()[name] for name in new)
+    found = _called(text)
+    while found:
+        wanted |= found
+        found = {each for name in found for each in _called_by(name)} - wanted
     return [name for name in pieces() if name in wanted]
+
+
+@cache
+def _called_by(piece: str) -> set[str]:
+    return _called(pieces()[piece])
+
+
+def _called(text: str) -> set[str]:
+    read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    return read & pieces().keys()

@@ -1,146 +1,311 @@
-"""What the tokens so far left behind."""
+"""The cache of a batch, whose rows go their own ways."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .batches import Batch, Past
+from .parts import Part
 
 
 class Cache:
-    """What the tokens so far left behind, by name."""
+    """What the tokens so far left behind, for a batch whose rows may differ in length.
 
-    def __init__(self, **kept: Tensor) -> None:
-        self.length = 0
-        self.kept = kept
+    A call of the module with it goes on where every row stands, and moves it on. `parts` are
+    what one block keeps, or the caches of the layers of a model.
+    """
+
+    def __init__(self, batch: int, weight: Tensor, **parts: Any) -> None:
+        self.batch, self.dtype, self.device = batch, weight.dtype, weight.device
+        self.parts = parts
+        self.length = 0  # how many tokens a row was given in all, padding included
+        self.bound = 0  # no row has had more tokens of its sequence
+        self.rows: Tensor | None = None  # how many each has had [b], where they differ
+        self.doc: Tensor | None = None  # the segment of the last token of each row [b]
+        self.context: Tensor | None = None  # what was read of it is kept
+        self.offered: Tensor | None = None
+        self.marked: tuple[Any, ...] | None = None
+        self.calls: list[Any] | None = None  # since a mark: what the module was given
+
+    # how far it is
+
+    @property
+    def since(self) -> int | Tensor:
+        """How many tokens each row has had of its sequence: one number, or [b]."""
+        return self.bound if self.rows is None else self.rows
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the longest row has had of its sequence."""
+        return self.bound if self.rows is None else int(self.rows.max()) if self.batch else 0
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens every row has had of its sequence, [b]."""
+        return torch.as_tensor(self.since, device=self.device).expand(self.batch).clone()
 
     @property
     def nbytes(self) -> int:
         """Bytes held, whether written yet or not."""
-        return sum(each.nbytes for each in self.kept.values())
-
-
-class KeyValueCache(Cache):
-    """What the tokens so far left behind for later queries to read.
-
-    `sizes` says what is kept of each token: name → (heads or None, features). With a `ring`,
-    only the first `prefix` tokens and the last `ring` are kept.
-    """
-
-    def __init__(
-        self,
-        batch: int,
-        length: int,
-        sizes: dict[str, tuple[int | None, int]],
-        ring: int | None = None,
-        prefix: int = 0,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.is_ring = ring is not None and prefix + ring < length
-        self.capacity = prefix + ring if ring is not None and self.is_ring else length
-        self.positions: Tensor | None = None  # kept only where they are not 0, 1, 2 …
-        self.kept = {
-            name: torch.zeros(
-                (batch, self.capacity, dim)
-                if heads is None
-                else (batch, heads, self.capacity, dim),
-                dtype=torch.int64 if name == "doc" else dtype,
-                device=device,
-            )
-            for name, (heads, dim) in sizes.items()
-        }
-
-    def update(self, positions: Tensor | None, **new: Tensor) -> tuple[Tensor, ...]:
-        """Take up new tokens; return all that is visible now, and the positions j of its keys."""
-        start, count = self.length, next(iter(new.values())).shape[-2]
-        end = start + count
-        if end > self.capacity and not self.is_ring:
-            raise ValueError(f"the cache holds {self.capacity} tokens; {end} were given")
-        for name, each in new.items():
-            if each.shape[0] != self.kept[name].shape[0]:
-                raise ValueError(f"the cache is for a batch of {self.kept[name].shape[0]}; "
-                                 f"{each.shape[0]} sequences were given")  # fmt: skip
-        if self.is_ring and positions is not None:
-            raise ValueError("a cache that forgets counts positions itself; leave them out")
-        index = torch.arange(start, end, device=next(iter(new.values())).device)
-        self.length = end
-        if end <= self.capacity or count == 1:
-            self._write(index, new)
-            held = min(end, self.capacity)
-            return (*(each[..., :held, :] for each in self.kept.values()),
-                    self._places(positions, start, held))  # fmt: skip
-        held = min(start, self.capacity)
-        joined = [
-            torch.cat([old[..., :held, :], new[name]], dim=-2) for name, old in self.kept.items()
-        ]
-        places = torch.cat([self._slots(start, held), index])
-        keep = (index < self.prefix) | (index >= end - (self.capacity - self.prefix))
-        self._write(index[keep], {name: each[..., keep, :] for name, each in new.items()})
-        return (*joined, places)
-
-    def _write(self, index: Tensor, new: dict[str, Tensor]) -> None:
-        ring = max(1, self.capacity - self.prefix)
-        slots = torch.where(
-            index < self.prefix, index, self.prefix + (index - self.prefix) % ring
-        ) if self.is_ring else index  # fmt: skip
-        for name, each in new.items():
-            self.kept[name].index_copy_(self.kept[name].ndim - 2, slots,
-                                        each.detach().to(self.kept[name].dtype))  # fmt: skip
-
-    def _slots(self, length: int, held: int) -> Tensor:
-        """Return the position that each of the first `held` slots holds after `length` tokens."""
-        slot = torch.arange(held, device=next(iter(self.kept.values())).device)
-        if length <= self.capacity:
-            return slot
-        ring = self.capacity - self.prefix
-        latest = length - 1 - (length - 1 - slot) % ring
-        return torch.where(slot < self.prefix, slot, latest)
-
-    def _places(self, positions: Tensor | None, start: int, held: int) -> Tensor:
-        if positions is None and self.positions is None:
-            return self._slots(self.length, held)
-        count = self.length - start
-        device = next(iter(self.kept.values())).device
-        if self.positions is None:
-            batch = next(iter(self.kept.values())).shape[0]
-            self.positions = torch.arange(self.capacity, device=device).repeat(batch, 1)
-        new = torch.arange(start, self.length, device=device) if positions is None else positions
-        self.positions[:, start : start + count] = new
-        return self.positions[:, :held]
-
-
-class ContextCache(Cache):
-    """The keys and values of a context, computed once."""
-
-
-class StateCache(Cache):
-    """The states of a recurrence after the tokens so far."""
-
-    doc: Tensor | None = None  # the segment of the last token, where segments are given
-
-
-class TailCache(Cache):
-    """The last tokens that stages with a memory have read."""
-
-    def before(self, name: str, x: Tensor, count: int) -> Tensor:
-        """Return the `count` tokens before x [..., n, d], zeros at first; keep the last of x."""
-        empty = x.new_zeros(*x.shape[:-2], count, x.shape[-1])
-        old = self.kept.get(name, empty)
-        self.kept[name] = torch.cat([old, x], dim=-2)[..., -count:, :].detach()
-        return old
-
-
-class BlockCache:
-    """The caches of a block that keeps several things, by name."""
-
-    def __init__(self, **parts: Cache) -> None:
-        self.length = 0
-        self.parts = parts
+        return sum(each.nbytes for each in self.parts.values())
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(each.nbytes for each in self.parts.values())
+    def kept(self) -> dict[str, Tensor]:
+        """All tensors that are held, by name; of a model see each layer."""
+        return {name: each for part in self.parts.values() for name, each in part.kept.items()}
+
+    def __getitem__(self, at: int) -> Any:
+        return list(self.parts.values())[at]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.parts.values())
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @property
+    def past(self) -> Past:
+        """How far its rows are."""
+        return Past(self.since, self.bound, self.doc)
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens of a sequence fit; None for any number."""
+        limits = [each.limit for each in self.parts.values() if hasattr(each, "limit")]
+        return min((each for each in limits if each is not None), default=None)
+
+    def expect(self, batch: Batch, module: nn.Module) -> None:
+        """Raise `ValueError` where a call of a module does not fit; nothing is changed."""
+        rows, tokens = batch.shape if batch.index is None else batch.index.shape
+        if rows != self.batch:
+            raise ValueError(f"the cache is for a batch of {self.batch}; "
+                             f"{rows} sequences were given")  # fmt: skip
+        weight = next(module.parameters(), None)
+        if weight is not None and (weight.dtype, weight.device) != (self.dtype, self.device):
+            raise ValueError(f"the cache was made for a module in {self.dtype} on {self.device}; "
+                             f"this one is in {weight.dtype} on {weight.device}")  # fmt: skip
+        if self.limit is not None and self.bound + tokens > self.limit:
+            self.bound = batch.bound = self.longest
+            if self.bound + tokens > self.limit:
+                raise ValueError(f"the cache holds {self.limit} tokens; "
+                                 f"{self.bound + tokens} were given")  # fmt: skip
+
+    def reading(self, context: Tensor | None) -> Tensor | None:
+        """Return a context that is to be read, None where what is kept of it serves.
+
+        Raises `ValueError` for another context than the one that is kept.
+        """
+        known, self.offered = self.context, context
+        renewed = any(part.missing is not None for part in self._every())
+        if context is None or known is None or renewed:
+            return context
+        if context is known or (context.shape == known.shape and torch.equal(context, known)):
+            return None
+        raise ValueError(
+            "the cache holds what was read of another context; leave `context` out, "
+            "or empty the cache with `reset()`"
+        )
+
+    def advance(self, batch: Batch) -> None:
+        """Go on after the tokens of a call."""
+        after = batch.after
+        self.rows = after if isinstance(after, Tensor) else None
+        self.length += batch.place.shape[-1]
+        self.bound += batch.place.shape[-1]
+        self.context = self.context if self.offered is None else self.offered
+        doc = batch.segments
+        if doc is not None and doc.shape[1]:
+            step = torch.arange(doc.shape[1], device=doc.device).expand(doc.shape)
+            step = step if batch.live is None else torch.where(batch.live, step, -1)
+            last = step.amax(1, keepdim=True)
+            own = doc.gather(1, last.clamp(min=0))
+            self.doc = torch.where(last < 0, Past(batch.before, 0, self.doc).before(doc), own)[:, 0]
+
+    # rows
+
+    def _every(self) -> Iterator[Part]:
+        for each in self.parts.values():
+            yield from each._every() if isinstance(each, Cache) else (each,)
+
+    def _caches(self) -> Iterator[Any]:
+        yield self
+        for each in self.parts.values():
+            if isinstance(each, Cache):
+                yield from each._caches()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row b go on from what row `rows[b]` holds, as beam search does; rows is [b']."""
+        rows = torch.as_tensor(rows, device=self.device)
+        for part in self._every():
+            part.reorder(rows)
+        for each in self._caches():
+            each.batch = len(rows)
+        self.rows = None if self.rows is None else self.rows[rows]
+        self.doc = None if self.doc is None else self.doc[rows]
+        self.context = None if self.context is None else self.context[rows]
+        self.calls = self.marked = None
+
+    def reset(self, rows: Tensor | list[int] | None = None) -> None:
+        """Empty some rows (their numbers, or true for them [b]), or all: new sequences begin."""
+        which = torch.ones(self.batch, dtype=torch.bool, device=self.device)
+        if rows is not None:
+            given = torch.as_tensor(rows, device=self.device)
+            which = given if given.dtype == torch.bool else torch.zeros_like(which).index_fill(
+                0, given, True)  # fmt: skip
+            if which.shape != (self.batch,):
+                raise ValueError(f"`rows` are numbers below {self.batch}, or {self.batch} truths; "
+                                 f"they are {list(given.shape)}")  # fmt: skip
+        for part in self._every():
+            part.reset(which)
+        if rows is None:
+            self.length, self.bound = 0, 0
+            self.rows = self.doc = self.context = None
+        else:
+            self.rows = torch.where(which, 0, self.lengths)
+            self.doc = None if self.doc is None else torch.where(which, 0, self.doc)
+        self.calls = self.marked = None
+
+    # going back
+
+    def mark(self) -> tuple[Any, ...]:
+        """Return what `restore` goes back to; `crop` reaches back to the last mark."""
+        parts = [part.mark() for part in self._every()]
+        self.marked, self.calls = (self.length, self.bound, self.rows, self.doc, parts), []
+        return self.marked
+
+    def restore(self, mark: tuple[Any, ...]) -> None:
+        """Go back to a mark; later ones are lost."""
+        self.length, self.bound, self.rows, self.doc, parts = mark
+        for part, kept in zip(self._every(), parts, strict=True):
+            part.restore(kept)
+        self.marked, self.calls = mark, []
+
+    def crop(self, length: int | Tensor) -> None:
+        """Keep the first `length` tokens of every row's sequence, a number or [b].
+
+        Below 0 it says how many are taken back. Rings, states and convolutions need a `mark`
+        that was set no later than there: what was accepted since then is computed again.
+        """
+        now = self.lengths
+        wanted = torch.as_tensor(length, device=self.device).expand(self.batch)
+        wanted = torch.minimum(torch.where(wanted < 0, now + wanted, wanted), now)
+        if bool((wanted < 0).any()):
+            raise ValueError(f"only {int(now.min())} tokens can be taken back, not {length}")
+        if bool((wanted == now).all()):
+            return
+        if all(part.shrinks for part in self._every()):
+            self._stand(wanted)
+            self.length -= int((now - wanted).min())
+            return
+        calls, marked = self.calls, self.marked
+        if marked is None or calls is None:
+            raise ValueError("a ring, a state and a convolution go back only to where "
+                             "`cache.mark()` was called, or after")  # fmt: skip
+        bound, rows = marked[1:3]
+        began = torch.as_tensor(bound if rows is None else rows, device=self.device)
+        if bool((wanted < began).any()):
+            raise ValueError(f"the last mark stands at {began.tolist()} tokens; "
+                             f"{wanted.tolist()} are before it")  # fmt: skip
+        if any(each[2] for each in calls):
+            raise ValueError("new sequences began since the mark; go back to it with `restore`")
+        self.restore(marked)
+        left = wanted - began
+        for module, inputs, _ in calls:
+            live = inputs.get("attention_mask")
+            x = inputs["x"]
+            live = x.new_ones(x.shape[:2], dtype=torch.bool) if live is None else live.bool()
+            count = live.cumsum(1)
+            stays = live & (count <= left[:, None])
+            left = left - stays.sum(1)
+            if bool(stays.any()):
+                with torch.no_grad():
+                    inputs = {**inputs, "attention_mask": stays, "context": None}
+                    module(inputs.pop("x"), cache=self, **inputs)
+
+    def _stand(self, lengths: Tensor) -> None:
+        """Let the rows be so far."""
+        self.bound = int(lengths.max()) if len(lengths) else 0
+        same = bool((lengths == self.bound).all())
+        self.rows = None if same else lengths.expand(self.batch).clone()
+
+    def note(self, module: Any, cut: bool, **given: Any) -> None:
+        """Remember a call since the last mark."""
+        if self.calls is not None:
+            self.calls.append((module, {k: v for k, v in given.items() if v is not None}, cut))
+
+    # elsewhere
+
+    def copy(self) -> Any:
+        """Return a cache that goes on by itself from here."""
+        calls, marked = self.calls, self.marked
+        self.calls = self.marked = None
+        made = copy.deepcopy(self)
+        self.calls, self.marked = calls, marked
+        return made
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all it holds as tensors by name, to be stored."""
+        state = {"lengths": self.lengths}
+        if self.doc is not None:
+            state["doc"] = self.doc
+        for at, part in enumerate(self._every()):
+            state |= {f"{at}.{name}": x for name, x in part.state(self.longest).items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what was stored, of as many rows, or of one row for all."""
+        lengths = state["lengths"].to(self.device)
+        if len(lengths) not in (1, self.batch):
+            raise ValueError(f"the cache is for a batch of {self.batch}; "
+                             f"{len(lengths)} rows were stored")  # fmt: skip
+        for at, part in enumerate(self._every()):
+            own = {name.partition(".")[2]: x.to(self.device)
+                   for name, x in state.items() if name.startswith(f"{at}.")}  # fmt: skip
+            if own:
+                part.load(own, self.batch)
+        self._stand(lengths)
+        self.length = self.bound
+        self.doc = state["doc"].to(self.device).expand(self.batch) if "doc" in state else None
+        self.calls = self.marked = None
+
+
+def begin(
+    module: nn.Module,
+    x: Tensor,
+    cache: Cache | None,
+    attention_mask: Tensor | None,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+    positions: Tensor | None,
+    *,
+    cuts: bool = True,
+    rows: bool = False,
+    begins: bool = True,
+) -> Batch:
+    """Return how the tokens of a call stand; raise `ValueError` where the cache does not fit.
+
+    Without `begins`, a row of a cache holds one sequence until it is reset.
+    """
+    past = None if cache is None else cache.past
+    rows = rows and cache is None
+    batch = Batch(x, past, attention_mask, segments, cu_seqlens, positions, cuts=cuts, rows=rows)
+    if cache is not None:
+        if batch.cut and not begins:
+            raise ValueError("with a cache, a row of this module holds one sequence: give others "
+                             "rows of their own, or end it with `cache.reset(rows)`")  # fmt: skip
+        cache.expect(batch, module)
+        new = batch.cut or cu_seqlens is not None
+        cache.note(module, new, x=x, attention_mask=attention_mask, positions=positions)
+    return batch
+
+
+def finish(y: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+    """Lay the result of a call out as what was given; the cache goes on."""
+    if cache is not None:
+        cache.advance(batch)
+    return batch.give(y)

@@ -305,13 +305,43 @@ def one_before(z: Tensor, state: Tensor, fresh: Tensor | None = None, anew: floa
     return earlier if fresh is None else earlier.masked_fill(fresh, anew)
 
 
-def new_documents(doc: Tensor, last: Tensor | None) -> Tensor:
-    """Say which tokens [b, 1, n, 1] have another document than the token before them.
+def decay_of(
+    decay: Tensor | None,
+    fresh: Tensor | None,
+    idle: Tensor | None,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Return a decay [b, h, n, d or 1] that is 0 where sequences begin, and 1 at padding.
 
-    `last` [b] is the document of the token before the first, where there was one.
+    Both are [b, 1, n, 1], or None where there are none; `size` is that of a decay that is None.
     """
-    first = doc[:, :1] if last is None else last[:, None]
-    return (doc != torch.cat([first, doc], dim=1)[:, :-1])[:, None, :, None]
+    if fresh is not None:
+        decay = (~fresh).to(dtype).expand(size) if decay is None else decay.masked_fill(fresh, 0)
+    if idle is not None and decay is not None:
+        decay = decay.masked_fill(idle, 1)
+    return decay
+
+
+def zeroed(x: Tensor, at: Tensor | None) -> Tensor:
+    """Return x [b, h, n, d], zero at some tokens [b, 1, n, 1]."""
+    return x if at is None else x.masked_fill(at, 0)
+
+
+def begun_at(x: Tensor, first: float, decay: Tensor | None, fresh: Tensor | None) -> Tensor:
+    """Return what is added to a state, which begins at `first` where a sequence begins."""
+    if fresh is None:
+        return x
+    return x + first * fresh if decay is None else x + first * decay * fresh
+
+
+def marks_of(fresh: Tensor | None, idle: Tensor | None) -> Tensor | None:
+    """Return 1 for tokens [b, 1, n, 1] that begin a sequence, 2 for padding, else 0, as [b, n]."""
+    marks = None if fresh is None else fresh.to(torch.int8)
+    if idle is not None:
+        marks = torch.zeros_like(idle, dtype=torch.int8) if marks is None else marks
+        marks = marks.masked_fill(idle, 2)
+    return None if marks is None else marks[:, 0, :, 0]
 
 
 def interleaved(*parts: Tensor) -> Tensor:

@@ -20,14 +20,16 @@ from .chunks import (
 
 def leveled_linear(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, decay: Tensor | None, weights: Tensor,
-    state: Tensor, place: int, before: bool = False,
+    state: Tensor, place: int | Tensor, fresh: Tensor | None = None, counts: Tensor | None = None,
+    before: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the sum over levels l of weights_il q_i @ S_il [b, h, n, e], and the last levels.
 
     In every level S_i = decay_i S_{i-1} + outer(k_i, w_i @ S_{i-1}); outer(k_i, v_i) is written
     into level 0 alone, and levels are merged as `merged_levels` says (Guo et al. 2025). decay is
     [b, h, n, 1 or d], weights are [b, h, n, levels]; `state` [b, h, levels, d, e] is what `place`
-    tokens left behind. With `before`, q_i reads what token i finds.
+    tokens left behind, one number or [b]. With `before`, q_i reads what token i finds. At `fresh`
+    tokens [b, 1, n, 1] all begins anew; of a row the first `counts` [b] tokens are taken up.
 
     Within a chunk, tokens meet in one product, weighed by the level in which i finds j. Chunks
     begin at multiples of their size, so that `across_chunks` merges whole ones.
@@ -35,17 +37,21 @@ def leveled_linear(
     n, dtype, most = q.shape[2], state.dtype, state.shape[2] - 1
     if n == 0:
         return q @ summed_levels(state, weights.new_zeros(state.shape[:3])), state
+    if fresh is not None or counts is not None or (isinstance(place, Tensor) and n > 1):
+        return leveled_by_row(q, k, v, w, decay, weights, state, place, fresh, counts, before)
     decay = torch.ones_like(k[..., :1]) if decay is None else decay
     q, k, v, decay, weights = (each.to(dtype) for each in (q, k, v, decay, weights))
     w = None if w is None else w.to(dtype)
     with torch.autocast(q.device.type, enabled=False):
         if n == 1:  # a step of decoding
-            state = merged_levels(state, place)
+            at = place if isinstance(place, int) else place[:, None, None]
+            state = merged_levels(state, at)
             last = decay[:, :, 0, None, :, None] * state
             if w is not None:
                 last = last + k.mT[:, :, None] @ (w[:, :, None] @ state)
             last = with_written(last, k.mT @ v)
             return q @ summed_levels(state if before else last, weights[:, :, 0]), last
+        assert isinstance(place, int)
         size = chunk_size(n, 64)
         front = place % size
         q, k, v, weights = (
@@ -80,6 +86,38 @@ def leveled_linear(
             )
         o = tokens_of_chunks(within + across, front + n)
     return o[:, :, front:], last + older
+
+
+def leveled_by_row(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, decay: Tensor | None, weights: Tensor,
+    state: Tensor, place: int | Tensor, fresh: Tensor | None, counts: Tensor | None, before: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what `leveled_linear` does where rows stand at different places.
+
+    Each sequence of each row is taken up by itself.
+    """
+    b, n = q.shape[0], q.shape[2]
+    places = [place] * b if isinstance(place, int) else place.tolist()
+    many = [n] * b if counts is None else counts.tolist()
+    parts, lasts = [], []
+    for row, (at, count) in enumerate(zip(places, many, strict=True)):
+        first = [] if fresh is None else fresh[row, 0, :count, 0].nonzero()[:, 0].tolist()
+        last, done = state[row : row + 1], [q.new_zeros(1, q.shape[1], 0, v.shape[-1])]
+        for start, stop in zip([0, *first], [*first, count], strict=True):
+            if start in first:
+                last, at = torch.zeros_like(last), 0
+            if start < stop:
+                qs, ks, vs, ls = (x[row : row + 1, :, start:stop] for x in (q, k, v, weights))
+                ws, ds = (
+                    None if x is None else x[row : row + 1, :, start:stop] for x in (w, decay)
+                )
+                o, last = leveled_linear(qs, ks, vs, ws, ds, ls, last, at, before=before)
+                done.append(o)
+                at += stop - start
+        parts.append(F.pad(torch.cat([each.to(state.dtype) for each in done], 2),
+                           (0, 0, 0, n - count)))  # fmt: skip
+        lasts.append(last)
+    return torch.cat(parts), torch.cat(lasts)
 
 
 def chunk_by_chunk(

@@ -7,34 +7,69 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def by_query(positions: Tensor) -> Tensor:
-    """Lay positions [n] or [b, n] along the queries of [b, h, n, m]."""
-    return positions[:, None, :, None] if positions.ndim == 2 else positions[:, None]
+def by_query(number: Tensor | None) -> Any:
+    """Lay a number of each token, [n] or [b, n], along the queries of [b, h, n, m]."""
+    if number is None:
+        return None
+    return number[:, None, :, None] if number.ndim == 2 else number[:, None]
 
 
-def by_key(positions: Tensor) -> Tensor:
-    """Lay positions [m] or [b, m] along the keys of [b, h, n, m]."""
-    return positions[:, None, None, :] if positions.ndim == 2 else positions[None]
+def by_key(number: Tensor | None) -> Any:
+    """Lay a number of each token, [m] or [b, m], along the keys of [b, h, n, m]."""
+    if number is None:
+        return None
+    return number[:, None, None, :] if number.ndim == 2 else number[None]
 
 
-def steps_on(x: Tensor, steps: Tensor) -> Tensor:
+def together(own: Tensor | None, other: Tensor | None) -> Any:
+    """Say which keys are of a query's sequence, or are no padding where there is no `own`.
+
+    They are numbers of sequences along queries and keys; None where all are of one.
+    """
+    if other is None:
+        return None
+    return other >= 0 if own is None else own == other
+
+
+def tokens_of(own: Tensor | None, other: Tensor | None, x: Tensor) -> Tensor:
+    """Return how many of the tokens of x [b, h, m, d] are of each query's sequence."""
+    seen = together(own, other)
+    if seen is None:
+        return torch.tensor(x.shape[-2], device=x.device)
+    counted: Tensor = seen.sum(-1, keepdim=True)
+    return counted
+
+
+def steps_on(x: Tensor, steps: Tensor, other: Tensor | None = None) -> Tensor:
     """Return, for each token of x [b, (h,) m, d], the one so many `steps` [(b, 1,) m] on.
 
-    Steps are rounded down; past an end, it is the token at that end.
+    Steps are rounded down; past an end of its sequence, of which `other` [b, 1, 1, m] is the
+    number, it is the token at that end.
     """
     m = x.shape[-2]
-    rows = torch.arange(m, device=x.device) + steps.floor().long()
-    rows = rows.clamp(0, m - 1)[..., None]
-    return x.gather(-2, (rows[:, 0] if rows.ndim > x.ndim else rows).expand(x.shape))
+    at = torch.arange(m, device=x.device)
+    rows, first, last = at + steps.floor().long(), torch.zeros_like(at), at.new_full((), m - 1)
+    if other is not None:
+        run = other[:, 0, 0] if x.ndim == 3 else other[:, 0]  # [b, (1,) m]
+        new = torch.ones_like(run, dtype=torch.bool)
+        new[..., 1:] = run[..., 1:] != run[..., :-1]
+        ends = torch.cat([new[..., 1:], torch.ones_like(new[..., :1])], -1)
+        first = torch.where(new, at, 0).cummax(-1)[0]
+        last = torch.where(ends, at, m).flip(-1).cummin(-1)[0].flip(-1)
+        rows = rows[:, 0] if rows.ndim > run.ndim else rows
+    elif rows.ndim > x.ndim - 1:
+        rows = rows[:, 0]
+    rows = torch.minimum(torch.maximum(rows, first), last)[..., None]
+    return x.gather(-2, rows.expand(x.shape))
 
 
 def over_queries(
     rows: Callable[..., Any],
-    queries: tuple[Tensor, ...],
-    keys: tuple[Tensor, ...],
+    queries: tuple[Any, ...],
+    keys: tuple[Any, ...],
     width: int = 1,
     before: int = 0,
 ) -> Any:
@@ -53,7 +88,8 @@ def over_queries(
     parts = []
     for start in range(0, n, each):
         first = max(0, start - before)
-        part = [x.narrow(-2, first, min(start + each, n) - first) for x in queries]
+        count = min(start + each, n) - first
+        part = [x if x is None else x.narrow(-2, first, count) for x in queries]
         if torch.is_grad_enabled():
             made = torch.utils.checkpoint.checkpoint(rows, *part, *keys, use_reentrant=False)
         else:
@@ -75,8 +111,9 @@ def mean_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:
 def max_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:
     """Return the largest x that is visible along a dimension, 0 where nothing is."""
     visible = visible.expand(x.shape)
-    top = x.masked_fill(~visible, -torch.inf).amax(dim, keepdim=True)
-    return top.masked_fill(~visible.any(dim, keepdim=True), 0)
+    one_more = (0, 1) if dim == -1 else (0, 0, 0, 1)  # where there is nothing at all
+    x = F.pad(x.masked_fill(~visible, -torch.inf), one_more, value=-torch.inf)
+    return x.amax(dim, keepdim=True).masked_fill(~visible.any(dim, keepdim=True), 0)
 
 
 def rank_keys(x: Tensor) -> Tensor:
@@ -115,51 +152,53 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     return F.conv2d(x, weight, groups=x.shape[1])
 
 
-def expect(name: str, x: Tensor, width: int) -> None:
-    """Raise `ValueError` unless x is [b, tokens, width]."""
+def expect(name: str, x: Tensor, width: int, module: nn.Module) -> None:
+    """Raise `ValueError` unless x is [b, tokens, width] in a dtype that the module computes in."""
     if x.ndim != 3 or x.shape[-1] != width:
         raise ValueError(f"`{name}` must be [b, tokens, {width}], it is {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"`{name}` must be features in floating point, it is {x.dtype}")
+    if x.dtype == next(module.parameters(), x).dtype or torch.is_autocast_enabled(x.device.type):
+        return
+    own = {each.dtype for each in module.parameters()}
+    computes = all(each.is_floating_point and each.itemsize > 1 for each in own)
+    if computes and x.dtype not in own:  # others are weights in another form than they are read
+        raise ValueError(f"`{name}` is {x.dtype}, the module {next(iter(own))}: convert one of "
+                         "them, or call it under torch.autocast")  # fmt: skip
 
 
-def row_threshold(weight: Callable[[Tensor, Tensor], Tensor], s: Tensor, visible: Tensor) -> Tensor:
+def row_threshold(
+    weight: Callable[[Tensor, Tensor], Tensor],
+    slope: Callable[[Tensor, Tensor], Tensor],
+    s: Tensor,
+    visible: Tensor,
+) -> Tensor:
     """Return tau [..., 1] such that the visible weight(s, tau) of each row sum to one.
 
-    Bisection finds it; one Newton step outside of `no_grad` gives it its exact gradient.
+    The sum falls as tau grows; `slope` is the derivative of `weight` by tau. Bisection over all
+    numbers there are finds it, a step a bit: as whole numbers, positive floats are in order.
+
+    What follows moves tau by nothing and gives it the derivatives of the implicit function: each
+    step of Newton's, its slope held constant, makes one more of them right. They are two.
     """
 
-    def total(tau: Tensor) -> Tensor:
-        return weight(s, tau).masked_fill(~visible, 0).sum(-1, keepdim=True)
+    def total(function: Callable[[Tensor, Tensor], Tensor], tau: Tensor) -> Tensor:
+        return function(s, tau).masked_fill(~visible, 0).sum(-1, keepdim=True)
 
-    empty = ~visible.any(-1, keepdim=True)
     with torch.no_grad():
-        top = s.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True).masked_fill(empty, 0)
-        scale = 1.0 + top.abs()
-        low, high = top - scale, top + scale
-        for _ in range(64):
-            if not bool((grow := (total(low) < 1) & ~empty).any()):
-                break
-            low = torch.where(grow, low - scale, low)
-            scale = scale * 2
-        scale = 1.0 + top.abs()
-        for _ in range(64):
-            if not bool((grow := (total(high) > 1) & ~empty).any()):
-                break
-            high = torch.where(grow, high + scale, high)
-            scale = scale * 2
-        for _ in range(80 if s.dtype == torch.float64 else 48):
-            middle = (low + high) / 2
-            above = total(middle) > 1
+        wide = s.dtype == torch.float64
+        whole, last = (torch.int64, 0x7FEFFFFFFFFFFFFF) if wide else (torch.int32, 0x7F7FFFFF)
+        high = torch.full_like(s.sum(-1, keepdim=True), last, dtype=whole)
+        low = -high
+        for _ in range(64 if wide else 32):
+            middle = (low & high) + ((low ^ high) >> 1)  # their mean, which never overflows
+            above = ~(total(weight, middle.abs().view(s.dtype) * middle.sign()) <= 1)
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    with torch.enable_grad():
-        tau = ((low + high) / 2).detach().requires_grad_()
-        slope = torch.autograd.grad(total(tau).sum(), tau)[0]
-    slope = torch.where(empty | (slope == 0), -torch.ones_like(slope), slope).detach()
-    tau = tau.detach()
-    return tau - (total(tau) - 1).masked_fill(empty, 0) / slope
-
-
-def expect_per_token(name: str, given: Tensor, x: Tensor) -> None:
-    """Raise `ValueError` unless there is one number for each token of x: [n] or [b, n]."""
-    b, n = x.shape[:2]
-    if given.shape not in ((n,), (1, n), (b, n)):
-        raise ValueError(f"`{name}` must be [{n}] or [{b}, {n}], it is {list(given.shape)}")
+        sees_nothing = ~visible.any(-1, keepdim=True)
+        tau = (high.abs().view(s.dtype) * high.sign()).masked_fill(sees_nothing, 0)
+        fall = total(slope, tau)
+        fall = torch.where(fall == 0, -1, fall)
+    for _ in range(2):
+        found = total(weight, tau)
+        tau = tau - (found - found.detach()) / fall
+    return tau

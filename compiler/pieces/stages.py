@@ -1,55 +1,10 @@
-"""Stages of pipelines: positions, norms, features, draws, and modules with weights."""
+"""Stages of pipelines: norms, features, draws, and modules with weights."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def rope(x: Tensor, positions: Tensor, theta: float, dims: int = 0, scaling: float = 1.0) -> Tensor:
-    """Turn the feature pairs (c, c + r/2) of x [b, (h,) n, d] by angles that grow with position.
-
-    dims > 0 turns the first so many features, dims < 0 the last, 0 all of them.
-    """
-    turned = abs(dims) or x.shape[-1]
-    still = x.shape[-1] - turned
-    part = x[..., still:] if dims < 0 else x[..., :turned]
-    cos, sin = rope_angles(x, positions, turned, theta, scaling)
-    a, b = part.chunk(2, dim=-1)
-    done = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    if still == 0:
-        return done
-    return torch.cat([x[..., :still], done] if dims < 0 else [done, x[..., turned:]], dim=-1)
-
-
-def rope_interleaved(
-    x: Tensor, positions: Tensor, theta: float, dims: int = 0, scaling: float = 1.0
-) -> Tensor:
-    """Turn the feature pairs (2c, 2c + 1) of x [b, (h,) n, d] by angles that grow with position.
-
-    dims > 0 turns the first so many features, dims < 0 the last, 0 all of them.
-    """
-    turned = abs(dims) or x.shape[-1]
-    still = x.shape[-1] - turned
-    part = x[..., still:] if dims < 0 else x[..., :turned]
-    cos, sin = rope_angles(x, positions, turned, theta, scaling)
-    a, b = part[..., 0::2], part[..., 1::2]
-    done = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    if still == 0:
-        return done
-    return torch.cat([x[..., :still], done] if dims < 0 else [done, x[..., turned:]], dim=-1)
-
-
-def rope_angles(
-    x: Tensor, positions: Tensor, turned: int, theta: float, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [(b, 1,) n, r/2] for positions [n] or [b, n]."""
-    power = torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned
-    angle = (positions.to(torch.float64) / scaling)[..., None] * theta**-power
-    if positions.ndim == 2 and x.ndim == 4:
-        angle = angle[:, None]
-    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
 def l2_norm(x: Tensor, eps: float) -> Tensor:
@@ -157,17 +112,30 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(features, width).uniform_(-1, 1) * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, run: Tensor | None = None, before: Tensor | None = None) -> Tensor:
         """Map x [b, (heads,) n, d] to the same.
 
-        Outside of the tokens there are zeros, or the tokens `before` the first.
+        Outside of a sequence there are zeros; `before` are tokens before the first. `run`
+        numbers the sequences of all these tokens [b, n], None where all are of one.
         """
         features, width = self.weight.shape
         given = x if before is None else torch.cat([before, x], dim=-2)
         rows = given.mT.reshape(-1, features, given.shape[-2])  # [b, features, n]
-        rows = F.pad(rows, (self.before if before is None else 0, width - 1 - self.before))
-        rows = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
-        return rows.reshape(x.mT.shape).mT
+        back, ahead = self.before if before is None else 0, width - 1 - self.before
+        if run is None:
+            rows = F.pad(rows, (back, ahead))
+            rows = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
+            return rows.reshape(x.mT.shape).mT
+        n = x.shape[-2]
+        rows, run = F.pad(rows, (back, ahead)), F.pad(run, (back, ahead), value=-3)[:, None]
+        own = run[..., self.before : self.before + n]
+        y = torch.zeros_like(rows[..., :n])
+        for at in range(width):
+            weight = self.weight[:, at, None].to(rows.dtype)
+            part = rows[..., at : at + n] * weight
+            y = y + (part if at == self.before else part * (run[..., at : at + n] == own))
+        y = y if self.bias is None else y + self.bias[:, None]
+        return y.reshape(x.mT.shape).mT
 
 
 class Latents(nn.Module):
@@ -182,8 +150,36 @@ class Latents(nn.Module):
         return self.weight.to(x.dtype).expand(x.shape[0], -1, -1)
 
 
-def sinusoidal(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Return sines and cosines of positions [(b,) n] at falling frequencies: [(b,) n, width]."""
-    power = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
-    angle = positions[..., None].to(torch.float64) * 10_000**-power
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :width].to(dtype)
+def embedded(table: nn.Embedding, tokens: Tensor) -> Tensor:
+    """Return the rows [b, n, width] of a table. Raises `ValueError` for what is no token.
+
+    A CPU tells which tokens are outside of the table; they are not read beforehand.
+    """
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`tokens` must be torch.int64 or torch.int32, they are {tokens.dtype}")
+    try:
+        rows: Tensor = table(tokens)
+    except IndexError:
+        size = table.num_embeddings
+        row, at = ((tokens < 0) | (tokens >= size)).nonzero()[0].tolist()
+        found = f"token [{row}, {at}] is {int(tokens[row, at])}"
+        raise ValueError(f"{found}, the vocabulary has 0 to {size - 1}") from None
+    return rows
+
+
+def mean_tokens(x: Tensor, run: Tensor | None) -> Tensor:
+    """Return the mean of x [b, (heads,) n, d] over tokens that are no padding: run [b, n] >= 0."""
+    if run is None:
+        return x.mean(-2, keepdim=True)
+    live = (run >= 0)[:, None, :, None] if x.ndim == 4 else (run >= 0)[..., None]
+    count = live.sum(-2, keepdim=True).clamp(min=1)
+    return x.masked_fill(~live, 0).sum(-2, keepdim=True) / count
+
+
+def mean_of_all(x: Tensor, run: Tensor | None) -> Tensor:
+    """Return the mean of all of x [b, (heads,) n, d], of tokens that are no padding."""
+    if run is None:
+        return x.mean()
+    live = (run >= 0)[:, None, :, None] if x.ndim == 4 else (run >= 0)[..., None]
+    count = live.expand(x.shape).sum().clamp(min=1)
+    return x.masked_fill(~live, 0).sum() / count

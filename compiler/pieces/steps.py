@@ -11,54 +11,48 @@ from torch import Tensor
 
 
 def over_tokens(
-    step: Callable[..., Any], states: tuple[Tensor, ...], streams: tuple[Tensor, ...]
+    step: Callable[..., Any], states: tuple[Tensor, ...], streams: tuple[Tensor | None, ...], n: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the states after all tokens, and what `step` makes of each token [b, h, n, …].
+    """Return the states after n tokens, and what `step` makes of each of them [b, h, n, …].
 
     `step` takes the states and one token of each stream [b, h, n, …], and returns the states
-    after it and what it makes of it. A compiler gets one operator for any number of tokens: it
-    would unroll a loop.
+    after it and what it makes of it; a stream may be None. A compiler gets one operator for any
+    number of tokens: it would unroll a loop.
     """
-    n = streams[0].shape[2]
     if n == 0:
-        _, made = step(states, tuple(x.new_zeros(x.shape[:2] + x.shape[3:]) for x in streams))
+        nothing = [None if x is None else x.new_zeros(x.shape[:2] + x.shape[3:]) for x in streams]
+        _, made = step(states, nothing)
         return states, tuple(x[:, :, None][:, :, :0] for x in made)
     if torch.compiler.is_compiling():
+        have = [x is not None for x in streams]
 
         def copied(
             states: tuple[Tensor, ...], token: list[Tensor]
         ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            after, made = step(states, token)
+            left = iter(token)
+            after, made = step(states, [next(left) if each else None for each in have])
             after = (new.to(old.dtype).expand_as(old).clone()
                      for new, old in zip(after, states, strict=True))  # fmt: skip
             return tuple(after), tuple(x.clone() for x in made)
 
-        last, every = torch._higher_order_ops.scan(
-            copied, states, [x.movedim(2, 0) for x in streams]
-        )
+        given = [x.movedim(2, 0) for x in streams if x is not None]
+        last, every = torch._higher_order_ops.scan(copied, states, given)
         return last, tuple(x.movedim(0, 2) for x in every)
     outputs = []
-    for token in zip(*(x.unbind(2) for x in streams), strict=True):
+    each = ([None] * n if x is None else x.unbind(2) for x in streams)
+    for token in zip(*each, strict=True):
         states, made = step(states, token)
         outputs.append(made)
     return states, tuple(torch.stack(each, dim=2) for each in zip(*outputs, strict=True))
 
 
-def token_numbers(fresh: Tensor, place: int | Tensor) -> Tensor:
-    """Return how many tokens of its document are before each token [b, 1, n].
+def at_ends(x: Tensor, fresh: Tensor | None) -> Tensor:
+    """Return x [b, h, n, …] at the last token of each token's sequence.
 
-    Documents begin at `fresh` tokens [b, 1, n, 1]; of the first there were `place` tokens, a
-    number or [b, 1, 1], before these.
+    Sequences begin at `fresh` tokens [b, 1, n, 1]; None for one sequence.
     """
-    number = torch.arange(fresh.shape[2], device=fresh.device)
-    return number - torch.where(fresh[..., 0], number, -place).cummax(-1)[0]
-
-
-def at_ends(x: Tensor, fresh: Tensor) -> Tensor:
-    """Return x [b, h, n, …] at the last token of each token's document.
-
-    Documents begin at `fresh` tokens [b, 1, n, 1].
-    """
+    if fresh is None:
+        return x[:, :, -1:].expand_as(x)
     n = fresh.shape[2]
     number = torch.arange(n, device=x.device)
     last = F.pad(fresh[:, 0, :, 0], (0, 1), value=True)[:, 1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ SETTINGS = {
     "temperature": f"{CAUSAL}; score = temperature",
     "composed": f"{CAUSAL}; position = alibi; score = temperature | softcap(3)",
     "logarithm": f"{CAUSAL}; score = s - log(1 + abs(i - j)) / 3 + 2 ** (j - i)",
+    "weightless": f"{CAUSAL}; score = where(i % 3 > 0, s, log(0))",
     "bias_table": f"{CAUSAL}; param t[9, heads] = 0.1 * h; score = s + t[clip(i - j, 0, 8), h]",
     "bias_past_the_end": f"{CAUSAL}; param t[3] = normal(1); score = s + t[i - j] + t[i / 2]",
     "bias_of_key": f"{CAUSAL}; let g = x | linear(heads); score = s + g[j, h] - g[i, 1]",
@@ -186,6 +188,8 @@ SETTINGS = {
     "rope_interleaved": f"{CAUSAL}; position = rope(100, style = interleaved, scaling = 4)",
     "rope_last": f"{CAUSAL}; position = rope(dims = -2)",
     "rope_first": f"{CAUSAL}; position = rope(dims = 2)",
+    "rope_yarn": f"{CAUSAL}; position = rope(dims = 2, scaling = yarn(4, 64))",
+    "rope_longrope": f"{CAUSAL}; position = rope(scaling = longrope([1, 2], [2, 8], 64))",
     "normed": f"{CAUSAL}; q = x | linear | split | rms_norm; k = x | layer_norm | linear | split",
     "l2": f"{CAUSAL}; q = x | linear | split | l2_norm; k = x | linear | split | l2_norm;"
           " scale = 5",
@@ -234,6 +238,10 @@ SETTINGS = {
     "branch side { mix = linear }; out = (o + side) | merge | linear",
     "delta_grouped": "heads = 4; kv_heads = 2; value_dim = 3; mix = gated_delta; mask = causal;"
                      " let g = x | linear(heads) | sigmoid; out = o | gate(g) | merge | linear",
+    "lambda": f"{CAUSAL}; param a[head_dim] = normal(1); param b[head_dim] = normal(1);"
+              " param c[heads, head_dim] = normal(1); branch two { q = x | linear | split };"
+              " let g = exp(dot(a, b)) - norm(c) * dot(c, q) + mean(x | linear(3)) + 0.1;"
+              " out = (o - g * two) | merge | linear",
     "leaky": "heads = 4; mix = leaky(0.5); mask = causal",
     "odd_states": "heads = 4; mix = odd; mask = causal",
 }  # fmt: skip
@@ -287,7 +295,11 @@ def source(name: str) -> str:
 
 def block(text: str, name: str = "b", width: int | None = WIDTH) -> Block:
     """Return a checked block: a name of the battery, or the text of settings."""
-    text = source(text) if text in SETTINGS else text
+    return _checked(source(text) if text in SETTINGS else text, name, width)
+
+
+@cache
+def _checked(text: str, name: str, width: int | None) -> Block:
     return block_of(check(parse(text)), name, width)
 
 

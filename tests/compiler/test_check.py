@@ -20,7 +20,7 @@ from headloom.compiler.reference import reference
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
 from headloom.grammar.show import show
-from headloom.grammar.syntax import Index, walk
+from headloom.grammar.syntax import File, Index, walk
 
 from ..grammar.strategies import files
 from .battery import EXAMPLES, MIXERS, SETTINGS, source
@@ -288,7 +288,15 @@ BLOCKS = {
     "no call in the loss": ("L201", "regularize = entropy"),
     "a number in the loss": ("L208", "regularize = 0.1"),
     "the mean of two": ("L209", "regularize = mean(o, q)"),
-    "a mean outside of the loss": ("L201", "out = mean(o) | merge | linear"),
+    "a matrix of streams": ("L201", "let t = outer(q, k); out = (o * t) | merge | linear"),
+    "a product of unlike streams": (
+        "L216", "let t = x | linear(3); out = (o * dot(q, t)) | merge | linear",
+    ),
+    "a product with a number": ("L216", "param t = 1; out = (o * dot(q, t)) | merge | linear"),
+    "a product by `@`": ("L216", "out = (o * (q @ k)) | merge | linear"),
+    "a product of one": ("L209", "out = (o * dot(q)) | merge | linear"),
+    "a sum of numbers": ("L208", "let t = sum(2); out = (o * t) | merge | linear"),
+    "a sum as an output": ("L207", "out = sum(o | merge)"),
     "a grid of one": ("L219", "grid = 3"),
     # mixers
     "an unknown mixer": ("L201", "mix = linea"),
@@ -478,11 +486,25 @@ def outcome(text: str) -> None:
             assert 0 <= each.span.start <= each.span.end <= len(each.span.source.text)
 
 
-@pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True,
-          suppress_health_check=list(HealthCheck))  # fmt: skip
+def any_(examples: int) -> settings:
+    return settings(max_examples=examples, deadline=None, derandomize=True,
+                    suppress_health_check=list(HealthCheck))  # fmt: skip
+
+
+@any_(40)
 @given(files())
 def test_any_file_is_checked_or_refused(file):
+    checked_or_refused(file)
+
+
+@pytest.mark.sweep
+@any_(300)
+@given(files())
+def test_many_files_are_checked_or_refused(file):
+    checked_or_refused(file)
+
+
+def checked_or_refused(file: File) -> None:
     try:
         check(file)
     except LoomError as problem:
@@ -499,9 +521,20 @@ _WORDS = sorted({each for text in _TEXTS for each in _TOKEN.findall(text) if eac
                 | set(_EXTRA.split()))  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@any_(100)
 @given(st.integers(0, 2**32))
 def test_a_text_with_words_exchanged_is_checked_or_refused(seed):
+    words_exchanged(seed)
+
+
+@pytest.mark.sweep
+@any_(1000)
+@given(st.integers(0, 2**32))
+def test_many_texts_with_words_exchanged_are_checked_or_refused(seed):
+    words_exchanged(seed)
+
+
+def words_exchanged(seed: int) -> None:
     draw = random.Random(seed)
     tokens = _TOKEN.findall(draw.choice(_TEXTS))
     places = [at for at, each in enumerate(tokens) if each.strip()]

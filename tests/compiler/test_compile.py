@@ -41,6 +41,18 @@ block r { heads = 2; mix = gated_delta; mask = causal }
 """
 
 
+def row(op: str, term: str, count: int = 120) -> str:
+    return f" {op} ".join(term.format(each) for each in range(3, count + 3))
+
+
+LONG = {
+    "or": f"mask = causal and ({row('or', 'i - j == {0} and j % {0} != 1')})",
+    "and": f"mask = {row('and', '(i - j) % {0} != 1')}",
+    "+": f"mask = causal; score = s + {row('+', 'sin(s / {0})')}",
+    "*": f"mask = causal; score = s * {row('*', 'cos(s / {0})', 40)}",
+}
+
+
 def can_decode(what: Block) -> bool:
     return decoding.obstacle(what) is None
 
@@ -354,3 +366,11 @@ def test_kernels_without_a_gpu_say_what_to_do(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
                           cwd=tmp_path, check=False)  # fmt: skip
     assert "these kernels need a GPU" in done.stderr
+
+
+@pytest.mark.parametrize("op", LONG)
+def test_long_chains_compile(op):
+    block = check(parse(f"block a {{ width = 8; heads = 2; {LONG[op]} }}")).blocks["a"]
+    module, given = compiled(block), inputs(block)
+    torch.testing.assert_close(module(**given), oracle(block, module)(**given), **TIGHT)
+    assert "triton" in generate(block, Target("triton")).text

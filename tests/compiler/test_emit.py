@@ -63,7 +63,7 @@ def test_a_text_stands_alone_and_is_pleasant_to_read(name):
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
-    assert imported <= {"torch", "collections.abc", "typing"}
+    assert imported <= {"torch", "math", "collections.abc", "copy", "typing"}
 
 
 @pytest.mark.skipif(not (RUFF.exists() or shutil.which("ruff")), reason="ruff is not installed")

@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from headloom.compiler.api import build_module
+from headloom.compiler.check import check, find
 from headloom.compiler.choose import Target, lowerings
 from headloom.compiler.pipeline import lower
 from headloom.compiler.reference import reference
 from headloom.compiler.verify import CHECKS
 from headloom.compiler.verify_cases import Subject
+from headloom.grammar.parse import parse
 
 from .battery import block, inputs
 
 FUSED = [
     "cosine", "distance", "trilinear", "matrix_form", "bias_table", "bias_past_the_end", "joint",
-    "statistics_of_sinks", "branch_beside", "latents_from_tokens",
+    "statistics_of_sinks", "weightless", "branch_beside", "latents_from_tokens",
 ]  # fmt: skip
 OBSTACLES = {
     "relative_keys": "is no product of a query and a key",
@@ -39,6 +41,35 @@ def test_it_is_what_it_means(name):
     cases, worst = CHECKS["kernels in the interpreter"](Subject.of(what))
     assert cases > 0
     assert worst < 1e-5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "similarity = cosine; score = s + k[h // 2, j, 1]",
+        "similarity = cosine; score = s + norm(k[h // 2, j]) * k[0, j, 2]",
+        "let f = x | linear(heads); let g = x | linear(heads); score = s + f[i, h] + g[i, h]",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_numbers_made_of_a_shared_key(text):
+    """Two query heads share a key: what is made of it beside the kernel is made for both."""
+    settings = "width = 16; heads = 4; kv_heads = 2; head_dim = 8; mask = h < 1 or window(3)"
+    what = find(check(parse(f"block a {{ {settings}; {text} }}")), "a")
+    assert {each.path for each in lowerings(lower(what, Target("triton")))} == {"triton"}
+    meaning = reference(what, dtype=torch.float64, seed=0)
+    module = build_module(what, Target("triton"), dtype=torch.float32)
+    module.load_state_dict(meaning.state_dict())
+    found = []
+    for each, dtype in ((module, torch.float32), (meaning, torch.float64)):
+        x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = x.to(dtype).requires_grad_()
+        y = each(x)
+        inputs = (x, *dict(sorted(each.named_parameters())).values())
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OBSTACLES)

@@ -349,7 +349,6 @@ def test_levels_that_cannot_be(old, new, code, words):
 @pytest.mark.parametrize(
     ("statements", "mask", "words"),
     [
-        (UPDATES["adds"], "causal and document", "documents begin its levels anew"),
         (BY_TOKEN["vectors"], "causal", "it is kept in levels, and fades by the vector `g`"),
         (BY_TOKEN["twice"], "causal", "it is kept in levels, and written more than once"),
         (BY_TOKEN["two_keys"], "causal", "written along several keys, `k` and `q`"),
@@ -374,6 +373,3 @@ def test_each_level_costs():
     plain = block(source(UPDATES["delta"], 2).replace(" by lam", ""))
     assert cost(plain).flops(64) < cost(few).flops(64) < cost(many).flops(64)
     assert cost(many).cache_bytes(1) == 4 * 2 * 12 * 4 * 4
-    assert cost(block(source(UPDATES["delta"], mask="causal and document"))).cache_bytes(1) == (
-        cost(many).cache_bytes(1) + 8
-    )

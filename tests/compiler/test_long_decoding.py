@@ -1,4 +1,4 @@
-"""Ten thousand tokens, one by one: a window and a recurrence hold the same memory throughout."""
+"""Thousands of tokens, one by one: a window and a recurrence hold the same memory throughout."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def held(cache: list) -> int:
 def live_tensors() -> int:
     """Return the bytes of all storages that a tensor in this process still holds."""
     gc.collect()
-    tensors = (each for each in gc.get_objects() if issubclass(type(each), Tensor))
+    tensors = (each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter))
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
                 for each in tensors if each.layout == torch.strided}  # fmt: skip
     return sum(storages.values())
@@ -58,8 +58,9 @@ def memory() -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
-def test_memory_stays_where_it_is() -> None:
-    name, tokens, early = "hybrid", 10_000, 1000
+@pytest.mark.parametrize("tokens", [2000, pytest.param(10_000, marks=pytest.mark.sweep)])
+def test_memory_stays_where_it_is(tokens: int) -> None:
+    name, early = "hybrid", 500
     module = made(name)
     cache = module.init_cache(1, tokens)
     promised = hl.explain(hl.load(TEXT, format="loom"), name).cache_bytes
@@ -74,7 +75,7 @@ def test_memory_stays_where_it_is() -> None:
             if step == early:
                 before = memory()
     after = memory()
-    assert [each.length for each in cache] == [tokens] * 2
+    assert cache.length == tokens
     assert len(written) > 32  # it went somewhere
     assert after[0] == before[0]
     assert after[1] - before[1] < (tokens - early) // 4  # not one object for each token

@@ -82,9 +82,18 @@ def compiled(text: str) -> Expr | None:
         return None
 
 
-@pytest.mark.slow
-@seeded(1000)
+@seeded(200)
 def test_every_answer_about_a_mask_is_true(text):
+    answers_are_true(text)
+
+
+@pytest.mark.sweep
+@seeded(2000)
+def test_every_answer_about_many_masks_is_true(text):
+    answers_are_true(text)
+
+
+def answers_are_true(text: str) -> None:
     expr = compiled(text)
     if expr is None:
         return
@@ -138,6 +147,16 @@ def test_pairs_are_counted_head_by_head():
     expr = mask("causal and (i - j) % (h + 1) == 0")
     expected = sum((i - j) % (h + 1) == 0 for h in range(2) for i in range(9) for j in range(i + 1))
     assert pairs(expr, 9, 9, heads=2) == expected
+
+
+@pytest.mark.parametrize("text", [
+    "window(70) and j % 3 == 0", "window(3) and i % 2 == 0 or sink(2)", "causal and j % 5 == 1",
+    "i - j < 9 and j % 2 == 0",
+])  # fmt: skip
+def test_pairs_of_a_band_are_counted_within_it(text):
+    expr = mask(text)
+    for n, m in ((150, 90), (90, 150)):
+        assert pairs(expr, n, m) == len(visible(expr, n, m)), (n, m)
 
 
 def test_what_data_hides_counts_as_visible():

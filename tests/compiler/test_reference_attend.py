@@ -177,6 +177,21 @@ def test_alibi() -> None:
     close(module(X), finished(module, softmax(s, J <= I) @ v))
 
 
+@pytest.mark.parametrize(
+    ("score", "heads", "exponents"),
+    [
+        ("alibi", 1, [8]),
+        ("alibi", 6, [2, 4, 6, 8, 1, 3]),
+        ("alibi", 12, [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5]),
+        ("alibi_geometric", 6, [8 * h / 6 for h in range(1, 7)]),
+    ],
+)
+def test_slopes_of_alibi(score: str, heads: int, exponents: list[float]) -> None:
+    block = find(check(parse(f"block b {{ heads = {heads}; head_dim = 2; score = {score} }}")), "b")
+    slope = reference(block, dtype=torch.float64).get_buffer("slope")
+    torch.testing.assert_close(slope, 2 ** -torch.tensor(exponents, dtype=torch.float64))
+
+
 def test_softcap_and_scale() -> None:
     module = made("mask = causal; score = softcap(2); scale = 0.7")
     q, k, v = qkv(module, X)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
-from headloom.compiler import api
+from headloom.compiler import api, certificate
 from headloom.compiler.check import check, find
 from headloom.compiler.choose import Target
 from headloom.compiler.emit import Code
@@ -15,7 +17,10 @@ from headloom.compiler.emit import module as emit_module
 from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.parse import parse_path
 from headloom.compiler.pipeline import generate
-from headloom.compiler.verify import Finding, subjects, verify
+from headloom.compiler.verify import CHECKS, Finding, checks_of, subjects, verify
+from headloom.compiler.verify_cases import Difference, Subject, kernel_cases
+from headloom.compiler.verify_export import exported_output
+from headloom.compiler.verify_kernels import repeated
 from headloom.search.space import alternatives, has_holes
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -98,8 +103,105 @@ def test_a_file_that_needs_us_is_found() -> None:
     assert "headloom must not be imported here" in found["exported file"].note
 
 
+def test_a_file_that_ends_its_process_is_found_and_the_next_one_runs() -> None:
+    with pytest.raises(RuntimeError, match="ended its process, with 7"):
+        exported_output(Code("import os\nos._exit(7)\n", "A"), {}, torch.zeros(1), {})
+    plain = "import torch\nprint('hello')\nA = torch.nn.Identity\n"
+    assert exported_output(Code(plain, "A"), {}, torch.ones(1), {}).item() == 1
+
+
+DEEP = """
+block delta {
+  heads = 2; head_dim = 8
+  q = x | linear | silu | split | l2_norm
+  k = x | linear | silu | split | l2_norm
+  out = o | rms_norm | merge | linear
+  mix = gated_delta; mask = causal
+}
+model m { vocab = 64; width = 16; layers = [delta] * 6; ffn = none }
+"""
+
+
+def test_a_low_precision_is_held_to_what_the_meaning_loses_in_it() -> None:
+    subject = Subject.of(find(api.load(DEEP, format="loom"), "m"))
+    cases, worst, note = CHECKS["forward"](subject)  # in bfloat16 it is off by more than a tenth
+    assert cases == 7
+    assert worst < 1e-10
+    assert re.fullmatch(r"float32 off by .e-0[56], the meaning by .e-0[56]; "
+                        r"bfloat16 off by 2e-01, the meaning by 2e-01", note)  # fmt: skip
+    assert subject.sampled == "6 layers: up to 19 tokens"
+
+
+def test_more_than_the_meaning_loses_is_found() -> None:
+    def coarse(text: str) -> str:
+        return text.replace("return self.o_proj(", "return (x.dtype.itemsize == 2) + self.o_proj(")
+
+    what = block(WINDOW)
+    code = generate(what, Target("torch"))
+    subject = Subject.of(what, Code(coarse(code.text), code.name))
+    with pytest.raises(Difference, match="bfloat16"):
+        CHECKS["forward"](subject)
+
+
+def test_blocks_that_differ_in_fractions_have_the_same_kernels() -> None:
+    arch = api.load(
+        """
+        block a(w = 4) {
+          width = 16; heads = 2; scale = 0.5 / (layer + 2); mask = causal and window(w)
+          const slope[heads] = layer / (depth + h)
+          score = s - slope[h] * abs(i - j)
+        }
+        block b { width = 16; heads = 2; mix = linear; mask = causal }
+        model m { width = 16; layers = [a] * 3 + [a(8), b, b] }
+        """,
+        format="loom",
+    )
+    found = subjects(find(arch, "m"))
+    _, two, three, far, other, _ = found
+    assert repeated(each for each in found if isinstance(each, Block)) == {two: "a", three: "a"}
+    assert (far.name, other.name) == ("a", "b")
+
+
+def test_what_another_check_covers_is_not_run_again() -> None:
+    what = block(WINDOW)
+    covered = dict.fromkeys(checks_of(what), "seen above")
+    del covered["gradients"]
+    found = {each.check: each for each in verify(what, covered=covered)}
+    assert (found["forward"].ok, found["forward"].note) == (None, "seen above")
+    assert found["gradients"].ok
+
+
+def test_a_certificate_makes_equal_checks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Mapping[str, str]]] = []
+
+    def run(
+        part: Block | Model, _code: Code | None, _targets: object, covered: Mapping[str, str]
+    ) -> Iterator[Finding]:
+        asked.append((part.name, covered))
+        yield Finding(part.name, "forward", True)
+
+    monkeypatch.setattr(certificate, "run_checks", run)
+    text = """
+    block a { width = 16; heads = 2; scale = 0.5 / (layer + 2) }
+    model m { width = 16; layers = [a] * 2 }
+    """
+    certificate.verify(api.load(text, format="loom"), "m")
+    kernels = {"kernels in the interpreter", "kernels ahead of time"}
+    assert [(name, set(each)) for name, each in asked] == [
+        ("a", {"exported file"}), ("a", {"exported file"} | kernels), ("m", set()),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "lengths"), [(4, [5, 19, 33]), (32, [19, 33]), (128, [33])])
+def test_kernels_of_many_heads_run_fewer_cases(heads: int, lengths: list[int]) -> None:
+    subject = Subject.of(block(f"block a {{ width = 128; heads = {heads}; head_dim = 1 }}"))
+    cases, note = kernel_cases(subject)
+    assert [each.tokens for each in cases] == lengths
+    assert str(lengths[0]) in note or lengths[0] == 5
+
+
 def test_a_text_that_raises_is_found() -> None:
-    found = broken(block(WINDOW), lambda text: text.replace('("x", x, 32)', '("x", x, 33)'))
+    found = broken(block(WINDOW), lambda text: text.replace('("x", x, 32,', '("x", x, 33,'))
     assert "ValueError" in found["forward"].note
 
 

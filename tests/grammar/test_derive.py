@@ -161,3 +161,11 @@ def test_what_is_no_scalar_is_not_written(text):
 )  # fmt: skip
 def test_torch_text(tree, text):
     assert write(tree, "torch", lambda leaf: leaf.id) == text
+
+
+@pytest.mark.parametrize("text", ["relu(s) ** 0.5", "sqrt(relu(s))", "relu(s - 1) ** t"])
+def test_the_root_of_nothing_is_flat(text):
+    expr = parse_expression(text)
+    found = derivative(expr, S)
+    assert value(found, 0.0, 0.5) == value(found, -1.0, 0.5) == 0
+    assert value(found, 1.25, 0.5) == pytest.approx(slope(expr, 1.25, 0.5, 1e-6))

@@ -24,8 +24,8 @@ def test_evaluate(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["c", "x[i]", "1 / 0", "log(0)", "2 ** 2000", "(-8) ** 0.5", "10 ** 30", "f(1)", "1..2",
-     "x | linear", "2 @ 3", "exp(1000)"],
+    ["c", "x[i]", "1 / 0", "log(-1)", "-log(0)", "2 ** 2000", "(-8) ** 0.5", "10 ** 30", "f(1)",
+     "1..2", "x | linear", "2 @ 3", "exp(1000)"],
 )  # fmt: skip
 def test_what_has_no_number(text):
     with pytest.raises(expr.NotConstant):

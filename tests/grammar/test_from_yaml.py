@@ -143,6 +143,8 @@ def test_spans_point_into_the_yaml(text, marked):
         ("let: {[a]: 1}", "L112", "put the key in quotes"),
         ("let: {a: 1, a: 2}", "L113", "to write statements in any order, use a list of mappings"),
         ("blocks:\n  a:\n  - base: b\n  - base: c", "L113", ""),
+        ("blocks:\n  a:\n    heads = 4\n", "L114", "YAML writes `heads: 4`"),
+        ("block a {\n  heads = 4\n}\n", "L114", "this is Loom: let the file's name end in `.loom`"),
         ("bloks: {}", "L115", "did you mean `blocks`?"),
         ("blocks: [a]", "L114", "write `blocks: {name: …}`"),
         ("blocks: {a: 8}", "L114", "write a mapping, `{}` where there is nothing to say"),

@@ -106,6 +106,14 @@ GOES_ON = "a line goes on inside `( )`, and after an operator: end the line abov
         ("let a = [1, 2", "L101", 1, 13, "close the `[` of line 1"),
         ("let a == 3", "L101", 1, 8, "write `=` to set, `==` to compare"),
         ("let a =\n", "L101", 1, 7, "an expression belongs here"),
+        ("block a { heads 8 }", "L101", 1, 17, "write `heads = 8`"),
+        ("block a { mask causal }", "L101", 1, 16, "write `mask = causal`"),
+        ("block a { heads: 8 }", "L101", 1, 16, "write `heads = 8`; `heads: 8` is YAML"),
+        ("blocks:\n  a: {}", "L101", 1, 1, "this is YAML: let the file's name end in `.yaml`"),
+        ("blocka {}", "L101", 1, 1, "did you mean `block`?"),
+        ("block a { } }", "L101", 1, 13, "nothing is open that it closes"),
+        ("block a { b = 8", "L101", 1, 15, "close the `{` of line 1"),
+        ("block a { b = 8\nmask near = i", "L101", 2, 6, "close the `{` of line 1"),
         ("block a { b = 8 8 }", "L101", 1, 17, "write one statement a line, or `;` between them"),
         ("block a {\n b = 8\n}\n}", "L101", 4, 1, ""),
         ("block a {\n  s = i\n  + j\n}", "L101", 3, 3, GOES_ON),
@@ -121,6 +129,47 @@ def test_the_first_error_is_placed_and_helped(text, code, line, column, help):
     first, *_ = problems(text)
     assert first[:3] == (code, line, column)
     assert first[3] == help or not help
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("block a { branch b { } branch c { } }", "branch"),
+        ("block a { branch b { } heads = 8 }", "heads"),
+        ("block a { heads = 8 kv_heads = 2 }", "kv_heads"),
+        ("block a { branch b { heads = 8 kv_heads = 2 } }", "kv_heads"),
+        ("block a { score = s mask = causal }", "mask"),
+        ("block a { normalize = relu(s - tau) where sum == 1 heads = 4 }", "heads"),
+        ("block a { let g = x let f = x }", "let"),
+        ("block a { let g = x param z[heads] = 0 }", "param"),
+        ("block a { let g = x const z = 0 }", "const"),
+        ("mix m { let g = x state S = 0 }", "state"),
+        ("mix m { state S = 0 S <- S + 1 }", "S"),
+        ("block a { } block b { }", "block"),
+        ("block a { } model b { }", "model"),
+        ("block a { } search { trials = 1 }", "search"),
+        ("block a { } let c = 1", "let"),
+        ("mask a = causal mask b = window(3)", "mask"),
+        ("mix m { o <- v } normalize n = s", "normalize"),
+    ],
+)
+def test_statements_on_one_line_need_a_separator(text, word):
+    with pytest.raises(LoomError) as caught:
+        parse(text)
+    (found,) = caught.value.diagnostics
+    assert found.message == f"`;` or a new line is missing before `{word}`"
+    assert found.help == "write one statement a line, or `;` between them"
+    assert text[found.span.start : found.span.end] == word
+
+
+def test_a_value_may_lack_an_operator():
+    with pytest.raises(LoomError, match="`;`, a new line or an operator is missing before `split`"):
+        parse("block a { q = x | linear split }")
+
+
+def test_every_missing_separator_is_found_and_the_rest_is_read():
+    text = "block a { heads = 8 kv_heads = 2 mask = = }\nblock b { } block c { }"
+    assert [column for _, _, column, _ in problems(text)] == [21, 34, 41, 13]
 
 
 def test_errors_are_collected_once_each():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from headloom.grammar.parse import parse_expression
+from headloom.kernels import aot
 from headloom.kernels.aot import compile_ahead
 from headloom.kernels.recurrence import Recurrence
 from headloom.kernels.spec import Attend, Reach, Tensor
@@ -58,13 +61,41 @@ RELATIVE = Attend(
 )
 
 
+ATTENTIONS = {
+    "capped": CAPPED,
+    "statistics": STATISTICS,
+    "relative": RELATIVE,
+    "everything": EVERYTHING,
+}
+SHAPES = [(64, "bf16"), (64, "fp32"), (128, "bf16"), (128, "fp32")]
+RECURRENCES = {
+    "kept": (Recurrence(), 8),
+    "number": (Recurrence("number", corrected=True), 11),
+    "rows": (Recurrence("rows", corrected=True, before=True), 10),
+}
+
+
+def sampled(cases: list[Any], every_run: list[str]) -> list[Any]:
+    """Mark all cases as exhaustive but some, which are those that need most of a GPU."""
+    return [
+        each
+        if each.id in every_run
+        else pytest.param(*each.values, id=each.id, marks=pytest.mark.sweep)
+        for each in cases
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
-    "spec",
-    [CAPPED, STATISTICS, RELATIVE, EVERYTHING],
-    ids=["capped", "statistics", "relative", "everything"],
+    ("spec", "head_dim", "dtype"),
+    sampled(
+        [
+            pytest.param(spec, *shape, id=f"{name}-{shape[0]}-{shape[1]}")
+            for name, spec in ATTENTIONS.items()
+            for shape in SHAPES
+        ],
+        every_run=["everything-128-bf16"],
+    ),
 )
 def test_nothing_spills(spec: Attend, head_dim: int, dtype: str) -> None:
     found = compile_ahead(spec, ("sm_80", "sm_90"), head_dim=head_dim, dtype=dtype)
@@ -73,8 +104,8 @@ def test_nothing_spills(spec: Attend, head_dim: int, dtype: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.sweep
+@pytest.mark.parametrize(("head_dim", "dtype"), SHAPES)
 def test_a_log_sum_exp_fits_the_tiles_it_has(head_dim: int, dtype: str) -> None:
     found = compile_ahead(LSE, head_dim=head_dim, dtype=dtype, backward=False)
     assert [each for each in found if not each.ok] == []
@@ -87,16 +118,16 @@ def test_whole_numbers_and_flags_compile() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
-    ("spec", "count"),
-    [
-        (Recurrence(), 8),
-        (Recurrence("number", corrected=True), 11),
-        (Recurrence("rows", corrected=True, before=True), 10),
-    ],
-    ids=["kept", "number", "rows"],
+    ("spec", "count", "head_dim", "dtype"),
+    sampled(
+        [
+            pytest.param(*form, *shape, id=f"{name}-{shape[0]}-{shape[1]}")
+            for name, form in RECURRENCES.items()
+            for shape in SHAPES
+        ],
+        every_run=["rows-128-fp32"],
+    ),
 )
 def test_no_recurrence_spills(spec: Recurrence, count: int, head_dim: int, dtype: str) -> None:
     found = compile_ahead(spec, ("sm_80", "gfx942"), head_dim=head_dim, dtype=dtype)
@@ -105,6 +136,7 @@ def test_no_recurrence_spills(spec: Recurrence, count: int, head_dim: int, dtype
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_a_wide_state_fits() -> None:
     found = compile_ahead(Recurrence("rows", corrected=True), ("sm_90",), head_dim=256)
     assert [each for each in found if not each.ok] == []
@@ -113,3 +145,29 @@ def test_a_wide_state_fits() -> None:
 def test_unknown_targets_are_named() -> None:
     with pytest.raises(ValueError, match="sm_12"):
         compile_ahead(CAPPED, ("sm_12",))
+
+
+def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    jobs = []
+
+    def compiled(text: str, job: dict[str, Any]) -> list[dict[str, Any]]:
+        jobs.append((text, job["targets"]))
+        return [
+            {"kernel": kernel, "target": target, "registers": 8, "spills": 0, "shared": 0}
+            for target in job["targets"]
+            for kernel in ("one", "two")
+        ]
+
+    monkeypatch.setattr(aot, "_compiled", compiled)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = compile_ahead(CAPPED, ("sm_90",))
+    assert compile_ahead(CAPPED, ("sm_90",)) == first
+    both = compile_ahead(CAPPED, ("sm_80", "sm_90"))
+    assert [each.target for each in both] == ["sm_80"] * 2 + ["sm_90"] * 2
+    compile_ahead(CAPPED, ("sm_90",), dtype="fp32")
+    compile_ahead(LSE, ("sm_90",))
+    assert [targets for _, targets in jobs] == [["sm_90"], ["sm_80"], ["sm_90"], ["sm_90"]]
+    assert len({text for text, _ in jobs}) == 2
+    monkeypatch.setattr(aot, "version", lambda _: "another")
+    compile_ahead(CAPPED, ("sm_90",))
+    assert len(jobs) == 5

@@ -48,6 +48,12 @@ BOTH = Attend(
 )
 
 
+TWO = Attend(
+    score=parse_expression("s + t[i, h] - u[i, h]"),
+    tensors=tuple(Tensor(name, ("n", 4), batched=True, differentiable=True) for name in "tu"),
+)
+
+
 def text_of(**specs: Attend) -> str:
     parts = [IMPORTS, skeleton_text()]
     parts += [render(spec, name, "headloom_test_operators") for name, spec in specs.items()]
@@ -56,7 +62,9 @@ def text_of(**specs: Attend) -> str:
 
 @pytest.fixture(scope="module")
 def module(execute: Any) -> Any:
-    return execute(text_of(sink=SINK, plain=PLAIN, sigmoid=SIGMOID, both=BOTH), "<test_operators>")
+    return execute(
+        text_of(sink=SINK, plain=PLAIN, sigmoid=SIGMOID, both=BOTH, two=TWO), "<test_operators>"
+    )
 
 
 def inputs(n: int = 9) -> tuple[torch.Tensor, ...]:
@@ -84,6 +92,15 @@ def test_opcheck(module: Any) -> None:
     q, k, v, *_ = inputs()
     torch.library.opcheck(module._plain.op, (q, k, v))
     torch.library.opcheck(module._both.op, (*inputs(), torch.randn(4, 5, requires_grad=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_two_gradients_by_row(module: Any, dtype: torch.dtype) -> None:
+    """They are parts of one buffer, and an operator returns no two views of one tensor."""
+    q, k, v, t, _ = (each.detach().to(dtype).requires_grad_() for each in inputs())
+    u = t.detach().clone().requires_grad_()
+    module.two(q, k, v, t, u).square().sum().backward()
+    torch.testing.assert_close(t.grad, -u.grad)
 
 
 def test_statistics_compile_whole_and_may_be_left_alone(module: Any) -> None:

@@ -158,6 +158,13 @@ CASES = (
         score="s + table[h, clip(i - j, -4, 4) + 4]",
         tensors=(Tensor("table", (2, 9)),),
     ),
+    Case(
+        "truths_of_the_head_alone",
+        score="s + table[h, abs(i - j)]",
+        mask="not (h < 1 or i - j < 2) or j < 3 and h < 1",
+        python_mask="~((h < 1) | (i - j < 2)) | (j < 3) & (h < 1)",
+        tensors=(learned("table", 2, 8),),
+    ),
     Case("whole_exponent", score="s + exp(-abs(i - j)) + s ** 5 * 1e-3"),
     Case("softmax_plus_one", extra="0.0", mask="j <= i", reach=CAUSAL),
     Case("sink", extra="z[h]", mask="j < i", reach=Reach(None, -1, 0), tensors=(learned("z", 2),)),
@@ -185,6 +192,7 @@ CASES = (
         reach=Reach(6, 0, 2),
     ),
     Case("squared_relu", numerator="relu(s) ** 2", denominator="sum", mask="j <= i", reach=CAUSAL),
+    Case("root_of_relu", numerator="relu(s) ** 0.5", denominator="sum", n=9, m=9),
     Case(
         "ratio_learned",
         score="s * t[i]",

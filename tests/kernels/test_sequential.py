@@ -130,7 +130,7 @@ def compare(
     """Compare results and all gradients with those of the statements in float64."""
     mine = [each.detach().requires_grad_() for each in args]
     theirs = [each.detach().double().requires_grad_() for each in args]
-    found = getattr(module, name)(*mine, *([fresh] if scan.resets else []))
+    found = getattr(module, name)(*mine, None if fresh is None else fresh.to(torch.int8))
     expected = meaning(scan, theirs, fresh)
     random = torch.Generator().manual_seed(7)
     weights = [torch.randn(each.shape, generator=random) for each in expected]
@@ -266,7 +266,7 @@ def test_opcheck(execute: Any) -> None:
     module = execute(printed(scan), f"<{SPACE}_opcheck>")
     args = [each.requires_grad_() for each in given(scan, 3)]
     fresh = torch.tensor([[False, True, False], [True, False, False]])
-    torch.library.opcheck(module._recur.op, (*args, fresh))
+    torch.library.opcheck(module._recur.op, (*args, fresh.to(torch.int8)))
     torch.library.opcheck(module._recur.op, (*given(scan, 3), None))
 
 

@@ -31,6 +31,11 @@ SETTINGS = {
                         " | linear | split",
     "step_in_a_score": "mask = causal; score = s * step(s + 0.1) - detach(abs(s))",
     "recurrence": "mix = linear; mask = causal; k = x | linear | split | softmax",
+    "vectors": "param a[head_dim] = normal(1); param b[head_dim] = normal(1);"
+               " let c = exp(dot(a, b)) - norm(a - b); out = (c * o + mean(v)) | merge | linear",
+    "vectors_of_heads": "param w[heads, head_dim] = normal(1);"
+                        " let f = x | linear(heads * head_dim);"
+                        " out = (o * dot(w, w) + q * dot(f, q) * norm(k)) | merge | linear",
     "noise": "let e = x | noise(0.5) | step; v = (x + e) | linear | split",
     "bernoulli": "let keep = x | linear | bernoulli(0.5); v = (x * keep) | linear | split",
     "drop_heads": "out = o | drop_heads(2) | merge | linear",
@@ -44,6 +49,27 @@ def pair(settings: str) -> tuple[nn.Module, nn.Module]:
     meaning = reference(what, dtype=torch.float64)
     meaning.load_state_dict(module.state_dict())
     return module, meaning
+
+
+def test_functions_over_features_are_what_they_say() -> None:
+    """`dot` of tensors is a number, of streams a number a token; a stage may use them too."""
+    text = """
+    stage unit = x / norm(x)
+    block b { heads = 2; width = 8; param a[4] = 1 + h; param w[heads, head_dim] = h
+      let one  = dot(a, a) * x
+      let each = dot(w, q) + sum(a)
+      let long = x | unit
+      out = ((o * each) | merge) + one + long }
+    """
+    what = block_of(check(parse(text)), "b", 8)
+    meaning = reference(what, dtype=torch.float64)
+    x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q = (x @ dict(meaning.named_parameters())["q_proj.weight"].mT).unflatten(-1, (2, 4))
+    found = meaning.layer(x, {})[1]
+    a, w = torch.arange(1.0, 5).double(), torch.tensor([[0.0], [1.0]]).double()
+    torch.testing.assert_close(found["one"], 30 * x)
+    torch.testing.assert_close(found["each"][..., 0], ((q * w).sum(-1) + a.sum()).mT)
+    torch.testing.assert_close(found["long"].square().sum(-1), torch.ones(1, 3).double())
 
 
 def outcome(module: nn.Module, training: bool) -> dict[str, Tensor]:

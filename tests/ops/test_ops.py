@@ -75,6 +75,8 @@ class Case:
         scope = {"torch": torch, "F": functional, "self": owner.train(training), **helpers}
         scope |= {"positions": POSITIONS["n"], "context_positions": POSITIONS["m"]}
         scope |= {"x": self.inputs[0], "hard_step": pieces.hard_step, "elu": pieces.elu}
+        scope |= {"run": None}
+        scope["context_run"] = None
         result: Tensor = eval(text, scope, dict(zip(names, self.inputs, strict=True)))
         return result
 
@@ -145,6 +147,9 @@ CASES = {
     "slice": Case("slice", SPLIT, start=1, stop=4),
     "slice to the end": Case("slice", FLAT, start=5),
     "slice from the start": Case("slice", FLAT, start=0, stop=5),
+    "sum": Case("reduce", FLAT, by="sum"),
+    "mean": Case("reduce", SPLIT, by="mean"),
+    "norm": Case("reduce", ONE_SPLIT, by="norm"),
     "conv": Case("conv", FLAT, width=4),
     "conv, biased": Case("conv", SPLIT, width=3, bias=True),
     "conv, both ways": Case("conv", SPLIT, width=4, causal=False),
@@ -284,6 +289,11 @@ def expected(name: str) -> Tensor:
             return x[..., -7:]
         case "slice from the start":
             return x[..., :-7]
+        case "sum" | "mean":
+            total = sum(x[..., at : at + 1] for at in range(x.shape[-1]))
+            return total / (x.shape[-1] if case.options["by"] == "mean" else 1)
+        case "norm":
+            return x.square().sum(-1, True).sqrt()
         case "conv" | "conv, biased" | "conv, both ways" | "conv, longer than the tokens":
             return by_hand(case)
         case "latents" | "latents, features":
@@ -544,12 +554,21 @@ POINTS = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 7.5]).double()
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_on_tensors_are_the_functions_on_numbers(name: str) -> None:
     function = FUNCTIONS[name]
-    points = POINTS.abs() + 0.1 if name in ("log", "sqrt") else POINTS
+    points = POINTS.abs() + 0.1 if name in ("log", "log2", "sqrt") else POINTS
     columns = [points, *[points.roll(shift) for shift in (3, 5)]][: function.arity]
     call = parse_expression(f"{name}({', '.join('abc'[: function.arity])})")
     mine = evaluate(call, dict(zip("abc", columns, strict=False)))
     theirs = [function.value(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
     close(mine.double(), torch.tensor(theirs, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log2_is_exact_for_powers_of_two(dtype: torch.dtype) -> None:
+    powers = torch.arange(-100, 101)
+    numbers = torch.tensor([2.0**at for at in powers.tolist()], dtype=dtype)
+    found = evaluate(parse_expression("log2(a)"), {"a": numbers})
+    assert torch.equal(found, powers.to(dtype))
+    assert all(FUNCTIONS["log2"].value(2.0**at) == at for at in range(-100, 101))
 
 
 EXPRESSIONS = {

@@ -112,8 +112,8 @@ def alibi(s: Tensor, _b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 FLEX: dict[str, tuple[str, Any, Any]] = {
     "softcap": ("score = softcap(2); mask = causal", softcap, causal),
-    "alibi": ("score = alibi; mask = causal", alibi, causal),
-    "alibi_both_ways": ("score = alibi", alibi, None),
+    "alibi": ("score = alibi_geometric; mask = causal", alibi, causal),
+    "alibi_both_ways": ("score = alibi_geometric", alibi, None),
     "window": ("mask = causal and window(5)", None, window),
     "prefix": ("mask = prefix(6)", None, prefix),
     "softcap_in_window": ("score = softcap(2); mask = causal and window(5)", softcap, window),

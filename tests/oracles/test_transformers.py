@@ -29,6 +29,7 @@ pytest.importorskip("transformers", reason="needs Hugging Face Transformers")
 from transformers import (
     BertConfig,
     DeepseekV3Config,
+    DiffLlamaConfig,
     Gemma2Config,
     GptOssConfig,
     LlamaConfig,
@@ -46,6 +47,10 @@ from transformers.models.bert.modeling_bert import BertAttention
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3RotaryEmbedding,
+)
+from transformers.models.diffllama.modeling_diffllama import (
+    DiffLlamaAttention,
+    DiffLlamaRotaryEmbedding,
 )
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RotaryEmbedding
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
@@ -405,9 +410,50 @@ def mamba2(sizes: Sizes) -> Pair:
     return Pair(text, module, module, table)
 
 
+def diffllama(sizes: Sizes) -> Pair:
+    """Return differential attention, as the zoo's but for the norm, where theirs learns nothing.
+
+    Their first half of the heads is our `one`; each of our values is a head of either half.
+    """
+    pairs, dim = sizes.kv_heads, sizes.head_dim
+    text = f"""{sizes.loom}; {sizes.rope}; value_dim = {2 * dim}; mask = causal
+      v = x | linear | split
+      param lambda_q1[head_dim] = normal(0.1)
+      param lambda_k1[head_dim] = normal(0.1)
+      param lambda_q2[head_dim] = normal(0.1)
+      param lambda_k2[head_dim] = normal(0.1)
+      branch one {{ q = x | linear | split; k = x | linear | split }}
+      branch two {{ q = x | linear | split; k = x | linear | split }}
+      let lambda_ = exp(dot(lambda_q1, lambda_k1)) - exp(dot(lambda_q2, lambda_k2)) + 0.2
+      let rest = (one - lambda_ * two)
+      out = rest | l2_norm(eps = {2 * dim} * 1e-5) | scale(0.8 * ({2 * dim}) ** 0.5)
+        | merge | linear"""
+
+    def half(at: int) -> Callable[[Tensor], Tensor]:
+        return lambda weight: weight.chunk(2)[at]
+
+    def values(weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (2, pairs, dim)).transpose(0, 1).flatten(0, 2)
+
+    table = {
+        f"{branch}_{name}_proj.weight": (f"{name}_proj.weight", half(at))
+        for at, branch in enumerate(("one", "two"))
+        for name in "qk"
+    }
+    given = sizes.config | {
+        "num_attention_heads": 2 * sizes.heads,
+        "num_key_value_heads": 2 * pairs,
+    }
+    config = DiffLlamaConfig(**given, rms_norm_eps=1e-5, attention_dropout=0.0)
+    table |= {"v_proj.weight": ("v_proj.weight", values)}
+    table |= same("o_proj.weight", *(f"lambda_{name}" for name in ("q1", "k1", "q2", "k2")))
+    return decoder(text, config, DiffLlamaAttention, DiffLlamaRotaryEmbedding, table)
+
+
 PAIRS = (
     llama, llama_biased, mistral, gemma2_local, gemma2_global, qwen3, gpt_oss_local,
     gpt_oss_global, deepseek_v3, deepseek_v3_halves, bert, t5, qwen3_next, mamba2,
+    diffllama,
 )  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 """Mechanisms of the zoo for tests: built from their files, or from changed texts of them.
 
 plain = Mechanism("mha")
-flat = Mechanism("alibi", ("2 ** (-8 * (h + 1) / heads)", "0"), like=plain)
+flat = Mechanism("alibi", ("position = alibi", "score = s + 0 * abs(i - j)"), like=plain)
 assert_close(flat(x), plain(x))
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Self
 
 import torch
@@ -37,9 +37,14 @@ def text_of(name: str, *changes: tuple[str, str]) -> str:
     return text
 
 
-@lru_cache(maxsize=256)
+@cache
+def checked(text: str) -> Block | Model:
+    return find(check(parse(text)), None)
+
+
+@lru_cache(maxsize=512)
 def _made(text: str) -> tuple[Block | Model, nn.Module]:
-    what = find(check(parse(text)), None)
+    what = checked(text)
     return what, build_module(what, Target("torch"), dtype=torch.float64, seed=0).eval()
 
 

@@ -506,24 +506,30 @@ def test_differential_is_diffllamas_attention():
         v = mechanism.parameter("v_proj.weight").unflatten(0, (2, 2, 8))
         theirs.v_proj.weight.copy_(v.transpose(0, 1).flatten(0, 2))
         theirs.o_proj.weight.copy_(mechanism.parameter("o_proj.weight"))
-        products = [(getattr(theirs, f"lambda_q{at}") * getattr(theirs, f"lambda_k{at}")).sum()
-                    for at in (1, 2)]  # fmt: skip
-    mechanism.set(plus=products[0].detach(), minus=products[1].detach())
+    mechanism.set(**{f"lambda_{name}": getattr(theirs, f"lambda_{name}").detach()
+                     for name in ("q1", "k1", "q2", "k2")})  # fmt: skip
     angles = DiffLlamaRotaryEmbedding(config)(X, torch.arange(N)[None])
     hidden = torch.zeros(N, N, dtype=torch.float64).masked_fill(~causal(), -torch.inf)
     y = found(theirs, X, position_embeddings=angles, attention_mask=hidden[None, None])
     assert_close(mechanism(X), y, 1e-5)  # theirs has lambda and angles in float32
 
 
+def lambdas(plus: float, minus: float) -> Mechanism:
+    """Return the mechanism, its two products of learned vectors these."""
+    first = torch.eye(8, dtype=torch.float64)[0]
+    return Mechanism("differential").set(lambda_q1=plus * first, lambda_k1=first,
+                                         lambda_q2=first, lambda_k2=minus * first)  # fmt: skip
+
+
 def test_differential_equal_maps_cancel():
-    mechanism = Mechanism("differential").set(plus=0, minus=math.log(0.2))
+    mechanism = lambdas(0, math.log(0.2))
     for name in "qk":
         mechanism.set(**{f"two_{name}_proj_weight": mechanism.parameter(f"one_{name}_proj.weight")})
     assert mechanism.streams(X)["rest"].abs().max() < 1e-12
 
 
 def test_differential_without_the_second_map_it_is_attention_and_a_norm():
-    mechanism = Mechanism("differential").set(plus=-torch.inf, minus=math.log(0.2))
+    mechanism = lambdas(-1e4, math.log(0.2))
     one = Mechanism("block one { width = 32; heads = 2; head_dim = 8; value_dim = 16; "
                     "mask = causal; position = rope; v = x | linear | split; "
                     "out = o | rms_norm(eps = 1e-5) | scale(0.8) | merge | linear }",

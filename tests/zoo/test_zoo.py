@@ -11,15 +11,17 @@ import torch
 from click.testing import CliRunner
 
 from headloom.cli import main
-from headloom.compiler import certificate, decoding, zoo
-from headloom.compiler.choose import Target
+from headloom.compiler import certificate, decoding, verify_cases, zoo
 from headloom.compiler.cost import cost
-from headloom.compiler.model import Block, Model
-from headloom.compiler.pipeline import lower
+from headloom.compiler.model import Block, Model, Pairwise
+from headloom.compiler.unseen import unseen
+from headloom.compiler.verify import CHECKS
+from headloom.compiler.verify_cases import CASES, Subject
+from headloom.compiler.verify_kernels import interpreted
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
 
-from .mechanisms import Mechanism, tokens
+from .mechanisms import Mechanism, checked, text_of, tokens
 
 FAMILIES = {"cross", "heads", "latents", "normalisers", "positions", "recurrent", "scores",
             "sparse", "vision"}  # fmt: skip
@@ -93,7 +95,7 @@ def test_what_does_not_read_the_logits_is_still_a_map(setting, mask):
 
 
 def decodes(name: str) -> bool:
-    return not any(map(decoding.obstacle, blocks(zoo.entry(name).what())))
+    return not any(map(decoding.obstacle, blocks(checked(text_of(name)))))
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.names() if decodes(name)])
@@ -110,9 +112,12 @@ def test_it_decodes_as_it_trains(name):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
 
 
-def test_every_mechanism_lowers_without_torch_being_asked():
+def test_no_mask_shows_nothing():
     for name in zoo.names():
-        assert all(lower(block, Target("torch")) for block in blocks(zoo.entry(name).what()))
+        for block in blocks(zoo.entry(name).what()):
+            mixes = [(each.mix, each.heads) for each in block.mixings.values()]
+            assert not any(unseen(mix.mask, heads) for mix, heads in mixes
+                           if isinstance(mix, Pairwise)), name  # fmt: skip
 
 
 @pytest.mark.slow
@@ -122,6 +127,21 @@ def test_it_is_verified(name):
     """Constants that no short float holds; a power of zero with a learned exponent."""
     result = certificate.make([zoo.entry(name).what()], (), None)
     assert result.ok
+
+
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # in what is masked out
+@every
+def test_its_kernels_are_what_it_means(name, monkeypatch):
+    monkeypatch.setattr(verify_cases, "CASES", CASES[:2])  # five tokens and three of a context
+    kernels = [block for block in blocks(checked(text_of(name)))
+               if not block.previous and interpreted(block) is None]  # fmt: skip
+    if not kernels:
+        pytest.skip("PyTorch computes all of it")
+    for block in dict.fromkeys(kernels):
+        cases, worst = CHECKS["kernels in the interpreter"](Subject.of(block))
+        assert cases > 0
+        assert worst < 2e-5
 
 
 def test_the_table_lists_them_all():

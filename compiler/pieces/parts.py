@@ -1,0 +1,365 @@
+"""What a block keeps of the tokens so far: keys and values, states, contexts, last tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+
+
+class Part:
+    """One kind of what the tokens left behind: tensors [b, …] by name."""
+
+    shrinks = False  # whether tokens can be taken back without having noted what was before
+    missing: Tensor | None = None  # the rows [b] whose context is yet to be read
+
+    def __init__(self, **kept: Tensor) -> None:
+        self.kept = kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, whether written yet or not."""
+        return sum(each.nbytes for each in self.kept.values())
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let every row go on from what row `rows[row]` holds."""
+        self.kept = {name: each.index_select(0, rows) for name, each in self.kept.items()}
+
+    def reset(self, rows: Tensor) -> None:
+        """Empty the rows that are true."""
+        self.kept = {name: torch.where(by_row(rows, each), 0, each)
+                     for name, each in self.kept.items()}  # fmt: skip
+
+    def mark(self) -> dict[str, Tensor]:
+        """Return what brings back what is held now."""
+        return dict(self.kept)
+
+    def restore(self, kept: dict[str, Tensor]) -> None:
+        """Go back to what was marked."""
+        self.kept = dict(kept)
+
+    def state(self, count: int) -> dict[str, Tensor]:  # noqa: ARG002  of a list of tokens
+        """Return what `count` tokens left, to be stored."""
+        return dict(self.kept)
+
+    def load(self, kept: dict[str, Tensor], rows: int) -> None:
+        """Take up what was stored; one row is for all."""
+        self.kept = {name: each.expand(rows, *each.shape[1:]).clone()
+                     for name, each in kept.items()}  # fmt: skip
+
+
+class KeyValueCache(Part):
+    """What the tokens so far left behind for later queries to read.
+
+    `sizes` says what is kept of each token: name → (heads or None, features). With a `ring`,
+    only the first `prefix` tokens of a sequence and the last `ring` are kept. A token stands in
+    the slot of its number in its sequence; a new sequence takes the slots of the one before.
+    Without a `length`, room is made as it is needed.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        length: int | None,
+        sizes: dict[str, tuple[int | None, int]],
+        ring: int | None = None,
+        prefix: int = 0,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.prefix, self.grows = prefix, length is None
+        self.is_ring = ring is not None and (length is None or prefix + ring < length)
+        self.capacity = prefix + ring if ring is not None and self.is_ring else length or 0
+        self.marked = False  # whether what is held must outlive a new sequence
+        super().__init__(**{
+            name: torch.zeros(
+                (batch, self.capacity, dim)
+                if heads is None
+                else (batch, heads, self.capacity, dim),
+                dtype=torch.int64 if name == "doc" else dtype,
+                device=device,
+            )
+            for name, (heads, dim) in sizes.items()
+        })  # fmt: skip
+
+    @property
+    def shrinks(self) -> bool:  # type: ignore[override]
+        return not self.is_ring
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens fit; None for any number."""
+        return None if self.is_ring or self.grows else self.capacity
+
+    def update(self, batch: Batch, **new: Tensor) -> tuple[Any, ...]:
+        """Take up new tokens.
+
+        Returns all that can be visible now, the positions of its keys, and the number of each
+        one's sequence (None where all are of the only one). Of what earlier calls brought,
+        gradients are not kept.
+        """
+        count, held = batch.place.shape[-1], batch.bound
+        self._make_room(held + count)
+        if batch.given is not None or "positions" in self.kept:
+            if self.is_ring:
+                raise ValueError("a cache that forgets counts positions itself; leave them out")
+            self._note_positions()
+            new = {**new, "positions": batch.positions.expand(len(self), count)[..., None]}
+        if batch.cut or (self.is_ring and count > 1 and held + count > self.capacity):
+            first = min(held, self.capacity)
+            places, run = self._slots(batch.before, first)
+            found = {name: torch.cat([each[..., :first, :].to(new[name].dtype), new[name]], dim=-2)
+                     for name, each in self.kept.items()}  # fmt: skip
+            if batch.run is None:
+                places = torch.cat([places, batch.place])
+            else:
+                both = (len(self), -1)
+                places = torch.cat([places.expand(both), batch.place.expand(both)], 1)
+                run = torch.cat([run.expand(both), batch.run], 1)
+            self._write(batch, new)
+        else:
+            first = min(held + count, self.capacity)
+            found = {name: x[..., :first, :] for name, x in self._write(batch, new).items()}
+            places, run = self._slots(batch.after, first)
+            run = run.expand(len(self), -1)
+        if "positions" in found:
+            places = found.pop("positions")[..., 0]
+        return (*found.values(), places, None if batch.run is None else run)
+
+    def __len__(self) -> int:
+        return next(iter(self.kept.values())).shape[0]
+
+    def _note_positions(self) -> None:
+        """Make room for the positions of keys, where they are not their numbers."""
+        if "positions" not in self.kept:
+            slot = torch.arange(self.capacity, device=next(iter(self.kept.values())).device)
+            self.kept["positions"] = slot.repeat(len(self), 1)[..., None]
+
+    def _make_room(self, tokens: int) -> None:
+        if self.is_ring or tokens <= self.capacity:
+            return
+        if not self.grows:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {tokens} were given")
+        more = max(tokens, 2 * self.capacity, 64) - self.capacity
+        self.capacity += more
+        self.kept = {name: torch.nn.functional.pad(each, (0, 0, 0, more))
+                     for name, each in self.kept.items()}  # fmt: skip
+
+    def _slot(self, place: Tensor) -> Tensor:
+        """Return the slot of the token with a number in its sequence."""
+        if not self.is_ring:
+            return place
+        ring = max(1, self.capacity - self.prefix)
+        return torch.where(place < self.prefix, place, self.prefix + (place - self.prefix) % ring)
+
+    def _write(self, batch: Batch, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put new tokens into their slots: of the last sequence of a row, what is kept of it.
+
+        Returns all that is held then, with the gradients of the new.
+        """
+        if batch.cut and self.marked:
+            self._apart()
+        if not batch.place.shape[-1] or not self.capacity:
+            return self.kept
+        if batch.run is None:
+            slot, source, any_ = self._slots_of_all(batch)
+        else:
+            slot, source, any_ = self._slots_by_row(batch, batch.run)
+        learns = torch.is_grad_enabled() and any(each.requires_grad for each in new.values())
+        done = {}
+        for name, each in new.items():
+            held = self.kept[name]
+            values = each.to(held.dtype) if learns else each.detach().to(held.dtype)
+            if any_ is None:
+                values = values if source is None else values[..., source, :]
+                write = held.index_copy if learns else held.index_copy_
+                done[name] = write(held.ndim - 2, slot, values)
+                continue
+            assert source is not None
+            to, of = (by_token(at, held).expand(each.shape) for at in (slot, source))
+            values = torch.where(by_row(any_, held), values.gather(-2, of), held.gather(-2, to))
+            put = held.scatter if learns else held.scatter_
+            done[name] = put(held.ndim - 2, to, values)
+        if learns:  # what a later call writes leaves alone what this one has read
+            self.kept = {name: each.detach().clone() for name, each in done.items()}
+        return done
+
+    def _slots_of_all(self, batch: Batch) -> tuple[Tensor, Tensor | None, None]:
+        """Return the slots [t] that are written and, where not all tokens are kept, by which."""
+        place = batch.place
+        if not self.is_ring:
+            return place, None, None
+        ring = self.capacity - self.prefix
+        stays = (place < self.prefix) | (place >= batch.bound + len(place) - ring)
+        return self._slot(place[stays]), stays, None
+
+    def _slots_by_row(self, batch: Batch, run: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the slots [b, n] of every row, the tokens they are written by, and rows with any.
+
+        What does not stay writes once more what the last token that stays has written.
+        """
+        rows, count = run.shape
+        place = batch.place.expand(rows, count)
+        last = run.amax(1, keepdim=True)
+        stays = (run == last) & (last >= 0)
+        if self.is_ring:
+            after = torch.as_tensor(batch.after, device=run.device).expand(rows)[:, None]
+            stays &= (place < self.prefix) | (place >= after - (self.capacity - self.prefix))
+        step = torch.arange(count, device=run.device)
+        final = torch.where(stays, step, 0).amax(1, keepdim=True)
+        source, any_ = torch.where(stays, step, final), stays.any(1)
+        slot = self._slot(place).gather(1, source)
+        return torch.where(any_[:, None], slot, 0), source, any_
+
+    def _slots(self, length: int | Tensor, held: int) -> tuple[Tensor, Tensor]:
+        """Return the number in its sequence of what each slot holds, and its run: -2 for nothing.
+
+        They are [held] or, for the length of every row, [b, held].
+        """
+        slot = torch.arange(held, device=next(iter(self.kept.values())).device)
+        length = length[:, None] if isinstance(length, Tensor) else torch.as_tensor(length)
+        place = slot
+        if self.is_ring:
+            ring = max(1, self.capacity - self.prefix)
+            latest = length - 1 - (length - 1 - slot) % ring
+            place = torch.where(slot < self.prefix, slot, latest)
+        holds = (place < length) & (place >= torch.clamp(slot, max=self.prefix))
+        return place, torch.where(holds, 0, -2)
+
+    def reset(self, rows: Tensor) -> None:  # noqa: ARG002  slots past a row's length are not read
+        if self.marked:
+            self._apart()
+
+    def _apart(self) -> None:
+        self.kept = {name: each.clone() for name, each in self.kept.items()}
+        self.marked = False
+
+    def mark(self) -> dict[str, Tensor]:
+        """Return what brings back what is held now: a ring is copied, slots to come are not."""
+        if self.is_ring:
+            return {name: each.clone() for name, each in self.kept.items()}
+        self.marked = True
+        return dict(self.kept)
+
+    def restore(self, kept: dict[str, Tensor]) -> None:
+        if self.is_ring:
+            kept = {name: each.clone() for name, each in kept.items()}
+        self.kept, self.marked = dict(kept), not self.is_ring
+        self.capacity = next(iter(kept.values())).shape[-2]
+
+    def state(self, count: int) -> dict[str, Tensor]:
+        return {name: each[..., : min(count, self.capacity), :].clone()
+                for name, each in self.kept.items()}  # fmt: skip
+
+    def load(self, kept: dict[str, Tensor], rows: int) -> None:  # noqa: ARG002  they broadcast
+        held = next(iter(kept.values())).shape[-2]
+        self._make_room(held)
+        if "positions" in kept:
+            self._note_positions()
+        for name, each in kept.items():
+            self.kept[name][..., :held, :] = each.to(self.kept[name])
+
+
+class ContextCache(Part):
+    """What is made of a context, computed once."""
+
+    shrinks = True
+
+    def serves(self, context: Tensor | None) -> bool:
+        """Say whether what is kept is all that is needed."""
+        return context is None and bool(self.kept) and self.missing is None
+
+    def keep(self, run: Tensor | None, **made: Tensor) -> tuple[Any, ...]:
+        """Keep what was made of a context, of the rows that lack it; return what serves now.
+
+        `run` [b, m] is -1 at padding, or None where there is none.
+        """
+        if self.missing is not None:
+            like = next(iter(made.values()))
+            batch, tokens = len(like), like.shape[-2]
+            run = like.new_zeros(batch, tokens, dtype=torch.int64) if run is None else run
+            old = next(iter(self.kept.values()))
+            zeros = torch.zeros(batch, old.shape[-2], dtype=torch.int64, device=old.device)
+            held = {"run": zeros, **self.kept}
+            run = joined_rows(self.missing, run, held.pop("run"), -1)
+            made = {name: joined_rows(self.missing, each, held[name])
+                    for name, each in made.items()}  # fmt: skip
+        self.kept = {name: each.detach() for name, each in made.items()}
+        self.kept |= {} if run is None else {"run": run}
+        self.missing = None
+        return (*made.values(), run)
+
+    def brought(self) -> tuple[Any, ...]:
+        """Return what is kept, and the run of its tokens."""
+        run = self.kept.get("run")
+        return (*(each for name, each in self.kept.items() if name != "run"), run)
+
+    def reset(self, rows: Tensor) -> None:
+        if bool(rows.all()):
+            self.kept, self.missing = {}, None
+        elif self.kept:
+            self.missing = rows if self.missing is None else self.missing | rows
+
+
+class StateCache(Part):
+    """The states of a recurrence after the tokens so far; `begin` makes those before the first."""
+
+    def __init__(self, **kept: Tensor) -> None:
+        super().__init__(**kept)
+        self.first = {name: each[:1] for name, each in kept.items()}
+
+    def keep(self, **states: Tensor) -> None:
+        """Keep the states after the tokens so far."""
+        self.kept = {name: each.detach() for name, each in states.items()}
+
+    def reset(self, rows: Tensor) -> None:
+        self.kept = {name: torch.where(by_row(rows, each), self.first[name], each)
+                     for name, each in self.kept.items()}  # fmt: skip
+
+
+class TailCache(Part):
+    """The last tokens that stages with a memory have read."""
+
+    def before(self, name: str, x: Tensor, count: int, batch: Batch) -> tuple[Tensor, Any]:
+        """Return the `count` tokens before x [..., n, d] and what is known of their sequence.
+
+        They are zeros at first. The last tokens of x are kept for the next call.
+        """
+        old = self.kept.get(name)
+        if old is None:
+            old = x.new_zeros(*x.shape[:-2], count, x.shape[-1])
+        every = torch.cat([old, x], dim=-2)
+        if batch.run is None:
+            self.kept[name] = every[..., every.shape[-2] - count :, :].detach()
+            return old, None
+        ends = (batch.run >= 0).sum(1)[:, None] + torch.arange(count, device=x.device)
+        self.kept[name] = every.gather(-2, by_token(ends, x).expand(old.shape)).detach()
+        back = torch.arange(count, 0, -1, device=x.device)
+        known = back <= torch.as_tensor(batch.before, device=x.device).expand(len(x))[:, None]
+        return old, torch.cat([torch.where(known, 0, -2), batch.run], 1)
+
+
+def by_row(rows: Tensor, x: Tensor) -> Tensor:
+    """Lay one number a row [b] along x [b, …]."""
+    return rows.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def by_token(at: Tensor, x: Tensor) -> Tensor:
+    """Lay one number a token [b, n] along x [b, (heads,) n, d]."""
+    return at[:, None, :, None] if x.ndim == 4 else at[..., None]
+
+
+def joined_rows(new: Tensor, x: Tensor, old: Tensor, fill: int = 0) -> Tensor:
+    """Return x for the rows that are new, else old; the one with fewer tokens is filled up."""
+    axis = 1 if x.ndim == 2 else x.ndim - 2
+    most = max(x.shape[axis], old.shape[axis])
+    right = [0, 0] * (x.ndim - 1 - axis)
+    x, old = (
+        torch.nn.functional.pad(each, (*right, 0, most - each.shape[axis]), value=fill)
+        for each in (x, old)
+    )
+    return torch.where(by_row(new, x), x, old)
