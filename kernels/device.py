@@ -31,7 +31,7 @@ def _no_second(_ctx: torch.autograd.function.FunctionCtx, *_: torch.Tensor) -> N
 
 
 def _launch(calls: list[Call], like: torch.Tensor) -> None:
-    """Run the kernels on the device that holds the tensors."""
+    """Run the kernels on the device that holds the tensors; a grid of no programs runs none."""
     if like.device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise RuntimeError(
             "these kernels need a GPU: move the module there, take the one built for PyTorch "
@@ -39,4 +39,5 @@ def _launch(calls: list[Call], like: torch.Tensor) -> None:
         )
     with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
         for kernel, programs, arguments in calls:
-            kernel[(programs,)](**arguments)  # type: ignore[index]
+            if programs:
+                kernel[(programs,)](**arguments)  # type: ignore[index]

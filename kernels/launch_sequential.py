@@ -130,7 +130,11 @@ class Sequential:
     def forward(self, *given: torch.Tensor | None) -> Tensors:
         self._check(given)
         results = self.forward_fake(*given)
-        _launch(self.forward_calls(self._readable(given), results), results[0])
+        if results[0].numel():
+            _launch(self.forward_calls(self._readable(given), results), results[0])
+        else:  # no token changes a state
+            for last, start in zip(results[1:], self._apart(given)[2], strict=False):
+                last.copy_(start)
         return results
 
     def forward_fake(self, *given: torch.Tensor | None) -> Tensors:
@@ -154,7 +158,13 @@ class Sequential:
         upstream = (do, *(each.contiguous() for each in rest[: count - 1]))
         kept = tuple(rest[count - 1 :])
         grads = self.gradients(given, do)
-        _launch(self.backward_calls(upstream, self._readable(given), kept, grads), do)
+        if do.numel():
+            _launch(self.backward_calls(upstream, self._readable(given), kept, grads), do)
+        else:
+            for grad in grads[1]:
+                grad.zero_()
+            for grad, found in zip(grads[2], upstream[1:], strict=True):
+                grad.copy_(found)
         streams, tensors, _, _ = self._apart(given)
         of_streams = [
             each
@@ -186,8 +196,6 @@ class Sequential:
     def _check(self, given: Given) -> None:
         streams, tensors, starts, marks = self._apart(given)
         batch, n = streams[0].shape[0], streams[0].shape[2]
-        if n == 0:
-            raise ValueError(f"{self.name} needs at least one token")
         for (name, size), each in zip(self.streams.items(), streams, strict=True):
             if each.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise TypeError(
