@@ -4,7 +4,7 @@ The emitter copies the ones it uses, word for word, into the file it writes. Not
 may use anything but math, torch and other pieces.
 """
 
-from .batches import Batch, Past, filled, numbered, packed, per_token
+from .batches import Batch, Past, at_positions, filled, numbered, packed, per_token
 from .caches import Cache, begin, finish
 from .chunks import (
     after_each,
@@ -116,6 +116,7 @@ __all__ = [
     "across_chunks",
     "add_noise",
     "after_each",
+    "at_positions",
     "begin",
     "begun_at",
     "bernoulli",
