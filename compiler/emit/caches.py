@@ -213,13 +213,14 @@ class Caches:
         return (shape.heads, shape.dim)
 
 
-def own_rows(block: Block) -> bool:
+def own_rows(block: Block, training: bool = True) -> bool:
     """Say whether sequences of one row must be laid out in rows of their own.
 
     What reads all tokens of a row at once would else read those of all its sequences; and a
     matrix that begins at another number than 0 does so only before the first token.
     """
-    for flow in (node for each in block.flows for node in flow_nodes(each)):
+    flows = block.flows if training else (*(each.flow for each in block.streams), block.out)
+    for flow in (node for each in flows for node in flow_nodes(each)):
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
             if flow.keys == "n" and flow.queries != "n":
                 return True
@@ -242,7 +243,7 @@ def begins_within(block: Block) -> bool:
     Not where expressions read other keys in order: those of both sequences lie in one cache.
     """
     exprs = (expr for each in block.mixings.values() for expr in mix_exprs(each.mix))
-    return not own_rows(block) and not any(map(reads_others, exprs))
+    return not own_rows(block, training=False) and not any(map(reads_others, exprs))
 
 
 def plain_name(name: str) -> str:

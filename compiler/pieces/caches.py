@@ -327,7 +327,8 @@ def begin(
     rows = rows and cache is None
     batch = Batch(x, past, attention_mask, segments, cu_seqlens, positions, cuts=cuts, rows=rows)
     if cache is not None:
-        if batch.cut and not begins:
+        continued = batch.changed is not None and not bool(batch.changed.any())
+        if batch.cut and not begins and not continued:
             raise ValueError("with a cache, a row of this module holds one sequence: give others "
                              "rows of their own, or end it with `cache.reset(rows)`")  # fmt: skip
         cache.expect(batch, module)

@@ -139,7 +139,7 @@ def test_its_kernels_are_what_it_means(name, monkeypatch):
     if not kernels:
         pytest.skip("PyTorch computes all of it")
     for block in dict.fromkeys(kernels):
-        cases, worst = CHECKS["kernels in the interpreter"](Subject.of(block))
+        cases, worst, *_ = CHECKS["kernels in the interpreter"](Subject.of(block))
         assert cases > 0
         assert worst < 2e-5
 
