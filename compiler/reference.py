@@ -256,7 +256,8 @@ class ReferenceModel(nn.Module):
                     x @ _tensor(self, "embed_tokens.weight" if model.tie else "lm_head.weight").mT
                 )
             case "classify":
-                return x.mean(1) @ _tensor(self, "head.weight").mT + _tensor(self, "head.bias")
+                mean = x.sum(1) / max(1, x.shape[1])
+                return mean @ _tensor(self, "head.weight").mT + _tensor(self, "head.bias")
             case _:
                 return x
 

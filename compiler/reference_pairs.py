@@ -103,6 +103,8 @@ class Map:
     def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
         """Slide kernel [(heads,) a, b] over x: a − 1 queries back, keys to both sides alike."""
         heads = self.shape[1]
+        if not x.numel():
+            return x
         back, across = kernel.shape[-2] - 1, kernel.shape[-1] - 1
         padded = functional.pad(x, (across // 2, across - across // 2, back, 0))
         weights = kernel.expand(heads, *kernel.shape[-2:])[:, None]

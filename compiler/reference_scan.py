@@ -34,6 +34,8 @@ def scan(mixing: Mixing, given: Given) -> Tensor:
     """
     x, mix = given.streams["x"], mixing.mix
     assert isinstance(mix, Recurrence)
+    if 0 in x.shape[:2]:  # no token at all
+        return x.new_zeros(x.shape[0], mixing.heads, x.shape[1], mixing.shape.dim)
     streams = {
         each.name: _per_head(wide(given.streams[each.name]), mixing.heads) for each in mixing.inputs
     }

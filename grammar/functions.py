@@ -2,10 +2,10 @@
 
 A row says how many arguments a function takes, its value on Python numbers, its partial
 derivatives (written in Loom, over the arguments a, b, c), and how it is written in the two
-dialects the compiler prints: PyTorch (tensors; `hard_step` is one of `compiler.pieces`, since
-its operand must be written once) and Triton (register tiles). Derivatives of
-None are zero almost everywhere. Two functions change the gradient and not the slope: `detach`
-stops it, `step` lets it straight through.
+dialects the compiler prints: PyTorch (tensors; `hard_step` and `elu` are of `compiler.pieces`,
+since their operand must be written once) and Triton (register tiles). Derivatives of None are
+zero almost everywhere. Two functions change the gradient and not the slope: `detach` stops it,
+`step` lets it straight through.
 
     tanh:  d/da = 1 - tanh(a) ** 2      torch.tanh(a)      2 * tl.sigmoid(2 * a) - 1
 """
@@ -78,9 +78,9 @@ FUNCTIONS: dict[str, Function] = {
                  ("sigmoid(a) * (1 + a * (1 - sigmoid(a)))",),
                  "F.silu({0})", "({0}) * tl.sigmoid({0})"),
         Function("softplus", 1, _softplus, ("sigmoid(a)",),
-                 "F.softplus({0})", "tl.maximum({0}, 0) + tl.log(1 + tl.exp(-tl.abs({0})))"),
+                 "-F.logsigmoid(-({0}))", "tl.maximum({0}, 0) + tl.log(1 + tl.exp(-tl.abs({0})))"),
         Function("elu", 1, lambda a: a if a > 0 else math.expm1(a), ("where(a > 0, 1, exp(a))",),
-                 "F.elu({0})", "tl.where(({0}) > 0, {0}, tl.exp(tl.minimum({0}, 0)) - 1)"),
+                 "elu({0})", "tl.where(({0}) > 0, {0}, tl.exp(tl.minimum({0}, 0)) - 1)"),
         Function("erf", 1, math.erf, (f"{2 / math.sqrt(math.pi)!r} * exp(-a * a)",),
                  "torch.erf({0})", "tl.erf({0})"),
         Function("sin", 1, math.sin, ("cos(a)",), "torch.sin({0})", "tl.sin({0})"),

@@ -176,5 +176,7 @@ def _call(name: str, args: list[Any]) -> Any:
             return stepped
     if not like.is_floating_point() and name not in ("abs", "relu", "floor"):
         like = like.double()
+    if name == "softplus":  # F.softplus is x from 20 on
+        return -functional.logsigmoid(-like)
     function = getattr(torch, name, None) or getattr(functional, name)
     return function(like)

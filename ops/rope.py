@@ -58,7 +58,8 @@ class Rope(Op):
         still = x.shape[-1] - turned
         part = x[..., still:] if dims < 0 else x[..., :turned]
         position = run.places(x).to(torch.float64)  # [b, n]
-        tokens = position.amax(-1)[:, None, None] + 1
+        last = position.amax(-1) if position.shape[-1] else position.sum(-1) - 1
+        tokens = last[:, None, None] + 1
         row, values = scaling_of(options)
         angle = position[..., None] * row.frequencies(
             Plain(turned, options["theta"], tokens), values

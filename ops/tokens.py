@@ -29,7 +29,8 @@ class MeanTokens(Op):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        return inputs[0].mean(-2, keepdim=True)
+        (x,) = inputs
+        return x.mean(-2, keepdim=True) if x.shape[-2] else x.sum(-2, keepdim=True)
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
@@ -57,12 +58,12 @@ class Average(Op):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        return inputs[0].mean()
+        return inputs[0].mean() if inputs[0].numel() else inputs[0].sum()
 
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
         run = self.run_of(shapes[0])
-        return f"{inputs[0]}.mean()" if run == "None" else f"mean_of_all({inputs[0]}, {run})"
+        return f"mean_of_all({inputs[0]}, {run})"
 
     def helpers(self, options: Options) -> tuple[str, ...]:
         return ("mean_of_all",)

@@ -1,9 +1,11 @@
-"""A recurrence as PyTorch text: a loop over the tokens, statement by statement.
+"""A recurrence as PyTorch text: a function of one token, statement by statement.
 
-for step in range(n):
-    S = alpha[:, :, step, None, None] * S + k_[..., :, None] * v_[..., None, :]
-    outputs.append((q_[..., None, :] @ S).squeeze(-2))
-o = torch.stack(outputs, dim=2)
+def token(states, streams):
+    (S,), (alpha_t, k_t, v_t, q_t) = states, streams
+    S = alpha_t[..., None, None] * S + k_t[..., :, None] * v_t[..., None, :]
+    o = (q_t[..., None, :] @ S).squeeze(-2)
+    return (S,), (o,)
+(S,), (o,) = over_tokens(token, (S,), (alpha_h, k_h, v_h, q_h))
 """
 
 from __future__ import annotations
@@ -138,14 +140,9 @@ def forward(graph: Graph, node: Node, cache: str) -> list[str]:
     lines += [f'{name} = state["{name}"]' for name in states(mix)]
     lines.append(f"anew = None if fresh is None else {start}")
     if mix.leveled:
-        lines += [
-            "place = batch.place",
-            "place = place if place.ndim == 1 else place.mT[..., None, None]",
-        ]
-    lines.append("outputs = []")
+        lines.append("place = batch.place.expand(b, n)[:, None]")
     lines += _causal(known, mix, streams) if mix.causal else _both_ways(known, mix, streams)
-    lines.append(f"{made} = torch.stack(outputs, dim=2).to(x.dtype)  "
-                 f"# [b, {node.dims[1]}, n, {node.dims[3]}]")  # fmt: skip
+    lines.append(f"{made} = o.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]")
     if not mix.causal:
         return lines
     return [*lines, *keep(cache, {name: name for name in states(mix)})]
@@ -197,16 +194,48 @@ def per_head(graph: Graph, node: Node, name: str) -> tuple[str, int]:
 
 
 def _causal(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
-    return [
-        "for step in range(n):",
-        *indent(_reset(mix)),
-        *indent(_tokens(streams)),
-        *indent(_merged(known, mix)),
-        *indent(_held(mix)),
-        *indent(_statements(known, mix, [*states_of(mix), "o"])),
-        "    outputs.append(o)",
-        *indent(_idle(mix)),
+    every = _token_streams(streams) | ({"place_t": "place"} if mix.leveled else {})
+    body = [
+        *_reset(mix),
+        *_merged(known, mix),
+        *_held(mix),
+        *_statements(known, mix, [*states_of(mix), "o"]),
+        *_idle(mix),
     ]
+    return _over_tokens("token", states(mix), every, body, {"o": "o"})
+
+
+def _token_streams(streams: list[str]) -> dict[str, str]:
+    """Return the names that streams have for one token, and those for all of them."""
+    found = {_token_of(name): _all_of(name) for name in streams}
+    return found | {"fresh_t": "fresh", "idle_t": "idle"}
+
+
+def _over_tokens(
+    name: str,
+    carried: list[str],
+    streams: Mapping[str, str],
+    body: list[str],
+    made: Mapping[str, str],
+) -> list[str]:
+    """Return a function of one token, and its call for all of them.
+
+    The function changes what is `carried` and reads `streams`, under the names that they have
+    there. `made` says under which name there is afterwards, for all tokens, what it has as which.
+    """
+    return [
+        f"def {name}(states, streams):",
+        f"    {_tuple(carried)} = states",
+        f"    {_tuple(streams)} = streams",
+        *indent(body),
+        f"    return {_tuple(carried)}, {_tuple(made.values())}",
+        *call(f"{_tuple(carried)}, {_tuple(made)} = over_tokens",
+              [name, _tuple(carried), _tuple(streams.values()), "n"]),
+    ]  # fmt: skip
+
+
+def _tuple(names: Collection[str]) -> str:
+    return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
 def _held(mix: Recurrence) -> list[str]:
@@ -217,8 +246,8 @@ def _held(mix: Recurrence) -> list[str]:
 
 def _idle(mix: Recurrence) -> list[str]:
     """Return the lines that leave the states as they were at padding."""
-    return ["if idle is not None:", *(
-        f"    {name} = torch.where(idle[:, 0, step]{_lifted(each)}, {name}_before, {name})"
+    return ["if idle_t is not None:", *(
+        f"    {name} = torch.where(idle_t[..., 0]{_lifted(each)}, {name}_before, {name})"
         for each, name in zip(mix.states, states(mix), strict=True)
     )]  # fmt: skip
 
@@ -229,25 +258,21 @@ def _merged(known: _Ranks, mix: Recurrence) -> list[str]:
     for each in mix.leveled:
         assert each.weights is not None
         own = ident(each.name)
-        lines += [f"{own} = merged_levels({own}, place[step])",
+        lines += [f"{own} = merged_levels({own}, place_t[..., None])",
                   f"{own}_levels = {known.value(each.weights).text}"]  # fmt: skip
     return lines
 
 
 def _reset(mix: Recurrence) -> list[str]:
     """Return the lines that begin the states anew where a sequence begins."""
-    return ["if fresh is not None:", *(
-        f'    {name} = torch.where(fresh[:, 0, step]{_lifted(each)}, anew["{name}"], {name})'
+    return ["if fresh_t is not None:", *(
+        f'    {name} = torch.where(fresh_t[..., 0]{_lifted(each)}, anew["{name}"], {name})'
         for each, name in zip(mix.states, states(mix), strict=True)
     )]  # fmt: skip
 
 
 def _lifted(state: State) -> str:
     return f"[..., {', '.join(['None'] * len(state.kept))}]" if state.kept else ""
-
-
-def _tokens(streams: list[str]) -> list[str]:
-    return [f"{_token_of(name)} = {_all_of(name)}[:, :, step]" for name in streams]
 
 
 def _statements(known: _Ranks, mix: Recurrence, written: Collection[str]) -> list[str]:
@@ -291,26 +316,18 @@ def _each_level(known: _Ranks, update: Update) -> list[str]:
 
 
 def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
-    update = indent(_statements(known, mix, states_of(mix)))
-    answer = [*indent(_statements(known, mix, ["o"])), "    outputs.append(o)"]
-    tokens = indent(_tokens(streams))
-    own = states(mix)
-    kept = f"({', '.join(own)},)" if len(own) == 1 else f"({', '.join(own)})"
-    ends = [
-        f"        {name} = torch.where(end{_lifted(each)}, history[step][{at}], {name})"
-        for at, (each, name) in enumerate(zip(mix.states, own, strict=True))
-    ]
-    return [
-        "history = []",
-        "for step in range(n):  # every token is taken up",
-        *indent(_reset(mix)), *tokens, *indent(_held(mix)), *update, *indent(_idle(mix)),
-        f"    history.append({kept})",
-        "for step in reversed(range(n)):  # and answered from where its sequence ends",
-        "    if fresh is not None and step < n - 1:",
-        "        end = fresh[:, 0, step + 1]",
-        *ends, *tokens, *answer,
-        "outputs.reverse()",
+    """Write how every token is taken up, and then answered from where its sequence ends."""
+    own, every = states(mix), _token_streams(streams)
+    update = [
+        *_reset(mix), *_held(mix), *_statements(known, mix, states_of(mix)), *_idle(mix)
     ]  # fmt: skip
+    past = {f"{name}_past": name for name in own}
+    answer = [f"{_tuple(own)} = {_tuple(past)}", *_statements(known, mix, ["o"])]
+    ends = {each: f"at_ends({each}, fresh)" for each in past}
+    return [
+        *_over_tokens("taken_up", own, every, update, past),
+        *_over_tokens("answered", own, every | ends, answer, {"o": "o"}),
+    ]
 
 
 def _variable(name: str) -> str:

@@ -18,10 +18,10 @@ _OURS = frozenset((
     "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
     "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
     "given", "places", "state", "last", "anew", "fresh",
-    "finite", "history", "tau", "device", "o", "before", "shared", "place",
+    "finite", "tau", "device", "o", "before", "shared", "place",
     "attention_mask", "context_mask", "cu_seqlens", "batch", "far", "outer", "run", "context_run",
     "own", "other", "idle",
-    "known", "spoilt", "part", "counted",
+    "known", "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip
@@ -32,13 +32,14 @@ _PIECES = (
     "maps",
     "chunks",
     "levels",
+    "steps",
     "batches",
     "parts",
     "caches",
 )  # files, in this order
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
-    r"|_(?:added|asked|before|decay|key|level|query|read|value|written)s?(?:_\d+)?$"
+    r"|_(?:added|asked|before|decay|key|level|past|query|read|value|written)s?(?:_\d+)?$"
 )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,18 +33,18 @@ def chunked_linear(
     q, k, v = q.to(state.dtype), k.to(state.dtype), v.to(state.dtype)
     w = None if w is None else w.to(state.dtype)
     with torch.autocast(q.device.type, enabled=False):
+        if n == 0:
+            return q @ state, state
         if n == 1:  # a step of decoding
             u = v if w is None else v + w @ state
             last = (state if decay is None else decay.mT * state) + k.mT @ u
             return q @ (state if before else last), last
         size, last, parts = chunk_size(n, 64 if w is None else 32), state.flatten(0, 1), []
-        each = section(q, size)
-        qs, ks, vs = (torch.split(x, each, dim=2) for x in (q, k, v))
-        for some in zip(qs, ks, vs, cut(w, each, n), cut(decay, each, n), strict=True):
-            part, last = linear_section(*some, last, size, before)
+        for some in sections(size, q, k, v, w, decay):
+            part, last = linear_section(*some, last, n, size, before)
             parts += part
         o = torch.cat(parts, dim=1)  # [b h, chunks · size, e]
-    return o.reshape(b, h, -1, v.shape[3])[:, :, :n], last.reshape(state.shape)
+    return o.unflatten(0, (b, h))[:, :, :n], last.unflatten(0, (b, h))
 
 
 def linear_section(
@@ -51,41 +54,65 @@ def linear_section(
     w: Tensor | None,
     decay: Tensor | None,
     state: Tensor,
+    n: int,
     size: int,
     before: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return what each chunk of a size reads [b h, size, e], and the state [b h, d, e] after it.
+    """Return what the chunks of a size read [b h, tokens, e], and the state [b h, d, e] after them.
 
-    All else has the shapes and the meaning that `chunked_linear` gives it.
+    All else has the shapes and the meaning that `chunked_linear` gives it; n are all tokens.
     """
-    q, k, v = chunks_first(q, size), chunks_first(k, size), chunks_first(v, size)
-    w = None if w is None else chunks_first(w, size)
+    q, k, v = (chunks_first(each, size, 0.0) for each in (q, k, v))
+    w = None if w is None else chunks_first(w, size, 0.0)
     decay = None if decay is None else chunks_first(decay, size, 1.0)
     since = None if decay is None else decay.cumprod(-2)
     until = None if since is None else one_later(since, 1.0)
-    keeps = [None] * len(q) if since is None else since[..., -1:, :].mT.unbind(0)
-    reads = scaled(q, until if before else since).unbind(0)
+    keeps = [] if since is None else [since[..., -1:, :].mT]
+    reads = scaled(q, until if before else since)
     writes = scaled(k, None if decay is None else after_each(decay)).mT
     if decay is None or decay.shape[-1] == 1:
         fade = fading(k.new_ones(1) if decay is None else decay, size)
-        seen = (q @ k.mT) * (one_later(fade) if before else fade)
-        met = None if w is None else (w @ k.mT) * one_later(fade)
+        seen = (q @ k.mT) * (one_later(fade, 0.0) if before else fade)
+        met = None if w is None else (w @ k.mT) * one_later(fade, 0.0)
     else:
         seen = earlier_products(q, k, decay) if before else faded_products(q, k, decay)
         met = None if w is None else earlier_products(w, k, decay)
-    parts = []
     if w is None or met is None:
-        done, wrote = (seen @ v).unbind(0), (writes @ v).unbind(0)
-        for at, keep in enumerate(keeps):
-            parts.append(torch.baddbmm(done[at], reads[at], state))
-            state = faded_state(state, keep, wrote[at])
-        return parts, state
+        return over_chunks(read_chunk, n, state, seen @ v, reads, writes @ v, *keeps)
     solved = unit_inverse(met)
-    own, reach = (solved @ v).unbind(0), (solved @ scaled(w, until)).unbind(0)
-    for at, keep in enumerate(keeps):
-        u = torch.baddbmm(own[at], reach[at], state)
-        parts.append(torch.baddbmm(seen[at] @ u, reads[at], state))
-        state = faded_state(state, keep, writes[at] @ u)
+    own, reach = solved @ v, solved @ scaled(w, until)
+    return over_chunks(corrected_chunk, n, state, own, reach, seen, reads, writes, *keeps)
+
+
+def read_chunk(state: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Return the state after a chunk, and what its tokens read."""
+    done, reads, wrote, *keep = chunk
+    return faded_state(state, wrote, *keep), torch.baddbmm(done, reads, state)
+
+
+def corrected_chunk(state: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Return the state after a chunk that corrects what it holds, and what its tokens read."""
+    own, reach, seen, reads, writes, *keep = chunk
+    u = torch.baddbmm(own, reach, state)
+    read = torch.baddbmm(seen @ u, reads, state)
+    return faded_state(state, writes @ u, *keep), read
+
+
+def over_chunks(
+    step: Callable[..., Any], n: int, state: Tensor, *chunks: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Return what `step` makes of each chunk [b h, tokens, e], and the state after the last.
+
+    A compiler gets the loop as one operator, for any number of chunks: it would unroll it. Of
+    what is made it gets the n tokens that there are.
+    """
+    if torch.compiler.is_compiling():
+        state, made = torch._higher_order_ops.scan(step, state, chunks)
+        return [tokens_of_chunks(made.transpose(0, 1), n)], state
+    parts = []
+    for chunk in zip(*(each.unbind(0) for each in chunks), strict=True):
+        state, part = step(state, chunk)
+        parts.append(part)
     return parts, state
 
 
@@ -93,15 +120,13 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
     """Return z_i = decay_i z_{i-1} + x_i [b, h, n, d] from the z before the first, [b, h, d]."""
     if decay is None:
         return x.cumsum(2) + state[:, :, None]
-    n = x.shape[2]
-    if n == 1:  # a step of decoding
+    b, h, n = x.shape[:3]
+    if n < 2:  # a step of decoding
         return decay * state[:, :, None] + x
     size, last, parts = chunk_size(n, 64), state.flatten(0, 1)[:, None], []
     with torch.autocast(x.device.type, enabled=False):
-        each = section(x, size)
-        cuts = (torch.split(x, each, dim=2), torch.split(decay, each, dim=2))
-        for part, fade in zip(*cuts, strict=True):
-            sums, fades = chunks_first(part, size), chunks_first(fade, size, 1.0)
+        for part, fade in sections(size, x, decay):
+            sums, fades = chunks_first(part, size, 0.0), chunks_first(fade, size, 1.0)
             since = fades.cumprod(-2)
             if decay.shape[-1] == 1:
                 sums = fading(fades, size) @ sums
@@ -111,10 +136,16 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
                     sums = sums + fades * F.pad(sums[..., :-step, :], (0, 0, step, 0))
                     fades = fades * F.pad(fades[..., :-step, :], (0, 0, step, 0), value=1.0)
                     step *= 2
-            for own, faded in zip(sums.unbind(0), since.unbind(0), strict=True):
-                parts.append(torch.addcmul(own, faded, last))
-                last = parts[-1][:, -1:]
-    return torch.cat(parts, dim=1).reshape(*x.shape[:2], -1, x.shape[3])[:, :, :n]
+            made, last = over_chunks(sums_of_chunk, n, last, sums, since)
+            parts += made
+    return torch.cat(parts, dim=1).unflatten(0, (b, h))[:, :, :n]
+
+
+def sums_of_chunk(last: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Return the last sum of a chunk, and all of them, from the last of the chunk before."""
+    own, faded = chunk
+    sums = torch.addcmul(own, faded, last)
+    return sums[:, -1:].clone(), sums
 
 
 def faded_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
@@ -142,7 +173,7 @@ def faded_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
 def earlier_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
     """Return q_i · (decay_{i-1} … decay_{j+1} k_j) for j < i, 0 from i on: [..., n, n]."""
     next_ = F.pad(q[..., 1:, :], (0, 0, 0, 1))
-    return one_later(faded_products(next_, k, decay))
+    return one_later(faded_products(next_, k, decay), 0.0)
 
 
 def fading(decay: Tensor, n: int) -> Tensor:
@@ -166,7 +197,7 @@ def after_each(decay: Tensor) -> Tensor:
     return after.flip(-2).cumprod(-2).flip(-2)
 
 
-def one_later(x: Tensor, first: float = 0.0) -> Tensor:
+def one_later(x: Tensor, first: float) -> Tensor:
     """Return x [..., n, d] with each row one place later, after a first of this value."""
     return F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)
 
@@ -176,41 +207,61 @@ def scaled(x: Tensor, by: Tensor | None) -> Tensor:
     return x if by is None else x * by
 
 
-def faded_state(state: Tensor, keep: Tensor | None, wrote: Tensor) -> Tensor:
+def faded_state(state: Tensor, wrote: Tensor, keep: Tensor | None = None) -> Tensor:
     """Return keep · state + wrote."""
     return wrote + state if keep is None else torch.addcmul(wrote, keep, state)
 
 
-def section(x: Tensor, size: int) -> int:
-    """Return how many tokens of x [b, h, n, d], in chunks of a size, to work on at a time.
+def sections(size: int, *operands: Tensor | None) -> list[tuple[Any, ...]]:
+    """Return tensors [b, h, n, d], in chunks of a size, so many tokens of each at a time.
 
-    What is made of them then stays in the cache of a processor.
+    What is made of some then stays in the cache of a processor; a compiler gets all at once. The
+    first is a tensor, others may be None.
     """
-    b, h, n, d = x.shape
-    return n if torch.compiler.is_compiling() else max(1, 2**18 // (b * h * d * size)) * size
-
-
-def cut(x: Tensor | None, each: int, n: int) -> list[Tensor | None]:
-    """Return n tokens x [b, h, n, d] as sections of so many `each`; a None for each of None."""
-    return [None] * -(-n // each) if x is None else [*torch.split(x, each, dim=2)]
+    if torch.compiler.is_compiling():
+        return [operands]
+    first = operands[0]
+    assert first is not None
+    each = max(1, 2**18 // max(1, first[:, :, :size].numel())) * size
+    count = -(-first.shape[2] // each)
+    cut = ([None] * count if x is None else torch.split(x, each, dim=2) for x in operands)
+    return [*zip(*cut, strict=True)]
 
 
 def chunk_size(n: int, most: int) -> int:
-    """Return a power of two that holds n tokens, or at most so many."""
+    """Return a power of two that holds n tokens, or at most so many; to a compiler, the most."""
+    if torch.compiler.is_compiling():
+        return most
     size = 1
     while size < min(n, most):
         size *= 2
     return size
 
 
-def in_chunks(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
+def in_chunks(x: Tensor, size: int, fill: float) -> Tensor:
     """Return x [b, h, n, d] as [b, h, chunks, size, d], the last chunk filled up."""
-    if x.shape[2] % size:
-        x = F.pad(x, (0, 0, 0, -x.shape[2] % size), value=fill)
-    return x.reshape(*x.shape[:2], -1, size, x.shape[3])
+    n = x.shape[2]
+    if torch.compiler.is_compiling():  # two chunks or more, whatever n is
+        chunks = (n + 2 * size - 1) // size
+        x = F.pad(x, (0, 0, 0, chunks * size - n), value=fill)
+        return x.unflatten(2, (chunks, size))
+    if n % size:
+        x = F.pad(x, (0, 0, 0, -n % size), value=fill)
+    return x.unflatten(2, (-1, size))
 
 
-def chunks_first(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
+def tokens_of_chunks(x: Tensor, n: int) -> Tensor:
+    """Return the first n tokens [..., n, d] of chunks x [..., chunks, size, d].
+
+    A compiler takes them one by one: what a slice is like depends on whether it is all there is.
+    """
+    if torch.compiler.is_compiling():
+        token, size = torch.arange(n, device=x.device), x.shape[-2]
+        return x[..., token // size, token % size, :]
+    return x.flatten(-3, -2)[..., :n, :]
+
+
+def chunks_first(x: Tensor, size: int, fill: float) -> Tensor:
     """Return x [b, h, n, d] as [chunks, b h, size, d], the last chunk filled up."""
     return in_chunks(x, size, fill).flatten(0, 1).transpose(0, 1).contiguous()
 
@@ -225,7 +276,7 @@ def whole_linear(
     if fresh is None:
         return q @ (state + k.mT @ v)
     shape, nothing = (*k.shape[:3], 1), torch.zeros_like(state)
-    ends = F.pad(fresh[:, :, 1:], (0, 0, 0, 1), value=True)
+    ends = F.pad(fresh, (0, 0, 0, 1), value=True)[:, :, 1:]
     begun, _ = chunked_linear(q, k, v, (~fresh).to(k.dtype).expand(shape), nothing)
     open_ = (~ends).to(k.dtype).expand(shape).flip(2)
     asked = q.masked_fill(ends, 0).flip(2)  # from the last token backwards
@@ -250,7 +301,7 @@ def one_before(z: Tensor, state: Tensor, fresh: Tensor | None = None, anew: floa
 
     The tokens that are `fresh` find it `anew`.
     """
-    earlier = torch.cat([state[:, :, None], z[:, :, :-1]], dim=2)
+    earlier = torch.cat([state[:, :, None], z], dim=2)[:, :, :-1]
     return earlier if fresh is None else earlier.masked_fill(fresh, anew)
 
 

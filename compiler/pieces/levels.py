@@ -13,6 +13,7 @@ from .chunks import (
     faded_products,
     in_chunks,
     one_later,
+    tokens_of_chunks,
     unit_inverse,
 )
 
@@ -34,6 +35,8 @@ def leveled_linear(
     begin at multiples of their size, so that `across_chunks` merges whole ones.
     """
     n, dtype, most = q.shape[2], state.dtype, state.shape[2] - 1
+    if n == 0:
+        return q @ summed_levels(state, weights.new_zeros(state.shape[:3])), state
     if fresh is not None or counts is not None or (isinstance(place, Tensor) and n > 1):
         return leveled_by_row(q, k, v, w, decay, weights, state, place, fresh, counts, before)
     decay = torch.ones_like(k[..., :1]) if decay is None else decay
@@ -52,7 +55,7 @@ def leveled_linear(
         size = chunk_size(n, 64)
         front = place % size
         q, k, v, weights = (
-            in_chunks(F.pad(each, (0, 0, front, 0)), size) for each in (q, k, v, weights)
+            in_chunks(F.pad(each, (0, 0, front, 0)), size, 0.0) for each in (q, k, v, weights)
         )
         decay = in_chunks(F.pad(decay, (0, 0, front, 0), value=1.0), size, 1.0)
         since = decay.cumprod(-2)
@@ -61,7 +64,7 @@ def leveled_linear(
         reads = q * (begun if before else since)
         keeps, writes = since[..., -1, :, None], (k * after_each(decay)).mT
         if w is not None:  # what a token writes depends on what those before it wrote
-            w = in_chunks(F.pad(w, (0, 0, front, 0)), size)
+            w = in_chunks(F.pad(w, (0, 0, front, 0)), size, 0.0)
             inverse = unit_inverse(earlier_products(w, k, decay))
             reach = inverse @ (w * begun)
             reads = reads + pairs @ reach
@@ -70,12 +73,19 @@ def leveled_linear(
         token = torch.arange(size, device=q.device)
         found = level_between(token[:, None], token).clamp(max=most)
         within = (pairs * weights.gather(-1, found.expand(pairs.shape))) @ v
-        end = torch.tensor(place + n - 1, device=q.device)
+        end = torch.full((1,), front + n - 1, device=q.device)
         here = level_between(token, end % size).clamp(max=most)
         here = here == torch.arange(most + 1, device=q.device)[:, None]
-        last = (writes[:, :, -1, None] * here[:, None]) @ v[:, :, -1, None]
-        across, older = across_chunks(reads, keeps, writes @ v, weights, state, place, place + n)
-    return (within + across).flatten(2, 3)[:, :, front : front + n], last + older
+        written, of_end = (each.index_select(2, end // size) for each in (writes, v))
+        last = (written * here[:, None]) @ of_end
+        if torch.compiler.is_compiling() and place == 0:
+            across, older = chunk_by_chunk(reads, keeps, writes @ v, weights, state, end // size)
+        else:
+            across, older = across_chunks(
+                reads, keeps, writes @ v, weights, state, place, place + n
+            )
+        o = tokens_of_chunks(within + across, front + n)
+    return o[:, :, front:], last + older
 
 
 def leveled_by_row(
@@ -108,6 +118,30 @@ def leveled_by_row(
                            (0, 0, 0, n - count)))  # fmt: skip
         lasts.append(last)
     return torch.cat(parts), torch.cat(lasts)
+
+
+def chunk_by_chunk(
+    reads: Tensor, keeps: Tensor, wrote: Tensor, weights: Tensor, state: Tensor, final: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `across_chunks` does of tokens from the first on: one operator for a compiler.
+
+    What the `final` [1] chunk that has tokens writes is left to others.
+    """
+    size, chunk = reads.shape[3], torch.arange(reads.shape[2], device=reads.device)
+    wrote = wrote * (chunk < final)[:, None, None]
+    place = torch.where(chunk <= final, chunk * size, 0)
+    each = [x.movedim(2, 0) for x in (reads, keeps, wrote, weights)]
+    left, found = torch._higher_order_ops.scan(chunk_of_levels, state, [*each, place])
+    return found.movedim(0, 2), left
+
+
+def chunk_of_levels(state: Tensor, chunk: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the levels that a chunk leaves, and what its tokens read of those it finds."""
+    reads, keeps, wrote, weights, place = chunk
+    state = merged_levels(state, place)
+    asked = (weights[..., None] * reads[..., None, :]).flatten(-2)
+    kept = keeps[:, :, None] @ state if keeps.shape[-1] > 1 else keeps[:, :, None] * state
+    return with_written(kept, wrote), asked @ state.flatten(2, 3)
 
 
 def across_chunks(

@@ -146,6 +146,8 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
 
     It reads a - 1 queries back and as many keys to both sides; outside there are zeros.
     """
+    if not x.numel():
+        return x
     back, across = kernel.shape[-2] - 1, kernel.shape[-1] - 1
     x = F.pad(x, (across // 2, across - across // 2, back, 0))
     weight = kernel.to(x.dtype).expand(x.shape[1], -1, -1)[:, None]

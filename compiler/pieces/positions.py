@@ -141,6 +141,8 @@ def proportional_frequencies(
 
 def tokens_up_to(positions: Tensor) -> Tensor:
     """Return how long each sequence is, (b,) 1, 1: its largest position, and one."""
+    if not positions.shape[-1]:
+        return positions.new_zeros(*positions.shape[:-1], 1, 1, dtype=torch.float64)
     return positions.amax(dim=-1, keepdim=True)[..., None].to(torch.float64) + 1
 
 

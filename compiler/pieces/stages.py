@@ -19,6 +19,16 @@ def l1_norm(x: Tensor, eps: float) -> Tensor:
     return F.normalize(exact, p=1.0, dim=-1, eps=eps).to(x.dtype)
 
 
+def elu(x: Tensor) -> Tensor:
+    """Return x where x > 0, else exp(x) - 1.
+
+    A compiler takes the gradient of `F.elu` to be laid out as x is, which it need not be.
+    """
+    if torch.compiler.is_compiling():
+        return torch.where(x > 0, x, torch.expm1(x.clamp(max=0)))
+    return F.elu(x)
+
+
 def hard_step(a: Tensor) -> Tensor:
     """Return 1 where a > 0, else 0; the gradient passes straight through to a."""
     stepped = a.clone()
@@ -109,8 +119,10 @@ class ShortConv(nn.Module):
         numbers the sequences of all these tokens [b, n], None where all are of one.
         """
         features, width = self.weight.shape
+        if not x.numel():
+            return x
         given = x if before is None else torch.cat([before, x], dim=-2)
-        rows = given.mT.reshape(-1, features, given.shape[-2])  # [b, features, n]
+        rows = given.mT.flatten(1, -2)  # [b, features, n]
         back, ahead = self.before if before is None else 0, width - 1 - self.before
         if run is None:
             rows = F.pad(rows, (back, ahead))
@@ -160,7 +172,7 @@ def embedded(table: nn.Embedding, tokens: Tensor) -> Tensor:
 def mean_tokens(x: Tensor, run: Tensor | None) -> Tensor:
     """Return the mean of x [b, (heads,) n, d] over tokens that are no padding: run [b, n] >= 0."""
     if run is None:
-        return x.mean(-2, keepdim=True)
+        return x.mean(-2, keepdim=True) if x.shape[-2] else x.sum(-2, keepdim=True)
     live = (run >= 0)[:, None, :, None] if x.ndim == 4 else (run >= 0)[..., None]
     count = live.sum(-2, keepdim=True).clamp(min=1)
     return x.masked_fill(~live, 0).sum(-2, keepdim=True) / count
@@ -169,7 +181,7 @@ def mean_tokens(x: Tensor, run: Tensor | None) -> Tensor:
 def mean_of_all(x: Tensor, run: Tensor | None) -> Tensor:
     """Return the mean of all of x [b, (heads,) n, d], of tokens that are no padding."""
     if run is None:
-        return x.mean()
+        return x.mean() if x.numel() else x.sum()
     live = (run >= 0)[:, None, :, None] if x.ndim == 4 else (run >= 0)[..., None]
     count = live.expand(x.shape).sum().clamp(min=1)
     return x.masked_fill(~live, 0).sum() / count

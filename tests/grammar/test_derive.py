@@ -120,7 +120,9 @@ def in_torch(expr, s, t):
     """Evaluate an expression as the compiler's text under torch, on tensors of float64."""
     text = write(expr, "torch", lambda leaf: leaf.id)
     values = {name: torch.tensor([at], dtype=torch.float64) for name, at in (("s", s), ("t", t))}
-    return text, eval(text, {"torch": torch, "F": F, "hard_step": hard_step, **values})
+    return text, eval(
+        text, {"torch": torch, "F": F, "hard_step": hard_step, "elu": F.elu, **values}
+    )
 
 
 @quiet

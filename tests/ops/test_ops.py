@@ -74,7 +74,8 @@ class Case:
         helpers = {name: getattr(pieces, name) for name in self.op.helpers(self.options)}
         scope = {"torch": torch, "F": functional, "self": owner.train(training), **helpers}
         scope |= {"positions": POSITIONS["n"], "context_positions": POSITIONS["m"]}
-        scope |= {"x": self.inputs[0], "hard_step": pieces.hard_step, "run": None}
+        scope |= {"x": self.inputs[0], "hard_step": pieces.hard_step, "elu": pieces.elu}
+        scope |= {"run": None}
         scope["context_run"] = None
         result: Tensor = eval(text, scope, dict(zip(names, self.inputs, strict=True)))
         return result
