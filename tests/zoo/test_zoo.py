@@ -15,7 +15,7 @@ from headloom.compiler import certificate, decoding, verify_cases, zoo
 from headloom.compiler.cost import cost
 from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.unseen import unseen
-from headloom.compiler.verify import CHECKS
+from headloom.compiler.verify import CHECKS, subjects
 from headloom.compiler.verify_cases import CASES, Subject
 from headloom.compiler.verify_kernels import interpreted
 from headloom.grammar.format import format_loom
@@ -127,6 +127,16 @@ def test_it_is_verified(name):
     """Constants that no short float holds; a power of zero with a learned exponent."""
     result = certificate.make([zoo.entry(name).what()], (), None)
     assert result.ok
+
+
+@pytest.mark.sweep
+@every
+def test_a_batch_is_what_its_sequences_are_alone(name):
+    for what in subjects(checked(text_of(name))):
+        subject = Subject.of(what)
+        for check in ("as if alone", "rows of a cache"):
+            found = CHECKS[check](subject)
+            assert isinstance(found, str) or found[1] <= 1e-9, (what.name, check)
 
 
 @pytest.mark.sweep
