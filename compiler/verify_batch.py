@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..grammar.expr import names
+from .mixing import mix_exprs
 from .model import Model
 from .verify_cases import TOLERANCE, Case, Subject, compare, gradients, weighing
 
@@ -65,7 +67,8 @@ def as_if_alone(subject: Subject, dtype: torch.dtype = torch.float64) -> tuple[i
     The oracle computes in float64, the module in `dtype`: kernels, which take only some batches.
     """
     worst, count = 0.0, 0
-    case = subject.fitting(Case(2, 11, 5, dtype, seed=2))
+    tokens = 11 if dtype == torch.float64 else 7  # kernels run in an interpreter
+    case = subject.fitting(Case(2, tokens, 5, dtype, seed=2))
     for layout in layouts(subject, case):
         if dtype != torch.float64 and layout.name not in _OF_KERNELS:
             continue
@@ -129,6 +132,9 @@ def rows_of_a_cache(subject: Subject) -> str | tuple[int, float]:
         return f"it cannot decode: {subject.obstacle}"
     if isinstance(subject.what, Model) and subject.what.head == "classify":
         return "a classifier has one answer for the whole sequence"
+    mixes = [each.mix for block in subject.blocks for each in block.mixings.values()]
+    if any({"n", "m"} & names(expr) for mix in mixes for expr in mix_exprs(mix)):
+        return "it depends on how many tokens there are"
     longest = subject.fitting(Case(3, 17, 4)).tokens
     with torch.no_grad():
         tried = _Rows(subject, longest)

@@ -193,7 +193,7 @@ class _Writer(Caches):
                 made.append("context = context if cache is None else cache.reading(context)")
             made += [f"if {kept}:",
                      f'    expect("context", context, {self.block.context_width}, self)',
-                     "    far = Batch(context, None, context_mask)",
+                     "    far = batch.of_context(context, context_mask)",
                      "    context = far.take(context)"]  # fmt: skip
         return [*lines, "if batch is None:", *indent(made)]
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from ...grammar.expr import calls
+from ...grammar.expr import calls, evaluate
 from ...ops import OPS
 from .. import decoding
 from ..choose import attend_exprs
 from ..graph import Graph, Node, shape_of
 from ..masks import extent, reads_others, remembered, widest
 from ..mixing import mix_exprs
-from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, flow_nodes
+from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
 from . import attend, scan
 from .text import call, ident, indent
 
@@ -171,8 +171,8 @@ class Caches:
         made = {name: self._made(name, kind) for name, kind in self._parts.items()}
         what = next(iter(made.values()))[1] if len(made) == 1 else "what tokens leave behind"
         lines = [head, f'    """Return {what}; without a length, it grows."""',
-                 f"    {self.weight()}", "    return Cache(", "        batch,",
-                 "        weight,"]  # fmt: skip
+                 *([f"    {self.weight()}"] if self._held else []), "    return Cache(",
+                 "        self,", "        batch,"]  # fmt: skip
         for name, (args, _) in made.items():
             lines += indent(call(f"{ident(name)}={self._parts[name]}", args, "),"), 2)
         return [*lines, "    )"]
@@ -213,16 +213,22 @@ class Caches:
         return (shape.heads, shape.dim)
 
 
-def own_rows(block: Block) -> bool:
+def own_rows(block: Block, training: bool = True) -> bool:
     """Say whether sequences of one row must be laid out in rows of their own.
 
-    What reads all tokens of a row at once would else read those of all its sequences.
+    What reads all tokens of a row at once would else read those of all its sequences; and a
+    matrix that begins at another number than 0 does so only before the first token.
     """
-    for flow in (node for each in block.flows for node in flow_nodes(each)):
+    flows = block.flows if training else (*(each.flow for each in block.streams), block.out)
+    for flow in (node for each in flows for node in flow_nodes(each)):
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
             if flow.keys == "n" and flow.queries != "n":
                 return True
             if any(calls(expr, "convolve") for expr in mix_exprs(flow.mix)):
+                return True
+        elif isinstance(flow, Mixing) and isinstance(flow.mix, Recurrence):
+            matrices = [each for each in flow.mix.states if len(each.shape) == 2]
+            if any(float(evaluate(each.init, {})) for each in matrices):
                 return True
         elif isinstance(flow, Apply):
             op = OPS[flow.op]
@@ -237,7 +243,7 @@ def begins_within(block: Block) -> bool:
     Not where expressions read other keys in order: those of both sequences lie in one cache.
     """
     exprs = (expr for each in block.mixings.values() for expr in mix_exprs(each.mix))
-    return not own_rows(block) and not any(map(reads_others, exprs))
+    return not own_rows(block, training=False) and not any(map(reads_others, exprs))
 
 
 def plain_name(name: str) -> str:

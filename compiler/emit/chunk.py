@@ -125,15 +125,17 @@ class _Writer:
         return [f"{variable} = {found.text}"]
 
     def _keep(self) -> list[str]:
-        lasts = [(ident(name), self._last(state)) for name, state in self.states.items()]
-        return scan.keep(self.cache, {own: f"{own}{at}" for own, at in lasts})
+        kept = {ident(name): self._last(ident(name), state) for name, state in self.states.items()}
+        return scan.keep(self.cache, kept)
 
     @staticmethod
-    def _last(state: State) -> str:
-        """Return what comes after a state's variable where the last of it is meant."""
+    def _last(own: str, state: State) -> str:
+        """Return what a state is after the last token."""
         if len(state.shape) == 2:
-            return ""
-        return f"_written[..., 0, {':' if state.shape else '0'}]" if state.levels else "[:, :, -1]"
+            return own
+        if state.levels:
+            return f"{own}_written[..., 0, {':' if state.shape else '0'}]"
+        return f'last_of({own}, state["{own}"])'
 
     # operands
 

@@ -170,7 +170,7 @@ def _init_cache(model: Model) -> list[str]:
         '    """Return what the layers keep, still empty; without a length it grows."""',
         "    kept = (layer.attn.init_cache(batch, length) for layer in self.layers)",
         "    parts = {str(at): each for at, each in enumerate(kept)}",
-        "    return Cache(batch, next(self.parameters(), torch.empty(0)), **parts)",
+        "    return Cache(self, batch, **parts)",
     ]
 
 
@@ -247,10 +247,7 @@ def _forward(model: Model) -> list[str]:
     if model.vocab is not None:
         lines.append(f"x = embedded(self.embed_tokens, tokens)  # [b, n, {model.width}]")
     if model.embed_position == "learned":
-        lines += [f"if batch.bound + x.shape[1] > {model.positions}:",
-                  f'    raise ValueError("this model has {model.positions} positions; "',
-                  '                     f"{batch.bound + x.shape[1]} are needed")',
-                  "x = x + self.embed_positions(batch.positions)"]  # fmt: skip
+        lines.append("x = x + at_positions(self.embed_positions, batch)")
     elif model.embed_position == "sinusoidal":
         lines.append(f"x = x + sinusoidal(batch.positions, {model.width}, x.dtype)")
     if model.dropout:
@@ -296,7 +293,7 @@ def _context(model: Model, cached: bool) -> list[str]:
     lines = ["far = None"]
     if cached:
         lines.append("context = context if cache is None else cache.reading(context)")
-    lines += ["if context is not None:", "    far = Batch(context, None, context_mask)",
+    lines += ["if context is not None:", "    far = batch.of_context(context, context_mask)",
               "    context = far.take(context)"]  # fmt: skip
     if model.encoder is not None:
         lines.append("    context = self.encoder(context, batch=far)")

@@ -4,7 +4,7 @@ The emitter copies the ones it uses, word for word, into the file it writes. Not
 may use anything but math, torch and other pieces.
 """
 
-from .batches import Batch, Past, filled, numbered, packed, per_token
+from .batches import Batch, Past, at_positions, filled, numbered, packed, per_token
 from .caches import Cache, begin, finish
 from .chunks import (
     after_each,
@@ -21,6 +21,7 @@ from .chunks import (
     fading,
     in_chunks,
     interleaved,
+    last_of,
     linear_section,
     marks_of,
     one_before,
@@ -125,6 +126,7 @@ __all__ = [
     "add_noise",
     "after_each",
     "at_ends",
+    "at_positions",
     "begin",
     "begun_at",
     "bernoulli",
@@ -160,6 +162,7 @@ __all__ = [
     "joint",
     "l1_norm",
     "l2_norm",
+    "last_of",
     "level_between",
     "leveled_by_row",
     "leveled_linear",

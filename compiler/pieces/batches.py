@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Past(NamedTuple):
@@ -56,6 +56,7 @@ class Batch:
             if b != 1 or live is not None or doc is not None:
                 raise ValueError("`cu_seqlens` goes with one row (b = 1), and with neither "
                                  "`attention_mask` nor `segments`")  # fmt: skip
+            cu_seqlens = torch.as_tensor(cu_seqlens, device=x.device)
             live, doc = packed(cu_seqlens, x)
         live = None if live is None else live.bool()
         self.index: Tensor | None = None  # where each token is among the b · n, [rows, tokens]
@@ -219,9 +220,28 @@ class Batch:
         y = y.flatten(0, 1)[self.back] if y.numel() else y.new_zeros(*self.shape, y.shape[-1])
         return y if self.padded is None else y.masked_fill(~self.padded[..., None], 0)
 
+    def of_context(self, context: Tensor, mask: Tensor | None) -> Any:
+        """Return how the tokens of a context [b, m, …] stand; a mask says which are any."""
+        if len(context) != self.shape[0]:
+            raise ValueError(f"`context` has {len(context)} rows, the batch {self.shape[0]}")
+        return Batch(context, None, per_token("context_mask", mask, context))
+
     def of_rows(self, context: Tensor) -> Tensor:
         """Return the context of every row, where sequences have rows of their own."""
         return context if self.owner is None else context[self.owner]
+
+
+def at_positions(table: nn.Embedding, batch: Batch) -> Tensor:
+    """Return the rows of a table where tokens stand; raise `ValueError` past its end."""
+    count, needed = table.num_embeddings, batch.bound + batch.place.shape[-1]
+    if needed > count and batch.run is None and batch.given is None:
+        raise ValueError(f"this model has {count} positions; {needed} are needed")
+    try:
+        rows: Tensor = table(batch.positions)
+    except IndexError:
+        needed = int(batch.positions.max()) + 1
+        raise ValueError(f"this model has {count} positions; {needed} are needed") from None
+    return rows
 
 
 def filled(index: Tensor, count: Tensor) -> Tensor:
@@ -244,6 +264,12 @@ def packed(cu_seqlens: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return which tokens of one row are none, and the number of each one's sequence."""
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"`cu_seqlens` must be [count + 1], it is {list(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`cu_seqlens` must be whole numbers, it is {cu_seqlens.dtype}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        if ends != sorted(ends) or ends[0] != 0 or ends[-1] > x.shape[1]:
+            raise ValueError(f"`cu_seqlens` must rise from 0 to at most {x.shape[1]}, it is {ends}")
     step = torch.arange(x.shape[1], device=x.device)
     number = torch.bucketize(step, cu_seqlens[1:].contiguous(), right=True)[None]
     live = number < len(cu_seqlens) - 1

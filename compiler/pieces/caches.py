@@ -20,7 +20,9 @@ class Cache:
     what one block keeps, or the caches of the layers of a model.
     """
 
-    def __init__(self, batch: int, weight: Tensor, **parts: Any) -> None:
+    def __init__(self, module: nn.Module, batch: int, **parts: Any) -> None:
+        weight = next(module.parameters(), torch.empty(0))
+        self.kind = type(module).__name__  # the module that it is for
         self.batch, self.dtype, self.device = batch, weight.dtype, weight.device
         self.parts = parts
         self.length = 0  # how many tokens a row was given in all, padding included
@@ -31,6 +33,7 @@ class Cache:
         self.offered: Tensor | None = None
         self.marked: tuple[Any, ...] | None = None
         self.calls: list[Any] | None = None  # since a mark: what the module was given
+        self.call: Any = None  # what it is given now
 
     # how far it is
 
@@ -82,6 +85,9 @@ class Cache:
     def expect(self, batch: Batch, module: nn.Module) -> None:
         """Raise `ValueError` where a call of a module does not fit; nothing is changed."""
         rows, tokens = batch.shape if batch.index is None else batch.index.shape
+        if self.kind != type(module).__name__:
+            raise ValueError(f"the cache was made by `init_cache` of {self.kind}, not of "
+                             f"{type(module).__name__}")  # fmt: skip
         if rows != self.batch:
             raise ValueError(f"the cache is for a batch of {self.batch}; "
                              f"{rows} sequences were given")  # fmt: skip
@@ -89,6 +95,8 @@ class Cache:
         if weight is not None and (weight.dtype, weight.device) != (self.dtype, self.device):
             raise ValueError(f"the cache was made for a module in {self.dtype} on {self.device}; "
                              f"this one is in {weight.dtype} on {weight.device}")  # fmt: skip
+        if batch.given is not None and any(part.counts for part in self._every()):
+            raise ValueError("a cache that forgets counts positions itself; leave them out")
         if self.limit is not None and self.bound + tokens > self.limit:
             self.bound = batch.bound = self.longest
             if self.bound + tokens > self.limit:
@@ -118,6 +126,8 @@ class Cache:
         self.length += batch.place.shape[-1]
         self.bound += batch.place.shape[-1]
         self.context = self.context if self.offered is None else self.offered
+        if self.calls is not None:
+            self.calls.append(self.call)
         doc = batch.segments
         if doc is not None and doc.shape[1]:
             step = torch.arange(doc.shape[1], device=doc.device).expand(doc.shape)
@@ -141,6 +151,7 @@ class Cache:
     def reorder(self, rows: Tensor) -> None:
         """Let row b go on from what row `rows[b]` holds, as beam search does; rows is [b']."""
         rows = torch.as_tensor(rows, device=self.device)
+        self._expect_rows(rows)
         for part in self._every():
             part.reorder(rows)
         for each in self._caches():
@@ -150,11 +161,17 @@ class Cache:
         self.context = None if self.context is None else self.context[rows]
         self.calls = self.marked = None
 
+    def _expect_rows(self, rows: Tensor) -> None:
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch:
+            raise ValueError(f"the cache has rows 0 to {self.batch - 1}, not {rows.tolist()}")
+
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
         """Empty some rows (their numbers, or true for them [b]), or all: new sequences begin."""
         which = torch.ones(self.batch, dtype=torch.bool, device=self.device)
         if rows is not None:
             given = torch.as_tensor(rows, device=self.device)
+            if given.dtype != torch.bool:
+                self._expect_rows(given)
             which = given if given.dtype == torch.bool else torch.zeros_like(which).index_fill(
                 0, given, True)  # fmt: skip
             if which.shape != (self.batch,):
@@ -175,12 +192,15 @@ class Cache:
     def mark(self) -> tuple[Any, ...]:
         """Return what `restore` goes back to; `crop` reaches back to the last mark."""
         parts = [part.mark() for part in self._every()]
-        self.marked, self.calls = (self.length, self.bound, self.rows, self.doc, parts), []
+        stand = (self.batch, self.length, self.bound, self.rows, self.doc, self.context)
+        self.marked, self.calls = (*stand, parts), []
         return self.marked
 
     def restore(self, mark: tuple[Any, ...]) -> None:
         """Go back to a mark; later ones are lost."""
-        self.length, self.bound, self.rows, self.doc, parts = mark
+        batch, self.length, self.bound, self.rows, self.doc, self.context, parts = mark
+        for each in self._caches():
+            each.batch = batch
         for part, kept in zip(self._every(), parts, strict=True):
             part.restore(kept)
         self.marked, self.calls = mark, []
@@ -191,7 +211,7 @@ class Cache:
         Below 0 it says how many are taken back. Rings, states and convolutions need a `mark`
         that was set no later than there: what was accepted since then is computed again.
         """
-        now = self.lengths
+        now, length_now = self.lengths, self.length
         wanted = torch.as_tensor(length, device=self.device).expand(self.batch)
         wanted = torch.minimum(torch.where(wanted < 0, now + wanted, wanted), now)
         if bool((wanted < 0).any()):
@@ -200,13 +220,13 @@ class Cache:
             return
         if all(part.shrinks for part in self._every()):
             self._stand(wanted)
-            self.length -= int((now - wanted).min())
+            self.length = length_now - int((now - wanted).min())
             return
         calls, marked = self.calls, self.marked
         if marked is None or calls is None:
             raise ValueError("a ring, a state and a convolution go back only to where "
                              "`cache.mark()` was called, or after")  # fmt: skip
-        bound, rows = marked[1:3]
+        bound, rows = marked[2:4]
         began = torch.as_tensor(bound if rows is None else rows, device=self.device)
         if bool((wanted < began).any()):
             raise ValueError(f"the last mark stands at {began.tolist()} tokens; "
@@ -226,6 +246,7 @@ class Cache:
                 with torch.no_grad():
                     inputs = {**inputs, "attention_mask": stays, "context": None}
                     module(inputs.pop("x"), cache=self, **inputs)
+        self.length = length_now - int((now - wanted).min())
 
     def _stand(self, lengths: Tensor) -> None:
         """Let the rows be so far."""
@@ -234,9 +255,8 @@ class Cache:
         self.rows = None if same else lengths.expand(self.batch).clone()
 
     def note(self, module: Any, cut: bool, **given: Any) -> None:
-        """Remember a call since the last mark."""
-        if self.calls is not None:
-            self.calls.append((module, {k: v for k, v in given.items() if v is not None}, cut))
+        """Remember a call until it is done, and from a mark on."""
+        self.call = (module, {k: v for k, v in given.items() if v is not None}, cut)
 
     # elsewhere
 
@@ -251,19 +271,26 @@ class Cache:
     def state_dict(self) -> dict[str, Tensor]:
         """Return all it holds as tensors by name, to be stored."""
         state = {"lengths": self.lengths}
-        if self.doc is not None:
-            state["doc"] = self.doc
+        more = {"doc": self.doc, "context": self.context}
+        state |= {name: each for name, each in more.items() if each is not None}
         for at, part in enumerate(self._every()):
             state |= {f"{at}.{name}": x for name, x in part.state(self.longest).items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up what was stored, of as many rows, or of one row for all."""
+        parts = list(self._every())
+        found = {int(name.partition(".")[0]) for name in state if "." in name}
+        if "lengths" not in state or not found <= set(range(len(parts))):
+            raise ValueError(f"this is no state of a cache of {self.kind}")
+        for at, part in enumerate(parts):
+            part.expect({name.partition(".")[2]: x for name, x in state.items()
+                         if name.startswith(f"{at}.")})  # fmt: skip
         lengths = state["lengths"].to(self.device)
         if len(lengths) not in (1, self.batch):
             raise ValueError(f"the cache is for a batch of {self.batch}; "
                              f"{len(lengths)} rows were stored")  # fmt: skip
-        for at, part in enumerate(self._every()):
+        for at, part in enumerate(parts):
             own = {name.partition(".")[2]: x.to(self.device)
                    for name, x in state.items() if name.startswith(f"{at}.")}  # fmt: skip
             if own:
@@ -271,6 +298,9 @@ class Cache:
         self._stand(lengths)
         self.length = self.bound
         self.doc = state["doc"].to(self.device).expand(self.batch) if "doc" in state else None
+        context = state.get("context")
+        self.context = context if context is None else context.to(self.device).expand(
+            self.batch, *context.shape[1:])  # fmt: skip
         self.calls = self.marked = None
 
 
@@ -291,11 +321,14 @@ def begin(
 
     Without `begins`, a row of a cache holds one sequence until it is reset.
     """
+    if cache is not None and not hasattr(cache, "past"):
+        raise ValueError(f"`cache` comes from `init_cache` of a module, it is {type(cache)}")
     past = None if cache is None else cache.past
     rows = rows and cache is None
     batch = Batch(x, past, attention_mask, segments, cu_seqlens, positions, cuts=cuts, rows=rows)
     if cache is not None:
-        if batch.cut and not begins:
+        continued = batch.changed is not None and not bool(batch.changed.any())
+        if batch.cut and not begins and not continued:
             raise ValueError("with a cache, a row of this module holds one sequence: give others "
                              "rows of their own, or end it with `cache.reset(rows)`")  # fmt: skip
         cache.expect(batch, module)

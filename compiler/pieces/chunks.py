@@ -335,6 +335,11 @@ def begun_at(x: Tensor, first: float, decay: Tensor | None, fresh: Tensor | None
     return x + first * fresh if decay is None else x + first * decay * fresh
 
 
+def last_of(x: Tensor, before: Tensor) -> Tensor:
+    """Return the last of x [b, h, n, …], or what was `before` where there are no tokens."""
+    return x[:, :, -1] if x.shape[2] else before
+
+
 def marks_of(fresh: Tensor | None, idle: Tensor | None) -> Tensor | None:
     """Return 1 for tokens [b, 1, n, 1] that begin a sequence, 2 for padding, else 0, as [b, n]."""
     marks = None if fresh is None else fresh.to(torch.int8)

@@ -14,6 +14,7 @@ class Part:
     """One kind of what the tokens left behind: tensors [b, …] by name."""
 
     shrinks = False  # whether tokens can be taken back without having noted what was before
+    counts = False  # whether it must count positions itself
     missing: Tensor | None = None  # the rows [b] whose context is yet to be read
 
     def __init__(self, **kept: Tensor) -> None:
@@ -44,6 +45,15 @@ class Part:
     def state(self, count: int) -> dict[str, Tensor]:  # noqa: ARG002  of a list of tokens
         """Return what `count` tokens left, to be stored."""
         return dict(self.kept)
+
+    def expect(self, kept: dict[str, Tensor]) -> None:
+        """Raise `ValueError` where what was stored is of another kind."""
+        for name, each in self.kept.items():
+            other = kept.get(name)
+            if other is None or other.ndim != each.ndim or other.shape[-1] != each.shape[-1]:
+                found = "nothing" if other is None else str(list(other.shape))
+                raise ValueError(f"`{name}` of the cache is {list(each.shape)}, "
+                                 f"what was stored is {found}")  # fmt: skip
 
     def load(self, kept: dict[str, Tensor], rows: int) -> None:
         """Take up what was stored; one row is for all."""
@@ -91,6 +101,10 @@ class KeyValueCache(Part):
         return not self.is_ring
 
     @property
+    def counts(self) -> bool:  # type: ignore[override]
+        return self.is_ring
+
+    @property
     def limit(self) -> int | None:
         """How many tokens fit; None for any number."""
         return None if self.is_ring or self.grows else self.capacity
@@ -105,8 +119,6 @@ class KeyValueCache(Part):
         count, held = batch.place.shape[-1], batch.bound
         self._make_room(held + count)
         if batch.given is not None or "positions" in self.kept:
-            if self.is_ring:
-                raise ValueError("a cache that forgets counts positions itself; leave them out")
             self._note_positions()
             new = {**new, "positions": batch.positions.expand(len(self), count)[..., None]}
         if batch.cut or (self.is_ring and count > 1 and held + count > self.capacity):

@@ -15,9 +15,9 @@ from headloom.compiler.model import Block
 from headloom.compiler.verify_batch import as_if_alone, rows_of_a_cache
 from headloom.compiler.verify_cases import Subject
 
-MASKS = ("all", "causal", "causal and window(4)", "causal and (window(3) or sink(2))", 
-         "window(3)", "causal and document", "causal and strided(2)", "blocks(3)", "causal or blocks(3)",
-         "power", "h < 1 or causal", "j < i")  # fmt: skip
+MASKS = ("all", "causal", "causal and window(4)", "causal and (window(3) or sink(2))",
+         "window(3)", "causal and document", "causal and strided(2)", "blocks(3)",
+         "causal or blocks(3)", "power", "h < 1 or causal", "j < i")  # fmt: skip
 POSITIONS = ("none", "rope", "alibi", "relative(8, 20)", "rope(theta = 100)")
 SCORES = ("s", "softcap(4)", "s + 0.1 * log(1 + j)", "s + c[i, h] * 0.1", "temperature",
           "s - 0.1 * abs(i - j) ** 0.5", "s + 0.1 * sum_keys(s) / seen",

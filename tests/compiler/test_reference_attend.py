@@ -111,12 +111,17 @@ def test_a_mask_of_its_own_for_every_head() -> None:
 
 def test_documents() -> None:
     module = made("mask = causal and document")
-    segments = torch.tensor([[0] * 4 + [1] * 7, [3, 3, 5, 5, 5, 5, 5, 3, 3, 3, 3]])
+    segments = torch.tensor([[0] * 4 + [1] * 7, [3, 3, 5, 5, 5, 5, 5, 4, 4, 4, 4]])
     q, k, v = qkv(module, X)
     same = segments[:, None, :, None] == segments[:, None, None, :]
     o = softmax(logits(q, k), same & (J <= I)) @ v
     close(module(X, segments=segments), finished(module, o))
     close(module(X)[0, :4], module(X, segments=segments)[0, :4])
+    free = made("mask = causal")
+    free.load_state_dict(module.state_dict())
+    close(free(X, segments=segments), module(X, segments=segments))
+    again = segments.masked_fill(segments == 4, 3)  # a number that comes back is another document
+    close(module(X, segments=again), module(X, segments=segments))
 
 
 def test_positions_are_what_i_and_j_count() -> None:

@@ -71,7 +71,8 @@ def test_documents_start_the_state_anew(mask: str) -> None:
     close(module(X, segments=segments), quadratic(module, visible))
     close(module(X), quadratic(module, CAUSAL if "causal" in mask else torch.ones(N, N)))
     free = made("", "mix = linear; mask = causal")
-    close(free(X, segments=segments), free(X))
+    alone = (segments[:, :, None] == segments[:, None])[:, None] & CAUSAL
+    close(free(X, segments=segments), quadratic(free, alone))
 
 
 @pytest.mark.parametrize("kv_heads", [H, 2])

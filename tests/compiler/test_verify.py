@@ -80,15 +80,16 @@ def test_a_wrong_window_is_found_in_the_smallest_case_that_shows_it() -> None:
 
 
 def test_a_lost_gradient_is_found() -> None:
-    call = "self.attend(q, k, v,"
-    found = broken(block(WINDOW), lambda text: text.replace(call, call[:-1] + ".detach(),"))
-    assert failed(found) == {"gradients"}
+    call = "q, k, v, by_query("
+    lost = "q, k, v.detach(), by_query("
+    found = broken(block(WINDOW), lambda text: text.replace(call, lost))
+    assert failed(found) == {"gradients", "as if alone"}
     assert "v_proj.weight" in found["gradients"].note
 
 
 def test_a_ring_that_is_too_small_is_found() -> None:
     found = broken(block(WINDOW), lambda text: text.replace("ring=8", "ring=7"))
-    assert failed(found) == {"decoding"}
+    assert failed(found) == {"decoding", "rows of a cache"}
 
 
 def test_a_look_ahead_is_found() -> None:
@@ -134,7 +135,7 @@ def test_a_low_precision_is_held_to_what_the_meaning_loses_in_it() -> None:
 
 def test_more_than_the_meaning_loses_is_found() -> None:
     def coarse(text: str) -> str:
-        return text.replace("return self.o_proj(", "return (x.dtype.itemsize == 2) + self.o_proj(")
+        return text.replace("out = self.o_proj(", "out = (x.dtype.itemsize == 2) + self.o_proj(")
 
     what = block(WINDOW)
     code = generate(what, Target("torch"))

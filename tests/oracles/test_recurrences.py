@@ -150,7 +150,7 @@ def ours(rule: Rule, given: Tensors, *, meaning: bool = False) -> Found:
         cache_ = module.init_cache(BATCH, x.shape[1])
         assert set(cache_.kept) == set(rule.states)
         if any(name.startswith("first ") for name in given):
-            cache_.kept = {name: leaves[f"first {name}"] for name in rule.states}
+            cache_[0].kept = {name: leaves[f"first {name}"] for name in rule.states}
         y = module(x, cache=cache_)
         last = cache_.kept
     output = y[..., : max(rule.heads) * VALUE].unflatten(-1, (-1, VALUE))

@@ -50,7 +50,12 @@ def weights(mechanism: Mechanism, x: Tensor, segments: Tensor | None = None) -> 
     n, k = x.shape[1], streams["k"]
     streams["v"] = torch.eye(n, dtype=k.dtype).expand(*k.shape[:2], -1, -1)
     tensors = {each.name: mechanism.meaning._tensor(each.name) for each in mechanism.block.tensors}
-    places = Places({"n": torch.arange(n).expand(x.shape[0], -1)})
+    at = torch.arange(n).expand(x.shape[0], -1)
+    if segments is not None and not mechanism.block.marks:  # each document counts by itself
+        begins = torch.ones_like(at, dtype=torch.bool)
+        begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        at = at - torch.where(begins, at, 0).cummax(1)[0]
+    places = Places({"n": at})
     given = Given(streams, tensors, places, segments, False, {})
     return attend(mechanism.block.mixings["o"], given).o
 
@@ -78,7 +83,9 @@ SETS: dict[str, tuple[Tensor, Sees]] = {
     ),
     "block_causal_document": (
         row((0, 6), (1, 5), (2, 9), (3, 4)),
-        lambda h, i, j, d: j < (i // 4 + 1) * 4 and d[i] == d[j],
+        lambda h, i, j, d: (  # i and j count from the beginning of their document
+            j - d.index(d[i]) < ((i - d.index(d[i])) // 4 + 1) * 4 and d[i] == d[j]
+        ),
     ),
     "parallel_context": (
         row((0, 3), (1, 6), (2, 9), (9, 6)),

@@ -15,7 +15,7 @@ from headloom.compiler import certificate, decoding, verify_cases, zoo
 from headloom.compiler.cost import cost
 from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.unseen import unseen
-from headloom.compiler.verify import CHECKS
+from headloom.compiler.verify import CHECKS, subjects
 from headloom.compiler.verify_cases import CASES, Subject
 from headloom.compiler.verify_kernels import interpreted
 from headloom.grammar.format import format_loom
@@ -130,6 +130,16 @@ def test_it_is_verified(name):
 
 
 @pytest.mark.sweep
+@every
+def test_a_batch_is_what_its_sequences_are_alone(name):
+    for what in subjects(checked(text_of(name))):
+        subject = Subject.of(what)
+        for check in ("as if alone", "rows of a cache"):
+            found = CHECKS[check](subject)
+            assert isinstance(found, str) or found[1] <= 1e-9, (what.name, check)
+
+
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # in what is masked out
 @every
 def test_its_kernels_are_what_it_means(name, monkeypatch):
@@ -139,7 +149,7 @@ def test_its_kernels_are_what_it_means(name, monkeypatch):
     if not kernels:
         pytest.skip("PyTorch computes all of it")
     for block in dict.fromkeys(kernels):
-        cases, worst = CHECKS["kernels in the interpreter"](Subject.of(block))
+        cases, worst, *_ = CHECKS["kernels in the interpreter"](Subject.of(block))
         assert cases > 0
         assert worst < 2e-5
 
