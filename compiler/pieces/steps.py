@@ -36,6 +36,7 @@ def over_tokens(
             return tuple(after), tuple(x.clone() for x in made)
 
         given = [x.movedim(2, 0) for x in streams if x is not None]
+        given = given or [torch.arange(n)]  # only to say how many tokens there are
         last, every = torch._higher_order_ops.scan(copied, states, given)
         return last, tuple(x.movedim(0, 2) for x in every)
     outputs = []

@@ -288,6 +288,22 @@ def test_compiles_whole(execute: Any) -> None:
         torch.testing.assert_close(each.grad, grad)
 
 
+@pytest.mark.parametrize(("n", "batch"), [(0, 2), (3, 0)])
+def test_no_tokens_leave_the_states_and_no_rows_have_none(execute: Any, n: int, batch: int) -> None:
+    scan = made(MIXERS["in_turn"])
+    module = execute(printed(scan), f"<{SPACE}_nothing>")
+    args = [each.requires_grad_() for each in given(scan, n, batch=batch)]
+    o, *states = module.recur(*args)
+    assert o.shape == (batch, scan.heads, n, scan.value_dim)
+    firsts = args[-len(states) :]
+    for each, first in zip(states, firsts, strict=True):
+        torch.testing.assert_close(each, first, rtol=0, atol=0)
+    found = torch.autograd.grad(o.sum() + sum((each**2).sum() for each in states), args)
+    for each, grad in zip(args, found, strict=True):
+        own = any(each is first for first in firsts)
+        torch.testing.assert_close(grad, 2 * each if own else torch.zeros_like(each))
+
+
 def test_two_at_once(execute: Any) -> None:
     one, two = made(MIXERS["products"]), made(MIXERS["swapped"])
     parts = [printed(one, "one"), render_scan(two, "two", f"{SPACE}_two")]
@@ -335,9 +351,6 @@ def test_wrong_arguments_are_named(execute: Any) -> None:
         module.recur(*(each.double() for each in args))
     with pytest.raises(ValueError, match=f"{scan.streams[at].name} is"):
         module.recur(*(each[..., :-1] if i == at else each for i, each in enumerate(args)))
-    streams = len(scan.streams)
-    with pytest.raises(ValueError, match="at least one token"):
-        module.recur(*(each[:, :, :0] if i < streams else each for i, each in enumerate(args)))
     with pytest.raises(ValueError, match="the first y"):
         module.recur(*args[: -len(scan.states)], *(each[:1] for each in args[-len(scan.states) :]))
 

@@ -81,6 +81,29 @@ def test_compiled_is_what_it_means(name):
     assert cost(mechanism.what).params == sum(each.numel() for each in module.parameters())
 
 
+@every
+def test_no_tokens_no_rows_no_context_and_one_token(name):
+    mechanism = Mechanism(name)
+    module, meaning = mechanism.module, mechanism.meaning
+    module.load_state_dict(meaning.state_dict())
+    whole = given(mechanism.what, 1)
+    nothing = {
+        "no tokens": {**whole, "x": whole["x"][:, :0]},
+        "no rows": {key: each[:0] for key, each in whole.items()},
+    }
+    if "context" in whole:
+        nothing["no context"] = {**whole, "context": whole["context"][:, :0]}
+    module.zero_grad()
+    for which, found in nothing.items():
+        y = module(**found)
+        assert y.shape == meaning(**found).shape, which
+        if which != "no context" and y.requires_grad:
+            y.sin().sum().backward()
+    assert not any(each.grad.isnan().any() for each in module.parameters() if each.grad is not None)
+    module.zero_grad()
+    torch.testing.assert_close(module(**whole), meaning(**whole), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     "setting",
     ["normalize = 1 / sum", "normalize = h", "score = 0", "score = h - j", "weights = 1 / seen",
