@@ -139,9 +139,13 @@ def chunk_of_levels(state: Tensor, chunk: list[Tensor]) -> tuple[Tensor, Tensor]
     """Return the levels that a chunk leaves, and what its tokens read of those it finds."""
     reads, keeps, wrote, weights, place = chunk
     state = merged_levels(state, place)
-    asked = (weights[..., None] * reads[..., None, :]).flatten(-2)
-    kept = keeps[:, :, None] @ state if keeps.shape[-1] > 1 else keeps[:, :, None] * state
-    return with_written(kept, wrote), asked @ state.flatten(2, 3)
+    keeps = keeps[:, :, None]
+    if keeps.shape[-1] > 1:  # level by level: a compiler's own broadcasting loses their number
+        kept = torch.stack([keeps[:, :, 0] @ each for each in state.unbind(2)], dim=2)
+    else:
+        kept = keeps * state
+    parts = [weights[..., at, None] * (reads @ each) for at, each in enumerate(state.unbind(2))]
+    return with_written(kept, wrote), torch.stack(parts).sum(0)
 
 
 def across_chunks(
