@@ -139,9 +139,11 @@ def chunk_of_levels(state: Tensor, chunk: list[Tensor]) -> tuple[Tensor, Tensor]
     """Return the levels that a chunk leaves, and what its tokens read of those it finds."""
     reads, keeps, wrote, weights, place = chunk
     state = merged_levels(state, place)
-    asked = (weights[..., None] * reads[..., None, :]).flatten(-2)
-    kept = keeps[:, :, None] @ state if keeps.shape[-1] > 1 else keeps[:, :, None] * state
-    return with_written(kept, wrote), asked @ state.flatten(2, 3)
+    side_by_side = state.movedim(2, 3).flatten(3)  # [b, h, d, levels · e]
+    found = (reads @ side_by_side).unflatten(3, (state.shape[2], -1))
+    kept = keeps @ side_by_side if keeps.shape[-1] > 1 else keeps * side_by_side
+    kept = kept.unflatten(3, (state.shape[2], -1)).movedim(3, 2)
+    return with_written(kept, wrote), (weights[..., None] * found).sum(3)
 
 
 def across_chunks(
