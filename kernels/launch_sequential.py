@@ -163,8 +163,8 @@ class Sequential:
         else:
             for grad in grads[1]:
                 grad.zero_()
-            for grad, found in zip(grads[2], upstream[1:], strict=True):
-                grad.copy_(found)
+            for grad, last in zip(grads[2], upstream[1:], strict=True):
+                grad.copy_(last)
         streams, tensors, _, _ = self._apart(given)
         of_streams = [
             each

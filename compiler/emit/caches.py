@@ -216,8 +216,8 @@ class Caches:
 def own_rows(block: Block, training: bool = True) -> bool:
     """Say whether sequences of one row must be laid out in rows of their own.
 
-    What reads all tokens of a row at once would else read those of all its sequences; and a
-    matrix that begins at another number than 0 does so only before the first token.
+    What reads all tokens of a row at once would else read those of all its sequences; and in
+    chunks, a matrix begins at another number than 0 only before the first token.
     """
     flows = block.flows if training else (*(each.flow for each in block.streams), block.out)
     for flow in (node for each in flows for node in flow_nodes(each)):
@@ -226,7 +226,7 @@ def own_rows(block: Block, training: bool = True) -> bool:
                 return True
             if any(calls(expr, "convolve") for expr in mix_exprs(flow.mix)):
                 return True
-        elif isinstance(flow, Mixing) and isinstance(flow.mix, Recurrence):
+        elif isinstance(flow, Mixing) and isinstance(flow.mix, Recurrence) and not flow.mix.resets:
             matrices = [each for each in flow.mix.states if len(each.shape) == 2]
             if any(float(evaluate(each.init, {})) for each in matrices):
                 return True

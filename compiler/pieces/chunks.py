@@ -41,7 +41,7 @@ def chunked_linear(
             return q @ (state if before else last), last
         size, last, parts = chunk_size(n, 64 if w is None else 32), state.flatten(0, 1), []
         for some in sections(size, q, k, v, w, decay):
-            part, last = linear_section(*some, last, n, size, before)
+            part, last = linear_section(*some, last, n, size, before)  # type: ignore[call-arg]
             parts += part
         o = torch.cat(parts, dim=1)  # [b h, chunks · size, e]
     return o.unflatten(0, (b, h))[:, :, :n], last.unflatten(0, (b, h))
@@ -141,7 +141,8 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
                     step *= 2
             made, last = over_chunks(sums_of_chunk, n, last, sums, since)
             parts += made
-    return torch.cat(parts, dim=1).unflatten(0, (b, h))[:, :, :n]
+    found: Tensor = torch.cat(parts, dim=1).unflatten(0, (b, h))
+    return found[:, :, :n]
 
 
 def sums_of_chunk(last: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -206,7 +207,7 @@ def one_later(x: Tensor, first: float) -> Tensor:
 
 
 def scaled(x: Tensor, by: Tensor | None) -> Tensor:
-    """Return x [chunks, b h, …] times what it is scaled by [chunks, b h or b, …], if by anything."""
+    """Return x [chunks, b h, …] times what scales it [chunks, b h or b, …], if anything does."""
     if by is None or by.shape[1] == x.shape[1]:
         return x if by is None else x * by
     return (x.unflatten(1, (by.shape[1], -1)) * by[:, :, None]).flatten(1, 2)
@@ -255,10 +256,10 @@ def in_chunks(x: Tensor, size: int, fill: float) -> Tensor:
     if torch.compiler.is_compiling():  # two chunks or more, whatever n is
         chunks = (n + 2 * size - 1) // size
         x = F.pad(x, (0, 0, 0, chunks * size - n), value=fill)
-        return x.unflatten(2, (chunks, size))
-    if n % size:
-        x = F.pad(x, (0, 0, 0, -n % size), value=fill)
-    return x.unflatten(2, (-1, size))
+    else:
+        chunks, x = -1, F.pad(x, (0, 0, 0, -n % size), value=fill) if n % size else x
+    found: Tensor = x.unflatten(2, (chunks, size))
+    return found
 
 
 def tokens_of_chunks(x: Tensor, n: int) -> Tensor:

@@ -139,6 +139,7 @@ def chunk_of_levels(state: Tensor, chunk: list[Tensor]) -> tuple[Tensor, Tensor]
     """Return the levels that a chunk leaves, and what its tokens read of those it finds."""
     reads, keeps, wrote, weights, place = chunk
     state = merged_levels(state, place)
+    # a compiler's own broadcasting of products loses the number of levels
     side_by_side = state.movedim(2, 3).flatten(3)  # [b, h, d, levels · e]
     found = (reads @ side_by_side).unflatten(3, (state.shape[2], -1))
     kept = keeps @ side_by_side if keeps.shape[-1] > 1 else keeps * side_by_side

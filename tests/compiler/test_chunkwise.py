@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from headloom.compiler import choose, decoding, pieces
 from headloom.compiler.build import build
+from headloom.compiler.emit.caches import begins_within
 from headloom.compiler.model import Block
 from headloom.compiler.recurrences import Chunked, of_node
 
@@ -256,6 +257,8 @@ def test_token_by_token(name, mask):
     segments = torch.tensor([[0] * 4 + [1] * 7, [2] * 5 + [7] * 3 + [1] * 3])
     whole = gradients(module, given, segments=segments)
     close(whole, gradients(meaning, given, segments=segments))
+    if not begins_within(what):
+        return
     cache = module.init_cache(2, 11)
     parts = [module(given["x"][:, at], segments=segments[:, at], cache=cache)
              for at in (slice(0, 6), slice(6, 7), slice(7, 11))]  # fmt: skip

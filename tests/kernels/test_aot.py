@@ -159,7 +159,7 @@ def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ]
 
     monkeypatch.setattr(aot, "_compiled", compiled)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(aot, "cache_folder", lambda: tmp_path)
     first = compile_ahead(CAPPED, ("sm_90",))
     assert compile_ahead(CAPPED, ("sm_90",)) == first
     both = compile_ahead(CAPPED, ("sm_80", "sm_90"))
