@@ -178,7 +178,7 @@ class _Writer:
             text = self._full(decay, self._width(name, decay))
         lines += call(
             f"{ident(name)}_decay = decay_of",
-            [text, "fresh", "idle", f"(b, {self.node.dims[1]}, n, 1)", "wide"],
+            [text, "fresh", "idle", "wide"],
         )
         return f"{ident(name)}_decay"
 
@@ -322,7 +322,8 @@ class _Writer:
             dtype = f"{self._like}.dtype"
             vectors = [f"{atomic(each)}.to({dtype})" for each in (query, key, value, *corrected)]
             plain, faded = (self.kernels[each] for each in kernels_of(step, reading))
-            lines = call(f"{targets} = {faded}", [*vectors, decay, start])
+            fades = f"{decay}.expand(b, {self.node.dims[1]}, -1, -1)"
+            lines = call(f"{targets} = {faded}", [*vectors, fades, start])
             if plain == faded:
                 return lines
             undecayed = call(f"{targets} = {plain}", [*vectors, start])

@@ -22,8 +22,8 @@ def chunked_linear(
     """Return q_i @ S_i [b, h, n, e] of S_i = decay_i S_{i-1} + outer(k_i, u_i), and the last S.
 
     u_i is v_i, or v_i + w_i @ S_{i-1}: the delta rule, with w = -beta k and v = beta v. q, k and
-    w are [b, h, n, d]; decay is None for 1, [b, h, n, 1], or [b, h, n, d] for the rows of S;
-    `state`, the S before the first token, is [b, h, d, e]. With `before`, S_{i-1} is read.
+    w are [b, h, n, d]; decay is None for 1, [b, h or 1, n, 1], or [b, h, n, d] for the rows of
+    S; `state`, the S before the first token, is [b, h, d, e]. With `before`, S_{i-1} is read.
 
     The tokens of a chunk meet in one product, under a mask that fades; from chunk to chunk the
     state goes on (Sun et al. 2023, Yang et al. 2023, 2024). Decays are multiplied and never
@@ -67,13 +67,13 @@ def linear_section(
     decay = None if decay is None else chunks_first(decay, size, 1.0)
     since = None if decay is None else decay.cumprod(-2)
     until = None if since is None else one_later(since, 1.0)
-    keeps = [] if since is None else [since[..., -1:, :].mT]
+    keeps = [] if since is None else [of_every_head(since[..., -1:, :].mT, q.shape[1])]
     reads = scaled(q, until if before else since)
     writes = scaled(k, None if decay is None else after_each(decay)).mT
     if decay is None or decay.shape[-1] == 1:
-        fade = fading(k.new_ones(1) if decay is None else decay, size)
-        seen = (q @ k.mT) * (one_later(fade, 0.0) if before else fade)
-        met = None if w is None else (w @ k.mT) * one_later(fade, 0.0)
+        fade = fading(k.new_ones(1, 1, 1, 1) if decay is None else decay, size)
+        seen = scaled(q @ k.mT, one_later(fade, 0.0) if before else fade)
+        met = None if w is None else scaled(w @ k.mT, one_later(fade, 0.0))
     else:
         seen = earlier_products(q, k, decay) if before else faded_products(q, k, decay)
         met = None if w is None else earlier_products(w, k, decay)
@@ -121,6 +121,9 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
     if decay is None:
         return x.cumsum(2) + state[:, :, None]
     b, h, n = x.shape[:3]
+    if decay.shape[1] < h:  # all heads fade alike
+        sums = faded_sums(x.transpose(1, 2).flatten(2)[:, None], decay, state.flatten(1)[:, None])
+        return sums[:, 0].unflatten(2, (h, -1)).transpose(1, 2)
     if n < 2:  # a step of decoding
         return decay * state[:, :, None] + x
     size, last, parts = chunk_size(n, 64), state.flatten(0, 1)[:, None], []
@@ -204,8 +207,16 @@ def one_later(x: Tensor, first: float) -> Tensor:
 
 
 def scaled(x: Tensor, by: Tensor | None) -> Tensor:
-    """Return x times what it is scaled by, if by anything."""
-    return x if by is None else x * by
+    """Return x [chunks, b h, …] times what scales it [chunks, b h or b, …], if anything does."""
+    if by is None or by.shape[1] == x.shape[1]:
+        return x if by is None else x * by
+    return (x.unflatten(1, (by.shape[1], -1)) * by[:, :, None]).flatten(1, 2)
+
+
+def of_every_head(x: Tensor, heads: int) -> Tensor:
+    """Return x [chunks, b h or b, …] for all b h `heads`."""
+    each = heads // x.shape[1]
+    return x[:, :, None].expand(-1, -1, each, *x.shape[2:]).flatten(1, 2)
 
 
 def faded_state(state: Tensor, wrote: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -276,10 +287,10 @@ def whole_linear(
     """
     if fresh is None:
         return q @ (state + k.mT @ v)
-    shape, nothing = (*k.shape[:3], 1), torch.zeros_like(state)
+    nothing = torch.zeros_like(state)
     ends = F.pad(fresh, (0, 0, 0, 1), value=True)[:, :, 1:]
-    begun, _ = chunked_linear(q, k, v, (~fresh).to(k.dtype).expand(shape), nothing)
-    open_ = (~ends).to(k.dtype).expand(shape).flip(2)
+    begun, _ = chunked_linear(q, k, v, (~fresh).to(k.dtype), nothing)
+    open_ = (~ends).to(k.dtype).flip(2)
     asked = q.masked_fill(ends, 0).flip(2)  # from the last token backwards
     rest, _ = chunked_linear(asked, k.flip(2), v.flip(2), open_, nothing, before=True)
     return begun + rest.flip(2) + q @ state
@@ -307,18 +318,14 @@ def one_before(z: Tensor, state: Tensor, fresh: Tensor | None = None, anew: floa
 
 
 def decay_of(
-    decay: Tensor | None,
-    fresh: Tensor | None,
-    idle: Tensor | None,
-    size: tuple[int, ...],
-    dtype: torch.dtype,
+    decay: Tensor | None, fresh: Tensor | None, idle: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
     """Return a decay [b, h, n, d or 1] that is 0 where sequences begin, and 1 at padding.
 
-    Both are [b, 1, n, 1], or None where there are none; `size` is that of a decay that is None.
+    Both are [b, 1, n, 1], or None where there are none. One that was None is [b, 1, n, 1].
     """
     if fresh is not None:
-        decay = (~fresh).to(dtype).expand(size) if decay is None else decay.masked_fill(fresh, 0)
+        decay = (~fresh).to(dtype) if decay is None else decay.masked_fill(fresh, 0)
     if idle is not None and decay is not None:
         decay = decay.masked_fill(idle, 1)
     return decay

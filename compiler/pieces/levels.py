@@ -139,13 +139,12 @@ def chunk_of_levels(state: Tensor, chunk: list[Tensor]) -> tuple[Tensor, Tensor]
     """Return the levels that a chunk leaves, and what its tokens read of those it finds."""
     reads, keeps, wrote, weights, place = chunk
     state = merged_levels(state, place)
-    keeps = keeps[:, :, None]
-    if keeps.shape[-1] > 1:  # level by level: a compiler's own broadcasting loses their number
-        kept = torch.stack([keeps[:, :, 0] @ each for each in state.unbind(2)], dim=2)
-    else:
-        kept = keeps * state
-    parts = [weights[..., at, None] * (reads @ each) for at, each in enumerate(state.unbind(2))]
-    return with_written(kept, wrote), torch.stack(parts).sum(0)
+    # a compiler's own broadcasting of products loses the number of levels
+    side_by_side = state.movedim(2, 3).flatten(3)  # [b, h, d, levels · e]
+    found = (reads @ side_by_side).unflatten(3, (state.shape[2], -1))
+    kept = keeps @ side_by_side if keeps.shape[-1] > 1 else keeps * side_by_side
+    kept = kept.unflatten(3, (state.shape[2], -1)).movedim(3, 2)
+    return with_written(kept, wrote), (weights[..., None] * found).sum(3)
 
 
 def across_chunks(

@@ -17,11 +17,6 @@ from .battery import block, compiled, inputs
 from .test_chunkwise import BOTH_WAYS, MIXERS, close, source
 from .test_compile import gradients
 
-pytestmark = [  # PyTorch's own, while it traces
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
-]
-
 
 def scan(step: Callable[..., Any], state: Any, streams: Any) -> tuple[Any, Any]:
     """What `torch._higher_order_ops.scan` means."""
