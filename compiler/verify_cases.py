@@ -153,7 +153,8 @@ def kernel_cases(subject: Subject) -> tuple[tuple[Case, ...], str]:
     )
     if work <= 16:
         return tuple(cases), ""
-    cases = [replace(each, batch=1) for each in (cases[1:] if work <= 64 else cases[2:])]
+    fewer = (cases[1:] if work <= 64 else cases[2:]) or cases[-1:]
+    cases = [replace(each, batch=1) for each in fewer]
     lengths = " and ".join(str(each.tokens) for each in cases)
     return tuple(cases), f"many heads: one sequence of {lengths} tokens"
 
