@@ -10,8 +10,8 @@ Predicted: at most 1.1 for every recurrence. A decay that is there already is ma
 document begins, which costs one pass over it; a recurrence without any gets one of zeros and
 ones, and with it the chunked form that fades.
 
-Found: see the figures beside each prediction in the change log of this file's last run, kept in
-`benchmarks/results/packed.json`.
+Found, on a machine that other work kept busy (ratios between 0.5 and 1.7 from one run to the
+next): nothing to rely on yet. It waits for a quiet machine.
 """
 
 from __future__ import annotations
