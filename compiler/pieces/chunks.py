@@ -123,7 +123,8 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
     b, h, n = x.shape[:3]
     if decay.shape[1] < h:  # all heads fade alike
         sums = faded_sums(x.transpose(1, 2).flatten(2)[:, None], decay, state.flatten(1)[:, None])
-        return sums[:, 0].unflatten(2, (h, -1)).transpose(1, 2)
+        by_head: Tensor = sums[:, 0].unflatten(2, (h, -1))
+        return by_head.transpose(1, 2)
     if n < 2:  # a step of decoding
         return decay * state[:, :, None] + x
     size, last, parts = chunk_size(n, 64), state.flatten(0, 1)[:, None], []
@@ -210,7 +211,8 @@ def scaled(x: Tensor, by: Tensor | None) -> Tensor:
     """Return x [chunks, b h, …] times what scales it [chunks, b h or b, …], if anything does."""
     if by is None or by.shape[1] == x.shape[1]:
         return x if by is None else x * by
-    return (x.unflatten(1, (by.shape[1], -1)) * by[:, :, None]).flatten(1, 2)
+    apart: Tensor = x.unflatten(1, (by.shape[1], -1))
+    return (apart * by[:, :, None]).flatten(1, 2)
 
 
 def of_every_head(x: Tensor, heads: int) -> Tensor:
