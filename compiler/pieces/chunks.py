@@ -217,6 +217,8 @@ def scaled(x: Tensor, by: Tensor | None) -> Tensor:
 
 def of_every_head(x: Tensor, heads: int) -> Tensor:
     """Return x [chunks, b h or b, …] for all b h `heads`."""
+    if x.shape[1] == heads:
+        return x
     each = heads // x.shape[1]
     return x[:, :, None].expand(-1, -1, each, *x.shape[2:]).flatten(1, 2)
 
