@@ -1,6 +1,7 @@
 """`python -m headloom`, and the command `headloom`."""
 
 import gc
+import sys
 
 
 def run() -> None:
@@ -17,7 +18,8 @@ def run() -> None:
     try:
         main()
     finally:
-        gc.freeze()
+        if "torch" not in sys.modules:  # Triton's bindings complain of what is left
+            gc.freeze()
 
 
 if __name__ == "__main__":
