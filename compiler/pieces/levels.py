@@ -140,8 +140,9 @@ def leveled_by_token(
         state = states[0]
         if fresh_t is not None:
             state = state.masked_fill(fresh_t[..., None, None], 0)
-        each = (None if x is None else x[:, :, None] for x in vectors)
-        o, last = leveled_linear(*each, state, at[:, 0], before=before)
+        one: list[Any] = [None if x is None else x[:, :, None] for x in vectors]
+        q, k, v, w, decay, weights = one
+        o, last = leveled_linear(q, k, v, w, decay, weights, state, at[:, 0], before=before)
         if idle_t is not None:
             last = torch.where(idle_t[..., None, None, None], state, last)
         return (last,), (o[:, :, 0],)
