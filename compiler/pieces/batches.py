@@ -117,7 +117,7 @@ class Batch:
         self.run: Tensor | None = None
         if doc is not None:
             last = doc[:, :1] if past is None else past.before(doc)
-            self.changed = doc != torch.cat([last, doc[:, :-1]], 1)
+            self.changed = doc != torch.cat([last, doc], 1)[:, :-1]
         if self.cut and self.changed is not None:
             self.run = self.changed.cumsum(1)
             behind = torch.as_tensor(before, device=x.device).expand(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from .chunks import (
     tokens_of_chunks,
     unit_inverse,
 )
+from .steps import over_tokens
 
 
 def leveled_linear(
@@ -38,7 +41,8 @@ def leveled_linear(
     if n == 0:
         return q @ summed_levels(state, weights.new_zeros(state.shape[:3])), state
     if fresh is not None or counts is not None or (isinstance(place, Tensor) and n > 1):
-        return leveled_by_row(q, k, v, w, decay, weights, state, place, fresh, counts, before)
+        apart = leveled_by_token if torch.compiler.is_compiling() else leveled_by_row
+        return apart(q, k, v, w, decay, weights, state, place, fresh, counts, before)
     decay = torch.ones_like(k[..., :1]) if decay is None else decay
     q, k, v, decay, weights = (each.to(dtype) for each in (q, k, v, decay, weights))
     w = None if w is None else w.to(dtype)
@@ -118,6 +122,34 @@ def leveled_by_row(
                            (0, 0, 0, n - count)))  # fmt: skip
         lasts.append(last)
     return torch.cat(parts), torch.cat(lasts)
+
+
+def leveled_by_token(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, decay: Tensor | None, weights: Tensor,
+    state: Tensor, place: int | Tensor, fresh: Tensor | None, counts: Tensor | None, before: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what `leveled_by_row` does, wherever sequences begin: token by token."""
+    n, number = q.shape[2], torch.arange(q.shape[2], device=q.device)
+    begun = -torch.as_tensor(place, device=q.device).expand(q.shape[0])[:, None].expand(-1, n)
+    if fresh is not None:
+        begun = torch.where(fresh[:, 0, :, 0], number, begun).cummax(1)[0]
+    idle = None if counts is None else (number >= counts[:, None])[:, None]
+
+    def token(states: tuple[Tensor, ...], streams: list[Any]) -> Any:
+        *vectors, at, fresh_t, idle_t = streams
+        state = states[0]
+        if fresh_t is not None:
+            state = state.masked_fill(fresh_t[..., None, None], 0)
+        one: list[Any] = [None if x is None else x[:, :, None] for x in vectors]
+        q, k, v, w, decay, weights = one
+        o, last = leveled_linear(q, k, v, w, decay, weights, state, at[:, 0], before=before)
+        if idle_t is not None:
+            last = torch.where(idle_t[..., None, None, None], state, last)
+        return (last,), (o[:, :, 0],)
+
+    streams = (q, k, v, w, decay, weights, (number - begun)[:, None], fresh, idle)
+    (last,), (o,) = over_tokens(token, (state,), streams, n)
+    return o, last
 
 
 def chunk_by_chunk(

@@ -124,20 +124,40 @@ class ShortConv(nn.Module):
         given = x if before is None else torch.cat([before, x], dim=-2)
         rows = given.mT.flatten(1, -2)  # [b, features, n]
         back, ahead = self.before if before is None else 0, width - 1 - self.before
+        rows = F.pad(rows, (back, ahead))
         if run is None:
-            rows = F.pad(rows, (back, ahead))
-            rows = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
-            return rows.reshape(x.mT.shape).mT
-        n = x.shape[-2]
-        rows, run = F.pad(rows, (back, ahead)), F.pad(run, (back, ahead), value=-3)[:, None]
+            y = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
+            return y.reshape(x.mT.shape).mT
+        run = F.pad(run, (back, ahead), value=-3)
+        apart = self.apart_traced if torch.compiler.is_compiling() else self.apart
+        return apart(rows, run).reshape(x.mT.shape).mT
+
+    def apart(self, rows: Tensor, run: Tensor) -> Tensor:
+        """Convolve rows [b, features, n + width - 1] whose tokens are of sequences run [b, …].
+
+        Where a token reads others' tokens, it is made once more from its own.
+        """
+        features, width = self.weight.shape
+        y = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
+        own = run.unfold(-1, width, 1) == run[:, self.before :][:, : y.shape[-1], None]
+        row, token = (~own.all(-1)).nonzero().unbind(1)
+        at = token[:, None] + torch.arange(width, device=token.device)
+        read = rows.mT[row[:, None], at] * own[row, token, :, None]  # [some, width, features]
+        made = (read * self.weight.mT.to(read.dtype)).sum(1)
+        made = made if self.bias is None else made + self.bias
+        return y.mT.index_put((row, token), made.to(y.dtype)).mT
+
+    def apart_traced(self, rows: Tensor, run: Tensor) -> Tensor:
+        """Return what `apart` does, which tokens it may be."""
+        width = self.weight.shape[1]
+        n, run = rows.shape[-1] - width + 1, run[:, None]
         own = run[..., self.before : self.before + n]
         y = torch.zeros_like(rows[..., :n])
         for at in range(width):
             weight = self.weight[:, at, None].to(rows.dtype)
             part = rows[..., at : at + n] * weight
             y = y + (part if at == self.before else part * (run[..., at : at + n] == own))
-        y = y if self.bias is None else y + self.bias[:, None]
-        return y.reshape(x.mT.shape).mT
+        return y if self.bias is None else y + self.bias[:, None]
 
 
 class Latents(nn.Module):

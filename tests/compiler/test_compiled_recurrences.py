@@ -71,6 +71,22 @@ def test_what_a_compiler_gets_of_levels_leaves_the_same_behind(asked):
     torch.testing.assert_close(asked(decoded), decoded(), rtol=1e-12, atol=1e-12)
 
 
+def test_what_a_compiler_gets_of_levels_and_sequences_is_the_same(asked):
+    what = block("levels")
+    module, given = compiled(what), inputs(what, 11)
+    segments = torch.tensor([[0] * 4 + [1] * 7, [2] * 5 + [7] * 3 + [1] * 3])
+    same(module, given, asked, segments=segments)
+    live = torch.ones(2, 11, dtype=torch.bool)
+    live[0, :3] = live[1, 5] = live[1, 9:] = False
+
+    def decoded() -> Tensor:
+        cache = module.init_cache(2, 22)
+        first = module(given["x"], cache=cache, attention_mask=live)
+        return torch.cat([first, module(given["x"], cache=cache)], 1)
+
+    torch.testing.assert_close(asked(decoded), decoded(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", [*MIXERS, *BOTH_WAYS, "levels", "levels_of_vectors"])
 def test_what_a_compiler_gets_of_tokens_is_the_same(name, asked, monkeypatch):
     monkeypatch.setattr(choose, "of_node", lambda *_: "this is the other text")
