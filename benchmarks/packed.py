@@ -10,8 +10,10 @@ Predicted: at most 1.1 for every recurrence. A decay that is there already is ma
 document begins, which costs one pass over it; a recurrence without any gets one of zeros and
 ones, and with it the chunked form that fades.
 
-Found, on a machine that other work kept busy (ratios between 0.5 and 1.7 from one run to the
-next): nothing to rely on yet. It waits for a quiet machine.
+Found on two cores (two threads, medians of nine): no decay 1.06, a number a token 1.03, a number
+a row 1.07, delta 1.05, gated delta 1.05 with the backward pass (1.06 to 1.10 forward). Delta was
+1.19 while a packed short convolution looped over its taps; it makes once more only the tokens
+that read across a border.
 """
 
 from __future__ import annotations
