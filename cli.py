@@ -104,7 +104,7 @@ def _parsed(path: str) -> File:
 
 def _checked(path: str) -> list[Architecture]:
     """Check a file; of a space, plain files in which every alternative occurs."""
-    from .compiler.check import check, is_space
+    from .compiler.checking.check import check, is_space
 
     file = _parsed(path)
     if not is_space(file):
@@ -120,7 +120,7 @@ def _checked(path: str) -> list[Architecture]:
 
 
 def _found(what: str, width: int | None) -> Block | Model:
-    from .compiler.check import check, find
+    from .compiler.checking.check import check, find
 
     path, name = _split(what)
     return find(check(_parsed(path)), name, width)
@@ -231,7 +231,7 @@ def show(what: str, width: int | None, tokens: int, json: bool) -> None:
 
     Example: headloom show examples/gemma_like.loom:local
     """
-    from .compiler import show as view
+    from .compiler.reports import show as view
 
     found = _found(what, width)
     if json:
@@ -266,7 +266,7 @@ def explain(what: str, width: int | None, backend: str, json: bool) -> None:
 
 
 def _explain_code(code: str) -> None:
-    from .compiler.codes import CODES as COMPILER
+    from .compiler.checking.codes import CODES as COMPILER
     from .search.codes import CODES as SEARCH
 
     codes = COMPILER | SEARCH
@@ -295,7 +295,7 @@ def build(what: str, out: str | None, width: int | None, backend: str, stage: st
 
     Example: headloom build examples/gqa.loom -o gqa.py
     """
-    from .compiler.stages import stage_text
+    from .compiler.reports.stages import stage_text
 
     path, name = _split(what)
     text = stage_text(_parsed(path), name, width, backend, stage)
@@ -322,8 +322,8 @@ def verify(what: str, width: int | None, targets: tuple[str, ...], module: str |
 
     Example: headloom verify examples/gqa.loom --target sm_90
     """
-    from .compiler import certificate
-    from .compiler.check import find
+    from .compiler.checking.check import find
+    from .compiler.verify import certificate
 
     path, name = _split(what)
     found = [find(arch, name, width) for arch in _checked(path)]
@@ -374,7 +374,7 @@ def doctor(json: bool) -> None:
 
     Example: headloom doctor
     """
-    from .compiler import doctor as examine
+    from .compiler.reports import doctor as examine
 
     findings = examine.examine()
     if json:
@@ -394,8 +394,8 @@ def zoo(name: str | None, tokens: int, json: bool) -> None:
 
     Example: headloom zoo sparsemax
     """
-    from .compiler import show as view
     from .compiler import zoo as mechanisms
+    from .compiler.reports import show as view
 
     if name is None:
         if json:

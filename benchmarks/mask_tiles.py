@@ -21,7 +21,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ..compiler.tiles import EMPTY, FULL, PARTIAL, BlockList, classify
+from ..compiler.algebra.tiles import EMPTY, FULL, PARTIAL, BlockList, classify
 from ..grammar.parse import parse_expression
 
 MASKS = {

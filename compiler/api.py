@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, overload
 from rich.console import Console
 from rich.text import Text
 
-from . import decoding
-from .check import find
-from .choose import Lowering, Target, lowerings
-from .cost import Cost, cost
-from .drawn import Drawn
-from .dtypes import DType, of_torch
+from .checking.check import find
 from .emit import Code
-from .graph import Graph
+from .facts import decoding
+from .facts.cost import Cost, cost
+from .facts.dtypes import DType, of_torch
+from .graph.graph import Graph
 from .loading import load
 from .model import Architecture, Block, Model
 from .pipeline import generate, graphs
 from .pipeline import load as load_code
+from .plan.choose import Lowering, Target, lowerings
+from .reports.drawn import Drawn
 from .zoo import Entry, entries, entry
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def reference(
     seed: int = 0,
 ) -> nn.Module:
     """Return the dense meaning as a module, with the same state dict keys as the compiled one."""
-    from .reference import reference as meaning
+    from .meaning.reference import reference as meaning
 
     what = find(architecture(arch), name, width, context_width)
     return meaning(what, dtype=of_torch(dtype), device=device, seed=seed)
@@ -174,7 +174,7 @@ class Report(Drawn):
 
     def show(self, console: Console | None = None) -> None:
         """Draw every path, and the costs."""
-        from .show import costs
+        from .reports.show import costs
 
         console = console or Console(highlight=False)
         self.show_paths(console)
@@ -228,7 +228,7 @@ class View(Drawn):
 
     def show(self, console: Console | None = None) -> None:
         """Draw it."""
-        from .show import show
+        from .reports.show import show
 
         show(self.what, self.tokens, console)
 

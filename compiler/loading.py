@@ -9,10 +9,10 @@ from rich.console import Console
 
 from ..grammar.parse import read
 from ..grammar.source import Source
-from .check import check
-from .drawn import Drawn
+from .checking.check import check
 from .model import Architecture, Block, Model
 from .parse import parse_source
+from .reports.drawn import Drawn
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,7 +24,7 @@ class Loaded(Drawn, Architecture):
 
     def show(self, console: Console | None = None, tokens: int = 4096) -> None:
         """Draw its text, its models, and the blocks that no model has."""
-        from .show import show
+        from .reports.show import show
 
         console = console or Console(highlight=False)
         console.print(self.text, markup=False, soft_wrap=True)

@@ -82,9 +82,7 @@ class Mixing:
         mix = self.mix
         assert isinstance(mix, Pairwise)
         first = self.inputs[1:3] if at == "j" else self.inputs[:1]
-        met = () if mix.similarity is None else (mix.similarity,)
-        exprs = (*met, mix.score, mix.mask, *mix.normalize.exprs, mix.weights)
-        read = indexed(exprs, self.inputs, at)
+        read = indexed(mix.exprs, self.inputs, at)
         return tuple(dict.fromkeys((*(each.name for each in first), *read)))
 
 
@@ -214,6 +212,12 @@ class Pairwise:
     weights: Expr
     dropout: float = 0.0
     similarity: Expr | None = None
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        """Every expression of it."""
+        met = () if self.similarity is None else (self.similarity,)
+        return (*met, self.score, self.mask, *self.normalize.exprs, self.weights)
 
 
 @dataclass(frozen=True, slots=True)

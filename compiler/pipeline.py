@@ -14,12 +14,12 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from .build import build
-from .choose import Target, choose
 from .emit import Code, emit
-from .graph import Graph
+from .graph.build import build
+from .graph.graph import Graph
+from .graph.passes import PASSES
 from .model import Block, Model
-from .passes import PASSES
+from .plan.choose import Target, choose
 
 if TYPE_CHECKING:
     from torch import nn

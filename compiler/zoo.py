@@ -28,8 +28,8 @@ from rich.table import Table
 
 from ..grammar.diagnostics import did_you_mean
 from ..grammar.source import Source
-from .check import check, find
-from .cost import Cost, cost
+from .checking.check import check, find
+from .facts.cost import Cost, cost
 from .loading import Loaded, load
 from .model import Block, Model
 from .parse import parse_source

@@ -25,17 +25,7 @@ from functools import cache
 from typing import TypeVar
 
 from .source import Source
-from .syntax import (
-    Block,
-    Branch,
-    Comments,
-    Definition,
-    File,
-    Item,
-    Model,
-    Search,
-    Statement,
-)
+from .syntax import Block, Branch, Comments, Definition, File, Item, Model, Search, Statement
 
 Node = Item | Statement
 Bodied = Block | Model | Search | Definition | Branch

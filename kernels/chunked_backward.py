@@ -17,17 +17,7 @@ token by token: forward S_{r-1} met with all o' and u', backward X_r met with al
 import triton
 import triton.language as tl
 
-from .chunked import (
-    decays,
-    fade,
-    head,
-    load_tile,
-    meet,
-    pair_fade,
-    product,
-    store_tile,
-    token,
-)
+from .chunked import decays, fade, head, load_tile, meet, pair_fade, product, store_tile, token
 
 # ── what a chunk's tokens meet at its ends ────────────────────────────────────────────────
 

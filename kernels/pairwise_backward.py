@@ -10,14 +10,7 @@ any other index are scattered: what differs from pair to pair by the kernel of d
 import triton
 import triton.language as tl
 
-from .pairwise import (
-    keys_seen_by,
-    load_rows,
-    reciprocal,
-    scored,
-    store_rows,
-    zero_sums,
-)
+from .pairwise import keys_seen_by, load_rows, reciprocal, scored, store_rows, zero_sums
 
 # ── backward ─────────────────────────────────────────────────────────────────────────────
 

@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from ..compiler.check import check
-from ..compiler.cost import cost
+from ..compiler.checking.check import check
+from ..compiler.facts.cost import cost
 from ..compiler.model import Block, Model, Normalizer, Recurrence
 from ..grammar import syntax
 from ..grammar.expr import fold

@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "compiler": {"compiler", "ops", "kernels", "grammar"},
     "search": {"search", "compiler", "ops", "grammar"},
 }
+ROOMS = ("algebra", "facts", "checking", "graph", "plan", "pieces", "emit")  # each after its needs
+DOORS = ("meaning", "reports", "verify")  # and the modules of compiler/ itself: on top of these
 
 
 @cache
@@ -62,6 +64,17 @@ def test_arrows_point_one_way() -> None:
             assert not wrong, f"{name} must not import {wrong}"
 
 
+def test_rooms_of_the_compiler_stand_in_order() -> None:
+    for name, path in modules().items():
+        folder, _, rest = name.partition(".")
+        room = rest.partition(".")[0]
+        if folder == "compiler" and room in ROOMS:
+            allowed = {"model", *ROOMS[: ROOMS.index(room) + 1]}
+            rooms = {each.split(".")[1] for each in imports(name, path)
+                     if each.startswith("compiler.")}  # fmt: skip
+            assert rooms <= allowed, f"{name} must not import {rooms - allowed}"
+
+
 def test_there_are_no_cycles() -> None:
     graph = nx.DiGraph(
         (name, each) for name, path in modules().items() for each in imports(name, path)
@@ -81,7 +94,7 @@ def test_nothing_of_ours_hides_behind_type_checking() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["headloom", "headloom.cli", "headloom.compiler.check", "headloom.compiler.cost",
+    ["headloom", "headloom.cli", "headloom.compiler.checking.check", "headloom.compiler.facts.cost",
      "headloom.kernels.render", "headloom.search.space"],
 )  # fmt: skip
 def test_light_modules_do_not_import_torch(module: str) -> None:

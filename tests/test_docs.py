@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from headloom.cli import main
-from headloom.compiler import codes as compiler_codes
-from headloom.compiler import inheritance, models
-from headloom.compiler.check import check
-from headloom.compiler.library import standard
-from headloom.compiler.names import MEANINGS, METHODS
+from headloom.compiler.checking import codes as compiler_codes
+from headloom.compiler.checking import inheritance, models
+from headloom.compiler.checking.check import check
+from headloom.compiler.checking.library import standard
+from headloom.compiler.checking.names import MEANINGS, METHODS
 from headloom.grammar import from_yaml
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.expr import evaluate

@@ -18,14 +18,14 @@ from dataclasses import replace
 from ...grammar.constants import infinite
 from ...grammar.expr import TRUE, calls, names
 from ...grammar.syntax import Call, Compare, Expr, Index, Name, Number, walk
-from ..blocks import sees_something
-from ..choose import Lowering, attend_exprs, maps, reads_places, sdpa_obstacle
-from ..graph import Graph, Node, shape_of
-from ..kernel_form import KernelForm
+from ..algebra.normalizers import Exponential, exponential
+from ..algebra.thresholds import threshold
+from ..checking.blocks import sees_something
+from ..graph.graph import Graph, Node, shape_of
+from ..graph.sides import makes_vectors
 from ..model import MAPS, PREVIOUS, Normalizer
-from ..normalizers import Exponential, exponential
-from ..sides import makes_vectors
-from ..thresholds import threshold
+from ..plan.choose import Lowering, attend_exprs, maps, reads_places, sdpa_obstacle
+from ..plan.kernel_form import KernelForm
 from .pairs import Operand, Pairs, operand, token
 from .text import atomic, call, comment, ident, indent
 

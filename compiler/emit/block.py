@@ -14,13 +14,13 @@ from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...kernels.recurrence import Recurrence
 from ...ops import OPS
-from ..choose import Lowering, kernel_reads, maps, reads_places, tells_apart
-from ..graph import Graph, Node, shape_of
-from ..kernel_form import KernelForm, kernel_form
-from ..masks import extent
+from ..algebra.masks import extent
+from ..facts.parameters import constants
+from ..graph.graph import Graph, Node, shape_of
 from ..model import MAPS, PREVIOUS, Pairwise
-from ..operators import Operator
-from ..parameters import constants
+from ..plan.choose import Lowering, kernel_reads, maps, reads_places, tells_apart
+from ..plan.kernel_form import KernelForm, kernel_form
+from ..plan.operators import Operator
 from . import attend, chunk, scan
 from .caches import Caches, begins_within, own_rows, plain_name
 from .tensors import constants as constant_lines

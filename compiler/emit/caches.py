@@ -11,12 +11,11 @@ from functools import cached_property
 
 from ...grammar.expr import calls, evaluate
 from ...ops import OPS
-from .. import decoding
-from ..choose import attend_exprs
-from ..graph import Graph, Node, shape_of
-from ..masks import extent, reads_others, remembered, widest
-from ..mixing import mix_exprs
+from ..algebra.masks import extent, reads_others, remembered, widest
+from ..facts import decoding
+from ..graph.graph import Graph, Node, shape_of
 from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
+from ..plan.choose import attend_exprs
 from . import attend, scan
 from .text import call, ident, indent
 
@@ -224,7 +223,7 @@ def own_rows(block: Block, training: bool = True) -> bool:
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
             if flow.keys == "n" and flow.queries != "n":
                 return True
-            if any(calls(expr, "convolve") for expr in mix_exprs(flow.mix)):
+            if any(calls(expr, "convolve") for expr in flow.mix.exprs):
                 return True
         elif isinstance(flow, Mixing) and isinstance(flow.mix, Recurrence) and not flow.mix.resets:
             matrices = [each for each in flow.mix.states if len(each.shape) == 2]
@@ -242,7 +241,7 @@ def begins_within(block: Block) -> bool:
 
     Not where expressions read other keys in order: those of both sequences lie in one cache.
     """
-    exprs = (expr for each in block.mixings.values() for expr in mix_exprs(each.mix))
+    exprs = (expr for each in block.mixings.values() for expr in each.mix.exprs)
     return not own_rows(block, training=False) and not any(map(reads_others, exprs))
 
 

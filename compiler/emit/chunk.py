@@ -16,10 +16,10 @@ from ...grammar.expr import evaluate, names, rebuild
 from ...grammar.syntax import Expr, Index, Name, Number, walk
 from ...kernels.recurrence import Recurrence
 from .. import model
-from ..affine import BEFORE
-from ..graph import Graph, Node
+from ..algebra.affine import BEFORE
+from ..graph.graph import Graph, Node
 from ..model import State
-from ..recurrences import Chunked, Memory, Sum, kernels_of, of_node, ranks_of
+from ..plan.recurrences import Chunked, Memory, Sum, kernels_of, of_node, ranks_of
 from . import scan
 from .text import atomic, call, ident, indent
 from .values import Text, Values, lifted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ..decoding import obstacle
+from ..facts.decoding import obstacle
 from ..model import Block, Model
 from .caches import begins_within, own_rows
 from .text import call, indent

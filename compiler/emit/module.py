@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...kernels import render
-from ..graph import Graph
+from ..graph.graph import Graph
 from ..model import Block, Model
-from ..operators import operators
+from ..plan.operators import operators
 from . import model as model_text
 from .block import block_class
 from .lines import wrap

@@ -28,9 +28,9 @@ from ...grammar.syntax import (
     walk,
 )
 from ...kernels.places import bounds
-from ..graph import Dims, Graph, Node
+from ..graph.graph import Dims, Graph, Node
+from ..graph.sides import KEY, PAIR, QUERY, at_token, product, reduces, sides
 from ..model import MAPS, PREVIOUS
-from ..sides import KEY, PAIR, QUERY, at_token, product, reduces, sides
 from .text import atomic, ident
 from .values import Text, Values
 

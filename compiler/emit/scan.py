@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from ...grammar.expr import evaluate, names
 from ...grammar.syntax import Index, Name
-from ..graph import Graph, Node
-from ..levels import affine_parts
+from ..algebra.levels import affine_parts
+from ..graph.graph import Graph, Node
 from ..model import Recurrence, State, Update
 from .text import atomic, call, ident, indent
 from .values import Text, Values, lifted

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from headloom.compiler.check import block as block_of
-from headloom.compiler.check import check
-from headloom.compiler.choose import Target
+from headloom.compiler.checking.check import block as block_of
+from headloom.compiler.checking.check import check
+from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Block
-from headloom.compiler.reference import reference
+from headloom.compiler.plan.choose import Target
 from headloom.grammar.parse import parse
 
 WIDTH = 16

@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headloom.compiler.check import block, check, find
-from headloom.compiler.names import MODULE
+from headloom.compiler.checking.check import block, check, find
+from headloom.compiler.checking.names import MODULE
+from headloom.compiler.meaning.reference import reference
 from headloom.compiler.pipeline import Target, generate, load
-from headloom.compiler.reference import reference
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
 from headloom.grammar.show import show
@@ -544,7 +544,7 @@ def words_exchanged(seed: int) -> None:
 
 
 def test_it_needs_no_torch():
-    program = "import sys, headloom.compiler.check; sys.exit('torch' in sys.modules)"
+    program = "import sys, headloom.compiler.checking.check; sys.exit('torch' in sys.modules)"
     folder = Path(__file__).parent
     assert subprocess.run([sys.executable, "-c", program], cwd=folder, check=False).returncode == 0
 

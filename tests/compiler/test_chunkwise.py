@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headloom.compiler import choose, decoding, pieces
-from headloom.compiler.build import build
+from headloom.compiler import pieces
 from headloom.compiler.emit.caches import begins_within
+from headloom.compiler.facts import decoding
+from headloom.compiler.graph.graph.build import build
 from headloom.compiler.model import Block
-from headloom.compiler.recurrences import Chunked, of_node
+from headloom.compiler.plan import choose
+from headloom.compiler.plan.recurrences import Chunked, of_node
 
 from .battery import block, compiled, inputs, oracle
 from .test_compile import gradients

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import headloom.compiler.codes
+import headloom.compiler.checking.codes
 import headloom.grammar.codes
-from headloom.compiler.check import check
-from headloom.compiler.codes import CODES, OWN
+from headloom.compiler.checking.check import check
+from headloom.compiler.checking.codes import CODES, OWN
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
 
-TABLES = (headloom.compiler.codes, headloom.grammar.codes)
+TABLES = (headloom.compiler.checking.codes, headloom.grammar.codes)
 FOLDERS = [Path(str(each.__file__)).parent for each in TABLES]
 CODE = re.compile(r'"([LW]\d{3})"')
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headloom.compiler import api, decoding
-from headloom.compiler.check import check
-from headloom.compiler.choose import Target
-from headloom.compiler.cost import cost
+from headloom.compiler import api
+from headloom.compiler.checking.check import check
 from headloom.compiler.emit.caches import begins_within
+from headloom.compiler.facts import decoding
+from headloom.compiler.facts.cost import cost
 from headloom.compiler.model import Block, Model
 from headloom.compiler.pipeline import generate, load
+from headloom.compiler.plan.choose import Target
 from headloom.grammar.parse import parse
 
 from .battery import EXAMPLES, SETTINGS, block, compiled, inputs, oracle

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from headloom.compiler import zoo
-from headloom.compiler.choose import Target
 from headloom.compiler.model import Block, Model
 from headloom.compiler.pieces import Constants
 from headloom.compiler.pipeline import generate, load
+from headloom.compiler.plan.choose import Target
 
 NAMES = [each.name for each in zoo.entries() if re.search(r"\bconst\b|alibi", each.text)]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from headloom.compiler.check import check
-from headloom.compiler.cost import cost
+from headloom.compiler.checking.check import check
+from headloom.compiler.facts.cost import cost
 from headloom.compiler.model import Model
 from headloom.grammar.parse import parse
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headloom.compiler.reference_values import value
+from headloom.compiler.meaning.values import value
 from headloom.grammar.derive import derivative
 from headloom.grammar.expr import names
 from headloom.grammar.parse import parse_expression

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from headloom.compiler.api import build_module
-from headloom.compiler.check import check, find
-from headloom.compiler.choose import Target
-from headloom.compiler.reference import reference
+from headloom.compiler.checking.check import check, find
+from headloom.compiler.meaning.reference import reference
+from headloom.compiler.plan.choose import Target
 from headloom.grammar.parse import parse
 
 WHERE = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import headloom as hl
-from headloom.compiler.dtypes import BYTES, named, of_torch, size
+from headloom.compiler.facts.dtypes import BYTES, named, of_torch, size
 
 ARCH = hl.load(
     "block a { width = 8; heads = 2; mask = causal }\n"

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from headloom.compiler.api import build_module
-from headloom.compiler.check import check, find
-from headloom.compiler.choose import Target, lowerings
+from headloom.compiler.checking.check import check, find
+from headloom.compiler.meaning.reference import reference
 from headloom.compiler.pipeline import lower
-from headloom.compiler.reference import reference
-from headloom.compiler.verify import CHECKS
-from headloom.compiler.verify_cases import Subject
+from headloom.compiler.plan.choose import Target, lowerings
+from headloom.compiler.verify.verify.cases import Subject
+from headloom.compiler.verify.verify.verify import CHECKS
 from headloom.grammar.parse import parse
 
 from .battery import block, inputs

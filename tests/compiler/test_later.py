@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import headloom as hl
-from headloom.compiler.check import check
-from headloom.compiler.decoding import obstacle
+from headloom.compiler.checking.check import check
+from headloom.compiler.facts.decoding import obstacle
+from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Block
-from headloom.compiler.reference import reference
 from headloom.grammar.parse import parse
 
 NEVER = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headloom.compiler.check import check, find
+from headloom.compiler.checking.check import check, find
 from headloom.compiler.model import Block, Model, Pairwise
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.format import format_loom

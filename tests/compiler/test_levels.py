@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from headloom.compiler import choose, pieces
+from headloom.compiler import pieces
 from headloom.compiler.api import explain, load
-from headloom.compiler.build import build
-from headloom.compiler.check import check
-from headloom.compiler.cost import cost
+from headloom.compiler.checking.check import check
+from headloom.compiler.facts.cost import cost
+from headloom.compiler.graph.graph.build import build
 from headloom.compiler.model import Block
-from headloom.compiler.recurrences import Chunked, of_node
+from headloom.compiler.plan import choose
+from headloom.compiler.plan.recurrences import Chunked, of_node
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headloom.compiler.check import check
-from headloom.compiler.counting import pairs
-from headloom.compiler.masks import Extent, extent, linear, sees_itself
+from headloom.compiler.algebra.counting import pairs
+from headloom.compiler.algebra.masks import Extent, extent, linear, sees_itself
+from headloom.compiler.checking.check import check
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.expr import evaluate, fold
 from headloom.grammar.parse import parse, parse_expression

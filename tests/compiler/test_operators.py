@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import headloom as hl
-from headloom.compiler.check import check, find
-from headloom.compiler.choose import Target, lowerings
-from headloom.compiler.operators import operators
+from headloom.compiler.checking.check import check, find
 from headloom.compiler.pipeline import lower
+from headloom.compiler.plan.choose import Target, lowerings
+from headloom.compiler.plan.operators import operators
 from headloom.grammar.parse import parse
 from headloom.kernels.recurrence import Recurrence
 from headloom.kernels.sequential import Scan

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headloom.compiler.algebra.normalizers import Exponential, exponential
 from headloom.compiler.api import build_module
-from headloom.compiler.check import check, find
-from headloom.compiler.choose import Target
+from headloom.compiler.checking.check import check, find
+from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Pairwise
-from headloom.compiler.normalizers import Exponential, exponential
-from headloom.compiler.reference import reference
+from headloom.compiler.plan.choose import Target
 from headloom.grammar.parse import parse
 
 

@@ -9,14 +9,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from headloom.compiler.api import build_module
-from headloom.compiler.check import block as block_of
-from headloom.compiler.check import check
-from headloom.compiler.choose import Target
-from headloom.compiler.cost import cost
+from headloom.compiler.checking.check import block as block_of
+from headloom.compiler.checking.check import check
+from headloom.compiler.facts.cost import cost
+from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Model
 from headloom.compiler.pipeline import generate, graphs
-from headloom.compiler.reference import reference
-from headloom.compiler.verify import subjects, verify
+from headloom.compiler.plan.choose import Target
+from headloom.compiler.verify.verify.verify import subjects, verify
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
 

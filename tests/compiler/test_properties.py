@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headloom.compiler.check import block as block_of
-from headloom.compiler.check import check
+from headloom.compiler.checking.check import block as block_of
+from headloom.compiler.checking.check import check
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headloom.compiler.api import explain, load
 from headloom.compiler.model import Recurrence, State, Update
-from headloom.compiler.recurrences import Chunked, Memory, Sum, Write, recognised
+from headloom.compiler.plan.recurrences import Chunked, Memory, Sum, Write, recognised
 from headloom.grammar.expr import rebuild
 from headloom.grammar.parse import parse_expression
 from headloom.grammar.show import show

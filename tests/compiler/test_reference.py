@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headloom.compiler.check import check, find
+from headloom.compiler.checking.check import check, find
+from headloom.compiler.facts.parameters import constants, initial, model_weights, weights
+from headloom.compiler.meaning.reference import ReferenceModel, reference, sinusoidal
 from headloom.compiler.model import Block, Model
-from headloom.compiler.parameters import constants, initial, model_weights, weights
-from headloom.compiler.reference import ReferenceModel, reference, sinusoidal
 from headloom.grammar.expr import TRUE
 from headloom.grammar.parse import parse, parse_expression
 from headloom.ops import Weight

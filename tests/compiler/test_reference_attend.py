@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headloom.compiler.check import check, find
-from headloom.compiler.reference import ReferenceBlock, reference
+from headloom.compiler.checking.check import check, find
+from headloom.compiler.meaning.reference import ReferenceBlock, reference
 from headloom.grammar.parse import parse
 
 H, D, N = 4, 6, 11

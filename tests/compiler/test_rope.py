@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import headloom as hl
+from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import applies
-from headloom.compiler.reference import reference
 from headloom.ops import OPS, Run
 
 BLOCK = "block a { width = 8; heads = 2; mask = causal; position = rope(50, scaling = WAY) }"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import headloom as hl
-from headloom.compiler.reference import reference
+from headloom.compiler.meaning.reference import reference
 
 BLOCK = "block a { width = 8; heads = 1; BODY }"
 REFUSED = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from headloom.compiler import inheritance, models
-from headloom.compiler.check import check
-from headloom.compiler.spellings import BLOCK, MODEL
+from headloom.compiler.checking import inheritance, models
+from headloom.compiler.checking.check import check
+from headloom.compiler.checking.spellings import BLOCK, MODEL
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.from_yaml import parse_yaml
 from headloom.grammar.parse import parse

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from headloom.compiler.algebra.thresholds import require, threshold
+from headloom.compiler.algebra.trends import ANYTHING, INF, Range, Unclear, between, trend
 from headloom.compiler.api import build_module
-from headloom.compiler.check import check, find
-from headloom.compiler.choose import Target
+from headloom.compiler.checking.check import check, find
+from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Block, Normalizer, Pairwise
-from headloom.compiler.reference import reference
-from headloom.compiler.thresholds import require, threshold
-from headloom.compiler.trends import ANYTHING, INF, Range, Unclear, between, trend
+from headloom.compiler.plan.choose import Target
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse, parse_expression
 from headloom.grammar.show import show

@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from headloom.compiler.counting import numbers
-from headloom.compiler.tiles import EMPTY, FULL, PARTIAL, BlockList, by_head, classify
+from headloom.compiler.algebra.counting import numbers
+from headloom.compiler.algebra.tiles import EMPTY, FULL, PARTIAL, BlockList, by_head, classify
 from headloom.grammar.parse import parse_expression
 
 STANDARD = {
@@ -225,7 +225,7 @@ def test_what_has_no_bounds_is_partial(text):
 
 
 def test_patience_ends_and_what_is_left_is_partial(monkeypatch):
-    monkeypatch.setattr("headloom.compiler.tiles._PATIENCE", 1 << 16)
+    monkeypatch.setattr("headloom.compiler.algebra.tiles._PATIENCE", 1 << 16)
     text = "i * j % 7 == 3"  # nothing is known of the residues of products
     found = classify(parse_expression(f"j <= i and {text}"), 1 << 20, 1 << 20)
     assert found.count(FULL) == 0

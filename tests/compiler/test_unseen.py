@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from headloom.compiler.check import check
-from headloom.compiler.masks import NOTHING, extent
-from headloom.compiler.unseen import unseen
+from headloom.compiler.algebra.masks import NOTHING, extent
+from headloom.compiler.algebra.unseen import unseen
+from headloom.compiler.checking.check import check
 from headloom.grammar.parse import parse
 
 from .test_masks import mask

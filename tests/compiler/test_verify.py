@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from headloom.compiler import api, certificate
-from headloom.compiler.check import check, find
-from headloom.compiler.choose import Target
+from headloom.compiler import api
+from headloom.compiler.checking.check import check, find
 from headloom.compiler.emit import Code
 from headloom.compiler.emit import module as emit_module
 from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.parse import parse_path
 from headloom.compiler.pipeline import generate
-from headloom.compiler.verify import CHECKS, Finding, checks_of, subjects, verify
-from headloom.compiler.verify_cases import Difference, Subject, kernel_cases
-from headloom.compiler.verify_export import exported_output
-from headloom.compiler.verify_kernels import repeated
+from headloom.compiler.plan.choose import Target
+from headloom.compiler.verify.verify import certificate
+from headloom.compiler.verify.verify.cases import Difference, Subject, kernel_cases
+from headloom.compiler.verify.verify.export import exported_output
+from headloom.compiler.verify.verify.kernels import repeated
+from headloom.compiler.verify.verify.verify import CHECKS, Finding, checks_of, subjects, verify
 from headloom.search.space import alternatives, has_holes
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"

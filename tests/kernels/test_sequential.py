@@ -12,13 +12,13 @@ import torch
 from torch import Tensor as T
 
 from headloom.compiler import zoo
-from headloom.compiler.check import block, check
-from headloom.compiler.choose import Target
+from headloom.compiler.checking.check import block, check
+from headloom.compiler.meaning.scan import value
 from headloom.compiler.model import Block
 from headloom.compiler.pipeline import lower
-from headloom.compiler.recurrences import of_node
-from headloom.compiler.reference_scan import value
-from headloom.compiler.sequential_form import scan_of
+from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.recurrences import of_node
+from headloom.compiler.plan.sequential_form import scan_of
 from headloom.grammar.parse import parse
 from headloom.kernels.aot import compile_ahead
 from headloom.kernels.render import IMPORTS, skeleton_text

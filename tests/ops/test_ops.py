@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headloom.compiler import pieces
-from headloom.compiler.parameters import defaults, initial
+from headloom.compiler.facts.parameters import defaults, initial
 from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
 from headloom.ops import OPS, Mismatch, Run, Shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headloom.compiler import pieces
-from headloom.compiler.parameters import defaults
+from headloom.compiler.facts.parameters import defaults
 from headloom.ops import OPS, Chosen, Run, Shape
 from headloom.ops.rope_scaling import SCALINGS, Plain, scaling_of
 

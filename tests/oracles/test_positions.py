@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from headloom.compiler.check import check, find
+from headloom.compiler.checking.check import check, find
+from headloom.compiler.facts.parameters import constants, initial
 from headloom.compiler.model import Block, applies
-from headloom.compiler.parameters import constants, initial
 from headloom.grammar.parse import parse
 from headloom.ops.rope_scaling import SCALINGS, Plain, scaling_of
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from headloom.compiler.check import check
+from headloom.compiler.checking.check import check
 from headloom.grammar.parse import parse, read
 from headloom.search import candidate, report
 from headloom.search.plan import read_plan

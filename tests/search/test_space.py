@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headloom.compiler.check import check
+from headloom.compiler.checking.check import check
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse

@@ -16,12 +16,12 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from headloom.compiler import zoo
 from headloom.compiler.api import build_module
-from headloom.compiler.check import check, find
-from headloom.compiler.choose import Target
+from headloom.compiler.checking.check import check, find
+from headloom.compiler.meaning.attend import Given, Places, attend
+from headloom.compiler.meaning.reference import ReferenceBlock, ReferenceModel, reference
+from headloom.compiler.meaning.scan import scan
 from headloom.compiler.model import Block, Mixing, Model, Pairwise, Recurrence
-from headloom.compiler.reference import ReferenceBlock, ReferenceModel, reference
-from headloom.compiler.reference_attend import Given, Places, attend
-from headloom.compiler.reference_scan import scan
+from headloom.compiler.plan.choose import Target
 from headloom.grammar.parse import parse
 
 N = 11

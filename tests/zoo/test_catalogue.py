@@ -20,18 +20,9 @@ from torch.nn.functional import (
 )
 
 from headloom.compiler import api
-from headloom.compiler.reference_attend import Given, Places, attend
+from headloom.compiler.meaning.attend import Given, Places, attend
 
-from .mechanisms import (
-    MHA,
-    Mechanism,
-    assert_close,
-    causal,
-    softmax,
-    text_of,
-    tokens,
-    visible,
-)
+from .mechanisms import MHA, Mechanism, assert_close, causal, softmax, text_of, tokens, visible
 
 FULL = MHA.replace("; mask = causal", "")
 N = 24

@@ -152,7 +152,7 @@ def test_14_efficient_is_optimised_with_keys_as_they_are():
 
 
 def test_14_efficient_keeps_the_input_once():
-    from headloom.compiler.cost import cost
+    from headloom.compiler.facts.cost import cost
 
     assert cost(Mechanism("efficient_slices").block).cache_bytes(10) == 10 * 32 * 4
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu, softplus
 
-from headloom.compiler.cost import cost
+from headloom.compiler.facts.cost import cost
 
 from .mechanisms import (
     MHA,

@@ -1,0 +1,1 @@
+"""Syntax → architecture: every name resolved, every error found. `check.py` is the door."""

@@ -1,0 +1,320 @@
+"""Pipelines: `x | linear(512) | rms_norm | split` as operations with shapes and names.
+
+A pipeline is elaborated in three steps: named stages are replaced by their bodies; what the
+target needs is carried back through the stages, so that `linear` and `split` know the sizes
+nobody wrote; then shapes run forward and every stage checks what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...grammar import syntax
+from ...grammar.diagnostics import did_you_mean, error
+from ...grammar.expr import rebuild
+from ...grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS, VECTOR_FUNCTIONS
+from ...grammar.show import show
+from ...grammar.source import Span
+from ...grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
+from ...ops import OPS, UNNAMED, Op, Shape
+from ..model import MAPS, PREVIOUS, Apply, Flow, Read
+from .arithmetic import applied, composed, exactly, joint, reduces, statistic
+from .library import put
+from .options import bound, option_value
+from .scalars import resolve_function, shaped
+from .scope import Scope, body, suggest
+
+# What DESIGN names as a stage and a later version brings.
+LATER = {"pool": "pooling is"}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a pipeline is for: its name, and the shape it must have (None: any).
+
+    The tokens of the shape only say what it would run along; any will do.
+    """
+
+    name: str
+    shape: Shape | None = None
+
+    @property
+    def module(self) -> str:
+        return "o" if self.name == "out" else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One operation with the arguments that were written, and further streams it reads."""
+
+    op: Op
+    options: dict[str, Any]
+    others: tuple[Flow, ...]
+    span: Span
+    places: dict[str, Span] = field(default_factory=dict)  # of what was written for an option
+
+
+def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
+    """Return the flow of a pipeline, its submodules named, its final shape checked (L207)."""
+    flow = name_modules(_flow(scope, expr, target), target)
+    if target.shape is not None and replace(target.shape, tokens=flow.shape.tokens) != flow.shape:
+        label = f"it is {flow.shape}, needed is {target.shape}"
+        raise error("L207", f"`{target.name}` does not have the shape that is needed", expr.span,
+                    label, _repair(flow.shape, target))  # fmt: skip
+    if target.shape is not None and not _reads_streams(scope, flow):
+        raise error("L208", f"`{target.name}` reads no stream", expr.span,
+                    "it is made of tensors alone", "begin with a stream; `latents(count)` is a "
+                    "learned list of tokens")  # fmt: skip
+    return flow
+
+
+def _reads_streams(scope: Scope, flow: Flow) -> bool:
+    """Say whether a flow begins with a stream somewhere, not with tensors alone."""
+    match flow:
+        case Read(name):
+            own = scope.streams.get(name)
+            return name not in scope.tensors and (own is None or _reads_streams(scope, own.flow))
+        case Apply(_, inputs):
+            return any(_reads_streams(scope, each) for each in inputs)
+    return True
+
+
+def _repair(shape: Shape, target: Target) -> str:
+    wanted = target.shape
+    if wanted is not None and wanted.heads is not None and shape.heads is None:
+        return "end the pipeline with `split`"
+    if wanted is not None and wanted.heads is None and shape.heads is not None:
+        return "bring the heads together with `merge`"
+    return ""
+
+
+def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
+    match expr:
+        case Name(id, span):
+            shape = scope.shape(id, span) or _tensor(scope, expr)
+            if shape is None:
+                if id in LATER:
+                    raise error("L221", f"{LATER[id]} not available yet", span)
+                called = f"write `{id}(…)`" if id in OPS or id in STATISTICS else ""
+                raise error("L201", f"there is no stream `{id}`", span, "",
+                            called or suggest(id, scope.declared, scope.inputs))  # fmt: skip
+            return Read(scope.own(id), shape, span)
+        case syntax.Pipe(None, _):
+            raise error("L208", "this pipeline has no stream to start from", expr.span, "",
+                        "begin it with `x` or another stream")  # fmt: skip
+        case syntax.Pipe(head, stages):
+            assert head is not None
+            first = _flow(scope, head, replace(target, shape=None))
+            if isinstance(stages[-1], Binary):
+                raise error("L208", "this is not a stage", stages[-1].span,
+                            "`|` binds less than every operator",
+                            f"write `{show(_around(expr, stages[-1]))}`")  # fmt: skip
+            return _pipe(scope, first, stages, target)
+        case syntax.Attribute(Name("previous"), name) if name in MAPS:
+            where = {"s": "score", "p": "weights"}[name]
+            raise error("L208", f"`previous.{name}` is a number a pair, not a stream", expr.span,
+                        "", f"read it in `{where}`")  # fmt: skip
+        case syntax.Attribute(Name("previous"), name, span):
+            return Read(f"{PREVIOUS}{name}", scope.previous(name, span), span)
+        case Call(name) if name in OPS and OPS[name].starts:
+            return _pipe(scope, Read("x", scope.inputs["x"], expr.span), (expr,), target)
+        case Unary() | Binary() | Compare() | Call():
+            return _arithmetic(scope, expr, target)
+        case _:
+            help = "a stream is a name or a pipeline such as `x | linear | split`"
+            raise error("L208", "this is not a stream", expr.span, "", help)
+
+
+def _around(pipe: syntax.Pipe, last: Expr) -> Expr:
+    """Return `o | linear + x` as `(o | linear) + x`."""
+    if isinstance(last, Binary):
+        return replace(last, left=_around(pipe, last.left))
+    return replace(pipe, stages=(*pipe.stages[:-1], last))
+
+
+def _tensor(scope: Scope, expr: Name) -> Shape | None:
+    """Return the shape of a param or const as a stream of one token, for arithmetic (L208)."""
+    tensor = scope.tensors.get(scope.own(expr.id))
+    if tensor is None:
+        return None
+    match tensor.shape:
+        case ():
+            return Shape("1", 1)
+        case (dim,):
+            return Shape("1", dim)
+        case (heads, dim):
+            return Shape("1", dim, heads)
+    raise error(
+        "L208",
+        f"`{expr.id}` is not a stream",
+        expr.span,
+        f"it has {len(tensor.shape)} dimensions",
+        "a pipeline takes [dim] or [heads, dim]",
+    )
+
+
+def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
+    """`(one - 0.3 * two)`: streams become operands of elementwise operations."""
+    operands: list[Flow] = []
+
+    def operand(flow: Flow) -> Expr:
+        if flow not in operands:
+            operands.append(flow)
+        return Name(f"a{operands.index(flow)}", expr.span)
+
+    def visit(part: Expr) -> Expr:
+        if isinstance(part, Number):
+            return part
+        if isinstance(part, Name) and part.id in scope.numbers:
+            return part
+        if isinstance(part, Call) and part.function == "joint":
+            return operand(joint(scope, part))
+        if isinstance(part, Call) and part.function in STATISTICS:
+            return operand(statistic(scope, part, part.function))
+        if isinstance(part, Call) and part.function == "mean" and target.name == "regularize":
+            (arg,) = exactly(part, part.args, 1)
+            flow = _flow(scope, arg, Target("regularize"))
+            return operand(applied("average", {}, (flow,), part.span))
+        if isinstance(part, Call) and part.function not in {**FUNCTIONS, **VECTOR_FUNCTIONS}:
+            of_maps = part.function in MAP_FUNCTIONS
+            label = "it is read in scores, weights, `rows` and `columns`" if of_maps else ""
+            raise error("L201", f"`{part.function}` is not a function of streams", part.span, label,
+                        did_you_mean(part.function, (*FUNCTIONS, *VECTOR_FUNCTIONS)))  # fmt: skip
+        if isinstance(part, Unary | Binary | Compare | Call):
+            return rebuild(part, visit)
+        return operand(_flow(scope, part, replace(target, shape=None)))
+
+    inside = visit(expr)
+    free = frozenset(f"a{at}" for at in range(len(operands)))
+    body_ = resolve_function(scope, inside, free)
+    if not operands:
+        raise error("L208", "this is a number, not a stream", expr.span)
+    return composed(body_, tuple(operands), expr.span)
+
+
+# ── stages ───────────────────────────────────────────────────────────────────────────────
+
+
+def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> Flow:
+    steps = [step for stage in stages for step in _expand(scope, stage, target)]
+    wanted: list[Shape | None] = [target.shape] * len(steps)
+    for at in range(len(steps) - 1, 0, -1):
+        out, step = wanted[at], steps[at]
+        shapes = [Shape("n", 1), *(each.shape for each in step.others)]
+        options = _completed(scope, step, shapes[0], out)
+        known = out is not None and not reduces(options.get("expr"))
+        wanted[at - 1] = step.op.needs(out, shapes, options) if out and known else None
+    for step, out in zip(steps, wanted, strict=True):
+        head = _apply(replace(step, options=_completed(scope, step, head.shape, out)), head)
+    return head
+
+
+def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> dict[str, Any]:
+    """Fill in what was not written; a `split` for no target gives the query heads."""
+    options = dict(step.options)
+    targetless = out is None or out.heads is None
+    if step.op.name == "split" and options["heads"] is None and targetless:
+        options["heads"] = scope.numbers["heads"]
+    return step.op.complete(options, given, out)
+
+
+def _apply(step: _Stage, head: Flow | None) -> Flow:
+    inputs = step.others if head is None else (head, *step.others)
+    if step.op.name == "pointwise":
+        return composed(step.options["expr"], inputs, step.span)
+    return applied(step.op.name, step.options, inputs, step.span, step.places)
+
+
+def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
+    """Return the operations that one written stage stands for."""
+    if not isinstance(stage, Name | Call):
+        raise error("L208", "this is not a stage", stage.span, "",
+                    "a stage is a name or a call such as `linear(64)`")  # fmt: skip
+    name = stage.id if isinstance(stage, Name) else stage.function
+    args = () if isinstance(stage, Name) else stage.args
+    if definition := scope.library.find("stage", name):
+        with scope.inside(definition, stage.span):
+            result = body(scope, definition, stage)
+            if isinstance(result.value, syntax.Pipe) and result.value.head is None:
+                return [
+                    step for each in result.value.stages for step in _expand(scope, each, target)
+                ]
+            inside = resolve_function(scope, result.value, frozenset("x"))
+            return [_pointwise(put(inside, {"x": Name("a0")}), (), stage.span)]
+    if name == "gate":
+        (other,) = exactly(stage, args, 1)
+        gate = _flow(scope, other, replace(target, shape=None))
+        return [_pointwise(Binary("*", Name("a0"), Name("a1")), (gate,), stage.span)]
+    if name == "scale":
+        (factor,) = exactly(stage, args, 1)
+        value = scope.number(factor, "the factor of `scale`")
+        number = Number(value, repr(value), factor.span)
+        return [_pointwise(Binary("*", Name("a0"), number), (), stage.span)]
+    if name in FUNCTIONS and not FUNCTIONS[name].boolean and name != "where":
+        rest = tuple(
+            Number(value := scope.number(arg, f"an argument of `{name}`"), repr(value), arg.span)
+            for arg in exactly(stage, args, FUNCTIONS[name].arity - 1)
+        )
+        return [_pointwise(Call(name, (Name("a0"), *rest)), (), stage.span)]
+    if name in OPS and name not in UNNAMED:
+        return [_operation(scope, OPS[name], stage, target)]
+    if name in LATER:
+        raise error("L221", f"{LATER[name]} not available yet", stage.span)
+    known = [*(OPS.keys() - UNNAMED), "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
+    called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""
+    raise error("L208", f"there is no stage `{name}`", stage.span, "",
+                called or did_you_mean(name, known))  # fmt: skip
+
+
+def _pointwise(expr: Expr, others: tuple[Flow, ...], span: Span) -> _Stage:
+    return _Stage(OPS["pointwise"], {"expr": shaped(expr)}, others, span)
+
+
+def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Stage:
+    values = bound(op.name, op.options, stage)
+    options: dict[str, Any] = {}
+    others: list[Flow] = []
+    places: dict[str, Span] = {}
+    for option in op.options:
+        value = values[option.name]
+        if value == Name("none") and not option.required:
+            options[option.name] = option.default
+        elif option.kind == "stream":
+            others.append(_flow(scope, value, replace(target, shape=None)))
+        else:
+            options[option.name] = option_value(scope, op.name, option, value, places)
+    return _Stage(op, options, tuple(others), stage.span, places)
+
+
+# ── names of submodules ──────────────────────────────────────────────────────────────────
+
+
+def name_modules(flow: Flow, target: Target) -> Flow:
+    """Name the submodules of a pipeline: `q_proj`; `q_proj_0`, `q_proj_1` where several."""
+    counts: dict[str, int] = {}
+
+    def count(node: Flow) -> None:
+        if isinstance(node, Apply):
+            for each in node.inputs:
+                count(each)
+            if node.module:
+                counts[node.module] = counts.get(node.module, 0) + 1
+
+    count(flow)
+    used: dict[str, int] = {}
+
+    def visit(node: Flow) -> Flow:
+        if not isinstance(node, Apply):
+            return node
+        inputs = tuple(visit(each) for each in node.inputs)
+        module = node.module
+        if module:
+            at = used.get(module, 0)
+            used[module] = at + 1
+            number = f"_{at}" if counts[module] > 1 else ""
+            module = f"{target.module}_{module}{number}"
+        return replace(node, inputs=inputs, module=module)
+
+    return visit(flow)

@@ -1,0 +1,471 @@
+"""Scalar expressions: masks, scores, normalisers and weights, with every name resolved.
+
+`resolve` replaces names by what they stand for (sizes by numbers, definitions by their
+bodies) and checks kinds (a mask is true or false, the rest are numbers) and indices.
+
+    mask = causal and window(w)   →   j <= i and abs(i - j) < 256
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from ...grammar import syntax
+from ...grammar.diagnostics import error
+from ...grammar.expr import PLACES, fold, names, number
+from ...grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS, VECTOR_FUNCTIONS
+from ...grammar.show import show
+from ...grammar.source import Span
+from ...grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number
+from ...ops import Shape
+from ..algebra.thresholds import require
+from ..algebra.trends import Unclear
+from ..model import MAPS, PREVIOUS, Apply, Normalizer, Read
+from .expressions import Dims, Resolver, Value, plain
+from .library import put
+from .scope import Scope, body, suggest
+from .settled import finite, settled, weighs_nothing
+
+FREE = {
+    "mask": PLACES,
+    "similarity": PLACES,
+    "score": PLACES | {"s", "seen"},
+    "normalize": PLACES | {"s", "seen", "sum", "tau"},
+    "weights": PLACES | {"p", "seen"},
+    "statistic": PLACES | {"p", "seen"},
+}
+_OF_MAPS = ("score", "weights", "statistic")  # what may look at other pairs
+_CALLED = {"normalize": "a normaliser", "weights": "`weights`", "statistic": "`rows` or `columns`",
+           "stage": "a function of streams"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The tokens that i and j count, and how many query heads share a key head."""
+
+    queries: str = "n"
+    keys: str = "n"
+    group: int = 1
+
+
+@dataclass(frozen=True)
+class _Resolver(Resolver):
+    """A number for every pair; vectors are read whole: `t[i]`, `w[h]`."""
+
+    scope: Scope
+    what: str  # mask, similarity, score, normalize, weights, stage
+    free: frozenset[str]
+    axes: Axes = Axes()
+
+    @property
+    def called(self) -> str:
+        """What a message calls this kind of expression."""
+        return _CALLED.get(self.what, f"a {self.what}")
+
+    def scalar(self, expr: Expr, truth: bool = False) -> Expr:
+        """Resolve an expression that must be one number a pair, or one truth (L210)."""
+        found = self.truth(expr) if truth else self.number(expr)
+        if found.dims:
+            kind = "a vector" if len(found.dims) == 1 else "a matrix"
+            raise error(
+                "L210",
+                "this must be one number a pair",
+                expr.span,
+                f"it is {kind}, {list(found.dims)}",
+                "bring it to a number with `dot`, `sum`, `mean` or `norm`, or index it",
+            )
+        return found.expr
+
+    def as_truth(self, value: Value) -> Value | None:
+        """A stream made by a comparison holds 1 and 0: `keep[j]` is true where it is not 0."""
+        match value.expr:
+            case Index(Name(name)) if name in self.scope.streams:
+                flow = self.scope.streams[name].flow
+                if isinstance(flow, Apply) and _says(dict(flow.options).get("expr")):
+                    asked = Compare((value.expr, Number(0)), ("!=",), value.expr.span)
+                    return Value(asked, value.dims, True)
+        return None
+
+    def other(self, expr: Expr) -> Value:
+        match expr:
+            case syntax.Attribute(Name("previous"), name):
+                return Value(self._previous(name, expr.span))
+        if isinstance(expr, syntax.Pipe) and self.what == "score":
+            return Value(self._compose(expr.head, expr.stages))
+        raise error("L210", "this has no meaning here", expr.span,
+                    f"{self.called} is an expression over {_list(self.free)}")  # fmt: skip
+
+    def name(self, expr: Name) -> Value:
+        scope, id = self.scope, expr.id
+        if id in self.free:
+            return Value(expr)
+        if definition := scope.library.find(self.what, id):
+            return self._definition(definition, expr)
+        if id in scope.numbers:
+            return Value(number(scope.numbers[id], expr))
+        if self.what == "similarity" and id in ("q", "k"):
+            head = Name("h") if id == "q" else self._key_head()
+            token = Name("i" if id == "q" else "j")
+            found = self.index(Index(expr, (head, token), expr.span))
+            assert isinstance(found.expr, Index)
+            whole = replace(found.expr, items=found.expr.items[:2])
+            return Value(whole, found.dims or (1,))  # also where it has one feature
+        own = scope.own(id)
+        if own in scope.tensors:
+            shape, base = scope.tensors[own].shape, Name(own, expr.span)
+            if own in scope.per_head:
+                return Value(Index(base, (Name("h"),), expr.span), self._vector(expr, shape[1:]))
+            return Value(Index(base, (), expr.span), self._vector(expr, shape))
+        if own in scope.declared or id == "doc" or own in scope.inputs:
+            raise error("L214", f"`{id}` must be indexed here", expr.span, "",
+                        f"write `{id}[i]`, `{id}[j]` or `{id}[h, i]`")  # fmt: skip
+        if mask := self._mask(id):
+            return self._truth(mask, expr)
+        known = (self.free, scope.library.known(self.what), scope.numbers, scope.tensors,
+                 scope.declared)  # fmt: skip
+        where = _elsewhere(scope, id)
+        raise error("L201", f"`{id}` is not known in {self.called}", expr.span, where,
+                    suggest(id, *known))  # fmt: skip
+
+    def _key_head(self) -> Expr:
+        """Return which head of k a query head reads."""
+        group = self.axes.group
+        return Name("h") if group == 1 else Binary("//", Name("h"), number(group, Name("h")))
+
+    @staticmethod
+    def _vector(expr: Expr, dims: Dims) -> Dims:
+        if len(dims) > 2:
+            raise error("L214", "this has too many dimensions here", expr.span,
+                        f"it is {list(dims)}", "index it")  # fmt: skip
+        return dims
+
+    def _previous(self, name: str, span: Span) -> Expr:
+        """`previous.s` in a score, `previous.p` in weights: the map of the layer below (L214)."""
+        if (self.what, name) not in (("score", "s"), ("weights", "p")):
+            named = f"give the stream a name first: `let below = previous.{name}`"
+            raise error("L214", f"`previous.{name}` cannot be read here", span, "",
+                        "a score reads `previous.s`, weights read `previous.p`"
+                        if name in MAPS else named)  # fmt: skip
+        self.scope.layer_below(span)
+        return Name(f"{PREVIOUS}{name}", span)
+
+    def call(self, expr: Call) -> Value | None:
+        name = expr.function
+        if self.what == "stage" and name in VECTOR_FUNCTIONS:
+            return self._of_features(expr)
+        definition = self.scope.library.find(self.what, name)
+        function = is_function(expr) or name in VECTOR_FUNCTIONS
+        function |= self.what == "normalize" and name in FUNCTIONS  # a part of a normaliser
+        if definition is not None and not function:
+            return self._definition(definition, expr)
+        if name in ("row", "col") and len(expr.args) == 1 and not expr.keywords:
+            if self.scope.grid is None:
+                raise error("L214", f"`{name}` needs a grid", expr.span, "",
+                            "set `grid = (rows, cols)` in the block")  # fmt: skip
+            cols = number(self.scope.grid[1], expr)
+            op = "//" if name == "row" else "%"
+            return Value(Binary(op, self.scalar(expr.args[0]), cols, expr.span))
+        if name in MAP_FUNCTIONS and self.what in _OF_MAPS:
+            return Value(self._of_map(expr))
+        if name == "ispow2" and len(expr.args) == 1 and not _is_whole(self.scalar(expr.args[0])):
+            raise error("L210", "`ispow2` asks about a whole number", expr.args[0].span, "",
+                        "`//` divides whole numbers")  # fmt: skip
+        function = name in FUNCTIONS or name in VECTOR_FUNCTIONS
+        if not (function or self.scope.library.find("stage", name)) and (mask := self._mask(name)):
+            return self._truth(mask, expr)
+        return None
+
+    def _contract(self, expr: Binary, a: Value, b: Value) -> Value:
+        if self.what == "stage":
+            raise error("L216", "`@` is not of streams", expr.span, "",
+                        "`dot(a, b)` is the product of their features")  # fmt: skip
+        return super()._contract(expr, a, b)
+
+    def _of_features(self, expr: Call) -> Value:
+        """Resolve a function over the features of streams; the flow it becomes checks shapes."""
+        name, arity = expr.function, VECTOR_FUNCTIONS[expr.function]
+        if name == "outer":
+            raise error("L201", "`outer` is not a function of streams", expr.span,
+                        "a matrix is no stream", "a mixer and a score may use it")  # fmt: skip
+        if len(expr.args) != arity or expr.keywords:
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span,
+                        f"{len(expr.args) + len(expr.keywords)} given")  # fmt: skip
+        args = tuple(self.number(each).expr for each in expr.args)
+        return Value(Call(name, args, (), expr.span))
+
+    def unknown(self, expr: Call) -> Exception:
+        name = expr.function
+        if misplaced := _misplaced(name):
+            return error("L201", f"`{name}` cannot be read in {self.called}", expr.span, *misplaced)
+        more = MAP_FUNCTIONS if self.what in _OF_MAPS else ()
+        known = (FUNCTIONS, VECTOR_FUNCTIONS, more, self.scope.library.known(self.what))
+        return error("L201", f"`{name}` is neither a function nor {self.called}", expr.span,
+                     _elsewhere(self.scope, name), suggest(name, *known))  # fmt: skip
+
+    def _of_map(self, expr: Call) -> Expr:
+        """Resolve a call that reads other pairs: `sum_keys(e)`, `mix_heads(e, w)`."""
+        name, arity = expr.function, MAP_FUNCTIONS[expr.function]
+        if len(expr.args) != arity or expr.keywords:
+            given = len(expr.args) + len(expr.keywords)
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span,
+                        f"{given} given")  # fmt: skip
+        if name == "coin":
+            rate = self.scope.number(expr.args[0], "the rate of `coin`")
+            if not 0 <= rate <= 1:
+                raise error("L219", "a rate lies in 0 <= rate <= 1", expr.span, f"it is {rate}")
+            return Call(name, (number(rate, expr),), (), expr.span)
+        value = self.scalar(expr.args[0])
+        if arity == 1:
+            return Call(name, (value,), (), expr.span)
+        kernel = expr.args[1]
+        own = self.scope.own(kernel.id) if isinstance(kernel, Name) else ""
+        shape = self.scope.tensors[own].shape if own in self.scope.tensors else None
+        heads = int(self.scope.numbers["heads"])
+        fits = shape == (heads, heads) if name == "mix_heads" else (
+            shape is not None and (len(shape) == 2 or (len(shape) == 3 and shape[0] == heads))
+        )  # fmt: skip
+        if not fits:
+            wanted = "[heads, heads]" if name == "mix_heads" else (
+                "[heads, queries, keys] or [queries, keys]")  # fmt: skip
+            raise error("L216", f"`{name}` takes a tensor {wanted}", kernel.span,
+                        "this is none" if shape is None else f"it is {list(shape)}",
+                        "declare it as a `param` and name it here")  # fmt: skip
+        return Call(name, (value, Index(Name(own, kernel.span), (), kernel.span)), (), expr.span)
+
+    def _definition(self, definition: Definition, call: Expr) -> Value:
+        with self.scope.inside(definition, call.span):
+            return self.visit(body(self.scope, definition, call).value)
+
+    def _mask(self, name: str) -> Definition | None:
+        """Return the mask of a name: expressions of a pair may ask who sees whom."""
+        return self.scope.library.find("mask", name) if "j" in self.free else None
+
+    def _truth(self, mask: Definition, call: Expr) -> Value:
+        return replace(self, what="mask", free=FREE["mask"])._definition(mask, call)
+
+    def _compose(self, head: Expr | None, stages: tuple[Expr, ...]) -> Expr:
+        done = Name("s") if head is None else self.scalar(head)
+        for stage in stages:
+            done = put(self.scalar(stage), {"s": done})
+        return done
+
+    def index(self, expr: Index) -> Value:
+        if not isinstance(expr.base, Name):
+            raise error("L214", "only a stream or a tensor can be indexed", expr.base.span)
+        name = self.scope.own(expr.base.id)
+        items = tuple(self.scalar(each) for each in expr.items)
+        axes: tuple[str, ...]
+        sizes: tuple[int, ...]
+        if name == "doc":
+            axes, sizes = ("token",), (0,)
+        elif name in self.scope.tensors:
+            sizes = self.scope.tensors[name].shape
+            axes = ("any",) * len(sizes)
+        else:
+            shape = self._stream(expr, name)
+            axes, sizes = ("token", "any"), (0, shape.dim)
+            if shape.heads is not None:
+                axes, sizes = ("any", *axes), (shape.heads, *sizes)
+            if shape.dim == 1 and len(items) == len(axes) - 1:
+                items = (*items, Number(0, "0", expr.span))
+        if len(items) > len(axes) or "token" in axes[len(items) :]:
+            raise error("L214", f"`{name}` has {len(axes)} dimensions", expr.span,
+                        f"{len(items)} indices given",
+                        "index each of them, the tokens with `i` or `j`")  # fmt: skip
+        for at, (axis, item, size) in enumerate(zip(axes, items, sizes, strict=False)):
+            if axis == "token":
+                self._token(name, item)
+            else:
+                self._place(name, item, size, only_numbers=at == 2)
+        dims = self._vector(expr, sizes[len(items) :])
+        return Value(Index(Name(name, expr.base.span), items, expr.span), dims)
+
+    def _stream(self, expr: Index, name: str) -> Shape:
+        shape = self.scope.shape(name, expr.base.span)
+        if shape is None:
+            help = suggest(name, self.scope.declared, self.scope.tensors, ["doc"])
+            raise error("L201", f"there is no stream or tensor `{name}`", expr.base.span,
+                        _elsewhere(self.scope, name), help)  # fmt: skip
+        return shape
+
+    def _place(self, name: str, item: Expr, size: int, only_numbers: bool) -> None:
+        """Check an index that is not a token's: constants lie inside, streams take no i and j."""
+        known = fold(item)
+        if isinstance(known, Number) and (known.value != int(known.value)
+                                          or not 0 <= known.value < size):  # fmt: skip
+            raise error("L214", f"this index is outside of `{name}`", item.span,
+                        f"it is {known.value}, the size is {size}")  # fmt: skip
+        if isinstance(known, Number) or name in self.scope.tensors:
+            return
+        if only_numbers or names(known) != {"h"}:
+            raise error("L214", f"`{name}` cannot be read here", item.span,
+                        "heads are read at numbers or `h`, their features at numbers",
+                        "a `param` can be read anywhere")  # fmt: skip
+
+    def _token(self, name: str, item: Expr) -> None:
+        shape = self.scope.shape(name, item.span)
+        tokens = "n" if shape is None else shape.tokens  # doc runs along x
+        counted = {"i": self.axes.queries, "j": self.axes.keys}
+        allowed = {each for each, along in counted.items() if along == tokens}
+        if item in [Name(each) for each in allowed]:
+            return
+        indexed = any(isinstance(each, Index) for each in syntax.walk(item))
+        fits = name != "doc" and not name.startswith(PREVIOUS) and not indexed
+        if fits and "j" in allowed and names(item) == {"j"}:  # another key's token
+            return
+        shown = " or ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"
+        raise error("L214", f"the tokens of `{name}` are read at {shown} here", item.span, "",
+                    "`i` are the queries' tokens, `j` the keys', "
+                    "`j // 4 * 4` another key's")  # fmt: skip
+
+
+def _is_whole(expr: Expr) -> bool:
+    """Say whether an expression over places is certainly a whole number."""
+    match expr:
+        case Number(value):
+            return isinstance(value, int)
+        case Name(id):
+            return id in PLACES or id == "seen"
+        case Index(Name(id)):
+            return id == "doc"
+        case Binary("/") | Binary("**"):
+            return False
+        case Call(name) if name not in ("abs", "min", "max", "clip", "relu"):
+            return False
+        case _:
+            return all(_is_whole(each) for each in syntax.children(expr))
+
+
+def is_function(call: Expr) -> bool:
+    """Tell `sigmoid(s + b)`, the function, from `sigmoid(b = 1)`, the normaliser of that name.
+
+    A name that is both means the function where its arguments read the running value.
+    """
+    return (
+        isinstance(call, Call)
+        and call.function in FUNCTIONS
+        and any({"s", "p"} & names(arg) for arg in call.args)
+    )
+
+
+def _list(free: frozenset[str]) -> str:
+    return " ".join(sorted(free))
+
+
+def _misplaced(name: str) -> tuple[str, str] | None:
+    """Return the label and help for a function that is read in other places only."""
+    if name in MAP_FUNCTIONS:
+        return "it looks at other pairs", "scores, weights, `rows` and `columns` may"
+    if name in STATISTICS or name == "joint":
+        return "it is a stream, not a number a pair", "name it with `let` and index it"
+    return None
+
+
+def _elsewhere(scope: Scope, name: str) -> str:
+    kinds = [kind for kind, each in scope.library.definitions if each == name]
+    return f"there is a {kinds[0]} of this name" if kinds else ""
+
+
+def resolve(scope: Scope, expr: Expr, kind: str, axes: Axes = Axes()) -> Expr:
+    """Return a mask, score or weights expression with every name resolved, folded."""
+    visitor = _Resolver(scope, kind, FREE[kind], axes)
+    done = settled(visitor.scalar(expr, truth=kind == "mask"), int(scope.numbers["heads"]))
+    if kind == "score":
+        weighs_nothing(done)
+        return done
+    return finite(done)
+
+
+def shaped(expr: Expr) -> Expr:
+    """Fold an elementwise expression, unless that would lose the stream that gives its shape."""
+    folded = finite(settled(expr))
+    return folded if names(folded) == names(expr) else expr
+
+
+def resolve_function(scope: Scope, expr: Expr, free: frozenset[str]) -> Expr:
+    """Return a scalar expression over the given names (the body of a stage)."""
+    visitor = _Resolver(scope, "stage", free)
+    if visitor.visit(expr).truth:
+        said = visitor.scalar(expr, truth=True)
+        return Call("where", (said, Number(1), Number(0)), (), expr.span)
+    return shaped(visitor.scalar(expr))
+
+
+def _says(expr: object) -> bool:
+    """Say whether an elementwise expression is true or false, held as 1 and 0."""
+    match expr:
+        case Call("where", (_, Number(1), Number(0))):
+            return True
+    return False
+
+
+def resolve_normalizer(
+    scope: Scope, expr: Expr, axes: Axes, where: Expr | None, score: Expr
+) -> Normalizer:
+    """Return a normaliser of a score, taken apart into numerator and denominator (L220)."""
+    visitor = _Resolver(scope, "normalize", FREE["normalize"], axes)
+    name, value = "", expr
+    with ExitStack() as open_:
+        while (
+            isinstance(value, Name | Call)
+            and not is_function(value)
+            and (definition := scope.library.find("normalize", _head(value)))
+        ):
+            open_.enter_context(scope.inside(definition, expr.span))
+            result = body(scope, definition, value)
+            name = name or definition.name
+            value, where = result.value, result.where or where
+        done = settled(visitor.scalar(value), int(scope.numbers["heads"]))
+        infinite = weighs_nothing(score)
+        finite(done, frozenset({"s"} if infinite else ()))
+    span = value.span
+    name = name or "in place"
+    if where is not None:
+        if where != Compare((Name("sum"), Number(1)), ("==",)):
+            raise error("L220", "the condition of a threshold must be `sum == 1`", where.span)
+        if "tau" not in names(done) or "sum" in names(done):
+            raise error("L220", "a threshold normaliser reads `tau` and not `sum`", span)
+        match done:
+            case Call("exp", (Binary("-", logit, Name("tau")),)) if "tau" not in names(logit):
+                # Σ exp(logit - tau) = 1 says that tau is the logarithm of the row sum.
+                return Normalizer(name, Call("exp", (logit,), (), done.span), Name("sum"))
+        if infinite:
+            raise error("L219", "a threshold needs finite logits", span, "the score may be minus "
+                        "infinity", "say in `mask` what is not seen")  # fmt: skip
+        try:
+            require(done)
+        except Unclear as problem:
+            raise error("L220", "no threshold can be found for these weights",
+                        problem.expr.span if value is expr else expr.span,
+                        f"`{show(problem.expr)}`: {problem}",
+                        "the weights must rise or fall with `tau` everywhere, from 0 to 1 or more, "
+                        "and read `s` beside it, as in `relu(s - tau)`") from None  # fmt: skip
+        return Normalizer(name, done, None, where)
+    if "tau" in names(done):
+        raise error("L220", "`tau` needs a condition", span, "", "add `where sum == 1`")
+    if "sum" not in names(done):
+        return Normalizer(name, done)
+    match done:
+        case Binary("/", above, below) if "sum" not in names(above):
+            return Normalizer(name, above, below)
+    raise error("L220", "`sum` belongs in the denominator", span, "",
+                "write it as numerator / (… sum …)")  # fmt: skip
+
+
+def _head(expr: Name | Call) -> str:
+    return expr.id if isinstance(expr, Name) else expr.function
+
+
+def streams_read(
+    scope: Scope, exprs: tuple[Expr, ...], first: tuple[Read, ...]
+) -> tuple[Read, ...]:
+    """Return the streams that come first, and every other that resolved expressions read."""
+    found = {each.name: each for each in first}
+    known = scope.streams.keys() | scope.inputs.keys()
+    for node in (node for expr in exprs for node in syntax.walk(expr)):
+        if isinstance(node, Name) and node.id in known and node.id not in found:
+            shape = scope.shape(node.id, node.span)
+            assert shape is not None
+            found[node.id] = Read(node.id, shape, node.span)
+    return tuple(found.values())

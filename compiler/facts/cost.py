@@ -1,0 +1,193 @@
+"""What a block or model costs, from the checked architecture alone: no tensors, no torch.
+
+    cost(model).params                        learned numbers
+    cost(model).flops(tokens=4096)            of one forward pass over one sequence
+    cost(model).cache_bytes(tokens=4096)      what decoding keeps after so many tokens
+    cost(model).activation_bytes(tokens=4096) of one forward pass, before any is freed
+
+A multiply-add counts two. Pairwise mixing counts visible pairs exactly; what a mask hides
+because of data (segments, streams) counts as visible. Against a context, `tokens` is the
+length of the context as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+
+from ...grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
+from ...ops import OPS, Weight
+from ..algebra.levels import affine_parts
+from ..model import Apply, Block, Mixing, Model, Recurrence, applies
+from .dtypes import DType, size
+from .kept import kept_bytes
+from .parameters import model_weights, weights
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The costs of one block or model."""
+
+    what: Block | Model
+
+    @property
+    def params(self) -> int:
+        """The number of learned numbers."""
+        own = weights(self.what) if isinstance(self.what, Block) else model_weights(self.what)
+        return sum(_size(each) for each in own)
+
+    def flops(self, tokens: int) -> int:
+        """Floating point operations of a forward pass over one sequence of so many tokens."""
+        if isinstance(self.what, Block):
+            return _block_flops(self.what, tokens)
+        model = self.what
+        per_layer = 0
+        if model.ffn is not None:
+            matrices = 3 if model.ffn.kind == "swiglu" else 2
+            per_layer = 2 * matrices * model.width * model.ffn.hidden
+        total = sum(
+            count * _block_flops(block, tokens) for block, count in Counter(model.layers).items()
+        )
+        if model.norm != "none":
+            per_layer += 4 * model.width * (2 if model.ffn is not None else 1)
+            total += 4 * model.width * tokens
+        total += per_layer * tokens * len(model.layers)
+        if model.head == "lm":
+            total += 2 * model.width * (model.vocab or 0) * tokens
+        if model.head == "classify":
+            total += 2 * model.width * model.classes
+        if model.encoder is not None:
+            total += Cost(model.encoder).flops(tokens)
+        return total
+
+    def cache_bytes(self, tokens: int, dtype: DType = "float32") -> int:
+        """Bytes that decoding keeps for one sequence of so many tokens."""
+        if isinstance(self.what, Block):
+            return kept_bytes(self.what, tokens, size(dtype))
+        return sum(
+            count * kept_bytes(block, tokens, size(dtype))
+            for block, count in Counter(self.what.layers).items()
+        )
+
+    def activation_bytes(self, tokens: int, dtype: DType = "float32") -> int:
+        """Bytes of all intermediate results of a forward pass over one sequence.
+
+        A fused attention counts its output and one statistic a row, not its map.
+        """
+        if isinstance(self.what, Block):
+            return _activations(self.what) * tokens * size(dtype)
+        model = self.what
+        total = sum(count * _activations(block) for block, count in Counter(model.layers).items())
+        each = 2 * model.width  # the two residual sums
+        if model.norm != "none":
+            each += 2 * model.width
+        if model.ffn is not None:
+            each += model.width + (3 if model.ffn.kind == "swiglu" else 2) * model.ffn.hidden
+        total += each * len(model.layers) + model.width
+        total += {"lm": model.vocab or 0, "classify": 0, "none": 0}[model.head]
+        more = 0 if model.encoder is None else Cost(model.encoder).activation_bytes(tokens, dtype)
+        return total * tokens * size(dtype) + more
+
+
+def cost(what: Block | Model) -> Cost:
+    """Return the costs of a block or model."""
+    return Cost(what)
+
+
+def _size(weight: Weight) -> int:
+    return prod(weight.shape) if weight.learned else 0
+
+
+def _applies(block: Block) -> list[Apply]:
+    flows = [*(each.flow for each in block.streams), block.out]
+    return [node for flow in flows for node in applies(flow)]
+
+
+def _block_flops(block: Block, tokens: int) -> int:
+    total = sum(
+        _count(node.shape.tokens, tokens)
+        * OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
+        for node in _applies(block)
+    )
+    return total + sum(_mixing_flops(each, tokens, block) for each in block.mixings.values())
+
+
+def _count(axis: str, tokens: int) -> int:
+    """Return how many tokens an axis has, where x and the context have so many."""
+    return int(axis) if axis.isdecimal() else tokens
+
+
+def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
+    if isinstance(mixing.mix, Recurrence):
+        dims = {each.name: each.shape for each in block.tensors}
+        return tokens * mixing.heads * _recurrence_flops(mixing, mixing.mix, dims)
+    mix = mixing.mix
+    each = 2 * (mixing.inputs[0].shape.dim + mixing.shape.dim)
+    each += sum(_scalar_ops(expr) for expr in mix.exprs if expr != mix.mask)
+    rows, columns = _count(mixing.queries, tokens), _count(mixing.keys, tokens)
+    from ..algebra.counting import pairs  # loads numpy, and a search may never ask
+
+    return each * pairs(mix.mask, rows, columns, mixing.heads)
+
+
+def _scalar_ops(expr: Expr) -> int:
+    return sum(isinstance(node, Binary | Unary | Call) for node in walk(expr))
+
+
+def _recurrence_flops(mixing: Mixing, mix: Recurrence, tensors: dict[str, tuple[int, ...]]) -> int:
+    """Operations per token and head: sizes of all intermediate results, products twice.
+
+    Of a state that is kept in levels, each fades, is corrected and is weighed.
+    """
+    dims = tensors | {each.name: each.shape for each in mix.states}
+    for stream in mixing.inputs:
+        shape = stream.shape
+        per_head = shape.dim if shape.heads is not None else shape.dim // mixing.heads
+        dims[stream.name] = (per_head,) if shape.heads is not None or per_head > 1 else ()
+    levels = {each.name: each.levels for each in mix.leveled}
+    total = sum(2 * prod(each.kept) for each in mix.leveled)
+    for update in mix.updates:
+        work, made = _expr_flops(update.value, dims)
+        if update.name in levels:
+            linear, rest = affine_parts(
+                update.value, update.name, lambda each: len(_expr_flops(each, dims)[1])
+            )
+            work = levels[update.name] * (0 if linear is None else _expr_flops(linear, dims)[0])
+            work += 0 if rest is None else _expr_flops(rest, dims)[0] + prod(made)
+        total += work
+        dims[update.name] = made
+    return total
+
+
+def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tuple[int, ...]]:
+    match expr:
+        case Name(id):
+            return 0, dims.get(id, ())
+        case Index(Name(id), items):
+            return 0, dims.get(id, ())[len(items) :]
+        case Binary("@", left, right):
+            (one, a), (two, b) = _expr_flops(left, dims), _expr_flops(right, dims)
+            made = a[:-1] + b[1:]
+            return one + two + 2 * prod(made) * a[-1], made
+        case Call("outer", (left, right)):
+            (one, a), (two, b) = _expr_flops(left, dims), _expr_flops(right, dims)
+            return one + two + prod(a + b), a + b
+        case Call("sum" | "mean" | "norm" | "dot", args):
+            parts = [_expr_flops(arg, dims) for arg in args]
+            return sum(work + 2 * prod(made) for work, made in parts), ()
+        case Binary() | Unary() | Call():
+            inside = [
+                expr.left, expr.right] if isinstance(expr, Binary) else (
+                [expr.operand] if isinstance(expr, Unary) else list(expr.args))  # fmt: skip
+            parts = [_expr_flops(each, dims) for each in inside]
+            made = max((each for _, each in parts), key=len, default=())
+            return sum(work for work, _ in parts) + prod(made), made
+        case _:
+            return 0, ()
+
+
+def _activations(block: Block) -> int:
+    """Numbers per token that a forward pass makes."""
+    total = sum(node.shape.features for node in _applies(block))
+    return total + sum(each.heads * (each.shape.dim + 1) for each in block.mixings.values())

@@ -1,0 +1,188 @@
+"""Whether what a pair reads at another key's token may stand after its query.
+
+    mask = causal;  s + t[j // 4 * 4]           never: that token is j or before it
+    mask = causal;  s + t[j // 4 * 4 + 3]       it may: query 0 reads token 3
+    mask = causal and i // 4 > j // 4; the same  never: the blocks of such keys are complete
+
+A read counts where its pair is visible and what chooses it is so: within `where(c, …)` only where
+c holds, beside `or` only where the other side does not. What depends on data or heads is taken
+for whatever lets more be read. First a bound on the distance from j is compared with the nearest
+query that the mask lets see j. Where that does not decide, positions are tried: an expression of
+sums, constant factors, `//` and `%` is the same piece again and again, and its pieces end near
+multiples and sums of its constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import combinations_with_replacement
+from math import floor, inf
+
+from ...grammar.expr import FALSE, TRUE, fold, names
+from ...grammar.functions import MAP_FUNCTIONS
+from ...grammar.syntax import (
+    Binary,
+    Call,
+    Compare,
+    Expr,
+    Index,
+    Name,
+    Number,
+    Unary,
+    children,
+    walk,
+)
+from ..algebra.masks import extent, reads_data
+from ..model import Block, Flow, Mixing, Pairwise, Statistic, flow_nodes
+
+_FIRST = 64  # positions that are tried one by one
+_LARGEST = 1 << 24  # constants beyond it are no positions
+_MOST = 2048  # positions that are tried at most; where there are more, nothing is certain
+
+
+def later_read(block: Block, flow: Flow) -> Index | None:
+    """Return what a flow reads at a token that may lie after its query, if anything."""
+    if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
+        mix = flow.mix
+        exprs = (mix.mask, *(each for each in (mix.similarity, mix.score, mix.weights)
+                             if each is not None), *mix.normalize.exprs)  # fmt: skip
+        return _of_pairs(flow, exprs)
+    for node in flow_nodes(flow):
+        if isinstance(node, Statistic) and node.expr is not None:
+            mixing = block.mixings.get(node.inputs[0].name)
+            if mixing is not None and (found := _of_pairs(mixing, (node.expr,))):
+                return found
+    return None
+
+
+def sees_no_later(block: Block, flow: Flow) -> bool:
+    """Say whether the masks of the attentions in a flow hide all later keys."""
+    asked = [block.mixings.get(node.inputs[0].name) for node in flow_nodes(flow)
+             if isinstance(node, Statistic)]  # fmt: skip
+    mixings = [flow] if isinstance(flow, Mixing) else [each for each in asked if each is not None]
+    return all(extent(each.mix.mask).causal for each in mixings if isinstance(each.mix, Pairwise))
+
+
+def _of_pairs(mixing: Mixing, exprs: tuple[Expr, ...]) -> Index | None:
+    assert isinstance(mixing.mix, Pairwise)
+    if mixing.queries != "n" or mixing.keys != "n":
+        return None
+    mask = mixing.mix.mask
+    for expr in exprs:
+        given = TRUE if expr == mask else mask
+        for index, place, known in _reads(expr, given, given):
+            if _may_be_later(place, _bound(known, most=True)):
+                return index
+    return None
+
+
+def _reads(expr: Expr, known: Expr, visible: Expr) -> Iterator[tuple[Index, Expr, Expr]]:
+    """Yield every read at another key's token: the index, its token, and what holds there."""
+    match expr:
+        case Index(Name(), items):
+            for item in items:
+                if names(item) == {"j"} and item != Name("j"):
+                    yield expr, item, known
+        case Binary("and" | "or" as op, left, right):
+            for one, other in ((left, right), (right, left)):
+                holds = other if op == "and" else Unary("not", other)
+                yield from _reads(one, Binary("and", known, holds), visible)
+            return
+        case Call("where", (condition, yes, no), ()):
+            yield from _reads(condition, known, visible)
+            yield from _reads(yes, Binary("and", known, condition), visible)
+            yield from _reads(no, Binary("and", known, Unary("not", condition)), visible)
+            return
+        case Call(name) if name in MAP_FUNCTIONS:  # of all visible keys, whatever was chosen
+            known = visible
+    for each in children(expr):
+        yield from _reads(each, known, visible)
+
+
+def _bound(expr: Expr, *, most: bool) -> Expr:
+    """Return what holds wherever a condition does (or, for the least, what it surely holds in)."""
+    match expr:
+        case Binary("and" | "or" as op, left, right):
+            return fold(Binary(op, _bound(left, most=most), _bound(right, most=most)))
+        case Unary("not", operand):
+            return fold(Unary("not", _bound(operand, most=not most)))
+        case _ if expr in (TRUE, FALSE):
+            return expr
+        case Compare() if not reads_data(expr) and names(expr) <= {"i", "j"} and _is_pieces(expr):
+            return expr
+    return TRUE if most else FALSE
+
+
+@lru_cache(maxsize=1024)
+def _may_be_later(place: Expr, known: Expr) -> bool:
+    """Say whether a token may lie after the query, for a pair of which something is known."""
+    if _ahead(place) <= extent(known).low:
+        return False
+    if not _is_pieces(place):
+        return True
+    import numpy as np  # here, so that the checking of other files does not load it
+
+    from ..algebra.counting import numbers
+
+    at = np.array(_tried(place, known))
+    if len(at) > _MOST:
+        return True
+    i, j = at[:, None], at[None, :]
+    with np.errstate(all="ignore"):
+        later = np.floor(numbers(place, {"j": j})) > i
+        holds = numbers(known, {"i": i, "j": j})
+    return bool(np.any(later & holds))
+
+
+def _ahead(place: Expr) -> float:
+    """Return how far a token lies after j at most."""
+    match place:
+        case Number(value):
+            return max(0.0, value)
+        case Name("j"):
+            return 0.0
+        case Binary("+", inner, Number(value)) | Binary("+", Number(value), inner):
+            return _ahead(inner) + value
+        case Binary("-", inner, Number(value)):
+            return _ahead(inner) - value
+        case Binary("*", Binary("//", inner, Number(a)), Number(b)) if 0 < b <= a:
+            return max(0.0, _ahead(inner))
+        case Binary("/" | "//", inner, Number(value)) if value >= 1:
+            return max(0.0, _ahead(inner))
+        case Call("max", args):
+            return max(map(_ahead, args))
+        case Call("min", args):
+            return min(map(_ahead, args))
+    return inf
+
+
+_PIECEWISE = ("abs", "min", "max", "clip", "floor", "relu", "where")
+
+
+def _is_pieces(expr: Expr) -> bool:
+    """Say whether an expression of i and j is made of pieces that constants tell the ends of."""
+    match expr:
+        case Number() | Name():
+            return True
+        case Binary("*", left, right):
+            inside = isinstance(left, Number) or isinstance(right, Number)
+        case Binary("/" | "//" | "%", _, right):
+            inside = isinstance(right, Number)
+        case Binary("**"):
+            return False
+        case Call(name):
+            inside = name in _PIECEWISE
+        case _:
+            inside = not isinstance(expr, Index)
+    return inside and all(_is_pieces(each) for each in children(expr))
+
+
+def _tried(*exprs: Expr) -> list[int]:
+    """Return the first positions, and those around multiples and sums of constants."""
+    sizes = {abs(floor(node.value)) for expr in exprs for node in walk(expr)
+             if isinstance(node, Number) and abs(node.value) < _LARGEST}  # fmt: skip
+    ends = {times * size for size in sizes for times in range(1, 5)}
+    ends |= {a + b for a, b in combinations_with_replacement(sorted(sizes), 2)}
+    near = {end + step for end in ends for step in (-2, -1, 0, 1, 2) if end + step >= 0}
+    return sorted({*range(_FIRST), *near})

@@ -1,0 +1,167 @@
+"""model.Block → graph.Graph: one node for every step of the meaning, nothing fused.
+
+block { mask = causal }   →   q, k, v, s = similarity(q, k), visible = mask(),
+                              p = normalize(s, visible), o = combine(p, v), y = …
+"""
+
+from __future__ import annotations
+
+from ...grammar.expr import TRUE
+from ...grammar.syntax import Expr, Index, Name, walk
+from ...ops import Weight
+from ..facts.parameters import weights
+from ..model import (
+    MAPS,
+    PREVIOUS,
+    Apply,
+    Block,
+    Flow,
+    Mixing,
+    Pairwise,
+    Read,
+    Recurrence,
+    Statistic,
+    flow_nodes,
+)
+from .graph import Dims, Graph, Node, dims_of
+
+
+def build(block: Block) -> Graph:
+    """Return the unfused graph of a block."""
+    builder = _Builder(block)
+    for stream in block.streams:
+        builder.flow(stream.flow, stream.name)
+    output = builder.flow(block.out, "y" if block.stream("y") is None else "out")
+    auxiliary = None if block.regularize is None else builder.flow(block.regularize, "auxiliary")
+    shared = {name: "o" if name in MAPS else builder.given(name) for name in block.shared or ()}
+    shared |= {f"{name}[j]": builder.given(name) for name in block.lent}
+    return Graph(block, tuple(builder.nodes), output, weights(block), tuple(shared.items()),
+                 auxiliary)  # fmt: skip
+
+
+def tensors_read(*exprs: Expr | None) -> tuple[str, ...]:
+    """Return the streams and tensors that expressions index, in the order of reading."""
+    found = {
+        node.base.id: None
+        for expr in exprs
+        if expr is not None
+        for node in walk(expr)
+        if isinstance(node, Index) and isinstance(node.base, Name)
+    }
+    return tuple(found)
+
+
+class _Builder:
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.nodes: list[Node] = []
+        self.names: set[str] = set()
+        self.tensors: dict[str, Weight] = {each.name: each for each in block.tensors}
+
+    def add(self, name: str, op: str, inputs: tuple[str, ...], dims: Dims, **attrs: object) -> str:
+        self.names.add(name)
+        self.nodes.append(Node(name, op, inputs, dims, tuple(attrs.items()), "", self.block.span))
+        return name
+
+    def given(self, name: str) -> str:
+        """Return an argument, a param or a const as a node."""
+        if name in self.names:
+            return name
+        if name in self.tensors:
+            return self.add(name, "tensor", (), self.tensors[name].shape)
+        if name.startswith(PREVIOUS):
+            return self.add(name, "input", (), self._below()[name])
+        dims: dict[str, Dims] = {
+            "x": ("b", "n", self.block.width),
+            "context": ("b", "m", self.block.context_width or 0),
+            "doc": ("b", "n"),
+        }
+        return self.add(name, "input", (), dims[name])
+
+    def _below(self) -> dict[str, Dims]:
+        """Return the dimensions of the streams that are read of the layer below."""
+        flows = [*(each.flow for each in self.block.streams), self.block.out]
+        nodes = [node for flow in flows for node in flow_nodes(flow)]
+        return {node.name: dims_of(node.shape) for node in nodes if isinstance(node, Read)}
+
+    def flow(self, flow: Flow, name: str) -> str:
+        """Add the nodes of a flow; its last one gets the name, the others `name.1` …"""
+        if isinstance(flow, Read):
+            if flow.name not in self.names:
+                self.given(flow.name)
+            return self._named(flow.name, name)
+        if isinstance(flow, Mixing):
+            if isinstance(flow.mix, Pairwise):
+                return self._pairwise(flow, flow.mix, name)
+            return self._recurrence(flow, flow.mix, name)
+        order = [each for each in flow_nodes(flow) if not isinstance(each, Read)]
+        made: dict[int, str] = {}
+        for at, node in enumerate(order):
+            inputs = tuple(
+                self._read(each.name) if isinstance(each, Read) else made[id(each)]
+                for each in node.inputs
+            )
+            own = name if at == len(order) - 1 else f"{name}.{at + 1}"
+            if isinstance(node, Statistic) and own != name:  # named after what it is of
+                own = f"{node.inputs[0].name}.{node.kind}"
+                own = own if own not in self.names else f"{own}.{len(self.names)}"
+            made[id(node)] = own
+            if isinstance(node, Statistic):
+                self.add(own, "statistic", inputs, dims_of(node.shape), kind=node.kind,
+                         expr=node.expr)  # fmt: skip
+                continue
+            assert isinstance(node, Apply)
+            self.names.add(own)
+            self.nodes.append(
+                Node(
+                    own, node.op, inputs, dims_of(node.shape), node.options, node.module, node.span
+                )
+            )
+        return name
+
+    def _read(self, name: str) -> str:
+        return name if name in self.names else self.given(name)
+
+    def _named(self, source: str, name: str) -> str:
+        """A stream that is another one under a new name: `let g = q`."""
+        if source == name:
+            return name
+        node = next(each for each in self.nodes if each.name == source)
+        expr = Name("a0")
+        self.names.add(name)
+        self.nodes.append(Node(name, "pointwise", (source,), node.dims, (("expr", expr),)))
+        return name
+
+    def _pairwise(self, mixing: Mixing, mix: Pairwise, name: str) -> str:
+        dims = dims_of(mixing.shape)
+        grid: Dims = (*dims[:-1], mixing.keys)
+        q, k, v = (each.name for each in mixing.inputs[:3])
+        own = "" if name == "o" else f"{name}."
+        read = {
+            part: tuple(self.given(each) for each in tensors_read(expr))
+            for part, expr in (
+                ("score", mix.score), ("mask", mix.mask), ("weights", mix.weights),
+            )
+        }  # fmt: skip
+        normal = tuple(self.given(each) for each in tensors_read(*mix.normalize.exprs))
+        met = tuple(self.given(each) for each in tensors_read(mix.similarity))
+        met = tuple(name for name in met if name not in (q, k))
+        s = self.add(f"{own}s", "similarity", (q, k, *met), grid, scale=mix.scale,
+                     expr=mix.similarity)  # fmt: skip
+        s = self.add(f"{own}s.1", "score", (s, *read["score"]), grid, expr=mix.score)
+        visible = self.add(f"{own}visible", "mask", read["mask"], grid, expr=mix.mask)
+        p = self.add(f"{own}p", "normalize", (s, visible, *normal), grid, normalizer=mix.normalize)
+        p = self.add(f"{own}p.1", "weights", (p, visible, *read["weights"]), grid,
+                     expr=mix.weights)  # fmt: skip
+        p = self.add(f"{own}p.2", "drop", (p,), grid, rate=mix.dropout)
+        return self.add(name, "combine", (p, v), dims)
+
+    def _recurrence(self, mixing: Mixing, mix: Recurrence, name: str) -> str:
+        read: dict[str, None] = {}
+        written = {each.name for each in mix.states} | {each.name for each in mix.updates}
+        for expr in mix.exprs:
+            for node in walk(expr):
+                if isinstance(node, Name) and node.id not in written and node != TRUE:
+                    known = node.id in self.names or node.id in self.tensors
+                    read |= {self.given(node.id): None} if known else {}
+        return self.add(name, "scan", tuple(read), dims_of(mixing.shape), recurrence=mix)

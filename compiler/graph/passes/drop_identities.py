@@ -1,0 +1,34 @@
+"""Remove steps that change nothing.
+
+s.1 = score(s, expr=s)                 p.1 = weights(p, visible, expr=p)
+p = normalize(s.1, visible)      →     p = normalize(s, visible)
+o = combine(p.1, v)                    o = combine(p, v)
+"""
+
+from __future__ import annotations
+
+from ....grammar.syntax import Name
+from ..graph import Graph, Node
+
+
+def drop_identities(graph: Graph) -> Graph:
+    """Return the graph without scores, weights, dropouts and copies that do nothing."""
+    renamed = {node.name: node.inputs[0] for node in graph.nodes if _does_nothing(node)}
+    kept = [node for node in graph.nodes if node.name not in renamed]
+    return graph.rewritten(kept, renamed)
+
+
+def _does_nothing(node: Node) -> bool:
+    match node.op:
+        case "score":
+            return bool(node.get("expr") == Name("s"))
+        case "weights":
+            return bool(node.get("expr") == Name("p"))
+        case "pointwise":
+            return bool(node.get("expr") == Name("a0"))
+        case "drop":
+            return bool(node.get("rate") == 0)
+        case "dropout":
+            return bool(node.get("p") == 0)
+        case _:
+            return False

@@ -1,0 +1,102 @@
+"""Which side of a pair an expression looks at, and products of the two sides.
+
+norm(q) * norm(k)       norm(q) reads the query alone, norm(k) the key alone
+dot(q * w, k)           a product: (q * w, k)
+sum(q * w * k)          the same product
+sum(abs(q - k))         both sides at once, and no product
+"""
+
+from __future__ import annotations
+
+from ...grammar.expr import names
+from ...grammar.functions import MAP_FUNCTIONS
+from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
+from .graph import Graph
+
+QUERY, KEY, PAIR = "i", "j", "pair"
+_OF_PAIRS = frozenset(("s", "p", "seen", "sum", "tau"))  # what stands for pairs or rows as it is
+
+
+def sides(expr: Expr) -> frozenset[str]:
+    """Return what an expression depends on: `i`, `j`, and `pair` where it is of pairs as such."""
+    found: set[str] = set()
+    for node in walk(expr):
+        if isinstance(node, Name):
+            found |= {node.id} & {QUERY, KEY}
+            found |= {PAIR} if node.id in _OF_PAIRS else set()
+        if isinstance(node, Call) and node.function in MAP_FUNCTIONS:
+            found.add(PAIR)
+    return frozenset(found)
+
+
+def at_token(read: Index) -> Expr:
+    """Return where the tokens of a stream are read: `i`, `j`, or an expression of `j`."""
+    return next(item for item in read.items if names(item) & {QUERY, KEY})
+
+
+def reduces(expr: Expr) -> bool:
+    """Say whether an expression itself brings vectors to less."""
+    match expr:
+        case Call("sum" | "mean" | "norm" | "dot") | Binary("@"):
+            return True
+    return False
+
+
+def rank(graph: Graph, expr: Expr) -> int:
+    """Return how many dimensions an expression's value has: 0 for a number, 1 for a vector."""
+    match expr:
+        case Number() | Name() | Call("sum" | "mean" | "norm" | "dot"):
+            return 0
+        case Index(Name(name), items):
+            made = graph.node(name)
+            axes = len(made.dims) - (0 if made.op == "tensor" else 1)
+            return 0 if name == "doc" else axes - len(items)
+        case Call("outer"):
+            return 2
+        case Binary("@", left, right):
+            return rank(graph, left) + rank(graph, right) - 2
+        case _:
+            return max((rank(graph, each) for each in children(expr)), default=0)
+
+
+def product(graph: Graph, expr: Expr) -> tuple[Expr, Expr] | None:
+    """Return the vectors of query and key whose product an expression is, if it is one."""
+    match expr:
+        case Call("dot", (left, right)) | Binary("@", left, right):
+            parts = [left, right]
+        case Call("sum", (arg,)):
+            parts = _factors(arg)
+        case _:
+            return None
+    queries = [each for each in parts if sides(each) <= {QUERY}]
+    keys = [each for each in parts if sides(each) == {KEY}]
+    if len(queries) + len(keys) < len(parts) or not queries or not keys:
+        return None
+    query, key = _times(queries), _times(keys)
+    if rank(graph, query) != 1 or rank(graph, key) != 1 or sides(query) != {QUERY}:
+        return None
+    return query, key
+
+
+def makes_vectors(graph: Graph, expr: Expr) -> bool:
+    """Say whether a vector is made for every pair on the way to an expression's value."""
+    if product(graph, expr) is not None:
+        return False
+    if rank(graph, expr) > 0 and {QUERY, KEY} <= sides(expr):
+        return True
+    return any(makes_vectors(graph, each) for each in children(expr))
+
+
+def _factors(expr: Expr) -> list[Expr]:
+    match expr:
+        case Binary("*", left, right):
+            return [*_factors(left), *_factors(right)]
+        case _:
+            return [expr]
+
+
+def _times(factors: list[Expr]) -> Expr:
+    done, *rest = factors
+    for each in rest:
+        done = Binary("*", done, each)
+    return done

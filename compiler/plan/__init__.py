@@ -1,0 +1,1 @@
+"""What carries each fused node, and why."""

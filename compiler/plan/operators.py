@@ -1,0 +1,90 @@
+"""The kernels that a graph asks for.
+
+Each attention has an operator of its own, and each recurrence that runs token by token; those
+that run in chunks share one for each form.
+
+    for each in operators(graph, "hybrid"):
+        print(each.render("headloom"))       # def hybrid_attention(q, k, v): …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ...kernels import recurrence, render, sequential_render
+from ...kernels.aot import Compiled, compile_ahead
+from ...kernels.recurrence import Recurrence
+from ...kernels.sequential import Scan
+from ...kernels.spec import Attend
+from ..graph.graph import Graph, Node, shape_of
+from .choose import kernel_spec
+from .recurrences import Chunked, Memory, kernels_of, of_node
+from .sequential_form import scan_of
+
+
+class Operator(NamedTuple):
+    """A kernel's function by its name, and the node that calls it first."""
+
+    name: str
+    node: Node
+    spec: Attend | Recurrence | Scan
+
+    @property
+    def family(self) -> str:
+        """The skeletons that its text needs."""
+        return {Attend: "pairwise", Recurrence: "chunked", Scan: "sequential"}[type(self.spec)]
+
+    def render(self, namespace: str) -> str:
+        """Return the text of its function and of the operators behind it."""
+        if isinstance(self.spec, Attend):
+            return render.render(self.spec, self.name, namespace)
+        if isinstance(self.spec, Scan):
+            return sequential_render.render_scan(self.spec, self.name, namespace)
+        return recurrence.render(self.spec, self.name, namespace)
+
+    def compiled(self, graph: Graph, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
+        """Compile its kernels ahead of time, with the sizes its tensors have in the graph."""
+        if isinstance(self.spec, Attend):
+            q, k, v = (shape_of(graph.node(name).dims) for name in self.node.inputs[:3])
+            kv_heads = max(k.heads or 1, v.heads or 1)
+            return compile_ahead(self.spec, targets, q.dim, v.dim, heads=q.heads or 1,
+                                 kv_heads=kv_heads)  # fmt: skip
+        if isinstance(self.spec, Scan):
+            return compile_ahead(self.spec, targets)
+        states = {each.name: each.shape for each in self.node.get("recurrence").states}
+        step = next(step for step, spec in _readings(graph, self.node) if spec == self.spec)
+        d, e = reversed(states[step.state]) if step.turned else states[step.state]
+        return compile_ahead(self.spec, targets, d, e, heads=int(self.node.dims[1]))
+
+
+def operators(graph: Graph, name: str) -> tuple[Operator, ...]:
+    """Return the operators of a block of this name, in the order of its nodes."""
+    found: list[Operator] = []
+    forms: dict[Recurrence, None] = {}
+    for node in graph.nodes:
+        if node.get("lowering") is None or node.get("lowering").path != "triton":
+            continue
+        own = name if node.name == "o" else f"{name}_{node.name}"
+        if node.op == "attend":
+            found.append(Operator(f"{own}_attention", node, kernel_spec(graph, node)))
+            continue
+        if isinstance(of_node(graph, node), str):
+            found.append(Operator(f"{own}_scan", node, scan_of(graph, node)))
+            continue
+        for _, spec in _readings(graph, node):
+            if spec not in forms:
+                number = "" if not forms else f"_{len(forms) + 1}"
+                forms[spec] = None
+                found.append(Operator(f"{name}_recurrence{number}", node, spec))
+    return tuple(found)
+
+
+def _readings(graph: Graph, node: Node) -> Iterable[tuple[Memory, Recurrence]]:
+    """Return the matrices of a recurrence, and the kernel of each of their readings."""
+    form = of_node(graph, node)
+    assert isinstance(form, Chunked)
+    for step in form.steps:
+        if isinstance(step, Memory):
+            for reading in step.readings:
+                yield from ((step, each) for each in kernels_of(step, reading))

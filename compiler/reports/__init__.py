@@ -1,0 +1,1 @@
+"""What people look at: `show`, `explain`, pictures, the stages of the road, what works here."""

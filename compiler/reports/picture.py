@@ -1,0 +1,110 @@
+"""Pictures in text: a mask as blocks, a graph as lines.
+
+█▄··         each row is a query, each column a key; two rows share a line of text:
+███▄         █ both see the key, ▀ the upper one, ▄ the lower one, · neither
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...grammar.expr import TRUE
+from ...grammar.show import show
+from ...grammar.syntax import Expr
+from ..algebra.masks import extent
+from ..algebra.normalizers import exponential
+from ..graph.graph import Graph, Node
+from ..model import Block, Mixing, Pairwise
+from ..verify.masks import visible_pairs
+
+_HALVES = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
+
+
+def mask_picture(mixing: Mixing, cells: int = 32) -> list[str]:
+    """Return the mask of any head as lines of text; [] for a recurrence or a mask of streams.
+
+    A mask that reaches further back than the picture is wide is shown scaled down: a cell is
+    then a square of tokens, visible where any pair in it is.
+    """
+    if not isinstance(mixing.mix, Pairwise) or "n" not in (mixing.queries, mixing.keys):
+        return []
+    back = extent(mixing.mix.mask).back or 0
+    step = min(16, max(1, -(-2 * (back + 1) // cells)))
+    tokens = cells * step
+    seen = visible_pairs(mixing, tokens, tokens, torch.zeros(1, tokens, dtype=torch.int64))
+    if seen is None or seen.shape[1:] != (tokens, tokens):
+        return []
+    rows = seen[0].reshape(cells, step, cells, step).any(3).any(1).tolist()
+    lines = [
+        "".join(_HALVES[bool(a), bool(b)] for a, b in zip(top, bottom, strict=True))
+        for top, bottom in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    return [*lines, f"a cell is {step} tokens"] if step > 1 else lines
+
+
+def graph_lines(graph: Graph) -> list[str]:
+    """Return one line a node: name, dimensions, operation, inputs, what it was told."""
+    names = [node.name for node in graph.nodes]
+    wide = max(map(len, names), default=0)
+    shapes = {node.name: f"[{', '.join(map(str, node.dims))}]" for node in graph.nodes}
+    most = max(map(len, shapes.values()), default=0)
+    return [
+        f"{node.name:<{wide}} : {shapes[node.name]:<{most}} = {node.op}({', '.join(node.inputs)})"
+        f"{_attrs(node)}"
+        for node in graph.nodes
+    ]
+
+
+def _attrs(node: Node) -> str:
+    shown = []
+    for name, value in node.attrs:
+        if name == "lowering":
+            shown.append(f"path: {value.path}")
+        elif name == "normalizer":
+            form = exponential(value)
+            shown.append(f"normalize: {value.name}{' (exponential)' if form else ''}")
+        elif name == "recurrence":
+            shown.append(f"mix: {value.name}")
+        elif isinstance(value, Expr):
+            if value != TRUE:
+                shown.append(f"{name}: {show(value)}")
+        elif value is not None:
+            shown.append(f"{name}: {value}")
+    if node.module:
+        shown.insert(0, f"self.{node.module}")
+    return f"   # {'; '.join(shown)}" if shown else ""
+
+
+def describe(block: Block) -> list[tuple[str, str]]:
+    """Return what a reader wants to know of a block first, as (name, value) pairs."""
+    heads = f"{block.heads} × {block.head_dim}"
+    if block.kv_heads != block.heads:
+        heads += f", {block.kv_heads} key/value heads"
+    if block.value_heads != block.kv_heads:
+        heads += f", {block.value_heads} value heads"
+    if block.value_dim != block.head_dim:
+        heads += f", values of {block.value_dim}"
+    lines = [("width", str(block.width)), ("heads", heads)]
+    if block.context_width is not None:
+        lines.append(("context width", str(block.context_width)))
+    if block.previous:
+        lines.append(("layer below", "reads " + ", ".join(block.previous)))
+    if block.shared:
+        lines.append(("layer above", "reads " + ", ".join(block.shared)))
+    if block.lends:
+        lines.append(("kept keys", "read above: " + ", ".join(block.lends)))
+    if block.borrows:
+        lines.append(("kept keys", "read below, by " + ", ".join(block.borrows)))
+    for name, mixing in block.mixings.items():
+        mix = mixing.mix
+        if len(block.mixings) > 1:
+            q = mixing.inputs[0].shape
+            lines.append((name, f"{mixing.heads} heads, {mixing.queries} × {mixing.keys} tokens"
+                          if q.heads else ""))  # fmt: skip
+        if isinstance(mix, Pairwise):
+            lines += [("score", show(mix.score)), ("mask", show(mix.mask)),
+                      ("normalize", mix.normalize.name)]  # fmt: skip
+        else:
+            lines.append(("mix", mix.name))
+            lines += [("", f"{each.name} <- {show(each.value)}") for each in mix.updates]
+    return lines
