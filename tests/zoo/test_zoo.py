@@ -16,11 +16,11 @@ from headloom.compiler.algebra.unseen import unseen
 from headloom.compiler.facts import decoding
 from headloom.compiler.facts.cost import cost
 from headloom.compiler.model import Block, Model, Pairwise
-from headloom.compiler.verify.verify import cases as verify_cases
-from headloom.compiler.verify.verify import certificate
-from headloom.compiler.verify.verify.cases import CASES, Subject
-from headloom.compiler.verify.verify.kernels import interpreted
-from headloom.compiler.verify.verify.verify import CHECKS, subjects
+from headloom.compiler.verify import cases as verify_cases
+from headloom.compiler.verify import certificate
+from headloom.compiler.verify.cases import CASES, Subject
+from headloom.compiler.verify.kernels import interpreted
+from headloom.compiler.verify.verify import CHECKS, subjects
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
 
