@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import headloom as hl
-from headloom.compiler.plan import choose
+from headloom.compiler.lowerings import choose
 
 MIXERS = """
 mix decayed {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -65,16 +65,19 @@ def compile(
     device: str | torch.device | None = None,
     dtype: DType | None = None,
     seed: int | None = None,
+    lowering: str | None = None,
 ) -> nn.Module:
     """Compile a block or model to a module; without a name, the only model or block.
 
     `width` is the block's input width (by default the one it says, or heads · head_dim);
-    `dtype` is a name, "bfloat16", or torch's own; `seed` fixes the first weights. Raises
-    `LoomError` where the sizes do not fit, `ValueError` for another dtype.
+    `dtype` is a name, "bfloat16", or torch's own; `seed` fixes the first weights. All attentions
+    take one `lowering` where it is named, as `explain` names them; the fastest that fits is taken
+    otherwise. Raises `LoomError` where the sizes do not fit, `ValueError` for another dtype, and
+    where the lowering does not fit.
     """
     return build_module(
         find(architecture(arch), name, width, context_width),
-        target(backend, device), device=device, dtype=dtype, seed=seed,
+        replace(target(backend, device), lowering=lowering), device=device, dtype=dtype, seed=seed,
     )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from .emit import Code, emit
 from .graph.build import build
 from .graph.passes import PASSES
+from .lowerings.choose import choose
 from .model import Block, Model
-from .plan.choose import choose
 from .plan.plan import Plan, Target
 
 if TYPE_CHECKING:

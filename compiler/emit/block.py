@@ -17,16 +17,16 @@ from ..algebra.masks import extent
 from ..facts.parameters import constants
 from ..graph.graph import AnyNode, Node, made_by, shape_of
 from ..graph.operations import Attend, Input, Scan, Stage, TensorRead
+from ..lowerings import chunk, kernel, scan, sdpa, tiles, weights
+from ..lowerings.operators import Operator
 from ..model import MAPS, PREVIOUS, Block, Pairwise
-from ..plan.choose import kernel_reads, maps, reads_places, tells_apart
+from ..plan.attention import Attention
 from ..plan.kernel_form import KernelForm, kernel_form
-from ..plan.operators import Operator
 from ..plan.plan import Plan
-from . import attend, chunk, scan
+from ..text.tensors import constants as constant_lines
+from ..text.tensors import parameter as parameter_lines
+from ..text.text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 from .caches import Caches, begins_within, own_rows, plain_name
-from .tensors import constants as constant_lines
-from .tensors import parameter as parameter_lines
-from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
 
 def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]:
@@ -45,7 +45,8 @@ def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]
         lines += ["", *indent(scan.initial(recurrence, writer.weight()))]
     for attention in graph.of(Attend):
         if not writer.always_kernel(attention):
-            lines += ["", *indent(attend.method(plan, attention))]
+            made = tiles.methods(Attention(graph, attention), plan.target.lowering)
+            lines += ["", *indent(made)]
     return lines
 
 
@@ -259,7 +260,8 @@ class _Writer(Caches):
     @cached_property
     def _needs_places(self) -> bool:
         places = any(
-            "n" in (node.dims[2], self._key_tokens(node)) and reads_places(self.graph, node)
+            "n" in (node.dims[2], self._key_tokens(node))
+            and Attention(self.graph, node).reads_places
             for node in self.attentions
         )
         return self._positional("n") or places or bool(self.block.lent)
@@ -306,17 +308,17 @@ class _Writer(Caches):
         `run` and `context_run`: no padding.
         An empty list where there is no such text.
         """
-        kernel, keys = node.name in self.kernels, self._key_tokens(node)
-        sdpa, mask = self.plan.path(node) == "sdpa", node.op.mix.mask
-        if not kernel and not (sdpa and mask == attend.CAUSAL):
+        by_kernel, keys = node.name in self.kernels, self._key_tokens(node)
+        facts = Attention(self.graph, node)
+        if not by_kernel and self.plan.path(node) != sdpa.NAME:
             return []
-        crosses = self.graph.crosses(node)
-        if kernel and not crosses and node.dims[2] == "n" and tells_apart(self.graph, node):
+        crosses = facts.crosses
+        if by_kernel and not crosses and node.dims[2] == "n" and facts.tells_apart:
             return ["counted"]
         needs = []
-        if node.dims[2] == "n" and (not crosses or reads_places(self.graph, node)):
+        if node.dims[2] == "n" and (not crosses or facts.reads_places):
             needs.append("plain")
-        causal = not crosses and extent(mask).causal
+        causal = not crosses and extent(node.op.mix.mask).causal
         if keys in ("n", "m") and not causal:
             needs.append("run" if keys == "n" else "context_run")
         return needs or ["always"]
@@ -434,44 +436,25 @@ class _Writer(Caches):
 
     def _attended(self, node: Node[Attend]) -> list[str]:
         """Write an attention."""
+        facts = Attention(self.graph, node)
         lines: list[str] = []
-        operands = attend.operands(self.graph, node)
         named = {name: self._seen_as(node, name) for name in self._keyed(node)}
-        k, v = named[node.k], named[node.v]
-        variables = [named[each.name] if each.at == "j" else each.variable for each in operands]
-        lines += [
-            f"{variable} = {plain_name(each.name)}"
-            for each, variable in zip(operands, variables, strict=True)
-            if each.at == "i"
-        ]
-        places = reads_places(self.graph, node)
-        lines += self._advance(node, named, places)
+        operands = weights.operands(facts)
+        variables = {each.variable: named[each.name] if each.at == "j" else each.variable
+                     for each in operands}  # fmt: skip
+        lines += [f"{each.variable} = {plain_name(each.name)}" for each in operands
+                  if each.at == "i"]  # fmt: skip
+        lines += self._advance(node, named, facts.reads_places)
         if node.name in self.borrows:
             lines += [f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
                       for name, variable in named.items()]  # fmt: skip
-        args = [plain_name(node.q), k, v]
-        borrowed = node.name in self.borrows
-        if places:
-            at = (
-                "positions"
-                if node.dims[2] == "n"
-                else f"torch.arange({node.dims[2]}, device=x.device)"
-            )
-            args += [
-                f"by_query({at})",
-                f"""by_key({'shared["places"]' if borrowed else "places"})""",
-            ]
-        seen = attend.sequences(self.graph, node)
-        own = """shared["run"]""" if borrowed else "run_j" if self._held_by(node) else "run"
-        of = {
-            "own": "batch.own" if attend.by_rows(node) else "run",
-            "other": own if self._key_tokens(node) == "n" else "context_run",
-        }
-        args += [f"by_{'query' if each == 'own' else 'key'}({of[each]})" for each in seen]
-        below = [f'shared["{name}"]' for name in attend.maps_below(node)]
-        also = [f"shared_{each}" for each in maps(self.graph, node)]
+        given = {"v": named[node.v], "q": plain_name(node.q), "k": named[node.k],
+                 **self._standing(node, facts), **variables}  # fmt: skip
+        given |= {f"previous_{name}": f'shared["{name}"]' for name in facts.maps_below}
+        also = [f"shared_{each}" for each in facts.maps]
         targets = ", ".join([_target(node), *also, *_statistics(node)])
-        general = call(f"{targets} = self.{attend.method_name(node)}", [*args, *variables, *below])
+        args = [given[each] for each in tiles.parameters(facts, self.plan.target.lowering)]
+        general = call(f"{targets} = self.{weights.method_name(facts)}", args)
         dims = f"[{', '.join(map(str, node.dims))}]"
         if self.always_kernel(node):
             return [*lines, *self._plain(node)]
@@ -480,14 +463,33 @@ class _Writer(Caches):
         when = f"if {self._when(node)}:"
         return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
 
+    def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
+        """Return what says where queries and keys stand, and of which sequences they are."""
+        borrowed, held = node.name in self.borrows, self._held_by(node)
+        at = f"torch.arange({node.dims[2]}, device=x.device)"
+        own = """shared["run"]""" if borrowed else "run_j" if held else "run"
+        other = own if self._key_tokens(node) == "n" else "context_run"
+        start = "batch.start"
+        if borrowed and self.obstacle is None:
+            start = "batch.start if cache is None else None"
+        elif held is not None:
+            start = f"{ident(held)}_start"
+        return {
+            "i": f"by_query({'positions' if node.dims[2] == 'n' else at})",
+            "j": f"""by_key({'shared["places"]' if borrowed else "places"})""",
+            "own": f"by_query({'batch.own' if facts.by_rows else 'run'})",
+            "other": f"by_key({other})",
+            "start": start,
+        }
+
     def _plain(self, node: Node[Attend]) -> list[str]:
-        target = _target(node)
+        target, facts = _target(node), Attention(self.graph, node)
         q, k, v = (self._kernel_operand(node, name) for name in (node.q, node.k, node.v))
         if node.name in self.kernels:
             form = kernel_form(self.graph, node)
             assert isinstance(form, KernelForm)
-            lines, args = attend.made_for_kernel(self.graph, node, form, (q, k, v))
-            args += [self._kernel_operand(node, name) for name in kernel_reads(node, form)]
+            lines, args = kernel.made_before(facts, form, (q, k, v))
+            args += [self._kernel_operand(node, name) for name in kernel.kernel_reads(node, form)]
             args += [each.name for each in form.sides]
             asked = {kind: ident(name) for name, kind, _ in node.op.statistics}
             logs, *entropy = (
@@ -498,11 +500,12 @@ class _Writer(Caches):
             lines += call(f"{', '.join([target, *given])} = {self.kernels[node.name]}", args)
             for kind, each in sorted(asked.items(), key=lambda one: one[0] != "lse"):
                 made = logs[0] if kind == "lse" else each
-                if kind == "lse" and attend.may_see_nothing(self.graph, node):
+                if kind == "lse" and facts.may_see_nothing:
                     made = f"{made}.masked_fill({made} == -torch.inf, 0)"
                 lines.append(f"{each} = {made}[..., None].to({v}.dtype)")
             return lines
-        return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
+        causal = ["is_causal=True"] if node.op.mix.mask == sdpa.CAUSAL else []
+        return sdpa.invoke(facts, [q, k, v, *causal], f"{target} = ")
 
     def _kernel_operand(self, node: Node[Attend], name: str) -> str:
         if name == "doc":
@@ -527,7 +530,8 @@ class _Writer(Caches):
         if node is not nodes[0]:  # the first of them has brought the keys of all
             return lines
         lends = held == "keys" and bool(self._lent)
-        any_places = lends or any(reads_places(self.graph, each) for each in nodes)
+        facts = [Attention(self.graph, each) for each in nodes]
+        any_places = lends or any(each.reads_places for each in facts)
         named = {name: self._seen_as(node, name) for name in self._kept(held)}
         lines += [
             f"{variable} = {plain_name(name)}"
@@ -537,6 +541,9 @@ class _Writer(Caches):
         lines += ["places = positions"] if any_places else []
         lines += ["run_j = run"]
         cache = self.cache(held)
+        if any("start" in tiles.parameters(each, self.plan.target.lowering) for each in facts):
+            start = f"{ident(held)}_start"
+            lines.append(f"{start} = batch.start if {cache} is None else {cache}.start(batch)")
         values = [f"{ident(name)}={plain_name(name)}" for name in named]
         got = ", ".join([*named.values(), "places" if any_places else "_", "run_j"])
         lines.append(f"if {cache} is not None:")

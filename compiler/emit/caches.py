@@ -15,9 +15,11 @@ from ..algebra.masks import extent, reads_others, remembered, widest
 from ..facts import decoding
 from ..graph.graph import AnyNode, Graph, Node, made_by, shape_of
 from ..graph.operations import Attend, Input, Scan, Stage
+from ..lowerings import scan, weights
 from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
-from . import attend, scan
-from .text import call, ident, indent
+from ..plan.attention import Attention
+from ..text.pairs import Operand
+from ..text.text import call, ident, indent
 
 
 class Caches:
@@ -70,11 +72,14 @@ class Caches:
 
     def _keyed(self, node: Node[Attend]) -> list[str]:
         """Return the streams of an attention along its keys: k, v, those indexed by j."""
-        others = [each.name for each in attend.operands(self.graph, node) if each.at == "j"]
+        others = [each.name for each in self._operands(node) if each.at == "j"]
         return list(dict.fromkeys([node.k, node.v, *others]))
 
+    def _operands(self, node: Node[Attend]) -> tuple[Operand, ...]:
+        return weights.operands(Attention(self.graph, node))
+
     def _queried(self, node: Node[Attend]) -> list[str]:
-        return [each.name for each in attend.operands(self.graph, node) if each.at == "i"]
+        return [each.name for each in self._operands(node) if each.at == "i"]
 
     @cached_property
     def _held(self) -> dict[str, tuple[Node[Attend], ...]]:

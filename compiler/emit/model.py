@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from ..facts.decoding import obstacle
 from ..model import Block, Model
+from ..text.text import call, indent
 from .caches import begins_within, own_rows
-from .text import call, indent
 
 _SWIGLU = '''class FeedForward(nn.Module):
     """down(silu(gate x) * up x), {width} → {hidden} → {width}."""

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...kernels import render
+from ..lowerings.operators import operators
 from ..model import Block, Model
-from ..plan.operators import operators
 from ..plan.plan import Plan
+from ..text.lines import wrap
+from ..text.text import class_name, needed_pieces, pieces
 from . import model as model_text
 from .block import block_class
-from .lines import wrap
-from .text import class_name, needed_pieces, pieces
 
 _HASH = "@@HASH@@"
 

@@ -139,6 +139,14 @@ class Batch:
         self.plain = self.counted and not self.cut
 
     @property
+    def start(self) -> int | None:
+        """The number of the first token in its sequence, where it is the same in all rows.
+
+        None where it is not, or where positions are given.
+        """
+        return self.before if isinstance(self.before, int) and self.given is None else None
+
+    @property
     def after(self) -> int | Tensor:
         """How many tokens the last sequence of each row has had: a number, or [rows]."""
         if self.run is None:

@@ -66,41 +66,6 @@ def steps_on(x: Tensor, steps: Tensor, other: Tensor | None = None) -> Tensor:
     return x.gather(-2, rows.expand(x.shape))
 
 
-def over_queries(
-    rows: Callable[..., Any],
-    queries: tuple[Any, ...],
-    keys: tuple[Any, ...],
-    width: int = 1,
-    before: int = 0,
-) -> Any:
-    """Return rows(*queries, *keys), of some queries at a time where there are many pairs.
-
-    `rows` gives a tensor [..., queries, d], or several of them.
-
-    The backward pass computes each part again, so that memory grows with the tokens and not
-    with their pairs. A pair takes `width` numbers; a row reads the `before` queries before it.
-    """
-    q, k = queries[0], keys[0]
-    n, pairs = q.shape[-2], q.shape[0] * q.shape[1] * k.shape[-2] * width
-    each = max(1, 2**24 // max(1, pairs), 4 * before)
-    if torch.compiler.is_compiling() or n <= each:
-        return rows(*queries, *keys)
-    parts = []
-    for start in range(0, n, each):
-        first = max(0, start - before)
-        count = min(start + each, n) - first
-        part = [x if x is None else x.narrow(-2, first, count) for x in queries]
-        if torch.is_grad_enabled():
-            made = torch.utils.checkpoint.checkpoint(rows, *part, *keys, use_reentrant=False)
-        else:
-            made = rows(*part, *keys)
-        several = isinstance(made, tuple)
-        made = made if several else (made,)
-        parts.append([each[..., start - first :, :] for each in made])
-    done = tuple(torch.cat(each, dim=-2) for each in zip(*parts, strict=True))
-    return done if several else done[0]
-
-
 def mean_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:
     """Return the mean of x over what is visible along a dimension, 0 where nothing is."""
     visible = visible.expand(x.shape)

@@ -109,6 +109,13 @@ class KeyValueCache(Part):
         """How many tokens fit; None for any number."""
         return None if self.is_ring or self.grows else self.capacity
 
+    def start(self, batch: Batch) -> int | None:
+        """Return which of the keys of `update` is that of the first new token, where it is one."""
+        held = batch.bound
+        goes_round = self.is_ring and held > 0 and held + batch.place.shape[-1] > self.capacity
+        noted = "positions" in self.kept
+        return None if goes_round or noted or (batch.cut and held) else batch.start
+
     def update(self, batch: Batch, **new: Tensor) -> tuple[Any, ...]:
         """Take up new tokens.
 

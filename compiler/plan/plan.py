@@ -15,9 +15,13 @@ from ..model import Block
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a module is compiled for: PyTorch operations, or Triton kernels beside them."""
+    """What a module is compiled for: PyTorch operations, or Triton kernels beside them.
+
+    With a `lowering`, all attentions take that one, by its name.
+    """
 
     backend: str = "torch"
+    lowering: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Lowering:
     """The path a node takes, why, and what stood in the way of the others."""
 
     node: str
-    path: str  # triton, sdpa, dense, chunkwise, sequential
+    path: str  # triton, sdpa, tiles, dense, chunkwise, sequential
     reason: str
     obstacles: tuple[tuple[str, str], ...] = ()
 

@@ -6,8 +6,8 @@ from ...grammar.format import format_loom
 from ...grammar.syntax import File
 from ..api import target
 from ..checking.check import check, find
+from ..lowerings.operators import operators
 from ..pipeline import generate, plans
-from ..plan.operators import operators
 from ..plan.plan import Plan
 from .picture import graph_lines
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..lowerings.operators import operators
 from ..model import Block, Model
 from ..pipeline import generate, lower
-from ..plan.operators import operators
 from ..plan.plan import Plan, Target
 
 

@@ -11,8 +11,8 @@ from headloom.compiler.emit.caches import begins_within
 from headloom.compiler.facts import decoding
 from headloom.compiler.graph.build import build
 from headloom.compiler.graph.operations import Scan
+from headloom.compiler.lowerings import choose
 from headloom.compiler.model import Block
-from headloom.compiler.plan import choose
 from headloom.compiler.plan.recurrences import Chunked, of_node
 
 from .battery import block, compiled, inputs, oracle

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from headloom.compiler.lowerings import choose
 from headloom.compiler.pieces import elu
-from headloom.compiler.plan import choose
 
 from .battery import block, compiled, inputs
 from .test_chunkwise import BOTH_WAYS, MIXERS, close, source

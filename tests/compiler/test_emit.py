@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from headloom.compiler.checking.check import check
-from headloom.compiler.emit.lines import WIDTH, wrap
-from headloom.compiler.emit.text import class_name, ident
 from headloom.compiler.model import Block
 from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.plan import Target
+from headloom.compiler.text.lines import WIDTH, wrap
+from headloom.compiler.text.text import class_name, ident
 from headloom.grammar.parse import parse
 
 from .battery import EXAMPLES, SETTINGS, block

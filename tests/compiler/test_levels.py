@@ -12,8 +12,8 @@ from headloom.compiler.checking.check import check
 from headloom.compiler.facts.cost import cost
 from headloom.compiler.graph.build import build
 from headloom.compiler.graph.operations import Scan
+from headloom.compiler.lowerings import choose
 from headloom.compiler.model import Block
-from headloom.compiler.plan import choose
 from headloom.compiler.plan.recurrences import Chunked, of_node
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import headloom as hl
 from headloom.compiler.checking.check import check, find
+from headloom.compiler.lowerings.operators import operators
 from headloom.compiler.pipeline import lower
-from headloom.compiler.plan.operators import operators
 from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 from headloom.kernels.recurrence import Recurrence

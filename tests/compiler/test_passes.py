@@ -16,8 +16,8 @@ from headloom.compiler.graph.passes.drop_dead import drop_dead
 from headloom.compiler.graph.passes.drop_identities import drop_identities
 from headloom.compiler.graph.passes.fuse_attend import fuse_attend
 from headloom.compiler.graph.passes.share import share
+from headloom.compiler.lowerings.choose import choose
 from headloom.compiler.pipeline import lower
-from headloom.compiler.plan.choose import choose
 from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 from headloom.grammar.show import show

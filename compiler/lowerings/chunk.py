@@ -20,9 +20,9 @@ from ..graph.graph import Graph, Node
 from ..graph.operations import Scan
 from ..model import State
 from ..plan.recurrences import Chunked, Memory, Sum, kernels_of, of_node, ranks_of
+from ..text.text import atomic, call, ident, indent
+from ..text.values import Text, Values, lifted
 from . import scan
-from .text import atomic, call, ident, indent
-from .values import Text, Values, lifted
 
 _PLACES = (
     "batch.before",

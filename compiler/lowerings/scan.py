@@ -19,8 +19,8 @@ from ..algebra.levels import affine_parts
 from ..graph.graph import AnyNode, Graph, Node
 from ..graph.operations import Scan
 from ..model import Recurrence, State, Update
-from .text import atomic, call, ident, indent
-from .values import Text, Values, lifted
+from ..text.text import atomic, call, ident, indent
+from ..text.values import Text, Values, lifted
 
 
 @dataclass

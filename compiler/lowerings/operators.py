@@ -19,10 +19,10 @@ from ...kernels.sequential import Scan
 from ...kernels.spec import Attend
 from ..graph import operations
 from ..graph.graph import Graph, Node, made_by, shape_of
-from .choose import kernel_spec
-from .plan import Plan
-from .recurrences import Chunked, Memory, kernels_of, of_node
-from .sequential_form import scan_of
+from ..plan.plan import Plan
+from ..plan.recurrences import Chunked, Memory, kernels_of, of_node
+from ..plan.sequential_form import scan_of
+from .kernel import kernel_spec
 
 
 class Operator(NamedTuple):

@@ -22,6 +22,7 @@ _OURS = frozenset((
     "attention_mask", "context_mask", "cu_seqlens", "batch", "far", "outer", "run", "context_run",
     "own", "other", "idle",
     "known", "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams",
+    "bias", "line",
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip
@@ -30,6 +31,7 @@ _PIECES = (
     "positions",
     "stages",
     "maps",
+    "tiles",
     "chunks",
     "levels",
     "steps",
@@ -39,7 +41,7 @@ _PIECES = (
 )  # files, in this order
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
-    r"|_(?:added|asked|before|decay|key|level|past|query|read|value|written)s?(?:_\d+)?$"
+    r"|_(?:added|asked|before|decay|key|level|past|query|read|start|value|written)s?(?:_\d+)?$"
 )
 
 
@@ -107,17 +109,26 @@ def braced(head: str, items: Mapping[str, str]) -> list[str]:
 
 @cache
 def pieces() -> dict[str, str]:
-    """Return the source text of every function and class of `pieces`, in their order."""
+    """Return the source text of all that `pieces` defines, in its order."""
     found = {}
     for name in _PIECES:
         path = Path(__file__).parent.parent / "pieces" / f"{name}.py"
         source = path.read_text(encoding="utf-8")
         lines = source.splitlines()
         for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = _defines(node)
+            if name:
                 text = lines[node.lineno - 1 : node.end_lineno]
-                found[node.name] = "\n".join(line.replace("  # fmt: skip", "") for line in text)
+                found[name] = "\n".join(line.replace("  # fmt: skip", "") for line in text)
     return found
+
+
+def _defines(node: ast.stmt) -> str:
+    """Return the name that a statement defines, "" for none."""
+    match node:
+        case ast.FunctionDef(name) | ast.ClassDef(name) | ast.Assign([ast.Name(name)]):
+            return name
+    return ""
 
 
 def needed_pieces(text: str) -> list[str]:

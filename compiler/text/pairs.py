@@ -143,6 +143,7 @@ class Pairs(Values):
     layout: str = PAIR
     masked: bool = True  # whether `visible` says who is
     told: bool = False  # whether `other` may say which keys are of one sequence
+    local: bool = False  # whether params and consts are variables, not the module's
     wide: str = ".to(wide)"  # how a place becomes a fraction
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
     whole: Mapping[str, str] = field(default_factory=dict)  # q and k, where they are: for all heads
@@ -224,14 +225,15 @@ class Pairs(Values):
         name = expr.base.id
         made = self.graph.node(name)
         tensor = isinstance(made.op, TensorRead)
+        own = ident(name) if self.local else f"self.{name}"
         if tensor and expr.items[:1] == (Name("h"),) and made.dims[0] == self.heads:
             lead = ":, None, None" if self.layout == PAIR else ":, None"
             if len(expr.items) == 1:
-                return Text(f"self.{name}[{lead}]", len(made.dims) - 1)
+                return Text(f"{own}[{lead}]", len(made.dims) - 1)
         if tensor:
             sizes = zip(expr.items, made.dims, strict=False)
             items = ", ".join(self._place(item, int(size)) for item, size in sizes)
-            text = f"self.{name}[{items}]" if items else f"self.{name}"
+            text = f"{own}[{items}]" if items else own
             return Text(text, len(made.dims) - len(expr.items))
         if name == "doc":
             seen = Operand(name, token(expr))  # [b, tokens, 1]

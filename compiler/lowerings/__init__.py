@@ -1,0 +1,1 @@
+"""What can carry an attention or a recurrence: one module each, and the choice among them."""

@@ -1,0 +1,164 @@
+"""The pairwise Triton kernels: what they take of an attention, and what is made before them.
+
+    o, lse = gemma_attention(q, k, v, slope)
+
+A kernel takes whole sequences; steps with a cache and some batches take the text beside it.
+"""
+
+from __future__ import annotations
+
+from ...grammar.expr import fold, substitute
+from ...grammar.syntax import Expr, Index, Name, walk
+from ...kernels import spec as kernel
+from ..algebra.masks import extent
+from ..algebra.normalizers import exponential
+from ..graph.graph import Graph, Node
+from ..graph.operations import Attend, TensorRead
+from ..model import PREVIOUS
+from ..plan.attention import Attention, reach
+from ..plan.kernel_form import KernelForm, Side, kernel_form
+from ..text.pairs import Pairs, operand
+from ..text.text import atomic, ident
+from .sdpa import alike
+from .weights import operands
+
+NAME = "triton"
+_OF_KERNELS = ("lse", "joint", "entropy")  # the statistics that kernels give
+
+
+def obstacle(attention: Attention) -> str | None:
+    """Return why the pairwise kernels cannot carry an attention."""
+    graph, node, mix = attention.graph, attention.node, attention.mix
+    normalizer = mix.normalize
+    if attention.maps:
+        return "the layer above reads its map"
+    if any(name.startswith(PREVIOUS) for name in attention.names):
+        return "what its expressions read of the layer below is not read in kernels yet"
+    if normalizer.where is not None:
+        return f"`{normalizer.name}` needs a row threshold, which the kernels do not compute yet"
+    if attention.exponential is not None and attention.exponential.held is not None:
+        return "its denominator is held, which the running maximum does not do"
+    if mix.weights != Name("p"):
+        return "weights edited after the normaliser are not fused yet"
+    if mix.dropout:
+        return "dropout on the weights is not fused yet"
+    for kind in node.op.kinds:
+        if kind not in _OF_KERNELS:
+            return f"`{kind}` of the map is not computed by the kernels"
+    form = kernel_form(graph, node)
+    return form if isinstance(form, str) else kernel.obstacle(_spec(graph, node, form))
+
+
+def kernel_spec(graph: Graph, node: Node[Attend]) -> kernel.Attend:
+    """Return the node as the kernels' own specification; it must have a form for them."""
+    form = kernel_form(graph, node)
+    assert isinstance(form, KernelForm)
+    return _spec(graph, node, form)
+
+
+def _spec(graph: Graph, node: Node[Attend], form: KernelForm) -> kernel.Attend:
+    score, exponent = form.score, exponential(form.normalizer)
+    asked = set(node.op.kinds)
+    if exponent is not None:
+        score = fold(substitute(exponent.logit, {"s": score}))
+    return kernel.Attend(
+        score=score,
+        mask=form.mask,
+        exponential=exponent is not None,
+        extra=exponent.extra if exponent is not None else None,
+        numerator=form.normalizer.numerator if exponent is None else None,
+        denominator=form.normalizer.denominator if exponent is None else None,
+        scale=form.scale,
+        tensors=(*(_tensor(graph, name) for name in kernel_reads(node, form)),
+                 *(_side(node, each) for each in form.sides)),
+        reach=reach(extent(form.mask)),
+        heads=int(node.dims[1]),
+        lse=bool(asked & {"lse", "joint"}),
+        entropy="entropy" in asked,
+    )  # fmt: skip
+
+
+def kernel_reads(node: Node[Attend], form: KernelForm) -> tuple[str, ...]:
+    """Return the streams and tensors that a kernel itself reads."""
+    exprs = (form.score, form.mask, *form.normalizer.exprs)
+    read = {part.id for expr in exprs for part in walk(expr) if isinstance(part, Name)}
+    return tuple(name for name in node.others if name in read)
+
+
+def _side(node: Node[Attend], side: Side) -> kernel.Tensor:
+    tokens = "n" if side.at == "i" else "m"
+    return kernel.Tensor(side.name, (int(node.dims[1]), tokens), batched=True, differentiable=True)
+
+
+def _tensor(graph: Graph, name: str) -> kernel.Tensor:
+    made = graph.node(name)
+    learned = {each.name for each in graph.weights}
+    if isinstance(made.op, TensorRead):
+        return kernel.Tensor(name, made.dims, batched=False, differentiable=name in learned)
+    shape = made.dims[1:]
+    if name == "doc":
+        return kernel.Tensor(name, shape, batched=True, differentiable=False)
+    return kernel.Tensor(name, shape, batched=True, differentiable=True)
+
+
+def reason(attention: Attention) -> str:
+    """Say what the kernel is, and which calls it does not take."""
+    spec = kernel_spec(attention.graph, attention.node)
+    back, ahead = spec.reach.back, spec.reach.ahead
+    if back is None and ahead is None:
+        tiles = "every tile of keys is visited"
+    elif back is None:
+        tiles = "tiles after the diagonal are never visited"
+    else:
+        tiles = f"only tiles within {back} keys back are visited"
+    form = "a running maximum" if spec.exponential else "row sums"
+    calls = beside(attention)
+    more = f"; {calls} take the PyTorch text beside it" if calls else ""
+    return f"one fused kernel with {form}; {tiles}{more}"
+
+
+def beside(attention: Attention) -> str:
+    """Say which calls of an attention no kernel takes, "" for none."""
+    crosses, keys, node = attention.crosses, attention.keys, attention.node
+    found = []
+    if node.dims[2] == "n" and (not crosses or attention.reads_places):
+        found = ["steps with a cache", "calls with positions of their own"]
+        if not attention.tells_apart:
+            found.append("rows of several sequences")
+    if keys == "m" or (keys == "n" and (crosses or not extent(node.op.mix.mask).causal)):
+        found += [] if not crosses and attention.tells_apart else ["batches with padding"]
+    return (
+        found[0]
+        if len(found) == 1
+        else ", ".join(found[:-1]) + " and " + found[-1]
+        if found
+        else ""
+    )
+
+
+def made_before(
+    attention: Attention, form: KernelForm, operands_: tuple[str, str, str]
+) -> tuple[list[str], list[str]]:
+    """Return the lines that make what a kernel takes of vectors, and its q, k and v."""
+    graph, node = attention.graph, attention.node
+    q, k, v = alike(attention, *operands_)
+    group = int(node.dims[1]) // max(int(graph.node(name).dims[1]) for name in (node.k, node.v))
+    repeat = f".repeat_interleave({group}, dim=1)" if group > 1 else ""
+    whole = {"q": q, "k": f"{k}{repeat}"}
+    variables = {
+        seen: seen.name if seen.name in ("x", "context") else ident(seen.name)
+        for seen in operands(attention)
+    }
+    lines: list[str] = []
+
+    def side(expr: Expr, at: str) -> str:
+        return Pairs(graph, node, at, variables=variables, whole=whole).value(expr).text
+
+    for each in form.sides:
+        size = f"{q}.shape[:3]" if each.at == "i" else f"*{q}.shape[:2], {k}.shape[2]"
+        lines.append(f"{each.name} = {atomic(side(each.expr, each.at))}.expand({size})")
+    if form.query is None or form.key is None:
+        return lines, [q, k, v]
+    plain = isinstance(form.key, Index) and operand(node, form.key) == "k"
+    key = k if plain else f"{atomic(side(form.key, 'j'))}.expand(*{q}.shape[:2], -1, -1)"
+    return lines, [side(form.query, "i"), key, v if plain else f"{v}{repeat}"]

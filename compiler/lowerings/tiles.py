@@ -1,0 +1,106 @@
+"""Some queries at a time, with just the keys that they can see: any score and normaliser.
+
+def attend(self, v, q, i, own, k, j, other, start):
+    return over_tiles(
+        self.attend_weights, v, (q, i, own), (k,), (j, other),
+        start=start, back=255, ahead=0, own=own,
+    )
+
+A tile is made again in the backward pass, so memory grows with the tokens. Keys are left out
+by how far the mask reaches, and by where the sequences of a row begin and end.
+"""
+
+from __future__ import annotations
+
+from ..plan.attention import Attention
+from ..text.text import call, indent
+from . import distance, sdpa
+from .weights import arguments, method_name, signature, weights
+
+NAME = "tiles"
+
+
+def obstacle(attention: Attention) -> str | None:
+    """Return why not some queries can be attended to without the others."""
+    if attention.draws:
+        return "what is drawn at random is drawn for the whole map"
+    if not attention.by_rows:
+        return "its expressions read other queries"
+    return None
+
+
+def reason(attention: Attention) -> str:
+    """Say what a tile is made of."""
+    reach = attention.reach
+    if not attention.leaves_out:
+        keys = "all keys"
+    elif reach.back is None and reach.ahead is None:
+        keys = "the keys of their sequence"
+    elif reach.back is None:
+        keys = "the keys up to their own" if reach.ahead == 0 else "the keys before them"
+    else:
+        keys = f"the keys from {reach.back} before them"
+        keys += f" to {reach.ahead} after them" if reach.ahead else ""
+    keys += f" and the first {reach.prefix}" if reach.prefix and attention.leaves_out else ""
+    biased = distance.obstacle(attention) is None
+    more = "; what depends on i - j is made once, of every distance" if biased else ""
+    return f"some queries at a time, with {keys}{more}"
+
+
+def whole(attention: Attention, asked: str | None) -> bool:
+    """Say whether the map is made at once: it must be, or a lowering is `asked` for that does."""
+    return obstacle(attention) is not None or asked in (sdpa.NAME, "dense")
+
+
+def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
+    """Return what the method `attend` takes, in order."""
+    groups = arguments(attention)
+    given = ("v", *(each for key in ("queries", "keys", "places") for each in groups[key]))
+    tokens = attention.node.dims[2] == "n" and not attention.crosses
+    return (*given, "start") if tokens and not whole(attention, asked) else given
+
+
+def methods(attention: Attention, asked: str | None) -> list[str]:
+    """Return the methods `attend` and `attend_weights`, and what they call."""
+    groups = arguments(attention)
+    name, told = method_name(attention), attention.sequences
+    given, at_all = parameters(attention, asked), whole(attention, asked)
+    biased = not at_all and distance.obstacle(attention) is None
+    args = [f"self.{name}_weights", "v", *(_tuple(groups[key]) for key in ("queries", "keys"))]
+    tensors = [f"self.{each}" for each in attention.tensors]
+    if groups["places"] or tensors:
+        args.append(_tuple(groups["places"]))
+    if tensors:
+        args.append(_tuple(tensors))
+    if at_all:
+        args.append("whole=True")
+    else:
+        args += ["start=start"] if "start" in given else []
+        if attention.leaves_out and "start" in given:
+            args += _reach(attention)
+            args += ["own=own"] if "own" in told else []
+        args += [f"before={attention.before}"] if attention.before else []
+        args += [f"width={attention.breadth}"] if attention.breadth > 1 else []
+        args += [f"line=self.{name}_line"] if biased else []
+    at_once = sdpa.obstacle(attention) is None and asked != "dense"
+    args += [f"at_once=self.{name}_at_once"] if at_once else []
+    several = bool(attention.node.op.statistics or attention.maps)
+    gives = "tuple[Tensor, ...]" if several else "Tensor"
+    return [
+        *signature(name, given, gives),
+        *indent(call("return over_tiles", args)),
+        *(["", *sdpa.method(attention)] if at_once else []),
+        *(["", *distance.method(attention)] if biased else []),
+        *(["", *weights(attention, biased)] if not at_once or not at_all else []),
+    ]
+
+
+def _reach(attention: Attention) -> list[str]:
+    """Write how far a query sees, as far as there is an end."""
+    reach = attention.reach
+    given = (("back", reach.back), ("ahead", reach.ahead), ("prefix", reach.prefix or None))
+    return [f"{name}={value}" for name, value in given if value is not None]
+
+
+def _tuple(items: tuple[str, ...] | list[str]) -> str:
+    return f"({', '.join(items)}{',' * (len(items) == 1)})"

@@ -1,0 +1,348 @@
+"""The weights of an attention as PyTorch text: what every lowering in PyTorch makes of a tile.
+
+def attend_weights(self, q: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
+    s = meet(q * 0.125, k)  # [b, 8, n, m]
+    s = 50 * torch.tanh(s / 50)
+    visible = (j <= i) & ((i - j).abs() < 256)
+    p = s.masked_fill(~visible, torch.finfo(s.dtype).min).softmax(-1)  # [b, 8, n, m]
+    return p
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ...grammar.expr import TRUE
+from ...grammar.syntax import Expr, Index, Name, Number, walk
+from ..algebra.normalizers import Exponential
+from ..algebra.thresholds import threshold
+from ..plan.attention import Attention
+from ..text.pairs import Operand, Pairs, operand, token
+from ..text.text import atomic, call, comment, ident, indent
+
+
+def operands(attention: Attention) -> tuple[Operand, ...]:
+    """Return the streams that the attention's expressions index, in the order of its inputs."""
+    graph, node = attention.graph, attention.node
+    found: dict[Operand, None] = {}
+    for expr in attention.exprs:
+        for part in walk(expr):
+            if isinstance(part, Index) and isinstance(part.base, Name):
+                name = part.base.id
+                if not graph.is_tensor(name) and not operand(node, part):
+                    found[Operand(name, token(part))] = None
+    return tuple(sorted(found, key=lambda each: (node.inputs.index(each.name), each.at)))
+
+
+def method_name(attention: Attention) -> str:
+    """Return the name of the method that computes an attention."""
+    name = attention.node.name
+    return "attend" if name == "o" else f"attend_{name}"
+
+
+def arguments(attention: Attention) -> dict[str, tuple[str, ...]]:
+    """Return what the weights are made of: along queries, keys, places of keys, and tensors."""
+    places = ("i", "j") if attention.reads_places else ()
+    seen = operands(attention)
+    told = attention.sequences
+    return {
+        "queries": ("q", *places[:1], *(each for each in told if each == "own"),
+                    *(each.variable for each in seen if each.at == "i"),
+                    *(f"previous_{name}" for name in attention.maps_below)),
+        "keys": ("k", *(each.variable for each in seen if each.at == "j")),
+        "places": (*places[1:], *(each for each in told if each == "other")),
+        "tensors": tuple(ident(name) for name in attention.tensors),
+    }  # fmt: skip
+
+
+def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
+    """Return the head of a method that takes tensors; some may be None."""
+    kinds = {"own": "Tensor | None", "other": "Tensor | None", "bias": "Tensor | None",
+             "start": "int | None"}  # fmt: skip
+    args = ["self", *(f"{each}: {kinds.get(each, 'Tensor')}" for each in given)]
+    return call(f"def {name}", args, f") -> {gives}:")
+
+
+def weights(attention: Attention, biased: bool = False) -> list[str]:
+    """Return the method that makes the weights [b, h, n, m] of a tile, and numbers of its rows.
+
+    Where it is `biased`, a tile may come with all that depends on the distance of its pairs.
+    """
+    writer = Writer(attention, biased)
+    given = [each for group in arguments(attention).values() for each in group]
+    given += ["bias"] if biased else []
+    several = attention.node.op.statistics or attention.maps
+    name = f"{method_name(attention)}_weights"
+    gives = "tuple[Tensor, ...]" if several else "Tensor"
+    return [*signature(name, given, gives), *indent(writer.lines_of_weights())]
+
+
+class Writer:
+    """Writes the weights of one attention, line after line."""
+
+    def __init__(self, attention: Attention, biased: bool = False) -> None:
+        self.attention, self.biased = attention, biased
+        self.mix = attention.mix
+        self.normalizer, self.mask = self.mix.normalize, self.mix.mask
+        self.told = attention.sequences
+        self.masked = self.mask != TRUE or bool(self.told)
+        self.pairs = Pairs(attention.graph, attention.node, masked=self.masked,
+                           told=bool(self.told), local=True)  # fmt: skip
+        self.lines: list[str] = []
+        self.weighing = ""  # which pairs may weigh something, "" for all
+        self.sums = 0  # rows and columns that were summed
+
+    @property
+    def _sees_something(self) -> bool:
+        own = self.told != ("other",)  # else padding may be all that there is
+        return own and self.attention.sees_something
+
+    @property
+    def _sees_nothing(self) -> str:
+        """Which rows have no denominator, "" where all have one."""
+        if not self.attention.may_see_nothing:
+            return ""
+        if self.weighing:
+            return f"~{self.weighing}.any(-1, keepdim=True)"
+        return "lse == -torch.inf"
+
+    def lines_of_weights(self) -> list[str]:
+        """Return the body of the method."""
+        attention, mix = self.attention, self.mix
+        graph, node = attention.graph, attention.node
+        every = int(attention.heads) // int(graph.node(node.k).dims[1])
+        dims = f"[b, {attention.heads}, {node.dims[2]}, {attention.keys}]"
+        reads = (part for expr in attention.exprs for part in walk(expr)
+                 if isinstance(part, Index) and isinstance(part.base, Name))  # fmt: skip
+        if every > 1 and any(operand(node, part) == "k" for part in reads):
+            self.lines.append(f"k = k.repeat_interleave({every}, dim=1)")
+        if mix.similarity is None:
+            scale = "" if mix.scale == 1 else f", {mix.scale!r}"
+            self.lines += comment(f"s = meet(q, k{scale})", dims)
+        else:
+            text = f"{atomic(self._text(mix.similarity))}.to(wide)"
+            times = "" if mix.scale == 1 else f" * {mix.scale!r}"
+            self.lines += comment(f"s = {text}{times}", dims)
+        if self.biased:
+            self.lines = self._with_bias()
+        else:
+            self._logits()
+            self._weigh()
+        return self.sized()
+
+    def _logits(self) -> None:
+        """Write who sees whom, and the score."""
+        if self.masked:
+            self._visible()
+        if "seen" in self.attention.names:
+            count = (
+                "visible.expand(s.shape).sum(-1, keepdim=True)"
+                if self.masked
+                else "torch.full_like(s[..., :1], k.shape[-2])"
+            )
+            self.lines.append(f"seen = {count}.clamp(min=1).to(wide)")
+        if self.mix.score != Name("s"):
+            self.lines.append(f"s = {self._spread(self.mix.score)}")
+
+    def _with_bias(self) -> list[str]:
+        """Write the weights of a tile with its bias, and of one without."""
+        form = self.attention.exponential
+        assert form is not None
+        before, self.lines = self.lines, []
+        self._logits()
+        if form.logit != Name("s"):
+            self.lines.append(f"s = {self._spread(form.logit)}")
+        self.lines.append("s = s.masked_fill(~visible, torch.finfo(s.dtype).min)")
+        general, self.lines = self.lines, []
+        together = [
+            "if other is not None:",
+            f"    s = s.masked_fill(~{self._together}, torch.finfo(s.dtype).min)",
+        ] if self.told else []  # fmt: skip
+        self.weighing = ""
+        self._shares(form)
+        after, self.lines = self._ended(), []
+        return [
+            *before,
+            "if bias is None:",
+            *indent(general),
+            "else:",
+            *indent(["s += bias", *together]),
+            *after,
+        ]
+
+    def _weigh(self) -> None:
+        """Write the normaliser, and all down to what is given back."""
+        if "s" in self.attention.maps:
+            self.lines.append(f"shared_s = {self._hidden('s')}")
+        self._normalize()
+        self.lines = self._ended()
+
+    def _ended(self) -> list[str]:
+        """Return the lines with the statistics, the last words on the weights, and the end."""
+        shared = self.attention.maps
+        given = [self._statistic(kind, expr) for _, kind, expr in self.attention.node.op.statistics]
+        if self.mix.weights != Name("p"):
+            self.lines.append(f"p = {self._hidden(self._spread(self.mix.weights))}")
+        if "p" in shared:
+            self.lines.append("shared_p = p")
+        if self.mix.dropout:
+            self.lines.append(f"p = F.dropout(p, {self.mix.dropout!r}, self.training)")
+        also = [*(f"shared_{name}" for name in shared), *(f"{each}.to(q.dtype)" for each in given)]
+        return [*self.lines, f"return {', '.join(['p', *also])}"]
+
+    def sized(self) -> list[str]:
+        """Return the lines, the heads and numbers of tokens first where they are read."""
+        text = "\n".join(line.partition("# ")[0] for line in self.lines)
+        both = self.told == ("own", "other")
+        queries = "torch.tensor(q.shape[-2], device=q.device)"
+        if both:
+            queries = "tokens_of(own, None if own is None else own.mT, q)"
+        keys = "torch.tensor(k.shape[-2], device=q.device)"
+        if self.told:
+            keys = f"tokens_of({'own' if both else 'None'}, other, k)"
+        made = {
+            "wide": "torch.promote_types(q.dtype, torch.float32)",
+            "h": f"torch.arange({self.attention.heads}, device=q.device)[:, None, None]",
+            "n": queries,
+            "m": keys,
+        }
+        read = [name for name in made if re.search(rf"\b{name}\b", text)]
+        return [*(f"{name} = {made[name]}" for name in read), *self.lines]
+
+    @property
+    def _together(self) -> str:
+        return f"together({'own' if 'own' in self.told else 'None'}, other)"
+
+    def visibility(self) -> str:
+        """Write who sees whom, and return the text of it; "" where all see all."""
+        if self.mask == TRUE:
+            return self._together if self.told else ""
+        self._visible()
+        return "visible"
+
+    def _visible(self) -> None:
+        """Write who sees whom: what the mask says, of the query's own sequence."""
+        if self.mask == TRUE:
+            self.lines += [
+                f"visible = {self._together}",
+                "if visible is None:",
+                "    visible = torch.ones(1, 1, 1, k.shape[-2], dtype=torch.bool, device=q.device)",
+            ]
+            return
+        text = replace(self.pairs, wide=".double()").value(self.mask).text
+        self.lines.append(f"visible = {text}")
+        if self.told:
+            self.lines += ["if other is not None:", f"    visible = visible & {self._together}"]
+
+    def _hidden(self, text: str, by: str = "0") -> str:
+        return self.pairs.hidden(text, by)
+
+    def _text(self, expr: Expr) -> str:
+        return self.pairs.value(expr).text
+
+    def _spread(self, expr: Expr) -> str:
+        return self.pairs.spread(expr)
+
+    def _statistic(self, kind: str, expr: Expr | None) -> str:
+        """Write a number of every row or column, from p as the normaliser gave it."""
+        if kind in ("lse", "joint"):
+            nothing = self._sees_nothing
+            by = "0" if kind == "lse" else "-torch.inf"
+            return f"lse.masked_fill({nothing}, {by})" if nothing else "lse"
+        if kind == "entropy":
+            hidden = f".masked_fill(~{self.weighing}, 0)" if self.weighing else ""
+            self.lines.append(f"entropy = -(p * (s - lse)){hidden}.sum(-1, keepdim=True)")
+            return "entropy"
+        assert expr is not None
+        total = f"{atomic(self._hidden(self._spread(expr)))}.sum"
+        name = f"{'row' if kind == 'rows' else 'column'}_sum_{self.sums}"
+        self.sums += 1
+        text = f"{total}(-1, keepdim=True)" if kind == "rows" else f"{total}(-2)[..., None]"
+        self.lines.append(f"{name} = {text}")
+        return name
+
+    def _normalize(self) -> None:
+        form = self.attention.exponential
+        if form is not None:
+            if form.logit != Name("s"):
+                self.lines.append(f"s = {self._spread(form.logit)}")
+            self._exponential(form)
+        elif self.normalizer.where is not None:
+            self._threshold()
+        else:
+            self._ratio()
+
+    def _exponential(self, form: Exponential) -> None:
+        some, sees = self._weighing()
+        self.weighing = some
+        if some:
+            self.lines.append(f"s = s.masked_fill(~{some}, torch.finfo(s.dtype).min)")
+        self._shares(form)
+        if some and not (form.extra is None and sees):
+            self.lines.append(f"p = p.masked_fill(~{some}, 0)")
+
+    def _shares(self, form: Exponential) -> None:
+        """Write the weights of logits that are hidden already, and their denominator."""
+        every = "s"
+        if form.extra is not None:
+            extra = self._text(form.extra)
+            if isinstance(form.extra, Number):
+                self.lines.append(f"added = torch.full_like(s[..., :1], {extra})")
+            else:
+                self.lines.append(f"added = ({extra}).to(wide).expand_as(s[..., :1])")
+            every = "torch.cat([s, added], dim=-1)"
+        asked = not {"lse", "joint", "entropy"}.isdisjoint(self.attention.node.op.kinds)
+        if asked or form.held is not None:
+            self.lines.append(f"lse = {every}.logsumexp(-1, keepdim=True)")
+        if form.held is not None:
+            self.lines += [f"lse = {self._text(form.held)}", "p = (s - lse).exp()"]
+        else:
+            own = "" if form.extra is None else "[..., :-1]"
+            self.lines.append(f"p = {every}.softmax(-1){own}")
+
+    def _weighing(self) -> tuple[str, bool]:
+        """Return which pairs may weigh something, "" for all, and whether every row has one.
+
+        A logit of minus infinity weighs nothing, though the pair is visible.
+        """
+        masked = "visible" if self.masked else ""
+        if not self.attention.may_weigh_nothing:
+            return masked, self._sees_something
+        shown = f"{masked} & (s > -torch.inf)" if masked else "s > -torch.inf"
+        self.lines.append(f"finite = {shown}")
+        return "finite", False
+
+    def _ratio(self) -> None:
+        below = self.normalizer.denominator
+        if below is None:
+            self.lines.append(f"p = {self._hidden(self._spread(self.normalizer.numerator))}")
+            return
+        self.lines += [
+            f"f = {self._hidden(self._spread(self.normalizer.numerator))}",
+            "rows = f.sum(-1, keepdim=True)",
+            *([] if below == Name("sum") else [f"rows = {self._text(below)}"]),
+            "p = f / rows.masked_fill(rows == 0, 1)",
+        ]
+
+    def _threshold(self) -> None:
+        form = threshold(self.normalizer)
+        if not self.masked:
+            self.lines.append("visible = torch.ones_like(s, dtype=torch.bool)")
+        top = "max_of_visible(s, visible, -1).detach()"
+        if form.moves:
+            self.lines.append(f"s = (s - {top}).masked_fill(~visible, 0)")
+        else:  # next to large logits a threshold needs more than seven digits
+            self.lines.append(f"s = torch.where(visible, s, {top}).double()")
+        pairs = self.pairs if form.moves else replace(self.pairs, wide=".double()")
+        for name, expr in (("weight", form.numerator), ("slope", form.slope)):
+            self.lines += [
+                f"def {name}(s: Tensor, tau: Tensor) -> Tensor:",
+                f"    return {pairs.spread(expr)}",
+                "",
+            ]
+        self.lines += [
+            "tau = row_threshold(weight, slope, s, visible)",
+            f"p = {self._hidden('weight(s, tau)')}{'' if form.moves else '.to(wide)'}",
+        ]

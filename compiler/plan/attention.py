@@ -1,0 +1,240 @@
+"""What is known of one attention, each thing once: the terms in which lowerings say they fit.
+
+score = alibi; mask = causal and window(256)
+
+structure    Band(back=255, ahead=0)
+reach        back 255, ahead 0
+distance     -slope[h] * abs(i - j): all that is added to a logit depends on i - j
+exponential  exp(s) / sum
+by_rows      some queries can be attended to without the others
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+
+from ...grammar.constants import infinite
+from ...grammar.derive import derivative
+from ...grammar.expr import TRUE, calls, fold, names, substitute
+from ...grammar.syntax import Call, Expr, Index, Name, Number, children, walk
+from ...kernels.spec import Reach
+from ..algebra.masks import Extent, extent, of_distance, reads_others
+from ..algebra.normalizers import Exponential, exponential
+from ..algebra.structure import Structure, structure
+from ..checking.blocks import sees_something
+from ..graph.graph import Graph, Node
+from ..graph.operations import Attend
+from ..graph.sides import makes_vectors
+from ..model import MAPS, PREVIOUS, Pairwise, without_document
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The facts of an `attend` node."""
+
+    graph: Graph
+    node: Node[Attend]
+
+    @property
+    def mix(self) -> Pairwise:
+        return self.node.op.mix
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return self.node.op.exprs
+
+    @cached_property
+    def heads(self) -> int:
+        return int(self.node.dims[1])
+
+    @cached_property
+    def keys(self) -> int | str:
+        """What the keys are: n, m, or a number of them."""
+        return self.graph.node(self.node.k).dims[-2]
+
+    @cached_property
+    def crosses(self) -> bool:
+        return self.graph.crosses(self.node)
+
+    # the mask
+
+    @cached_property
+    def structure(self) -> Structure:
+        return structure(self.mix.mask, self.heads)
+
+    @cached_property
+    def reach(self) -> Reach:
+        """How far keys can be seen; what the mask says by positions, wherever they stand."""
+        return reach(extent(self.mix.mask))
+
+    @cached_property
+    def sees_something(self) -> bool:
+        """Whether every query certainly sees a key, where no padding is."""
+        return sees_something(self.graph.block.mixings[self.node.name])
+
+    @cached_property
+    def tells_apart(self) -> bool:
+        """Whether its own mask keeps sequences apart, wherever in a row they stand."""
+        mask = self.mix.mask
+        rest = without_document(mask)
+        others = [expr for expr in self.exprs if expr is not mask]
+        return (
+            rest != mask and not self.graph.block.marks and all(map(of_distance, (rest, *others)))
+        )
+
+    @cached_property
+    def sequences(self) -> tuple[str, ...]:
+        """What tells whose tokens are whose: numbers of sequences, or None.
+
+        `own` along the queries, `other` along the keys.
+        """
+        if self.keys not in ("n", "m"):
+            return ()
+        return ("own", "other") if self.node.dims[2] == self.keys else ("other",)
+
+    # the normaliser
+
+    @cached_property
+    def exponential(self) -> Exponential | None:
+        return exponential(self.mix.normalize)
+
+    @cached_property
+    def may_see_nothing(self) -> bool:
+        """Whether a row's denominator may be zero: nothing is seen, and nothing else in it."""
+        form = self.exponential
+        if form is None or form.extra is not None or (form.held and calls(form.held, "max")):
+            return False
+        if self.may_weigh_nothing:
+            return True
+        may_be_none = self.keys in ("n", "m") and self.crosses  # of an empty context, for one
+        return may_be_none or not self.sees_something
+
+    @cached_property
+    def may_weigh_nothing(self) -> bool:
+        """Whether a logit of a visible pair may be minus infinity."""
+        s = frozenset({"s"} if infinite(self.mix.score) else ())
+        return self.exponential is not None and infinite(self.exponential.logit, s)
+
+    # what is read
+
+    @cached_property
+    def reads_places(self) -> bool:
+        """Whether it looks at the positions i and j themselves, not only at streams."""
+        streams = {name for name in self.node.inputs if not self.graph.is_tensor(name)}
+
+        def reads(expr: Expr) -> bool:
+            if isinstance(expr, Index) and isinstance(expr.base, Name) and expr.base.id in streams:
+                # t[i, h] picks a row of a stream, whatever its position
+                rows = [each for each in expr.items if each not in (Name("i"), Name("j"))]
+                return any(reads(each) for each in rows)
+            return expr in (Name("i"), Name("j")) or any(reads(each) for each in children(expr))
+
+        return any(reads(expr) for expr in self.exprs)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for expr in self.exprs for name in names(expr))
+
+    @cached_property
+    def called(self) -> frozenset[str]:
+        """The functions that its expressions call."""
+        return frozenset(part.function for expr in self.exprs for part in walk(expr)
+                         if isinstance(part, Call))  # fmt: skip
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The params and consts that its expressions read."""
+        return tuple(name for name in self.node.others if self.graph.is_tensor(name))
+
+    @cached_property
+    def maps(self) -> tuple[str, ...]:
+        """What of its map the layer above reads: its logits `s`, its weights `p`."""
+        return tuple(label for label, name in self.graph.shared
+                     if label in MAPS and name == self.node.name)  # fmt: skip
+
+    @cached_property
+    def maps_below(self) -> tuple[str, ...]:
+        """What it reads of the map of the layer below."""
+        return tuple(name for name in MAPS if f"{PREVIOUS}{name}" in self.names)
+
+    @cached_property
+    def breadth(self) -> int:
+        """How many numbers are made of a pair at once, where vectors of pairs are."""
+        if not any(makes_vectors(self.graph, expr) for expr in self.exprs):
+            return 1
+        return int(self.graph.node(self.node.q).dims[3])
+
+    @cached_property
+    def before(self) -> int:
+        """How many queries before its own a row reads."""
+        return max((int(self.graph.node(kernel).dims[-2]) - 1
+                    for expr in self.exprs for part in walk(expr)
+                    for kernel in _kernels(part)), default=0)  # fmt: skip
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether it draws anything, for the whole map at once."""
+        return bool(self.mix.dropout) or "coin" in self.called
+
+    @cached_property
+    def by_rows(self) -> bool:
+        """Whether some queries can be attended to without the others, but those just before."""
+        columns = "columns" in self.node.op.kinds
+        columns = columns or any(each.endswith("_queries") for each in self.called)
+        return "n" not in self.names and not columns
+
+    @cached_property
+    def leaves_out(self) -> bool:
+        """Whether keys that are not visible may be left out."""
+        reads = self.called & {"convolve", "rank_keys", "mix_heads"}
+        others = any(map(reads_others, self.exprs))
+        return not (reads or others or self.maps or self.maps_below or "m" in self.names)
+
+    @cached_property
+    def distance(self) -> Expr | str:
+        """What is added to a logit, where it depends on the distance of a pair; or why not."""
+        form = self.exponential
+        if form is None:
+            return "its normaliser is not exponential"
+        if not self.sees_something or self.crosses or self.node.dims[2] != "n":
+            return "a query may see nothing"
+        kinds = set(self.node.op.kinds) - {"lse", "joint"}
+        if kinds or self.maps or self.maps_below or self.mix.weights != Name("p"):
+            return "its map is read"
+        if self.may_weigh_nothing:
+            return "a logit may be minus infinity"
+        mask = self.mix.mask if self.graph.block.marks else without_document(self.mix.mask)
+        logit = fold(substitute(form.logit, {"s": self.mix.score}))
+        if derivative(logit, Name("s")) != Number(1):
+            return "its logits are not s and something else"
+        added = fold(substitute(logit, {"s": Number(0)}))
+        for expr in (added, mask, *(each for each in (form.extra, form.held) if each is not None)):
+            if not self._of_distance(expr):
+                return "it reads more than the distance of a pair"
+        if added == Number(0) and mask == TRUE:
+            return "nothing is added to its logits"
+        return added
+
+    def _of_distance(self, expr: Expr) -> bool:
+        read = {part.base.id for part in walk(expr)
+                if isinstance(part, Index) and isinstance(part.base, Name)}  # fmt: skip
+        given = names(expr) & {"n", "m", "seen", "s"}
+        return of_distance(expr) and read <= set(self.tensors) and not given
+
+
+def _kernels(part: Expr) -> list[str]:
+    match part:
+        case Call("convolve", (_, Index(Name(kernel), ()))):
+            return [kernel]
+    return []
+
+
+def reach(bounds: Extent) -> Reach:
+    """Return how far keys can be seen, as kernels take it."""
+    if bounds.low > bounds.high:
+        return Reach(back=0, ahead=0, prefix=bounds.prefix)
+    return Reach(back=None if bounds.high == inf else int(bounds.high),
+                 ahead=None if bounds.low == -inf else int(-bounds.low),
+                 prefix=bounds.prefix)  # fmt: skip
