@@ -26,10 +26,11 @@ class Tile(NamedTuple):
     keys: tuple[slice, ...]
     skip: int
 
-    def turned(self, m: int) -> Tile:
-        """Return the tile where the m keys stand from the last to the first."""
-        keys = [slice(m - each.stop, m - each.start) for each in reversed(self.keys)]
-        return self._replace(keys=tuple(keys))
+
+def turned(tile: Tile, m: int) -> Tile:
+    """Return a tile where the m keys stand from the last to the first."""
+    keys = [slice(m - each.stop, m - each.start) for each in reversed(tile.keys)]
+    return tile._replace(keys=tuple(keys))
 
 
 def meet(q: Tensor, k: Tensor, scale: float = 1.0) -> Tensor:
@@ -109,7 +110,7 @@ def over_tiles(
         v = v.flip(-2)
         keys = tuple(None if x is None else x.flip(-2) for x in keys)
         places = tuple(None if x is None else x.flip(-1) for x in places)
-        tiles = [each.turned(m) for each in tiles]
+        tiles = [turned(each, m) for each in tiles]
     given = (*queries, *keys, *places, *tensors, *added)
     done = OverTiles.apply(weigh, tiles, counts, line is not None, v, *given)
     return done if len(done) > 1 else done[0]

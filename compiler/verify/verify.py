@@ -12,6 +12,7 @@ own weights.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -357,8 +358,25 @@ def _interpreted(subject: Subject) -> Result:
         count, worst = compared_gradients(module, oracle, subject, cases)
     if not called.ours:
         raise Difference("the module never calls its kernel")
-    batches, error = as_if_alone(replace(subject, module=module, oracle=oracle), torch.float32)
+    batches, error = as_if_alone(replace(subject, module=module, oracle=oracle), torch.float32, 7)
     return count + batches, max(worst, error), note
+
+
+def _tiles(subject: Subject) -> Result:
+    """Compare what is made of few queries at a time, as it is where there are many."""
+    if "over_tiles" not in subject.code.text:
+        return "no attention is made some queries at a time"
+    file = sys.modules[type(subject.module).__module__]
+    before, file.TILE = file.TILE, 1  # type: ignore[attr-defined]  # sixteen queries, the least
+    try:
+        count, worst = compared_gradients(
+            subject.module, subject.oracle, subject, subject.cases[2:]
+        )
+        batches, error = as_if_alone(subject, tokens=37)
+        steps, moved = (0, 0.0) if isinstance(found := _decoding(subject), str) else found
+    finally:
+        file.TILE = before  # type: ignore[attr-defined]
+    return count + batches + steps, max(worst, error, moved)
 
 
 _COMMON: dict[str, Check] = {
@@ -368,6 +386,7 @@ _COMMON: dict[str, Check] = {
     "causality": _causality,
     "as if alone": as_if_alone,
     "rows of a cache": rows_of_a_cache,
+    "in tiles": _tiles,
     "training": _training,
     "exported file": _export,
 }

@@ -59,7 +59,7 @@ def test_what_people_write_is_escaped() -> None:
 def test_a_report_says_paths_and_costs() -> None:
     report = hl.explain(ARCH, "tiny", backend="torch")
     for text in (repr(report), report._repr_html_()):
-        assert "dense" in text
+        assert "tiles" in text
         assert "not sdpa: it has no score function" in text
         assert "cache bytes" in text
 

@@ -80,17 +80,22 @@ def test_a_wrong_window_is_found_in_the_smallest_case_that_shows_it() -> None:
     assert "b=1 n=19" in found["forward"].note
 
 
+def test_keys_that_a_tile_leaves_out_are_missed() -> None:
+    found = broken(block(WINDOW), lambda text: text.replace("back=7", "back=5"))
+    assert failed(found) == {"in tiles"}
+
+
 def test_a_lost_gradient_is_found() -> None:
-    call = "q, k, v, by_query("
-    lost = "q, k, v.detach(), by_query("
+    call = "self.attend(\n            v,\n"
+    lost = "self.attend(\n            v.detach(),\n"
     found = broken(block(WINDOW), lambda text: text.replace(call, lost))
-    assert failed(found) == {"gradients", "as if alone"}
+    assert failed(found) == {"gradients", "as if alone", "in tiles"}
     assert "v_proj.weight" in found["gradients"].note
 
 
 def test_a_ring_that_is_too_small_is_found() -> None:
     found = broken(block(WINDOW), lambda text: text.replace("ring=8", "ring=7"))
-    assert failed(found) == {"decoding", "rows of a cache"}
+    assert failed(found) == {"decoding", "rows of a cache", "in tiles"}
 
 
 def test_a_look_ahead_is_found() -> None:
