@@ -10,12 +10,14 @@ Every answer is conservative: an extent may be too wide and never too narrow, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, floor, inf
+from itertools import pairwise
+from math import ceil, floor, inf, isfinite
 
-from ...grammar.expr import TRUE, calls, fold, names, number, rebuild, substitute
+from ...grammar.domain import Domain, interpret
+from ...grammar.expr import FALSE, PLACES, TRUE, calls, fold, names, number, rebuild, substitute
 from ...grammar.syntax import (
     Binary,
     Call,
@@ -105,16 +107,36 @@ def remembered(mask: Expr, exprs: Iterable[Expr]) -> Expr:
 
 
 def of_distance(expr: Expr) -> bool:
-    """Say whether i and j are read only as their difference, or compared with each other."""
-    places = (Name("i"), Name("j"))
+    """Say whether i and j matter only through i - j, as in `j <= i`, wherever data is read."""
+    if (line := linear(expr)) is not None:
+        return line[0] + line[1] == 0
     match expr:
-        case Binary("-", left, right) if left in places and right in places:
-            return True
-        case Compare(operands) if all(each in places for each in operands):
-            return True
+        case Compare(operands):
+            return all(
+                of_distance(Binary("-", a, b)) or (of_distance(a) and of_distance(b))
+                for a, b in pairwise(operands)
+            )
         case Index(_, items):
-            return all(each in places or of_distance(each) for each in items)
-    return expr not in places and all(map(of_distance, children(expr)))
+            return all(each in (Name("i"), Name("j")) or of_distance(each) for each in items)
+    return expr not in (Name("i"), Name("j")) and all(map(of_distance, children(expr)))
+
+
+def is_known(expr: Expr) -> bool:
+    """Say whether an expression reads places alone, so that it is the same at every call."""
+    return not reads_data(expr) and names(expr) <= PLACES | {"true", "false"}
+
+
+def bound(expr: Expr, keeps: Callable[[Expr], bool], *, most: bool) -> Expr:
+    """Return what holds wherever a condition does; for the least, what it surely holds in.
+
+    Parts that `keeps` refuses are taken for true, or for the least for false.
+    """
+    match expr:
+        case Binary("and" | "or" as op, left, right):
+            return fold(Binary(op, bound(left, keeps, most=most), bound(right, keeps, most=most)))
+        case Unary("not", operand):
+            return fold(Unary("not", bound(operand, keeps, most=not most)))
+    return expr if expr in (TRUE, FALSE) or keeps(expr) else TRUE if most else FALSE
 
 
 def reads_others(expr: Expr) -> bool:
@@ -165,15 +187,16 @@ def _comparison(op: str, left: Expr, right: Expr) -> Extent:
     if one is None or two is None:
         return Extent()
     # left <= right  ⇔  ci · i + cj · j + c <= 0
-    ci, cj, c = (a - b for a, b in zip(one, two, strict=True))
-    c += 1 if op == "<" and all(isinstance(part, int) for part in (ci, cj, c)) else 0
+    line = ci, cj, c = tuple(a - b for a, b in zip(one, two, strict=True))
+    c += 1 if op == "<" and all(isinstance(part, int) for part in line) else 0
+    more = 0 if all(part * FINEST % 1 == 0 for part in line) else 1  # for what is rounded
     if ci == -cj and ci > 0:  # i - j <= -c / ci
-        return Extent(high=float(floor(-c / ci)))
+        return Extent(high=float(floor(-c / ci) + more))
     if ci == -cj and ci < 0:  # i - j >= c / cj
-        low = float(ceil(c / cj))
+        low = float(ceil(c / cj) - more)
         return Extent(low=low, ahead=-low)
     if ci == 0 and cj > 0:  # j <= -c / cj
-        return Extent(prefix=max(0, floor(-c / cj) + 1), low=inf, high=-inf)
+        return Extent(prefix=max(0, floor(-c / cj) + 1 + more), low=inf, high=-inf)
     return Extent()
 
 
@@ -185,30 +208,53 @@ def _same_block(left: Expr, right: Expr) -> int | None:
     return None
 
 
+FINEST = 16  # coefficients in sixteenths are exact in float32 up to a million positions
 _OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
+Terms = tuple[dict[Expr, int | float], int | float]  # coefficients, and a constant
 Line = tuple[int | float, int | float, int | float]
 
 
+def affine(expr: Expr) -> Terms:
+    """Return coefficients and a constant: `2 * (i - j // 4) + 1` is {i: 2, j // 4: -2}, 1."""
+    return interpret(expr, Domain(lambda each: ({}, each), _term, _combined))
+
+
+def _term(expr: Expr) -> Terms:
+    return {expr: 1}, 0
+
+
+def _combined(op: str, values: tuple[Terms, ...], expr: Expr) -> Terms:
+    match op, values:
+        case "negative", (one,):
+            return _times(one, -1)
+        case "+" | "-", ((one, c), other):
+            two, d = _times(other, 1 if op == "+" else -1)
+            terms = {key: one.get(key, 0) + two.get(key, 0) for key in {**one, **two}}
+            return {key: value for key, value in terms.items() if value}, c + d
+        case "*", ((terms, factor), line) if not terms:
+            return _times(line, factor)
+        case "*", (line, (terms, factor)) if not terms:
+            return _times(line, factor)
+        case "/", (line, (terms, by)) if by and not terms:
+            parts = (*line[0].values(), line[1])
+            if all(float(each).is_integer() and each % by == 0 for each in parts):
+                return {key: int(each // by) for key, each in line[0].items()}, int(line[1] // by)
+            return _times(line, 1 / by)
+    return _term(expr)
+
+
+def _times(line: Terms, factor: int | float) -> Terms:
+    if factor == 0:
+        return {}, 0
+    return {key: value * factor for key, value in line[0].items()}, line[1] * factor
+
+
 def linear(expr: Expr) -> Line | None:
-    """Return (a, b, c) where the expression is a · i + b · j + c."""
-    match expr:
-        case Number(value) if value != -inf:
-            return (0, 0, value)
-        case Name("i"):
-            return (1, 0, 0)
-        case Name("j"):
-            return (0, 1, 0)
-        case Unary("-", operand) if line := linear(operand):
-            return (-line[0], -line[1], -line[2])
-        case Binary("+" | "-" as op, left, right):
-            one, two = linear(left), linear(right)
-            if one and two:
-                sign = 1 if op == "+" else -1
-                return (one[0] + sign * two[0], one[1] + sign * two[1], one[2] + sign * two[2])
-        case Binary("*", Number(k), other) | Binary("*", other, Number(k)):
-            if line := linear(other):
-                return (k * line[0], k * line[1], k * line[2])
-    return None
+    """Return (a, b, c) where the expression is a · i + b · j + c, of finite numbers."""
+    terms, c = affine(expr)
+    if not terms.keys() <= {Name("i"), Name("j")} or not isfinite(c):
+        return None
+    return terms.get(Name("i"), 0), terms.get(Name("j"), 0), c
 
 
 def sees_itself(mask: Expr) -> bool:

@@ -7,6 +7,9 @@ A comparison becomes one linear form against a constant (`i // 8 == j // 8` is
 `i // 8 - j // 8 == 0`), so that what both sides share cancels; its values come from
 `intervals`. What reads data is taken for true in one proof (`optimistic`: nothing beyond it is
 visible) and for false in another (nothing within it is hidden).
+
+This is not a domain of `grammar/domain.py`: a mask is read once and proved over many batches
+of rectangles, and an operation of two sides needs their common terms, not their values.
 """
 
 from __future__ import annotations
@@ -23,11 +26,7 @@ from ...grammar.expr import names
 from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary, walk
 from . import intervals
 from .intervals import Array, Unknown, Value
-
-Scalar = int | float
-Line = tuple[dict[Expr, Scalar], Scalar]  # coefficients, and a constant
-_FINEST = 16  # coefficients in sixteenths are exact in float32 up to a million positions
-
+from .masks import FINEST, affine
 
 Rects = Mapping[str, Value]  # a batch of rectangles: the values of `i`, `j`, or other names
 
@@ -140,36 +139,6 @@ def compares_ids_alone(mask: Expr) -> bool:
 # ── expressions ──────────────────────────────────────────────────────────────────────────
 
 
-def affine(expr: Expr) -> Line:
-    """Return coefficients and a constant: `2 * (i - j // 4) + 1` is {i: 2, j // 4: -2}, 1."""
-    match expr:
-        case Number(value):
-            return {}, value
-        case Unary("-", operand):
-            return _times(affine(operand), -1)
-        case Binary("+" | "-" as op, left, right):
-            (one, c), (two, d) = affine(left), _times(affine(right), 1 if op == "+" else -1)
-            terms = {key: one.get(key, 0) + two.get(key, 0) for key in {**one, **two}}
-            return {key: value for key, value in terms.items() if value}, c + d
-        case Binary("*", left, right):
-            one_, two_ = affine(left), affine(right)
-            if not one_[0] or not two_[0]:
-                line, factor = (two_, one_[1]) if not one_[0] else (one_, two_[1])
-                return _times(line, factor)
-        case Binary("/", left, Number(value)) if value:
-            terms, c = affine(left)
-            if all(float(each).is_integer() and each % value == 0 for each in (*terms.values(), c)):
-                return {key: int(each // value) for key, each in terms.items()}, int(c // value)
-            return _times((terms, c), 1 / value)
-    return {expr: 1}, 0
-
-
-def _times(line: Line, factor: Scalar) -> Line:
-    if factor == 0:
-        return {}, 0
-    return {key: value * factor for key, value in line[0].items()}, line[1] * factor
-
-
 @final
 class Prover:
     """Turns a mask into a function from rectangles to facts; `n`, `m` and `h` are numbers in it.
@@ -235,7 +204,7 @@ class Prover:
         if not all(map(isfinite, (c, *terms.values()))):
             raise Unknown
         scale = max(float(each).as_integer_ratio()[1] for each in (c, *terms.values()))
-        if scale <= _FINEST:
+        if scale <= FINEST:
             terms, c = {key: int(each * scale) for key, each in terms.items()}, int(c * scale)
         value = self._sum(terms, c)
         if op == "==":
@@ -245,7 +214,7 @@ class Prover:
     def _value(self, expr: Expr) -> Callable[[Rects], Value]:
         return self._sum(*affine(expr))
 
-    def _sum(self, terms: dict[Expr, Scalar], c: Scalar) -> Callable[[Rects], Value]:
+    def _sum(self, terms: dict[Expr, int | float], c: int | float) -> Callable[[Rects], Value]:
         parts = [(factor, self._term(each)) for each, factor in terms.items()]
 
         def value(at: Rects) -> Value:

@@ -21,12 +21,12 @@ from typing import final
 
 import numpy as np
 
-from ...grammar.expr import PLACES, fold, names, number, rebuild, substitute
-from ...grammar.syntax import Binary, Expr, Index, Name, Number, walk
+from ...grammar.expr import fold, names, number, rebuild, substitute
+from ...grammar.syntax import Binary, Expr, Name, Number, walk
 from ..model import without_document
 from .intervals import Value
-from .masks import Extent, extent, of_distance
-from .proofs import Prover, affine
+from .masks import Extent, affine, extent, is_known, of_distance
+from .proofs import Prover
 
 FAR = 2**32 - 1  # no position lies beyond it
 _MOST = 64  # pieces of a line that are open at once; a mask of more has no edges to speak of
@@ -129,10 +129,9 @@ def structure(mask: Expr, heads: int) -> Structure:
     if "h" in names(mask):
         each = [structure(fold(substitute(mask, {"h": number(h)})), 1) for h in range(heads)]
         return each[0] if len(set(each)) == 1 else Heads(tuple(each))
-    read = names(mask) - {"true", "false"}
-    if not read <= PLACES or any(isinstance(node, Index) for node in walk(mask)):
+    if not is_known(mask):
         return Data(extent(mask))
-    if read <= {"i", "j"}:
+    if not names(mask) & {"n", "m"}:
         found = _band(mask) or _blocks(mask)
         if found is not None:
             return found

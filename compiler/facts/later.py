@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import floor, inf
 
-from ...grammar.expr import FALSE, TRUE, fold, names
+from ...grammar.expr import TRUE, names
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import (
     Binary,
@@ -33,7 +33,7 @@ from ...grammar.syntax import (
     children,
     walk,
 )
-from ..algebra.masks import extent, reads_data
+from ..algebra.masks import bound, extent
 from ..model import Block, Flow, Mixing, Pairwise, Statistic, flow_nodes
 
 _FIRST = 64  # positions that are tried one by one
@@ -72,7 +72,7 @@ def _of_pairs(mixing: Mixing, exprs: tuple[Expr, ...]) -> Index | None:
     for expr in exprs:
         given = TRUE if expr == mask else mask
         for index, place, known in _reads(expr, given, given):
-            if _may_be_later(place, _bound(known, most=True)):
+            if _may_be_later(place, bound(known, _is_tried, most=True)):
                 return index
     return None
 
@@ -100,18 +100,8 @@ def _reads(expr: Expr, known: Expr, visible: Expr) -> Iterator[tuple[Index, Expr
         yield from _reads(each, known, visible)
 
 
-def _bound(expr: Expr, *, most: bool) -> Expr:
-    """Return what holds wherever a condition does (or, for the least, what it surely holds in)."""
-    match expr:
-        case Binary("and" | "or" as op, left, right):
-            return fold(Binary(op, _bound(left, most=most), _bound(right, most=most)))
-        case Unary("not", operand):
-            return fold(Unary("not", _bound(operand, most=not most)))
-        case _ if expr in (TRUE, FALSE):
-            return expr
-        case Compare() if not reads_data(expr) and names(expr) <= {"i", "j"} and _is_pieces(expr):
-            return expr
-    return TRUE if most else FALSE
+def _is_tried(expr: Expr) -> bool:
+    return isinstance(expr, Compare) and names(expr) <= {"i", "j"} and _is_pieces(expr)
 
 
 @lru_cache(maxsize=1024)
@@ -123,7 +113,7 @@ def _may_be_later(place: Expr, known: Expr) -> bool:
         return True
     import numpy as np  # here, so that the checking of other files does not load it
 
-    from ..algebra.counting import numbers
+    from ..algebra.points import numbers
 
     at = np.array(_tried(place, known))
     if len(at) > _MOST:

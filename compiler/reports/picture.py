@@ -6,18 +6,18 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from ...grammar.expr import TRUE
 from ...grammar.show import show
 from ...grammar.syntax import Expr
 from ..algebra.masks import extent
 from ..algebra.normalizers import exponential
+from ..algebra.points import visible_pairs
 from ..graph.graph import AnyNode
 from ..graph.operations import Attend, Scan, Stage, StatisticOf
 from ..model import Block, Mixing, Pairwise
 from ..plan.plan import Plan
-from ..verify.masks import visible_pairs
 
 _HALVES = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 
@@ -33,7 +33,7 @@ def mask_picture(mixing: Mixing, cells: int = 32) -> list[str]:
     back = extent(mixing.mix.mask).back or 0
     step = min(16, max(1, -(-2 * (back + 1) // cells)))
     tokens = cells * step
-    seen = visible_pairs(mixing, tokens, tokens, torch.zeros(1, tokens, dtype=torch.int64))
+    seen = visible_pairs(mixing, tokens, tokens, np.zeros((1, tokens), np.int64))
     if seen is None or seen.shape[1:] != (tokens, tokens):
         return []
     rows = seen[0].reshape(cells, step, cells, step).any(3).any(1).tolist()

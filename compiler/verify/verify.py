@@ -24,6 +24,7 @@ from torch import Tensor
 from ...grammar.expr import calls
 from ...grammar.syntax import Binary, Compare, Name, Number
 from ...ops import OPS
+from ..algebra.points import visible_pairs
 from ..api import build_module
 from ..emit import Code
 from ..facts.decoding import other_queries
@@ -44,7 +45,6 @@ from .cases import (
 )
 from .export import exported_output
 from .kernels import CalledOperators, ahead_of_time, interpreted
-from .masks import visible_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +244,10 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
     count = 0
     for case in subject.cases[1:]:
         x, given = subject.inputs(case)
-        seen = visible_pairs(mixing, case.tokens, case.context, given.get("segments"))
-        if seen is None:
+        pairs = visible_pairs(mixing, case.tokens, case.context, given.get("segments"))
+        if pairs is None:
             return "the mask depends on the tokens themselves"
+        seen = torch.from_numpy(pairs)
         with torch.no_grad():
             before = subject.module(x, **given)
             keys = case.context if mixing.crosses else case.tokens

@@ -5,18 +5,22 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headloom.compiler.algebra.counting import pairs
-from headloom.compiler.algebra.masks import Extent, extent, linear, sees_itself
+from headloom.compiler.algebra.masks import Extent, extent, linear, of_distance, sees_itself
+from headloom.compiler.algebra.points import numbers
 from headloom.compiler.checking.check import check
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.expr import evaluate, fold
 from headloom.grammar.parse import parse, parse_expression
 from headloom.grammar.syntax import Expr
 from headloom.kernels.places import bounds
+
+from .test_tiles import spelled
 
 SIZE = 14
 STANDARD = ["causal", "window({})", "sink({})", "prefix({})", "strided({})", "blocks({})", "power"]
@@ -159,9 +163,36 @@ def test_pairs_of_a_band_are_counted_within_it(text):
         assert pairs(expr, n, m) == len(visible(expr, n, m)), (n, m)
 
 
+def test_pairs_of_long_sequences_are_counted_by_tiles(monkeypatch):
+    n = 1 << 18
+    assert pairs(mask("prefix(4)"), n, n) == n * (n + 1) // 2 + 6
+    assert pairs(mask("causal and blocks(512)"), n, n) == n * 513 // 2
+    monkeypatch.setattr("headloom.compiler.algebra.counting._CHUNK", 1 << 10)
+    draw = random.Random(0)
+    for _ in range(20):
+        expr = parse_expression(spelled(f"({random_mask(draw)}) and not (i * j == 6)"))
+        i, j = np.arange(300)[:, None], np.arange(200)
+        seen = np.broadcast_to(numbers(expr, {"i": i, "j": j}), (300, 200))
+        assert pairs(expr, 300, 200) == np.sum(seen)
+
+
+def test_an_extent_leaves_room_for_rounding():
+    assert extent(parse_expression("0.1 * (i - j) <= 0.3")).high >= 3  # in float32, 3 is visible
+    assert extent(parse_expression("(i - j) / 10 >= 0.3")).low <= 3
+    assert extent(parse_expression("(i - j) / 2 <= 4")) == Extent(high=8)
+
+
+def test_i_and_j_may_matter_through_their_difference_alone():
+    for text in ("j <= i", "i + 3 > j", "abs(i - j - 1) % 4 == 0", "doc[i] == doc[j]", "i - j < n"):
+        assert of_distance(parse_expression(text)), text
+    for text in ("j < 4", "i + j > 3", "i % 4 == j % 4", "keep[j - 1] > 0", "2 * i - j > 0"):
+        assert not of_distance(parse_expression(text)), text
+
+
 def test_what_data_hides_counts_as_visible():
     assert pairs(mask("causal and document"), 9, 9) == 45
     assert pairs(mask("causal and not (doc[i] == doc[j])"), 9, 9) == 45
+    assert pairs(mask("causal and not (doc[i] == doc[j] or j < 3)"), 9, 9) == 21
 
 
 @pytest.mark.parametrize(("text", "line"), [

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from headloom.compiler.algebra.counting import numbers
 from headloom.compiler.algebra.masks import Extent
+from headloom.compiler.algebra.points import numbers
 from headloom.compiler.algebra.structure import (
     Band,
     Blocks,

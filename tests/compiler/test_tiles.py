@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from headloom.compiler.algebra.counting import numbers
+from headloom.compiler.algebra.points import numbers
 from headloom.compiler.algebra.tiles import EMPTY, FULL, PARTIAL, BlockList, by_head, classify
 from headloom.grammar.parse import parse_expression
 
@@ -65,9 +65,9 @@ def truth(text: str, n: int, m: int, start: int = 0, **more: np.ndarray) -> np.n
     i, j = np.arange(start, start + n)[:, None], np.arange(m)[None, :]
     values: dict[str, object] = {"i": i, "j": j, "n": n, "m": m, "h": np.arange(2)[:, None, None]}
     for name, each in more.items():
-        values |= {f"{name}_i": each[i % len(each)], f"{name}_j": each[j]}
-    expr = parse_expression(re.sub(r"(\w+)\[(i|j)\]", r"\1_\2", text))
-    return np.broadcast_to(np.asarray(numbers(expr, values)).astype(bool), (2, n, m))
+        values |= {f"{name}[i]": each[i % len(each)], f"{name}[j]": each[j]}
+    seen = np.asarray(numbers(parse_expression(text), values))
+    return np.broadcast_to(seen.astype(bool), (2, n, m))
 
 
 def true_kinds(seen: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
