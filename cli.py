@@ -407,7 +407,7 @@ def bench(what: str | None, suite: str | None, json: bool, **given: Any) -> None
         raise click.UsageError("give a FILE or a --suite")
     try:
         if suite is not None:
-            answer = measuring.suites(suite, quiet=json, **given)
+            answer: object = measuring.suites(suite, quiet=json, **given)
         else:
             path, name = _split(str(what))
             answer = measuring.file(path, name, quiet=json, **given)

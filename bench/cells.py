@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
 
@@ -114,15 +114,13 @@ class Row:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Row:
-        cells = tuple(
-            replace(Cell(each["peer"]), **{name: tuple(value) if name == "times" else value
-                                           for name, value in each.items() if name in _FIELDS})
-            for each in data["cells"]
-        )  # fmt: skip
+        cells = tuple(_cell(each) for each in data["cells"])
         return Row(Case(**data["case"]), data["path"], data["flops"], data["ceiling"], cells)
 
 
-_FIELDS = tuple(Cell.__dataclass_fields__)
+def _cell(data: dict[str, Any]) -> Cell:
+    fields: dict[str, Any] = {name: data[name] for name in Cell.__dataclass_fields__}
+    return Cell(**{**fields, "times": tuple(fields["times"])})
 
 
 def _kept(cell: Cell) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from ..compiler.loading import load
 from . import peers, table
@@ -59,11 +58,11 @@ def file(
             rows.append(measure(case, names, repeats=repeats, weigh=memory,
                                 says=_at(doing, f"{each:,} tokens")))  # fmt: skip
             if not quiet:
-                Console(highlight=False).print(table.table(rows[-1]))
+                table.console().print(table.table(rows[-1]))
     where = machine(device)
     if not quiet:
         told = f"{where.device}\n{table.legend(rows)}"
-        Console(highlight=False).print(told, style="dim", markup=False)
+        table.console().print(told, style="dim", markup=False)
     return {"machine": where.to_json(), "rows": [each.to_json() for each in rows]}
 
 
@@ -122,7 +121,7 @@ def _suite(
                             ended=lambda each: done(table.line(each)))  # fmt: skip
     path.with_suffix(".html").write_text(page(standing), encoding="utf-8")
     if not quiet:
-        console = Console(highlight=False)
+        console = table.console()
         console.print(table.standing_table(standing))
         console.print(f"in {path} and {path.with_suffix('.html').name}", soft_wrap=True)
     return standing

@@ -215,7 +215,7 @@ class Recurrent(Projections):
         k = F.normalize(k, dim=-1) if "k" in self.unit else k
         alpha = F.logsigmoid(self.alpha_proj(x)) if self.rule.alpha else None
         if alpha is not None and self.rule.alpha == "rows":
-            alpha = alpha.unflatten(-1, (self.heads, self.dim))
+            alpha = alpha.view(*alpha.shape[:2], self.heads, self.dim)
         beta = self.beta_proj(x).sigmoid() if self.rule.beta else None
         return self.out(self.call(q, k, v, alpha, beta))
 

@@ -7,7 +7,7 @@ from html import escape
 from .case import SHOWN
 from .cells import Cell, Row
 from .suite import Measured, Standing
-from .table import rate, ratio, seconds, size
+from .table import rate, ratio, seconds, size, value
 
 _HEAD = """\
 <!doctype html>
@@ -69,15 +69,13 @@ def _judged(each: Measured) -> str:
     if each.value is None:
         return ""
     limit = each.entry.number == "limit"
-    value = seconds(each.value) if limit else ratio(each.value)
     asked = "" if each.entry.target is None else f", asked {each.entry.target:g}{' s' * limit}"
     kind = {True: "met", False: "missed", None: "dim"}[each.met]
-    return f'<p class="{kind}">{value}{asked}</p>'
+    return f'<p class="{kind}">{value(each)}{asked}</p>'
 
 
 def _length(cell: Cell, memory: bool) -> float:
-    value = None if cell.obstacle else cell.memory if memory else cell.seconds
-    return float(value or 0)
+    return float((None if cell.obstacle else cell.memory if memory else cell.seconds) or 0)
 
 
 def _bar(row: Row, cell: Cell, memory: bool, most: float) -> str:

@@ -7,9 +7,11 @@ reference    wrong: error 0.2 over 1e-04
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from rich.box import SIMPLE
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -17,8 +19,9 @@ from .case import SHOWN
 from .cells import Cell, Row
 from .suite import Measured, Standing
 
-_COLUMNS = ("", "median", "quartiles", "over ours", "rate", "of ceiling", "peak memory",
-            "ready after", "error")  # fmt: skip
+_COLUMNS = ("", "median", "quartiles", "over ours", "rate", "of ceiling", "memory", "ready",
+            "error")  # fmt: skip
+WIDTH = 110  # of a table that no terminal shows
 
 
 def title(row: Row) -> str:
@@ -29,36 +32,38 @@ def title(row: Row) -> str:
     return f"{name} ({row.path}): {', '.join(parts)}"
 
 
-def table(row: Row) -> Table:
-    """Return a case as a table, ours first."""
-    made = Table(title=title(row), title_justify="left", box=SIMPLE)
+def console() -> Console:
+    """Return where tables are printed."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
+def table(row: Row) -> Group:
+    """Return a case as a table, ours first; below it what stood in the way of the others."""
+    made = Table(box=SIMPLE, padding=(0, 1))
     for name in _COLUMNS:
-        made.add_column(name, justify="left" if not name else "right", no_wrap=not name)
+        made.add_column(name, justify="right" if name else "left", no_wrap=True)
     for cell in row.cells:
-        made.add_row(*cells(row, cell))
-    return made
+        if cell.wrong or not cell.reason:
+            made.add_row(*cells(row, cell))
+    notes = [Text(f"  {cell.peer}: {cell.obstacle}", style="red" if cell.wrong else "dim")
+             for cell in row.cells if cell.obstacle]  # fmt: skip
+    return Group(Text(title(row), style="bold"), made, *notes)
 
 
-def cells(row: Row, cell: Cell) -> list[Text]:
-    """Return what a table shows of a peer; its reason stands below its name."""
-    name = Text(cell.peer, style="bold" if cell is row.ours else "")
-    if cell.computes:
-        name.append("\nof another block", style="dim")
-    if cell.obstacle:
-        name.append(f"\n{cell.obstacle}", style="red" if cell.wrong else "dim")
-        return [name]
-    spread = cell.spread
-    texts = (
-        seconds(cell.seconds),
+def cells(row: Row, cell: Cell) -> list[str]:
+    """Return what a table shows of a peer."""
+    spread, share = cell.spread, row.share(cell)
+    return [
+        cell.peer,
+        "wrong" if cell.wrong else seconds(cell.seconds),
         "" if spread is None else f"{seconds(spread[0])} – {seconds(spread[1])}",
         "" if cell is row.ours else ratio(row.ratio(cell)),
         rate(row.rate(cell)),
-        "" if row.share(cell) is None else f"{100 * (row.share(cell) or 0):.0f} %",
-        size(cell.memory),
+        "" if share is None else f"{100 * share:.0f} %",
+        "" if cell.wrong else size(cell.memory),
         seconds(cell.ready),
         "" if cell.error is None else f"{cell.error:.0e}",
-    )
-    return [name, *(Text(each) for each in texts)]
+    ]
 
 
 def seconds(value: float | None) -> str:
@@ -79,7 +84,7 @@ def rate(value: float | None) -> str:
     """Write operations a second."""
     if value is None:
         return ""
-    return f"{value / 1e12:.3g} TFLOP/s" if value >= 1e11 else f"{value / 1e9:.3g} GFLOP/s"
+    return f"{value / 1e12:.3g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP/s"
 
 
 def size(value: int | None) -> str:
@@ -101,47 +106,52 @@ def legend(rows: Iterable[Row]) -> str:
     ))  # fmt: skip
 
 
-def standing_table(standing: Standing) -> Table:
-    """Return a suite as a table: what was asked for, what was measured."""
-    made = Table(title=f"{standing.suite.name}: {standing.machine.device}", title_justify="left",
-                 box=SIMPLE)  # fmt: skip
-    for name, side in (("", "left"), ("run", "left"), ("ours", "right"), ("best peer", "right"),
-                       ("measured", "right"), ("asked", "right")):  # fmt: skip
-        made.add_column(name, justify="right" if side == "right" else "left")
+def standing_table(standing: Standing) -> Group:
+    """Return a suite as a table: what was asked for, what was measured; below it what is missing."""
+    made = Table(box=SIMPLE, padding=(0, 1))
+    for name in ("", "tokens", "run", "ours", "best peer", "measured", "asked"):
+        made.add_column(name, justify="left" if name in ("", "run", "best peer") else "right")
     for each in standing.rows:
         made.add_row(*_summary(each))
     for name, target in standing.suite.groups.items():
         found = standing.group(name)
-        made.add_row(Text(f"{name}: geometric mean", style="bold"), "", "", "",
-                     _judged(ratio(found), None if found is None else found >= target),
+        value = _judged(ratio(found), None if found is None else found >= target)
+        made.add_row(Text(f"geometric mean: {name}", style="bold"), "", "", "", "", value,
                      f"{target:g}")  # fmt: skip
-    return made
+    notes = [Text(f"  {each.entry.key}: {without(each)}", style="dim")
+             for each in standing.rows if without(each)]  # fmt: skip
+    head = Text(f"{standing.suite.name}: {standing.machine.device}", style="bold")
+    return Group(head, made, *notes)
 
 
 def _summary(each: Measured) -> list[Text]:
-    entry, row = each.entry, each.row
-    name = Text(entry.title)
-    reason = each.reason if row is None else row.ours.obstacle or _without(row)
-    if reason:
-        name.append(f"\n{reason}", style="dim")
-    what = Text(f"{entry.case.tokens:,}, {SHOWN[entry.case.run]}")
+    entry, row, best = each.entry, each.row, each.best
+    run = {"backward": "+ backward", "compiling": "compiling"}.get(entry.case.run, entry.case.run)
+    texts = [Text(entry.title), Text(f"{entry.case.tokens:,}"), Text(run)]
     if row is None:
-        return [name, what, Text(), Text(), Text(), Text(_target(each))]
+        return [*texts, Text(), Text(), Text(), Text(_target(each))]
     number = "memory" if entry.number == "memory" else "seconds"
-    shown = [_number(getattr(cell, number), number) if cell and not cell.wrong else ""
-             for cell in (row.ours, each.best)]  # fmt: skip
-    peer = f"{each.best.peer} {shown[1]}" if each.best else ""
-    if each.best and each.best.computes:
-        peer += "\nof another block"
-    value = seconds(each.value) if entry.number == "limit" else ratio(each.value)
-    return [name, what, Text(shown[0]), Text(peer), _judged(value, each.met), Text(_target(each))]
+    ours = "wrong" if row.ours.wrong else _number(getattr(row.ours, number), number)
+    peer = ""
+    if best is not None:
+        other = " of another block" if best.computes else ""
+        peer = f"{best.peer} {_number(getattr(best, number), number)}{other}"
+    return [*texts, Text(ours), Text(peer), _judged(value(each), each.met), Text(_target(each))]
 
 
-def _without(row: Row) -> str:
-    """Say why peers have no numbers where none has any."""
-    if any(not each.obstacle for each in row.peers):
+def value(each: Measured) -> str:
+    """Write what was measured of a row."""
+    return seconds(each.value) if each.entry.number == "limit" else ratio(each.value)
+
+
+def without(each: Measured) -> str:
+    """Say why a row has no number, "" where it has one."""
+    if each.value is not None:
         return ""
-    return "; ".join(f"{each.peer}: {each.obstacle}" for each in row.peers)
+    if each.row is None:
+        return each.reason
+    whys = [f"{cell.peer}: {cell.obstacle}" for cell in each.row.cells if cell.obstacle]
+    return "; ".join(whys) or "no number"
 
 
 def _number(value: float | None, number: str) -> str:
@@ -165,8 +175,6 @@ def _judged(text: str, met: bool | None) -> Text:
 def line(each: Measured) -> str:
     """Say in one line how a row of a suite ended."""
     if each.value is None:
-        reason = each.reason if each.row is None else each.row.ours.obstacle or _without(each.row)
-        return f"{each.entry.key}: {reason or 'no number'}"
-    value = seconds(each.value) if each.entry.number == "limit" else ratio(each.value)
+        return f"{each.entry.key}: {without(each)}"
     asked = f", asked {_target(each)}" if _target(each) else ""
-    return f"{each.entry.key}: {value}{asked}"
+    return f"{each.entry.key}: {value(each)}{asked}"

@@ -1,4 +1,4 @@
-"""Imports point one way: cli → {search, bench} → compiler → {ops, kernels} → grammar, without cycles."""
+"""Imports point one way: cli → {search, bench} → compiler → {ops, kernels} → grammar; no cycles."""
 
 from __future__ import annotations
 
