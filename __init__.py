@@ -22,10 +22,10 @@ _DOOR = {
     "emit": ".compiler.api",
     "explain": ".compiler.api",
     "show": ".compiler.api",
-    "verify": ".compiler.certificate",
+    "verify": ".compiler.verify.certificate",
     "zoo": ".compiler.api",
     "LoomError": ".grammar.diagnostics",
-    "NotVerifiedError": ".compiler.certificate",
+    "NotVerifiedError": ".compiler.verify.certificate",
     "Diagnostic": ".grammar.diagnostics",
 }
 

@@ -1,6 +1,6 @@
 """The syntax tree: what a `.loom` or YAML text says, before anything is checked.
 
-`parse` and `from_yaml` make these nodes, `format` prints them, `compiler.check` gives them
+`parse` and `from_yaml` make these nodes, `format` prints them, `compiler.checking` gives them
 meaning. All nodes are frozen and compare without their spans and comments.
 
     mask = causal and window(256)

@@ -21,7 +21,7 @@ from .calls import read
 
 
 class Costs(Protocol):
-    """What `compiler.cost` says of a model."""
+    """What `compiler.facts.cost` says of a model."""
 
     @property
     def params(self) -> int: ...

@@ -497,9 +497,9 @@ class _Writer(Caches):
         return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
 
     def _kernel_operand(self, node: Node, name: str) -> str:
-        if name == "doc" and not self.block.marks:
-            return "batch.number"
-        if node.name in self.borrows and name in self._keyed(node) and name != "doc":
+        if name == "doc":
+            return "batch.doc" if self.block.marks else "batch.number"
+        if node.name in self.borrows and name in self._keyed(node):
             return self._seen_as(node, name)
         return f"self.{name}" if self.graph.node(name).op == "tensor" else plain_name(name)
 

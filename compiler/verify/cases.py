@@ -32,6 +32,7 @@ class Case:
     context: int
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    whole: bool = False  # one sequence in each row, though segments be read
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -91,6 +92,12 @@ class Subject:
         return self.what.out.shape.tokens == "n"
 
     @property
+    def reads_segments(self) -> bool:
+        """Whether an expression reads `doc`."""
+        return any(_reads_segments(each) for block in self.blocks
+                   for each in block.mixings.values())  # fmt: skip
+
+    @property
     def whole_rows(self) -> bool:
         """Whether a row of a cache holds one sequence, from its beginning to its end."""
         return not all(map(begins_within, self.blocks))
@@ -133,7 +140,7 @@ class Subject:
             context = torch.randn(case.batch, case.context, width, generator=draw,
                                   dtype=torch.float64)  # fmt: skip
             given["context"] = context.to(case.dtype)
-        if any(_reads_segments(each) for block in self.blocks for each in block.mixings.values()):
+        if self.reads_segments and not case.whole:
             steps = torch.rand(size, generator=draw) < 0.3
             given["segments"] = steps.long().cumsum(-1)
         return x, given
@@ -145,6 +152,8 @@ def kernel_cases(subject: Subject) -> tuple[tuple[Case, ...], str]:
     It takes a time for every head and sequence, and for every feature of a state.
     """
     cases = [replace(each, dtype=torch.float32) for each in subject.cases[1:]]
+    if subject.reads_segments:  # some kernels take one sequence a row
+        cases.append(replace(cases[0], whole=True))
     work = sum(
         each.heads * (each.shape.dim if isinstance(each.mix, Recurrence) else 1)
         for block in subject.blocks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import headloom as hl
-from headloom.compiler.verify.verify.verify import verify
+from headloom.compiler.verify.verify import verify
 
 HYBRID = """
 block near { heads = 2; mask = causal and window(5); position = rope }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from headloom.compiler import pieces
 from headloom.compiler.emit.caches import begins_within
 from headloom.compiler.facts import decoding
-from headloom.compiler.graph.graph.build import build
+from headloom.compiler.graph.build import build
 from headloom.compiler.model import Block
 from headloom.compiler.plan import choose
 from headloom.compiler.plan.recurrences import Chunked, of_node

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import headloom as hl
-from headloom.compiler.verify.verify import certificate
-from headloom.compiler.verify.verify.verify import Finding
+from headloom.compiler.verify import certificate
+from headloom.compiler.verify.verify import Finding
 
 TEXT = """block local {
   heads = 2

@@ -10,8 +10,8 @@ from headloom.compiler.checking.check import check, find
 from headloom.compiler.meaning.reference import reference
 from headloom.compiler.pipeline import lower
 from headloom.compiler.plan.choose import Target, lowerings
-from headloom.compiler.verify.verify.cases import Subject
-from headloom.compiler.verify.verify.verify import CHECKS
+from headloom.compiler.verify.cases import Subject
+from headloom.compiler.verify.verify import CHECKS
 from headloom.grammar.parse import parse
 
 from .battery import block, inputs

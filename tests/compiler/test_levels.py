@@ -10,7 +10,7 @@ from headloom.compiler import pieces
 from headloom.compiler.api import explain, load
 from headloom.compiler.checking.check import check
 from headloom.compiler.facts.cost import cost
-from headloom.compiler.graph.graph.build import build
+from headloom.compiler.graph.build import build
 from headloom.compiler.model import Block
 from headloom.compiler.plan import choose
 from headloom.compiler.plan.recurrences import Chunked, of_node

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from headloom.compiler.checking.check import check
-from headloom.compiler.graph.graph.build import build
-from headloom.compiler.graph.graph.graph import Graph, Node, verify
-from headloom.compiler.graph.graph.passes import PASSES
-from headloom.compiler.graph.graph.passes.drop_dead import drop_dead
-from headloom.compiler.graph.graph.passes.drop_identities import drop_identities
-from headloom.compiler.graph.graph.passes.fuse_attend import fuse_attend
-from headloom.compiler.graph.graph.passes.share import share
+from headloom.compiler.graph.build import build
+from headloom.compiler.graph.graph import Graph, Node, verify
+from headloom.compiler.graph.passes import PASSES
+from headloom.compiler.graph.passes.drop_dead import drop_dead
+from headloom.compiler.graph.passes.drop_identities import drop_identities
+from headloom.compiler.graph.passes.fuse_attend import fuse_attend
+from headloom.compiler.graph.passes.share import share
 from headloom.compiler.pipeline import lower
 from headloom.compiler.plan.choose import Target, choose, lowerings
 from headloom.grammar.parse import parse

@@ -16,7 +16,7 @@ from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Model
 from headloom.compiler.pipeline import generate, graphs
 from headloom.compiler.plan.choose import Target
-from headloom.compiler.verify.verify.verify import subjects, verify
+from headloom.compiler.verify.verify import subjects, verify
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
 

@@ -12,8 +12,8 @@ import pytest
 
 import headloom as hl
 from headloom.compiler.model import Block
-from headloom.compiler.verify.verify.batches import as_if_alone, rows_of_a_cache
-from headloom.compiler.verify.verify.cases import Subject
+from headloom.compiler.verify.batches import as_if_alone, rows_of_a_cache
+from headloom.compiler.verify.cases import Subject
 
 MASKS = ("all", "causal", "causal and window(4)", "causal and (window(3) or sink(2))",
          "window(3)", "causal and document", "causal and strided(2)", "blocks(3)",

@@ -37,7 +37,7 @@ TERMS = ["i", "j", "i - j", "j - i", "i + j", "2 * i - j", "3 * i", "i // {0}", 
          "where(i < {0}, i, j)", "floor(i / {0})", "(i - {0}) ** 2", "h * j",
          "-(i % {0})", "min(j, {0} / 8)"]  # fmt: skip
 TILES = [(8, 8), (16, 8), (5, 7), (16, 16), (1, 4), (64, 64), (4, 32)]
-INEXACT = ("/ 3", "keep")  # fractions are given room for rounding; data is not known
+INEXACT = ("/ 3", "/ 8", "keep")  # fractions are given room for rounding; data is not known
 
 
 def random_mask(draw: random.Random, depth: int = 3) -> str:

@@ -17,11 +17,11 @@ from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.parse import parse_path
 from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.choose import Target
-from headloom.compiler.verify.verify import certificate
-from headloom.compiler.verify.verify.cases import Difference, Subject, kernel_cases
-from headloom.compiler.verify.verify.export import exported_output
-from headloom.compiler.verify.verify.kernels import repeated
-from headloom.compiler.verify.verify.verify import CHECKS, Finding, checks_of, subjects, verify
+from headloom.compiler.verify import certificate
+from headloom.compiler.verify.cases import Difference, Subject, kernel_cases
+from headloom.compiler.verify.export import exported_output
+from headloom.compiler.verify.kernels import repeated
+from headloom.compiler.verify.verify import CHECKS, Finding, checks_of, subjects, verify
 from headloom.search.space import alternatives, has_holes
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
