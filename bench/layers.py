@@ -32,7 +32,7 @@ def mixing_of(what: Block | Model, others: frozenset[str] = frozenset()) -> Mixi
     for stream in what.streams:
         if stream.name not in others | {"q", "k", "v", "o"}:
             raise ValueError(f"it has no stream `{stream.name}`")
-    allowed = _PLAIN | ({"l2_norm", "sigmoid"} if others else set())
+    allowed = _PLAIN | ({"l2_norm", "pointwise"} if others else set())
     for flow in what.flows:
         for each in applies(flow):
             if each.op not in allowed:

@@ -1,6 +1,6 @@
 """The standing tables: rows as data in `suites/*.yaml`, measured in one command, resumable.
 
-    standing = measured(read_suite("cpu"), Path("benchmarks/results"), says=print)
+    standing = measured(read_suite("cpu"), machine("cpu"), path, measure, date="2030-01-31")
 
 A row that is done is written at once; a second run goes on with those that are missing, or were
 measured with other sources of the package. A row that was begun and never ended goes last.

@@ -56,7 +56,7 @@ def cells(row: Row, cell: Cell) -> list[str]:
     return [
         cell.peer,
         "wrong" if cell.wrong else seconds(cell.seconds),
-        "" if spread is None else f"{seconds(spread[0])} – {seconds(spread[1])}",
+        "" if spread is None else quartiles(*spread),
         "" if cell is row.ours else ratio(row.ratio(cell)),
         rate(row.rate(cell)),
         "" if share is None else f"{100 * share:.0f} %",
@@ -70,10 +70,18 @@ def seconds(value: float | None) -> str:
     """Write a time in the unit that fits."""
     if value is None:
         return ""
-    for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}" if value < 1e3 else f"{value:.0f} s"
-    return f"{value * 1e6:.3g} µs"
+    factor, unit = _unit(value)
+    return f"{value * factor:.3g} {unit}" if value < 1e3 else f"{value:.0f} s"
+
+
+def quartiles(low: float, high: float) -> str:
+    """Write two times in one unit."""
+    factor, unit = _unit(low)
+    return f"{low * factor:.3g}–{high * factor:.3g} {unit}"
+
+
+def _unit(value: float) -> tuple[float, str]:
+    return (1.0, "s") if value >= 1 else (1e3, "ms") if value >= 1e-3 else (1e6, "µs")
 
 
 def ratio(value: float | None) -> str:
@@ -107,7 +115,7 @@ def legend(rows: Iterable[Row]) -> str:
 
 
 def standing_table(standing: Standing) -> Group:
-    """Return a suite as a table: what was asked for, what was measured; below it what is missing."""
+    """Return a suite as a table: asked for, measured; below it what is missing, and why."""
     made = Table(box=SIMPLE, padding=(0, 1))
     for name in ("", "tokens", "run", "ours", "best peer", "measured", "asked"):
         made.add_column(name, justify="left" if name in ("", "run", "best peer") else "right")
