@@ -1,9 +1,10 @@
-"""Times that can be compared: everyone in turn, in every repetition, the first one in turn too.
+"""Times that can be compared: everyone once in every repetition, each time in another order.
 
     interleaved({"headloom": Timed(ours), "flex": Timed(theirs)}, repeats=5)
 
-Whatever else the machine does meets them alike. What takes less than some milliseconds is run
-several times between two looks at the clock.
+Whatever else the machine does meets them alike. What takes less than a moment is run several
+times between two looks at the clock, and once before the first, as whoever ran before leaves
+caches and memory as he needs them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
+from random import Random
 
-ENOUGH = 0.02  # seconds between two looks at the clock
+ENOUGH = 0.2  # seconds between two looks at the clock
 _MOST = 200
 
 
@@ -35,20 +37,19 @@ def calls_for(seconds: float) -> int:
 def interleaved(
     timed: Mapping[str, Timed], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, tuple[float, ...]]:
-    """Return the seconds of one run of each, `repeats` samples; one more warms up."""
+    """Return the seconds of one run of each, `repeats` samples."""
     found: dict[str, list[float]] = {name: [] for name in timed}
-    names = list(timed)
-    for at in range(-1, repeats):
-        turn = max(at, 0) % max(1, len(names))
-        for name in names[turn:] + names[:turn]:
-            seconds = sample(timed[name], clock)
-            if at >= 0:
-                found[name].append(seconds)
+    draw = Random(0)
+    for _ in range(repeats):
+        for name in draw.sample(list(timed), len(timed)):
+            found[name].append(sample(timed[name], clock))
     return {name: tuple(each) for name, each in found.items()}
 
 
 def sample(timed: Timed, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds of one run, from one look at the clock to the next."""
+    if timed.calls > 1:
+        timed.run()
     timed.wait()
     begun = clock()
     for _ in range(timed.calls):
@@ -78,5 +79,5 @@ def ceiling(dtype: str, device: str, size: int = 0) -> float:
     size = size or (8192 if on_gpu else 2048)
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     product = Timed(lambda: a @ b, 1, waiting(device))
-    sample(product)
+    sample(product)  # warms up
     return 2 * size**3 / min(sample(product) for _ in range(8 if on_gpu else 4))

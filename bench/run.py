@@ -256,7 +256,7 @@ def _forward(module: nn.Module, x: Tensor, given: dict[str, Tensor]) -> Tensor:
 def _decoding(each: Runner, repeats: int) -> Callable[[], object]:
     """Return one step; the cache holds the case's tokens before the first, and all steps."""
     x, _ = inputs(each.case, each.case.what)
-    cache = prefilled(each.module, x, each.case.tokens + _STEPS * (repeats + 2))
+    cache = prefilled(each.module, x, each.case.tokens + (_STEPS + 1) * repeats)
     one = x[:, :1].contiguous()
 
     @torch.no_grad()

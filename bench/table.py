@@ -128,6 +128,8 @@ def standing_table(standing: Standing) -> Group:
                      f"{target:g}")  # fmt: skip
     notes = [Text(f"  {each.entry.key}: {without(each)}", style="dim")
              for each in standing.rows if without(each)]  # fmt: skip
+    if any(each.best is not None and each.best.computes for each in standing.rows):
+        notes.insert(0, Text("  * of another block: it cannot say this one", style="dim"))
     head = Text(f"{standing.suite.name}: {standing.machine.device}", style="bold")
     return Group(head, made, *notes)
 
@@ -142,8 +144,8 @@ def _summary(each: Measured) -> list[Text]:
     ours = "wrong" if row.ours.wrong else _number(getattr(row.ours, number), number)
     peer = ""
     if best is not None:
-        other = " of another block" if best.computes else ""
-        peer = f"{best.peer} {_number(getattr(best, number), number)}{other}"
+        mark = "*" if best.computes else ""
+        peer = f"{best.peer} {_number(getattr(best, number), number)}{mark}"
     return [*texts, Text(ours), Text(peer), _judged(value(each), each.met), Text(_target(each))]
 
 
