@@ -367,6 +367,11 @@ def search(file: str, trials: int | None, sampler: str | None, seed: int | None,
         report.show(plan, found)
 
 
+def _was_given(option: str) -> bool:
+    source = click.get_current_context().get_parameter_source(option)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
 # ── measuring ────────────────────────────────────────────────────────────────────────────
 
 
@@ -405,6 +410,10 @@ def bench(what: str | None, suite: str | None, json: bool, **given: Any) -> None
 
     if (what is None) == (suite is None):
         raise click.UsageError("give a FILE or a --suite")
+    apart = measuring.OF_A_FILE if suite is not None else measuring.OF_A_SUITE
+    if wrong := [name for name in apart if _was_given(name)]:
+        kind = "a FILE; a suite says its own" if suite is not None else "a --suite"
+        raise click.UsageError(f"--{wrong[0]} is an option of {kind}")
     try:
         if suite is not None:
             answer: object = measuring.suites(suite, quiet=json, **given)

@@ -18,6 +18,10 @@ from .progress import Says, shown
 from .run import measure
 from .suite import SUITES, Entry, Standing, measured, read_suite
 
+OF_A_FILE = ("width", "against", "tokens", "dtype", "backward", "decode", "documents", "batch",
+             "device", "memory")  # fmt: skip
+OF_A_SUITE = ("budget", "fresh", "out")
+
 
 def file(
     path: str,

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from .peers import PEERS, named, too_large
 
 _STEPS = 8  # decoded tokens of a sample
 Says = Callable[[str], None]
+States = dict[str, dict[str, Tensor]]  # the weights of everyone, by the text of the block
+T = TypeVar("T")
 
 
 @dataclass
@@ -59,19 +63,23 @@ def measure(
         return _compiled(case, path, repeats)
     cells: dict[str, Cell] = {}
     runners: list[Runner] = []
-    state: dict[str, Tensor] = {}
+    states: States = {}
     for name in (OURS, *peers):
         says(f"{name}: made and run once")
-        made = _too_large(name, case, path) or _made(name, case, instead, state)
-        if isinstance(made, Cell):
+        made = _too_large(name, case, path) or _made(name, case, instead, states)
+        if isinstance(made, Runner):
+            states.setdefault(made.case.text, _weights(made.module))
+            runners.append(made)
+        else:
             cells[name] = made
-            continue
-        state = state or dict(made.module.state_dict())
-        runners.append(made)
     says("compared with the meaning")
-    runners = _checked(runners, cells, state)
+    runners = _checked(runners, cells, states)
     says("timed")
-    for name, times in interleaved(_timed(runners, repeats), repeats).items():
+    timed = {}
+    for each in runners:
+        if (ready := _tried(each, cells, partial(_timed, each, repeats))) is not None:
+            timed[each.peer] = ready
+    for name, times in interleaved(timed, repeats).items():
         cells[name] = replace(cells[name], times=times)
     for each in runners if weigh and case.run != "decode" else ():
         says(f"{each.peer}: weighed")
@@ -107,28 +115,29 @@ def _too_large(name: str, case: Case, path: str) -> Cell | None:
     return Cell(name, reason=reason) if reason else None
 
 
-def _made(name: str, case: Case, instead: str, state: dict[str, Tensor]) -> Runner | Cell:
+def _made(name: str, case: Case, instead: str, states: States) -> Runner | Cell:
     """Return a peer that has run once, or the cell that says why it has not."""
     try:
-        return _first_run(name, case, state)
+        return _first_run(name, case, states)
     except Exception as problem:  # whatever a peer raises is its own limit
         reason = _reason(problem)
     if not instead or name == OURS:
         return Cell(name, reason=reason)
     other = replace(case, text=instead, name=None)
     try:
-        made = _first_run(name, other, {})
+        made = _first_run(name, other, states)
     except Exception as problem:
         return Cell(name, reason=f"{reason}; and of the other block: {_reason(problem)}")
     made.cell = replace(made.cell, computes=instead)
     return made
 
 
-def _first_run(name: str, case: Case, state: dict[str, Tensor]) -> Runner:
+def _first_run(name: str, case: Case, states: States) -> Runner:
+    """Make a module with the weights that all of this block have, and run it twice."""
     begun = time.perf_counter()
     module = named(name).make(case).eval()
     build = time.perf_counter() - begun
-    if state:
+    if state := states.get(case.text):
         module.load_state_dict({_own(module, key): each for key, each in state.items()})
     else:
         stirred(module)
@@ -166,20 +175,29 @@ def _reason(problem: Exception) -> str:
 # ── checking ─────────────────────────────────────────────────────────────────────────────
 
 
-def _checked(
-    runners: list[Runner], cells: dict[str, Cell], state: dict[str, Tensor]
-) -> list[Runner]:
-    """Fill in the errors and return those whose numbers are right, modules kept."""
-    meanings: dict[str, Meaning] = {}
+def _checked(runners: list[Runner], cells: dict[str, Cell], states: States) -> list[Runner]:
+    """Fill in the errors and return those whose numbers are right."""
+    meanings = {text: Meaning(next(each.case for each in runners if each.case.text == text), state)
+                for text, state in states.items()}  # fmt: skip
     ours = next((each for each in runners if each.peer == OURS), None)
     for each in runners:
-        weights = dict(state) if not each.cell.computes else _weights(each.module)
-        meaning = meanings.setdefault(each.case.text, Meaning(each.case, weights))
-        each.cell = _with_error(each, meaning, ours)
         cells[each.peer] = each.cell
+        meaning = meanings[each.case.text]
+        found = _tried(each, cells, partial(_with_error, each, meaning, ours))
+        if found is not None:
+            cells[each.peer] = each.cell = found
     if ours is not None:
         _disagreeing(ours, runners, cells)
-    return [each for each in runners if not cells[each.peer].wrong]
+    return [each for each in runners if not cells[each.peer].obstacle]
+
+
+def _tried(each: Runner, cells: dict[str, Cell], what: Callable[[], T]) -> T | None:
+    """Return what is found, or None and write down why it was not."""
+    try:
+        return what()
+    except Exception as problem:
+        cells[each.peer] = replace(cells[each.peer], reason=_reason(problem))
+        return None
 
 
 def _with_error(each: Runner, meaning: Meaning, ours: Runner | None) -> Cell:
@@ -199,7 +217,7 @@ def _with_error(each: Runner, meaning: Meaning, ours: Runner | None) -> Cell:
 def _disagreeing(ours: Runner, runners: list[Runner], cells: dict[str, Cell]) -> None:
     """Take the numbers of both where two that are right at a short length differ at their own."""
     for each in runners:
-        if each is ours or each.cell.computes or cells[each.peer].wrong or cells[OURS].wrong:
+        if each is ours or each.cell.computes or cells[each.peer].obstacle or cells[OURS].obstacle:
             continue
         error = off(each.first, ours.first)
         if error <= bar(each.case):
@@ -216,16 +234,12 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
 # ── timing ───────────────────────────────────────────────────────────────────────────────
 
 
-def _timed(runners: list[Runner], repeats: int) -> dict[str, Timed]:
-    found = {}
-    for each in runners:
-        each.first = {}
-        wait = waiting(each.case.device)
-        if each.case.run == "decode":
-            found[each.peer] = Timed(_decoding(each, repeats), _STEPS, wait)
-        else:
-            found[each.peer] = Timed(_run(each), calls_for(each.took), wait)
-    return found
+def _timed(each: Runner, repeats: int) -> Timed:
+    each.first = {}
+    wait = waiting(each.case.device)
+    if each.case.run == "decode":
+        return Timed(_decoding(each, repeats), _STEPS, wait)
+    return Timed(_run(each), calls_for(each.took), wait)
 
 
 def _run(each: Runner) -> Callable[[], object]:

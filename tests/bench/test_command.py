@@ -61,6 +61,7 @@ def test_json(small: str) -> None:
         (("--tokens", "8,x"), "lengths with commas"),
         (("--backward", "--decode"), "no backward pass"),
         (("--suite", "cpu"), "give a FILE or a --suite"),
+        (("--budget", "9"), "--budget is an option of a --suite"),
     ],
 )
 def test_wrong_usage(small: str, args: tuple[str, ...], message: str) -> None:
@@ -71,6 +72,9 @@ def test_wrong_usage(small: str, args: tuple[str, ...], message: str) -> None:
 
 def test_nothing_to_measure() -> None:
     assert bench().exit_code == 2
+    done = bench("--suite", "cpu", "--tokens", "64")
+    assert done.exit_code == 2
+    assert "--tokens is an option of a FILE; a suite says its own" in done.stderr
 
 
 def test_a_description_that_is_wrong(small: str) -> None:

@@ -90,6 +90,26 @@ def test_who_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["cudnn"].reason == "it runs on NVIDIA GPUs"
 
 
+def test_who_fails_later_says_why_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tires(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj = inner.children()
+            self.inner, self.left = [inner], 2
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("out of memory")
+            y: torch.Tensor = self.inner[0](x)
+            return y
+
+    peer(monkeypatch, lambda case: Tires(PEERS["plain"].make(case)))
+    found = measured(CAUSAL, "odd")
+    assert found["odd"].reason == "RuntimeError: out of memory"
+    assert found["headloom"].seconds
+
+
 def test_another_block_in_its_place() -> None:
     found = measured(NEAR, "plain", instead=CAUSAL.text)["plain"]
     assert found.computes == CAUSAL.text
