@@ -76,7 +76,7 @@ def seconds(value: float | None) -> str:
 
 def quartiles(low: float, high: float) -> str:
     """Write two times in one unit."""
-    factor, unit = _unit(low)
+    factor, unit = _unit(high)
     return f"{low * factor:.3g}–{high * factor:.3g} {unit}"
 
 
