@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +70,18 @@ def test_entmax() -> None:
     case = Case(f"block a {{ {settings} }}", tokens=20, run="backward")
     layer = stirred(PEERS["entmax"].make(case))
     assert Meaning(case, layer.state_dict()).error(layer) < 1e-4
+
+
+@pytest.mark.skipif(
+    "lowering" not in inspect.signature(hl.compile).parameters,
+    reason="hl.compile forces no lowering yet",
+)
+@pytest.mark.parametrize("kind", ["forward", "backward", "decode"])
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_the_same_block_with_another_lowering(name: str, kind: str) -> None:
+    case = Case("block a { width = 16; heads = 2; mask = causal and window(5) }", None, 20, kind)
+    module = stirred(PEERS[name].make(case))
+    assert Meaning(case, module.state_dict()).error(module) < 1e-5
 
 
 @pytest.mark.parametrize(
