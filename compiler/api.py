@@ -22,12 +22,11 @@ from .emit import Code
 from .facts import decoding
 from .facts.cost import Cost, cost
 from .facts.dtypes import DType, of_torch
-from .graph.graph import Graph
 from .loading import load
 from .model import Architecture, Block, Model
-from .pipeline import generate, graphs
+from .pipeline import generate, plans
 from .pipeline import load as load_code
-from .plan.choose import Lowering, Target, lowerings
+from .plan.plan import Lowering, Plan, Target
 from .reports.drawn import Drawn
 from .zoo import Entry, entries, entry
 
@@ -202,19 +201,19 @@ def explain(
     return explained(find(architecture(arch), name, width, context_width), target(backend))
 
 
-def _called(graph: Graph, chosen: Lowering) -> str:
+def _called(plan: Plan, chosen: Lowering) -> str:
     """Name an attention: its block, and the branch it is."""
-    return graph.block.name if chosen.node == "o" else f"{graph.block.name}.{chosen.node}"
+    return plan.block.name if chosen.node == "o" else f"{plan.block.name}.{chosen.node}"
 
 
 def explained(what: Block | Model, target: Target) -> Report:
     """Return the report of a checked block or model; why it cannot decode is an obstacle too."""
     found = []
-    for graph in graphs(what, target):
-        why = decoding.obstacle(graph.block)
+    for plan in plans(what, target):
+        why = decoding.obstacle(plan.block)
         also = () if why is None else (("decoding", why),)
-        for each in lowerings(graph):
-            called, obstacles = _called(graph, each), (*each.obstacles, *also)
+        for each in plan.lowerings.values():
+            called, obstacles = _called(plan, each), (*each.obstacles, *also)
             found.append(Lowering(called, each.path, each.reason, obstacles))
     return Report(what, tuple(found), cost(what))
 

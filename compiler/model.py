@@ -197,6 +197,11 @@ class Normalizer:
         """The numerator, and the denominator where it has one."""
         return (self.numerator,) if self.denominator is None else (self.numerator, self.denominator)
 
+    def mapped(self, change: Callable[[Expr], Expr]) -> Normalizer:
+        """Return it with each of these changed."""
+        numerator, *rest = map(change, self.exprs)
+        return replace(self, numerator=numerator, denominator=rest[0] if rest else None)
+
 
 @dataclass(frozen=True, slots=True)
 class Pairwise:
@@ -218,6 +223,17 @@ class Pairwise:
         """Every expression of it."""
         met = () if self.similarity is None else (self.similarity,)
         return (*met, self.score, self.mask, *self.normalize.exprs, self.weights)
+
+    def mapped(self, change: Callable[[Expr], Expr]) -> Pairwise:
+        """Return it with each of these changed."""
+        return replace(
+            self,
+            score=change(self.score),
+            mask=change(self.mask),
+            normalize=self.normalize.mapped(change),
+            weights=change(self.weights),
+            similarity=None if self.similarity is None else change(self.similarity),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +295,22 @@ class Recurrence:
         weights = (each.weights for each in self.states if each.weights is not None)
         return (*(each.value for each in self.updates), *(each.init for each in self.states),
                 *weights)  # fmt: skip
+
+    @property
+    def written(self) -> frozenset[str]:
+        """The names that the statements write, and the states."""
+        states = {each.name for each in self.states}
+        return frozenset(states.union(each.name for each in self.updates))
+
+    def mapped(self, change: Callable[[Expr], Expr]) -> Recurrence:
+        """Return it with every expression changed."""
+        updates = (replace(each, value=change(each.value)) for each in self.updates)
+        states = (
+            replace(each, init=change(each.init),
+                    weights=None if each.weights is None else change(each.weights))
+            for each in self.states
+        )  # fmt: skip
+        return replace(self, updates=tuple(updates), states=tuple(states))
 
 
 # ── blocks and models ────────────────────────────────────────────────────────────────────

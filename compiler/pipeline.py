@@ -1,8 +1,9 @@
 """The road from a checked block to a module, in order, stoppable after every stage.
 
-text ─parse→ File ─check→ Architecture ─build→ Graph ─PASSES→ Graph ─emit→ Code ─load→ Module
+text ─parse→ File ─check→ Architecture ─build→ Graph ─PASSES→ Graph ─choose→ Plan ─emit→ Code
+─load→ Module
 
-graph = lower(block, Target("torch"))
+plan = lower(block, Target("torch"))
 code = generate(block, Target("torch"))
 module = load(code)()
 """
@@ -16,32 +17,32 @@ from typing import TYPE_CHECKING
 
 from .emit import Code, emit
 from .graph.build import build
-from .graph.graph import Graph
 from .graph.passes import PASSES
 from .model import Block, Model
-from .plan.choose import Target, choose
+from .plan.choose import choose
+from .plan.plan import Plan, Target
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def lower(block: Block, target: Target) -> Graph:
-    """Return the graph of a block after all passes, every lowering chosen."""
+def lower(block: Block, target: Target) -> Plan:
+    """Return the graph of a block after all passes, with every path chosen."""
     graph = build(block)
     for each in PASSES:
         graph = each(graph)
     return choose(graph, target)
 
 
-def graphs(what: Block | Model, target: Target) -> list[Graph]:
-    """Return the graphs of a block, or of every different block of a model, in order."""
+def plans(what: Block | Model, target: Target) -> list[Plan]:
+    """Return the plans of a block, or of every different block of a model, in order."""
     blocks = (what,) if isinstance(what, Block) else what.blocks
     return [lower(block, target) for block in blocks]
 
 
 def generate(what: Block | Model, target: Target) -> Code:
     """Return the standalone file of a block or model."""
-    return emit(what, graphs(what, target))
+    return emit(what, plans(what, target))
 
 
 def load(code: Code) -> type[nn.Module]:

@@ -22,39 +22,41 @@ from ..algebra.normalizers import Exponential, exponential
 from ..algebra.thresholds import threshold
 from ..checking.blocks import sees_something
 from ..graph.graph import Graph, Node, shape_of
+from ..graph.operations import Attend
 from ..graph.sides import makes_vectors
-from ..model import MAPS, PREVIOUS, Normalizer
-from ..plan.choose import Lowering, attend_exprs, maps, reads_places, sdpa_obstacle
+from ..model import MAPS, PREVIOUS
+from ..plan.choose import maps, reads_places, sdpa_obstacle
 from ..plan.kernel_form import KernelForm
+from ..plan.plan import Plan
 from .pairs import Operand, Pairs, operand, token
 from .text import atomic, call, comment, ident, indent
 
 CAUSAL = Compare((Name("j"), Name("i")), ("<=",))
 
 
-def operands(graph: Graph, node: Node) -> tuple[Operand, ...]:
+def operands(graph: Graph, node: Node[Attend]) -> tuple[Operand, ...]:
     """Return the streams that the attention's expressions index, in the order of its inputs."""
     found: dict[Operand, None] = {}
-    for expr in attend_exprs(node):
+    for expr in node.op.exprs:
         for part in walk(expr):
             if isinstance(part, Index) and isinstance(part.base, Name):
                 name = part.base.id
-                if graph.node(name).op != "tensor" and not operand(node, part):
+                if not graph.is_tensor(name) and not operand(node, part):
                     found[Operand(name, token(part))] = None
     return tuple(sorted(found, key=lambda each: (node.inputs.index(each.name), each.at)))
 
 
-def method(graph: Graph, node: Node) -> list[str]:
+def method(plan: Plan, node: Node[Attend]) -> list[str]:
     """Return the lines of `def attend`, and of the method it calls for some queries at a time."""
+    graph = plan.graph
     writer = _Writer(graph, node)
-    lowering: Lowering = node.get("lowering")
     places = ["i", "j"] if reads_places(graph, node) else []
     places += sequences(graph, node)
     seen = operands(graph, node)
     below = [f"previous_{name}" for name in maps_below(node)]
     given = [*"qkv", *places, *(each.variable for each in seen), *below]
     head = f"def {method_name(node)}"
-    if sdpa_fits(node, lowering):
+    if sdpa_fits(node, plan.path(node)):
         return _defined(head, given, writer.sdpa())
     body = writer.dense()
     gives = "tuple[Tensor, ...]" if writer.statistics or maps(graph, node) else "Tensor"
@@ -82,73 +84,73 @@ def _defined(head: str, given: list[str], body: list[str], gives: str = "Tensor"
     return [*call(head, args, f") -> {gives}:"), *indent(body)]
 
 
-def sequences(graph: Graph, node: Node) -> list[str]:
+def sequences(graph: Graph, node: Node[Attend]) -> list[str]:
     """Return what tells an attention whose tokens are whose: numbers of sequences, or None.
 
     `own` along the queries, `other` along the keys.
     """
-    keys = graph.node(node.inputs[1]).dims[-2]
+    keys = graph.node(node.k).dims[-2]
     if keys not in ("n", "m"):
         return []
     return ["own", "other"] if node.dims[2] == keys else ["other"]
 
 
-def by_rows(node: Node) -> bool:
+def by_rows(node: Node[Attend]) -> bool:
     """Say whether some queries can be attended to without the others, but those just before."""
-    exprs = attend_exprs(node)
+    exprs = node.op.exprs
     reads = {name for expr in exprs for name in names(expr)}
     called = {part.function for expr in exprs for part in walk(expr) if isinstance(part, Call)}
-    columns = any(kind == "columns" for _, kind, _ in node.get("statistics") or ())
+    columns = "columns" in node.op.kinds
     columns = columns or any(each.endswith("_queries") for each in called)
     return "n" not in reads and not columns
 
 
-def maps_below(node: Node) -> tuple[str, ...]:
+def maps_below(node: Node[Attend]) -> tuple[str, ...]:
     """Return what an attention reads of the map of the layer below."""
-    read = {name for expr in attend_exprs(node) for name in names(expr)}
+    read = {name for expr in node.op.exprs for name in names(expr)}
     return tuple(name for name in MAPS if f"{PREVIOUS}{name}" in read)
 
 
-def method_name(node: Node) -> str:
+def method_name(node: Node[Attend]) -> str:
     """Return the name of the method that computes an attention."""
     return "attend" if node.name == "o" else f"attend_{node.name}"
 
 
-def may_see_nothing(graph: Graph, node: Node) -> bool:
+def may_see_nothing(graph: Graph, node: Node[Attend]) -> bool:
     """Say whether a row's denominator may be zero: nothing is seen, and nothing else in it."""
-    form = exponential(node.get("normalizer"))
+    form = exponential(node.op.mix.normalize)
     if form is None or form.extra is not None or (form.held and calls(form.held, "max")):
         return False
     if may_weigh_nothing(node, form):
         return True
-    keys = graph.node(node.inputs[1]).dims[2]
+    keys = graph.node(node.k).dims[2]
     may_be_none = keys in ("n", "m") and keys != node.dims[2]  # of an empty context, for one
     return may_be_none or not sees_something(graph.block.mixings[node.name])
 
 
-def may_weigh_nothing(node: Node, form: Exponential) -> bool:
+def may_weigh_nothing(node: Node[Attend], form: Exponential) -> bool:
     """Say whether a logit of a visible pair may be minus infinity."""
-    s = frozenset({"s"} if infinite(node.get("score")) else ())
+    s = frozenset({"s"} if infinite(node.op.mix.score) else ())
     return infinite(form.logit, s)
 
 
-def sdpa_fits(node: Node, lowering: Lowering) -> bool:
+def sdpa_fits(node: Node[Attend], path: str | None) -> bool:
     """The text beside a kernel is scaled_dot_product_attention too where that says it."""
-    return lowering.path == "sdpa" or (lowering.path == "triton" and sdpa_obstacle(node) is None)
+    return path == "sdpa" or (path == "triton" and sdpa_obstacle(node) is None)
 
 
 class _Writer:
-    def __init__(self, graph: Graph, node: Node) -> None:
+    def __init__(self, graph: Graph, node: Node[Attend]) -> None:
         self.graph, self.node = graph, node
         self.heads, self.queries, self.width = (node.dims[1], *node.dims[2:])
-        self.key_heads, self.keys = graph.node(node.inputs[1]).dims[1:3]
-        self.value_heads = graph.node(node.inputs[2]).dims[1]
-        self.normalizer: Normalizer = node.get("normalizer")
-        self.mask: Expr = node.get("mask")
+        self.key_heads, self.keys = graph.node(node.k).dims[1:3]
+        self.value_heads = graph.node(node.v).dims[1]
+        self.mix = node.op.mix
+        self.normalizer, self.mask = self.mix.normalize, self.mix.mask
         self.told = sequences(graph, node)
         self.masked = self.mask != TRUE or bool(self.told)
         self.pairs = Pairs(graph, node, masked=self.masked, told=bool(self.told))
-        self.statistics: tuple[tuple[str, str, Expr | None], ...] = node.get("statistics") or ()
+        self.statistics = node.op.statistics
         self.lines: list[str] = []
         self.weighing = ""  # which pairs may weigh something, "" for all
 
@@ -173,15 +175,15 @@ class _Writer:
     @property
     def before(self) -> int:
         """How many queries before its own a row reads."""
-        return max((back for expr in self._all() for back in looks_back(self.graph, expr)),
+        return max((back for expr in self.node.op.exprs for back in looks_back(self.graph, expr)),
                    default=0)  # fmt: skip
 
     @property
     def breadth(self) -> int:
         """How many numbers are made of a pair at once, where vectors of pairs are."""
-        if not any(makes_vectors(self.graph, expr) for expr in self._all()):
+        if not any(makes_vectors(self.graph, expr) for expr in self.node.op.exprs):
             return 1
-        return int(self.graph.node(self.node.inputs[0]).dims[3])
+        return int(self.graph.node(self.node.q).dims[3])
 
     def sdpa(self) -> list[str]:
         args = ["q", "k", "v"]
@@ -197,13 +199,12 @@ class _Writer:
             if heads != self.heads:
                 group = int(self.heads) // int(heads)
                 self.lines.append(f"{name} = {name}.repeat_interleave({group}, dim=1)")
-        scale = self.node.get("scale")
+        scale, similarity = self.mix.scale, self.mix.similarity
         shape = f"b, {self.heads}, {self.queries}"
         times = "" if scale == 1 else f" * {scale!r}"
         self.lines += [
             "wide = torch.promote_types(q.dtype, torch.float32)",
         ]
-        similarity = self.node.get("similarity")
         if similarity is None:
             self.lines.append(f"s = (q @ k.mT).to(wide){times}  # [{shape}, {self.keys}]")
         else:
@@ -212,33 +213,30 @@ class _Writer:
             self.lines += comment(f"s = {text}", f"[{shape}, {self.keys}]")
         if self.masked:
             self._visible()
-        if any("seen" in names(expr) for expr in self._all()):
+        if any("seen" in names(expr) for expr in self.node.op.exprs):
             count = (
                 "visible.expand(s.shape).sum(-1, keepdim=True)"
                 if self.masked
                 else "torch.full_like(s[..., :1], k.shape[-2])"
             )
             self.lines.append(f"seen = {count}.clamp(min=1).to(wide)")
-        if self.node.get("score") != Name("s"):
-            self.lines.append(f"s = {self._spread(self.node.get('score'))}")
+        if self.mix.score != Name("s"):
+            self.lines.append(f"s = {self._spread(self.mix.score)}")
         shared = maps(self.graph, self.node)
         if "s" in shared:
             self.lines.append(f"shared_s = {self._hidden('s')}")
         self._normalize()
         given = [self._statistic(kind, expr) for _, kind, expr in self.statistics]
-        if self.node.get("weights") != Name("p"):
-            self.lines.append(f"p = {self._hidden(self._spread(self.node.get('weights')))}")
+        if self.mix.weights != Name("p"):
+            self.lines.append(f"p = {self._hidden(self._spread(self.mix.weights))}")
         if "p" in shared:
             self.lines.append("shared_p = p")
-        if self.node.get("rate"):
-            self.lines.append(f"p = F.dropout(p, {self.node.get('rate')!r}, self.training)")
+        if self.mix.dropout:
+            self.lines.append(f"p = F.dropout(p, {self.mix.dropout!r}, self.training)")
         also = [*(f"shared_{name}" for name in shared), *(f"{each}.to(v.dtype)" for each in given)]
         results = ", ".join(["p.to(v.dtype) @ v", *also])
         self.lines += comment(f"return {results}", "" if also else f"[{shape}, {self.width}]")
         return self._sized()
-
-    def _all(self) -> tuple[Expr, ...]:
-        return attend_exprs(self.node)
 
     def _sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""
@@ -327,7 +325,7 @@ class _Writer:
             else:
                 self.lines.append(f"added = ({extra}).to(wide).expand_as(s[..., :1])")
             every = "torch.cat([s, added], dim=-1)"
-        asked = any(kind in ("lse", "joint", "entropy") for _, kind, _ in self.statistics)
+        asked = not {"lse", "joint", "entropy"}.isdisjoint(self.node.op.kinds)
         if asked or form.held is not None:
             self.lines.append(f"lse = {every}.logsumexp(-1, keepdim=True)")
         if form.held is not None:
@@ -387,12 +385,12 @@ class _Writer:
 
 
 def made_for_kernel(
-    graph: Graph, node: Node, form: KernelForm, operands_: tuple[str, str, str]
+    graph: Graph, node: Node[Attend], form: KernelForm, operands_: tuple[str, str, str]
 ) -> tuple[list[str], list[str]]:
     """Return the lines that make what a kernel takes of vectors, and its q, k and v."""
     q, k, v = operands_
     q, k, v = alike(graph, node, q, k, v)
-    group = int(node.dims[1]) // max(int(graph.node(name).dims[1]) for name in node.inputs[1:3])
+    group = int(node.dims[1]) // max(int(graph.node(name).dims[1]) for name in (node.k, node.v))
     repeat = f".repeat_interleave({group}, dim=1)" if group > 1 else ""
     whole = {"q": q, "k": f"{k}{repeat}"}
     variables = {
@@ -422,9 +420,9 @@ def looks_back(graph: Graph, expr: Expr) -> Iterator[int]:
                 yield int(graph.node(kernel).dims[-2]) - 1
 
 
-def alike(graph: Graph, node: Node, q: str, k: str, v: str) -> list[str]:
+def alike(graph: Graph, node: Node[Attend], q: str, k: str, v: str) -> list[str]:
     """Write q, k and v, the one of k and v that has fewer heads repeated to those of the other."""
-    keys, values = (int(graph.node(name).dims[1]) for name in node.inputs[1:3])
+    keys, values = (int(graph.node(name).dims[1]) for name in (node.k, node.v))
     if keys < values:
         k = f"{k}.repeat_interleave({values // keys}, dim=1)"
     if values < keys:
@@ -432,14 +430,14 @@ def alike(graph: Graph, node: Node, q: str, k: str, v: str) -> list[str]:
     return [q, k, v]
 
 
-def sdpa_call(graph: Graph, node: Node, args: list[str], head: str) -> list[str]:
+def sdpa_call(graph: Graph, node: Node[Attend], args: list[str], head: str) -> list[str]:
     """Return a call of scaled_dot_product_attention with what the node needs beyond `args`."""
-    q, k, v = (shape_of(graph.node(name).dims) for name in node.inputs[:3])
+    q, k, v = (shape_of(graph.node(name).dims) for name in (node.q, node.k, node.v))
     args = [*alike(graph, node, *args[:3]), *args[3:]]
-    if node.get("rate"):
-        args.append(f"dropout_p={node.get('rate')!r} if self.training else 0.0")
-    if node.get("scale") != q.dim**-0.5:
-        args.append(f"scale={node.get('scale')!r}")
+    if node.op.mix.dropout:
+        args.append(f"dropout_p={node.op.mix.dropout!r} if self.training else 0.0")
+    if node.op.mix.scale != q.dim**-0.5:
+        args.append(f"scale={node.op.mix.scale!r}")
     if max(k.heads or 1, v.heads or 1) != q.heads:
         args.append("enable_gqa=True")
     return call(f"{head}F.scaled_dot_product_attention", args)

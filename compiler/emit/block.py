@@ -13,14 +13,15 @@ from functools import cached_property
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...kernels.recurrence import Recurrence
-from ...ops import OPS
 from ..algebra.masks import extent
 from ..facts.parameters import constants
-from ..graph.graph import Graph, Node, shape_of
-from ..model import MAPS, PREVIOUS, Pairwise
-from ..plan.choose import Lowering, kernel_reads, maps, reads_places, tells_apart
+from ..graph.graph import AnyNode, Node, made_by, shape_of
+from ..graph.operations import Attend, Input, Scan, Stage, TensorRead
+from ..model import MAPS, PREVIOUS, Block, Pairwise
+from ..plan.choose import kernel_reads, maps, reads_places, tells_apart
 from ..plan.kernel_form import KernelForm, kernel_form
 from ..plan.operators import Operator
+from ..plan.plan import Plan
 from . import attend, chunk, scan
 from .caches import Caches, begins_within, own_rows, plain_name
 from .tensors import constants as constant_lines
@@ -28,29 +29,29 @@ from .tensors import parameter as parameter_lines
 from .text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
 
 
-def block_class(graph: Graph, name: str, kernels: Sequence[Operator]) -> list[str]:
+def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]:
     """Return the lines of a block's class; `kernels` are the functions that it calls."""
-    writer = _Writer(graph, kernels)
-    fixed = constants(graph.block)
+    writer, graph = _Writer(plan, kernels), plan.graph
+    fixed = constants(plan.block)
     base = "Constants" if fixed else "nn.Module"
-    lines = [f"class {class_name(name)}({base}):", *indent(_docstring(graph)), ""]
+    lines = [f"class {class_name(name)}({base}):", *indent(_docstring(plan.block)), ""]
     lines += indent(writer.constructor())
     if fixed:
         lines += ["", *indent(constant_lines(fixed))]
     lines += ["", *indent(writer.init_cache()), "", *indent(writer.forward())]
     if graph.auxiliary is not None:
         lines += ["", *indent(writer.auxiliary_loss())]
-    for node in graph.of("scan"):
-        lines += ["", *indent(scan.initial(node, writer.weight()))]
-    for node in graph.of("attend"):
-        if not writer.always_kernel(node):
-            lines += ["", *indent(attend.method(graph, node))]
+    for recurrence in graph.of(Scan):
+        lines += ["", *indent(scan.initial(recurrence, writer.weight()))]
+    for attention in graph.of(Attend):
+        if not writer.always_kernel(attention):
+            lines += ["", *indent(attend.method(plan, attention))]
     return lines
 
 
-def _docstring(graph: Graph) -> list[str]:
+def _docstring(block: Block) -> list[str]:
     parts = []
-    for name, mixing in graph.block.mixings.items():
+    for name, mixing in block.mixings.items():
         heads = f"{mixing.heads} heads of {mixing.shape.dim}"
         if isinstance(mixing.mix, Pairwise):
             q, k = (each.shape for each in mixing.inputs[:2])
@@ -72,8 +73,9 @@ def _docstring(graph: Graph) -> list[str]:
 
 
 class _Writer(Caches):
-    def __init__(self, graph: Graph, kernels: Sequence[Operator]) -> None:
-        super().__init__(graph)
+    def __init__(self, plan: Plan, kernels: Sequence[Operator]) -> None:
+        super().__init__(plan.graph)
+        self.plan = plan
         self.recurrence_kernels = {each.spec: each.name for each in kernels
                                    if isinstance(each.spec, Recurrence)}  # fmt: skip
         self.kernels = {each.node.name: each.name for each in kernels
@@ -83,10 +85,10 @@ class _Writer(Caches):
 
     def constructor(self) -> list[str]:
         lines = ["def __init__(self) -> None:", "    super().__init__()"]
-        for node in self.graph.nodes:
+        for node in self.graph.of(Stage):
             if node.module:
                 shapes = [shape_of(self.graph.node(name).dims) for name in node.inputs]
-                made = OPS[node.op].constructor(shapes, dict(node.attrs))
+                made = node.op.definition.constructor(shapes, node.op.given)
                 lines.append(f"    self.{node.module} = {made}")
         for tensor in self.block.tensors:
             lines += indent(parameter_lines(tensor)) if tensor.learned else []
@@ -207,7 +209,7 @@ class _Writer(Caches):
     def _from_below(self) -> list[str]:
         """Write the streams of the layer below, as far as they are of the tokens of the call."""
         lines = []
-        for node in self.graph.of("input"):
+        for node in self.graph.of(Input):
             if node.name.startswith(PREVIOUS) and self._read_now(node.name):
                 dims = f"[{', '.join(map(str, node.dims))}]"
                 name = node.name.removeprefix(PREVIOUS)
@@ -219,9 +221,9 @@ class _Writer(Caches):
         if name == self.graph.output or name in self._shared_now.values():
             return True
         for node in self.graph.readers(name):
-            borrowed = self._keyed(node) if node.name in self.borrows else []
-            queried = node.op == "attend" and name in (node.inputs[0], *self._queried(node))
-            if name not in borrowed or queried:
+            if not made_by(node, Attend) or name in (node.q, *self._queried(node)):
+                return True
+            if node.name not in self.borrows or name not in self._keyed(node):
                 return True
         return False
 
@@ -244,8 +246,7 @@ class _Writer(Caches):
     def _positional(self, tokens: str) -> bool:
         """Say whether any stage of a stream along these tokens reads their positions."""
         return any(
-            node.op in OPS and OPS[node.op].positional and tokens in node.dims
-            for node in self.graph.nodes
+            node.op.definition.positional and tokens in node.dims for node in self.graph.of(Stage)
         )
 
     def _sizes(self) -> list[str]:
@@ -258,8 +259,7 @@ class _Writer(Caches):
     @cached_property
     def _needs_places(self) -> bool:
         places = any(
-            "n" in (node.dims[2], self.graph.node(node.inputs[1]).dims[-2])
-            and reads_places(self.graph, node)
+            "n" in (node.dims[2], self._key_tokens(node)) and reads_places(self.graph, node)
             for node in self.attentions
         )
         return self._positional("n") or places or bool(self.block.lent)
@@ -278,7 +278,7 @@ class _Writer(Caches):
     @property
     def _far_below(self) -> bool:
         """Whether streams of the layer below run along a context."""
-        nodes = self.graph.of("input")
+        nodes = self.graph.of(Input)
         return any(node.name.startswith(PREVIOUS) and "m" in node.dims for node in nodes)
 
     @cached_property
@@ -290,25 +290,25 @@ class _Writer(Caches):
     def _by_sequence(self, tokens: str) -> bool:
         """Say whether a stage along these tokens tells their sequences apart."""
         return any(
-            node.op in OPS and OPS[node.op].by_sequence
+            node.op.definition.by_sequence
             and any(tokens in self.graph.node(name).dims for name in node.inputs)
-            for node in self.graph.nodes
+            for node in self.graph.of(Stage)
         )  # fmt: skip
 
-    def _key_tokens(self, node: Node) -> str:
+    def _key_tokens(self, node: Node[Attend]) -> str:
         """Return what the keys of an attention are: n, m, or a number of them."""
-        return str(self.graph.node(node.inputs[1]).dims[-2])
+        return str(self.graph.node(node.k).dims[-2])
 
-    def _condition(self, node: Node) -> list[str]:
+    def _condition(self, node: Node[Attend]) -> list[str]:
         """Return when a faster text than the general one serves: all of these names hold.
 
         `plain`: no cache, no positions, one sequence a row; `counted`: no cache, no positions;
         `run` and `context_run`: no padding.
         An empty list where there is no such text.
         """
-        lowering: Lowering = node.get("lowering")
         kernel, keys = node.name in self.kernels, self._key_tokens(node)
-        if not kernel and not (lowering.path == "sdpa" and node.get("mask") == attend.CAUSAL):
+        sdpa, mask = self.plan.path(node) == "sdpa", node.op.mix.mask
+        if not kernel and not (sdpa and mask == attend.CAUSAL):
             return []
         crosses = self.graph.crosses(node)
         if kernel and not crosses and node.dims[2] == "n" and tells_apart(self.graph, node):
@@ -316,18 +316,18 @@ class _Writer(Caches):
         needs = []
         if node.dims[2] == "n" and (not crosses or reads_places(self.graph, node)):
             needs.append("plain")
-        causal = not crosses and extent(node.get("mask")).causal
+        causal = not crosses and extent(mask).causal
         if keys in ("n", "m") and not causal:
             needs.append("run" if keys == "n" else "context_run")
         return needs or ["always"]
 
-    def _when(self, node: Node) -> str:
+    def _when(self, node: Node[Attend]) -> str:
         """Write the condition of the faster text."""
         truths = ("plain", "counted")
         return " and ".join(each if each in truths else f"{each} is None"
                             for each in self._condition(node))  # fmt: skip
 
-    def always_kernel(self, node: Node) -> bool:
+    def always_kernel(self, node: Node[Attend]) -> bool:
         """Whether the kernel takes every call."""
         return self._condition(node) == ["always"]
 
@@ -338,20 +338,25 @@ class _Writer(Caches):
         rest: list[str] = []
         extra: list[str] = []  # what only training needs
         graph = self.graph
-        mixed = [node.name for node in graph.nodes if node.op in ("attend", "scan")]
-        ends = [graph.output, *mixed, *(name for _, name in graph.shared)]
+        ends = [
+            graph.output,
+            *(node.name for node in graph.mixings()),
+            *(name for _, name in graph.shared),
+        ]
         needed = frozenset().union(*(self._roots[name] for name in ends))
         for node in graph.nodes:
             if node.name in (graph.output, graph.auxiliary):
                 continue
-            if node.op in ("attend", "scan"):
-                lines = self._mixed(node)
-            elif node.op not in OPS or self._inlined(node):
+            if made_by(node, Scan):
+                lines = self._scanned(node)
+            elif made_by(node, Attend):
+                lines = self._attended(node)
+            elif not isinstance(node.op, Stage) or self._inlined(node):
                 continue
             else:
                 name = ident(node.name)
                 lines = self._assign(node, f"{'o' if node.name == 'o' else name} =")
-            if node.name not in needed and node.op in OPS:
+            if node.name not in needed and isinstance(node.op, Stage):
                 extra += lines
             elif self._far(node.name):
                 far += lines
@@ -367,7 +372,9 @@ class _Writer(Caches):
         """Write what training adds to the loss, and what only that needs."""
         if self.graph.auxiliary is None:
             return []
-        added = [f"self.auxiliary = {self._text(self.graph.node(self.graph.auxiliary))}"]
+        loss = self.graph.node(self.graph.auxiliary)
+        assert made_by(loss, Stage)
+        added = [f"self.auxiliary = {self._text(loss)}"]
         return ["if self.training:", *indent([*lines, *added])]
 
     def auxiliary_loss(self) -> list[str]:
@@ -414,22 +421,23 @@ class _Writer(Caches):
 
     # mixing
 
-    def _mixed(self, node: Node) -> list[str]:
-        """Write an attention or a recurrence."""
-        if node.op == "scan":
-            lowering: Lowering = node.get("lowering")
-            cache = self.cache(node.name) if self.obstacle is None else ""
-            if node.name in self.kernels:
-                return scan.by_kernel(self.graph, node, cache, self.kernels[node.name])
-            if lowering.path == "sequential":
-                return scan.forward(self.graph, node, cache)
-            kernels = self.recurrence_kernels if lowering.path == "triton" else None
-            return chunk.forward(self.graph, node, cache, kernels)
+    def _scanned(self, node: Node[Scan]) -> list[str]:
+        """Write a recurrence."""
+        path = self.plan.path(node)
+        cache = self.cache(node.name) if self.obstacle is None else ""
+        if node.name in self.kernels:
+            return scan.by_kernel(self.graph, node, cache, self.kernels[node.name])
+        if path == "sequential":
+            return scan.forward(self.graph, node, cache)
+        kernels = self.recurrence_kernels if path == "triton" else None
+        return chunk.forward(self.graph, node, cache, kernels)
+
+    def _attended(self, node: Node[Attend]) -> list[str]:
+        """Write an attention."""
         lines: list[str] = []
         operands = attend.operands(self.graph, node)
-        q, *_ = node.inputs
         named = {name: self._seen_as(node, name) for name in self._keyed(node)}
-        k, v = (named[name] for name in node.inputs[1:3])
+        k, v = named[node.k], named[node.v]
         variables = [named[each.name] if each.at == "j" else each.variable for each in operands]
         lines += [
             f"{variable} = {plain_name(each.name)}"
@@ -441,7 +449,7 @@ class _Writer(Caches):
         if node.name in self.borrows:
             lines += [f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
                       for name, variable in named.items()]  # fmt: skip
-        args = [plain_name(q), k, v]
+        args = [plain_name(node.q), k, v]
         borrowed = node.name in self.borrows
         if places:
             at = (
@@ -472,16 +480,16 @@ class _Writer(Caches):
         when = f"if {self._when(node)}:"
         return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
 
-    def _plain(self, node: Node) -> list[str]:
+    def _plain(self, node: Node[Attend]) -> list[str]:
         target = _target(node)
-        q, k, v = (self._kernel_operand(node, name) for name in node.inputs[:3])
+        q, k, v = (self._kernel_operand(node, name) for name in (node.q, node.k, node.v))
         if node.name in self.kernels:
             form = kernel_form(self.graph, node)
             assert isinstance(form, KernelForm)
             lines, args = attend.made_for_kernel(self.graph, node, form, (q, k, v))
             args += [self._kernel_operand(node, name) for name in kernel_reads(node, form)]
             args += [each.name for each in form.sides]
-            asked = {kind: ident(name) for name, kind, _ in node.get("statistics") or ()}
+            asked = {kind: ident(name) for name, kind, _ in node.op.statistics}
             logs, *entropy = (
                 [asked[kind] for kind in kinds if kind in asked]
                 for kinds in (("joint", "lse"), ("entropy",))
@@ -496,25 +504,24 @@ class _Writer(Caches):
             return lines
         return attend.sdpa_call(self.graph, node, [q, k, v, "is_causal=True"], f"{target} = ")
 
-    def _kernel_operand(self, node: Node, name: str) -> str:
+    def _kernel_operand(self, node: Node[Attend], name: str) -> str:
         if name == "doc":
             return "batch.doc" if self.block.marks else "batch.number"
         if node.name in self.borrows and name in self._keyed(node):
             return self._seen_as(node, name)
-        return f"self.{name}" if self.graph.node(name).op == "tensor" else plain_name(name)
+        return f"self.{name}" if self.graph.is_tensor(name) else plain_name(name)
 
-    def _advance(self, node: Node, named: Mapping[str, str], places: bool) -> list[str]:
+    def _advance(self, node: Node[Attend], named: Mapping[str, str], places: bool) -> list[str]:
         """Write the lines that take new tokens into the cache, and say where the keys stand."""
         held = self._held_by(node)
         if node.name in self.borrows:
             return []
         if held is None:
-            keys = named[node.inputs[1]]
             if not places:
                 return []
-            if self.graph.node(node.inputs[1]).dims[-2] == "n":
+            if self._key_tokens(node) == "n":
                 return ["places = positions"]
-            return [f"places = torch.arange({keys}.shape[-2], device=x.device)"]
+            return [f"places = torch.arange({named[node.k]}.shape[-2], device=x.device)"]
         lines: list[str] = []
         nodes = self._held[held]
         if node is not nodes[0]:  # the first of them has brought the keys of all
@@ -539,7 +546,7 @@ class _Writer(Caches):
             lines += ["lent_run = run_j"]
         return lines
 
-    def _held_by(self, node: Node) -> str | None:
+    def _held_by(self, node: Node[Attend]) -> str | None:
         """Return the cache that holds the keys of an attention."""
         if self.obstacle is not None:
             return None
@@ -547,12 +554,12 @@ class _Writer(Caches):
 
     # nodes
 
-    def _remembered(self, node: Node, head: str, dims: str) -> list[str]:
+    def _remembered(self, node: Node[Stage], head: str, dims: str) -> list[str]:
         """Write a stage that reads the tokens before those it is given."""
         first = self.graph.node(node.inputs[0])
         given = plain_name(first.name)
         lines: list[str] = []
-        if first.op in OPS and self._inlined(first):
+        if made_by(first, Stage) and self._inlined(first):
             given = ident(node.name.partition(".")[0])
             lines = self._assign(first, f"{given} =")
         cache = self.cache("tails")
@@ -561,7 +568,7 @@ class _Writer(Caches):
         lines += ["before, known = None, run", f"if {cache} is not None:", *tail]
         return [*lines, *comment(f"{head} self.{node.module}({given}, known, before)", dims)]
 
-    def _inlined(self, node: Node) -> bool:
+    def _inlined(self, node: AnyNode) -> bool:
         """Whether a node stands inside the only expression that reads it, once."""
         if "." not in node.name or self._tail(node):
             return False
@@ -569,34 +576,35 @@ class _Writer(Caches):
         if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
             return node.name == self.graph.output
         reader = readers[0]
-        if reader.op not in OPS:
+        if not isinstance(reader.op, Stage):
             return False
-        if reader.op == "pointwise":
+        if reader.op.name == "pointwise":
             slot = Name(f"a{reader.inputs.index(node.name)}")
-            return _count(reader.get("expr"), slot) == 1
+            return _count(reader.op.given["expr"], slot) == 1
         return True
 
-    def _text(self, node: Node, given: dict[str, str] | None = None) -> str:
+    def _text(self, node: Node[Stage], given: dict[str, str] | None = None) -> str:
         given = given or {}
         texts = []
         for name in node.inputs:
             made = self.graph.node(name)
             if name in given:
                 texts.append(given[name])
-            elif made.op in OPS and self._inlined(made):
+            elif made_by(made, Stage) and self._inlined(made):
                 texts.append(self._operand(node, self._text(made)))
             else:
-                texts.append(_tensor_text(made) if made.op == "tensor" else plain_name(name))
+                tensor = made_by(made, TensorRead)
+                texts.append(_tensor_text(made) if tensor else plain_name(name))
         shapes = [shape_of(self.graph.node(name).dims) for name in node.inputs]
-        return OPS[node.op].text(texts, shapes, dict(node.attrs), node.module)
+        return node.op.definition.text(texts, shapes, node.op.given, node.module)
 
     @staticmethod
-    def _operand(reader: Node, text: str) -> str:
-        return text if reader.module or reader.op in ("rope", "dropout") else atomic(text)
+    def _operand(reader: Node[Stage], text: str) -> str:
+        return text if reader.module or reader.op.name in ("rope", "dropout") else atomic(text)
 
-    def _assign(self, node: Node, head: str) -> list[str]:
+    def _assign(self, node: AnyNode, head: str) -> list[str]:
         """Write `head text  # dims`, the innermost stages on lines of their own if too long."""
-        if node.op not in OPS:
+        if not made_by(node, Stage):
             return [f"{head} {plain_name(node.name)}"]
         dims = f"[{', '.join(map(str, node.dims))}]"
         if self._tail(node) and self.obstacle is None:
@@ -605,7 +613,7 @@ class _Writer(Caches):
         if len(line) + len(dims) + 4 <= LIMIT - 4 or not node.inputs:
             return comment(line, dims)
         first = self.graph.node(node.inputs[0])
-        if first.op not in OPS or not self._inlined(first):
+        if not made_by(first, Stage) or not self._inlined(first):
             return comment(line, dims)
         variable = ident(node.name.partition(".")[0])
         lines = self._assign(first, f"{variable} =")
@@ -617,16 +625,16 @@ def _count(expr: Expr, part: Expr) -> int:
     return sum(node == part for node in walk(expr))
 
 
-def _target(node: Node) -> str:
+def _target(node: AnyNode) -> str:
     return plain_name(node.name)
 
 
-def _statistics(node: Node) -> list[str]:
+def _statistics(node: Node[Attend]) -> list[str]:
     """Return the variables of what an attention gives besides the mixed heads."""
-    return [ident(name) for name, _, _ in node.get("statistics") or ()]
+    return [ident(name) for name, _, _ in node.op.statistics]
 
 
-def _tensor_text(node: Node) -> str:
+def _tensor_text(node: AnyNode) -> str:
     """Write a param or const as a stream of one token."""
     lifted = {0: "[None, None, None]", 1: "[None, None]", 2: "[:, None]"}[len(node.dims)]
     return f"self.{node.name}{lifted}"

@@ -13,9 +13,9 @@ from ...grammar.expr import calls, evaluate
 from ...ops import OPS
 from ..algebra.masks import extent, reads_others, remembered, widest
 from ..facts import decoding
-from ..graph.graph import Graph, Node, shape_of
+from ..graph.graph import AnyNode, Graph, Node, made_by, shape_of
+from ..graph.operations import Attend, Input, Scan, Stage
 from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
-from ..plan.choose import attend_exprs
 from . import attend, scan
 from .text import call, ident, indent
 
@@ -25,9 +25,9 @@ class Caches:
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.block = graph, graph.block
-        self.attentions = tuple(graph.of("attend"))
-        self.recurrences = tuple(graph.of("scan"))
-        self.crosses = any(n.op == "input" and n.name == "context" for n in graph.nodes)
+        self.attentions = tuple(graph.of(Attend))
+        self.recurrences = tuple(graph.of(Scan))
+        self.crosses = any(each.name == "context" for each in graph.of(Input))
         self.obstacle = decoding.obstacle(graph.block)
         self.borrows = frozenset(graph.block.borrows)
 
@@ -68,21 +68,21 @@ class Caches:
 
     # what is kept of the tokens
 
-    def _keyed(self, node: Node) -> list[str]:
+    def _keyed(self, node: Node[Attend]) -> list[str]:
         """Return the streams of an attention along its keys: k, v, those indexed by j."""
         others = [each.name for each in attend.operands(self.graph, node) if each.at == "j"]
-        return list(dict.fromkeys([*node.inputs[1:3], *others]))
+        return list(dict.fromkeys([node.k, node.v, *others]))
 
-    def _queried(self, node: Node) -> list[str]:
+    def _queried(self, node: Node[Attend]) -> list[str]:
         return [each.name for each in attend.operands(self.graph, node) if each.at == "i"]
 
     @cached_property
-    def _held(self) -> dict[str, tuple[Node, ...]]:
+    def _held(self) -> dict[str, tuple[Node[Attend], ...]]:
         """The caches of keys and values: which attentions read each of them.
 
         One is for all whose keys are there from the start, so that nothing is kept twice.
         """
-        held: dict[str, tuple[Node, ...]] = {}
+        held: dict[str, tuple[Node[Attend], ...]] = {}
         for node in self.attentions:
             tokens = node.dims[2] == "n" and not self.graph.crosses(node)
             if tokens and node.name not in self.borrows:
@@ -108,35 +108,35 @@ class Caches:
                 if label not in MAPS and label not in self._lent}  # fmt: skip
 
     @cached_property
-    def _tails(self) -> list[Node]:
+    def _tails(self) -> list[Node[Stage]]:
         """The stages that read earlier tokens."""
-        return [node for node in self.graph.nodes if self._tail(node)]
+        return [node for node in self.graph.of(Stage) if self._tail(node)]
 
-    def _tail(self, node: Node) -> int:
+    def _tail(self, node: AnyNode) -> int:
         """Return how many earlier tokens a stage reads, of tokens that a cache is for."""
-        if node.op not in OPS or "n" not in node.dims:
+        if not isinstance(node.op, Stage) or "n" not in node.dims:
             return 0
-        return OPS[node.op].lookback(dict(node.attrs))
+        return node.op.definition.lookback(node.op.given)
 
-    def _seen_as(self, node: Node, name: str) -> str:
+    def _seen_as(self, node: Node[Attend], name: str) -> str:
         """Return the variable of a stream along the keys, with what the cache gives back."""
         if node.name in self.borrows:
             return f"{ident(name)}_j"
         mine = next((held for held in self._held.values() if node in held), ())
         if self.obstacle is not None or not mine:
             return plain_name(name)
-        special = not any(name in other.inputs[1:3] for other in mine)
+        special = not any(name in (other.k, other.v) for other in mine)
         elsewhere = any(self._reads_new(other, name, mine) for other in self.graph.nodes)
         elsewhere = elsewhere or name in self._shared_now.values()
         return f"{ident(name)}_j" if special or elsewhere else ident(name)
 
-    def _reads_new(self, node: Node, name: str, held: tuple[Node, ...]) -> bool:
+    def _reads_new(self, node: AnyNode, name: str, held: tuple[Node[Attend], ...]) -> bool:
         """Whether a node reads a stream of the new tokens after the cache has brought all."""
         if name not in node.inputs or not self._late(node.name):
             return False
-        if node not in held:
+        if not made_by(node, Attend) or node not in held:
             return True
-        return name == node.inputs[0] or (node is not held[0] and name in self._queried(node))
+        return name == node.q or (node is not held[0] and name in self._queried(node))
 
     # the caches
 
@@ -185,7 +185,7 @@ class Caches:
             return [], "room for the keys and values of a context"
         if kind == "TailCache":
             return [], "room for the tokens before the next one"
-        own = (remembered(node.get("mask"), attend_exprs(node)) for node in self._held[name])
+        own = (remembered(node.op.mix.mask, node.op.exprs) for node in self._held[name])
         masks = (*own, *self.block.serves)
         reach = widest(map(extent, masks))
         shown = ", ".join(f'"{ident(each)}": {self._size(each)}' for each in self._kept(name))
@@ -250,6 +250,6 @@ def plain_name(name: str) -> str:
     return name if name in ("x", "context", "o") else ident(name)
 
 
-def starts(node: Node) -> bool:
+def starts(node: AnyNode) -> bool:
     """Say whether a stage starts from nothing: its input only says how large the batch is."""
-    return node.op in OPS and OPS[node.op].starts
+    return isinstance(node.op, Stage) and node.op.definition.starts

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from ...grammar.expr import evaluate, names, rebuild
 from ...grammar.syntax import Expr, Index, Name, Number, walk
 from ...kernels.recurrence import Recurrence
-from .. import model
 from ..algebra.affine import BEFORE
 from ..graph.graph import Graph, Node
+from ..graph.operations import Scan
 from ..model import State
 from ..plan.recurrences import Chunked, Memory, Sum, kernels_of, of_node, ranks_of
 from . import scan
@@ -32,7 +32,7 @@ _PLACES = (
 
 
 def forward(
-    graph: Graph, node: Node, cache: str, kernels: Mapping[Recurrence, str] | None
+    graph: Graph, node: Node[Scan], cache: str, kernels: Mapping[Recurrence, str] | None
 ) -> list[str]:
     """Return the lines that run the recurrence, from the streams to its output.
 
@@ -69,7 +69,7 @@ class _Values(Values):
 @dataclass
 class _Writer:
     graph: Graph
-    node: Node
+    node: Node[Scan]
     form: Chunked
     cache: str
     kernels: Mapping[Recurrence, str] | None
@@ -77,7 +77,7 @@ class _Writer:
     batched: set[str] = field(default_factory=set)  # names whose values differ in a batch
 
     def __post_init__(self) -> None:
-        self.mix: model.Recurrence = self.node.get("recurrence")
+        self.mix = self.node.op.mix
         self.states = {each.name: each for each in self.mix.states}
         self.values = _Values(self.graph, {}, ranks_of(self.graph, self.node))
 
@@ -100,7 +100,7 @@ class _Writer:
     def _streams(self) -> list[str]:
         lines = []
         for name in self.node.inputs:
-            if self.graph.node(name).op == "tensor" or name == "doc":
+            if self.graph.is_tensor(name) or name == "doc":
                 continue
             text, rank = scan.per_head(self.graph, self.node, name)
             variable = f"{ident(name)}_h"
@@ -342,7 +342,7 @@ class _Writer:
     def _like(self) -> str:
         """A stream whose dtype the kernels take: autocast makes it another than that of x."""
         streams = (name for name in self.node.inputs if len(self.graph.node(name).dims) == 4
-                   and self.graph.node(name).op != "tensor")  # fmt: skip
+                   and not self.graph.is_tensor(name))  # fmt: skip
         return ident(next(streams, "x"))
 
     def _write(

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...kernels import render
-from ..graph.graph import Graph
 from ..model import Block, Model
 from ..plan.operators import operators
+from ..plan.plan import Plan
 from . import model as model_text
 from .block import block_class
 from .lines import wrap
@@ -31,18 +31,18 @@ class Code:
         return hashlib.sha256(self.text.encode()).hexdigest()[:12]
 
 
-def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
-    """Return the file of a block, or of a model whose different blocks have these graphs."""
-    names = _names(graphs)
+def emit(what: Block | Model, plans: Sequence[Plan]) -> Code:
+    """Return the file of a block, or of a model whose different blocks have these plans."""
+    names = _names(plans)
     taken = {class_name(name) for name in names}
     sections: list[str] = []
     classes: list[str] = []
     families: dict[str, None] = {}
-    for name, graph in zip(names, graphs, strict=True):
-        kernels = operators(graph, name)
+    for name, plan in zip(names, plans, strict=True):
+        kernels = operators(plan, name)
         families |= {each.family: None for each in kernels}
         sections += [each.render(f"headloom_{_HASH}") for each in kernels]
-        classes.append("\n".join(wrap(block_class(graph, name, kernels))))
+        classes.append("\n".join(wrap(block_class(plan, name, kernels))))
     if sections:
         sections.insert(0, render.skeleton_text(*families))
     main = class_name(names[0])
@@ -50,7 +50,7 @@ def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
         main = class_name(what.name)
         while main in taken:
             main = f"{main}Model"
-        which = {graph.block: class_name(name) for graph, name in zip(graphs, names, strict=True)}
+        which = {plan.block: class_name(name) for plan, name in zip(plans, names, strict=True)}
         encoder = ""
         if what.encoder is not None:
             encoder = class_name(what.encoder.name)
@@ -69,14 +69,14 @@ def emit(what: Block | Model, graphs: Sequence[Graph]) -> Code:
     return Code(text.replace(_HASH, digest), main)
 
 
-def _names(graphs: Sequence[Graph]) -> list[str]:
-    """Give every graph its block's name, numbered where another class has it."""
+def _names(plans: Sequence[Plan]) -> list[str]:
+    """Give every plan its block's name, numbered where another class has it."""
     names: list[str] = []
     taken: set[str] = set()
-    for graph in graphs:
-        name, at = graph.block.name, 2
+    for plan in plans:
+        name, at = plan.block.name, 2
         while class_name(name) in taken:
-            name, at = f"{graph.block.name}_{at}", at + 1
+            name, at = f"{plan.block.name}_{at}", at + 1
         names.append(name)
         taken.add(class_name(name))
     return names

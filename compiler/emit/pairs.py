@@ -29,6 +29,7 @@ from ...grammar.syntax import (
 )
 from ...kernels.places import bounds
 from ..graph.graph import Dims, Graph, Node
+from ..graph.operations import Attend, TensorRead
 from ..graph.sides import KEY, PAIR, QUERY, at_token, product, reduces, sides
 from ..model import MAPS, PREVIOUS
 from .text import atomic, ident
@@ -58,14 +59,14 @@ def token(read: Index) -> str:
     return QUERY if at_token(read) == Name("i") else KEY
 
 
-def operand(node: Node, read: Index) -> str:
+def operand(node: Node[Attend], read: Index) -> str:
     """Return `q` or `k` where an index reads the whole query or key of the pair, else ""."""
     assert isinstance(read.base, Name)
     if len(read.items) != 2:
         return ""
-    if read.base.id == node.inputs[0] and read.items == (Name("h"), Name("i")):
+    if read.base.id == node.q and read.items == (Name("h"), Name("i")):
         return "q"
-    if read.base.id == node.inputs[1] and read.items[1] == Name("j"):
+    if read.base.id == node.k and read.items[1] == Name("j"):
         head = read.items[0]
         grouped = isinstance(head, Binary) and head.op == "//" and head.left == Name("h")
         if head == Name("h") or grouped:
@@ -138,7 +139,7 @@ class Pairs(Values):
     """Writes expressions of one attention, laid out along pairs, queries or keys."""
 
     graph: Graph
-    node: Node
+    node: Node[Attend]
     layout: str = PAIR
     masked: bool = True  # whether `visible` says who is
     told: bool = False  # whether `other` may say which keys are of one sequence
@@ -222,11 +223,12 @@ class Pairs(Values):
         assert isinstance(expr.base, Name)
         name = expr.base.id
         made = self.graph.node(name)
-        if made.op == "tensor" and expr.items[:1] == (Name("h"),) and made.dims[0] == self.heads:
+        tensor = isinstance(made.op, TensorRead)
+        if tensor and expr.items[:1] == (Name("h"),) and made.dims[0] == self.heads:
             lead = ":, None, None" if self.layout == PAIR else ":, None"
             if len(expr.items) == 1:
                 return Text(f"self.{name}[{lead}]", len(made.dims) - 1)
-        if made.op == "tensor":
+        if tensor:
             sizes = zip(expr.items, made.dims, strict=False)
             items = ", ".join(self._place(item, int(size)) for item, size in sizes)
             text = f"self.{name}[{items}]" if items else f"self.{name}"

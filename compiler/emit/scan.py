@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from ...grammar.expr import evaluate, names
 from ...grammar.syntax import Index, Name
 from ..algebra.levels import affine_parts
-from ..graph.graph import Graph, Node
+from ..graph.graph import AnyNode, Graph, Node
+from ..graph.operations import Scan
 from ..model import Recurrence, State, Update
 from .text import atomic, call, ident, indent
 from .values import Text, Values, lifted
@@ -27,7 +28,7 @@ class _Ranks(Values):
     """How many dimensions a name has per head: 0 number, 1 vector, 2 matrix."""
 
     graph: Graph
-    node: Node
+    node: Node[Scan]
     known: dict[str, int]
     texts: dict[str, str] = field(default_factory=dict)  # how a name is written, if not so
 
@@ -67,9 +68,9 @@ def states(mix: Recurrence) -> list[str]:
     return [ident(each.name) for each in mix.states]
 
 
-def initial(node: Node, weight: str) -> list[str]:
+def initial(node: Node[Scan], weight: str) -> list[str]:
     """Return the method that makes the states before the first token."""
-    mix: Recurrence = node.get("recurrence")
+    mix = node.op.mix
     lines = [
         f"def {method_name(node)}(self, batch: int) -> dict[str, Tensor]:",
         '    """Return the states before the first token."""',
@@ -86,12 +87,12 @@ def initial(node: Node, weight: str) -> list[str]:
     return [*lines, "    }"]
 
 
-def opened(node: Node, cache: str) -> list[str]:
+def opened(node: Node[Scan], cache: str) -> list[str]:
     """Return the lines that say where states begin anew and stay as they are, and the states.
 
     `fresh` tokens begin a sequence, `idle` ones are padding; None where there are none.
     """
-    mix: Recurrence = node.get("recurrence")
+    mix = node.op.mix
     start = f"self.{method_name(node)}(b)"
     first = "batch.begun" if mix.resets else "batch.fresh"
     lines = [f"fresh, idle = {first}, batch.idle"]
@@ -110,19 +111,19 @@ def opened(node: Node, cache: str) -> list[str]:
     return [*lines, state]
 
 
-def method_name(node: Node) -> str:
+def method_name(node: AnyNode) -> str:
     """Return the name of the method that makes the states before the first token."""
     return "initial" if node.name == "o" else f"initial_{node.name}"
 
 
-def forward(graph: Graph, node: Node, cache: str) -> list[str]:
+def forward(graph: Graph, node: Node[Scan], cache: str) -> list[str]:
     """Return the lines that run the recurrence, from the streams to its output."""
-    mix: Recurrence = node.get("recurrence")
+    mix = node.op.mix
     made, start = (
         node.name if node.name == "o" else ident(node.name),
         f"self.{method_name(node)}(b)",
     )
-    streams = [name for name in node.inputs if graph.node(name).op != "tensor" and name != "doc"]
+    streams = [each for each in node.inputs if not graph.is_tensor(each) and each != "doc"]
     ranks: dict[str, int] = {each.name: len(each.shape) for each in mix.states}
     lines = ["wide = torch.promote_types(x.dtype, torch.float32)"]
     for name in streams:
@@ -156,13 +157,13 @@ def keep(cache: str, kept: Mapping[str, str]) -> list[str]:
     return [f"if {cache} is not None:", *indent(call(f"{cache}.keep", args))]
 
 
-def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
+def by_kernel(graph: Graph, node: Node[Scan], cache: str, kernel: str) -> list[str]:
     """Return the lines that hand the recurrence to a kernel, and keep its last states."""
-    mix: Recurrence = node.get("recurrence")
+    mix = node.op.mix
     made, own = (node.name if node.name == "o" else ident(node.name)), states(mix)
     streams, tensors = [], []
     for name in node.inputs:
-        if graph.node(name).op == "tensor":
+        if graph.is_tensor(name):
             tensors.append(f"self.{name}")
         elif name != "doc":
             streams.append(_by_heads(graph, node, name))
@@ -174,7 +175,7 @@ def by_kernel(graph: Graph, node: Node, cache: str, kernel: str) -> list[str]:
     return [*lines, *keep(cache, {name: name for name in own})]
 
 
-def _by_heads(graph: Graph, node: Node, name: str) -> str:
+def _by_heads(graph: Graph, node: Node[Scan], name: str) -> str:
     """Return a stream as [b, heads, n] or [b, heads, n, d]; the heads may be fewer."""
     heads, dims = int(node.dims[1]), graph.node(name).dims
     if len(dims) == 4:
@@ -184,7 +185,7 @@ def _by_heads(graph: Graph, node: Node, name: str) -> str:
     return f"{ident(name)}.unflatten(-1, ({heads}, -1)).transpose(1, 2)"
 
 
-def per_head(graph: Graph, node: Node, name: str) -> tuple[str, int]:
+def per_head(graph: Graph, node: Node[Scan], name: str) -> tuple[str, int]:
     """Return a stream as [b, heads, n] or [b, heads, n, d], and its rank per head."""
     heads, dims = int(node.dims[1]), graph.node(name).dims
     text = _by_heads(graph, node, name)

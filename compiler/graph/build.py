@@ -23,7 +23,22 @@ from ..model import (
     Statistic,
     flow_nodes,
 )
-from .graph import Dims, Graph, Node, dims_of
+from .graph import AnyNode, Dims, Graph, Node, dims_of
+from .operations import (
+    Combine,
+    Drop,
+    Input,
+    Mask,
+    Normalize,
+    Operation,
+    Scan,
+    Score,
+    Similarity,
+    Stage,
+    StatisticOf,
+    TensorRead,
+    Weights,
+)
 
 
 def build(block: Block) -> Graph:
@@ -54,29 +69,32 @@ def tensors_read(*exprs: Expr | None) -> tuple[str, ...]:
 class _Builder:
     def __init__(self, block: Block) -> None:
         self.block = block
-        self.nodes: list[Node] = []
+        self.nodes: list[AnyNode] = []
         self.names: set[str] = set()
         self.tensors: dict[str, Weight] = {each.name: each for each in block.tensors}
 
-    def add(self, name: str, op: str, inputs: tuple[str, ...], dims: Dims, **attrs: object) -> str:
-        self.names.add(name)
-        self.nodes.append(Node(name, op, inputs, dims, tuple(attrs.items()), "", self.block.span))
-        return name
+    def add(self, name: str, op: Operation, inputs: tuple[str, ...], dims: Dims) -> str:
+        return self.put(Node(name, op, inputs, dims, span=self.block.span))
+
+    def put(self, node: AnyNode) -> str:
+        self.names.add(node.name)
+        self.nodes.append(node)
+        return node.name
 
     def given(self, name: str) -> str:
         """Return an argument, a param or a const as a node."""
         if name in self.names:
             return name
         if name in self.tensors:
-            return self.add(name, "tensor", (), self.tensors[name].shape)
+            return self.add(name, TensorRead(), (), self.tensors[name].shape)
         if name.startswith(PREVIOUS):
-            return self.add(name, "input", (), self._below()[name])
+            return self.add(name, Input(), (), self._below()[name])
         dims: dict[str, Dims] = {
             "x": ("b", "n", self.block.width),
             "context": ("b", "m", self.block.context_width or 0),
             "doc": ("b", "n"),
         }
-        return self.add(name, "input", (), dims[name])
+        return self.add(name, Input(), (), dims[name])
 
     def _below(self) -> dict[str, Dims]:
         """Return the dimensions of the streams that are read of the layer below."""
@@ -107,16 +125,11 @@ class _Builder:
                 own = own if own not in self.names else f"{own}.{len(self.names)}"
             made[id(node)] = own
             if isinstance(node, Statistic):
-                self.add(own, "statistic", inputs, dims_of(node.shape), kind=node.kind,
-                         expr=node.expr)  # fmt: skip
+                self.add(own, StatisticOf(node.kind, node.expr), inputs, dims_of(node.shape))
                 continue
             assert isinstance(node, Apply)
-            self.names.add(own)
-            self.nodes.append(
-                Node(
-                    own, node.op, inputs, dims_of(node.shape), node.options, node.module, node.span
-                )
-            )
+            stage = Stage(node.op, node.options)
+            self.put(Node(own, stage, inputs, dims_of(node.shape), node.module, node.span))
         return name
 
     def _read(self, name: str) -> str:
@@ -127,10 +140,8 @@ class _Builder:
         if source == name:
             return name
         node = next(each for each in self.nodes if each.name == source)
-        expr = Name("a0")
-        self.names.add(name)
-        self.nodes.append(Node(name, "pointwise", (source,), node.dims, (("expr", expr),)))
-        return name
+        copy = Stage("pointwise", (("expr", Name("a0")),))
+        return self.put(Node(name, copy, (source,), node.dims))
 
     def _pairwise(self, mixing: Mixing, mix: Pairwise, name: str) -> str:
         dims = dims_of(mixing.shape)
@@ -146,22 +157,19 @@ class _Builder:
         normal = tuple(self.given(each) for each in tensors_read(*mix.normalize.exprs))
         met = tuple(self.given(each) for each in tensors_read(mix.similarity))
         met = tuple(name for name in met if name not in (q, k))
-        s = self.add(f"{own}s", "similarity", (q, k, *met), grid, scale=mix.scale,
-                     expr=mix.similarity)  # fmt: skip
-        s = self.add(f"{own}s.1", "score", (s, *read["score"]), grid, expr=mix.score)
-        visible = self.add(f"{own}visible", "mask", read["mask"], grid, expr=mix.mask)
-        p = self.add(f"{own}p", "normalize", (s, visible, *normal), grid, normalizer=mix.normalize)
-        p = self.add(f"{own}p.1", "weights", (p, visible, *read["weights"]), grid,
-                     expr=mix.weights)  # fmt: skip
-        p = self.add(f"{own}p.2", "drop", (p,), grid, rate=mix.dropout)
-        return self.add(name, "combine", (p, v), dims)
+        s = self.add(f"{own}s", Similarity(mix.scale, mix.similarity), (q, k, *met), grid)
+        s = self.add(f"{own}s.1", Score(mix.score), (s, *read["score"]), grid)
+        visible = self.add(f"{own}visible", Mask(mix.mask), read["mask"], grid)
+        p = self.add(f"{own}p", Normalize(mix.normalize), (s, visible, *normal), grid)
+        p = self.add(f"{own}p.1", Weights(mix.weights), (p, visible, *read["weights"]), grid)
+        p = self.add(f"{own}p.2", Drop(mix.dropout), (p,), grid)
+        return self.add(name, Combine(), (p, v), dims)
 
     def _recurrence(self, mixing: Mixing, mix: Recurrence, name: str) -> str:
         read: dict[str, None] = {}
-        written = {each.name for each in mix.states} | {each.name for each in mix.updates}
         for expr in mix.exprs:
             for node in walk(expr):
-                if isinstance(node, Name) and node.id not in written and node != TRUE:
+                if isinstance(node, Name) and node.id not in mix.written and node != TRUE:
                     known = node.id in self.names or node.id in self.tensors
                     read |= {self.given(node.id): None} if known else {}
-        return self.add(name, "scan", tuple(read), dims_of(mixing.shape), recurrence=mix)
+        return self.add(name, Scan(mix), tuple(read), dims_of(mixing.shape))

@@ -5,7 +5,8 @@
     o  : [b, 8, n, 64]   = attend(q, k, v)        # after fusion
 
 Nodes are frozen and in order: a node reads only what stands before it. Sizes are numbers
-or the symbols `b`, `n` and `m`. Scalar expressions travel inside nodes as trees. `verify`
+or the symbols `b`, `n` and `m`. What a node does is a typed `Operation`, with its expressions
+as trees. `verify`
 says what is wrong with a graph, and runs between the passes in tests.
 """
 
@@ -13,52 +14,53 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Generic, TypeGuard, TypeVar
 
-from ...grammar.expr import rebuild, substitute
 from ...grammar.source import NOWHERE, Span
-from ...grammar.syntax import Expr, Index, Name
 from ...ops import OPS, Shape, Weight
-from ..model import Block, Normalizer, Recurrence
+from ..model import Block
+from .operations import Attend, Operation, Scan, Stage, TensorRead
 
 Dims = tuple[int | str, ...]
-
-# Operations that are not stages of a pipeline: (least inputs, what they are).
-SPECIAL = {
-    "input": (0, "an argument of the module"),
-    "tensor": (0, "a param or const"),
-    "similarity": (2, "scale · q · k"),
-    "score": (1, "an expression in s"),
-    "mask": (0, "who sees whom"),
-    "normalize": (2, "scores and visibility to weights"),
-    "weights": (2, "an expression in p, where visible"),
-    "drop": (1, "dropout on the weights"),
-    "combine": (2, "Σ_j p v"),
-    "attend": (3, "all of these in one"),
-    "scan": (0, "a recurrence along the tokens"),
-    "statistic": (1, "a number of every row or column of a map"),
-}
+Kind = TypeVar("Kind", bound=Operation)
+Made = TypeVar("Made", bound=Operation, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """One value and how it is made."""
+class Node(Generic[Made]):
+    """One value and how it is made: a `Node[Attend]` is an attention."""
 
     name: str
-    op: str
+    op: Made
     inputs: tuple[str, ...]
     dims: Dims
-    attrs: tuple[tuple[str, Any], ...] = ()
     module: str = ""
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
-    def get(self, name: str) -> Any:
-        """Return an attribute; None where it has none of this name."""
-        return dict(self.attrs).get(name)
+    @property
+    def q(self: Node[Attend]) -> str:
+        return self.inputs[0]
 
-    def having(self, **attrs: Any) -> Node:
-        """Return the node with attributes replaced or added."""
-        return replace(self, attrs=tuple({**dict(self.attrs), **attrs}.items()))
+    @property
+    def k(self: Node[Attend]) -> str:
+        return self.inputs[1]
+
+    @property
+    def v(self: Node[Attend]) -> str:
+        return self.inputs[2]
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The inputs without roles of their own: what its expressions read."""
+        return self.inputs[len(self.op.roles) :]
+
+
+AnyNode = Node[Operation]
+
+
+def made_by(node: AnyNode, kind: type[Kind]) -> TypeGuard[Node[Kind]]:
+    """Say whether a node's operation is of a kind."""
+    return isinstance(node.op, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Graph:
     """
 
     block: Block
-    nodes: tuple[Node, ...]
+    nodes: tuple[AnyNode, ...]
     output: str
     weights: tuple[Weight, ...]
     shared: tuple[tuple[str, str], ...] = ()  # what the layer above reads → its node
@@ -82,25 +84,29 @@ class Graph:
         more = () if self.auxiliary is None else (self.auxiliary,)
         return (self.output, *shared, *more)
 
-    def node(self, name: str) -> Node:
+    def node(self, name: str) -> AnyNode:
         return next(each for each in self.nodes if each.name == name)
 
-    def of(self, op: str) -> Iterator[Node]:
-        """Yield the nodes of one operation."""
-        return (each for each in self.nodes if each.op == op)
+    def of(self, kind: type[Kind]) -> Iterator[Node[Kind]]:
+        """Yield the nodes of one kind of operation."""
+        return (each for each in self.nodes if made_by(each, kind))
 
-    def mixings(self) -> Iterator[Node]:
+    def mixings(self) -> Iterator[Node[Attend] | Node[Scan]]:
         """Yield the attentions and recurrences."""
-        return (each for each in self.nodes if each.op in ("attend", "scan"))
+        return (each for each in self.nodes if made_by(each, Attend) or made_by(each, Scan))
 
-    def crosses(self, attend: Node) -> bool:
+    def crosses(self, attend: Node[Attend]) -> bool:
         """Say whether an attention's queries and keys are different lists of tokens."""
-        return self.node(attend.inputs[1]).dims[-2] != attend.dims[2]
+        return self.node(attend.k).dims[-2] != attend.dims[2]
 
-    def readers(self, name: str) -> tuple[Node, ...]:
+    def is_tensor(self, name: str) -> bool:
+        """Say whether a value is a param or const."""
+        return isinstance(self.node(name).op, TensorRead)
+
+    def readers(self, name: str) -> tuple[AnyNode, ...]:
         return tuple(each for each in self.nodes if name in each.inputs)
 
-    def rewritten(self, nodes: Iterable[Node], renamed: dict[str, str] | None = None) -> Graph:
+    def rewritten(self, nodes: Iterable[AnyNode], renamed: dict[str, str] | None = None) -> Graph:
         """Return the graph with other nodes; reads of renamed values follow."""
         renamed = renamed or {}
 
@@ -109,50 +115,18 @@ class Graph:
                 name = renamed[name]
             return name
 
-        def renaming(each: Node) -> Node:
-            inputs = tuple(follow(name) for name in each.inputs)
+        def renaming(each: AnyNode) -> AnyNode:
             changed = {name: follow(name) for name in each.inputs if name in renamed}
-            attrs = each.attrs
-            if changed:
-                attrs = tuple((name, _renamed(value, changed)) for name, value in attrs)
-            return replace(each, inputs=inputs, attrs=attrs)
+            if not changed:
+                return each
+            inputs = tuple(changed.get(name, name) for name in each.inputs)
+            return replace(each, inputs=inputs, op=each.op.renamed(changed))
 
         done = tuple(renaming(each) for each in nodes)
         shared = tuple((label, follow(name)) for label, name in self.shared)
         auxiliary = None if self.auxiliary is None else follow(self.auxiliary)
         return replace(self, nodes=done, output=follow(self.output), shared=shared,
                        auxiliary=auxiliary)  # fmt: skip
-
-
-def _renamed(value: Any, names: dict[str, str]) -> Any:
-    """Return an attribute with streams renamed: `t[j]` in a score, `k` in a recurrence."""
-    if isinstance(value, Recurrence):
-        written = {each.name for each in value.states} | {each.name for each in value.updates}
-        new = {old: Name(to) for old, to in names.items() if old not in written}
-        updates = (replace(each, value=substitute(each.value, new)) for each in value.updates)
-        states = (
-            replace(each, init=substitute(each.init, new),
-                    weights=None if each.weights is None else substitute(each.weights, new))
-            for each in value.states
-        )  # fmt: skip
-        return replace(value, updates=tuple(updates), states=tuple(states))
-    if isinstance(value, Normalizer):
-        below = value.denominator
-        return replace(
-            value,
-            numerator=_renamed(value.numerator, names),
-            denominator=None if below is None else _renamed(below, names),
-        )
-    if isinstance(value, tuple):  # statistics: name, kind, expression
-        return tuple(_renamed(each, names) for each in value)
-    return _reindexed(value, names) if isinstance(value, Expr) else value
-
-
-def _reindexed(expr: Expr, names: dict[str, str]) -> Expr:
-    expr = rebuild(expr, lambda each: _reindexed(each, names))
-    if isinstance(expr, Index) and isinstance(expr.base, Name) and expr.base.id in names:
-        return replace(expr, base=Name(names[expr.base.id], expr.base.span))
-    return expr
 
 
 def shape_of(dims: Dims) -> Shape:
@@ -175,19 +149,18 @@ def dims_of(shape: Shape) -> Dims:
 def verify(graph: Graph) -> list[str]:
     """Return what is wrong with a graph; an empty list where it is sound."""
     wrong: list[str] = []
-    known: dict[str, Node] = {}
+    known: dict[str, AnyNode] = {}
     for node in graph.nodes:
         wrong.extend(f"{node.name}: reads `{name}` before it is made"
                      for name in node.inputs if name not in known)  # fmt: skip
         if node.name in known:
             wrong.append(f"{node.name}: made twice")
-        if node.op in OPS:
-            if all(name in known for name in node.inputs):
-                wrong.extend(_verify_stage(node, [known[name] for name in node.inputs]))
-        elif node.op not in SPECIAL:
-            wrong.append(f"{node.name}: there is no operation `{node.op}`")
-        elif len(node.inputs) < SPECIAL[node.op][0]:
-            wrong.append(f"{node.name}: `{node.op}` needs {SPECIAL[node.op][0]} inputs")
+        if made_by(node, Stage) and node.op.name not in OPS:
+            wrong.append(f"{node.name}: there is no operation `{node.op.name}`")
+        elif made_by(node, Stage) and all(name in known for name in node.inputs):
+            wrong.extend(_verify_stage(node, [known[name] for name in node.inputs]))
+        elif len(node.inputs) < len(node.op.roles):
+            wrong.append(f"{node.name}: `{node.op.name}` needs {len(node.op.roles)} inputs")
         known[node.name] = node
     wrong.extend(f"`{name}`, which is shared, is not made"
                  for _, name in graph.shared if name not in known)  # fmt: skip
@@ -198,11 +171,11 @@ def verify(graph: Graph) -> list[str]:
     return wrong
 
 
-def _verify_stage(node: Node, inputs: list[Node]) -> Iterator[str]:
-    op = OPS[node.op]
+def _verify_stage(node: Node[Stage], inputs: list[AnyNode]) -> Iterator[str]:
+    stage, given = node.op.definition, node.op.given
     shapes = [shape_of(each.dims) for each in inputs]
-    dims = dims_of(op.shape(shapes, dict(node.attrs)))
+    dims = dims_of(stage.shape(shapes, given))
     if dims != node.dims:
-        yield f"{node.name}: is {node.dims}, `{node.op}` gives {dims}"
-    if op.weights(shapes, dict(node.attrs)) and not node.module:
+        yield f"{node.name}: is {node.dims}, `{stage.name}` gives {dims}"
+    if stage.weights(shapes, given) and not node.module:
         yield f"{node.name}: owns tensors and has no module"

@@ -12,6 +12,7 @@ from ...grammar.expr import names
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from .graph import Graph
+from .operations import TensorRead
 
 QUERY, KEY, PAIR = "i", "j", "pair"
 _OF_PAIRS = frozenset(("s", "p", "seen", "sum", "tau"))  # what stands for pairs or rows as it is
@@ -49,7 +50,7 @@ def rank(graph: Graph, expr: Expr) -> int:
             return 0
         case Index(Name(name), items):
             made = graph.node(name)
-            axes = len(made.dims) - (0 if made.op == "tensor" else 1)
+            axes = len(made.dims) - (0 if isinstance(made.op, TensorRead) else 1)
             return 0 if name == "doc" else axes - len(items)
         case Call("outer"):
             return 2

@@ -3,13 +3,12 @@
     o = attend(q, k, v)   →   path `sdpa`: softmax of plain logits under a mask
                               not `triton`: the target is the CPU
 
-Nothing falls back silently: what is chosen, and every obstacle, is on the node for
+Nothing falls back silently: what is chosen, and every obstacle, is in the plan for
 `headloom explain` to print.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from math import inf
 
 from ...grammar.expr import fold, names, substitute
@@ -19,9 +18,11 @@ from ...kernels import sequential
 from ...kernels import spec as kernel
 from ..algebra.masks import Extent, extent, of_distance
 from ..algebra.normalizers import exponential
-from ..graph.graph import Graph, Node
+from ..graph.graph import Graph, Node, made_by
+from ..graph.operations import Attend, Scan, TensorRead
 from ..model import MAPS, PREVIOUS, Normalizer, without_document
 from .kernel_form import KernelForm, Side, kernel_form
+from .plan import Lowering, Plan, Target
 from .recurrences import described, kernel_obstacle, of_node
 from .sequential_form import scan_of
 
@@ -29,42 +30,18 @@ ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels
 _OF_KERNELS = ("lse", "joint", "entropy")  # the statistics that kernels give
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a module is compiled for: PyTorch operations, or Triton kernels beside them."""
-
-    backend: str = "torch"
-
-
-@dataclass(frozen=True, slots=True)
-class Lowering:
-    """The path a node takes, why, and what stood in the way of the others."""
-
-    node: str
-    path: str  # triton, sdpa, dense, chunkwise, sequential
-    reason: str
-    obstacles: tuple[tuple[str, str], ...] = ()
+def choose(graph: Graph, target: Target) -> Plan:
+    """Return the graph with a path for every attention and recurrence."""
+    lowerings: dict[str, Lowering] = {}
+    for node in graph.mixings():
+        if made_by(node, Attend):
+            lowerings[node.name] = _attend(graph, node, target)
+        elif made_by(node, Scan):
+            lowerings[node.name] = _scan(graph, node, target)
+    return Plan(graph, target, lowerings)
 
 
-def choose(graph: Graph, target: Target) -> Graph:
-    """Return the graph with a `lowering` on every attention and recurrence."""
-    return replace(graph, nodes=tuple(_chosen(graph, node, target) for node in graph.nodes))
-
-
-def lowerings(graph: Graph) -> tuple[Lowering, ...]:
-    """Return the choices that were made."""
-    return tuple(node.get("lowering") for node in graph.nodes if node.get("lowering") is not None)
-
-
-def _chosen(graph: Graph, node: Node, target: Target) -> Node:
-    if node.op == "attend":
-        return node.having(lowering=_attend(graph, node, target))
-    if node.op == "scan":
-        return node.having(lowering=_scan(graph, node, target))
-    return node
-
-
-def _scan(graph: Graph, node: Node, target: Target) -> Lowering:
+def _scan(graph: Graph, node: Node[Scan], target: Target) -> Lowering:
     form = of_node(graph, node)
     why_not_triton: str | None = ONLY_PYTORCH
     if isinstance(form, str):
@@ -77,13 +54,13 @@ def _scan(graph: Graph, node: Node, target: Target) -> Lowering:
         return Lowering(node.name, "sequential", "the statements run token by token",
                         (("triton", why_not_triton), why_not_chunks))  # fmt: skip
     if target.backend == "triton":
-        why_not_triton = kernel_obstacle(node.get("recurrence"), form)
+        why_not_triton = kernel_obstacle(node.op.mix, form)
     if why_not_triton is None:
         return Lowering(node.name, "triton", described(form))
     return Lowering(node.name, "chunkwise", described(form), (("triton", why_not_triton),))
 
 
-def _attend(graph: Graph, node: Node, target: Target) -> Lowering:
+def _attend(graph: Graph, node: Node[Attend], target: Target) -> Lowering:
     obstacles: list[tuple[str, str]] = []
     why_not_triton = triton_obstacle(graph, node)
     if target.backend != "triton":
@@ -117,18 +94,9 @@ def _describe(spec: kernel.Attend) -> str:
     return f"one fused kernel with {form}; {tiles}"
 
 
-def attend_exprs(node: Node) -> tuple[Expr, ...]:
-    """Return every expression of an attention."""
-    normalizer: Normalizer = node.get("normalizer")
-    exprs = (node.get("score"), node.get("mask"), *normalizer.exprs, node.get("weights"))
-    similarity: Expr | None = node.get("similarity")
-    asked = [expr for _, _, expr in node.get("statistics") or () if expr is not None]
-    return (*exprs, *asked) if similarity is None else (similarity, *exprs, *asked)
-
-
-def reads_places(graph: Graph, node: Node) -> bool:
+def reads_places(graph: Graph, node: Node[Attend]) -> bool:
     """Say whether an attention looks at the positions i and j themselves, not only at streams."""
-    streams = {name for name in node.inputs if graph.node(name).op != "tensor"}
+    streams = {name for name in node.inputs if not graph.is_tensor(name)}
 
     def reads(expr: Expr) -> bool:
         if isinstance(expr, Index) and isinstance(expr.base, Name) and expr.base.id in streams:
@@ -137,26 +105,26 @@ def reads_places(graph: Graph, node: Node) -> bool:
             return any(reads(each) for each in rows)
         return expr in (Name("i"), Name("j")) or any(reads(each) for each in children(expr))
 
-    return any(reads(expr) for expr in attend_exprs(node))
+    return any(reads(expr) for expr in node.op.exprs)
 
 
-def tells_apart(graph: Graph, node: Node) -> bool:
+def tells_apart(graph: Graph, node: Node[Attend]) -> bool:
     """Say whether an attention's own mask keeps sequences apart, wherever in a row they stand."""
-    mask: Expr = node.get("mask")
+    mask = node.op.mix.mask
     rest = without_document(mask)
-    others = [expr for expr in attend_exprs(node) if expr is not mask]
+    others = [expr for expr in node.op.exprs if expr is not mask]
     return rest != mask and not graph.block.marks and all(map(of_distance, (rest, *others)))
 
 
-def beside(graph: Graph, node: Node) -> str:
+def beside(graph: Graph, node: Node[Attend]) -> str:
     """Say which calls of an attention no kernel takes, "" for none."""
-    crosses, keys = graph.crosses(node), graph.node(node.inputs[1]).dims[-2]
+    crosses, keys = graph.crosses(node), graph.node(node.k).dims[-2]
     found = []
     if node.dims[2] == "n" and (not crosses or reads_places(graph, node)):
         found = ["steps with a cache", "calls with positions of their own"]
         if not tells_apart(graph, node):
             found.append("rows of several sequences")
-    if keys == "m" or (keys == "n" and (crosses or not extent(node.get("mask")).causal)):
+    if keys == "m" or (keys == "n" and (crosses or not extent(node.op.mix.mask).causal)):
         found += [] if not crosses and tells_apart(graph, node) else ["batches with padding"]
     return (
         found[0]
@@ -170,25 +138,25 @@ def beside(graph: Graph, node: Node) -> str:
 MAP_IS_READ = "the layer above reads its map"
 
 
-def maps(graph: Graph, node: Node) -> tuple[str, ...]:
+def maps(graph: Graph, node: Node[Attend]) -> tuple[str, ...]:
     """Return what of an attention's map the layer above reads: its logits `s`, its weights `p`."""
     return tuple(label for label, name in graph.shared if label in MAPS and name == node.name)
 
 
-def sdpa_obstacle(node: Node) -> str | None:
+def sdpa_obstacle(node: Node[Attend]) -> str | None:
     """Return why scaled_dot_product_attention does not say what the node means."""
-    if node.get("statistics"):
-        kinds = dict.fromkeys(f"`{kind}`" for _, kind, _ in node.get("statistics"))
-        return f"it gives no {' or '.join(kinds)}"
-    if node.get("similarity") is not None:
-        return f"queries meet keys by a product only, here by `{show(node.get('similarity'))}`"
-    if node.get("score") != Name("s"):
-        return f"it has no score function, here `{show(node.get('score'))}`"
-    form = exponential(node.get("normalizer"))
+    mix = node.op.mix
+    if node.op.statistics:
+        return f"it gives no {' or '.join(f'`{kind}`' for kind in node.op.kinds)}"
+    if mix.similarity is not None:
+        return f"queries meet keys by a product only, here by `{show(mix.similarity)}`"
+    if mix.score != Name("s"):
+        return f"it has no score function, here `{show(mix.score)}`"
+    form = exponential(mix.normalize)
     if form is None or not form.is_softmax:
-        return f"it normalises by softmax only, here by `{_shown(node.get('normalizer'))}`"
-    if node.get("weights") != Name("p"):
-        return f"it cannot change the weights, here `{show(node.get('weights'))}`"
+        return f"it normalises by softmax only, here by `{_shown(mix.normalize)}`"
+    if mix.weights != Name("p"):
+        return f"it cannot change the weights, here `{show(mix.weights)}`"
     return None
 
 
@@ -202,38 +170,39 @@ def _shown(normalizer: Normalizer) -> str:
     return text
 
 
-def triton_obstacle(graph: Graph, node: Node) -> str | None:
+def triton_obstacle(graph: Graph, node: Node[Attend]) -> str | None:
     """Return why the pairwise kernels cannot carry the node."""
-    normalizer: Normalizer = node.get("normalizer")
+    mix = node.op.mix
+    normalizer = mix.normalize
     if maps(graph, node):
         return MAP_IS_READ
-    if any(name.startswith(PREVIOUS) for expr in attend_exprs(node) for name in names(expr)):
+    if any(name.startswith(PREVIOUS) for expr in node.op.exprs for name in names(expr)):
         return "what its expressions read of the layer below is not read in kernels yet"
     if normalizer.where is not None:
         return f"`{normalizer.name}` needs a row threshold, which the kernels do not compute yet"
     if (exponent := exponential(normalizer)) is not None and exponent.held is not None:
         return "its denominator is held, which the running maximum does not do"
-    if node.get("weights") != Name("p"):
+    if mix.weights != Name("p"):
         return "weights edited after the normaliser are not fused yet"
-    if node.get("rate"):
+    if mix.dropout:
         return "dropout on the weights is not fused yet"
-    for _, kind, _ in node.get("statistics") or ():
+    for kind in node.op.kinds:
         if kind not in _OF_KERNELS:
             return f"`{kind}` of the map is not computed by the kernels"
     form = kernel_form(graph, node)
     return form if isinstance(form, str) else kernel.obstacle(_spec(graph, node, form))
 
 
-def kernel_spec(graph: Graph, node: Node) -> kernel.Attend:
+def kernel_spec(graph: Graph, node: Node[Attend]) -> kernel.Attend:
     """Return the node as the kernels' own specification; it must have a form for them."""
     form = kernel_form(graph, node)
     assert isinstance(form, KernelForm)
     return _spec(graph, node, form)
 
 
-def _spec(graph: Graph, node: Node, form: KernelForm) -> kernel.Attend:
+def _spec(graph: Graph, node: Node[Attend], form: KernelForm) -> kernel.Attend:
     score, exponent = form.score, exponential(form.normalizer)
-    asked = {kind for _, kind, _ in node.get("statistics") or ()}
+    asked = set(node.op.kinds)
     if exponent is not None:
         score = fold(substitute(exponent.logit, {"s": score}))
     return kernel.Attend(
@@ -262,14 +231,14 @@ def _reach(bounds: Extent) -> kernel.Reach:
                         prefix=bounds.prefix)  # fmt: skip
 
 
-def kernel_reads(node: Node, form: KernelForm) -> tuple[str, ...]:
+def kernel_reads(node: Node[Attend], form: KernelForm) -> tuple[str, ...]:
     """Return the streams and tensors that a kernel itself reads."""
     exprs = (form.score, form.mask, *form.normalizer.exprs)
     read = {part.id for expr in exprs for part in walk(expr) if isinstance(part, Name)}
-    return tuple(name for name in node.inputs[3:] if name in read)
+    return tuple(name for name in node.others if name in read)
 
 
-def _side(node: Node, side: Side) -> kernel.Tensor:
+def _side(node: Node[Attend], side: Side) -> kernel.Tensor:
     tokens = "n" if side.at == "i" else "m"
     return kernel.Tensor(side.name, (int(node.dims[1]), tokens), batched=True, differentiable=True)
 
@@ -277,7 +246,7 @@ def _side(node: Node, side: Side) -> kernel.Tensor:
 def _tensor(graph: Graph, name: str) -> kernel.Tensor:
     made = graph.node(name)
     learned = {each.name for each in graph.weights}
-    if made.op == "tensor":
+    if isinstance(made.op, TensorRead):
         return kernel.Tensor(name, made.dims, batched=False, differentiable=name in learned)
     shape = made.dims[1:]
     if name == "doc":

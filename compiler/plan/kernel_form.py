@@ -8,7 +8,7 @@ a head and token; so are the two vectors whose product the kernel computes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ...grammar.expr import fold, names, number, rebuild, substitute
@@ -16,6 +16,7 @@ from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, walk
 from ..graph.graph import Graph, Node
+from ..graph.operations import Attend
 from ..graph.sides import KEY, QUERY, product, rank, reduces, sides
 from ..model import Normalizer
 
@@ -44,29 +45,23 @@ class KernelForm:
     sides: tuple[Side, ...]
 
 
-def kernel_form(graph: Graph, node: Node) -> KernelForm | str:
+def kernel_form(graph: Graph, node: Node[Attend]) -> KernelForm | str:
     """Return the form of an attention, or why there is none."""
-    score: Expr = node.get("score")
-    similarity: Expr | None = node.get("similarity")
-    normalizer: Normalizer = node.get("normalizer")
+    mix = node.op.mix
+    score, similarity = mix.score, mix.similarity
     builder = _Builder(graph)
     try:
         if similarity is not None:
-            scale = number(node.get("scale"), similarity)
+            scale = number(mix.scale, similarity)
             score = substitute(score, {"s": fold(Binary("*", scale, similarity))})
             score = builder.visit(score, meets=True)
         else:
             score = builder.visit(score, meets=False)
         form = KernelForm(
             score=score,
-            mask=builder.visit(node.get("mask"), meets=False),
-            normalizer=replace(
-                normalizer,
-                numerator=builder.visit(normalizer.numerator, meets=False),
-                denominator=None if normalizer.denominator is None
-                else builder.visit(normalizer.denominator, meets=False),
-            ),
-            scale=1.0 if similarity is not None else node.get("scale"),
+            mask=builder.visit(mix.mask, meets=False),
+            normalizer=mix.normalize.mapped(lambda expr: builder.visit(expr, meets=False)),
+            scale=1.0 if similarity is not None else mix.scale,
             query=builder.met[0] if builder.met else None,
             key=builder.met[1] if builder.met else None,
             sides=tuple(builder.sides),

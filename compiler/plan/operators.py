@@ -1,9 +1,9 @@
-"""The kernels that a graph asks for.
+"""The kernels that a plan asks for.
 
 Each attention has an operator of its own, and each recurrence that runs token by token; those
 that run in chunks share one for each form.
 
-    for each in operators(graph, "hybrid"):
+    for each in operators(plan, "hybrid"):
         print(each.render("headloom"))       # def hybrid_attention(q, k, v): …
 """
 
@@ -17,8 +17,10 @@ from ...kernels.aot import Compiled, compile_ahead
 from ...kernels.recurrence import Recurrence
 from ...kernels.sequential import Scan
 from ...kernels.spec import Attend
-from ..graph.graph import Graph, Node, shape_of
+from ..graph import operations
+from ..graph.graph import Graph, Node, made_by, shape_of
 from .choose import kernel_spec
+from .plan import Plan
 from .recurrences import Chunked, Memory, kernels_of, of_node
 from .sequential_form import scan_of
 
@@ -27,7 +29,7 @@ class Operator(NamedTuple):
     """A kernel's function by its name, and the node that calls it first."""
 
     name: str
-    node: Node
+    node: Node[operations.Attend] | Node[operations.Scan]
     spec: Attend | Recurrence | Scan
 
     @property
@@ -46,41 +48,44 @@ class Operator(NamedTuple):
     def compiled(self, graph: Graph, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
         """Compile its kernels ahead of time, with the sizes its tensors have in the graph."""
         if isinstance(self.spec, Attend):
-            q, k, v = (shape_of(graph.node(name).dims) for name in self.node.inputs[:3])
+            assert made_by(self.node, operations.Attend)
+            operands = (self.node.q, self.node.k, self.node.v)
+            q, k, v = (shape_of(graph.node(name).dims) for name in operands)
             kv_heads = max(k.heads or 1, v.heads or 1)
             return compile_ahead(self.spec, targets, q.dim, v.dim, heads=q.heads or 1,
                                  kv_heads=kv_heads)  # fmt: skip
         if isinstance(self.spec, Scan):
             return compile_ahead(self.spec, targets)
-        states = {each.name: each.shape for each in self.node.get("recurrence").states}
+        assert made_by(self.node, operations.Scan)
+        states = {each.name: each.shape for each in self.node.op.mix.states}
         step = next(step for step, spec in _readings(graph, self.node) if spec == self.spec)
         d, e = reversed(states[step.state]) if step.turned else states[step.state]
         return compile_ahead(self.spec, targets, d, e, heads=int(self.node.dims[1]))
 
 
-def operators(graph: Graph, name: str) -> tuple[Operator, ...]:
+def operators(plan: Plan, name: str) -> tuple[Operator, ...]:
     """Return the operators of a block of this name, in the order of its nodes."""
+    graph = plan.graph
     found: list[Operator] = []
     forms: dict[Recurrence, None] = {}
-    for node in graph.nodes:
-        if node.get("lowering") is None or node.get("lowering").path != "triton":
+    for node in graph.mixings():
+        if plan.path(node) != "triton":
             continue
         own = name if node.name == "o" else f"{name}_{node.name}"
-        if node.op == "attend":
+        if made_by(node, operations.Attend):
             found.append(Operator(f"{own}_attention", node, kernel_spec(graph, node)))
-            continue
-        if isinstance(of_node(graph, node), str):
+        elif made_by(node, operations.Scan) and isinstance(of_node(graph, node), str):
             found.append(Operator(f"{own}_scan", node, scan_of(graph, node)))
-            continue
-        for _, spec in _readings(graph, node):
-            if spec not in forms:
-                number = "" if not forms else f"_{len(forms) + 1}"
-                forms[spec] = None
-                found.append(Operator(f"{name}_recurrence{number}", node, spec))
+        elif made_by(node, operations.Scan):
+            for _, spec in _readings(graph, node):
+                if spec not in forms:
+                    number = "" if not forms else f"_{len(forms) + 1}"
+                    forms[spec] = None
+                    found.append(Operator(f"{name}_recurrence{number}", node, spec))
     return tuple(found)
 
 
-def _readings(graph: Graph, node: Node) -> Iterable[tuple[Memory, Recurrence]]:
+def _readings(graph: Graph, node: Node[operations.Scan]) -> Iterable[tuple[Memory, Recurrence]]:
     """Return the matrices of a recurrence, and the kernel of each of their readings."""
     form = of_node(graph, node)
     assert isinstance(form, Chunked)

@@ -37,6 +37,7 @@ from ..algebra.affine import (
     total_of,
 )
 from ..graph.graph import Graph, Node
+from ..graph.operations import Scan
 from ..model import Recurrence, State, Update
 
 
@@ -110,17 +111,17 @@ def recognised(mix: Recurrence, ranks: Mapping[str, int]) -> Chunked | str:
         return str(refused)
 
 
-def of_node(graph: Graph, node: Node) -> Chunked | str:
+def of_node(graph: Graph, node: Node[Scan]) -> Chunked | str:
     """Return the chunked form of a node's recurrence, or why it has none."""
-    return recognised(node.get("recurrence"), ranks_of(graph, node))
+    return recognised(node.op.mix, ranks_of(graph, node))
 
 
-def ranks_of(graph: Graph, node: Node) -> dict[str, int]:
+def ranks_of(graph: Graph, node: Node[Scan]) -> dict[str, int]:
     """Return the ranks of what a recurrence reads."""
     ranks = {}
     for name in node.inputs:
         dims = graph.node(name).dims
-        if graph.node(name).op == "tensor":
+        if graph.is_tensor(name):
             ranks[name] = len(dims)
         elif name != "doc":
             ranks[name] = 0 if len(dims) == 3 and dims[2] == node.dims[1] else 1

@@ -8,13 +8,13 @@ from __future__ import annotations
 from ...grammar.expr import evaluate
 from ...kernels.sequential import Scan, State, Stream
 from ...kernels.spec import Tensor
-from ..graph.graph import Graph, Node
-from ..model import Recurrence
+from ..graph import operations
+from ..graph.graph import AnyNode, Graph, Node
 
 
-def scan_of(graph: Graph, node: Node) -> Scan:
+def scan_of(graph: Graph, node: Node[operations.Scan]) -> Scan:
     """Return what a sequential kernel would compute of a recurrence."""
-    mix: Recurrence = node.get("recurrence")
+    mix = node.op.mix
     heads = int(node.dims[1])
     learned = {weight.name for weight in graph.weights if weight.learned}
     return Scan(
@@ -23,7 +23,7 @@ def scan_of(graph: Graph, node: Node) -> Scan:
         streams=tuple(
             Stream(name, _size(graph.node(name), heads))
             for name in node.inputs
-            if graph.node(name).op != "tensor"
+            if not graph.is_tensor(name)
         ),
         states=tuple(
             State(each.name, each.shape, float(evaluate(each.init, {})), each.levels)
@@ -33,13 +33,13 @@ def scan_of(graph: Graph, node: Node) -> Scan:
         tensors=tuple(
             Tensor(name, graph.node(name).dims, differentiable=name in learned)
             for name in node.inputs
-            if graph.node(name).op == "tensor"
+            if graph.is_tensor(name)
         ),
         causal=mix.causal,
     )
 
 
-def _size(stream: Node, heads: int) -> int | None:
+def _size(stream: AnyNode, heads: int) -> int | None:
     """Return the features a head has of a stream, None for a number."""
     if len(stream.dims) == 4:
         return int(stream.dims[3])

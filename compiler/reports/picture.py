@@ -13,8 +13,10 @@ from ...grammar.show import show
 from ...grammar.syntax import Expr
 from ..algebra.masks import extent
 from ..algebra.normalizers import exponential
-from ..graph.graph import Graph, Node
+from ..graph.graph import AnyNode
+from ..graph.operations import Attend, Scan, Stage, StatisticOf
 from ..model import Block, Mixing, Pairwise
+from ..plan.plan import Plan
 from ..verify.masks import visible_pairs
 
 _HALVES = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
@@ -42,37 +44,45 @@ def mask_picture(mixing: Mixing, cells: int = 32) -> list[str]:
     return [*lines, f"a cell is {step} tokens"] if step > 1 else lines
 
 
-def graph_lines(graph: Graph) -> list[str]:
+def graph_lines(plan: Plan) -> list[str]:
     """Return one line a node: name, dimensions, operation, inputs, what it was told."""
-    names = [node.name for node in graph.nodes]
+    nodes = plan.graph.nodes
+    names = [node.name for node in nodes]
     wide = max(map(len, names), default=0)
-    shapes = {node.name: f"[{', '.join(map(str, node.dims))}]" for node in graph.nodes}
+    shapes = {node.name: f"[{', '.join(map(str, node.dims))}]" for node in nodes}
     most = max(map(len, shapes.values()), default=0)
     return [
-        f"{node.name:<{wide}} : {shapes[node.name]:<{most}} = {node.op}({', '.join(node.inputs)})"
-        f"{_attrs(node)}"
-        for node in graph.nodes
+        f"{node.name:<{wide}} : {shapes[node.name]:<{most}} = {node.op.name}"
+        f"({', '.join(node.inputs)}){_told(node, plan.path(node))}"
+        for node in nodes
     ]
 
 
-def _attrs(node: Node) -> str:
-    shown = []
-    for name, value in node.attrs:
-        if name == "lowering":
-            shown.append(f"path: {value.path}")
-        elif name == "normalizer":
-            form = exponential(value)
-            shown.append(f"normalize: {value.name}{' (exponential)' if form else ''}")
-        elif name == "recurrence":
-            shown.append(f"mix: {value.name}")
-        elif isinstance(value, Expr):
-            if value != TRUE:
-                shown.append(f"{name}: {show(value)}")
-        elif value is not None:
-            shown.append(f"{name}: {value}")
-    if node.module:
-        shown.insert(0, f"self.{node.module}")
+def _told(node: AnyNode, path: str | None) -> str:
+    shown = [f"self.{node.module}"] if node.module else []
+    match node.op:
+        case Stage(_, options):
+            shown += [each for name, value in options for each in _option(name, value)]
+        case Attend(mix):
+            form = exponential(mix.normalize)
+            shown.append(f"scale: {mix.scale}")
+            shown += _option("similarity", mix.similarity) + _option("score", mix.score)
+            shown += _option("mask", mix.mask)
+            shown.append(f"normalize: {mix.normalize.name}{' (exponential)' if form else ''}")
+            shown += _option("weights", mix.weights)
+            shown.append(f"rate: {mix.dropout}")
+        case Scan(mix):
+            shown.append(f"mix: {mix.name}")
+        case StatisticOf(kind, expr):
+            shown += [f"kind: {kind}", *_option("expr", expr)]
+    shown += [] if path is None else [f"path: {path}"]
     return f"   # {'; '.join(shown)}" if shown else ""
+
+
+def _option(name: str, value: object) -> list[str]:
+    if value is None or value == TRUE:
+        return []
+    return [f"{name}: {show(value) if isinstance(value, Expr) else value}"]
 
 
 def describe(block: Block) -> list[tuple[str, str]]:

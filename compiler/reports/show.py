@@ -14,7 +14,7 @@ from ..algebra.tiles import FULL, PARTIAL, classify
 from ..facts.cost import cost
 from ..model import Block, Model, Pairwise
 from ..pipeline import lower
-from ..plan.choose import Target
+from ..plan.plan import Target
 from .picture import describe, graph_lines, mask_picture
 
 

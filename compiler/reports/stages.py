@@ -6,10 +6,9 @@ from ...grammar.format import format_loom
 from ...grammar.syntax import File
 from ..api import target
 from ..checking.check import check, find
-from ..graph.graph import Graph
-from ..pipeline import generate, graphs
-from ..plan.choose import lowerings
+from ..pipeline import generate, plans
 from ..plan.operators import operators
+from ..plan.plan import Plan
 from .picture import graph_lines
 
 
@@ -19,23 +18,23 @@ def stage_text(file: File, name: str | None, width: int | None, backend: str, st
         return format_loom(file)
     what = find(check(file), name, width)
     if stage == "kernels":
-        return _kernels(graphs(what, target("triton")))
+        return _kernels(plans(what, target("triton")))
     if stage == "graph":
         texts = [
-            "\n".join([f"# {graph.block.name}", *graph_lines(graph)])
-            for graph in graphs(what, target(backend))
+            "\n".join([f"# {plan.block.name}", *graph_lines(plan)])
+            for plan in plans(what, target(backend))
         ]
         return "\n\n".join(texts) + "\n"
     return generate(what, target(backend)).text
 
 
-def _kernels(made: list[Graph]) -> str:
+def _kernels(made: list[Plan]) -> str:
     texts = []
-    for graph in made:
-        texts += [each.render("headloom") for each in operators(graph, graph.block.name)]
-        for lowering in lowerings(graph):
+    for plan in made:
+        texts += [each.render("headloom") for each in operators(plan, plan.block.name)]
+        for lowering in plan.lowerings.values():
             if lowering.path != "triton":
                 reasons = dict(lowering.obstacles)
                 why = reasons.get("triton") or reasons.get("chunkwise") or lowering.reason
-                texts.append(f"# {graph.block.name} has no kernel: {why}")
+                texts.append(f"# {plan.block.name} has no kernel: {why}")
     return "\n\n".join(text.strip("\n") for text in texts) + "\n"

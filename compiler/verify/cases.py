@@ -16,7 +16,7 @@ from ..graph.build import tensors_read
 from ..meaning.reference import reference
 from ..model import Block, Mixing, Model, Recurrence
 from ..pipeline import generate
-from ..plan.choose import Target
+from ..plan.plan import Target
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-5}
 MARGIN = 4  # how far a low precision may be off, in parts of what the meaning itself is off in it

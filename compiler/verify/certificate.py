@@ -20,7 +20,7 @@ from ..checking.check import find
 from ..emit import Code
 from ..model import Block, Model
 from ..pipeline import generate
-from ..plan.choose import Target
+from ..plan.plan import Target
 from ..reports.drawn import Drawn
 from .kernels import can_run_kernels, repeated
 from .verify import Finding, checks_of, subjects

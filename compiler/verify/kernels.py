@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..graph.graph import Graph
 from ..model import Block, Model
 from ..pipeline import generate, lower
-from ..plan.choose import Target, lowerings
 from ..plan.operators import operators
+from ..plan.plan import Plan, Target
 
 
-def _kernel_graph(block: Block) -> Graph | str:
-    """Return the graph in which something is a kernel, or why there is none."""
-    graph = lower(block, Target("triton"))
-    if any(each.path == "triton" for each in lowerings(graph)):
-        return graph
-    for each in lowerings(graph):
+def _kernel_plan(block: Block) -> Plan | str:
+    """Return the plan in which something is a kernel, or why there is none."""
+    plan = lower(block, Target("triton"))
+    if any(each.path == "triton" for each in plan.lowerings.values()):
+        return plan
+    for each in plan.lowerings.values():
         reasons = dict(each.obstacles)
         return reasons.get("triton") or reasons.get("chunkwise") or "no kernel carries it"
     return "it has no attention"
@@ -51,9 +50,9 @@ class CalledOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def interpreted(block: Block) -> str | None:
     """Return why the block's kernels cannot be run here, or None."""
-    graph = _kernel_graph(block)
-    if isinstance(graph, str):
-        return graph
+    plan = _kernel_plan(block)
+    if isinstance(plan, str):
+        return plan
     if find_spec("triton") is None:
         return "triton is not installed"
     return None if can_run_kernels() else (
@@ -96,12 +95,12 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
     if not targets:
         return "no targets were named (`--target sm_90`)"
     assert isinstance(what, Block)
-    graph = _kernel_graph(what)
-    if isinstance(graph, str):
-        return graph
+    plan = _kernel_plan(what)
+    if isinstance(plan, str):
+        return plan
     count = 0
-    for operator in operators(graph, what.name):
-        found = operator.compiled(graph, targets)
+    for operator in operators(plan, what.name):
+        found = operator.compiled(plan.graph, targets)
         for each in found:
             if not each.ok:
                 raise RuntimeError(f"{each.kernel} on {each.target} spills {each.spills} bytes "

@@ -28,7 +28,7 @@ from ..emit import Code
 from ..facts.decoding import other_queries
 from ..meaning.reference import reference
 from ..model import Apply, Block, Model, Pairwise, Recurrence, applies
-from ..plan.choose import Target
+from ..plan.plan import Target
 from .batches import as_if_alone, rows_of_a_cache
 from .cases import (
     MARGIN,

@@ -12,7 +12,7 @@ from headloom.compiler.checking.check import block as block_of
 from headloom.compiler.checking.check import check
 from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Block
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
 WIDTH = 16

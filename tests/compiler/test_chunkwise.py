@@ -10,6 +10,7 @@ from headloom.compiler import pieces
 from headloom.compiler.emit.caches import begins_within
 from headloom.compiler.facts import decoding
 from headloom.compiler.graph.build import build
+from headloom.compiler.graph.operations import Scan
 from headloom.compiler.model import Block
 from headloom.compiler.plan import choose
 from headloom.compiler.plan.recurrences import Chunked, of_node
@@ -71,7 +72,7 @@ def source(name: str, mask: str = "causal", *, kv_heads: int = 2) -> str:
 
 def form(what: Block) -> Chunked | str:
     graph = build(what)
-    return of_node(graph, next(graph.of("scan")))
+    return of_node(graph, next(graph.of(Scan)))
 
 
 def close(mine: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-9) -> None:

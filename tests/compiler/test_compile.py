@@ -21,7 +21,7 @@ from headloom.compiler.facts import decoding
 from headloom.compiler.facts.cost import cost
 from headloom.compiler.model import Block, Model
 from headloom.compiler.pipeline import generate, load
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
 from .battery import EXAMPLES, SETTINGS, block, compiled, inputs, oracle

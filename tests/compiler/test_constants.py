@@ -14,7 +14,7 @@ from headloom.compiler import zoo
 from headloom.compiler.model import Block, Model
 from headloom.compiler.pieces import Constants
 from headloom.compiler.pipeline import generate, load
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 
 NAMES = [each.name for each in zoo.entries() if re.search(r"\bconst\b|alibi", each.text)]
 

@@ -16,7 +16,7 @@ from headloom.compiler.emit.lines import WIDTH, wrap
 from headloom.compiler.emit.text import class_name, ident
 from headloom.compiler.model import Block
 from headloom.compiler.pipeline import generate
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
 from .battery import EXAMPLES, SETTINGS, block

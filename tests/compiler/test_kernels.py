@@ -9,7 +9,7 @@ from headloom.compiler.api import build_module
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.meaning.reference import reference
 from headloom.compiler.pipeline import lower
-from headloom.compiler.plan.choose import Target, lowerings
+from headloom.compiler.plan.plan import Target
 from headloom.compiler.verify.cases import Subject
 from headloom.compiler.verify.verify import CHECKS
 from headloom.grammar.parse import parse
@@ -36,7 +36,7 @@ OBSTACLES = {
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 def test_it_is_what_it_means(name):
     what = block(name)
-    paths = {each.path for each in lowerings(lower(what, Target("triton")))}
+    paths = {each.path for each in lower(what, Target("triton")).lowerings.values()}
     assert paths == {"triton"}
     cases, worst, *_ = CHECKS["kernels in the interpreter"](Subject.of(what))
     assert cases > 0
@@ -57,7 +57,7 @@ def test_numbers_made_of_a_shared_key(text):
     """Two query heads share a key: what is made of it beside the kernel is made for both."""
     settings = "width = 16; heads = 4; kv_heads = 2; head_dim = 8; mask = h < 1 or window(3)"
     what = find(check(parse(f"block a {{ {settings}; {text} }}")), "a")
-    assert {each.path for each in lowerings(lower(what, Target("triton")))} == {"triton"}
+    assert {each.path for each in lower(what, Target("triton")).lowerings.values()} == {"triton"}
     meaning = reference(what, dtype=torch.float64, seed=0)
     module = build_module(what, Target("triton"), dtype=torch.float32)
     module.load_state_dict(meaning.state_dict())
@@ -74,7 +74,7 @@ def test_numbers_made_of_a_shared_key(text):
 
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_why_there_is_no_kernel(name):
-    (chosen,) = lowerings(lower(block(name), Target("triton")))
+    (chosen,) = lower(block(name), Target("triton")).lowerings.values()
     assert chosen.path != "triton"
     assert OBSTACLES[name] in dict(chosen.obstacles)["triton"]
 

@@ -11,6 +11,7 @@ from headloom.compiler.api import explain, load
 from headloom.compiler.checking.check import check
 from headloom.compiler.facts.cost import cost
 from headloom.compiler.graph.build import build
+from headloom.compiler.graph.operations import Scan
 from headloom.compiler.model import Block
 from headloom.compiler.plan import choose
 from headloom.compiler.plan.recurrences import Chunked, of_node
@@ -177,7 +178,7 @@ def test_the_first_weight_alone_is_the_diagonal():
 def test_chunks_are_what_their_tokens_mean(name, levels):
     what = block(source(UPDATES[name], levels))
     graph = build(what)
-    assert isinstance(of_node(graph, next(graph.of("scan"))), Chunked)
+    assert isinstance(of_node(graph, next(graph.of(Scan))), Chunked)
     module = compiled(what)
     meaning = oracle(what, module)
     for n in (1, 2, 65) if levels == 4 else (19, 130):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from headloom.compiler.api import build_module
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.meaning.reference import reference
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
 LATE = "mask = causal and i >= 3"

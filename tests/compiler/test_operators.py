@@ -9,8 +9,8 @@ from torch import Tensor
 import headloom as hl
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.pipeline import lower
-from headloom.compiler.plan.choose import Target, lowerings
 from headloom.compiler.plan.operators import operators
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 from headloom.kernels.recurrence import Recurrence
 from headloom.kernels.sequential import Scan
@@ -51,14 +51,14 @@ block b {
 """
 
 
-def graph_of(text: str):
+def plan_of(text: str):
     return lower(find(check(parse(MIXERS + text)), "b"), Target("triton"))
 
 
 def test_each_form_of_recurrence_has_one_operator():
-    graph = graph_of(BLOCK)
-    found = operators(graph, "b")
-    assert {each.path for each in lowerings(graph)} == {"triton"}
+    plan = plan_of(BLOCK)
+    found = operators(plan, "b")
+    assert {each.path for each in plan.lowerings.values()} == {"triton"}
     assert [each.name for each in found] == [
         "b_recurrence", "b_recurrence_2", "b_last_scan", "b_pairs_attention",
     ]  # fmt: skip
@@ -76,15 +76,15 @@ def test_each_form_of_recurrence_has_one_operator():
     ],
 )
 def test_why_there_is_none(mixer, mask, words):
-    graph = graph_of(f"block b {{ heads = 2; width = 16; mix = {mixer}; mask = {mask} }}")
-    (chosen,) = lowerings(graph)
+    plan = plan_of(f"block b {{ heads = 2; width = 16; mix = {mixer}; mask = {mask} }}")
+    (chosen,) = plan.lowerings.values()
     assert (chosen.path == "triton") is (words is None)
     assert words is None or words in dict(chosen.obstacles)["triton"]
 
 
 def test_a_state_too_large_for_a_kernel_says_so():
-    graph = graph_of("block b { heads = 2; width = 600; mix = fading; mask = causal }")
-    (chosen,) = lowerings(graph)
+    plan = plan_of("block b { heads = 2; width = 600; mix = fading; mask = causal }")
+    (chosen,) = plan.lowerings.values()
     assert chosen.path == "chunkwise"
     assert dict(chosen.obstacles)["triton"] == (
         "`S` is 300 x 300; the kernels hold up to 256"

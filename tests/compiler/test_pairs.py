@@ -13,7 +13,7 @@ from headloom.compiler.api import build_module
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Pairwise
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
 

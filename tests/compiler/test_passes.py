@@ -10,14 +10,17 @@ import pytest
 from headloom.compiler.checking.check import check
 from headloom.compiler.graph.build import build
 from headloom.compiler.graph.graph import Graph, Node, verify
+from headloom.compiler.graph.operations import Attend, Stage
 from headloom.compiler.graph.passes import PASSES
 from headloom.compiler.graph.passes.drop_dead import drop_dead
 from headloom.compiler.graph.passes.drop_identities import drop_identities
 from headloom.compiler.graph.passes.fuse_attend import fuse_attend
 from headloom.compiler.graph.passes.share import share
 from headloom.compiler.pipeline import lower
-from headloom.compiler.plan.choose import Target, choose, lowerings
+from headloom.compiler.plan.choose import choose
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
+from headloom.grammar.show import show
 
 from .battery import EXAMPLES, SETTINGS, block
 
@@ -27,7 +30,7 @@ def graph(settings: str) -> Graph:
 
 
 def ops(what: Graph) -> list[str]:
-    return [node.op for node in what.nodes if node.op not in ("input", "tensor")]
+    return [each for node in what.nodes if (each := node.op.name) not in ("input", "tensor")]
 
 
 def test_the_graph_is_the_meaning_step_by_step():
@@ -75,17 +78,28 @@ def test_attention_becomes_one_node():
     before = graph("mask = causal; position = alibi; normalize = sink; dropout = 0.1")
     after = drop_dead(fuse_attend(before))
     assert ops(after) == [each for each in ops(after) if each not in ops(before)[-9:-3]]
-    node = next(after.of("attend"))
-    assert node.inputs[:3] == ("q", "k", "v")
-    assert set(node.inputs[3:]) == {"slope", "z"}
-    assert node.get("rate") == 0.1
+    node = next(after.of(Attend))
+    assert (node.q, node.k, node.v) == ("q", "k", "v")
+    assert set(node.others) == {"slope", "z"}
+    assert node.op.mix.dropout == 0.1
     assert node.dims == before.node("o").dims
     assert verify(after) == []
 
 
+def test_expressions_follow_what_is_renamed():
+    what = graph("let t = x | linear(heads); score = s + t[j, h]; mask = t[i, 0] > t[j, 0]; "
+                 "weights = p + t[j, h]; normalize = relu(s + t[j, h])")  # fmt: skip
+    (node,) = fuse_attend(what).of(Attend)
+    before, after = (node.op, node.op.renamed({"t": "u"}))
+    assert [show(each) for each in after.exprs] == [
+        show(each).replace("t[", "u[") for each in before.exprs
+    ]
+    assert after != before
+
+
 def test_what_nobody_reads_is_dropped():
     before = graph("mask = causal")
-    extra = Node("g", "pointwise", ("q",), before.node("q").dims)
+    extra = Node("g", Stage("pointwise"), ("q",), before.node("q").dims)
     more = replace(before, nodes=(*before.nodes, extra))
     assert drop_dead(more) == before
 
@@ -99,9 +113,9 @@ def test_every_pass_leaves_a_sound_graph(name):
         assert verify(made) == [], each.__name__
         assert each(made) == made or each is not PASSES[-1]
     chosen = choose(made, Target("torch"))
-    assert verify(chosen) == []
-    assert len(lowerings(chosen)) == len(chosen.block.mixings)
-    assert lowerings(chosen)[0].reason
+    assert chosen.graph == made
+    assert chosen.lowerings.keys() == chosen.block.mixings.keys()
+    assert all(each.reason for each in chosen.lowerings.values())
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -109,7 +123,7 @@ def test_every_example_has_a_sound_graph(path):
     arch = check(parse(path.read_text()))
     for what in arch.blocks.values():
         for target in (Target("torch"), Target("triton")):
-            assert verify(lower(what, target)) == []
+            assert verify(lower(what, target).graph) == []
 
 
 # ── the verifier ──────────────────────────────────────────────────────────────────────────
@@ -128,7 +142,7 @@ def _node(at: str, **changes: object) -> Break:
 BROKEN: dict[str, tuple[Break, str]] = {
     "order": (lambda g: replace(g, nodes=g.nodes[::-1]), "before it is made"),
     "twice": (lambda g: replace(g, nodes=(*g.nodes, g.nodes[-1])), "made twice"),
-    "operation": (_node("s", op="similitude"), "there is no operation `similitude`"),
+    "operation": (_node("s", op=Stage("similitude")), "there is no operation `similitude`"),
     "inputs": (_node("s", inputs=("q",)), "`similarity` needs 2 inputs"),
     "dims": (_node("q", dims=("b", 2, "n", 8)), "`split` gives ('b', 4, 'n', 4)"),
     "module": (_node("q.1", module=""), "owns tensors and has no module"),
@@ -152,4 +166,4 @@ def test_a_broken_graph_is_caught(name):
 ])  # fmt: skip
 def test_a_kernel_reads_no_tensor_outside_of_it(index, path):
     what = block(f"block b {{ heads = 4; const t[3] = h; score = s + t[{index}] }}")
-    assert lowerings(lower(what, Target("triton")))[0].path == path
+    assert lower(what, Target("triton")).lowerings["o"].path == path

@@ -14,8 +14,8 @@ from headloom.compiler.checking.check import check
 from headloom.compiler.facts.cost import cost
 from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Model
-from headloom.compiler.pipeline import generate, graphs
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.pipeline import generate, plans
+from headloom.compiler.plan.plan import Target
 from headloom.compiler.verify.verify import subjects, verify
 from headloom.grammar.diagnostics import Diagnostic, LoomError
 from headloom.grammar.parse import parse
@@ -179,8 +179,8 @@ def test_positions_may_be_given():
 def test_kernels_and_texts_beside_them(name, kernels):
     what = model(MODELS[name])
     assert generate(what, Target("triton")).text.count("_attention(\n") >= kernels
-    paths = [each.get("lowering").path for graph in graphs(what, Target("triton"))
-             for each in graph.of("attend")]  # fmt: skip
+    paths = [each.path for plan in plans(what, Target("triton"))
+             for each in plan.lowerings.values()]  # fmt: skip
     assert paths.count("triton") == kernels
     module = build_module(what, Target("triton"), dtype=torch.float32, seed=0).eval()
     meaning = reference(what)
@@ -217,9 +217,8 @@ def test_layers_can_be_computed_again_for_the_gradient():
 
 
 def test_who_reads_a_map_is_said():
-    lower = graphs(model(MODELS["residual"]), Target("triton"))
-    (first, *_) = [each for graph in lower for each in graph.of("attend")]
-    assert ("triton", "the layer above reads its map") in first.get("lowering").obstacles
+    first, *_ = plans(model(MODELS["residual"]), Target("triton"))
+    assert ("triton", "the layer above reads its map") in first.lowerings["o"].obstacles
 
 
 def test_a_block_that_reads_nothing_is_the_same_everywhere():

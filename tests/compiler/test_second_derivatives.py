@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from headloom.compiler.api import build_module
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.pieces import over_queries
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
 KINDS = {  # each has kernels of its own

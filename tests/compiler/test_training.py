@@ -10,7 +10,7 @@ import torch
 from headloom.compiler.api import build_module
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.meaning.reference import reference
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
 from .battery import CAUSAL, SETTINGS, block, compiled, inputs, oracle

@@ -16,7 +16,7 @@ from headloom.compiler.emit import module as emit_module
 from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.parse import parse_path
 from headloom.compiler.pipeline import generate
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.compiler.verify import certificate
 from headloom.compiler.verify.cases import Difference, Subject, kernel_cases
 from headloom.compiler.verify.export import exported_output

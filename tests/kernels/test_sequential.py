@@ -13,10 +13,11 @@ from torch import Tensor as T
 
 from headloom.compiler import zoo
 from headloom.compiler.checking.check import block, check
+from headloom.compiler.graph import operations
 from headloom.compiler.meaning.scan import value
 from headloom.compiler.model import Block
 from headloom.compiler.pipeline import lower
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.compiler.plan.recurrences import of_node
 from headloom.compiler.plan.sequential_form import scan_of
 from headloom.grammar.parse import parse
@@ -78,8 +79,8 @@ def made(
 
 
 def scans(what: Block) -> list[Scan]:
-    graph = lower(what, Target("torch"))
-    return [scan_of(graph, node) for node in graph.of("scan")]
+    graph = lower(what, Target("torch")).graph
+    return [scan_of(graph, node) for node in graph.of(operations.Scan)]
 
 
 def printed(scan: Scan, name: str = "recur") -> str:
@@ -167,8 +168,8 @@ ZOO = ("mamba", "mega", "aft_simple", "key_only", "decaying_weights", "delta_pro
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo(execute: Any, name: str) -> None:
-    graph = lower(zoo.entry(name).what(), Target("torch"))
-    (scan,) = (scan_of(graph, node) for node in graph.of("scan")
+    graph = lower(zoo.entry(name).what(), Target("torch")).graph
+    (scan,) = (scan_of(graph, node) for node in graph.of(operations.Scan)
                if isinstance(of_node(graph, node), str))  # fmt: skip
     module = execute(printed(scan), f"<{SPACE}_zoo_{name}>")
     module.EVERY = 4  # tokens a chunk

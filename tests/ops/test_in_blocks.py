@@ -10,7 +10,7 @@ from headloom.compiler.api import build_module
 from headloom.compiler.checking.check import block as block_of
 from headloom.compiler.checking.check import check
 from headloom.compiler.meaning.reference import reference
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
 SETTINGS = {

@@ -21,7 +21,7 @@ from headloom.compiler.meaning.attend import Given, Places, attend
 from headloom.compiler.meaning.reference import ReferenceBlock, ReferenceModel, reference
 from headloom.compiler.meaning.scan import scan
 from headloom.compiler.model import Block, Mixing, Model, Pairwise, Recurrence
-from headloom.compiler.plan.choose import Target
+from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
 N = 11

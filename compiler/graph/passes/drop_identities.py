@@ -8,7 +8,8 @@ o = combine(p.1, v)                    o = combine(p, v)
 from __future__ import annotations
 
 from ....grammar.syntax import Name
-from ..graph import Graph, Node
+from ..graph import AnyNode, Graph
+from ..operations import Drop, Score, Stage, Weights
 
 
 def drop_identities(graph: Graph) -> Graph:
@@ -18,17 +19,13 @@ def drop_identities(graph: Graph) -> Graph:
     return graph.rewritten(kept, renamed)
 
 
-def _does_nothing(node: Node) -> bool:
+def _does_nothing(node: AnyNode) -> bool:
     match node.op:
-        case "score":
-            return bool(node.get("expr") == Name("s"))
-        case "weights":
-            return bool(node.get("expr") == Name("p"))
-        case "pointwise":
-            return bool(node.get("expr") == Name("a0"))
-        case "drop":
-            return bool(node.get("rate") == 0)
-        case "dropout":
-            return bool(node.get("p") == 0)
+        case Score(Name("s")) | Weights(Name("p")) | Drop(0):
+            return True
+        case Stage("pointwise") as stage:
+            return bool(stage.given["expr"] == Name("a0"))
+        case Stage("dropout") as stage:
+            return bool(stage.given["p"] == 0)
         case _:
             return False

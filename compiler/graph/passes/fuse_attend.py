@@ -15,35 +15,39 @@ Whether a kernel can carry the whole is decided afterwards, by `choose`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import networkx as nx
 
 from ....grammar.syntax import Name
-from ..graph import Graph, Node
+from ...model import Pairwise
+from ..graph import AnyNode, Graph, Kind, Node, made_by
+from ..operations import (
+    Attend,
+    Combine,
+    Drop,
+    Mask,
+    Normalize,
+    Score,
+    Similarity,
+    Statistic,
+    StatisticOf,
+    Weights,
+)
 
 
 def fuse_attend(graph: Graph) -> Graph:
     """Return the graph with every chain from similarity to combine as one `attend`."""
     made = {node.name: node for node in graph.nodes}
-    asked: dict[str, list[Node]] = {}
-    for node in graph.of("statistic"):
+    asked: dict[str, list[Node[StatisticOf]]] = {}
+    for node in graph.of(StatisticOf):
         asked.setdefault(node.inputs[0], []).append(node)
     return graph.rewritten(_in_order(
-        _asked(_fused(made, node), asked.get(node.name, [])) if node.op == "combine" else node
+        _fused(made, node, asked.get(node.name, [])) if made_by(node, Combine) else node
         for node in graph.nodes
     ))  # fmt: skip
 
 
-def _asked(attend: Node, statistics: list[Node]) -> Node:
-    """Return an attention that gives numbers of its rows or columns as well."""
-    more = (name for each in statistics for name in each.inputs[1:])
-    reads = dict.fromkeys([*attend.inputs[3:], *more])
-    wanted = tuple((each.name, each.get("kind"), each.get("expr")) for each in statistics)
-    return replace(attend, inputs=(*attend.inputs[:3], *reads)).having(statistics=wanted)
-
-
-def _in_order(nodes: Iterable[Node]) -> list[Node]:
+def _in_order(nodes: Iterable[AnyNode]) -> list[AnyNode]:
     """Return the nodes so that each stands after what it reads, else as they were."""
     made = {node.name: node for node in nodes}
     reads = nx.DiGraph((name, node.name) for node in made.values() for name in node.inputs)
@@ -52,32 +56,37 @@ def _in_order(nodes: Iterable[Node]) -> list[Node]:
     return [made[name] for name in nx.lexicographical_topological_sort(reads, place.__getitem__)]
 
 
-def _fused(made: dict[str, Node], combine: Node) -> Node:
+def _fused(
+    made: dict[str, AnyNode], combine: Node[Combine], asked: list[Node[StatisticOf]]
+) -> Node[Attend]:
     """Walk back from the weighted sum; steps that were identities are absent."""
-    at, values = made[combine.inputs[0]], combine.inputs[1]
-    steps: dict[str, Node] = {}
-    while True:
-        steps[at.op] = at
-        if at.op == "similarity":
-            break
-        at = made[at.inputs[0]]
-    mask = made[steps["normalize"].inputs[1]]
-    others = [
-        name
-        for step, skip in ((steps["similarity"], 2), (steps.get("score"), 1), (mask, 0),
-                           (steps["normalize"], 2), (steps.get("weights"), 2))
-        if step is not None
-        for name in step.inputs[skip:]
-    ]  # fmt: skip
-    inputs = (*steps["similarity"].inputs[:2], values, *dict.fromkeys(others))
-    attrs = {
-        "scale": steps["similarity"].get("scale"),
-        "similarity": steps["similarity"].get("expr"),
-        "score": steps["score"].get("expr") if "score" in steps else Name("s"),
-        "mask": mask.get("expr"),
-        "normalizer": steps["normalize"].get("normalizer"),
-        "weights": steps["weights"].get("expr") if "weights" in steps else Name("p"),
-        "rate": steps["drop"].get("rate") if "drop" in steps else 0.0,
-    }
-    return Node(combine.name, "attend", inputs, combine.dims, tuple(attrs.items()), "",
-                combine.span)  # fmt: skip
+    chain = [made[combine.inputs[0]]]
+    while not isinstance(chain[0].op, Similarity):
+        chain.insert(0, made[chain[0].inputs[0]])
+    similarity, normalize = _needed(chain, Similarity), _needed(chain, Normalize)
+    mask = _needed([made[normalize.inputs[1]]], Mask)
+    score, weights, drop = (_step(chain, Score), _step(chain, Weights), _step(chain, Drop))
+    mix = Pairwise(
+        scale=similarity.op.scale,
+        score=Name("s") if score is None else score.op.expr,
+        mask=mask.op.expr,
+        normalize=normalize.op.normalizer,
+        weights=Name("p") if weights is None else weights.op.expr,
+        dropout=0.0 if drop is None else drop.op.rate,
+        similarity=similarity.op.expr,
+    )
+    chain.insert(chain.index(normalize), mask)
+    read = dict.fromkeys(name for step in (*chain, *asked) for name in step.others)
+    inputs = (*similarity.inputs[:2], combine.inputs[1], *read)
+    wanted = tuple(Statistic(each.name, each.op.kind, each.op.expr) for each in asked)
+    return Node(combine.name, Attend(mix, wanted), inputs, combine.dims, span=combine.span)
+
+
+def _step(nodes: list[AnyNode], kind: type[Kind]) -> Node[Kind] | None:
+    return next((each for each in nodes if made_by(each, kind)), None)
+
+
+def _needed(nodes: list[AnyNode], kind: type[Kind]) -> Node[Kind]:
+    found = _step(nodes, kind)
+    assert found is not None
+    return found

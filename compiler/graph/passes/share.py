@@ -11,24 +11,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ....ops import OPS
-from ..graph import Graph, Node
-
-_APART = ("drop", "input", "tensor")
+from ..graph import AnyNode, Graph
+from ..operations import Drop, Input, Stage, TensorRead
 
 
 def share(graph: Graph) -> Graph:
     """Return the graph with equal nodes merged into the first of them."""
-    first: dict[Node, str] = {}
+    first: dict[AnyNode, str] = {}
     renamed: dict[str, str] = {}
-    kept: list[Node] = []
+    kept: list[AnyNode] = []
     for node in graph.nodes:
         inputs = tuple(renamed.get(name, name) for name in node.inputs)
         key = replace(node, name="", inputs=inputs)
-        apart = node.op in _APART or (node.op in OPS and OPS[node.op].random)
-        if not apart and not node.module and key in first:
+        if not _apart(node) and key in first:
             renamed[node.name] = first[key]
             continue
         first[key] = node.name
         kept.append(node)
     return graph.rewritten(kept, renamed)
+
+
+def _apart(node: AnyNode) -> bool:
+    """Say whether a node is itself, however like it others are."""
+    match node.op:
+        case Input() | TensorRead() | Drop():
+            return True
+        case Stage() as stage:
+            return bool(node.module) or stage.definition.random
+        case _:
+            return False

@@ -1,0 +1,48 @@
+"""A graph with the path that each of its attentions and recurrences takes.
+
+plan.graph.node("o")     o = attend(q, k, v)
+plan.lowerings["o"]      path `sdpa`: softmax of plain logits under a mask
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..graph.graph import AnyNode, Graph
+from ..model import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a module is compiled for: PyTorch operations, or Triton kernels beside them."""
+
+    backend: str = "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """The path a node takes, why, and what stood in the way of the others."""
+
+    node: str
+    path: str  # triton, sdpa, dense, chunkwise, sequential
+    reason: str
+    obstacles: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is computed, and how: `lowerings` are by the node's name, in the order of the nodes."""
+
+    graph: Graph
+    target: Target
+    lowerings: Mapping[str, Lowering]
+
+    @property
+    def block(self) -> Block:
+        return self.graph.block
+
+    def path(self, node: AnyNode) -> str | None:
+        """Return the path of an attention or recurrence; None for other nodes."""
+        chosen = self.lowerings.get(node.name)
+        return None if chosen is None else chosen.path
