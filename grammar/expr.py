@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from . import syntax
+from .domain import Domain, interpret
 from .functions import FUNCTIONS
 from .syntax import Binary, Call, Compare, Expr, Index, Name, Number, Unary
 
@@ -97,43 +98,41 @@ def calls(expr: Expr, function: str) -> bool:
 
 def evaluate(expr: Expr, values: Mapping[str, Value]) -> Value:
     """Return the number (or truth) of an expression. Raises `NotConstant` where it has none."""
-    match expr:
-        case Number(value):
-            return value
-        case Name(id):
-            if id in ("true", "false"):
-                return id == "true"
-            if id not in values:
-                raise NotConstant(expr, f"`{id}` has no value here")
-            return values[id]
-        case Unary("not", operand):
-            return not evaluate(operand, values)
-        case Unary(_, operand):
-            return _finite(-evaluate(operand, values), expr)
-        case Binary("and", left, right):
-            return bool(evaluate(left, values)) and bool(evaluate(right, values))
-        case Binary("or", left, right):
-            return bool(evaluate(left, values)) or bool(evaluate(right, values))
-        case Binary(op, left, right):
-            return _arithmetic(op, evaluate(left, values), evaluate(right, values), expr)
-        case Compare(operands, ops):
-            numbers = [evaluate(each, values) for each in operands]
-            return all(
-                _COMPARE[op](a, b) for op, a, b in zip(ops, numbers, numbers[1:], strict=False)
-            )
-        case Call(function, args, ()) if function in FUNCTIONS:
-            numbers = [evaluate(each, values) for each in args]
-            try:
-                return _finite(FUNCTIONS[function].value(*numbers), expr)
-            except OverflowError:
-                raise NotConstant(expr, "the result is too large") from None
-            except (ArithmeticError, ValueError, TypeError):
-                raise NotConstant(expr, f"`{function}` has no value there") from None
-        case _:
-            raise NotConstant(expr, "this is not a number")
+
+    def named(leaf: Expr) -> Value:
+        if not isinstance(leaf, Name):
+            raise NotConstant(leaf, "this is not a number")
+        if leaf.id not in values:
+            raise NotConstant(leaf, f"`{leaf.id}` has no value here")
+        return values[leaf.id]
+
+    return interpret(expr, Domain(lambda each: each, named, _applied, _refused, _settled))
 
 
-_COMPARE: dict[str, Callable[[Value, Value], bool]] = {
+def _refused(expr: Expr) -> None:
+    if isinstance(expr, Call) and (expr.function not in FUNCTIONS or expr.keywords):
+        raise NotConstant(expr, "this is not a number")
+
+
+def _settled(op: str, left: Value) -> Value | None:
+    """Return what `false and …` is, whatever the rest."""
+    return bool(left) if op == ("or" if left else "and") else None
+
+
+def _applied(op: str, values: tuple[Value, ...], expr: Expr) -> Value:
+    if op in _TRUTHS:
+        return _TRUTHS[op](*values)
+    if op == "negative":
+        return _finite(-values[0], expr)
+    if op in FUNCTIONS:
+        return _called(op, values, expr)
+    return _arithmetic(op, values[0], values[1], expr)
+
+
+_TRUTHS: dict[str, Callable[..., bool]] = {
+    "not": lambda a: not a,
+    "and": lambda a, b: bool(a) and bool(b),
+    "or": lambda a, b: bool(a) or bool(b),
     "<": lambda a, b: a < b,
     "<=": lambda a, b: a <= b,
     ">": lambda a, b: a > b,
@@ -141,6 +140,15 @@ _COMPARE: dict[str, Callable[[Value, Value], bool]] = {
     "==": lambda a, b: a == b,
     "!=": lambda a, b: a != b,
 }
+
+
+def _called(function: str, values: tuple[Value, ...], expr: Expr) -> Value:
+    try:
+        return _finite(FUNCTIONS[function].value(*values), expr)
+    except OverflowError:
+        raise NotConstant(expr, "the result is too large") from None
+    except (ArithmeticError, ValueError, TypeError):
+        raise NotConstant(expr, f"`{function}` has no value there") from None
 
 
 def _arithmetic(op: str, a: Value, b: Value, expr: Expr) -> Value:

@@ -44,7 +44,7 @@ class Value:
     step: int  # all values are low + a multiple of it; 0: one value
     run: Array  # so many values, `step` apart, surely occur in every tile
     ends: Array  # low and high surely occur in every tile
-    reads: frozenset[str] = frozenset()  # which of i and j it depends on
+    reads: frozenset[str] = frozenset()  # which names it depends on
     whole: bool = True
 
     @property

@@ -11,7 +11,7 @@ visible) and for false in another (nothing within it is hidden).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from math import isfinite
@@ -29,12 +29,7 @@ Line = tuple[dict[Expr, Scalar], Scalar]  # coefficients, and a constant
 _FINEST = 16  # coefficients in sixteenths are exact in float32 up to a million positions
 
 
-@dataclass(frozen=True, slots=True)
-class Rects:
-    """A batch of rectangles: the positions of their queries and keys."""
-
-    i: Value
-    j: Value
+Rects = Mapping[str, Value]  # a batch of rectangles: the values of `i`, `j`, or other names
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,12 +262,10 @@ class Prover:
     def _term(self, expr: Expr) -> Callable[[Rects], Value]:
         """Return the values of what is no sum."""
         match expr:
-            case Name("i"):
-                return lambda at: at.i
-            case Name("j"):
-                return lambda at: at.j
+            case Name(id) if id in self.domain:
+                return lambda at: at[id]
             case Index(Name("doc"), (Name("i" | "j" as id),)) if segments := self.segments:
-                return lambda at: segments.over(at.i if id == "i" else at.j)
+                return lambda at: segments.over(at[id])
             case Binary("//" | "%" as op, left, Number(by)) if by >= 1 and float(by).is_integer():
                 act, size = intervals.floored if op == "//" else intervals.modulo, int(by)
                 inner = self._value(left)
@@ -305,7 +298,7 @@ class Prover:
                 return self._value(Call("min", (Call("max", (argument, low)), high)))
             case "where", (condition, yes, no):
                 one, two = self._value(yes), self._value(no)
-                reads = frozenset(names(condition) & {"i", "j"})
+                reads = frozenset(names(condition) & self.domain.keys())
                 most, least = self._truth(condition, True), self._truth(condition, False)
 
                 def chosen(at: Rects) -> Value:

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 from ...grammar.derive import derivative
 from ...grammar.expr import fold, names, rebuild, substitute
+from ...grammar.ranges import INF, LENGTHS, Range, between
 from ...grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary, children
 from ..model import Normalizer
-from .trends import INF, Range, Unclear, between, trend
+from .trends import Unclear, trend
 
 _S, _TAU = Name("s"), Name("tau")
 _ZERO, _ONE = Number(0), Number(1)
@@ -76,7 +77,7 @@ def require(numerator: Expr) -> None:
     ends = {}
     for sign in (1, -1):  # where tau is so far up or down that the numerator is at its end
         far = ((each, sign * rises * trend(each, "tau") * INF) for each in beside)
-        ends[sign] = between(numerator, {each: Range(at, at) for each, at in far})
+        ends[sign] = between(numerator, {**LENGTHS, **{each: Range(at, at) for each, at in far}})
     if ends[-1].high > 0:
         raise Unclear(numerator, "it may stay above 0, whatever `tau` is")
     if ends[1].low < 1:

@@ -228,7 +228,7 @@ class _Grid:
         """Return rectangles of whole tiles, or within one; both ends belong to them."""
         i = _places(top, bottom, self.tile[0], self.n, "i")
         i = Value(i.low + self.start, i.high + self.start, 1, i.run, i.ends, i.reads)
-        return Rects(i, _places(left, right, self.tile[1], self.m, "j"))
+        return {"i": i, "j": _places(left, right, self.tile[1], self.m, "j")}
 
 
 def _places(low: Array, high: Array, tile: int, size: int, name: str) -> Value:
@@ -257,14 +257,14 @@ class _Judge:
 
     def facts(self, at: Rects) -> tuple[Array, Array, Array, Array]:
         """Return, for each rectangle: may see, may hide, each tile sees, each tile hides."""
-        self.left -= len(at.i.low)
+        self.left -= len(at["i"].low)
         over = [each.prove(at) for each in self.upper]
         under = over if self.lower is self.upper else [each.prove(at) for each in self.lower]
         most, least = over[0], under[0]
         for a, b in zip(over[1:], under[1:], strict=True):
             most, least = one_of(most, a), both(least, b)
         found = (most.maybe_true, least.maybe_false, most.has_true, least.has_false)
-        sees, hides, seen, hidden = (np.broadcast_to(each, at.i.low.shape) for each in found)
+        sees, hides, seen, hidden = (np.broadcast_to(each, at["i"].low.shape) for each in found)
         return sees, hides, seen | ~hides, hidden | ~sees
 
     def kinds(self, at: Rects) -> Array:
@@ -337,7 +337,7 @@ def _looked_into(judge: _Judge, grid: _Grid, row: Array, column: Array) -> Array
     others by the sink: together full, which no single comparison can say of the tile.
     """
     at = grid.squares(1, row, column)
-    edges = [at.i.low - grid.start, at.i.high - grid.start, at.j.low, at.j.high]
+    edges = [at["i"].low - grid.start, at["i"].high - grid.start, at["j"].low, at["j"].high]
     owner = np.arange(len(row))
     sees, hides = np.zeros(len(row), bool), np.zeros(len(row), bool)
     limit = max(_WIDEST, 4 * len(row))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from headloom.compiler.algebra.thresholds import require, threshold
-from headloom.compiler.algebra.trends import ANYTHING, INF, Range, Unclear, between, trend
+from headloom.compiler.algebra.trends import Unclear, trend
 from headloom.compiler.api import build_module
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.meaning.reference import reference
@@ -16,6 +16,7 @@ from headloom.compiler.model import Block, Normalizer, Pairwise
 from headloom.compiler.plan.plan import Target
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse, parse_expression
+from headloom.grammar.ranges import ANYTHING, INF, Range, between
 from headloom.grammar.show import show
 
 SOLVED = {  # normaliser: what it means by another name
@@ -231,12 +232,12 @@ def test_trends(text: str, expected: int) -> None:
      ("where(t > 0, 1, s)", -INF, INF)],
 )  # fmt: skip
 def test_bounds(text: str, low: float, high: float) -> None:
-    assert between(parse_expression(text), {}) == Range(low, high)
+    assert between(parse_expression(text)) == Range(low, high)
 
 
 def test_bounds_of_what_may_be_anything() -> None:
     for text in ("s", "1 / s", "s ** 3", "log(s)", "t[h]", "gelu(s)", "s ** t"):
-        assert between(parse_expression(text), {}) == ANYTHING, text
+        assert between(parse_expression(text)) == ANYTHING, text
 
 
 def test_a_rising_numerator_is_turned_round() -> None:
