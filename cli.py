@@ -367,6 +367,65 @@ def search(file: str, trials: int | None, sampler: str | None, seed: int | None,
         report.show(plan, found)
 
 
+def _was_given(option: str) -> bool:
+    source = click.get_current_context().get_parameter_source(option)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+# ── measuring ────────────────────────────────────────────────────────────────────────────
+
+
+@command()
+@click.argument("what", metavar="[FILE[:NAME]]", required=False)
+@width_option
+@click.option("--against", help="Peers, with commas between them [default: sdpa,flex].")
+@click.option("--tokens", default="1024", show_default=True, help="Lengths, with commas.")
+@click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+              default="float32", show_default=True, help="What is computed in.")  # fmt: skip
+@click.option("--backward", is_flag=True, help="Measure forward and backward.")
+@click.option("--decode", is_flag=True, help="Measure a token decoded after so many.")
+@click.option("--documents", type=click.IntRange(0), default=0, help="Pack so many into a row.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
+@click.option("--device", help="Where to run [default: a GPU where there is one].")
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU [default: PyTorch's].")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Samples.")
+@click.option("--memory/--no-memory", default=True, help="Measure peak memory too.")
+@click.option("--suite", type=click.Choice(["cpu", "gpu", "all"]), help="A standing table.")
+@click.option("--budget", type=click.FloatRange(0), help="Seconds after which no row is begun.")
+@click.option("--fresh", is_flag=True, help="Begin the table anew.")
+@click.option("--out", type=click.Path(file_okay=False), default="benchmarks/results",
+              show_default=True, help="Folder of the tables.")  # fmt: skip
+@json_option
+def bench(what: str | None, suite: str | None, json: bool, **given: Any) -> None:
+    """Measure a block or model beside peers: times, memory, errors; or a standing table.
+
+    Everyone gets the same weights and inputs, and runs in turn. Who cannot compute the block, or
+    computes it wrongly, shows why instead of a speed. A table goes on where it stopped.
+
+    \b
+    Examples: headloom bench examples/gqa.loom --against plain,flex --tokens 1024,4096
+              headloom bench --suite cpu
+    """
+    from .bench import command as measuring
+
+    if (what is None) == (suite is None):
+        raise click.UsageError("give a FILE or a --suite")
+    apart = measuring.OF_A_FILE if suite is not None else measuring.OF_A_SUITE
+    if wrong := [name for name in apart if _was_given(name)]:
+        kind = "a FILE; a suite says its own" if suite is not None else "a --suite"
+        raise click.UsageError(f"--{wrong[0]} is an option of {kind}")
+    try:
+        if suite is not None:
+            answer: object = measuring.suites(suite, quiet=json, **given)
+        else:
+            path, name = _split(str(what))
+            answer = measuring.file(path, name, quiet=json, **given)
+    except ValueError as problem:
+        raise click.UsageError(str(problem)) from None
+    if json:
+        _print_json(answer)
+
+
 @command()
 @json_option
 def doctor(json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Imports point one way: cli → search → compiler → {ops, kernels} → grammar, without cycles."""
+"""Imports point one way: cli → {search, bench} → compiler → {ops, kernels} → grammar; no cycles."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("grammar", "ops", "kernels", "compiler", "search")
+FOLDERS = ("grammar", "ops", "kernels", "compiler", "search", "bench")
 MAY_IMPORT = {
     "grammar": {"grammar"},
     "ops": {"ops", "grammar"},
     "kernels": {"kernels", "grammar"},
     "compiler": {"compiler", "ops", "kernels", "grammar"},
     "search": {"search", "compiler", "ops", "grammar"},
+    "bench": {"bench", "compiler", "grammar"},
 }
 ROOMS = (
     "algebra",

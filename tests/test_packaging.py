@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOT_COPIED = (".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "shared")
-FOLDERS = ("grammar", "ops", "kernels", "compiler", "search")
+FOLDERS = ("grammar", "ops", "kernels", "compiler", "search", "bench")
 
 
 def tree() -> set[str]:
@@ -20,7 +20,7 @@ def tree() -> set[str]:
     found = {f"headloom/{path.name}" for path in ROOT.glob("*.py")} | {"headloom/py.typed"}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".loom", ".lark"):
+            if path.suffix in (".py", ".loom", ".lark", ".yaml"):
                 found.add(f"headloom/{path.relative_to(ROOT).as_posix()}")
     found |= {f"headloom/zoo/{path.name}" for path in (ROOT / "examples" / "zoo").glob("*.loom")}
     return found
