@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+from ...grammar.expr import TRUE
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...kernels.recurrence import Recurrence
@@ -17,7 +18,7 @@ from ..algebra.masks import extent
 from ..facts.parameters import constants
 from ..graph.graph import AnyNode, Node, made_by, shape_of
 from ..graph.operations import Attend, Input, Scan, Stage, TensorRead
-from ..lowerings import chunk, kernel, scan, sdpa, tiles, weights
+from ..lowerings import chunk, flex, kernel, scan, sdpa, tiles, weights
 from ..lowerings.operators import Operator
 from ..model import MAPS, PREVIOUS, Block, Pairwise
 from ..plan.attention import Attention
@@ -47,6 +48,8 @@ def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]
         if not writer.always_kernel(attention):
             made = tiles.methods(Attention(graph, attention), plan.target.lowering)
             lines += ["", *indent(made)]
+            if plan.path(attention) == flex.NAME:
+                lines += ["", *indent(flex.method(Attention(graph, attention)))]
     return lines
 
 
@@ -310,7 +313,10 @@ class _Writer(Caches):
         """
         by_kernel, keys = node.name in self.kernels, self._key_tokens(node)
         facts = Attention(self.graph, node)
-        if not by_kernel and self.plan.path(node) != sdpa.NAME:
+        if self.plan.path(node) == flex.NAME:
+            return ["counted"]
+        asked = self.plan.target.lowering is None or facts.mix.mask in (TRUE, sdpa.CAUSAL)
+        if not by_kernel and (self.plan.path(node) != sdpa.NAME or not asked):
             return []
         crosses = facts.crosses
         if by_kernel and not crosses and node.dims[2] == "n" and facts.tells_apart:
@@ -504,6 +510,9 @@ class _Writer(Caches):
                     made = f"{made}.masked_fill({made} == -torch.inf, 0)"
                 lines.append(f"{each} = {made}[..., None].to({v}.dtype)")
             return lines
+        if self.plan.path(node) == flex.NAME:
+            return call(f"{target} = self.{weights.method_name(facts)}_in_flex",
+                        [q, k, v, "None if not batch.cut else batch.own"])  # fmt: skip
         causal = ["is_causal=True"] if node.op.mix.mask == sdpa.CAUSAL else []
         return sdpa.invoke(facts, [q, k, v, *causal], f"{target} = ")
 

@@ -20,7 +20,7 @@ from ..plan.attention import Attention
 from ..plan.plan import Lowering, Plan, Target
 from ..plan.recurrences import described, kernel_obstacle, of_node
 from ..plan.sequential_form import scan_of
-from . import kernel, sdpa, tiles
+from . import flex, kernel, sdpa, tiles
 
 ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels)"
 
@@ -34,7 +34,8 @@ class Way(NamedTuple):
     slow: Callable[[Attention], str | None] = lambda _: None
 
 
-# From the fastest down; the first that fits is taken, and the last fits always.
+# From the fastest down: the first that fits is taken. What fits always is taken before the last,
+# which serves comparisons.
 WAYS = (
     Way(kernel.NAME, kernel.obstacle, kernel.reason),
     Way(sdpa.NAME, sdpa.obstacle,
@@ -42,6 +43,7 @@ WAYS = (
         sdpa.slow),
     Way(tiles.NAME, tiles.obstacle, tiles.reason),
     Way("dense", lambda _: None, lambda _: "every pair is computed by PyTorch operations"),
+    Way(flex.NAME, flex.obstacle, lambda _: "it was asked for"),
 )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from .chunks import (
     zeroed,
 )
 from .constants import Constants
+from .flex import blocks_of, compiled_flex_attention
 from .levels import (
     across_chunks,
     chunk_by_chunk,
@@ -135,6 +136,7 @@ __all__ = [
     "begin",
     "begun_at",
     "bernoulli",
+    "blocks_of",
     "by_key",
     "by_query",
     "by_row",
@@ -145,6 +147,7 @@ __all__ = [
     "chunked_linear",
     "chunks_first",
     "coin",
+    "compiled_flex_attention",
     "convolve",
     "corrected_chunk",
     "decay_of",

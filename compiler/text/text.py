@@ -32,6 +32,7 @@ _PIECES = (
     "stages",
     "maps",
     "tiles",
+    "flex",
     "chunks",
     "levels",
     "steps",
@@ -127,6 +128,8 @@ def _defines(node: ast.stmt) -> str:
     """Return the name that a statement defines, "" for none."""
     match node:
         case ast.FunctionDef(name) | ast.ClassDef(name) | ast.Assign([ast.Name(name)]):
+            return name
+        case ast.AnnAssign(ast.Name(name)):
             return name
     return ""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from torch import Tensor
@@ -72,10 +70,6 @@ def test_entmax() -> None:
     assert Meaning(case, layer.state_dict()).error(layer) < 1e-4
 
 
-@pytest.mark.skipif(
-    "lowering" not in inspect.signature(hl.compile).parameters,
-    reason="hl.compile forces no lowering yet",
-)
 @pytest.mark.parametrize("kind", ["forward", "backward", "decode"])
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_the_same_block_with_another_lowering(name: str, kind: str) -> None:
