@@ -84,6 +84,10 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
         args += [f"line=self.{name}_line"] if biased else []
     at_once = sdpa.obstacle(attention) is None and asked != "dense"
     args += [f"at_once=self.{name}_at_once"] if at_once else []
+    if at_once and at_all:
+        every = [each for key in groups if key != "tensors" for each in groups[key]]
+        called = call(f"return self.{name}_at_once", ["v", *every, *tensors])
+        return [*signature(name, given, "Tensor"), *indent(called), "", *sdpa.method(attention)]
     several = bool(attention.node.op.statistics or attention.maps)
     gives = "tuple[Tensor, ...]" if several else "Tensor"
     return [
@@ -91,7 +95,8 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
         *indent(call("return over_tiles", args)),
         *(["", *sdpa.method(attention)] if at_once else []),
         *(["", *distance.method(attention)] if biased else []),
-        *(["", *weights(attention, biased)] if not at_once or not at_all else []),
+        "",
+        *weights(attention, biased),
     ]
 
 
