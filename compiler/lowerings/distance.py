@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from ...grammar.expr import TRUE
 from ...grammar.syntax import Number
-from ..model import without_document
 from ..plan.attention import Attention
 from ..text.text import indent
 from .weights import Writer, method_name, signature
@@ -25,10 +24,9 @@ def obstacle(attention: Attention) -> str | None:
 
 def method(attention: Attention) -> list[str]:
     """Return the method that gives the line [heads or 1, d] of distances i - j [d]."""
-    added = attention.distance
-    assert not isinstance(added, str)
-    mask = attention.mix.mask
-    mask = mask if attention.graph.block.marks else without_document(mask)
+    found = attention.distance
+    assert not isinstance(found, str)
+    added, mask = found.added, found.mask
     writer = Writer(attention)
     pairs = replace(writer.pairs, local=False)
     text = "torch.zeros_like(i, dtype=wide)"

@@ -89,7 +89,7 @@ class Writer:
         self.told = attention.sequences
         self.masked = self.mask != TRUE or bool(self.told)
         self.pairs = Pairs(attention.graph, attention.node, masked=self.masked,
-                           told=bool(self.told), local=True)  # fmt: skip
+                           told=bool(self.told), local=True, tame=attention.tame)  # fmt: skip
         self.lines: list[str] = []
         self.weighing = ""  # which pairs may weigh something, "" for all
         self.sums = 0  # rows and columns that were summed
@@ -137,30 +137,28 @@ class Writer:
         if self.masked:
             self._visible()
         if "seen" in self.attention.names:
-            count = (
-                "visible.expand(s.shape).sum(-1, keepdim=True)"
-                if self.masked
-                else "torch.full_like(s[..., :1], k.shape[-2])"
-            )
-            self.lines.append(f"seen = {count}.clamp(min=1).to(wide)")
+            none = "torch.full_like(s[..., :1], k.shape[-2]).clamp(min=1)"
+            self.lines.append(f"seen = {'seen_of(visible, s)' if self.masked else none}")
         if self.mix.score != Name("s"):
             self.lines.append(f"s = {self._spread(self.mix.score)}")
 
     def _with_bias(self) -> list[str]:
         """Write the weights of a tile with its bias, and of one without."""
-        form = self.attention.exponential
+        form, found = self.attention.exponential, self.attention.distance
         assert form is not None
+        assert not isinstance(found, str)
         before, self.lines = self.lines, []
         self._logits()
         if form.logit != Name("s"):
             self.lines.append(f"s = {self._spread(form.logit)}")
-        self.lines.append("s = s.masked_fill(~visible, torch.finfo(s.dtype).min)")
+        self.lines.append("s = s + hiding(visible, s)")
         general, self.lines = self.lines, []
         together = [
             "if other is not None:",
-            f"    s = s.masked_fill(~{self._together}, torch.finfo(s.dtype).min)",
+            f"    s = s + hiding({self._together}, s)",
         ] if self.told else []  # fmt: skip
         self.weighing = ""
+        logit = [] if found.logit == Name("s") else [f"s = {self._spread(found.logit)}"]
         self._shares(form)
         after, self.lines = self._ended(), []
         return [
@@ -168,7 +166,7 @@ class Writer:
             "if bias is None:",
             *indent(general),
             "else:",
-            *indent(["s += bias", *together]),
+            *indent([*logit, "s = s + bias", *together]),
             *after,
         ]
 
@@ -277,10 +275,15 @@ class Writer:
     def _exponential(self, form: Exponential) -> None:
         some, sees = self._weighing()
         self.weighing = some
-        if some:
+        tame = self.attention.tame and some == "visible"
+        if tame:
+            self.lines.append("s = s + hiding(visible, s)")
+        elif some:
             self.lines.append(f"s = s.masked_fill(~{some}, torch.finfo(s.dtype).min)")
         self._shares(form)
-        if some and not (form.extra is None and sees):
+        if tame and not sees:
+            self.lines.append("p = p * visible.any(-1, keepdim=True)")
+        elif some and not (form.extra is None and sees):
             self.lines.append(f"p = p.masked_fill(~{some}, 0)")
 
     def _shares(self, form: Exponential) -> None:

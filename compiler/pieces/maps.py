@@ -34,6 +34,17 @@ def together(own: Tensor | None, other: Tensor | None) -> Any:
     return other >= 0 if own is None else own == other
 
 
+def hiding(visible: Tensor, s: Tensor) -> Tensor:
+    """Return what hides logits s [b, h, n, m] that are not visible, when it is added to them."""
+    return torch.where(visible, s.new_zeros(()), torch.finfo(s.dtype).min)
+
+
+def seen_of(visible: Tensor, s: Tensor) -> Tensor:
+    """Return how many keys each query of s [b, h, n, m] sees, 1 at least."""
+    count = visible.expand(*visible.shape[:-2], *s.shape[-2:]).sum(-1, keepdim=True)
+    return count.clamp(min=1).to(s.dtype)
+
+
 def tokens_of(own: Tensor | None, other: Tensor | None, x: Tensor) -> Tensor:
     """Return how many of the tokens of x [b, h, m, d] are of each query's sequence."""
     seen = together(own, other)

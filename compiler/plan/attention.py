@@ -14,11 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
+from typing import NamedTuple
 
 from ...grammar.constants import infinite
 from ...grammar.derive import derivative
 from ...grammar.expr import TRUE, calls, fold, names, substitute
-from ...grammar.syntax import Call, Expr, Index, Name, Number, children, walk
+from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from ...kernels.spec import Reach
 from ..algebra.masks import Extent, extent, of_distance, reads_others
 from ..algebra.normalizers import Exponential, exponential
@@ -28,6 +29,14 @@ from ..graph.graph import Graph, Node
 from ..graph.operations import Attend
 from ..graph.sides import makes_vectors
 from ..model import MAPS, PREVIOUS, Pairwise, without_document
+
+
+class Added(NamedTuple):
+    """A logit as `logit`, an expression in s, and what depends on the distance alone."""
+
+    logit: Expr
+    added: Expr
+    mask: Expr
 
 
 @dataclass(frozen=True)
@@ -193,8 +202,18 @@ class Attention:
         return not (reads or others or self.maps or self.maps_below or "m" in self.names)
 
     @cached_property
-    def distance(self) -> Expr | str:
-        """What is added to a logit, where it depends on the distance of a pair; or why not."""
+    def tame(self) -> bool:
+        """Whether what is made of a finite logit is finite, for every pair, visible or not."""
+        mix = self.mix
+        exprs = [mix.score, mix.weights, *mix.normalize.exprs[:1]]
+        if self.exponential is not None:
+            exprs = [mix.score, mix.weights, self.exponential.logit]
+        plain = mix.similarity is None and not self.maps_below
+        return plain and all(map(tame, exprs))
+
+    @cached_property
+    def distance(self) -> Added | str:
+        """What is added to the logits that depends on the distance of a pair alone; or why not."""
         form = self.exponential
         if form is None:
             return "its normaliser is not exponential"
@@ -203,25 +222,54 @@ class Attention:
         kinds = set(self.node.op.kinds) - {"lse", "joint"}
         if kinds or self.maps or self.maps_below or self.mix.weights != Name("p"):
             return "its map is read"
-        if self.may_weigh_nothing:
-            return "a logit may be minus infinity"
+        if self.may_weigh_nothing or not self.tame:
+            return "a logit may be infinite"
         mask = self.mix.mask if self.graph.block.marks else without_document(self.mix.mask)
-        logit = fold(substitute(form.logit, {"s": self.mix.score}))
-        if derivative(logit, Name("s")) != Number(1):
-            return "its logits are not s and something else"
-        added = fold(substitute(logit, {"s": Number(0)}))
-        for expr in (added, mask, *(each for each in (form.extra, form.held) if each is not None)):
-            if not self._of_distance(expr):
-                return "it reads more than the distance of a pair"
+        rest = fold(substitute(form.logit, {"s": self.mix.score}))
+        added: Expr = Number(0)
+        if derivative(rest, Name("s")) == Number(1):
+            found = fold(substitute(rest, {"s": Number(0)}))
+            if self._of_distance(found):
+                rest, added = Name("s"), found
+        others = [each for each in (form.extra, form.held) if each is not None]
+        if not all(map(self._of_distance, (mask, *others))):
+            return "its mask reads more than the distance of a pair"
+        if "seen" in self.names:
+            return "it counts what a query sees"
         if added == Number(0) and mask == TRUE:
             return "nothing is added to its logits"
-        return added
+        return Added(rest, added, mask)
 
     def _of_distance(self, expr: Expr) -> bool:
         read = {part.base.id for part in walk(expr)
                 if isinstance(part, Index) and isinstance(part.base, Name)}  # fmt: skip
         given = names(expr) & {"n", "m", "seen", "s"}
         return of_distance(expr) and read <= set(self.tensors) and not given
+
+
+# Functions that are finite and smooth enough wherever their arguments are finite.
+_TAME = frozenset((
+    "abs", "min", "max", "clip", "relu", "tanh", "sigmoid", "log_sigmoid", "softplus", "silu",
+    "gelu", "erf", "sin", "cos", "floor", "detach", "step",
+))  # fmt: skip
+
+
+def tame(expr: Expr) -> bool:
+    """Say whether an expression is certainly finite where what it reads is."""
+    match expr:
+        case Call("log", (Name("seen" | "n" | "m"),)):
+            return True
+        case Call(name, args):
+            inside = name in _TAME or (name == "where" and tame(args[0]))
+        case Binary("/" | "//" | "%", _, right):
+            inside = isinstance(right, Number) and right.value != 0
+        case Binary("**", _, right):
+            inside = isinstance(right, Number) and right.value in (1, 2, 3)
+        case Index():
+            return True
+        case _:
+            inside = True
+    return inside and all(map(tame, children(expr)))
 
 
 def _kernels(part: Expr) -> list[str]:

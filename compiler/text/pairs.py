@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ...grammar.expr import PLACES, names, rebuild
+from ...grammar.expr import PLACES, names, number, rebuild
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import (
     Binary,
@@ -134,6 +134,23 @@ def _spread(expr: Expr) -> bool:
     return any(map(_spread, children(expr)))
 
 
+def _logistic(expr: Expr) -> Expr:
+    """Write tanh by the logistic function, which CPUs compute several times as fast."""
+    match expr:
+        case Binary("*", Number(c), Call("tanh", (arg,))):
+            return Binary("-", Binary("*", number(2 * c), _sigmoid(_logistic(arg))), number(c))
+        case Call("tanh", (arg,)):
+            return Binary("-", Binary("*", number(2), _sigmoid(_logistic(arg))), number(1))
+    return rebuild(expr, _logistic)
+
+
+def _sigmoid(half: Expr) -> Expr:
+    match half:
+        case Binary("/", inner, Number(c)):
+            return Call("sigmoid", (Binary("/", inner, number(c / 2 if c % 2 else c // 2)),))
+    return Call("sigmoid", (Binary("*", number(2), half),))
+
+
 @dataclass
 class Pairs(Values):
     """Writes expressions of one attention, laid out along pairs, queries or keys."""
@@ -143,6 +160,7 @@ class Pairs(Values):
     layout: str = PAIR
     masked: bool = True  # whether `visible` says who is
     told: bool = False  # whether `other` may say which keys are of one sequence
+    tame: bool = False  # whether all pairs, visible or not, have finite numbers
     local: bool = False  # whether params and consts are variables, not the module's
     wide: str = ".to(wide)"  # how a place becomes a fraction
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
@@ -161,7 +179,7 @@ class Pairs(Values):
         return f"q.new_full((), {{}}, dtype={dtype})"
 
     def prepared(self, pattern: Expr) -> Expr:
-        return widened(pattern, self.wide)
+        return widened(_logistic(pattern), self.wide)
 
     def special(self, expr: Expr) -> Text | None:
         if self.layout != PAIR:
@@ -208,7 +226,11 @@ class Pairs(Values):
 
     def hidden(self, text: str, by: str = "0") -> str:
         """Return a text with what is not visible replaced."""
-        return f"{atomic(text)}.masked_fill(~visible, {by})" if self.masked else text
+        if not self.masked:
+            return text
+        if self.tame and by == "0":
+            return f"{atomic(text)} * visible"
+        return f"{atomic(text)}.masked_fill(~visible, {by})"
 
     # leaves
 
