@@ -81,6 +81,7 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
             args += ["own=own"] if "own" in told else []
         args += [f"before={attention.before}"] if attention.before else []
         args += [f"width={attention.breadth}"] if attention.breadth > 1 else []
+        args += ["apart=True"] if attention.apart else []
         args += [f"line=self.{name}_line"] if biased else []
     at_once = sdpa.obstacle(attention) is None and asked != "dense"
     args += [f"at_once=self.{name}_at_once"] if at_once else []

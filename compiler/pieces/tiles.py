@@ -14,23 +14,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+TILE = 2**20  # how many pairs are weighed at once
+
 
 class Tile(NamedTuple):
-    """Some rows of a batch, some of their queries, and the ranges of keys that these may see.
+    """Some rows of a batch, heads, queries, and the ranges of keys that these may see.
 
-    The first `skip` queries only serve those after them.
+    `groups` are the key heads of the heads; the first `skip` queries only serve those after them.
     """
 
     rows: slice
+    heads: slice
+    groups: slice
     queries: slice
     keys: tuple[slice, ...]
     skip: int
 
 
-def turned(tile: Tile, m: int) -> Tile:
-    """Return a tile where the m keys stand from the last to the first."""
-    keys = [slice(m - each.stop, m - each.start) for each in reversed(tile.keys)]
-    return tile._replace(keys=tuple(keys))
+class Standing(NamedTuple):
+    """How many operands stand along queries, along keys, and along keys in the last dimension.
+
+    The first of the former are q and k; the last operand of all is a line where it is `biased`.
+    """
+
+    queries: int
+    keys: int
+    places: int
+    biased: bool
 
 
 def meet(q: Tensor, k: Tensor, scale: float = 1.0) -> Tensor:
@@ -46,7 +56,8 @@ def meet(q: Tensor, k: Tensor, scale: float = 1.0) -> Tensor:
         s = q @ k.mT
     else:
         b, heads, n, d = q.shape
-        s = (q.reshape(b, k.shape[1], -1, d) @ k.mT).view(b, heads, n, k.shape[-2])
+        each = heads // k.shape[1] * n
+        s = (q.reshape(b, k.shape[1], each, d) @ k.mT).view(b, heads, n, k.shape[-2])
     return s.to(wide) if exact or scale == 1 else s.to(wide) * scale
 
 
@@ -56,7 +67,8 @@ def mixed(p: Tensor, v: Tensor) -> Tensor:
     if p.shape[1] == v.shape[1]:
         return p @ v
     b, heads, n, m = p.shape
-    return (p.reshape(b, v.shape[1], -1, m) @ v).view(b, heads, n, v.shape[-1])
+    each = heads // v.shape[1] * n
+    return (p.reshape(b, v.shape[1], each, m) @ v).view(b, heads, n, v.shape[-1])
 
 
 def over_tiles(
@@ -75,6 +87,7 @@ def over_tiles(
     before: int = 0,
     width: int = 1,
     whole: bool = False,
+    apart: bool = False,
     line: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     at_once: Callable[..., Tensor] | None = None,
 ) -> Any:
@@ -86,9 +99,10 @@ def over_tiles(
 
     Query `a` is key `start + a`, None where that is not known; then it sees keys up to `back`
     before it and `ahead` after it, of its sequence `own` [b, 1, n, 1], and the first `prefix`.
-    A row reads the `before` queries before it, a pair takes `width` numbers, and a `whole` map
-    is made at once; `at_once` gives the mixed values of all, where that is better. What is added
-    to the logits by `line(q, i, j)`, of distances i [d] and j = 0, is the last that `weigh` takes.
+    A row reads the `before` queries before it, a pair takes `width` numbers, heads that stand
+    `apart` are weighed alike, and a `whole` map is made at once; `at_once` gives the mixed values
+    of all, where that is better. What is added to the logits by `line(q, i, j)`, of distances
+    i [d] and j = 0, is the last that `weigh` takes; then heads need only stand apart beside it.
     """
     q, k = queries[0], keys[0]
     (b, heads, n, _), m = q.shape, k.shape[2]
@@ -96,13 +110,12 @@ def over_tiles(
     if at_once is not None and (few or q.is_cuda):
         return at_once(v, *queries, *keys, *places, *tensors)
     if few:
-        bias = () if line is None else (None,)
-        made = several(weigh(*queries, *keys, *places, *tensors, *bias))
+        none = () if line is None else (None,)
+        made = several(weigh(*queries, *keys, *places, *tensors, *none))
         done = (mixed(made[0], v), *made[1:])
         return done if len(done) > 1 else done[0]
-    tiles = tiles_of(q, k, start, back, ahead, prefix, own, before, width)
-    counts = (len(queries), len(keys), len(places))
     added: tuple[Any, ...] = () if line is None else (None,)
+    turned = line is not None and start is not None
     if line is not None and start is not None:  # from the last key back, as the line goes
         distances = torch.arange(start - m + 1, start + n, device=q.device)
         found = line(q, distances, torch.zeros_like(distances))
@@ -110,32 +123,33 @@ def over_tiles(
         v = v.flip(-2)
         keys = tuple(None if x is None else x.flip(-2) for x in keys)
         places = tuple(None if x is None else x.flip(-1) for x in places)
-        tiles = [turned(each, m) for each in tiles]
+    rows = ranges_of(q, m, start, back, ahead, prefix, own, max(128, 4 * before))
+    tiles = [
+        tile._replace(keys=tuple(slice(m - x.stop, m - x.start) for x in tile.keys[::-1]))
+        if turned else tile
+        for tile in tiles_of(q, k, v, rows, before, width, apart and turned == (line is not None))
+    ]  # fmt: skip
+    standing = Standing(len(queries), len(keys), len(places), line is not None)
     given = (*queries, *keys, *places, *tensors, *added)
-    done = OverTiles.apply(weigh, tiles, counts, line is not None, v, *given)
+    done = OverTiles.apply(weigh, tiles, standing, v, *given)
     return done if len(done) > 1 else done[0]
 
 
-TILE = 2**21  # how many pairs are weighed at once
-
-
-def tiles_of(
+def ranges_of(
     q: Tensor,
-    k: Tensor,
+    m: int,
     start: int | None,
     back: int | None,
     ahead: int | None,
     prefix: int,
     own: Tensor | None,
-    before: int,
-    width: int,
-) -> list[Tile]:
-    """Cut the map of q [b, h, n, d] and k [b, g, m, d] into tiles, none with too many pairs."""
-    (b, heads, n, _), m = q.shape, k.shape[2]
-    reach = m if start is None or back is None or ahead is None else back + ahead + prefix
-    seen = min(m, reach + (256 if reach < m else 0))
-    rows = max(1, min(b, TILE // (64 * heads * seen * width)))
-    count = max(4 * before, min(256, max(16, TILE // (rows * heads * seen * width) // 16 * 16)))
+    count: int,
+) -> list[tuple[slice, int, int, tuple[slice, ...]]]:
+    """Return which of m keys each `count` queries of q [b, h, n, d] may see.
+
+    A range is of all rows of a batch, or of each one where sequences `own` tell them apart.
+    """
+    b, _, n, _ = q.shape
     edges = [(a, min(a + count, n)) for a in range(0, n, count)]
     first, last = [0] * len(edges), [m] * len(edges)
     if start is not None:
@@ -143,40 +157,77 @@ def tiles_of(
             first = [max(0, start + a - back) for a, _ in edges]
         if ahead is not None:
             last = [max(0, min(m, start + e + ahead)) for _, e in edges]
-    tiles = []
-    for row in range(0, b, rows):
+    found = []
+    together = own is None or start != 0 or len(own) == 1
+    for row in range(1 if together else b):
         low, high, sinks = first, last, [0] * len(edges)
         if own is not None and start == 0:
-            run = own[row : row + rows, 0, :, 0].contiguous()
+            run = own[row : row + 1, 0, :, 0].contiguous()
             low, high, sinks = within_sequences(run, edges, first, last, prefix)
         for (a, e), lo, hi, sink in zip(edges, low, high, sinks, strict=True):
-            skip = min(before, a)
             ranges = united(sink, min(m, sink + prefix), lo, hi)
-            tiles.append(Tile(slice(row, row + rows), slice(a - skip, e), ranges, skip))
+            found.append((slice(0, b) if together else slice(row, row + 1), a, e, ranges))
+    return found
+
+
+def tiles_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: list[tuple[slice, int, int, tuple[slice, ...]]],
+    before: int,
+    width: int,
+    apart: bool,
+) -> list[Tile]:
+    """Cut rows of the map into tiles of about TILE pairs: by heads, rows, queries at last."""
+    heads, groups = q.shape[1], max(k.shape[1], v.shape[1])
+    each, apart = heads // groups, apart and k.shape[1] == v.shape[1]
+    tiles = []
+    for row, a, e, keys in rows:
+        seen = sum(x.stop - x.start for x in keys)
+        room = max(1, TILE // max(1, (e - a) * seen * width))
+        some = max(1, min(groups, room // each)) if apart else groups
+        batch = max(1, min(row.stop - row.start, room // (some * each)))
+        count = e - a
+        if batch * some * each > room:
+            count = max(16, 4 * before, count * room // (batch * some * each) // 16 * 16)
+        for r in range(row.start, row.stop, batch):
+            for g in range(0, groups, some):
+                until = min(g + some, groups)
+                for at in range(a, e, count):
+                    skip = min(before, at)
+                    tiles.append(Tile(
+                        slice(r, min(r + batch, row.stop)), slice(g * each, until * each),
+                        slice(g, until) if apart else slice(None),
+                        slice(at - skip, min(at + count, e)), keys, skip,
+                    ))  # fmt: skip
     return tiles
 
 
 def within_sequences(
     run: Tensor, edges: list[tuple[int, int]], first: list[int], last: list[int], prefix: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Keep the ranges [first, last) of some queries within their sequences `run` [b, n].
+    """Keep the ranges [first, last) of some queries within their sequences `run` [1, n].
 
     Returns them, and where the sequences begin whose first `prefix` keys are seen as well;
     where queries are of several of them, these are in the range.
     """
     at = torch.tensor(edges, device=run.device).T
-    begun, later = (torch.searchsorted(run, run[:, each]) for each in (at[0], at[1] - 1))
-    ended = torch.searchsorted(run, run[:, at[1] - 1], right=True).amax(0).tolist()
-    sinks, one = begun.amin(0).tolist(), (later.amax(0) == begun.amin(0)).tolist()
-    near = [max(lo, sink) if same or not prefix else sink
-            for lo, sink, same in zip(first, sinks, one, strict=True)]  # fmt: skip
-    return near, [*map(min, last, ended)], sinks
+    begun, later = (
+        torch.searchsorted(run, run[:, each])[0].tolist() for each in (at[0], at[1] - 1)
+    )
+    ended = torch.searchsorted(run, run[:, at[1] - 1], right=True)[0].tolist()
+    near = [max(lo, sink) if sink == end or not prefix else sink
+            for lo, sink, end in zip(first, begun, later, strict=True)]  # fmt: skip
+    return near, [*map(min, last, ended)], begun
 
 
 def united(a: int, b: int, c: int, d: int) -> tuple[slice, ...]:
     """Return the ranges [a, b) and [c, d), a <= c, as one where they touch."""
-    if a == b or c <= b:
-        return (slice(c if a == b else a, max(b if a != b else c, d)),)
+    if a == b:
+        return (slice(c, max(c, d)),)
+    if c <= b:
+        return (slice(a, max(b, d)),)
     return (slice(a, b), slice(c, max(c, d)))
 
 
@@ -185,24 +236,24 @@ def several(made: Any) -> tuple[Tensor, ...]:
     return made if isinstance(made, tuple) else (made,)
 
 
-def of_rows(x: Tensor, tile: Tile) -> Tensor:
-    """Return the rows of x [b, …] that a tile is of; what has no batch is of all."""
-    return x[tile.rows] if x.ndim > 2 and x.shape[0] > 1 else x
-
-
-def of_queries(x: Tensor, tile: Tile) -> Tensor:
-    """Return the queries of x [..., n, ·] that a tile is of."""
-    x = of_rows(x, tile)
-    return x[..., tile.queries, :] if x.shape[-2] > 1 else x
-
-
-def of_keys(x: Tensor, tile: Tile, dim: int) -> Tensor:
-    """Return the keys of x along a dimension that a tile is of."""
-    x = of_rows(x, tile)
+def along_keys(x: Tensor, tile: Tile, dim: int) -> list[Tensor]:
+    """Return the parts of x along a dimension of keys that a tile is of."""
     if x.shape[dim] == 1:
-        return x
-    parts = [x.narrow(dim, each.start, each.stop - each.start) for each in tile.keys]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return [x]
+    return [x.narrow(dim, each.start, each.stop - each.start) for each in tile.keys]
+
+
+def parts_of(x: Tensor, at: int, standing: Standing, tile: Tile) -> list[Tensor]:
+    """Return the parts of operand number `at` that a tile is made of; what is no batch is whole."""
+    queries, keys, places, _ = standing
+    if at >= queries + keys + places:
+        return [x]
+    x = x[tile.rows] if x.ndim > 2 and x.shape[0] > 1 else x
+    if at < queries:
+        x = x[:, tile.heads] if at == 0 else x
+        return [x[..., tile.queries, :] if x.shape[-2] > 1 else x]
+    x = x[:, tile.groups] if at == queries else x
+    return along_keys(x, tile, -2 if at < queries + keys else -1)
 
 
 def of_line(line: Tensor, tile: Tile) -> Tensor:
@@ -210,12 +261,14 @@ def of_line(line: Tensor, tile: Tile) -> Tensor:
 
     Query a and key c, of keys from the last to the first, have its number a + c.
     """
-    count, heads = tile.queries.stop - tile.queries.start, len(line)
+    line = line[tile.heads] if len(line) > 1 else line
+    count, first = (
+        tile.queries.stop - tile.queries.start,
+        line.storage_offset() + tile.queries.start,
+    )
     parts = [
-        line.as_strided(
-            (heads, count, each.stop - each.start), (line.stride(0), 1, 1),
-            line.storage_offset() + tile.queries.start + each.start,
-        )
+        line.as_strided((len(line), count, each.stop - each.start), (line.stride(0), 1, 1),
+                        first + each.start)
         for each in tile.keys
     ]  # fmt: skip
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -223,6 +276,7 @@ def of_line(line: Tensor, tile: Tile) -> Tensor:
 
 def add_to_line(into: Tensor, tile: Tile, grad: Tensor) -> None:
     """Add what a tile gives to the gradient of a line: the sums along its diagonals."""
+    into = into[tile.heads] if len(into) > 1 else into
     heads, count, at = len(into), grad.shape[1], 0
     for each in tile.keys:
         width = each.stop - each.start
@@ -233,22 +287,30 @@ def add_to_line(into: Tensor, tile: Tile, grad: Tensor) -> None:
         at += width
 
 
-def cut(
-    tile: Tile, counts: tuple[int, int, int], biased: bool, given: tuple[Any, ...]
-) -> list[Any]:
-    """Return the parts of queries, keys, places, tensors and of a line that a tile is made of."""
-    queries, keys, places = counts
+def cut(tile: Tile, standing: Standing, given: tuple[Any, ...]) -> list[Any]:
+    """Return what a tile is made of."""
     parts: list[Any] = []
     for at, x in enumerate(given):
-        if x is not None and biased and at == len(given) - 1:
+        if x is None:
+            parts.append(None)
+        elif standing.biased and at == len(given) - 1:
             parts.append(of_line(x, tile))
-        elif x is None or at >= queries + keys + places:
-            parts.append(x)
-        elif at < queries:
-            parts.append(of_queries(x, tile))
         else:
-            parts.append(of_keys(x, tile, -2 if at < queries + keys else -1))
+            some = parts_of(x, at, standing, tile)
+            dim = -2 if at < standing.queries + standing.keys else -1
+            parts.append(some[0] if len(some) == 1 else torch.cat(some, dim))
     return parts
+
+
+def values_of(v: Tensor, tile: Tile) -> Tensor:
+    """Return the values [b, g, m, e] that a tile mixes."""
+    parts = along_keys(v[tile.rows, tile.groups], tile, -2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
+def results_of(x: Tensor, tile: Tile) -> Tensor:
+    """Return the part of a result x [b, h, n, ·] that a tile gives."""
+    return x[tile.rows, tile.heads, tile.queries.start + tile.skip : tile.queries.stop]
 
 
 class OverTiles(torch.autograd.Function):
@@ -259,41 +321,38 @@ class OverTiles(torch.autograd.Function):
         ctx: Any,
         weigh: Callable[..., Any],
         tiles: list[Tile],
-        counts: tuple[int, int, int],
-        biased: bool,
+        standing: Standing,
         v: Tensor,
         *given: Any,
     ) -> tuple[Tensor, ...]:
         """Weigh every tile, keep nothing of it."""
-        ctx.weigh, ctx.tiles, ctx.counts, ctx.biased = weigh, tiles, counts, biased
+        ctx.weigh, ctx.tiles, ctx.standing = weigh, tiles, standing
         kind = v.device.type
         ctx.cast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(v, *given)
         b, heads, n, _ = given[0].shape
         done: list[Tensor] = []
         for tile in tiles:
-            made = several(weigh(*cut(tile, counts, biased, given)))
-            parts = [mixed(made[0], of_keys(v, tile, -2)), *made[1:]]
+            made = several(weigh(*cut(tile, standing, given)))
+            parts = [mixed(made[0], values_of(v, tile)), *made[1:]]
             done = done or [x.new_empty(b, heads, n, x.shape[-1]) for x in parts]
             for whole, part in zip(done, parts, strict=True):
-                at = slice(tile.queries.start + tile.skip, tile.queries.stop)
-                whole[tile.rows, :, at] = part[..., tile.skip :, :]
+                results_of(whole, tile).copy_(part[..., tile.skip :, :] if tile.skip else part)
         return tuple(done)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Weigh every tile again."""
         v, *given = ctx.saved_tensors
-        needed = ctx.needs_input_grad[5:]
         with torch.autocast(ctx.cast[0], ctx.cast[1], ctx.cast[2]):
             if torch.is_grad_enabled():  # a derivative of this derivative is asked for
-                return (None, None, None, None, *differentiable(ctx, v, given, grads))
+                return (None, None, None, *differentiable(ctx, v, given, grads))
             sums = [torch.zeros_like(x) if need else None
-                    for x, need in zip(given, needed, strict=True)]  # fmt: skip
+                    for x, need in zip(given, ctx.needs_input_grad[4:], strict=True)]  # fmt: skip
             of_v = torch.zeros_like(v)
             for tile in ctx.tiles:
                 add_tile(ctx, tile, v, given, sums, of_v, grads)
-        return (None, None, None, None, of_v if ctx.needs_input_grad[4] else None, *sums)
+        return (None, None, None, of_v if ctx.needs_input_grad[3] else None, *sums)
 
 
 def add_tile(
@@ -306,61 +365,58 @@ def add_tile(
     grads: tuple[Tensor, ...],
 ) -> None:
     """Add the gradients of one tile to those of v and of all that is given."""
-    parts = cut(tile, ctx.counts, ctx.biased, tuple(given))
+    parts = cut(tile, ctx.standing, tuple(given))
     leaves = [x if into is None else x.detach().requires_grad_()
               for x, into in zip(parts, sums, strict=True)]  # fmt: skip
     with torch.enable_grad():
         made = [x[..., tile.skip :, :] for x in several(ctx.weigh(*leaves))]
-    own = Tile(tile.rows, slice(tile.queries.start + tile.skip, tile.queries.stop), tile.keys, 0)
-    outer = [of_queries(x, own) for x in grads]
-    values, p = of_keys(v, tile, -2), made[0].detach().to(v.dtype)
-    groups = v.shape[1]
+    outer = [results_of(x, tile) for x in grads]
+    p, groups = made[0].detach().to(v.dtype), v[:1, tile.groups].shape[1]
     p = p.reshape(len(p), groups, -1, p.shape[-1])
-    add(of_v, tile, -2, p.mT @ outer[0].reshape(len(p), groups, -1, v.shape[-1]))
-    outer[0] = meet(outer[0], values).to(made[0].dtype)
+    of_values = p.mT @ outer[0].reshape(len(p), groups, -1, v.shape[-1])
+    add(along_keys(of_v[tile.rows, tile.groups], tile, -2), of_values, -2)
+    outer[0] = meet(outer[0], values_of(v, tile)).to(made[0].dtype)
     wanted = [at for at, into in enumerate(sums) if into is not None]
     pairs = [(x, grad) for x, grad in zip(made, outer, strict=True) if x.requires_grad]
     if not wanted or not pairs:
         return
     outputs, theirs = zip(*pairs, strict=True)
     found = torch.autograd.grad(outputs, [leaves[at] for at in wanted], theirs, allow_unused=True)
-    queries, keys, places = ctx.counts
     for at, grad in zip(wanted, found, strict=True):
         into = sums[at]
         if grad is None or into is None:
             continue
-        if ctx.biased and at == len(sums) - 1:
+        if ctx.standing.biased and at == len(sums) - 1:
             add_to_line(into, tile, grad)
-        elif at < queries:
-            of_queries(into, tile).add_(grad)
-        elif at < queries + keys + places:
-            add(into, tile, -2 if at < queries + keys else -1, grad)
         else:
-            into.add_(grad)
+            dim = -2 if at < ctx.standing.queries + ctx.standing.keys else -1
+            add(parts_of(into, at, ctx.standing, tile), grad, dim)
 
 
-def add(into: Tensor, tile: Tile, dim: int, grad: Tensor) -> None:
-    """Add what a tile gives to the gradient of keys."""
-    into = of_rows(into, tile)
-    if into.shape[dim] == 1:
-        into.add_(grad)
+def add(parts: list[Tensor], grad: Tensor, dim: int) -> None:
+    """Add a gradient to the parts that stand one after the other along a dimension."""
+    if len(parts) == 1:
+        parts[0].add_(grad)
         return
     at = 0
-    for each in tile.keys:
-        count = each.stop - each.start
-        into.narrow(dim, each.start, count).add_(grad.narrow(dim, at, count))
-        at += count
+    for part in parts:
+        part.add_(grad.narrow(dim, at, part.shape[dim]))
+        at += part.shape[dim]
 
 
 def differentiable(
     ctx: Any, v: Tensor, given: list[Any], grads: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of v and of all that is given, with derivatives of their own."""
-    bias = [] if not ctx.biased else [None if given[-1] is None else every_pair(given[-1], given)]
-    made = several(ctx.weigh(*(given[:-1] if ctx.biased else given), *bias))
+    bias = (
+        []
+        if not ctx.standing.biased
+        else [None if given[-1] is None else every_pair(given[-1], given)]
+    )
+    made = several(ctx.weigh(*(given[:-1] if ctx.standing.biased else given), *bias))
     outputs = [mixed(made[0], v), *made[1:]]
     inputs = [v, *given]
-    wanted = [at for at, need in enumerate(ctx.needs_input_grad[4:]) if need]
+    wanted = [at for at, need in enumerate(ctx.needs_input_grad[3:]) if need]
     found = torch.autograd.grad(
         outputs, [inputs[at] for at in wanted], grads, create_graph=True, allow_unused=True
     )

@@ -195,6 +195,20 @@ class Attention:
         return "n" not in self.names and not columns
 
     @cached_property
+    def apart(self) -> bool:
+        """Whether its heads are weighed alike, beside what depends on the distance alone."""
+        exprs = list(self.exprs)
+        if not isinstance(self.distance, str):
+            form = self.exponential
+            more = () if form is None else (form.extra, form.held)
+            exprs = [self.distance.logit, *(each for each in more if each is not None)]
+        read = {"h"} | set(self.node.inputs)
+        several = {"mix_heads", "coin"} & self.called
+        return not (several or self.maps or self.maps_below or self.mix.similarity) and not any(
+            names(each) & read for each in exprs
+        )
+
+    @cached_property
     def leaves_out(self) -> bool:
         """Whether keys that are not visible may be left out."""
         reads = self.called & {"convolve", "rank_keys", "mix_heads"}

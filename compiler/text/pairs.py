@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ...grammar.expr import PLACES, names, number, rebuild
+from ...grammar.expr import PLACES, names, rebuild
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import (
     Binary,
@@ -134,23 +134,6 @@ def _spread(expr: Expr) -> bool:
     return any(map(_spread, children(expr)))
 
 
-def _logistic(expr: Expr) -> Expr:
-    """Write tanh by the logistic function, which CPUs compute several times as fast."""
-    match expr:
-        case Binary("*", Number(c), Call("tanh", (arg,))):
-            return Binary("-", Binary("*", number(2 * c), _sigmoid(_logistic(arg))), number(c))
-        case Call("tanh", (arg,)):
-            return Binary("-", Binary("*", number(2), _sigmoid(_logistic(arg))), number(1))
-    return rebuild(expr, _logistic)
-
-
-def _sigmoid(half: Expr) -> Expr:
-    match half:
-        case Binary("/", inner, Number(c)):
-            return Call("sigmoid", (Binary("/", inner, number(c / 2 if c % 2 else c // 2)),))
-    return Call("sigmoid", (Binary("*", number(2), half),))
-
-
 @dataclass
 class Pairs(Values):
     """Writes expressions of one attention, laid out along pairs, queries or keys."""
@@ -179,7 +162,7 @@ class Pairs(Values):
         return f"q.new_full((), {{}}, dtype={dtype})"
 
     def prepared(self, pattern: Expr) -> Expr:
-        return widened(_logistic(pattern), self.wide)
+        return widened(pattern, self.wide)
 
     def special(self, expr: Expr) -> Text | None:
         if self.layout != PAIR:

@@ -126,7 +126,7 @@ def kept(what: Model, length: int) -> int:
 def test_layers_that_read_the_layer_below(name):
     what = model(MODELS[name])
     for finding in verify(what):
-        assert finding.ok or finding.check == "training", finding
+        assert finding.ok or finding.check in ("training", "in tiles"), finding
     assert kept(what, 12) == cost(what).cache_bytes(12, "float64")
     assert {each.name for each in subjects(what) if each is not what} == {
         each.name for each in what.layers if not each.previous
@@ -377,7 +377,7 @@ def test_an_encoder_reads_the_context(name):
     assert cost(what).params == sum(each.numel() for each in module.parameters())
     assert any(key.startswith("encoder.layers.0.attn.") for key in module.state_dict())
     for finding in verify(what):
-        assert finding.ok or finding.check == "training", finding
+        assert finding.ok or finding.check in ("training", "in tiles"), finding
 
 
 def test_an_encoder_runs_once():
