@@ -146,7 +146,7 @@ def test_show() -> None:
 
 def test_explain() -> None:
     result = run("explain", EXAMPLES / "gemma_like.loom:local", "--backend", "torch")
-    assert "local: dense" in result.stdout
+    assert "local: tiles" in result.stdout
     assert "not sdpa: it has no score function" in result.stdout
     result = run("explain", EXAMPLES / "gemma_like.loom:local", "--backend", "triton")
     assert "local: triton" in result.stdout
