@@ -188,6 +188,8 @@ class Report(Drawn):
         for each in self.lowerings:
             console.print(Text.assemble((each.node, "bold"), ": ", (each.path, "green")))
             lines = [each.reason, *(f"not {path}: {why}" for path, why in each.obstacles)]
+            if each.beside is not None:
+                lines.insert(1, f"{each.beside[1]}: {each.beside[0]}")
             for line in lines:
                 console.print(f"  {line}", markup=False, soft_wrap=True)
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from ...grammar.expr import TRUE
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...kernels.recurrence import Recurrence
-from ..algebra.masks import extent
 from ..facts.parameters import constants
 from ..graph.graph import AnyNode, Node, made_by, shape_of
 from ..graph.operations import Attend, Input, Scan, Stage, TensorRead
@@ -45,11 +43,11 @@ def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]
     for recurrence in graph.of(Scan):
         lines += ["", *indent(scan.initial(recurrence, writer.weight()))]
     for attention in graph.of(Attend):
-        if not writer.always_kernel(attention):
-            made = tiles.methods(Attention(graph, attention), plan.target.lowering)
+        if not writer.takes_all(attention):
+            made = tiles.methods(writer.facts(attention), plan.target.lowering)
             lines += ["", *indent(made)]
             if plan.path(attention) == flex.NAME:
-                lines += ["", *indent(flex.method(Attention(graph, attention)))]
+                lines += ["", *indent(flex.method(writer.facts(attention)))]
     return lines
 
 
@@ -263,15 +261,14 @@ class _Writer(Caches):
     @cached_property
     def _needs_places(self) -> bool:
         places = any(
-            "n" in (node.dims[2], self._key_tokens(node))
-            and Attention(self.graph, node).reads_places
+            "n" in (node.dims[2], self._key_tokens(node)) and self.facts(node).reads_places
             for node in self.attentions
         )
         return self._positional("n") or places or bool(self.block.lent)
 
     def _places(self) -> list[str]:
         lines = []
-        needed = [each for node in self.attentions for each in self._condition(node)]
+        needed = [each for node in self.attentions for each in self._needs(node) or ()]
         lines += [f"{each} = batch.{each}" for each in ("plain", "counted") if each in needed]
         lines += ["positions = batch.positions"] if self._needs_places else []
         lines += ["run = batch.run"] if self._needs_run else []
@@ -304,40 +301,22 @@ class _Writer(Caches):
         """Return what the keys of an attention are: n, m, or a number of them."""
         return str(self.graph.node(node.k).dims[-2])
 
-    def _condition(self, node: Node[Attend]) -> list[str]:
-        """Return when a faster text than the general one serves: all of these names hold.
+    def _needs(self, node: Node[Attend]) -> tuple[str, ...] | None:
+        """Return what must hold of a call for the text before the general one; None without it."""
+        lowering = self.plan.lowerings[node.name]
+        general = lowering.path in (tiles.NAME, "dense") or (
+            lowering.path == sdpa.NAME and sdpa.slow(self.facts(node)) is not None
+        )
+        return None if general else lowering.needs
 
-        `plain`: no cache, no positions, one sequence a row; `counted`: no cache, no positions;
-        `run` and `context_run`: no padding.
-        An empty list where there is no such text.
-        """
-        by_kernel, keys = node.name in self.kernels, self._key_tokens(node)
-        facts = Attention(self.graph, node)
-        if self.plan.path(node) == flex.NAME:
-            return ["counted"]
-        asked = self.plan.target.lowering is None or facts.mix.mask in (TRUE, sdpa.CAUSAL)
-        if not by_kernel and (self.plan.path(node) != sdpa.NAME or not asked):
-            return []
-        crosses = facts.crosses
-        if by_kernel and not crosses and node.dims[2] == "n" and facts.tells_apart:
-            return ["counted"]
-        needs = []
-        if node.dims[2] == "n" and (not crosses or facts.reads_places):
-            needs.append("plain")
-        causal = not crosses and extent(node.op.mix.mask).causal
-        if keys in ("n", "m") and not causal:
-            needs.append("run" if keys == "n" else "context_run")
-        return needs or ["always"]
-
-    def _when(self, node: Node[Attend]) -> str:
-        """Write the condition of the faster text."""
+    def _when(self, needs: tuple[str, ...]) -> str:
+        """Write the condition of the text before the general one."""
         truths = ("plain", "counted")
-        return " and ".join(each if each in truths else f"{each} is None"
-                            for each in self._condition(node))  # fmt: skip
+        return " and ".join(each if each in truths else f"{each} is None" for each in needs)
 
-    def always_kernel(self, node: Node[Attend]) -> bool:
-        """Whether the kernel takes every call."""
-        return self._condition(node) == ["always"]
+    def takes_all(self, node: Node[Attend]) -> bool:
+        """Whether there is no general text."""
+        return self._needs(node) == ()
 
     def _streams(self) -> list[str]:
         """Write all nodes but the output: the early ones, those of the context, the rest."""
@@ -442,7 +421,7 @@ class _Writer(Caches):
 
     def _attended(self, node: Node[Attend]) -> list[str]:
         """Write an attention."""
-        facts = Attention(self.graph, node)
+        facts = self.facts(node)
         lines: list[str] = []
         named = {name: self._seen_as(node, name) for name in self._keyed(node)}
         operands = weights.operands(facts)
@@ -462,11 +441,12 @@ class _Writer(Caches):
         args = [given[each] for each in tiles.parameters(facts, self.plan.target.lowering)]
         general = call(f"{targets} = self.{weights.method_name(facts)}", args)
         dims = f"[{', '.join(map(str, node.dims))}]"
-        if self.always_kernel(node):
+        needs = self._needs(node)
+        if needs == ():
             return [*lines, *self._plain(node)]
-        if not self._condition(node):
+        if needs is None:
             return [*lines, *comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
-        when = f"if {self._when(node)}:"
+        when = f"if {self._when(needs)}:"
         return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
 
     def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
@@ -489,7 +469,7 @@ class _Writer(Caches):
         }
 
     def _plain(self, node: Node[Attend]) -> list[str]:
-        target, facts = _target(node), Attention(self.graph, node)
+        target, facts = _target(node), self.facts(node)
         q, k, v = (self._kernel_operand(node, name) for name in (node.q, node.k, node.v))
         if node.name in self.kernels:
             form = kernel_form(self.graph, node)
@@ -539,7 +519,7 @@ class _Writer(Caches):
         if node is not nodes[0]:  # the first of them has brought the keys of all
             return lines
         lends = held == "keys" and bool(self._lent)
-        facts = [Attention(self.graph, each) for each in nodes]
+        facts = [self.facts(each) for each in nodes]
         any_places = lends or any(each.reads_places for each in facts)
         named = {name: self._seen_as(node, name) for name in self._kept(held)}
         lines += [

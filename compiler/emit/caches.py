@@ -32,6 +32,11 @@ class Caches:
         self.crosses = any(each.name == "context" for each in graph.of(Input))
         self.obstacle = decoding.obstacle(graph.block)
         self.borrows = frozenset(graph.block.borrows)
+        self._facts = {each.name: Attention(graph, each) for each in self.attentions}
+
+    def facts(self, node: Node[Attend]) -> Attention:
+        """Return what is known of an attention."""
+        return self._facts[node.name]
 
     # what depends on what
 
@@ -76,7 +81,7 @@ class Caches:
         return list(dict.fromkeys([node.k, node.v, *others]))
 
     def _operands(self, node: Node[Attend]) -> tuple[Operand, ...]:
-        return weights.operands(Attention(self.graph, node))
+        return weights.operands(self.facts(node))
 
     def _queried(self, node: Node[Attend]) -> list[str]:
         return [each.name for each in self._operands(node) if each.at == "i"]

@@ -21,29 +21,33 @@ from ..plan.plan import Lowering, Plan, Target
 from ..plan.recurrences import described, kernel_obstacle, of_node
 from ..plan.sequential_form import scan_of
 from . import flex, kernel, sdpa, tiles
+from .calls import needed, others
 
 ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels)"
 
 
 class Way(NamedTuple):
-    """A lowering of attentions: when it does not fit, why it is taken, where it would be slow."""
+    """A lowering of attentions: when it does not fit, why it is taken, where it would be slow,
+    and what must hold of a call that it takes.
+    """
 
     name: str
     obstacle: Callable[[Attention], str | None]
     reason: Callable[[Attention], str]
     slow: Callable[[Attention], str | None] = lambda _: None
+    needs: Callable[[Attention], tuple[str, ...]] = lambda _: ()
 
 
 # From the fastest down: the first that fits is taken. What fits always is taken before the last,
 # which serves comparisons.
 WAYS = (
-    Way(kernel.NAME, kernel.obstacle, kernel.reason),
-    Way(sdpa.NAME, sdpa.obstacle,
-        lambda _: "softmax of plain logits is what scaled_dot_product_attention computes",
-        sdpa.slow),
+    Way(kernel.NAME, kernel.obstacle, kernel.reason,
+        needs=lambda each: needed(each, documents=each.tells_apart)),
+    Way(sdpa.NAME, sdpa.obstacle, sdpa.reason, sdpa.slow, sdpa.needs),
     Way(tiles.NAME, tiles.obstacle, tiles.reason),
     Way("dense", lambda _: None, lambda _: "every pair is computed by PyTorch operations"),
-    Way(flex.NAME, flex.obstacle, lambda _: "it was asked for"),
+    Way(flex.NAME, flex.obstacle, lambda _: "it was asked for",
+        needs=lambda each: needed(each, documents=True)),
 )  # fmt: skip
 
 
@@ -70,7 +74,13 @@ def _attend(graph: Graph, node: Node[Attend], target: Target) -> Lowering:
         elif way.name != target.lowering:
             continue
         if why_not is None:
-            return Lowering(node.name, way.name, way.reason(attention), tuple(obstacles))
+            needs = way.needs(attention)
+            beside = None
+            if needs:
+                rest = "dense" if tiles.obstacle(attention) else tiles.NAME
+                beside = rest, others(needs)
+            return Lowering(node.name, way.name, way.reason(attention), tuple(obstacles), needs,
+                            beside)  # fmt: skip
         obstacles.append((way.name, why_not))
     if not obstacles:
         names = ", ".join(way.name for way in WAYS)

@@ -102,7 +102,7 @@ def _tensor(graph: Graph, name: str) -> kernel.Tensor:
 
 
 def reason(attention: Attention) -> str:
-    """Say what the kernel is, and which calls it does not take."""
+    """Say what the kernel is."""
     spec = kernel_spec(attention.graph, attention.node)
     back, ahead = spec.reach.back, spec.reach.ahead
     if back is None and ahead is None:
@@ -112,28 +112,7 @@ def reason(attention: Attention) -> str:
     else:
         tiles = f"only tiles within {back} keys back are visited"
     form = "a running maximum" if spec.exponential else "row sums"
-    calls = beside(attention)
-    more = f"; {calls} take the PyTorch text beside it" if calls else ""
-    return f"one fused kernel with {form}; {tiles}{more}"
-
-
-def beside(attention: Attention) -> str:
-    """Say which calls of an attention no kernel takes, "" for none."""
-    crosses, keys, node = attention.crosses, attention.keys, attention.node
-    found = []
-    if node.dims[2] == "n" and (not crosses or attention.reads_places):
-        found = ["steps with a cache", "calls with positions of their own"]
-        if not attention.tells_apart:
-            found.append("rows of several sequences")
-    if keys == "m" or (keys == "n" and (crosses or not extent(node.op.mix.mask).causal)):
-        found += [] if not crosses and attention.tells_apart else ["batches with padding"]
-    return (
-        found[0]
-        if len(found) == 1
-        else ", ".join(found[:-1]) + " and " + found[-1]
-        if found
-        else ""
-    )
+    return f"one fused kernel with {form}; {tiles}"
 
 
 def made_before(

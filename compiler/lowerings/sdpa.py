@@ -15,6 +15,7 @@ from ..graph.graph import shape_of
 from ..model import Normalizer
 from ..plan.attention import Attention
 from ..text.text import call, indent
+from .calls import needed
 from .weights import Writer, arguments, method_name, signature
 
 NAME = "sdpa"
@@ -45,6 +46,17 @@ def slow(attention: Attention) -> str | None:
     if attention.mix.mask in (TRUE, CAUSAL):
         return None
     return f"it takes `{show(attention.mix.mask)}` as a number for every pair"
+
+
+def reason(attention: Attention) -> str:
+    """Say why it is taken."""
+    mask = "" if slow(attention) is None else ", under a mask for every pair"
+    return f"softmax of plain logits is what scaled_dot_product_attention computes{mask}"
+
+
+def needs(attention: Attention) -> tuple[str, ...]:
+    """Return what must hold of a call without a mask for every pair; () where it has one."""
+    return () if slow(attention) else needed(attention, documents=False)
 
 
 def _shown(normalizer: Normalizer) -> str:

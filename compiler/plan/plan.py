@@ -26,12 +26,18 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """The path a node takes, why, and what stood in the way of the others."""
+    """The path a node takes, why, and what stood in the way of the others.
+
+    Where something must hold of a call for the path to take it, `needs` says what
+    (`lowerings/calls.py`), and `beside` is the path of other calls.
+    """
 
     node: str
     path: str  # triton, sdpa, tiles, dense, chunkwise, sequential
     reason: str
     obstacles: tuple[tuple[str, str], ...] = ()
+    needs: tuple[str, ...] = ()
+    beside: tuple[str, str] | None = None  # the path, and which calls it takes
 
 
 @dataclass(frozen=True, slots=True)
