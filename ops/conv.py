@@ -66,9 +66,6 @@ class Conv(Op):
                        ("causal", True)) if options[name] != usual)  # fmt: skip
         return f"ShortConv({inputs[0].features}, {options['width']}{more})"
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("ShortConv",)
-
     def lookback(self, options: Options) -> int:
         before: int = options["width"] - 1
         return before if options["causal"] else before // 2

@@ -48,9 +48,6 @@ class Bernoulli(Op):
              module: str) -> str:  # fmt: skip
         return f"bernoulli({inputs[0]}, {options['rate']!r}, self.training)"
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("bernoulli",)
-
 
 class DropHeads(Op):
     """`drop_heads(count)`: zero so many heads of each sequence, in training; the rest as it is."""
@@ -84,9 +81,6 @@ class DropHeads(Op):
              module: str) -> str:  # fmt: skip
         return f"drop_heads({inputs[0]}, {options['count']}, self.training)"
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("drop_heads",)
-
 
 class Noise(Op):
     """`noise(std)`: plus a normal number of this deviation for each element, in training."""
@@ -114,9 +108,6 @@ class Noise(Op):
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
         return f"add_noise({inputs[0]}, {options['std']!r}, self.training)"
-
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("add_noise",)
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         return 2 * inputs[0].features

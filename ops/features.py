@@ -68,9 +68,6 @@ class Top(Op):
              module: str) -> str:  # fmt: skip
         return f"top_features({inputs[0]}, {options['count']})"
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("top_features",)
-
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         return inputs[0].features
 

@@ -44,8 +44,5 @@ class Joint(Op):
         count = len(inputs) // 2
         return f"joint([{', '.join(inputs[:count])}], [{', '.join(inputs[count:])}])"
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("joint",)
-
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         return 3 * sum(each.features for each in inputs)

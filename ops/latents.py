@@ -48,6 +48,3 @@ class Latents(Op):
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
         return f"Latents({options['count']}, {options['features']})"
-
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("Latents",)

@@ -75,9 +75,6 @@ class Linear(_Linear):
             return f'ReparamLinear({sizes}, "{options["reparam"]}", bias={options["bias"]})'
         return f"nn.Linear({sizes}, bias={options['bias']})"
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return () if options["reparam"] == "none" else ("ReparamLinear",)
-
 
 def _reparametrised(weights: Mapping[str, Tensor], how: str) -> Tensor:
     import torch
@@ -119,6 +116,3 @@ class HeadLinear(_Linear):
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
         (x,) = inputs
         return f"HeadLinear({x.heads}, {x.dim}, {options['features']})"
-
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("HeadLinear",)

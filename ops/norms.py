@@ -95,9 +95,6 @@ class L2Norm(_Norm):
              module: str) -> str:  # fmt: skip
         return f"l2_norm({inputs[0]}, {options['eps']!r})"
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("l2_norm",)
-
 
 class L1Norm(_Norm):
     """`l1_norm(eps = 1e-12)`: x / max(Σ|x|, eps); zero stays zero."""
@@ -115,6 +112,3 @@ class L1Norm(_Norm):
     def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
              module: str) -> str:  # fmt: skip
         return f"l1_norm({inputs[0]}, {options['eps']!r})"
-
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("l1_norm",)

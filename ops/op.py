@@ -133,10 +133,6 @@ class Op(ABC):
         """Return the text that makes its submodule, if it has one."""
         return ""
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        """Return the names in `compiler.pieces` that its text or its constructor calls."""
-        return ()
-
     @staticmethod
     def run_of(shape: Shape) -> str:
         """Return the variable that numbers the sequences of a stream's tokens, or `None`."""

@@ -96,10 +96,6 @@ class Rope(Op):
         turn = "rope" if options["style"] == "half" else "rope_interleaved"
         return f"{turn}({', '.join([inputs[0], where, frequencies, *extra])})"
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        turn = "rope" if options["style"] == "half" else "rope_interleaved"
-        return (turn, scaling_of(options)[0].helper)
-
     def counts_tokens(self, options: Options) -> str:
         row, values = scaling_of(options)
         return f"beyond {values['length']} of them, by `{row.name}`" if row.counts else ""

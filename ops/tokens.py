@@ -36,9 +36,6 @@ class MeanTokens(Op):
              module: str) -> str:  # fmt: skip
         return f"mean_tokens({inputs[0]}, {self.run_of(shapes[0])})"
 
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("mean_tokens",)
-
     def looks_ahead(self, options: Options) -> bool:
         return True
 
@@ -64,6 +61,3 @@ class Average(Op):
              module: str) -> str:  # fmt: skip
         run = self.run_of(shapes[0])
         return f"mean_of_all({inputs[0]}, {run})"
-
-    def helpers(self, options: Options) -> tuple[str, ...]:
-        return ("mean_of_all",)

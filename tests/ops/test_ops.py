@@ -18,6 +18,7 @@ from headloom.grammar.parse import parse_expression
 from headloom.ops import OPS, Mismatch, Run, Shape
 from headloom.ops.pointwise import evaluate
 
+PIECES = vars(pieces)
 B, N = 2, 5
 POSITIONS = {"n": torch.arange(N)[None], "m": 10 + torch.arange(N)[None]}
 
@@ -55,8 +56,7 @@ class Case:
     def fresh(self) -> nn.Module | None:
         """Return the submodule as the constructor makes it."""
         constructor = self.op.constructor(self.shapes, self.options)
-        helpers = {name: getattr(pieces, name) for name in self.op.helpers(self.options)}
-        return eval(constructor, {"nn": nn, **helpers}) if constructor else None
+        return eval(constructor, PIECES | {"nn": nn}) if constructor else None
 
     def module(self) -> nn.Module | None:
         """Return the submodule with the drawn weights."""
@@ -71,12 +71,9 @@ class Case:
         text = self.op.text(names, self.shapes, self.options, "stage")
         owner = nn.Module()
         owner.stage = stage or self.module()
-        helpers = {name: getattr(pieces, name) for name in self.op.helpers(self.options)}
-        scope = {"torch": torch, "F": functional, "self": owner.train(training), **helpers}
+        scope = PIECES | {"torch": torch, "F": functional, "self": owner.train(training)}
         scope |= {"positions": POSITIONS["n"], "context_positions": POSITIONS["m"]}
-        scope |= {"x": self.inputs[0], "hard_step": pieces.hard_step, "elu": pieces.elu}
-        scope |= {"run": None}
-        scope["context_run"] = None
+        scope |= {"x": self.inputs[0], "run": None, "context_run": None}
         result: Tensor = eval(text, scope, dict(zip(names, self.inputs, strict=True)))
         return result
 

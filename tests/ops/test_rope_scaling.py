@@ -60,9 +60,8 @@ def meant(said: dict[str, Any], x: Tensor, positions: Tensor) -> Tensor:
 
 
 def written(said: dict[str, Any], x: Tensor, positions: Tensor) -> Tensor:
-    helpers = {name: getattr(pieces, name) for name in ROPE.helpers(said)}
     text = ROPE.text(["x"], [SHAPE], said, "")
-    made: Tensor = eval(text, {**helpers, "x": x, "positions": positions})
+    made: Tensor = eval(text, vars(pieces) | {"x": x, "positions": positions})
     return made
 
 
