@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headloom.compiler.pieces import chunked_linear
+from headloom.compiler.pieces.chunks import chunked_linear
 
 sys.modules.setdefault("fla", None)  # type: ignore[arg-type]  # or transformers takes its kernels
 from transformers.models.qwen3_next.modeling_qwen3_next import (  # noqa: E402

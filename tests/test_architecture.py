@@ -11,6 +11,8 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+from headloom.compiler.pieces import FILES
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("grammar", "ops", "kernels", "compiler", "search", "bench")
 MAY_IMPORT = {
@@ -111,6 +113,11 @@ def test_nothing_of_ours_hides_behind_type_checking() -> None:
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_piece_may_be_copied() -> None:
+    found = {path.stem for path in (ROOT / "compiler" / "pieces").glob("*.py")} - {"__init__"}
+    assert sorted(FILES) == sorted(found)
 
 
 def test_the_project_speaks_of_itself_alone() -> None:

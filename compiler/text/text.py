@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from ..model import PREVIOUS
+from ..pieces import FILES
 
 LIMIT = 96
 _OURS = frozenset((
@@ -26,20 +27,6 @@ _OURS = frozenset((
 ))  # fmt: skip
 _CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
                        "EncoderFeedForward"))  # fmt: skip
-_PIECES = (
-    "constants",
-    "positions",
-    "stages",
-    "maps",
-    "tiles",
-    "flex",
-    "chunks",
-    "levels",
-    "steps",
-    "batches",
-    "parts",
-    "caches",
-)  # files, in this order
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|past|query|read|start|value|written)s?(?:_\d+)?$"
@@ -112,9 +99,8 @@ def braced(head: str, items: Mapping[str, str]) -> list[str]:
 def pieces() -> dict[str, str]:
     """Return the source text of all that `pieces` defines, in its order."""
     found = {}
-    for name in _PIECES:
-        path = Path(__file__).parent.parent / "pieces" / f"{name}.py"
-        source = path.read_text(encoding="utf-8")
+    for file in FILES:
+        source = (Path(__file__).parent.parent / "pieces" / f"{file}.py").read_text("utf-8")
         lines = source.splitlines()
         for node in ast.parse(source).body:
             name = _defines(node)

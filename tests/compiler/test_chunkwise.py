@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headloom.compiler import pieces
 from headloom.compiler.emit.caches import begins_within
 from headloom.compiler.facts import decoding
 from headloom.compiler.graph.build import build
 from headloom.compiler.graph.operations import Scan
 from headloom.compiler.lowerings import choose
 from headloom.compiler.model import Block
+from headloom.compiler.pieces.chunks import chunked_linear, faded_sums
 from headloom.compiler.plan.recurrences import Chunked, of_node
 
 from .battery import block, compiled, inputs, oracle
@@ -175,7 +175,7 @@ def stepped(q: Tensor, k: Tensor, v: Tensor, w: Tensor, decay: Tensor, state: Te
 
 
 def chunks(q: Tensor, k: Tensor, v: Tensor, w: Tensor, decay: Tensor, state: Tensor) -> Tensor:
-    return pieces.chunked_linear(q, k, v, decay, state, w)[0]
+    return chunked_linear(q, k, v, decay, state, w)[0]
 
 
 GATES = {
@@ -209,7 +209,7 @@ def test_extreme_gates_of_sums(features):
                           generator=torch.Generator().manual_seed(1))  # fmt: skip
     given = [each.requires_grad_() for each in (drawn(N, D), gates[which], drawn(D, seed=2))]
     x, decay, state = given
-    mine, values = pieces.faded_sums(*given), []
+    mine, values = faded_sums(*given), []
     for t in range(N):
         state = decay[:, :, t] * state + x[:, :, t]
         values.append(state)
@@ -235,7 +235,7 @@ def test_many_tokens_fade_without_overflow():
     x = torch.ones(1, 1, 4096, 1)
     decay = torch.full((1, 1, 4096, 1), 1e-30)
     state = torch.full((1, 1, 1, 1), 1e30)
-    o, last = pieces.chunked_linear(x, x, x, decay, state)
+    o, last = chunked_linear(x, x, x, decay, state)
     assert o[0, 0, 0] == 2
     assert (o[0, 0, 1:] == 1).all()
     assert last == 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from headloom.compiler.lowerings import choose
-from headloom.compiler.pieces import elu
+from headloom.compiler.pieces.stages import elu
 
 from .battery import block, compiled, inputs
 from .test_chunkwise import BOTH_WAYS, MIXERS, close, source

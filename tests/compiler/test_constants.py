@@ -12,7 +12,7 @@ from torch import nn
 
 from headloom.compiler import zoo
 from headloom.compiler.model import Block, Model
-from headloom.compiler.pieces import Constants
+from headloom.compiler.pieces.constants import Constants
 from headloom.compiler.pipeline import generate, load
 from headloom.compiler.plan.plan import Target
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from headloom.compiler import pieces
 from headloom.compiler.api import explain, load
 from headloom.compiler.checking.check import check
 from headloom.compiler.facts.cost import cost
@@ -14,6 +13,12 @@ from headloom.compiler.graph.build import build
 from headloom.compiler.graph.operations import Scan
 from headloom.compiler.lowerings import choose
 from headloom.compiler.model import Block
+from headloom.compiler.pieces.levels import (
+    level_between,
+    leveled_linear,
+    merged_levels,
+    with_written,
+)
 from headloom.compiler.plan.recurrences import Chunked, of_node
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse
@@ -90,9 +95,9 @@ def test_levels_of_a_token():
     assert [level(6, j) for j in range(7)] == [3, 3, 3, 3, 2, 2, 0]
     n = torch.arange(40)
     theirs = torch.tensor([[level(max(i, j), min(i, j)) for j in range(40)] for i in range(40)])
-    assert (pieces.level_between(n[:, None], n) == theirs).all()
+    assert (level_between(n[:, None], n) == theirs).all()
     far = torch.tensor(2**40 + 5)
-    assert pieces.level_between(far, far - 1) == 1
+    assert level_between(far, far - 1) == 1
 
 
 @pytest.mark.parametrize("levels", [1, 3, 6])
@@ -102,11 +107,11 @@ def test_levels_are_merged_as_a_counter_carries(levels):
     state = torch.zeros(1, 1, levels, n)
     for i in range(n):
         one = torch.eye(n)[i].expand(1, 1, n)
-        state = pieces.with_written(pieces.merged_levels(state, i), one)
+        state = with_written(merged_levels(state, i), one)
         number = torch.tensor([i, i // 2]).reshape(2, 1, 1)
-        merged = pieces.merged_levels(torch.cat([state] * 2), number)
-        assert (merged[0] == pieces.merged_levels(state, i)[0]).all()
-        assert (merged[1] == pieces.merged_levels(state, i // 2)[0]).all()
+        merged = merged_levels(torch.cat([state] * 2), number)
+        assert (merged[0] == merged_levels(state, i)[0]).all()
+        assert (merged[1] == merged_levels(state, i // 2)[0]).all()
         where = found(n, levels)[i]
         for l in range(levels):
             assert (state[0, 0, l] == ((where == l) & (torch.arange(n) <= i))).all()
@@ -168,7 +173,7 @@ def test_the_first_weight_alone_is_the_diagonal():
     given = [s["q"], s["k"], s["b"] * s["v"], -s["b"] * s["a"] * s["k"], s["a"]]
     only = torch.zeros(2, 2, 20, 12).double()
     only[..., 0] = 1
-    o, _ = pieces.leveled_linear(*given, only, torch.zeros(2, 2, 12, 4, 4).double(), 0)
+    o, _ = leveled_linear(*given, only, torch.zeros(2, 2, 12, 4, 4).double(), 0)
     own = s["b"] * s["v"] * (s["q"] * s["k"]).sum(-1, keepdim=True)
     torch.testing.assert_close(o, own, rtol=1e-12, atol=1e-12)
 
@@ -256,11 +261,11 @@ def test_extreme_gates(features):
     given = [q, k, v, -0.5 * k, gates[which], lam]
     given = [each.requires_grad_() for each in given]
     state = torch.zeros(2, 3, 9, 4, 4, dtype=torch.float64)
-    mine = pieces.leveled_linear(*given, state, 0)[0]
+    mine = leveled_linear(*given, state, 0)[0]
     steps = []
     for at in range(150):
         now = [each[:, :, at : at + 1] for each in given]
-        o, state = pieces.leveled_linear(*now, state, at)
+        o, state = leveled_linear(*now, state, at)
         steps.append(o)
     theirs = torch.cat(steps, 2)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
@@ -279,11 +284,11 @@ def test_chunks_far_on():
     start = torch.randn(1, 1, 20, 4, 4, generator=draw, dtype=torch.float64)
     filled = [0, *(l for l in range(1, 20) if (place - 1) >> (l - 1) & 1)]
     start = torch.zeros_like(start).index_copy(2, torch.tensor(filled), start[:, :, filled])
-    mine, last = pieces.leveled_linear(q, k, v, None, decay, lam, start, place)
+    mine, last = leveled_linear(q, k, v, None, decay, lam, start, place)
     state, steps = start, []
     for at in range(200):
         now = [each[:, :, at : at + 1] for each in (q, k, v)]
-        o, state = pieces.leveled_linear(*now, None, decay[:, :, at : at + 1],
+        o, state = leveled_linear(*now, None, decay[:, :, at : at + 1],
                                          lam[:, :, at : at + 1], state, place + at)  # fmt: skip
         steps.append(o)
     torch.testing.assert_close(mine, torch.cat(steps, 2), rtol=1e-9, atol=1e-9)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from headloom.compiler.pieces import hard_step
+from headloom.compiler.pieces.stages import hard_step
 from headloom.grammar.derive import derivative
 from headloom.grammar.dialect import write
 from headloom.grammar.expr import NotConstant, evaluate, fold, substitute

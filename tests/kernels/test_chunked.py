@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headloom.compiler.pieces import chunked_linear
+from headloom.compiler.pieces.chunks import chunked_linear
 from headloom.grammar.syntax import Name
 from headloom.kernels import recurrence, render
 from headloom.kernels.recurrence import Recurrence

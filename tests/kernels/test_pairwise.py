@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from headloom.compiler.pieces import hard_step
+from headloom.compiler.pieces.stages import hard_step
 from headloom.grammar.parse import parse_expression
 from headloom.kernels.spec import Attend, Reach, Tensor, obstacle
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from headloom.compiler import pieces
 from headloom.compiler.facts.parameters import defaults, initial
+from headloom.compiler.pieces import maps, positions, stages
 from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
 from headloom.ops import OPS, Mismatch, Run, Shape
 from headloom.ops.pointwise import evaluate
 
-PIECES = vars(pieces)
+PIECES = vars(maps) | vars(positions) | vars(stages)
 B, N = 2, 5
 POSITIONS = {"n": torch.arange(N)[None], "m": 10 + torch.arange(N)[None]}
 
@@ -428,7 +428,7 @@ def test_spectral_weights_have_the_gain_for_their_norm() -> None:
     with torch.no_grad():
         weight = (module(torch.eye(12).double()) - module.bias).T
         assert torch.linalg.matrix_norm(weight, ord=2).sub(module.gain).abs() < 1e-12
-        rows = pieces.ReparamLinear(12, 7, "weight_norm")(torch.eye(12)).T
+        rows = stages.ReparamLinear(12, 7, "weight_norm")(torch.eye(12)).T
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(7))
 
 
@@ -625,7 +625,7 @@ def test_what_does_not_fit_is_refused(
 def test_a_step_is_exact_where_its_operand_is_infinite(of: str) -> None:
     a = torch.tensor([-torch.inf, -1e30, 0.0, 1e-30, torch.inf], requires_grad=True)
     if of == "piece":
-        y = pieces.hard_step(a)
+        y = stages.hard_step(a)
     else:
         y = evaluate(parse_expression("step(a)"), {"a": a})
     assert y.tolist() == [0, 0, 0, 1, 1]
@@ -637,7 +637,7 @@ def test_a_step_is_exact_where_its_operand_is_infinite(of: str) -> None:
 def test_a_step_is_compiled_and_exported() -> None:
     class Gated(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x * pieces.hard_step(x)
+            return x * stages.hard_step(x)
 
     x = torch.tensor([-1.0, 0.0, 2.0])
     for made in (

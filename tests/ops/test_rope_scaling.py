@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from headloom.compiler import pieces
 from headloom.compiler.facts.parameters import defaults
+from headloom.compiler.pieces import positions
 from headloom.ops import OPS, Chosen, Run, Shape
 from headloom.ops.rope_scaling import SCALINGS, Plain, scaling_of
 
+PIECES = vars(positions)
 ROPE, SHAPE, THETA = OPS["rope"], Shape("n", 8, 3), 100
 SHORT, LONG = (1, 1.25, 1.5, 2), (2, 3, 4, 8)
 
@@ -61,7 +62,7 @@ def meant(said: dict[str, Any], x: Tensor, positions: Tensor) -> Tensor:
 
 def written(said: dict[str, Any], x: Tensor, positions: Tensor) -> Tensor:
     text = ROPE.text(["x"], [SHAPE], said, "")
-    made: Tensor = eval(text, vars(pieces) | {"x": x, "positions": positions})
+    made: Tensor = eval(text, PIECES | {"x": x, "positions": positions})
     return made
 
 
