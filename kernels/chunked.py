@@ -133,7 +133,7 @@ def pair_fade(
 
 
 @triton.jit
-def meet(
+def pair_products(
     X, Y, x_stride, y_stride, first, n,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -235,12 +235,12 @@ def chunked_pairs(
             )  # fmt: skip
         pairs, met = tl.trans(pairs), tl.trans(met)
     else:
-        pairs = meet(q, k, q_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
+        pairs = pair_products(q, k, q_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
         pairs *= pair_fade(a, a_stride, first, n, BEFORE, DECAY, CHUNK)
     store_tile(Pairs + row * n * CHUNK, pairs, CHUNK, first, 0, n, CHUNK, CHUNK, CHUNK)
     if W is not None:
         if DECAY != "rows":
-            met = meet(w, k, w_stride, k_strides[2], first, n, D, BLOCK_D, CHUNK)
+            met = pair_products(w, k, w_stride, k_strides[2], first, n, D, BLOCK_D, CHUNK)
             met *= pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)
         solved = inverse(met, Q, CHUNK)
         store_tile(Inverse + row * n * CHUNK, solved, CHUNK, first, 0, n, CHUNK, CHUNK, CHUNK)

@@ -17,7 +17,17 @@ token by token: forward S_{r-1} met with all o' and u', backward X_r met with al
 import triton
 import triton.language as tl
 
-from .chunked import decays, fade, head, load_tile, meet, pair_fade, product, store_tile, token
+from .chunked import (
+    decays,
+    fade,
+    head,
+    load_tile,
+    pair_fade,
+    pair_products,
+    product,
+    store_tile,
+    token,
+)
 
 # ── what a chunk's tokens meet at its ends ────────────────────────────────────────────────
 
@@ -91,7 +101,7 @@ def chunked_backward(
             dq *= fade(a, a_stride, first, 0, n, "begun", DECAY, 1, 1, CHUNK)
         else:
             dq *= fade(a, a_stride, first, 0, n, "since", DECAY, 1, 1, CHUNK)
-    met = meet(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
+    met = pair_products(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
     met = (met * pair_fade(a, a_stride, first, n, BEFORE, DECAY, CHUNK)).to(q.dtype)
     k = load_tile(head(K, k_strides, b, h), k_strides[2], first, top, n, D, CHUNK, BLOCK_D)
     dq = tl.dot(met, k, dq, input_precision="ieee")
@@ -107,7 +117,7 @@ def chunked_backward(
     if W is not None:
         w = load_tile(head(W, w_strides, b, h), w_strides[2], first, top, n, D, CHUNK, BLOCK_D)
         du = DU + row * n * E
-        met = meet(du, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
+        met = pair_products(du, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
         met = (met * pair_fade(a, a_stride, first, n, 1, DECAY, CHUNK)).to(q.dtype)
         dk = tl.dot(tl.trans(met), w, dk, input_precision="ieee")
         dw = meet_state(du, E, start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
@@ -146,16 +156,16 @@ def chunked_backward_decay(
     k, u = head(K, k_strides, b, h), head(U, u_strides, b, h)
     do = head(DO, do_strides, b, h)
     at = first + tl.arange(0, CHUNK)
-    met = meet(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
+    met = pair_products(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
     q = head(Q, q_strides, b, h)
-    met *= meet(q, k, q_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
+    met *= pair_products(q, k, q_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
     faded = pair_fade(a, a_stride, first, n, BEFORE, "number", CHUNK)
     sums = product(tl.trans(faded), met, Q)
     from_start = tl.sum(faded * summed(Sums, 0, row, at, B, n, H, BLOCKS)[:, None], 0)
     if W is not None:
-        met = meet(DU + row * n * E, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
+        met = pair_products(DU + row * n * E, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
         w = head(W, w_strides, b, h)
-        met *= meet(w, k, w_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
+        met *= pair_products(w, k, w_strides[2], k_strides[2], first, n, D, BLOCK_D, CHUNK)
         faded = pair_fade(a, a_stride, first, n, 1, "number", CHUNK)
         sums += product(tl.trans(faded), met, Q)
         from_start += tl.sum(faded * summed(Sums, 1, row, at, B, n, H, BLOCKS)[:, None], 0)
@@ -282,7 +292,7 @@ def chunked_backward_rows(
     end = Ends + (row * chunks + chunk) * D * E
     by_k = meet_state(u, u_strides[2], end, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
     by_q = meet_state(do, do_strides[2], start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
-    of_q = meet(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
+    of_q = pair_products(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
     ends = shared(start, end, top, D, E, BLOCK_D, BLOCK_E)
     da = through_decays(
         by_k, ends, k, a, k_strides[2], a_stride, first, top, n, D, BLOCK_D, CHUNK
@@ -298,7 +308,7 @@ def chunked_backward_rows(
         w, w_stride = head(W, w_strides, b, h), w_strides[2]
         du = DU + row * n * E
         by_w = meet_state(du, E, start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
-        of_w = meet(du, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
+        of_w = pair_products(du, u, E, u_strides[2], first, n, E, BLOCK_E, CHUNK)
         dw, of_a = through_reads(
             of_w, by_w, w, k, a, w_stride, k_strides[2], a_stride, first, top, n,
             1, D, BLOCK_D, CHUNK,

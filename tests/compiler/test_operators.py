@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +13,10 @@ from headloom.compiler.checking.check import check, find
 from headloom.compiler.lowerings.operators import operators
 from headloom.compiler.pipeline import lower
 from headloom.compiler.plan.plan import Target
+from headloom.compiler.text.text import pieces
 from headloom.grammar.parse import parse
 from headloom.kernels.recurrence import Recurrence
+from headloom.kernels.render import skeleton_text
 from headloom.kernels.sequential import Scan
 from headloom.kernels.spec import Attend
 
@@ -49,6 +53,14 @@ block b {
   out = one + other + last + again + pairs | merge | linear
 }
 """
+
+
+def test_all_that_a_file_may_define_has_a_name_of_its_own():
+    """A module that calls one function would else call another of its name."""
+    skeletons = ast.parse(skeleton_text("pairwise", "chunked", "sequential")).body
+    names = [each.name for each in skeletons if isinstance(each, ast.FunctionDef | ast.ClassDef)]
+    assert not {each for each in names if names.count(each) > 1}
+    assert not pieces().keys() & names
 
 
 def plan_of(text: str):
