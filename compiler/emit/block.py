@@ -142,9 +142,7 @@ class _Writer(Caches):
                 for name in self._parts
             ]
         elif self._parts:
-            body.append(
-                f"part = None if cache is None else cache.parts[{self._only!r}]".replace("'", '"')
-            )
+            body.append(f'part = None if cache is None else cache.parts["{self._only}"]')
         body += self._from_below()
         body += self._streams()
         end = self.graph.node(self.graph.output)

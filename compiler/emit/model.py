@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from ..facts.decoding import obstacle
@@ -10,7 +9,7 @@ from ..model import Block, Model
 from ..text.text import call, indent
 from .caches import begins_within, own_rows
 
-_SWIGLU = '''class FeedForward(nn.Module):
+_SWIGLU = '''class {prefix}FeedForward(nn.Module):
     """down(silu(gate x) * up x), {width} → {hidden} → {width}."""
 
     def __init__(self) -> None:
@@ -22,7 +21,7 @@ _SWIGLU = '''class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))'''
 
-_GELU = '''class FeedForward(nn.Module):
+_GELU = '''class {prefix}FeedForward(nn.Module):
     """down(gelu(up x)), {width} → {hidden} → {width}."""
 
     def __init__(self) -> None:
@@ -33,7 +32,6 @@ _GELU = '''class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x)))'''
 
-_OWN_CLASS = re.compile(r"\b(Layer|FeedForward)\b")
 _NORMS = {"rms": "nn.RMSNorm({width}, eps=1e-06)", "layer": "nn.LayerNorm({width}, eps=1e-05)"}
 
 
@@ -47,17 +45,17 @@ def classes(
     made = []
     if model.ffn is not None:
         template = _SWIGLU if model.ffn.kind == "swiglu" else _GELU
-        made.append(template.format(width=model.width, hidden=model.ffn.hidden))
-    made.append("\n".join(_layer(model)))
-    made.append("\n".join(_model(model, name, which, encoder)))
-    return [_OWN_CLASS.sub(rf"{prefix}\1", text) for text in made] if prefix else made
+        made.append(template.format(prefix=prefix, width=model.width, hidden=model.ffn.hidden))
+    made.append("\n".join(_layer(model, prefix)))
+    made.append("\n".join(_model(model, name, which, encoder, f"{prefix}Layer")))
+    return made
 
 
 def _norm(model: Model) -> str:
     return _NORMS[model.norm].format(width=model.width) if model.norm != "none" else ""
 
 
-def _layer(model: Model) -> list[str]:
+def _layer(model: Model, prefix: str) -> list[str]:
     normed = "self.{}(x)" if model.norm != "none" else "x"
     init = ["super().__init__()"]
     if model.norm != "none":
@@ -66,19 +64,19 @@ def _layer(model: Model) -> list[str]:
     if model.ffn is not None:
         if model.norm != "none":
             init.append(f"self.ffn_norm = {_norm(model)}")
-        init.append("self.ffn = FeedForward()")
+        init.append(f"self.ffn = {prefix}FeedForward()")
     shares = _shares(model)
     attended = f"self.attn({normed.format('attn_norm')}, {'shared=shared, ' * shares}**given)"
-    body = [f"x = x + {_dropped(model, attended)}"]
-    if shares:
-        body = [f"y, shared = {attended}", f"x = x + {_dropped(model, 'y')}"]
+    body = [f"y, shared = {attended}"] if shares else []
+    made = f"x + {_dropped(model, 'y' if shares else attended)}"
     if model.ffn is not None:
         fed = f"self.ffn({normed.format('ffn_norm')})"
-        body.append(f"x = x + {_dropped(model, fed)}")
-    body[-1] = body[-1].replace("x = ", "return ", 1) + ", shared" * shares
+        body.append(f"x = {made}")
+        made = f"x + {_dropped(model, fed)}"
+    body.append(f"return {made}{', shared' * shares}")
     what = "attention, then the feed-forward network" if model.ffn is not None else "attention"
     return [
-        "class Layer(nn.Module):",
+        f"class {prefix}Layer(nn.Module):",
         f'    """One layer: {what}, each around a residual."""',
         "",
         "    def __init__(self, attn: nn.Module) -> None:",
@@ -113,7 +111,9 @@ def _takes(model: Model, tokens: str) -> str:
     return f"features [b, {tokens}, {model.width}]"
 
 
-def _model(model: Model, name: str, which: Mapping[Block, str], encoder: str) -> list[str]:
+def _model(
+    model: Model, name: str, which: Mapping[Block, str], encoder: str, layer: str
+) -> list[str]:
     shape = _takes(model, "n")
     if model.encoder is not None:
         shape += f", context {_takes(model.encoder, 'm')}"
@@ -124,7 +124,7 @@ def _model(model: Model, name: str, which: Mapping[Block, str], encoder: str) ->
         f'    """{shape} → {out}."""',
         "",
         "    def __init__(self) -> None:",
-        *indent(_constructor(model, which, encoder), 2),
+        *indent(_constructor(model, which, encoder, layer), 2),
         "",
         *indent(_init_cache(model)),
         "",
@@ -190,7 +190,7 @@ def _auxiliary(model: Model, which: Mapping[Block, str]) -> list[str]:
     ]
 
 
-def _constructor(model: Model, which: Mapping[Block, str], encoder: str) -> list[str]:
+def _constructor(model: Model, which: Mapping[Block, str], encoder: str, layer: str) -> list[str]:
     lines = ["super().__init__()"]
     if model.encoder is not None:
         lines.append(f"self.encoder = {encoder}()")
@@ -201,10 +201,10 @@ def _constructor(model: Model, which: Mapping[Block, str], encoder: str) -> list
         lines += [f"self.embed_positions = nn.Embedding({model.positions}, {model.width})",
                   "nn.init.normal_(self.embed_positions.weight, std=0.02)"]  # fmt: skip
     blocks = ", ".join(f"{which[block]}()" for block in model.layers)
-    text = f"self.layers = nn.ModuleList(Layer(attn) for attn in ({blocks},))"
+    text = f"self.layers = nn.ModuleList({layer}(attn) for attn in ({blocks},))"
     if len(text) > 84:
         lines += ["attention = (", *(f"    {which[block]}()," for block in model.layers), ")",
-                  "self.layers = nn.ModuleList(Layer(attn) for attn in attention)"]  # fmt: skip
+                  f"self.layers = nn.ModuleList({layer}(attn) for attn in attention)"]  # fmt: skip
     else:
         lines.append(text)
     if model.norm != "none":

@@ -10,7 +10,6 @@ def attend_weights(self, q: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..plan.attention import Attention
 from ..text.pairs import Operand, Pairs, operand, token
-from ..text.text import atomic, call, comment, ident, indent
+from ..text.text import atomic, call, comment, ident, indent, names_read
 
 
 def operands(attention: Attention) -> tuple[Operand, ...]:
@@ -192,7 +191,6 @@ class Writer:
 
     def sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""
-        text = "\n".join(line.partition("# ")[0] for line in self.lines)
         both = self.told == ("own", "other")
         queries = "torch.tensor(q.shape[-2], device=q.device)"
         if both:
@@ -206,8 +204,8 @@ class Writer:
             "n": queries,
             "m": keys,
         }
-        read = [name for name in made if re.search(rf"\b{name}\b", text)]
-        return [*(f"{name} = {made[name]}" for name in read), *self.lines]
+        read = names_read(self.lines)
+        return [*(f"{name} = {text}" for name, text in made.items() if name in read), *self.lines]
 
     @property
     def _together(self) -> str:
@@ -275,7 +273,7 @@ class Writer:
     def _exponential(self, form: Exponential) -> None:
         some, sees = self._weighing()
         self.weighing = some
-        tame = self.attention.tame and some == "visible"
+        tame = self.attention.tame and self.masked and not self.attention.may_weigh_nothing
         if tame:
             self.lines.append("s = s + hiding(visible, s)")
         elif some:

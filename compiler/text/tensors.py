@@ -18,11 +18,10 @@ from .text import atomic, braced, call, comment, ident, indent
 
 def parameter(weight: Weight) -> list[str]:
     """Return the lines of a constructor that make a `param`."""
-    before, value = _made(weight, "dtype=torch.float64")
-    if value.startswith("torch.full"):
-        value = value.replace(", dtype=torch.float64", "")
-    else:
-        value = f"{atomic(value)}.to(torch.get_default_dtype())"
+    before: list[str] = []
+    if (value := _filled(weight)) is None:
+        before, drawn = _computed(weight, "dtype=torch.float64")
+        value = f"{atomic(drawn)}.to(torch.get_default_dtype())"
     made = call(f"self.{weight.name} = nn.Parameter", [value])
     return [*before, *made[:-1], f"{made[-1]}  # {_shape(weight)}"]
 
@@ -34,7 +33,10 @@ def constants(weights: Sequence[Weight]) -> list[str]:
         '    """Return what is not learned, in float64."""',
     ]
     for weight in weights:
-        before, value = _made(weight, "dtype=torch.float64, device=device")
+        typed = "dtype=torch.float64, device=device"
+        before: list[str] = []
+        if (value := _filled(weight, typed)) is None:
+            before, value = _computed(weight, typed)
         lines += indent([*before, *comment(f"{ident(weight.name)} = {value}", _shape(weight))])
     made = {f'"{each.name}"': ident(each.name) for each in weights}
     return [*lines, *indent(braced("return ", made))]
@@ -44,15 +46,20 @@ def _shape(weight: Weight) -> str:
     return f"[{', '.join(map(str, weight.shape))}]"
 
 
-def _made(weight: Weight, typed: str) -> tuple[list[str], str]:
-    """Return the lines before a tensor's first value, and the value; `typed` is how it is made."""
-    lines = []
-    size = "()" if not weight.shape else f"({', '.join(map(str, weight.shape))},)"
-    size = size if len(weight.shape) < 2 else size.replace(",)", ")")
+def _filled(weight: Weight, *typed: str) -> str | None:
+    """Return the text of a tensor that is one number everywhere; None of others."""
     init = weight.init
     assert not isinstance(init, str)
-    if not names(init) and not calls(init, "normal"):
-        return [], f"torch.full({size}, {float(evaluate(init, {}))!r}, {typed})"
+    if names(init) or calls(init, "normal"):
+        return None
+    args = [str(weight.shape), repr(float(evaluate(init, {}))), *typed]
+    return f"torch.full({', '.join(args)})"
+
+
+def _computed(weight: Weight, typed: str) -> tuple[list[str], str]:
+    """Return the lines before a tensor's first value, and the value; `typed` is how it is made."""
+    lines, init, size = [], weight.init, str(weight.shape)
+    assert not isinstance(init, str)
     if "h" in names(init):
         rest = f".view(-1{', 1' * (len(weight.shape) - 1)})" if len(weight.shape) > 1 else ""
         lines.append(f"h = torch.arange({weight.shape[0]}, {typed}){rest}")

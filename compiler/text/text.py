@@ -6,7 +6,7 @@ import ast
 import builtins
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -14,19 +14,32 @@ from ..model import PREVIOUS
 from ..pieces import FILES
 
 LIMIT = 96
+STANDARD = {  # what a file may import, and the names that each line brings
+    "import copy": ("copy",),
+    "import math": ("math",),
+    "from collections.abc import {}": ("Callable", "Iterator"),
+    "from typing import {}": ("Any", "NamedTuple"),
+}
+INSTALLED = {
+    "import torch": ("torch",),
+    "import torch.nn.functional as F": ("F",),
+    "import triton": ("triton",),
+    "import triton.language as tl": ("tl",),
+    "from torch import {}": ("Tensor", "nn"),
+}
+_IMPORTED = frozenset(
+    name for rows in (STANDARD, INSTALLED) for names in rows.values() for name in names
+)
 _OURS = frozenset((
-    "self", "x", "b", "n", "m", "i", "j", "h", "s", "p", "f", "F", "nn", "math", "torch", "triton",
-    "tl", "Tensor", "context", "segments", "positions", "cache", "context_positions", "start",
-    "visible", "seen", "step", "width", "rows", "added", "outputs", "plain", "wide", "weight",
-    "given", "places", "state", "last", "anew", "fresh",
-    "finite", "tau", "device", "o", "before", "shared", "place",
-    "attention_mask", "context_mask", "cu_seqlens", "batch", "far", "outer", "run", "context_run",
-    "own", "other", "idle",
-    "known", "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams",
-    "bias", "line",
+    "self", "x", "b", "n", "m", "i", "j", "h", "s", "p", "f", "context", "segments", "positions",
+    "cache", "context_positions", "start", "visible", "seen", "step", "width", "rows", "added",
+    "outputs", "plain", "wide", "weight", "given", "places", "state", "last", "anew", "fresh",
+    "finite", "tau", "device", "o", "before", "shared", "place", "attention_mask", "context_mask",
+    "cu_seqlens", "batch", "far", "outer", "run", "context_run", "own", "other", "idle", "known",
+    "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams", "bias",
+    "line",
 ))  # fmt: skip
-_CLASSES = frozenset(("Callable", "F", "FeedForward", "Layer", "Tensor", "EncoderLayer",
-                       "EncoderFeedForward"))  # fmt: skip
+_CLASSES = frozenset(("FeedForward", "Layer", "EncoderLayer", "EncoderFeedForward"))
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|past|query|read|start|value|written)s?(?:_\d+)?$"
@@ -39,7 +52,7 @@ def ident(name: str) -> str:
         return f"previous_{ident(name.removeprefix(PREVIOUS))}"
     if "." in name or name in ("x", "context"):
         return name.replace(".", "__")
-    ours = name in _OURS or name in pieces()
+    ours = name in _OURS or name in _IMPORTED or name in pieces()
     taken = ours or keyword.iskeyword(name) or hasattr(builtins, name) or _MADE.search(name)
     return f"{name}_" if taken else name
 
@@ -48,7 +61,7 @@ def class_name(name: str) -> str:
     """Return `tiny_gemma` as `TinyGemma`, away from the classes the text itself uses."""
     made = "".join(part[:1].upper() + part[1:] for part in name.split("_") if part)
     made = made if made[:1].isalpha() else f"Block{made}"
-    taken = made in _CLASSES or made in pieces()
+    taken = made in _CLASSES or made in _IMPORTED or made in pieces()
     return f"{made}Block" if taken or keyword.iskeyword(made) or hasattr(builtins, made) else made
 
 
@@ -120,21 +133,30 @@ def _defines(node: ast.stmt) -> str:
     return ""
 
 
-def needed_pieces(text: str) -> list[str]:
-    """Return the pieces that a text calls, and those that they call, in their order."""
-    wanted: set[str] = set()
-    found = _called(text)
-    while found:
-        wanted |= found
-        found = {each for name in found for each in _called_by(name)} - wanted
-    return [name for name in pieces() if name in wanted]
+def names_read(lines: Iterable[str]) -> frozenset[str]:
+    """Return the names that a text reads: what must be defined or imported before it."""
+    nodes = ast.walk(ast.parse("\n".join(lines)))
+    return frozenset(
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    )
 
 
 @cache
-def _called_by(piece: str) -> set[str]:
-    return _called(pieces()[piece])
+def read_by_piece(piece: str) -> frozenset[str]:
+    return names_read([pieces()[piece]])
 
 
-def _called(text: str) -> set[str]:
-    read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    return read & pieces().keys()
+def needed_pieces(read: Collection[str]) -> list[str]:
+    """Return the pieces among the names that a text reads, and those they read, in their order."""
+    wanted: set[str] = set()
+    found = pieces().keys() & read
+    while found:
+        wanted |= found
+        found = {each for name in found for each in pieces().keys() & read_by_piece(name)} - wanted
+    return [name for name in pieces() if name in wanted]
+
+
+def imports(rows: Mapping[str, Collection[str]], read: Collection[str]) -> list[str]:
+    """Return those of the import lines that bring a name that is read."""
+    used = {line: [name for name in names if name in read] for line, names in rows.items()}
+    return [line.format(", ".join(names)) for line, names in used.items() if names]

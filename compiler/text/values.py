@@ -46,25 +46,24 @@ class Values(ABC):
 
     def value(self, expr: Expr) -> Text:
         """Return an expression's text, everything elementwise in it in one piece."""
-        parts: list[Text] = []
+        parts: dict[Expr, Text] = {}
         pattern = self._pattern(expr, parts)
-        if pattern == Name("part 0") and len(parts) == 1:
-            return parts[0]
-        rank = max((each.rank for each in parts), default=0)
+        if pattern in parts:
+            return parts[pattern]
+        rank = max((each.rank for each in parts.values()), default=0)
 
         def leaf(each: Name | Index) -> str:
-            known = isinstance(each, Name) and each.id.startswith("part ")
-            part = parts[int(each.id[5:])] if known else self.leaf(each)  # type: ignore[union-attr]
-            return lifted(part, rank)
+            return lifted(parts[each] if each in parts else self.leaf(each), rank)
 
         return Text(write(self.prepared(pattern), "torch", leaf, self.typed), rank)
 
-    def _pattern(self, expr: Expr, parts: list[Text]) -> Expr:
+    def _pattern(self, expr: Expr, parts: dict[Expr, Text]) -> Expr:
         """Return the elementwise part of an expression, over `part 0` … for what is below it."""
 
         def below(part: Text) -> Expr:
-            parts.append(part)
-            return Name(f"part {len(parts) - 1}")
+            name = Name(f"part {len(parts)}")
+            parts[name] = part
+            return name
 
         if (known := self.special(expr)) is not None:
             return below(known)

@@ -99,7 +99,7 @@ def test_a_long_statement_is_broken_and_means_the_same():
 
 @pytest.mark.parametrize(("name", "variable"), [
     ("gate", "gate"), ("x", "x"), ("lambda", "lambda_"), ("s", "s_"), ("rope", "rope_"),
-    ("k.1", "k__1"), ("t_i", "t_i_"), ("range", "range_"), ("s_", "s__"),
+    ("k.1", "k__1"), ("t_i", "t_i_"), ("range", "range_"), ("s_", "s__"), ("copy", "copy_"),
 ])  # fmt: skip
 def test_variables_stay_away_from_the_texts_own(name, variable):
     assert ident(name) == variable
@@ -107,7 +107,7 @@ def test_variables_stay_away_from_the_texts_own(name, variable):
 
 @pytest.mark.parametrize(("name", "made"), [
     ("tiny_gemma", "TinyGemma"), ("none", "NoneBlock"), ("tensor", "TensorBlock"),
-    ("_", "Block"), ("layer", "LayerBlock"),
+    ("_", "Block"), ("layer", "LayerBlock"), ("any", "AnyBlock"),
 ])  # fmt: skip
 def test_classes_stay_away_from_the_texts_own(name, made):
     assert class_name(name) == made
