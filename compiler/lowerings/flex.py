@@ -17,10 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...grammar.expr import TRUE
+from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Index, Name, walk
 from ..graph.graph import Graph
 from ..graph.operations import Attend
+from ..graph.sides import rank
 from ..plan.attention import Attention
 from ..text.pairs import widened
 from ..text.text import atomic, call, indent
@@ -46,6 +48,10 @@ def obstacle(attention: Attention) -> str | None:
             if isinstance(part, Index) and isinstance(part.base, Name)}  # fmt: skip
     if streams := read - set(attention.tensors) - {"doc"}:
         return f"its expressions read `{min(streams)}`, of which each token has its own"
+    if called := attention.called & MAP_FUNCTIONS.keys():
+        return f"`{min(called)}` looks at other pairs"
+    if any(rank(attention.graph, part) for expr in attention.exprs for part in walk(expr)):
+        return "its expressions read vectors"
     if given := attention.names & {"n", "m", "seen"}:
         return f"its expressions read `{min(given)}`"
     if "doc" in read and attention.graph.block.marks:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from headloom.compiler.checking.check import check
+from headloom.compiler.checking.check import check, find
 from headloom.compiler.model import Block
 from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.plan import Target
@@ -75,6 +75,17 @@ def test_no_text_has_unused_or_unknown_names(tmp_path):
                "--select", "F,E9,E501", "--output-format", "concise", str(tmp_path)]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize(("score", "why"), [
+    ("s - max_keys(s)", "`max_keys` looks at other pairs"),
+    ("s + norm(w[h])", "its expressions read vectors"),
+])  # fmt: skip
+def test_what_flex_attention_cannot_say_is_an_obstacle(score, why):
+    text = "block b { width = 16; heads = 2; mask = causal; param w[heads, head_dim] = 1; "
+    what = find(check(parse(f"{text} score = {score} }}")), "b")
+    with pytest.raises(ValueError, match=why):
+        generate(what, Target("torch", lowering="flex"))
 
 
 def test_a_text_is_the_same_every_time():
