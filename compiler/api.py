@@ -219,7 +219,7 @@ def explained(what: Block | Model, target: Target) -> Report:
         also = () if why is None else (("decoding", why),)
         for each in plan.lowerings.values():
             called, obstacles = _called(plan, each), (*each.obstacles, *also)
-            found.append(Lowering(called, each.path, each.reason, obstacles))
+            found.append(replace(each, node=called, obstacles=obstacles))
     return Report(what, tuple(found), cost(what))
 
 
