@@ -107,7 +107,8 @@ def over_tiles(
     q, k = queries[0], keys[0]
     (b, heads, n, _), m = q.shape, k.shape[2]
     few = whole or torch.compiler.is_compiling() or b * heads * n * m * width <= TILE
-    if at_once is not None and (few or q.is_cuda):
+    a_step = n < 8 and m >= 4096 and not (q.is_cuda or torch.compiler.is_compiling())
+    if at_once is not None and (few or q.is_cuda) and not a_step:  # whose keys are not copied
         return at_once(v, *queries, *keys, *places, *tensors)
     if few:
         none = () if line is None else (None,)
@@ -188,9 +189,9 @@ def tiles_of(
         room = max(1, TILE // max(1, (e - a) * seen * width))
         some = max(1, min(groups, room // each)) if apart else groups
         batch = max(1, min(row.stop - row.start, room // (some * each)))
-        count = e - a
-        if batch * some * each > room:
-            count = max(16, 4 * before, count * room // (batch * some * each) // 16 * 16)
+        count, of_query = e - a, max(1, batch * some * each * seen * width)
+        if count * of_query > TILE:
+            count = max(16, 4 * before, TILE // of_query // 16 * 16)
         for r in range(row.start, row.stop, batch):
             for g in range(0, groups, some):
                 until = min(g + some, groups)

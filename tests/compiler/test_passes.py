@@ -14,6 +14,7 @@ from headloom.compiler.graph.operations import Attend, Stage
 from headloom.compiler.graph.passes import PASSES
 from headloom.compiler.graph.passes.drop_dead import drop_dead
 from headloom.compiler.graph.passes.drop_identities import drop_identities
+from headloom.compiler.graph.passes.fold_scale import fold_scale
 from headloom.compiler.graph.passes.fuse_attend import fuse_attend
 from headloom.compiler.graph.passes.share import share
 from headloom.compiler.lowerings.choose import choose
@@ -83,6 +84,24 @@ def test_attention_becomes_one_node():
     assert set(node.others) == {"slope", "z"}
     assert node.op.mix.dropout == 0.1
     assert node.dims == before.node("o").dims
+    assert verify(after) == []
+
+
+@pytest.mark.parametrize(
+    ("score", "folded", "factor"),
+    [
+        ("softcap(50)", "50 * tanh(s)", 1 / 50),
+        ("tanh(2 * s) + sigmoid(s * 2)", "tanh(s) + sigmoid(s)", 2.0),
+        ("tanh(s / 4) + s", "tanh(s / 4) + s", 1.0),  # not of all of it
+        ("s / 4", "s / 4", 1.0),  # which is a logit by itself
+    ],
+)
+def test_a_factor_of_s_is_part_of_the_scale(score, folded, factor):
+    before = fuse_attend(graph(f"score = {score}"))
+    after = fold_scale(before)
+    (old,), (new,) = before.of(Attend), after.of(Attend)
+    assert show(new.op.mix.score) == folded
+    assert new.op.mix.scale == pytest.approx(old.op.mix.scale * factor)
     assert verify(after) == []
 
 

@@ -160,7 +160,7 @@ def test_it_is_verified(name):
 def test_a_batch_is_what_its_sequences_are_alone(name):
     for what in subjects(checked(text_of(name))):
         subject = Subject.of(what)
-        for check in ("as if alone", "rows of a cache"):
+        for check in ("as if alone", "rows of a cache", "in tiles"):
             found = CHECKS[check](subject)
             assert isinstance(found, str) or found[1] <= 1e-9, (what.name, check)
 

@@ -1,0 +1,125 @@
+"""Which lowering carries an attention, and what each says of itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import headloom as hl
+from headloom.compiler.graph.operations import Attend
+from headloom.compiler.lowerings.choose import WAYS
+from headloom.compiler.pieces import tiles
+from headloom.compiler.pieces.tiles import over_tiles, ranges_of, united
+from headloom.compiler.pipeline import lower
+from headloom.compiler.plan.attention import Attention
+from headloom.compiler.plan.plan import Target
+
+from .battery import block
+
+CASES = {  # settings: (path, needs, what tiles are given)
+    "mask = causal": ("sdpa", ("plain",), {"line", "apart", "ahead=0"}),
+    "mask = all": ("sdpa", ("plain", "run"), {"apart"}),
+    "mask = causal and window(4)": ("tiles", None, {"line", "apart", "back=3", "ahead=0"}),
+    "mask = causal; score = softcap(5)": ("tiles", None, {"line", "apart", "ahead=0"}),
+    "mask = causal; position = alibi": ("tiles", None, {"line", "apart", "ahead=0"}),
+    "mask = causal; normalize = sigmoid": ("tiles", None, {"apart", "ahead=0"}),
+    "mask = causal; normalize = sink": ("tiles", None, {"line", "ahead=0"}),
+    "mask = causal and (window(4) or sink(2))": (
+        "tiles", None, {"apart", "back=3", "ahead=0", "prefix=2"}),
+    "mask = causal; dropout = 0.1; score = softcap(5)": ("dense", None, {"whole=True"}),
+    "score = s + max_queries(s)": ("dense", None, {"whole=True"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_the_fastest_that_fits_is_taken(settings):
+    path, needs, given = CASES[settings]
+    plan = lower(block(f"block b {{ heads = 2; {settings} }}"), Target("torch"))
+    (lowering,) = plan.lowerings.values()
+    assert (lowering.path, lowering.needs) == (path, needs)
+    assert (lowering.beside is None) == (not needs)
+    assert [name for name, _ in lowering.obstacles] == [
+        way.name for way in WAYS[: [way.name for way in WAYS].index(path)]
+    ]
+    text = hl.emit(hl.load(f"block a {{ width = 16; heads = 2; {settings} }}", format="loom"),
+                   "a", backend="torch")  # fmt: skip
+    call = text[text.index("return over_tiles(") :]
+    call = call[: call.index("\n\n")]
+    for word in ("line", "apart", "back=3", "ahead=0", "prefix=2", "whole=True"):
+        assert (word in call) == (word in given), (word, call)
+
+
+def test_a_lowering_that_does_not_fit_says_why():
+    arch = hl.load("block a { width = 16; heads = 2; normalize = sigmoid }", format="loom")
+    with pytest.raises(ValueError, match="`o` does not take `sdpa`: it normalises by softmax only"):
+        hl.compile(arch, "a", backend="torch", lowering="sdpa")
+    with pytest.raises(ValueError, match="a lowering is one of triton, sdpa, tiles, dense, flex"):
+        hl.compile(arch, "a", backend="torch", lowering="quick")
+
+
+@pytest.mark.parametrize("lowering", ["sdpa", "dense", "tiles"])
+def test_lowerings_agree(lowering):
+    arch = hl.load("block a { width = 16; heads = 4; kv_heads = 2; mask = causal and window(3) }",
+                   format="loom")  # fmt: skip
+    ours, other = (
+        hl.compile(arch, "a", backend="torch", dtype=torch.float64, seed=0, lowering=each)
+        for each in (None, lowering)
+    )
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    for given in ({}, {"segments": torch.tensor([[0] * 4 + [1] * 5] * 2)}):
+        torch.testing.assert_close(ours(x, **given), other(x, **given), rtol=1e-12, atol=1e-12)
+
+
+FACTS = {  # settings: (apart, tame, leaves_out, by_rows)
+    "score = softcap(5)": (True, True, True, True),
+    "score = alibi": (True, True, True, True),
+    "param z[heads] = 1; score = s * z[h]": (False, True, True, True),
+    "score = s + log(1 + abs(i - j))": (True, False, True, True),
+    "score = s - max_keys(s)": (True, False, True, True),
+    "score = s + j / m": (True, False, False, True),
+    "score = s + sum_queries(s)": (True, False, True, False),
+}
+
+
+@pytest.mark.parametrize("settings", FACTS)
+def test_facts(settings):
+    graph = lower(
+        block(f"block b {{ heads = 2; mask = causal; {settings} }}"), Target("torch")
+    ).graph
+    facts = Attention(graph, next(graph.of(Attend)))
+    assert (facts.apart, facts.tame, facts.leaves_out, facts.by_rows) == FACTS[settings]
+
+
+def test_ranges_of_keys():
+    q = torch.empty(1, 1, 600, 1)
+    assert [keys for *_, keys in ranges_of(q, 600, 0, 99, 0, 4, None, 256)] == [
+        (slice(0, 256),),
+        (slice(0, 4), slice(157, 512)),
+        (slice(0, 4), slice(413, 600)),
+    ]
+    own = torch.tensor([0] * 300 + [1] * 300)[None, None, :, None]
+    assert [keys for *_, keys in ranges_of(q, 600, 0, 99, 0, 4, own, 256)] == [
+        (slice(0, 256),),
+        (slice(0, 512),),  # of both sequences
+        (slice(300, 304), slice(413, 600)),
+    ]
+    assert ranges_of(q, 700, None, 99, 0, 4, None, 600)[0][-1] == (slice(0, 700),)
+    assert united(0, 0, 3, 2) == (slice(3, 3),)
+
+
+def test_a_tile_holds_no_more_pairs_than_it_may(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 2**12)
+    most = []
+
+    def weigh(q: Tensor, k: Tensor) -> Tensor:
+        most.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
+        return (q @ k.mT).softmax(-1)
+
+    q, k = (torch.randn(3, 4, n, 8) for n in (300, 200))
+    for apart in (False, True):
+        most.clear()
+        found = over_tiles(weigh, k, (q,), (k,), apart=apart)
+        torch.testing.assert_close(found, (q @ k.mT).softmax(-1) @ k)
+        assert max(most) <= max(2**12, 4 * 16 * 200)
+        assert sum(most) == 3 * 4 * 300 * 200
