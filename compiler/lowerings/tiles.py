@@ -16,7 +16,7 @@ from ..plan.attention import Attention
 from ..text.text import call, indent
 from . import distance, sdpa
 from .way import Way
-from .weights import arguments, method_name, signature, weights
+from .weights import arguments, method_name, signature, visibility, weights
 
 
 def obstacle(attention: Attention) -> str | None:
@@ -41,6 +41,7 @@ def reason(attention: Attention) -> str:
         keys = f"the keys from {reach.back} before them"
         keys += f" to {reach.ahead} after them" if reach.ahead else ""
     keys += f" and the first {reach.prefix}" if reach.prefix and attention.leaves_out else ""
+    keys += ", as far as any of them sees them" if attention.scattered else ""
     biased = distance.obstacle(attention) is None
     more = "; what depends on i - j is made once, of every distance" if biased else ""
     return f"some queries at a time, with {keys}{more}"
@@ -82,6 +83,7 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
         args += [f"width={attention.breadth}"] if attention.breadth > 1 else []
         args += ["apart=True"] if attention.apart else []
         args += [f"line=self.{name}_line"] if biased else []
+        args += [f"visible=self.{name}_visible"] if attention.scattered else []
     at_once = sdpa.obstacle(attention) is None and asked != DENSE.name
     args += [f"at_once=self.{name}_at_once"] if at_once else []
     if at_once and at_all:
@@ -95,6 +97,7 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
         *indent(call("return over_tiles", args)),
         *(["", *sdpa.method(attention)] if at_once else []),
         *(["", *distance.method(attention)] if biased else []),
+        *(["", *visibility(attention)] if attention.scattered and not at_all else []),
         "",
         *weights(attention, biased),
     ]

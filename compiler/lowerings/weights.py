@@ -78,6 +78,15 @@ def weights(attention: Attention, biased: bool = False) -> list[str]:
     return [*signature(name, given, gives), *indent(writer.lines_of_weights())]
 
 
+def visibility(attention: Attention) -> list[str]:
+    """Return the method that says who sees whom, of what weights are made of."""
+    writer = Writer(attention)
+    writer.lines.append(f"return {writer.visibility()}")
+    given = [each for group in arguments(attention).values() for each in group]
+    head = signature(f"{method_name(attention)}_visible", given, "Tensor")
+    return [*head, *indent(writer.sized())]
+
+
 class Writer:
     """Writes the weights of one attention, line after line."""
 

@@ -89,6 +89,7 @@ def over_tiles(
     whole: bool = False,
     apart: bool = False,
     line: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    visible: Callable[..., Tensor] | None = None,
     at_once: Callable[..., Tensor] | None = None,
 ) -> Any:
     """Return the mixed values [b, h, n, e], and what else `weigh` gives of each query.
@@ -101,8 +102,9 @@ def over_tiles(
     before it and `ahead` after it, of its sequence `own` [b, 1, n, 1], and the first `prefix`.
     A row reads the `before` queries before it, a pair takes `width` numbers, heads that stand
     `apart` are weighed alike, and a `whole` map is made at once; `at_once` gives the mixed values
-    of all, where that is better. What is added to the logits by `line(q, i, j)`, of distances
-    i [d] and j = 0, is the last that `weigh` takes; then heads need only stand apart beside it.
+    of all, where that is better. visible(*queries, …) says who sees whom. What is added to the
+    logits by `line(q, i, j)`, of distances i [d] and j = 0, is the last that `weigh` takes; then
+    heads need only stand apart beside it.
     """
     q, k = queries[0], keys[0]
     (b, heads, n, _), m = q.shape, k.shape[2]
@@ -124,14 +126,17 @@ def over_tiles(
         v = v.flip(-2)
         keys = tuple(None if x is None else x.flip(-2) for x in keys)
         places = tuple(None if x is None else x.flip(-1) for x in places)
+    standing = Standing(len(queries), len(keys), len(places), line is not None)
+    given = (*queries, *keys, *places, *tensors, *added)
     rows = ranges_of(q, m, start, back, ahead, prefix, own, max(128, 4 * before))
+    if visible is not None and not turned:
+        operands = given[:-1] if standing.biased else given
+        rows = [seen_ranges(visible, each, standing, operands) for each in rows]
     tiles = [
         tile._replace(keys=tuple(slice(m - x.stop, m - x.start) for x in tile.keys[::-1]))
         if turned else tile
         for tile in tiles_of(q, k, v, rows, before, width, apart and turned == (line is not None))
     ]  # fmt: skip
-    standing = Standing(len(queries), len(keys), len(places), line is not None)
-    given = (*queries, *keys, *places, *tensors, *added)
     done = OverTiles.apply(weigh, tiles, standing, v, *given)
     return done if len(done) > 1 else done[0]
 
@@ -169,6 +174,27 @@ def ranges_of(
             ranges = united(sink, min(m, sink + prefix), lo, hi)
             found.append((slice(0, b) if together else slice(row, row + 1), a, e, ranges))
     return found
+
+
+def seen_ranges(
+    visible: Callable[..., Tensor],
+    row: tuple[slice, int, int, tuple[slice, ...]],
+    standing: Standing,
+    given: tuple[Any, ...],
+) -> tuple[slice, int, int, tuple[slice, ...]]:
+    """Return a row of the map with the keys that any of its queries sees, in blocks of 64."""
+    rows, a, e, keys = row
+    every, found = slice(None), []
+    for each in keys:
+        tile = Tile(rows, every, every, slice(a, e), (each,), 0)
+        part = visible(*cut(tile, standing._replace(biased=False), given))
+        count = each.stop - each.start
+        some = part.expand(*part.shape[:-1], count).reshape(-1, count).any(0)
+        blocks = torch.nn.functional.pad(some, (0, -count % 64)).view(-1, 64).any(1)
+        edges = torch.nn.functional.pad(blocks.to(torch.int8), (1, 1)).diff().nonzero()[:, 0]
+        for first, last in edges.view(-1, 2).tolist():
+            found.append(slice(each.start + 64 * first, min(each.start + 64 * last, each.stop)))
+    return rows, a, e, tuple(found) or (slice(0, 1),)
 
 
 def tiles_of(

@@ -23,7 +23,7 @@ from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children,
 from ...kernels.spec import Reach
 from ..algebra.masks import Extent, extent, of_distance, reads_others
 from ..algebra.normalizers import Exponential, exponential
-from ..algebra.structure import Structure, structure
+from ..algebra.structure import Band, Distance, Documents, Structure, structure
 from ..checking.blocks import sees_something
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend
@@ -224,6 +224,14 @@ class Attention:
             exprs = [mix.score, mix.weights, self.exponential.logit]
         plain = mix.similarity is None and not self.maps_below
         return plain and all(map(tame, exprs))
+
+    @cached_property
+    def scattered(self) -> bool:
+        """Whether how far its mask reaches says little of which keys some queries see."""
+        kind = self.structure
+        if isinstance(kind, Documents) and not self.graph.block.marks:
+            kind = kind.inner
+        return self.leaves_out and not isinstance(kind, Band | Distance)
 
     @cached_property
     def distance(self) -> Added | str:

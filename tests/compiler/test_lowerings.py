@@ -27,6 +27,9 @@ CASES = {  # settings: (path, needs, what tiles are given)
     "mask = causal; normalize = sink": ("tiles", None, {"line", "ahead=0"}),
     "mask = causal and (window(4) or sink(2))": (
         "tiles", None, {"apart", "back=3", "ahead=0", "prefix=2"}),
+    "mask = i // 4 == j // 4": ("tiles", None, {"apart", "back=3", "ahead=3", "visible="}),
+    "let t = x | linear(1); mask = causal and t[j, 0] > 0": (
+        "tiles", None, {"ahead=0", "visible="}),
     "mask = causal; dropout = 0.1; score = softcap(5)": ("dense", None, {"whole=True"}),
     "score = s + max_queries(s)": ("dense", None, {"whole=True"}),
 }  # fmt: skip
@@ -46,7 +49,16 @@ def test_the_fastest_that_fits_is_taken(settings):
                    "a", backend="torch")  # fmt: skip
     call = text[text.index("return over_tiles(") :]
     call = call[: call.index("\n\n")]
-    for word in ("line", "apart", "back=3", "ahead=0", "prefix=2", "whole=True"):
+    for word in (
+        "line",
+        "apart",
+        "back=3",
+        "ahead=0",
+        "prefix=2",
+        "whole=True",
+        "ahead=3",
+        "visible=",
+    ):
         assert (word in call) == (word in given), (word, call)
 
 
@@ -106,6 +118,20 @@ def test_ranges_of_keys():
     ]
     assert ranges_of(q, 700, None, 99, 0, 4, None, 600)[0][-1] == (slice(0, 700),)
     assert united(0, 0, 3, 2) == (slice(3, 3),)
+
+
+def test_keys_that_nobody_sees_are_left_out():
+    q = torch.empty(1, 1, 256, 1)
+    standing = tiles.Standing(1, 1, 1, False)
+    given = (torch.arange(256)[:, None], q, torch.arange(256)[None])
+
+    def visible(i: Tensor, _: Tensor, j: Tensor) -> Tensor:
+        return (j >= 250) & (i < 100) | (j < 3)
+
+    row = (slice(0, 1), 0, 128, (slice(0, 256),))
+    assert tiles.seen_ranges(visible, row, standing, given)[-1] == (slice(0, 64), slice(192, 256))
+    row = (slice(0, 1), 128, 256, (slice(10, 200),))
+    assert tiles.seen_ranges(visible, row, standing, given)[-1] == (slice(0, 1),)  # a key at least
 
 
 def test_a_tile_holds_no_more_pairs_than_it_may(monkeypatch):
