@@ -23,9 +23,9 @@ MAY_IMPORT = {
 }
 ROOMS = (
     "algebra",
+    "graph",
     "facts",
     "checking",
-    "graph",
     "plan",
     "pieces",
     "text",
