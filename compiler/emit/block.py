@@ -18,11 +18,12 @@ from ..facts.parameters import constants
 from ..graph.graph import AnyNode, Node, made_by, shape_of
 from ..graph.operations import Attend, Input, Scan, Stage, TensorRead
 from ..graph.sides import QUERY, read_along
-from ..lowerings import chunk, flex, kernel, scan, sdpa, tiles, weights
+from ..lowerings import chunk, scan, tiles, weights
+from ..lowerings.choose import way
 from ..lowerings.operators import Operator
+from ..lowerings.way import Call
 from ..model import MAPS, PREVIOUS, Block, Pairwise
 from ..plan.attention import Attention
-from ..plan.kernel_form import KernelForm, kernel_form
 from ..plan.plan import Plan
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter as parameter_lines
@@ -48,8 +49,8 @@ def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]
         if not writer.takes_all(attention):
             made = tiles.methods(writer.facts(attention), plan.target.lowering)
             lines += ["", *indent(made)]
-            if plan.path(attention) == flex.NAME:
-                lines += ["", *indent(flex.method(writer.facts(attention)))]
+        own = way(plan.lowerings[attention.name].path).methods(writer.facts(attention))
+        lines += ["", *indent(own)] if own else []
     return lines
 
 
@@ -302,11 +303,7 @@ class _Writer(Caches):
 
     def _needs(self, node: Node[Attend]) -> tuple[str, ...] | None:
         """Return what must hold of a call for the text before the general one; None without it."""
-        lowering = self.plan.lowerings[node.name]
-        general = lowering.path in (tiles.NAME, "dense") or (
-            lowering.path == sdpa.NAME and sdpa.slow(self.facts(node)) is not None
-        )
-        return None if general else lowering.needs
+        return self.plan.lowerings[node.name].needs
 
     def _when(self, needs: tuple[str, ...]) -> str:
         """Write the condition of the text before the general one."""
@@ -468,32 +465,12 @@ class _Writer(Caches):
         }
 
     def _plain(self, node: Node[Attend]) -> list[str]:
-        target, facts = _target(node), self.facts(node)
+        """Write the call of the lowering that the plan names."""
         q, k, v = (self._kernel_operand(node, name) for name in (node.q, node.k, node.v))
-        if node.name in self.kernels:
-            form = kernel_form(self.graph, node)
-            assert isinstance(form, KernelForm)
-            lines, args = kernel.made_before(facts, form, (q, k, v))
-            args += [self._kernel_operand(node, name) for name in kernel.kernel_reads(node, form)]
-            args += [each.name for each in form.sides]
-            asked = {kind: ident(name) for name, kind, _ in node.op.statistics}
-            logs, *entropy = (
-                [asked[kind] for kind in kinds if kind in asked]
-                for kinds in (("joint", "lse"), ("entropy",))
-            )
-            given = [*logs[:1], *entropy[0]]  # the kernel says once what both of them are made of
-            lines += call(f"{', '.join([target, *given])} = {self.kernels[node.name]}", args)
-            for kind, each in sorted(asked.items(), key=lambda one: one[0] != "lse"):
-                made = logs[0] if kind == "lse" else each
-                if kind == "lse" and facts.may_see_nothing:
-                    made = f"{made}.masked_fill({made} == -torch.inf, 0)"
-                lines.append(f"{each} = {made}[..., None].to({v}.dtype)")
-            return lines
-        if self.plan.path(node) == flex.NAME:
-            return call(f"{target} = self.{weights.method_name(facts)}_in_flex",
-                        [q, k, v, "None if not batch.cut else batch.own"])  # fmt: skip
-        causal = ["is_causal=True"] if node.op.mix.mask == sdpa.CAUSAL else []
-        return sdpa.invoke(facts, [q, k, v, *causal], f"{target} = ")
+        asked = {kind: ident(name) for name, kind, _ in node.op.statistics}
+        given = Call(_target(node), q, k, v, lambda name: self._kernel_operand(node, name),
+                     self.kernels.get(node.name, ""), asked)  # fmt: skip
+        return way(self.plan.lowerings[node.name].path).invoke(self.facts(node), given)
 
     def _kernel_operand(self, node: Node[Attend], name: str) -> str:
         if name == "doc":

@@ -10,9 +10,6 @@ Nothing falls back silently: what is chosen, and every obstacle, is in the plan 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 from ...kernels import sequential
 from ..graph.graph import Graph, Node, made_by
 from ..graph.operations import Attend, Scan
@@ -21,34 +18,20 @@ from ..plan.plan import Lowering, Plan, Target
 from ..plan.recurrences import described, kernel_obstacle, of_node
 from ..plan.sequential_form import scan_of
 from . import flex, kernel, sdpa, tiles
-from .calls import needed, others
+from .calls import others
+from .way import Way
 
 ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels)"
 
 
-class Way(NamedTuple):
-    """A lowering of attentions: when it does not fit, why it is taken, where it would be slow,
-    and what must hold of a call that it takes.
-    """
-
-    name: str
-    obstacle: Callable[[Attention], str | None]
-    reason: Callable[[Attention], str]
-    slow: Callable[[Attention], str | None] = lambda _: None
-    needs: Callable[[Attention], tuple[str, ...]] = lambda _: ()
+# From the fastest down: the first that fits is taken. The last but one fits always; the last serves
+# comparisons.
+WAYS = (kernel.WAY, sdpa.WAY, tiles.WAY, tiles.DENSE, flex.WAY)
 
 
-# From the fastest down: the first that fits is taken. What fits always is taken before the last,
-# which serves comparisons.
-WAYS = (
-    Way(kernel.NAME, kernel.obstacle, kernel.reason,
-        needs=lambda each: needed(each, documents=each.tells_apart)),
-    Way(sdpa.NAME, sdpa.obstacle, sdpa.reason, sdpa.slow, sdpa.needs),
-    Way(tiles.NAME, tiles.obstacle, tiles.reason),
-    Way("dense", lambda _: None, lambda _: "every pair is computed by PyTorch operations"),
-    Way(flex.NAME, flex.obstacle, lambda _: "it was asked for",
-        needs=lambda each: needed(each, documents=True)),
-)  # fmt: skip
+def way(path: str) -> Way:
+    """Return the lowering of attentions of a name."""
+    return next(each for each in WAYS if each.name == path)
 
 
 def choose(graph: Graph, target: Target) -> Plan:
@@ -65,25 +48,25 @@ def choose(graph: Graph, target: Target) -> Plan:
 def _attend(graph: Graph, node: Node[Attend], target: Target) -> Lowering:
     attention = Attention(graph, node)
     obstacles: list[tuple[str, str]] = []
-    for way in WAYS:
-        why_not = way.obstacle(attention)
-        if way.name == kernel.NAME and target.backend != "triton":
+    for each in WAYS:
+        why_not = each.obstacle(attention)
+        if each is kernel.WAY and target.backend != "triton":
             why_not = ONLY_PYTORCH
         if target.lowering is None:
-            why_not = why_not or way.slow(attention)
-        elif way.name != target.lowering:
+            why_not = why_not or each.slow(attention)
+        elif each.name != target.lowering:
             continue
         if why_not is None:
-            needs = way.needs(attention)
+            needs = each.needs(attention)
             beside = None
             if needs:
-                rest = "dense" if tiles.obstacle(attention) else tiles.NAME
+                rest = tiles.DENSE.name if tiles.obstacle(attention) else tiles.WAY.name
                 beside = rest, others(needs)
-            return Lowering(node.name, way.name, way.reason(attention), tuple(obstacles), needs,
+            return Lowering(node.name, each.name, each.reason(attention), tuple(obstacles), needs,
                             beside)  # fmt: skip
-        obstacles.append((way.name, why_not))
+        obstacles.append((each.name, why_not))
     if not obstacles:
-        names = ", ".join(way.name for way in WAYS)
+        names = ", ".join(each.name for each in WAYS)
         raise ValueError(f"a lowering is one of {names}, not {target.lowering!r}")
     raise ValueError(f"`{node.name}` does not take `{target.lowering}`: {obstacles[0][1]}")
 

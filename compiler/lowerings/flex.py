@@ -26,9 +26,10 @@ from ..text.pairs import widened
 from ..text.text import atomic, call, indent
 from ..text.values import Text, Values
 from . import sdpa
+from .calls import needed
+from .way import Call, Way
 from .weights import method_name, signature
 
-NAME = "flex"
 _WITHIN = "visible if own is None else visible & (own[b, i] == own[b, j])"
 
 
@@ -117,3 +118,13 @@ def method(attention: Attention) -> list[str]:
     args += ["enable_gqa=True"] if max(int(k[1]), int(v[1])) != int(q[1]) else []
     body += call("done: Tensor = compiled_flex_attention()", args)
     return [*head, *indent([*body, "return done"])]
+
+
+def invoke(attention: Attention, given: Call) -> list[str]:
+    """Return a call for whole sequences, or rows of several."""
+    args = [given.q, given.k, given.v, "None if not batch.cut else batch.own"]
+    return call(f"{given.target} = self.{method_name(attention)}_in_flex", args)
+
+
+WAY = Way("flex", obstacle, lambda _: "it was asked for", invoke=invoke, methods=method,
+          needs=lambda each: needed(each, documents=True))  # fmt: skip

@@ -19,11 +19,12 @@ from ..model import PREVIOUS
 from ..plan.attention import Attention, reach
 from ..plan.kernel_form import KernelForm, Side, kernel_form
 from ..text.pairs import Pairs, operand
-from ..text.text import atomic, ident
+from ..text.text import atomic, call, ident
+from .calls import needed
 from .sdpa import alike
+from .way import Call, Way
 from .weights import operands
 
-NAME = "triton"
 _OF_KERNELS = ("lse", "joint", "entropy")  # the statistics that kernels give
 
 
@@ -142,3 +143,26 @@ def made_before(
     plain = isinstance(form.key, Index) and operand(node, form.key) == "k"
     key = k if plain else f"{atomic(side(form.key, 'j'))}.expand(*{q}.shape[:2], -1, -1)"
     return lines, [side(form.query, "i"), key, v if plain else f"{v}{repeat}"]
+
+
+def invoke(attention: Attention, given: Call) -> list[str]:
+    """Return the lines that call the kernel, and those that make what it takes."""
+    form = kernel_form(attention.graph, attention.node)
+    assert isinstance(form, KernelForm)
+    lines, args = made_before(attention, form, (given.q, given.k, given.v))
+    args += [given.operand(name) for name in kernel_reads(attention.node, form)]
+    args += [each.name for each in form.sides]
+    logs, entropy = ([given.asked[kind] for kind in kinds if kind in given.asked]
+                     for kinds in (("joint", "lse"), ("entropy",)))  # fmt: skip
+    results = [*logs[:1], *entropy]  # the kernel says once what both of `logs` are made of
+    lines += call(f"{', '.join([given.target, *results])} = {given.function}", args)
+    for kind, each in sorted(given.asked.items(), key=lambda one: one[0] != "lse"):
+        made = logs[0] if kind == "lse" else each
+        if kind == "lse" and attention.may_see_nothing:
+            made = f"{made}.masked_fill({made} == -torch.inf, 0)"
+        lines.append(f"{each} = {made}[..., None].to({given.v}.dtype)")
+    return lines
+
+
+WAY = Way("triton", obstacle, reason, invoke=invoke,
+          needs=lambda each: needed(each, documents=each.tells_apart))  # fmt: skip

@@ -16,9 +16,9 @@ from ..model import Normalizer
 from ..plan.attention import Attention
 from ..text.text import call, indent
 from .calls import needed
+from .way import Call, Way
 from .weights import Writer, arguments, method_name, signature
 
-NAME = "sdpa"
 CAUSAL = Compare((Name("j"), Name("i")), ("<=",))
 
 
@@ -54,9 +54,15 @@ def reason(attention: Attention) -> str:
     return f"softmax of plain logits is what scaled_dot_product_attention computes{mask}"
 
 
-def needs(attention: Attention) -> tuple[str, ...]:
-    """Return what must hold of a call without a mask for every pair; () where it has one."""
-    return () if slow(attention) else needed(attention, documents=False)
+def needs(attention: Attention) -> tuple[str, ...] | None:
+    """Return what must hold of a call without a mask for every pair; None where all have one."""
+    return None if slow(attention) else needed(attention, documents=False)
+
+
+def invoke(attention: Attention, given: Call) -> list[str]:
+    """Return a call for whole sequences."""
+    causal = ["is_causal=True"] if attention.mix.mask == CAUSAL else []
+    return written(attention, [given.q, given.k, given.v, *causal], f"{given.target} = ")
 
 
 def _shown(normalizer: Normalizer) -> str:
@@ -76,7 +82,7 @@ def method(attention: Attention) -> list[str]:
     writer, args = Writer(attention), ["q", "k", "v"]
     visible = writer.visibility()
     args += [f"attn_mask={visible}"] if visible else []
-    lines = [*writer.sized(), *invoke(attention, args, "return ")]
+    lines = [*writer.sized(), *written(attention, args, "return ")]
     return [*signature(f"{method_name(attention)}_at_once", given, "Tensor"), *indent(lines)]
 
 
@@ -91,7 +97,7 @@ def alike(attention: Attention, q: str, k: str, v: str) -> list[str]:
     return [q, k, v]
 
 
-def invoke(attention: Attention, args: list[str], head: str) -> list[str]:
+def written(attention: Attention, args: list[str], head: str) -> list[str]:
     """Return a call of scaled_dot_product_attention with what the node needs beyond `args`."""
     graph, node = attention.graph, attention.node
     q, k, v = (shape_of(graph.node(name).dims) for name in (node.q, node.k, node.v))
@@ -103,3 +109,6 @@ def invoke(attention: Attention, args: list[str], head: str) -> list[str]:
     if max(k.heads or 1, v.heads or 1) != q.heads:
         args.append("enable_gqa=True")
     return call(f"{head}F.scaled_dot_product_attention", args)
+
+
+WAY = Way("sdpa", obstacle, reason, slow, needs, invoke)

@@ -15,9 +15,8 @@ from __future__ import annotations
 from ..plan.attention import Attention
 from ..text.text import call, indent
 from . import distance, sdpa
+from .way import Way
 from .weights import arguments, method_name, signature, weights
-
-NAME = "tiles"
 
 
 def obstacle(attention: Attention) -> str | None:
@@ -49,7 +48,7 @@ def reason(attention: Attention) -> str:
 
 def whole(attention: Attention, asked: str | None) -> bool:
     """Say whether the map is made at once: it must be, or a lowering is `asked` for that does."""
-    return obstacle(attention) is not None or asked in (sdpa.NAME, "dense")
+    return obstacle(attention) is not None or asked in (sdpa.WAY.name, DENSE.name)
 
 
 def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
@@ -83,7 +82,7 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
         args += [f"width={attention.breadth}"] if attention.breadth > 1 else []
         args += ["apart=True"] if attention.apart else []
         args += [f"line=self.{name}_line"] if biased else []
-    at_once = sdpa.obstacle(attention) is None and asked != "dense"
+    at_once = sdpa.obstacle(attention) is None and asked != DENSE.name
     args += [f"at_once=self.{name}_at_once"] if at_once else []
     if at_once and at_all:
         every = [each for key in groups if key != "tensors" for each in groups[key]]
@@ -110,3 +109,7 @@ def _reach(attention: Attention) -> list[str]:
 
 def _tuple(items: tuple[str, ...] | list[str]) -> str:
     return f"({', '.join(items)}{',' * (len(items) == 1)})"
+
+
+WAY = Way("tiles", obstacle, reason)
+DENSE = Way("dense", lambda _: None, lambda _: "every pair is computed by PyTorch operations")

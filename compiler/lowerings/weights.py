@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ...grammar.expr import TRUE
-from ...grammar.syntax import Expr, Index, Name, Number, walk
+from ...grammar.expr import TRUE, names
+from ...grammar.syntax import Binary, Expr, Index, Name, Number, walk
 from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
@@ -78,6 +78,11 @@ def weights(attention: Attention, biased: bool = False) -> list[str]:
     name = f"{method_name(attention)}_weights"
     gives = "tuple[Tensor, ...]" if several else "Tensor"
     return [*signature(name, given, gives), *indent(writer.lines_of_weights())]
+
+
+def _varies(expr: Expr) -> bool:
+    """Say whether an expression is a number of every pair."""
+    return "s" in names(expr)
 
 
 class Writer:
@@ -159,7 +164,6 @@ class Writer:
             f"    s = s + hiding({self._together}, s)",
         ] if self.told else []  # fmt: skip
         self.weighing = ""
-        logit = [] if found.logit == Name("s") else [f"s = {self._spread(found.logit)}"]
         self._shares(form)
         after, self.lines = self._ended(), []
         return [
@@ -167,9 +171,18 @@ class Writer:
             "if bias is None:",
             *indent(general),
             "else:",
-            *indent([*logit, "s = s + bias", *together]),
+            *indent([*self._biased(found.logit), *together]),
             *after,
         ]
+
+    def _biased(self, logit: Expr) -> list[str]:
+        """Write a logit and what is added to it; a factor of all of it takes no step of its own."""
+        match logit:
+            case Name("s"):
+                return ["s = s + bias"]
+            case Binary("*", Number(factor), inner) if _varies(inner):
+                return [f"s = torch.add(bias, {self._spread(inner)}, alpha={factor!r})"]
+        return [f"s = {self._spread(logit)}", "s = s + bias"]
 
     def _weigh(self) -> None:
         """Write the normaliser, and all down to what is given back."""

@@ -28,15 +28,15 @@ class Target:
 class Lowering:
     """The path a node takes, why, and what stood in the way of the others.
 
-    Where something must hold of a call for the path to take it, `needs` says what
-    (`lowerings/calls.py`), and `beside` is the path of other calls.
+    Where something must hold of a call for the path to take it, `needs` says what, () for all
+    calls, and `beside` is the path of the others (`lowerings/calls.py`, `lowerings/way.py`).
     """
 
     node: str
     path: str  # triton, sdpa, tiles, dense, chunkwise, sequential
     reason: str
     obstacles: tuple[tuple[str, str], ...] = ()
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] | None = None
     beside: tuple[str, str] | None = None  # the path, and which calls it takes
 
 

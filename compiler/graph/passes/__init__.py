@@ -12,12 +12,13 @@ from ..build import build
 from ..graph import Graph
 from .drop_dead import drop_dead
 from .drop_identities import drop_identities
+from .fold_scale import fold_scale
 from .fuse_attend import fuse_attend
 from .share import share
 
 Pass = Callable[[Graph], Graph]
 
-PASSES: tuple[Pass, ...] = (drop_identities, share, fuse_attend, drop_dead)
+PASSES: tuple[Pass, ...] = (drop_identities, share, fuse_attend, fold_scale, drop_dead)
 
 __all__ = ["PASSES", "Pass", "simplest"]
 
