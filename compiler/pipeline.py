@@ -16,8 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .emit import Code, emit
-from .graph.build import build
-from .graph.passes import PASSES
+from .graph.passes import simplest
 from .lowerings.choose import choose
 from .model import Block, Model
 from .plan.plan import Plan, Target
@@ -28,10 +27,7 @@ if TYPE_CHECKING:
 
 def lower(block: Block, target: Target) -> Plan:
     """Return the graph of a block after all passes, with every path chosen."""
-    graph = build(block)
-    for each in PASSES:
-        graph = each(graph)
-    return choose(graph, target)
+    return choose(simplest(block), target)
 
 
 def plans(what: Block | Model, target: Target) -> list[Plan]:

@@ -25,9 +25,9 @@ MAY_IMPORT = {
 }
 ROOMS = (
     "algebra",
+    "graph",
     "facts",
     "checking",
-    "graph",
     "plan",
     "pieces",
     "text",

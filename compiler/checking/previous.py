@@ -15,7 +15,9 @@ from dataclasses import replace
 from ...grammar.syntax import Expr
 from ..algebra.masks import extent, remembered, widest
 from ..facts import decoding
-from ..facts.kept import late
+from ..graph.build import build
+from ..graph.passes.fuse_attend import fuse_attend
+from ..graph.roots import Roots
 from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Read, flow_nodes
 
 Finish = Callable[[tuple[str, ...]], Block]  # the block of a layer that gives these streams
@@ -59,7 +61,8 @@ def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
         if [below.resolved(each.name) for each in other.inputs[1:3]] == there[:2]:
             if name in below.borrows:
                 return all(each == "doc" or each.startswith(PREVIOUS) for each in there)
-            return not any(late(below, each) for each in (*other.indexed("j"), *there))
+            roots = Roots(fuse_attend(build(below)))
+            return not any(map(roots.late, (*other.indexed("j"), *there)))
     return False
 
 

@@ -13,9 +13,11 @@ from functools import cached_property
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Name, walk
 from ...kernels.recurrence import Recurrence
+from ..facts.kept import along_keys, lookback
 from ..facts.parameters import constants
 from ..graph.graph import AnyNode, Node, made_by, shape_of
 from ..graph.operations import Attend, Input, Scan, Stage, TensorRead
+from ..graph.sides import QUERY, read_along
 from ..lowerings import chunk, scan, tiles, weights
 from ..lowerings.choose import way
 from ..lowerings.operators import Operator
@@ -26,7 +28,7 @@ from ..plan.plan import Plan
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter as parameter_lines
 from ..text.text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
-from .caches import Caches, begins_within, own_rows, plain_name
+from .caches import CONTEXT, TAILS, Caches, begins_within, own_part, own_rows, part_name, plain_name
 
 
 def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]:
@@ -137,13 +139,9 @@ class _Writer(Caches):
         if self._isolates:
             body.append(f"x, spoilt = batch.clean(x, causal={self.obstacle is None})")
         body += self._sizes() + self._places()
-        if len(self._parts) > 1:
-            body += [
-                f'{self.cache(name)} = None if cache is None else cache.parts["{ident(name)}"]'
-                for name in self._parts
-            ]
-        elif self._parts:
-            body.append(f'part = None if cache is None else cache.parts["{self._only}"]')
+        for name in map(part_name, self.kept.parts):
+            part = f'cache.parts["{ident(name)}"]'
+            body.append(f"{self.cache(name)} = None if cache is None else {part}")
         body += self._from_below()
         body += self._streams()
         end = self.graph.node(self.graph.output)
@@ -222,24 +220,27 @@ class _Writer(Caches):
         if name == self.graph.output or name in self._shared_now.values():
             return True
         for node in self.graph.readers(name):
-            if not made_by(node, Attend) or name in (node.q, *self._queried(node)):
+            if not made_by(node, Attend):
                 return True
-            if node.name not in self.borrows or name not in self._keyed(node):
+            if name in (node.q, *read_along(self.graph, node, QUERY)):
+                return True
+            if node.name not in self.borrows or name not in along_keys(self.graph, node):
                 return True
         return False
 
     def _given(self) -> dict[str, str]:
         """Return what the layer above reads, by name, as text."""
         given = {label: plain_name(name) for label, name in self._shared_now.items()}
-        for label, name in self._lent.items():
-            given[label] = self._seen_as(self._held["keys"][0], name)
+        for label, name in self.graph.lent.items():
+            keys = next(each for each in self.kept.keys if each.early)
+            given[label] = self._seen_as(self._facts[keys.readers[0]].node, name)
         for name in self.block.lends:
             source = self.block.resolved(name).removeprefix(PREVIOUS)
             given.setdefault(f"{name}[j]", f'shared["{source}[j]"]')
         if self.block.lends:
-            own = "lent_places" if len(self._held) > 1 else "places"
-            given["places"] = own if self._lent else 'shared["places"]'
-            given["run"] = "lent_run" if self._lent else 'shared["run"]'
+            own = "lent_places" if len(self.kept.keys) > 1 else "places"
+            given["places"] = own if self.graph.lent else 'shared["places"]'
+            given["run"] = "lent_run" if self.graph.lent else 'shared["run"]'
         if any("m" in self.graph.node(name).dims for name in self._shared_now.values()):
             given["context_run"] = "context_run"
         return given | {label: f"shared_{label}" for label, _ in self.graph.shared if label in MAPS}
@@ -325,7 +326,7 @@ class _Writer(Caches):
             *(node.name for node in graph.mixings()),
             *(name for _, name in graph.shared),
         ]
-        needed = frozenset().union(*(self._roots[name] for name in ends))
+        needed = frozenset().union(*(self.roots.of[name] for name in ends))
         for node in graph.nodes:
             if node.name in (graph.output, graph.auxiliary):
                 continue
@@ -340,9 +341,9 @@ class _Writer(Caches):
                 lines = self._assign(node, f"{'o' if node.name == 'o' else name} =")
             if node.name not in needed and isinstance(node.op, Stage):
                 extra += lines
-            elif self._far(node.name):
+            elif self.roots.far(node.name):
                 far += lines
-            elif self._late(node.name) or any(self._far(name) for name in self._roots[node.name]):
+            elif self.roots.late(node.name) or any(map(self.roots.far, self.roots.of[node.name])):
                 rest += lines
             else:
                 early += lines
@@ -384,8 +385,8 @@ class _Writer(Caches):
         ]
         if self.obstacle is not None:
             return [*needed, *far]
-        cache = self.cache("context")
-        names = [ident(name) if name != "context" else name for name in self._from_context]
+        cache = self.cache(CONTEXT)
+        names = [plain_name(each.name) for each in self.kept.context]
         got = ", ".join([*names, "context_run"])
         return [
             f"if {cache} is not None and {cache}.serves(context):",
@@ -406,7 +407,7 @@ class _Writer(Caches):
     def _scanned(self, node: Node[Scan]) -> list[str]:
         """Write a recurrence."""
         path = self.plan.path(node)
-        cache = self.cache(node.name) if self.obstacle is None else ""
+        cache = self.cache(own_part(node.name)) if self.obstacle is None else ""
         if node.name in self.kernels:
             return scan.by_kernel(self.graph, node, cache, self.kernels[node.name])
         if path == "sequential":
@@ -418,7 +419,7 @@ class _Writer(Caches):
         """Write an attention."""
         facts = self.facts(node)
         lines: list[str] = []
-        named = {name: self._seen_as(node, name) for name in self._keyed(node)}
+        named = {name: self._seen_as(node, name) for name in along_keys(self.graph, node)}
         operands = weights.operands(facts)
         variables = {each.variable: named[each.name] if each.at == "j" else each.variable
                      for each in operands}  # fmt: skip
@@ -446,7 +447,7 @@ class _Writer(Caches):
 
     def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
         """Return what says where queries and keys stand, and of which sequences they are."""
-        borrowed, held = node.name in self.borrows, self._held_by(node)
+        borrowed, held = node.name in self.borrows, self.kept.read_by(node.name)
         at = f"torch.arange({node.dims[2]}, device=x.device)"
         own = """shared["run"]""" if borrowed else "run_j" if held else "run"
         other = own if self._key_tokens(node) == "n" else "context_run"
@@ -454,7 +455,7 @@ class _Writer(Caches):
         if borrowed and self.obstacle is None:
             start = "batch.start if cache is None else None"
         elif held is not None:
-            start = f"{ident(held)}_start"
+            start = f"{ident(part_name(held))}_start"
         return {
             "i": f"by_query({'positions' if node.dims[2] == 'n' else at})",
             "j": f"""by_key({'shared["places"]' if borrowed else "places"})""",
@@ -474,13 +475,13 @@ class _Writer(Caches):
     def _kernel_operand(self, node: Node[Attend], name: str) -> str:
         if name == "doc":
             return "batch.doc" if self.block.marks else "batch.number"
-        if node.name in self.borrows and name in self._keyed(node):
+        if node.name in self.borrows and name in along_keys(self.graph, node):
             return self._seen_as(node, name)
         return f"self.{name}" if self.graph.is_tensor(name) else plain_name(name)
 
     def _advance(self, node: Node[Attend], named: Mapping[str, str], places: bool) -> list[str]:
         """Write the lines that take new tokens into the cache, and say where the keys stand."""
-        held = self._held_by(node)
+        held = self.kept.read_by(node.name)
         if node.name in self.borrows:
             return []
         if held is None:
@@ -490,13 +491,12 @@ class _Writer(Caches):
                 return ["places = positions"]
             return [f"places = torch.arange({named[node.k]}.shape[-2], device=x.device)"]
         lines: list[str] = []
-        nodes = self._held[held]
-        if node is not nodes[0]:  # the first of them has brought the keys of all
+        if node.name != held.readers[0]:  # the first of them has brought the keys of all
             return lines
-        lends = held == "keys" and bool(self._lent)
-        facts = [self.facts(each) for each in nodes]
+        lends = held.early and bool(self.graph.lent)
+        facts = [self._facts[each] for each in held.readers]
         any_places = lends or any(each.reads_places for each in facts)
-        named = {name: self._seen_as(node, name) for name in self._kept(held)}
+        named = {each.name: self._seen_as(node, each.name) for each in held.streams}
         lines += [
             f"{variable} = {plain_name(name)}"
             for name, variable in named.items()
@@ -504,24 +504,18 @@ class _Writer(Caches):
         ]
         lines += ["places = positions"] if any_places else []
         lines += ["run_j = run"]
-        cache = self.cache(held)
+        cache = self.cache(part_name(held))
         if any("start" in tiles.parameters(each, self.plan.target.lowering) for each in facts):
-            start = f"{ident(held)}_start"
+            start = f"{ident(part_name(held))}_start"
             lines.append(f"{start} = batch.start if {cache} is None else {cache}.start(batch)")
         values = [f"{ident(name)}={plain_name(name)}" for name in named]
         got = ", ".join([*named.values(), "places" if any_places else "_", "run_j"])
         lines.append(f"if {cache} is not None:")
         lines += indent(call(f"{got} = {cache}.update", ["batch", *values]))
         if lends:
-            lines += ["lent_places = places"] if len(self._held) > 1 else []
+            lines += ["lent_places = places"] if len(self.kept.keys) > 1 else []
             lines += ["lent_run = run_j"]
         return lines
-
-    def _held_by(self, node: Node[Attend]) -> str | None:
-        """Return the cache that holds the keys of an attention."""
-        if self.obstacle is not None:
-            return None
-        return next((name for name, nodes in self._held.items() if node in nodes), None)
 
     # nodes
 
@@ -533,15 +527,15 @@ class _Writer(Caches):
         if made_by(first, Stage) and self._inlined(first):
             given = ident(node.name.partition(".")[0])
             lines = self._assign(first, f"{given} =")
-        cache = self.cache("tails")
+        cache = self.cache(TAILS)
         tail = call(f"    before, known = {cache}.before",
-                    [f'"{node.name}"', given, str(self._tail(node)), "batch"])  # fmt: skip
+                    [f'"{node.name}"', given, str(lookback(node)), "batch"])  # fmt: skip
         lines += ["before, known = None, run", f"if {cache} is not None:", *tail]
         return [*lines, *comment(f"{head} self.{node.module}({given}, known, before)", dims)]
 
     def _inlined(self, node: AnyNode) -> bool:
         """Whether a node stands inside the only expression that reads it, once."""
-        if "." not in node.name or self._tail(node):
+        if "." not in node.name or lookback(node):
             return False
         readers = self.graph.readers(node.name)
         if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
@@ -578,7 +572,7 @@ class _Writer(Caches):
         if not made_by(node, Stage):
             return [f"{head} {plain_name(node.name)}"]
         dims = f"[{', '.join(map(str, node.dims))}]"
-        if self._tail(node) and self.obstacle is None:
+        if lookback(node) and self.obstacle is None:
             return self._remembered(node, head, dims)
         line = f"{head} {self._text(node)}"
         if len(line) + len(dims) + 4 <= LIMIT - 4 or not node.inputs:

@@ -1,8 +1,6 @@
-"""What a block keeps between calls: which streams, in which caches, under which variables.
+"""The cache of a block: how `init_cache` makes each part, and under which variables it is read.
 
-One cache is for the keys and values of all attentions whose keys are there from the start;
-those made of what was mixed before have one each, recurrences their states, short convolutions
-the tokens before the next, and a context what is made of it once.
+What is kept, and of what size, is said by `Kept` (`facts/kept.py`), where the block can decode.
 """
 
 from __future__ import annotations
@@ -11,26 +9,38 @@ from functools import cached_property
 
 from ...grammar.expr import calls, evaluate
 from ...ops import OPS
-from ..algebra.masks import extent, reads_others, remembered, widest
+from ..algebra.masks import reads_others
 from ..facts import decoding
-from ..graph.graph import AnyNode, Graph, Node, made_by, shape_of
-from ..graph.operations import Attend, Input, Scan, Stage
-from ..lowerings import scan, weights
-from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
+from ..facts.kept import Context, Held, Kept, Keys, Part, State, Tails, kept_of
+from ..facts.parameters import weights
+from ..graph.graph import AnyNode, Graph, Node, made_by
+from ..graph.operations import Attend, Scan
+from ..graph.roots import Roots
+from ..graph.sides import QUERY, read_along
+from ..lowerings import scan
+from ..model import MAPS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
 from ..plan.attention import Attention
-from ..text.pairs import Operand
 from ..text.text import call, ident, indent
+
+_KEYS, CONTEXT, TAILS = "keys", "context", "tails"  # the parts that a block has once
+_CLASSES: dict[type[Part], str] = {
+    Keys: "KeyValueCache",
+    State: "StateCache",
+    Context: "ContextCache",
+    Tails: "TailCache",
+}
 
 
 class Caches:
-    """What depends on what in one block, and what is kept of it."""
+    """The caches of one block, as text."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph, self.block = graph, graph.block
+        self.graph, self.block, self.roots = graph, graph.block, Roots(graph)
         self.attentions = tuple(graph.of(Attend))
         self.recurrences = tuple(graph.of(Scan))
-        self.crosses = any(each.name == "context" for each in graph.of(Input))
+        self.crosses = graph.reads_context
         self.obstacle = decoding.obstacle(graph.block)
+        self.kept = Kept() if self.obstacle is not None else kept_of(graph)
         self.borrows = frozenset(graph.block.borrows)
         self._facts = {each.name: Attention(graph, each) for each in self.attentions}
 
@@ -38,173 +48,66 @@ class Caches:
         """Return what is known of an attention."""
         return self._facts[node.name]
 
-    # what depends on what
-
     @cached_property
-    def _roots(self) -> dict[str, frozenset[str]]:
-        """Everything that each node depends on, and its own name."""
-        roots: dict[str, frozenset[str]] = {}
-        for node in self.graph.nodes:
-            read = [] if starts(node) else node.inputs
-            roots[node.name] = frozenset({node.name}).union(*(roots[name] for name in read))
-        return roots
-
-    def _late(self, name: str) -> bool:
-        """Whether a node depends on what was mixed, or is mixed itself."""
-        return any(each.name in self._roots[name] for each in self.graph.mixings())
-
-    def _far(self, name: str) -> bool:
-        """Whether a node depends on the context and not on the tokens."""
-        roots = self._roots[name]
-        return "context" in roots and not any(self._of_tokens(each) for each in roots)
-
-    def _of_tokens(self, name: str) -> bool:
-        """Whether a node is an argument that stands for the tokens of the call."""
-        return name in ("x", "doc") or (
-            name.startswith(PREVIOUS) and "n" in self.graph.node(name).dims
-        )
-
-    @cached_property
-    def _from_context(self) -> list[str]:
-        """What of the context is read by the rest: this is kept."""
-        found: dict[str, None] = {}
-        for node in self.graph.nodes:
-            if not self._far(node.name):
-                found |= {name: None for name in node.inputs if self._far(name)}
-        return list(found)
-
-    # what is kept of the tokens
-
-    def _keyed(self, node: Node[Attend]) -> list[str]:
-        """Return the streams of an attention along its keys: k, v, those indexed by j."""
-        others = [each.name for each in self._operands(node) if each.at == "j"]
-        return list(dict.fromkeys([node.k, node.v, *others]))
-
-    def _operands(self, node: Node[Attend]) -> tuple[Operand, ...]:
-        return weights.operands(self.facts(node))
-
-    def _queried(self, node: Node[Attend]) -> list[str]:
-        return [each.name for each in self._operands(node) if each.at == "i"]
-
-    @cached_property
-    def _held(self) -> dict[str, tuple[Node[Attend], ...]]:
-        """The caches of keys and values: which attentions read each of them.
-
-        One is for all whose keys are there from the start, so that nothing is kept twice.
-        """
-        held: dict[str, tuple[Node[Attend], ...]] = {}
-        for node in self.attentions:
-            tokens = node.dims[2] == "n" and not self.graph.crosses(node)
-            if tokens and node.name not in self.borrows:
-                early = not any(self._late(name) for name in self._keyed(node))
-                name = "keys" if early else node.name
-                held[name] = (*held.get(name, ()), node)
-        return held
-
-    def _kept(self, held: str) -> list[str]:
-        """Return the streams that a cache keeps: what its attentions read, what is lent."""
-        names = dict.fromkeys(name for node in self._held[held] for name in self._keyed(node))
-        return list(names | (dict.fromkeys(self._lent.values()) if held == "keys" else {}))
-
-    @property
-    def _lent(self) -> dict[str, str]:
-        """What layers above read of the cache of keys, under the name they know: its node."""
-        return {label: name for label, name in self.graph.shared if label.endswith("[j]")}
-
-    @property
     def _shared_now(self) -> dict[str, str]:
         """What the layer above reads at the tokens of the call: its node."""
         return {label: name for label, name in self.graph.shared
-                if label not in MAPS and label not in self._lent}  # fmt: skip
-
-    @cached_property
-    def _tails(self) -> list[Node[Stage]]:
-        """The stages that read earlier tokens."""
-        return [node for node in self.graph.of(Stage) if self._tail(node)]
-
-    def _tail(self, node: AnyNode) -> int:
-        """Return how many earlier tokens a stage reads, of tokens that a cache is for."""
-        if not isinstance(node.op, Stage) or "n" not in node.dims:
-            return 0
-        return node.op.definition.lookback(node.op.given)
+                if label not in MAPS and label not in self.graph.lent}  # fmt: skip
 
     def _seen_as(self, node: Node[Attend], name: str) -> str:
         """Return the variable of a stream along the keys, with what the cache gives back."""
         if node.name in self.borrows:
             return f"{ident(name)}_j"
-        mine = next((held for held in self._held.values() if node in held), ())
-        if self.obstacle is not None or not mine:
+        keys = self.kept.read_by(node.name)
+        if keys is None:
             return plain_name(name)
-        special = not any(name in (other.k, other.v) for other in mine)
-        elsewhere = any(self._reads_new(other, name, mine) for other in self.graph.nodes)
+        readers = [self._facts[each].node for each in keys.readers]
+        special = not any(name in (other.k, other.v) for other in readers)
+        elsewhere = any(self._reads_new(other, name, keys) for other in self.graph.nodes)
         elsewhere = elsewhere or name in self._shared_now.values()
         return f"{ident(name)}_j" if special or elsewhere else ident(name)
 
-    def _reads_new(self, node: AnyNode, name: str, held: tuple[Node[Attend], ...]) -> bool:
+    def _reads_new(self, node: AnyNode, name: str, keys: Keys) -> bool:
         """Whether a node reads a stream of the new tokens after the cache has brought all."""
-        if name not in node.inputs or not self._late(node.name):
+        if name not in node.inputs or not self.roots.late(node.name):
             return False
-        if not made_by(node, Attend) or node not in held:
+        if not made_by(node, Attend) or node.name not in keys.readers:
             return True
-        return name == node.q or (node is not held[0] and name in self._queried(node))
+        others = read_along(self.graph, node, QUERY)
+        return name == node.q or (node.name != keys.readers[0] and name in others)
 
     # the caches
 
-    @cached_property
-    def _parts(self) -> dict[str, str]:
-        """The caches of the block, by name: the text that makes each."""
-        if self.obstacle is not None:
-            return {}
-        parts = dict.fromkeys(self._held, "KeyValueCache")
-        parts |= {node.name: "StateCache" for node in self.recurrences}
-        if self.crosses:
-            parts["context"] = "ContextCache"
-        if self._tails:
-            parts["tails"] = "TailCache"
-        return parts
-
-    @property
-    def _only(self) -> str:
-        """The name of the only cache."""
-        return ident(next(iter(self._parts)))
-
     def cache(self, part: str) -> str:
-        """Return the variable of one of the caches."""
-        return "part" if len(self._parts) <= 1 else f"{part}_cache"
+        """Return the variable of one of the caches, by its name."""
+        return "part" if len(self.kept.parts) <= 1 else f"{part}_cache"
 
     def init_cache(self) -> list[str]:
         gives = "None" if self.obstacle is not None else "Cache"
         head = f"def init_cache(self, batch: int, length: int | None = None) -> {gives}:"
         if self.obstacle is not None:
             return [head, f'    """Raise `ValueError`: {self.obstacle}."""', self._refusal]
-        made = {name: self._made(name, kind) for name, kind in self._parts.items()}
-        what = next(iter(made.values()))[1] if len(made) == 1 else "what tokens leave behind"
+        parts = self.kept.parts
+        what = _described(parts[0]) if len(parts) == 1 else "what tokens leave behind"
         lines = [head, f'    """Return {what}; without a length, it grows."""',
-                 *([f"    {self.weight()}"] if self._held else []), "    return Cache(",
+                 *([f"    {self.weight()}"] if self.kept.keys else []), "    return Cache(",
                  "        self,", "        batch,"]  # fmt: skip
-        for name, (args, _) in made.items():
-            lines += indent(call(f"{ident(name)}={self._parts[name]}", args, "),"), 2)
+        for part in parts:
+            head = f"{ident(part_name(part))}={_CLASSES[type(part)]}"
+            lines += indent(call(head, self._arguments(part), "),"), 2)
         return [*lines, "    )"]
 
-    def _made(self, name: str, kind: str) -> tuple[list[str], str]:
-        """Return the arguments that make a cache, and what it is."""
-        if kind == "StateCache":
-            return ([f"**self.{scan.method_name(self.graph.node(name))}(batch)"],
-                    "room for the state")  # fmt: skip
-        if kind == "ContextCache":
-            return [], "room for the keys and values of a context"
-        if kind == "TailCache":
-            return [], "room for the tokens before the next one"
-        own = (remembered(node.op.mix.mask, node.op.exprs) for node in self._held[name])
-        masks = (*own, *self.block.serves)
-        reach = widest(map(extent, masks))
-        shown = ", ".join(f'"{ident(each)}": {self._size(each)}' for each in self._kept(name))
-        ring = [] if reach.back is None else [f"ring={reach.back + 1}"]
-        ring += [f"prefix={reach.prefix}"] if ring and reach.prefix else []
-        args = ["batch", "length", f"{{{shown}}}", *ring, "dtype=weight.dtype",
+    def _arguments(self, part: Part) -> list[str]:
+        """Return what makes a cache."""
+        if isinstance(part, State):
+            return [f"**self.{scan.method_name(self.graph.node(part.recurrence))}(batch)"]
+        if not isinstance(part, Keys):
+            return []
+        sizes = ", ".join(map(_size, part.streams))
+        ring = [] if part.ring is None else [f"ring={part.ring}"]
+        ring += [f"prefix={part.prefix}"] if part.prefix else []
+        return ["batch", "length", f"{{{sizes}}}", *ring, "dtype=weight.dtype",
                 "device=weight.device"]  # fmt: skip
-        what = "the last tokens" if ring else "so many tokens"
-        return args, f"room for the keys and values of {what}"
 
     @property
     def _refusal(self) -> str:
@@ -212,14 +115,47 @@ class Caches:
 
     def weight(self) -> str:
         """Write what says the dtype and device of the module."""
-        default = "" if self.graph.weights else ", torch.empty(0)"
+        default = "" if weights(self.block) else ", torch.empty(0)"
         return f"weight = next(self.parameters(){default})"
 
-    def _size(self, name: str) -> tuple[int | None, int]:
-        if name == "doc":
-            return (None, 1)
-        shape = shape_of(self.graph.node(name).dims)
-        return (shape.heads, shape.dim)
+
+def part_name(part: Part) -> str:
+    """Return what a part of the cache is called."""
+    match part:
+        case Keys(early=True):
+            return _KEYS
+        case Keys():
+            return own_part(part.readers[0])
+        case State():
+            return own_part(part.recurrence)
+        case Context():
+            return CONTEXT
+        case Tails():
+            return TAILS
+
+
+def own_part(node: str) -> str:
+    """Return what the part is called that only one attention or recurrence has."""
+    taken = (_KEYS, TAILS, "module")  # `Cache` itself takes a module
+    return f"{node}_" if node.rstrip("_") in taken else node
+
+
+def _described(part: Part) -> str:
+    """Say what a cache is room for."""
+    match part:
+        case Keys():
+            what = "so many tokens" if part.ring is None else "the last tokens"
+            return f"room for the keys and values of {what}"
+        case State():
+            return "room for the state"
+        case Context():
+            return "room for the keys and values of a context"
+        case Tails():
+            return "room for the tokens before the next one"
+
+
+def _size(held: Held) -> str:
+    return f'"{ident(held.name)}": {(held.shape.heads, held.shape.dim)}'
 
 
 def own_rows(block: Block, training: bool = True) -> bool:
@@ -258,8 +194,3 @@ def begins_within(block: Block) -> bool:
 def plain_name(name: str) -> str:
     """Return the variable of a node."""
     return name if name in ("x", "context", "o") else ident(name)
-
-
-def starts(node: AnyNode) -> bool:
-    """Say whether a stage starts from nothing: its input only says how large the batch is."""
-    return isinstance(node.op, Stage) and node.op.definition.starts

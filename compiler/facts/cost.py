@@ -21,7 +21,7 @@ from ...ops import OPS, Weight
 from ..algebra.levels import affine_parts
 from ..model import Apply, Block, Mixing, Model, Recurrence, applies
 from .dtypes import DType, size
-from .kept import kept_bytes
+from .kept import kept
 from .parameters import model_weights, weights
 
 
@@ -64,9 +64,9 @@ class Cost:
     def cache_bytes(self, tokens: int, dtype: DType = "float32") -> int:
         """Bytes that decoding keeps for one sequence of so many tokens."""
         if isinstance(self.what, Block):
-            return kept_bytes(self.what, tokens, size(dtype))
+            return kept(self.what).bytes(tokens, size(dtype))
         return sum(
-            count * kept_bytes(block, tokens, size(dtype))
+            count * kept(block).bytes(tokens, size(dtype))
             for block, count in Counter(self.what.layers).items()
         )
 

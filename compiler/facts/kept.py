@@ -1,143 +1,190 @@
-"""How many bytes decoding keeps of one sequence, as the emitted caches hold them.
+"""What a block keeps of a sequence between calls, and how many bytes that is.
 
-keys and values      of all tokens, or of a window; once, however many attentions read them
-a context            what its keys and values are made to, once
-a recurrence         its states
-short convolutions   the tokens before the next one
+Keys      keys and values of all tokens, or of a window; once, however many attentions read them
+State     the states of a recurrence
+Context   what is made of a context, once
+Tails     the tokens before the next one
+
+It is found in the graph, in which equal things are one node. The emitted caches hold this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
 
-from ...ops import OPS, Shape
+from ...ops import Shape
 from ..algebra.masks import extent, remembered, widest
-from ..model import (
-    Apply,
-    Block,
-    Flow,
-    Mixing,
-    Pairwise,
-    Read,
-    Recurrence,
-    Statistic,
-    applies,
-    flow_nodes,
-    indexed,
-)
+from ..graph.graph import AnyNode, Graph, Node, made_by, shape_of
+from ..graph.operations import Attend, Scan, Stage
+from ..graph.passes import simplest
+from ..graph.roots import Roots
+from ..graph.sides import KEY, read_along
+from ..model import Block
 
 
-def kept_bytes(block: Block, tokens: int, size: int) -> int:
-    """Return the bytes kept after so many tokens, in numbers of `size` bytes."""
-    total = size * _tails(block)
-    groups: dict[str, list[tuple[str, Mixing]]] = {}
-    for name, mixing in block.mixings.items():
-        if name in block.borrows:
-            continue
-        if isinstance(mixing.mix, Recurrence):
-            states = sum(prod(state.kept) for state in mixing.mix.states)
-            total += max(4, size) * mixing.heads * states
-        elif mixing.queries == "n" and mixing.keys in ("n", "m"):
-            early = mixing.keys == "m" or not _late(block, name, mixing)
-            groups.setdefault(mixing.keys if early else name, []).append((name, mixing))
-    for name, group in groups.items():
-        held = tokens
-        if name != "m":
-            own = (remembered(_pairwise(each).mask, each.mix.exprs) for _, each in group)
-            masks = (*own, *block.serves)
-            seen = widest(map(extent, masks))
-            if seen.back is not None:
-                held = min(tokens, seen.prefix + seen.back + 1)
-        lent = block.lent if name == "n" else ()
-        keyed = _keyed(block, group, lent)
-        if name == "m":  # the layer below gives its own of the context again
-            keyed = tuple(each for each in keyed if _of_context(block, Read(each, Shape("m", 1))))
-        total += held * sum(_width(block, each, size) for each in keyed)
-    return total
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A stream that is held, by its node."""
+
+    name: str
+    shape: Shape
+
+    def bytes(self, tokens: int, size: int) -> int:
+        count = self.shape.tokens
+        own = int(count) if count.isdecimal() else tokens
+        return own * self.shape.features * (8 if self.name == "doc" else size)
 
 
-def _pairwise(mixing: Mixing) -> Pairwise:
-    assert isinstance(mixing.mix, Pairwise)
-    return mixing.mix
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What the attentions `readers` read of each token before.
+
+    `early` is that of all keys that are there before anything is mixed; it is the first reader
+    that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone.
+    """
+
+    readers: tuple[str, ...]
+    early: bool
+    streams: tuple[Held, ...]
+    ring: int | None
+    prefix: int
+
+    def bytes(self, tokens: int, size: int) -> int:
+        held = tokens if self.ring is None else min(tokens, self.prefix + self.ring)
+        return sum(each.bytes(held, size) for each in self.streams)
 
 
-def _late(block: Block, name: str, mixing: Mixing) -> bool:
-    """Say whether keys and values are made of what was mixed before."""
-    return any(late(block, each) for each in _keyed(block, [(name, mixing)]))
+@dataclass(frozen=True, slots=True)
+class State:
+    """The states of a recurrence, so many numbers."""
+
+    recurrence: str
+    numbers: int
+
+    def bytes(self, tokens: int, size: int) -> int:  # noqa: ARG002  the same after any number
+        return max(4, size) * self.numbers
 
 
-def late(block: Block, name: str) -> bool:
-    """Say whether a stream is made of what was mixed before, or is mixed itself."""
-    return _mixes(block, Read(name, Shape("n", 1)))
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What is read of a context once it was given."""
+
+    streams: tuple[Held, ...]
+
+    def bytes(self, tokens: int, size: int) -> int:
+        return sum(each.bytes(tokens, size) for each in self.streams)
 
 
-def _mixes(block: Block, flow: Flow) -> bool:
-    if isinstance(flow, Mixing):
-        return True
-    streams = (block.stream(node.name) for node in flow_nodes(flow) if isinstance(node, Read))
-    return any(isinstance(node, Mixing) for node in flow_nodes(flow)) or any(
-        _mixes(block, each.flow) for each in streams if each is not None
-    )
+@dataclass(frozen=True, slots=True)
+class Tails:
+    """The inputs of stages at the tokens before the next one: node → how many numbers."""
+
+    stages: tuple[tuple[str, int], ...]
+
+    def bytes(self, tokens: int, size: int) -> int:  # noqa: ARG002  room for them is there at once
+        return size * sum(numbers for _, numbers in self.stages)
 
 
-def _of_context(block: Block, flow: Flow) -> bool:
-    streams = [(node.name, block.stream(node.name)) for node in flow_nodes(flow)
-               if isinstance(node, Read)]  # fmt: skip
-    return any(
-        name == "context" or (stream is not None and _of_context(block, stream.flow))
-        for name, stream in streams
-    )
+Part = Keys | State | Context | Tails
 
 
-def _tails(block: Block) -> int:
-    """Return how many numbers the stages keep that read earlier tokens."""
-    return sum(
-        node.shape.features * OPS[node.op].lookback(dict(node.options))
-        for flow in block.flows
-        for node in applies(flow)
-        if node.shape.tokens == "n"
-    )
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """All that a block keeps, in the order of its caches."""
+
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def keys(self) -> tuple[Keys, ...]:
+        """The caches of keys and values."""
+        return tuple(each for each in self.parts if isinstance(each, Keys))
+
+    @property
+    def context(self) -> tuple[Held, ...]:
+        """What is held of a context."""
+        found = (each.streams for each in self.parts if isinstance(each, Context))
+        return next(found, ())
+
+    def read_by(self, attention: str) -> Keys | None:
+        """Return the cache that holds the keys of an attention."""
+        return next((each for each in self.keys if attention in each.readers), None)
+
+    def bytes(self, tokens: int, size: int) -> int:
+        """Return the bytes held after so many tokens, in numbers of `size` bytes."""
+        return sum(each.bytes(tokens, size) for each in self.parts)
 
 
-def _width(block: Block, name: str, size: int) -> int:
-    stream = block.stream(name)
-    if stream is not None:
-        return stream.shape.features * size
-    widths = {"x": block.width * size, "context": (block.context_width or 0) * size, "doc": 8}
-    return widths[name]
+def kept(block: Block) -> Kept:
+    """Return what a block keeps."""
+    return kept_of(simplest(block))
 
 
-def _keyed(
-    block: Block, mixings: Iterable[tuple[str, Mixing]], lent: tuple[str, ...] = ()
-) -> tuple[str, ...]:
-    """Return what a cache keeps of each token: k, v, what expressions index by j, what is lent."""
-    made: dict[Flow, str] = {}
-    read = [name for own, mixing in mixings
-            for name in (*mixing.indexed("j"), *_asked(block, own))]  # fmt: skip
-    for name in (*read, *lent):
-        stream = block.stream(name)
-        flow = _inlined(block, stream.flow) if stream is not None else Read(name, Shape("n", 1))
-        made.setdefault(flow, name)
-    return tuple(made.values())
+def kept_of(graph: Graph) -> Kept:
+    """Return what the block of a graph keeps."""
+    roots = Roots(graph)
+    of_tokens, of_context = _keys(graph, roots), _context(graph, roots)
+    return Kept((*of_tokens, *_states(graph), *of_context, *_tails(graph)))
 
 
-def _asked(block: Block, own: str) -> list[str]:
-    """Return the streams along the keys that numbers of an attention's rows read."""
-    asked = [node for flow in block.flows for node in flow_nodes(flow)
-             if isinstance(node, Statistic) and node.inputs[0].name == own]  # fmt: skip
-    return [name for node in asked if node.expr is not None
-            for name in indexed((node.expr,), node.inputs, "j")]  # fmt: skip
+def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
+    """Yield the caches of keys and values: one for all that are there from the start.
+
+    What is made of what was mixed before cannot be brought at once, and has one each.
+    """
+    groups: dict[str | None, list[Node[Attend]]] = {}
+    for node in graph.of(Attend):
+        tokens = node.dims[2] == "n" and not graph.crosses(node)
+        if tokens and node.name not in graph.block.borrows:
+            late = any(map(roots.late, along_keys(graph, node)))
+            groups.setdefault(node.name if late else None, []).append(node)
+    for only, nodes in groups.items():
+        lent = graph.lent.values() if only is None else ()
+        read = (each for node in nodes for each in along_keys(graph, node))
+        own = (remembered(node.op.mix.mask, node.op.exprs) for node in nodes)
+        reach = widest(map(extent, (*own, *graph.block.serves)))
+        ring, prefix = (None, 0) if reach.back is None else (reach.back + 1, reach.prefix)
+        readers = tuple(node.name for node in nodes)
+        yield Keys(readers, only is None, _held(graph, (*read, *lent)), ring, prefix)
 
 
-def _inlined(block: Block, flow: Flow) -> Flow:
-    """Return a flow in terms of x and context: equal flows are computed, and kept, once."""
-    match flow:
-        case Apply():
-            return replace(flow, inputs=tuple(_inlined(block, each) for each in flow.inputs))
-        case Read(name) if (stream := block.stream(name)) is not None:
-            return Read(name, flow.shape) if isinstance(stream.flow, Mixing) else _inlined(
-                block, stream.flow)  # fmt: skip
-        case _:
-            return flow
+def along_keys(graph: Graph, node: Node[Attend]) -> tuple[str, ...]:
+    """Return the streams of an attention along its keys: k, v, those indexed by j."""
+    return tuple(dict.fromkeys((node.k, node.v, *read_along(graph, node, KEY))))
+
+
+def _states(graph: Graph) -> Iterator[State]:
+    for node in graph.of(Scan):
+        numbers = sum(prod(each.kept) for each in node.op.mix.states)
+        yield State(node.name, int(node.dims[1]) * numbers)
+
+
+def _context(graph: Graph, roots: Roots) -> Iterator[Context]:
+    """Yield what of the context is read by the rest, where a context is read."""
+    if graph.reads_context:
+        rest = (node for node in graph.nodes if not roots.far(node.name))
+        read = (name for node in rest for name in node.inputs if roots.far(name))
+        yield Context(_held(graph, read))
+
+
+def _tails(graph: Graph) -> Iterator[Tails]:
+    """Yield what stages keep that read earlier tokens, where there are such."""
+    stages = [node for node in graph.of(Stage) if lookback(node)]
+    if stages:
+        numbers = (lookback(node) * shape_of(node.dims).features for node in stages)
+        yield Tails(tuple(zip((node.name for node in stages), numbers, strict=True)))
+
+
+def lookback(node: AnyNode) -> int:
+    """Return how many earlier tokens a node reads, of tokens that a cache is for."""
+    if not made_by(node, Stage) or "n" not in node.dims:
+        return 0
+    return node.op.definition.lookback(node.op.given)
+
+
+def _held(graph: Graph, names: Iterable[str]) -> tuple[Held, ...]:
+    def shape(name: str) -> Shape:
+        return Shape("n", 1) if name == "doc" else shape_of(graph.node(name).dims)
+
+    return tuple(Held(name, shape(name)) for name in dict.fromkeys(names))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from ...grammar.expr import TRUE
 from ...grammar.syntax import Expr, Index, Name, walk
 from ...ops import Weight
-from ..facts.parameters import weights
 from ..model import (
     MAPS,
     PREVIOUS,
@@ -50,8 +49,7 @@ def build(block: Block) -> Graph:
     auxiliary = None if block.regularize is None else builder.flow(block.regularize, "auxiliary")
     shared = {name: "o" if name in MAPS else builder.given(name) for name in block.shared or ()}
     shared |= {f"{name}[j]": builder.given(name) for name in block.lent}
-    return Graph(block, tuple(builder.nodes), output, weights(block), tuple(shared.items()),
-                 auxiliary)  # fmt: skip
+    return Graph(block, tuple(builder.nodes), output, tuple(shared.items()), auxiliary)
 
 
 def tensors_read(*exprs: Expr | None) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeGuard, TypeVar
 
 from ...grammar.source import NOWHERE, Span
-from ...ops import OPS, Shape, Weight
+from ...ops import OPS, Shape
 from ..model import Block
-from .operations import Attend, Operation, Scan, Stage, TensorRead
+from .operations import Attend, Input, Operation, Scan, Stage, TensorRead
 
 Dims = tuple[int | str, ...]
 Kind = TypeVar("Kind", bound=Operation)
@@ -73,9 +73,13 @@ class Graph:
     block: Block
     nodes: tuple[AnyNode, ...]
     output: str
-    weights: tuple[Weight, ...]
     shared: tuple[tuple[str, str], ...] = ()  # what the layer above reads → its node
     auxiliary: str | None = None  # what training adds to the loss
+
+    @property
+    def lent(self) -> dict[str, str]:
+        """What layers above read of all that is kept, under the name they know: its node."""
+        return {label: name for label, name in self.shared if label.endswith("[j]")}
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -102,6 +106,11 @@ class Graph:
     def is_tensor(self, name: str) -> bool:
         """Say whether a value is a param or const."""
         return isinstance(self.node(name).op, TensorRead)
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether a context is among the arguments."""
+        return any(each.name == "context" for each in self.of(Input))
 
     def readers(self, name: str) -> tuple[AnyNode, ...]:
         return tuple(each for each in self.nodes if name in each.inputs)

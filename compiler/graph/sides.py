@@ -11,8 +11,8 @@ from __future__ import annotations
 from ...grammar.expr import names
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
-from .graph import Graph
-from .operations import TensorRead
+from .graph import Graph, Node
+from .operations import Attend, TensorRead
 
 QUERY, KEY, PAIR = "i", "j", "pair"
 _OF_PAIRS = frozenset(("s", "p", "seen", "sum", "tau"))  # what stands for pairs or rows as it is
@@ -33,6 +33,23 @@ def sides(expr: Expr) -> frozenset[str]:
 def at_token(read: Index) -> Expr:
     """Return where the tokens of a stream are read: `i`, `j`, or an expression of `j`."""
     return next(item for item in read.items if names(item) & {QUERY, KEY})
+
+
+def token(read: Index) -> str:
+    """Return on which side a stream is read, i or j."""
+    return QUERY if at_token(read) == Name("i") else KEY
+
+
+def read_along(graph: Graph, node: Node[Attend], side: str) -> tuple[str, ...]:
+    """Return the streams that an attention's expressions read on one side, i or j."""
+    read = {
+        each.base.id
+        for expr in node.op.exprs
+        for each in walk(expr)
+        if isinstance(each, Index) and isinstance(each.base, Name)
+        if not graph.is_tensor(each.base.id) and token(each) == side
+    }
+    return tuple(name for name in node.inputs if name in read)
 
 
 def reduces(expr: Expr) -> bool:

@@ -12,6 +12,7 @@ from ...grammar.syntax import Expr, Index, Name, walk
 from ...kernels import spec as kernel
 from ..algebra.masks import extent
 from ..algebra.normalizers import exponential
+from ..facts.parameters import weights
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend, TensorRead
 from ..model import PREVIOUS
@@ -93,7 +94,7 @@ def _side(node: Node[Attend], side: Side) -> kernel.Tensor:
 
 def _tensor(graph: Graph, name: str) -> kernel.Tensor:
     made = graph.node(name)
-    learned = {each.name for each in graph.weights}
+    learned = {each.name for each in weights(graph.block)}
     if isinstance(made.op, TensorRead):
         return kernel.Tensor(name, made.dims, batched=False, differentiable=name in learned)
     shape = made.dims[1:]

@@ -17,8 +17,9 @@ from ...grammar.expr import TRUE
 from ...grammar.syntax import Expr, Index, Name, Number, walk
 from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
+from ..graph.sides import token
 from ..plan.attention import Attention
-from ..text.pairs import Operand, Pairs, operand, token
+from ..text.pairs import Operand, Pairs, operand
 from ..text.text import atomic, call, comment, ident, indent, names_read
 
 

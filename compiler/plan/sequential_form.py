@@ -8,6 +8,7 @@ from __future__ import annotations
 from ...grammar.expr import evaluate
 from ...kernels.sequential import Scan, State, Stream
 from ...kernels.spec import Tensor
+from ..facts.parameters import weights
 from ..graph import operations
 from ..graph.graph import AnyNode, Graph, Node
 
@@ -16,7 +17,7 @@ def scan_of(graph: Graph, node: Node[operations.Scan]) -> Scan:
     """Return what a sequential kernel would compute of a recurrence."""
     mix = node.op.mix
     heads = int(node.dims[1])
-    learned = {weight.name for weight in graph.weights if weight.learned}
+    learned = {weight.name for weight in weights(graph.block) if weight.learned}
     return Scan(
         heads=heads,
         value_dim=int(node.dims[3]),

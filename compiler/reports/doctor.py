@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "triton", "lark", "networkx", "numpy", "optuna", "pyyaml", "rich", "click",
+PACKAGES = ("torch", "triton", "lark", "numpy", "optuna", "pyyaml", "rich", "click",
             "safetensors")  # fmt: skip
 OPTIONAL = ("triton",)
 _INTERPRETED = """

@@ -30,7 +30,7 @@ from ...grammar.syntax import (
 from ...kernels.places import bounds
 from ..graph.graph import Dims, Graph, Node
 from ..graph.operations import Attend, TensorRead
-from ..graph.sides import KEY, PAIR, QUERY, at_token, product, reduces, sides
+from ..graph.sides import KEY, PAIR, QUERY, at_token, product, reduces, sides, token
 from ..model import MAPS, PREVIOUS
 from .text import atomic, ident
 from .values import Text, Values
@@ -52,11 +52,6 @@ class Operand:
     @property
     def variable(self) -> str:
         return f"{ident(self.name)}_{self.at}"
-
-
-def token(read: Index) -> str:
-    """Return on which side a stream is read, i or j."""
-    return QUERY if at_token(read) == Name("i") else KEY
 
 
 def operand(node: Node[Attend], read: Index) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...model import Block
+from ..build import build
 from ..graph import Graph
 from .drop_dead import drop_dead
 from .drop_identities import drop_identities
@@ -18,4 +20,12 @@ Pass = Callable[[Graph], Graph]
 
 PASSES: tuple[Pass, ...] = (drop_identities, share, fuse_attend, fold_scale, drop_dead)
 
-__all__ = ["PASSES", "Pass"]
+__all__ = ["PASSES", "Pass", "simplest"]
+
+
+def simplest(block: Block) -> Graph:
+    """Return the graph of a block after all passes."""
+    graph = build(block)
+    for each in PASSES:
+        graph = each(graph)
+    return graph

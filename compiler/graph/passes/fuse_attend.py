@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import networkx as nx
-
 from ....grammar.syntax import Name
 from ...model import Pairwise
 from ..graph import AnyNode, Graph, Kind, Node, made_by
@@ -49,11 +47,12 @@ def fuse_attend(graph: Graph) -> Graph:
 
 def _in_order(nodes: Iterable[AnyNode]) -> list[AnyNode]:
     """Return the nodes so that each stands after what it reads, else as they were."""
-    made = {node.name: node for node in nodes}
-    reads = nx.DiGraph((name, node.name) for node in made.values() for name in node.inputs)
-    reads.add_nodes_from(made)
-    place = {name: at for at, name in enumerate(made)}
-    return [made[name] for name in nx.lexicographical_topological_sort(reads, place.__getitem__)]
+    left = {node.name: node for node in nodes}
+    done: dict[str, AnyNode] = {}
+    while left:
+        ready = next(each for each in left.values() if done.keys() >= set(each.inputs))
+        done[ready.name] = left.pop(ready.name)
+    return list(done.values())
 
 
 def _fused(
