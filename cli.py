@@ -83,9 +83,12 @@ def _print_json(value: object) -> None:
 json_option = click.option("--json", is_flag=True, help="Print the answer as JSON.")
 width_option = click.option("--width", type=click.IntRange(1), help="Input width of a block.")
 backend_option = click.option(
-    "--backend", type=click.Choice(["auto", "torch", "triton"]), default="auto", show_default=True,
+    "--backend",
+    type=click.Choice(["auto", "torch", "triton"]),
+    default="auto",
+    show_default=True,
     help="PyTorch operations alone, or Triton kernels where they can carry a block.",
-)  # fmt: skip
+)
 
 
 def _split(what: str) -> tuple[str, str | None]:
@@ -178,8 +181,14 @@ def check(files: tuple[str, ...], json: bool) -> None:
         for warning in arch.warnings:
             _complain(warning)
         named = [*arch.blocks, *arch.models]
-        answers.append({"file": path, "defines": named, "alternatives": count,
-                        "warnings": [each.to_json() for each in arch.warnings]})  # fmt: skip
+        answers.append(
+            {
+                "file": path,
+                "defines": named,
+                "alternatives": count,
+                "warnings": [each.to_json() for each in arch.warnings],
+            }
+        )
         if not json:
             space = f"; a space, {count} alternatives checked" if count > 1 else ""
             click.echo(f"{path}: ok ({', '.join(named) or 'definitions only'}{space})")
@@ -259,8 +268,17 @@ def explain(what: str, width: int | None, backend: str, json: bool) -> None:
 
     report = explained(_found(what, width), target(backend))
     if json:
-        _print_json([{"block": each.node, "path": each.path, "reason": each.reason,
-                      "obstacles": dict(each.obstacles)} for each in report.lowerings])  # fmt: skip
+        _print_json(
+            [
+                {
+                    "block": each.node,
+                    "path": each.path,
+                    "reason": each.reason,
+                    "obstacles": dict(each.obstacles),
+                }
+                for each in report.lowerings
+            ]
+        )
         return
     report.show_paths()
 
@@ -288,8 +306,14 @@ def _explain_code(code: str) -> None:
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="Where to write the file.")
 @width_option
 @backend_option
-@click.option("--emit", "stage", type=click.Choice(["syntax", "graph", "code", "kernels"]),
-              default="code", show_default=True, help="Stop after a stage, print it.")  # fmt: skip
+@click.option(
+    "--emit",
+    "stage",
+    type=click.Choice(["syntax", "graph", "code", "kernels"]),
+    default="code",
+    show_default=True,
+    help="Stop after a stage, print it.",
+)
 def build(what: str, out: str | None, width: int | None, backend: str, stage: str) -> None:
     """Compile a block or model to a standalone Python file.
 
@@ -309,13 +333,22 @@ def build(what: str, out: str | None, width: int | None, backend: str, stage: st
 @command()
 @click.argument("what", metavar="FILE[:NAME]")
 @width_option
-@click.option("--target", "targets", multiple=True, metavar="ARCH",
-              help="Compile the kernels for a GPU too: sm_80, sm_90, sm_100, gfx942.")  # fmt: skip
-@click.option("--module", type=click.Path(exists=True, dir_okay=False),
-              help="Verify this built file instead of a new one.")  # fmt: skip
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="ARCH",
+    help="Compile the kernels for a GPU too: sm_80, sm_90, sm_100, gfx942.",
+)
+@click.option(
+    "--module",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Verify this built file instead of a new one.",
+)
 @json_option
-def verify(what: str, width: int | None, targets: tuple[str, ...], module: str | None,
-           json: bool) -> None:  # fmt: skip
+def verify(
+    what: str, width: int | None, targets: tuple[str, ...], module: str | None, json: bool
+) -> None:
     """Verify a compiled block or model against its meaning; exit 3 if something does not hold.
 
     Of a space, every alternative of its blocks is verified.
@@ -350,8 +383,15 @@ def verify(what: str, width: int | None, targets: tuple[str, ...], module: str |
 @click.option("--out", type=click.Path(file_okay=False), help="Folder of the study.")
 @click.option("--no-resume", is_flag=True, help="Refuse to go on with a study that exists.")
 @json_option
-def search(file: str, trials: int | None, sampler: str | None, seed: int | None,
-           out: str | None, no_resume: bool, json: bool) -> None:  # fmt: skip
+def search(
+    file: str,
+    trials: int | None,
+    sampler: str | None,
+    seed: int | None,
+    out: str | None,
+    no_resume: bool,
+    json: bool,
+) -> None:
     """Search the space of a file with holes; goes on where an earlier run stopped.
 
     Example: headloom search examples/search_mqar.loom --trials 8 --out runs/mqar
@@ -380,8 +420,13 @@ def _was_given(option: str) -> bool:
 @width_option
 @click.option("--against", help="Peers, with commas between them [default: sdpa,flex].")
 @click.option("--tokens", default="1024", show_default=True, help="Lengths, with commas.")
-@click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
-              default="float32", show_default=True, help="What is computed in.")  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What is computed in.",
+)
 @click.option("--backward", is_flag=True, help="Measure forward and backward.")
 @click.option("--decode", is_flag=True, help="Measure a token decoded after so many.")
 @click.option("--documents", type=click.IntRange(0), default=0, help="Pack so many into a row.")
@@ -393,8 +438,13 @@ def _was_given(option: str) -> bool:
 @click.option("--suite", type=click.Choice(["cpu", "gpu", "all"]), help="A standing table.")
 @click.option("--budget", type=click.FloatRange(0), help="Seconds after which no row is begun.")
 @click.option("--fresh", is_flag=True, help="Begin the table anew.")
-@click.option("--out", type=click.Path(file_okay=False), default="benchmarks/results",
-              show_default=True, help="Folder of the tables.")  # fmt: skip
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False),
+    default="benchmarks/results",
+    show_default=True,
+    help="Folder of the tables.",
+)
 @json_option
 def bench(what: str | None, suite: str | None, json: bool, **given: Any) -> None:
     """Measure a block or model beside peers: times, memory, errors; or a standing table.

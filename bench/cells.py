@@ -97,20 +97,31 @@ class Row:
 
     def best(self, number: str) -> Cell | None:
         """Return the peer with the smallest `seconds` or `memory`."""
-        found = [each for each in self.peers
-                 if not each.wrong and getattr(each, number) is not None]  # fmt: skip
+        found = [
+            each for each in self.peers if not each.wrong and getattr(each, number) is not None
+        ]
         return min(found, key=lambda each: float(getattr(each, number)), default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; `from_json` takes it back."""
         cells = [
-            {**_kept(each), "median": each.seconds, "ratio": self.ratio(each),
-             "flops_per_second": self.rate(each), "share_of_ceiling": self.share(each),
-             "wrong": each.wrong}
+            {
+                **_kept(each),
+                "median": each.seconds,
+                "ratio": self.ratio(each),
+                "flops_per_second": self.rate(each),
+                "share_of_ceiling": self.share(each),
+                "wrong": each.wrong,
+            }
             for each in self.cells
-        ]  # fmt: skip
-        return {"case": asdict(self.case), "path": self.path, "flops": self.flops,
-                "ceiling": self.ceiling, "cells": cells}  # fmt: skip
+        ]
+        return {
+            "case": asdict(self.case),
+            "path": self.path,
+            "flops": self.flops,
+            "ceiling": self.ceiling,
+            "cells": cells,
+        }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Row:

@@ -40,15 +40,18 @@ def outcome(
         with torch.no_grad():
             return {"the output": module(x, **given)}
     leaves: dict[str, Tensor] = {
-        name.removeprefix("_orig_mod."): each for name, each in module.named_parameters()
+        name.removeprefix("_orig_mod."): each
+        for name, each in module.named_parameters()
         if each.requires_grad
-    }  # fmt: skip
+    }
     if x.is_floating_point():
         leaves["x"] = x = x.detach().clone().requires_grad_()
     y = module(x, **given)
     grads = torch.autograd.grad(y, list(leaves.values()), weighing(y), allow_unused=True)
-    found = {f"the gradient of {name}": torch.zeros_like(leaf) if grad is None else grad
-             for (name, leaf), grad in zip(leaves.items(), grads, strict=True)}  # fmt: skip
+    found = {
+        f"the gradient of {name}": torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
     return {"the output": y.detach(), **found}
 
 

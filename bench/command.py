@@ -59,8 +59,11 @@ def file(
     with shown(quiet) as (doing, _done):
         for each in lengths:
             case = Case(text, name, each, run, width, batch, dtype, device, documents)
-            rows.append(measure(case, names, repeats=repeats, weigh=memory,
-                                says=_at(doing, f"{each:,} tokens")))  # fmt: skip
+            rows.append(
+                measure(
+                    case, names, repeats=repeats, weigh=memory, says=_at(doing, f"{each:,} tokens")
+                )
+            )
             if not quiet:
                 table.console().print(table.table(rows[-1]))
     where = machine(device)
@@ -104,9 +107,14 @@ def suites(
 
 
 def _suite(
-    name: str, threads: int | None, repeats: int, budget: float | None, fresh: bool, out: Path,
+    name: str,
+    threads: int | None,
+    repeats: int,
+    budget: float | None,
+    fresh: bool,
+    out: Path,
     quiet: bool,
-) -> Standing:  # fmt: skip
+) -> Standing:
     suite = read_suite(name)
     threads = threads or suite.threads
     if threads is not None:
@@ -118,11 +126,25 @@ def _suite(
         def one(entry: Entry) -> Row:
             says = _at(doing, entry.key)
             says("begun")
-            return measure(entry.case, entry.against, repeats=repeats, instead=entry.instead,
-                           weigh=entry.weigh, says=says)  # fmt: skip
+            return measure(
+                entry.case,
+                entry.against,
+                repeats=repeats,
+                instead=entry.instead,
+                weigh=entry.weigh,
+                says=says,
+            )
 
-        standing = measured(suite, where, path, one, date=today, budget=budget, fresh=fresh,
-                            ended=lambda each: done(table.line(each)))  # fmt: skip
+        standing = measured(
+            suite,
+            where,
+            path,
+            one,
+            date=today,
+            budget=budget,
+            fresh=fresh,
+            ended=lambda each: done(table.line(each)),
+        )
     path.with_suffix(".html").write_text(page(standing), encoding="utf-8")
     if not quiet:
         console = table.console()

@@ -55,8 +55,15 @@ def _asked(what: str, case: Case, peer: str, threads: int) -> float:
     env = {**os.environ, **_PARTS, "PYTHONPATH": path}
     asked = json.dumps({"what": what, "case": asdict(case), "peer": peer, "threads": threads})
     try:
-        done = subprocess.run([sys.executable, "-m", __name__], input=asked, env=env, text=True,
-                              capture_output=True, timeout=LIMIT, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=asked,
+            env=env,
+            text=True,
+            capture_output=True,
+            timeout=LIMIT,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"not done after {LIMIT} s") from None
     if done.returncode:

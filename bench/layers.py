@@ -56,8 +56,11 @@ class Projections(nn.Module):
     def streams(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v, [b, n, heads, features] each."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return (q.unflatten(-1, (-1, self.dim)), k.unflatten(-1, (-1, self.dim)),
-                v.unflatten(-1, (-1, self.value_dim)))  # fmt: skip
+        return (
+            q.unflatten(-1, (-1, self.dim)),
+            k.unflatten(-1, (-1, self.dim)),
+            v.unflatten(-1, (-1, self.value_dim)),
+        )
 
     def out(self, o: Tensor) -> Tensor:
         y: Tensor = self.o_proj(o.flatten(2))
@@ -96,8 +99,10 @@ class Attention(Projections):
         assert isinstance(what, Block)
         super().__init__(what)
         for found, plain in (
-            (show(mix.score), "s"), (mix.normalize.name, "softmax"), (show(mix.weights), "p"),
-        ):  # fmt: skip
+            (show(mix.score), "s"),
+            (mix.normalize.name, "softmax"),
+            (show(mix.weights), "p"),
+        ):
             if found != plain:
                 raise ValueError(f"it computes plain attention, not `{found}`")
         if show(mix.mask) not in ("j <= i", "true"):
@@ -128,15 +133,21 @@ class Attention(Projections):
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: bool) -> Tensor:
         return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=self.causal and first, scale=self.scale,
+            q,
+            k,
+            v,
+            mask,
+            is_causal=self.causal and first,
+            scale=self.scale,
             enable_gqa=self.kv_heads != self.heads,
-        )  # fmt: skip
+        )
 
     def init_cache(self, batch: int, length: int) -> KeysAndValues:
         weight = self.q_proj.weight
         size = (batch, self.kv_heads, length)
-        return KeysAndValues(weight.new_empty(*size, self.dim),
-                             weight.new_empty(*size, self.value_dim))  # fmt: skip
+        return KeysAndValues(
+            weight.new_empty(*size, self.dim), weight.new_empty(*size, self.value_dim)
+        )
 
 
 class Entmax(Projections):

@@ -177,8 +177,10 @@ def _reason(problem: Exception) -> str:
 
 def _checked(runners: list[Runner], cells: dict[str, Cell], states: States) -> list[Runner]:
     """Fill in the errors and return those whose numbers are right."""
-    meanings = {text: Meaning(next(each.case for each in runners if each.case.text == text), state)
-                for text, state in states.items()}  # fmt: skip
+    meanings = {
+        text: Meaning(next(each.case for each in runners if each.case.text == text), state)
+        for text, state in states.items()
+    }
     ours = next((each for each in runners if each.peer == OURS), None)
     for each in runners:
         cells[each.peer] = each.cell
@@ -208,8 +210,9 @@ def _with_error(each: Runner, meaning: Meaning, ours: Runner | None) -> Cell:
         # compiled for one length: held to ours at that length, as ours is to the meaning
         error = off(each.first, ours.first)
         if error <= limit:
-            return replace(each.cell, error=error, bar=limit,
-                           compared=f"against {OURS} at full length")  # fmt: skip
+            return replace(
+                each.cell, error=error, bar=limit, compared=f"against {OURS} at full length"
+            )
     where = f"against the meaning at {meaning.case.tokens:,} tokens" if longer else ""
     return replace(each.cell, error=meaning.error(each.module), bar=limit, compared=where)
 

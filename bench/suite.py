@@ -111,21 +111,35 @@ class Standing:
         return geometric_mean(known) if len(known) == len(values) else None
 
     def to_json(self) -> dict[str, Any]:
-        groups = [{"group": name, "asked": target, "measured": self.group(name)}
-                  for name, target in self.suite.groups.items()]  # fmt: skip
+        groups = [
+            {"group": name, "asked": target, "measured": self.group(name)}
+            for name, target in self.suite.groups.items()
+        ]
         rows = [_json(each, self.machine) for each in self.rows]
-        return {"suite": self.suite.name, "about": self.suite.about, "date": self.date,
-                "machine": self.machine.to_json(), "groups": groups, "rows": rows}  # fmt: skip
+        return {
+            "suite": self.suite.name,
+            "about": self.suite.about,
+            "date": self.date,
+            "machine": self.machine.to_json(),
+            "groups": groups,
+            "rows": rows,
+        }
 
 
 def _json(each: Measured, machine: Machine) -> dict[str, Any]:
     """Return a row as plain data; its digest says what it was measured of."""
     return {
-        "key": each.entry.key, "title": each.entry.title, "digest": digest(each.entry, machine),
-        "asked": each.entry.target, "of": each.entry.number, "measured": each.value,
-        "met": each.met, "against": each.best.peer if each.best else None,
-        "reason": each.reason, "row": each.row.to_json() if each.row else None,
-    }  # fmt: skip
+        "key": each.entry.key,
+        "title": each.entry.title,
+        "digest": digest(each.entry, machine),
+        "asked": each.entry.target,
+        "of": each.entry.number,
+        "measured": each.value,
+        "met": each.met,
+        "against": each.best.peer if each.best else None,
+        "reason": each.reason,
+        "row": each.row.to_json() if each.row else None,
+    }
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────
@@ -161,15 +175,25 @@ def _entries(row: dict[str, Any], suite: dict[str, Any]) -> list[Entry]:
     define = row.get("define", "")
     text = row.get("text") or _block(suite["block"], row.get("block", ""), define)
     instead = _block(suite["block"], row["instead"], define) if "instead" in row else ""
-    sizes = {name: row[name] for name in ("documents", "batch", "dtype", "device", "width")
-             if name in row}  # fmt: skip
+    sizes = {
+        name: row[name]
+        for name in ("documents", "batch", "dtype", "device", "width")
+        if name in row
+    }
     return [
-        Entry(row["title"], Case(text, None, tokens, run, **sizes), tuple(row.get("against", ())),
-              instead, row.get("number", "seconds"), row.get("target"), row.get("group", ""),
-              row.get("weigh", False))
+        Entry(
+            row["title"],
+            Case(text, None, tokens, run, **sizes),
+            tuple(row.get("against", ())),
+            instead,
+            row.get("number", "seconds"),
+            row.get("target"),
+            row.get("group", ""),
+            row.get("weigh", False),
+        )
         for run in _list(row.get("run", "forward"))
         for tokens in _list(row["tokens"])
-    ]  # fmt: skip
+    ]
 
 
 def _block(usual: str, settings: str, define: str) -> str:

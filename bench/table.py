@@ -45,8 +45,11 @@ def table(row: Row) -> Group:
     for cell in row.cells:
         if cell.wrong or not cell.reason:
             made.add_row(*cells(row, cell))
-    notes = [Text(f"  {cell.peer}: {cell.obstacle}", style="red" if cell.wrong else "dim")
-             for cell in row.cells if cell.obstacle]  # fmt: skip
+    notes = [
+        Text(f"  {cell.peer}: {cell.obstacle}", style="red" if cell.wrong else "dim")
+        for cell in row.cells
+        if cell.obstacle
+    ]
     return Group(Text(title(row), style="bold"), made, *notes)
 
 
@@ -107,11 +110,13 @@ def legend(rows: Iterable[Row]) -> str:
     found = list(rows)
     tops = {f"{rate(each.ceiling)}" for each in found if each.ceiling}
     compared = {each.compared for row in found for each in row.cells if each.compared}
-    return "\n".join((
-        "medians of interleaved runs; over ours: above 1, ours is faster",
-        f"rate: by the pairs that see each other; ceiling: a matrix product, {', '.join(tops)}",
-        ", ".join(("error: root mean square, relative", *sorted(compared))),
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            "medians of interleaved runs; over ours: above 1, ours is faster",
+            f"rate: by the pairs that see each other; ceiling: a matrix product, {', '.join(tops)}",
+            ", ".join(("error: root mean square, relative", *sorted(compared))),
+        )
+    )
 
 
 def standing_table(standing: Standing) -> Group:
@@ -124,10 +129,14 @@ def standing_table(standing: Standing) -> Group:
     for name, target in standing.suite.groups.items():
         found = standing.group(name)
         value = _judged(ratio(found), None if found is None else found >= target)
-        made.add_row(Text(f"geometric mean: {name}", style="bold"), "", "", "", "", value,
-                     f"{target:g}")  # fmt: skip
-    notes = [Text(f"  {each.entry.key}: {without(each)}", style="dim")
-             for each in standing.rows if without(each)]  # fmt: skip
+        made.add_row(
+            Text(f"geometric mean: {name}", style="bold"), "", "", "", "", value, f"{target:g}"
+        )
+    notes = [
+        Text(f"  {each.entry.key}: {without(each)}", style="dim")
+        for each in standing.rows
+        if without(each)
+    ]
     if any(each.best is not None and each.best.computes for each in standing.rows):
         notes.insert(0, Text("  * of another block: it cannot say this one", style="dim"))
     head = Text(f"{standing.suite.name}: {standing.machine.device}", style="bold")

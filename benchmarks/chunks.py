@@ -103,8 +103,10 @@ def main() -> None:
         return
     print(f"{'':20}{'tokens':>8}{'ms':>10}{'µs a token':>12}{'sdpa / it':>11}{'peer / it':>11}")
     for row in found:
-        print("{row:20}{tokens:8,}{ms:10.1f}{us_a_token:12.2f}{sdpa_over_it:11.2f}"
-              "{peer_over_it:11.2f}".format(**row))  # fmt: skip
+        print(
+            "{row:20}{tokens:8,}{ms:10.1f}{us_a_token:12.2f}{sdpa_over_it:11.2f}"
+            "{peer_over_it:11.2f}".format(**row)
+        )
 
 
 if __name__ == "__main__":

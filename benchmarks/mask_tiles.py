@@ -82,14 +82,29 @@ def main(tokens: tuple[int, ...], tile: int, repeat: int, as_json: bool) -> None
         click.echo(json.dumps(rows, indent=1))
         return
     table = Table(title=f"tiles of {tile} × {tile}, medians of {repeat}", box=SIMPLE)
-    for column in ("mask", "tokens", "classify ms", "transpose ms", "runs", "full", "partial",
-                   "kept"):  # fmt: skip
+    for column in (
+        "mask",
+        "tokens",
+        "classify ms",
+        "transpose ms",
+        "runs",
+        "full",
+        "partial",
+        "kept",
+    ):
         justify: Literal["left", "right"] = "left" if column == "mask" else "right"
         table.add_column(column, justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(str(row["mask"]), f"{row['tokens']:,}", f"{row['classify_ms']:.1f}",
-                      f"{row['transpose_ms']:.1f}", f"{row['runs']:,}", f"{row['full']:,}",
-                      f"{row['partial']:,}", f"{row['kept']:.3%}")  # fmt: skip
+        table.add_row(
+            str(row["mask"]),
+            f"{row['tokens']:,}",
+            f"{row['classify_ms']:.1f}",
+            f"{row['transpose_ms']:.1f}",
+            f"{row['runs']:,}",
+            f"{row['full']:,}",
+            f"{row['partial']:,}",
+            f"{row['kept']:.3%}",
+        )
     Console(width=120).print(table)
 
 

@@ -47,8 +47,12 @@ ROWS = {
 
 def timed(body: str, tokens: int, documents: int, repeats: int) -> dict[str, float]:
     """Return the seconds of both, forward and with backward, and the ratios of packed to whole."""
-    block = hl.compile(hl.load(f"{DEFINED}block a {{ width = 512; heads = 8; {body} }}",
-                               format="loom"), "a", backend="torch", seed=0)  # fmt: skip
+    block = hl.compile(
+        hl.load(f"{DEFINED}block a {{ width = 512; heads = 8; {body} }}", format="loom"),
+        "a",
+        backend="torch",
+        seed=0,
+    )
     x = (0.1 * torch.randn(1, tokens, 512)).requires_grad_()
     packed = {"segments": torch.arange(tokens)[None] * documents // tokens}
     found: dict[str, list[float]] = {}

@@ -111,8 +111,9 @@ def measured(
         slow = {f"{name}, by token": layer(name, chunked=False) for name in names if name != "sdpa"}
     for name, module in slow.items():
         x = torch.randn(1, 100, 256)
-        torch.testing.assert_close(module(x), layers[name.removesuffix(", by token")](x),
-                                   rtol=1e-3, atol=1e-4)  # fmt: skip
+        torch.testing.assert_close(
+            module(x), layers[name.removesuffix(", by token")](x), rtol=1e-3, atol=1e-4
+        )
     rows: list[dict[str, object]] = []
     for n in lengths:
         x = torch.randn(1, n, 256)
@@ -125,8 +126,15 @@ def measured(
         micro = {name: 1e6 * median(each) / n for name, each in times.items()}
         for name, each in micro.items():
             ratio = micro.get("sdpa", float("nan")) / each
-            rows.append({"tokens": n, "layer": name, "us_a_token": each, "sdpa_over_it": ratio,
-                         "backward": backward})  # fmt: skip
+            rows.append(
+                {
+                    "tokens": n,
+                    "layer": name,
+                    "us_a_token": each,
+                    "sdpa_over_it": ratio,
+                    "backward": backward,
+                }
+            )
     return rows
 
 

@@ -77,8 +77,11 @@ def compile(
     """
     return build_module(
         find(architecture(arch), name, width, context_width),
-        replace(target(backend, device), lowering=lowering), device=device, dtype=dtype, seed=seed,
-    )  # fmt: skip
+        replace(target(backend, device), lowering=lowering),
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
 
 
 def build_module(

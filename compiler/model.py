@@ -293,8 +293,11 @@ class Recurrence:
     def exprs(self) -> tuple[Expr, ...]:
         """Every expression: of the statements, of what states begin with and are weighed by."""
         weights = (each.weights for each in self.states if each.weights is not None)
-        return (*(each.value for each in self.updates), *(each.init for each in self.states),
-                *weights)  # fmt: skip
+        return (
+            *(each.value for each in self.updates),
+            *(each.init for each in self.states),
+            *weights,
+        )
 
     @property
     def written(self) -> frozenset[str]:
@@ -306,10 +309,13 @@ class Recurrence:
         """Return it with every expression changed."""
         updates = (replace(each, value=change(each.value)) for each in self.updates)
         states = (
-            replace(each, init=change(each.init),
-                    weights=None if each.weights is None else change(each.weights))
+            replace(
+                each,
+                init=change(each.init),
+                weights=None if each.weights is None else change(each.weights),
+            )
             for each in self.states
-        )  # fmt: skip
+        )
         return replace(self, updates=tuple(updates), states=tuple(states))
 
 
@@ -371,8 +377,13 @@ class Block:
             if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
                 mix = flow.mix
                 met = () if mix.similarity is None else (mix.similarity,)
-                read += [*met, mix.score, without_document(mix.mask), *mix.normalize.exprs,
-                         mix.weights]  # fmt: skip
+                read += [
+                    *met,
+                    mix.score,
+                    without_document(mix.mask),
+                    *mix.normalize.exprs,
+                    mix.weights,
+                ]
             elif isinstance(flow, Statistic) and flow.expr is not None:
                 read.append(flow.expr)
         return any("doc" in names(each) for each in read)

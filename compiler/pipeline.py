@@ -47,8 +47,11 @@ def load(code: Code) -> type[nn.Module]:
     if name not in sys.modules:
         filename = f"<{name}>"
         linecache.cache[filename] = (
-            len(code.text), None, code.text.splitlines(keepends=True), filename
-        )  # fmt: skip
+            len(code.text),
+            None,
+            code.text.splitlines(keepends=True),
+            filename,
+        )
         module = ModuleType(name)
         module.__file__ = filename
         sys.modules[name] = module

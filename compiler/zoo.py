@@ -147,8 +147,10 @@ def _plain(width: int, heads: int) -> Cost:
 def show_all(tokens: int, console: Console | None = None) -> None:
     """Print a table of all mechanisms."""
     console = console or Console(highlight=False)
-    caption = (f"for {tokens:,} tokens, caches in float32; flops: in parts of those of plain "
-               "attention, unmasked, of the same width and as many heads")  # fmt: skip
+    caption = (
+        f"for {tokens:,} tokens, caches in float32; flops: in parts of those of plain "
+        "attention, unmasked, of the same width and as many heads"
+    )
     table = Table(box=SIMPLE, caption=caption)
     table.add_column("mechanism", no_wrap=True, min_width=max(map(len, names())))
     for title in ("#", "family"):
@@ -161,6 +163,12 @@ def show_all(tokens: int, console: Console | None = None) -> None:
             table.add_section()
         family = each.family
         said = row(each, tokens)
-        table.add_row(each.name, each.number, family, f"{said['params']:,}",
-                      f"{said['relative_flops']:.3f}", f"{said['cache_bytes']:,}")  # fmt: skip
+        table.add_row(
+            each.name,
+            each.number,
+            family,
+            f"{said['params']:,}",
+            f"{said['relative_flops']:.3f}",
+            f"{said['cache_bytes']:,}",
+        )
     console.print(table)

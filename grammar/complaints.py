@@ -59,8 +59,13 @@ def explain(problem: UnexpectedInput, piece: Piece) -> Diagnostic:
     start = token.start_pos or 0
     span = piece.span(start, start + max(1, len(token)))
     if missing := _missing(token, expected, piece):
-        return Diagnostic("L101", f"{missing} is missing before `{token}`", span, APART,
-                          "write one statement a line, or `;` between them")  # fmt: skip
+        return Diagnostic(
+            "L101",
+            f"{missing} is missing before `{token}`",
+            span,
+            APART,
+            "write one statement a line, or `;` between them",
+        )
     if token.type == "NEWLINE":
         help = _wanted(expected, piece, start)
         return Diagnostic("L101", "the line ends too early", piece.span(start, start + 1), "", help)

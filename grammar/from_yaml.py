@@ -87,8 +87,11 @@ class _Reader:
         items: list[syntax.Item] = []
         for entry in self._entries(root, "a description"):
             if isinstance(entry, Scalar):
-                self._wrong(entry, "this is not a mapping",
-                            _as_mapping(entry, "write `blocks:`, `models:` …"))  # fmt: skip
+                self._wrong(
+                    entry,
+                    "this is not a mapping",
+                    _as_mapping(entry, "write `blocks:`, `models:` …"),
+                )
                 continue
             key, value = entry
             if key.text == "search":

@@ -14,6 +14,8 @@ DECLARATIONS = ("let", "param", "const", "state")
 def meant(owner: str) -> tuple[str, ...]:
     """Return the keys that are no settings in a body of this kind."""
     own = {
-        "block": ("base",), "model": ("base",), "definition": ("value", "where"),
-    }.get(owner, ())  # fmt: skip
+        "block": ("base",),
+        "model": ("base",),
+        "definition": ("value", "where"),
+    }.get(owner, ())
     return (*DECLARATIONS, "branches", *own)

@@ -55,8 +55,12 @@ def read(path: str | Path) -> Source:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise error("L001", f"`{path}` is too large to be a description", here,
-                        f"{size:,} bytes, the limit is {MAX_BYTES:,}")  # fmt: skip
+            raise error(
+                "L001",
+                f"`{path}` is too large to be a description",
+                here,
+                f"{size:,} bytes, the limit is {MAX_BYTES:,}",
+            )
         return Source(str(path), path.read_text(encoding="utf-8"))
     except OSError as problem:
         reason = (problem.strerror or str(problem)).lower()
@@ -420,6 +424,9 @@ def check_size(source: Source, at: Span | None = None) -> None:
     """Refuse a text that is too large to be a description (L001)."""
     size = len(source.text)
     if size > MAX_BYTES:
-        raise error("L001", "this text is too large to be a description",
-                    at or Span(Source(source.name, ""), 0, 0),
-                    f"{size:,} characters, the limit is {MAX_BYTES:,}")  # fmt: skip
+        raise error(
+            "L001",
+            "this text is too large to be a description",
+            at or Span(Source(source.name, ""), 0, 0),
+            f"{size:,} characters, the limit is {MAX_BYTES:,}",
+        )

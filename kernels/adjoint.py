@@ -105,8 +105,9 @@ class Writer:
         """
         sources = list(sources)
         wanted = self.tape.reaches(sources)
-        found = _Found({name: [((), (), text) for text in texts]
-                        for name, texts in upstream.items()})  # fmt: skip
+        found = _Found(
+            {name: [((), (), text) for text in texts] for name, texts in upstream.items()}
+        )
         lines: list[str] = []
 
         def finished(name: str) -> str:
@@ -154,8 +155,9 @@ class Writer:
         groups: dict[tuple[Shape, tuple[int, ...]], list[str]] = {}
         for wide, gone, text in terms:
             groups.setdefault((wide, gone) if gone else ((), ()), []).append(text)
-        sums = [self._summed(" + ".join(texts), wide, gone)
-                for (wide, gone), texts in groups.items()]  # fmt: skip
+        sums = [
+            self._summed(" + ".join(texts), wide, gone) for (wide, gone), texts in groups.items()
+        ]
         return " + ".join(sums)
 
     def _summed(self, text: str, wide: Shape, over: tuple[int, ...]) -> str:

@@ -28,9 +28,7 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile(
-    X, stride, top, left, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def load_tile(X, stride, top, left, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """X[top : top + HEIGHT, left : left + WIDTH], zero beyond `rows` and `columns`."""
     row = top + tl.arange(0, HEIGHT)[:, None]
     column = left + tl.arange(0, WIDTH)[None, :]
@@ -39,9 +37,7 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    X, x, stride, top, left, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def store_tile(X, x, stride, top, left, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """X[top : top + HEIGHT, left : left + WIDTH] = x, inside `rows` and `columns`."""
     row = top + tl.arange(0, HEIGHT)[:, None]
     column = left + tl.arange(0, WIDTH)[None, :]
@@ -116,9 +112,7 @@ def load_faded(
 
 
 @triton.jit
-def pair_fade(
-    A, stride, first, n, LAG: tl.constexpr, DECAY: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def pair_fade(A, stride, first, n, LAG: tl.constexpr, DECAY: tl.constexpr, CHUNK: tl.constexpr):
     """D_{i - LAG, j} where j ≤ i - LAG, else 0, for a decay None or "number"."""
     i = tl.arange(0, CHUNK)[:, None]
     j = tl.arange(0, CHUNK)[None, :] + LAG

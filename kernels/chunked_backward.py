@@ -294,9 +294,7 @@ def chunked_backward_rows(
     by_q = meet_state(do, do_strides[2], start, first, top, n, D, E, BLOCK_D, BLOCK_E, CHUNK)
     of_q = pair_products(do, u, do_strides[2], u_strides[2], first, n, E, BLOCK_E, CHUNK)
     ends = shared(start, end, top, D, E, BLOCK_D, BLOCK_E)
-    da = through_decays(
-        by_k, ends, k, a, k_strides[2], a_stride, first, top, n, D, BLOCK_D, CHUNK
-    )  # fmt: skip
+    da = through_decays(by_k, ends, k, a, k_strides[2], a_stride, first, top, n, D, BLOCK_D, CHUNK)
     dq, of_a = through_reads(
         of_q, by_q, q, k, a, q_strides[2], k_strides[2], a_stride, first, top, n,
         BEFORE, D, BLOCK_D, CHUNK,

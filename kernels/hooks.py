@@ -55,8 +55,10 @@ _FLOAT_ONLY = frozenset(
     | {"cos", "floor"}
 )
 _TAKEN = frozenset({*_SUMS, *_ENDS, "Grads", "tl", "triton", "True", "False"}) | {
-    "read", "nearest", "scatter",
-}  # fmt: skip
+    "read",
+    "nearest",
+    "scatter",
+}
 _ZERO = Number(0)
 _WIDTH = 96
 

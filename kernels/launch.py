@@ -148,11 +148,21 @@ class Pairwise:
         n, heads, width = q.shape[2], q.shape[1], v.shape[-1]
         wanted = self._named("DLse", "DEntropy", of_wanted)
         of_delta: dict[str, object] = {
-            "DO": do, "O": o, "Delta": delta, **wanted, "Level": self._level(stats),
-            "do_strides": do.stride()[:3], "o_strides": o.stride()[:3],
-            "n": n, "H": heads, "DV": width, "DVP": padded(width),
-            "BLOCK_M": 32, "num_warps": 4, "num_stages": 1,
-        }  # fmt: skip
+            "DO": do,
+            "O": o,
+            "Delta": delta,
+            **wanted,
+            "Level": self._level(stats),
+            "do_strides": do.stride()[:3],
+            "o_strides": o.stride()[:3],
+            "n": n,
+            "H": heads,
+            "DV": width,
+            "DVP": padded(width),
+            "BLOCK_M": 32,
+            "num_warps": 4,
+            "num_stages": 1,
+        }
         shared = self._shared(qkv, stats, tensors)
         shared |= {"B": q.shape[0], "DO": do, "Delta": delta, "do_strides": do.stride()[:3]}
         shared |= {"DEntropy": wanted["DEntropy"], "Grads": into}
@@ -200,14 +210,26 @@ class Pairwise:
         q, k, v = qkv
         (_, heads, n, d), (_, kv_heads, m, dv) = q.shape, v.shape
         arguments: dict[str, object] = {
-            "Q": q, "K": k, "V": v,
-            "Stat": stats[0], "Seen": stats[1] if self.counts_seen else None,
+            "Q": q,
+            "K": k,
+            "V": v,
+            "Stat": stats[0],
+            "Seen": stats[1] if self.counts_seen else None,
             "T": tuple(each.contiguous() for each in tensors),
-            "q_strides": q.stride()[:3], "k_strides": k.stride()[:3], "v_strides": v.stride()[:3],
-            "n": n, "m": m, "H": heads, "G": heads // kv_heads,
-            "D": d, "DV": dv, "DP": padded(d), "DVP": padded(dv), "SCALE": self.scale,
+            "q_strides": q.stride()[:3],
+            "k_strides": k.stride()[:3],
+            "v_strides": v.stride()[:3],
+            "n": n,
+            "m": m,
+            "H": heads,
+            "G": heads // kv_heads,
+            "D": d,
+            "DV": dv,
+            "DP": padded(d),
+            "DVP": padded(dv),
+            "SCALE": self.scale,
             "ENTROPY": int(self.entropy),
-        }  # fmt: skip
+        }
         return arguments | self.reach
 
     def _hooks(self, *roles: str, backward: bool) -> dict[str, object]:

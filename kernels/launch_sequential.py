@@ -113,11 +113,17 @@ class Sequential:
     ) -> dict[str, object]:
         n = like.shape[2]
         return {
-            "Streams": streams, "strides": tuple(each.stride()[:3] for each in streams),
+            "Streams": streams,
+            "strides": tuple(each.stride()[:3] for each in streams),
             "groups": tuple(self.heads // each.shape[1] for each in streams),
-            "Tensors": tensors, "Marks": marks, "n": n, "chunks": -(-n // EVERY),
-            "EVERY": EVERY, "num_warps": self.warps, "num_stages": 1,
-        }  # fmt: skip
+            "Tensors": tensors,
+            "Marks": marks,
+            "n": n,
+            "chunks": -(-n // EVERY),
+            "EVERY": EVERY,
+            "num_warps": self.warps,
+            "num_stages": 1,
+        }
 
     def _apart(self, given: Given) -> tuple[Tensors, Tensors, Tensors, torch.Tensor | None]:
         """The operator's arguments: streams; tensors; states; the marks of tokens."""
@@ -188,8 +194,10 @@ class Sequential:
     def _readable(self, given: Given) -> Given:
         """The arguments as kernels read them: any strides, but vectors without gaps."""
         streams, tensors, starts, marks = self._apart(given)
-        dense = (each if size is None or each.stride(-1) == 1 else each.contiguous()
-                 for size, each in zip(self.streams.values(), streams, strict=True))  # fmt: skip
+        dense = (
+            each if size is None or each.stride(-1) == 1 else each.contiguous()
+            for size, each in zip(self.streams.values(), streams, strict=True)
+        )
         rest = (each.contiguous() for each in (*tensors, *starts))
         return *dense, *rest, None if marks is None else marks.contiguous()
 

@@ -91,8 +91,10 @@ def obstacle(scan: Scan) -> str | None:
         return str(refused)
     carried = carries(scan, tape)
     if carried > ROOM:
-        return (f"{carried} numbers would be carried from token to token: the states, the "
-                f"tensors and the gradients of both; there is room for {ROOM}")  # fmt: skip
+        return (
+            f"{carried} numbers would be carried from token to token: the states, the "
+            f"tensors and the gradients of both; there is room for {ROOM}"
+        )
     return None
 
 

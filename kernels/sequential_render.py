@@ -54,10 +54,12 @@ class _Printer:
         self.variables = Variables(OWN | self.tape.shapes.keys())
         self.lanes = Lanes(self.variables)
         self.learned = {each.name for each in scan.tensors if each.differentiable}
-        self.next = {name: self.variables.new(f"{var}_next")
-                     for name, var in self.tape.streams.items()}  # fmt: skip
-        self.base = {name: self.variables.new(f"{var}_at")
-                     for name, var in self.tape.streams.items()}  # fmt: skip
+        self.next = {
+            name: self.variables.new(f"{var}_next") for name, var in self.tape.streams.items()
+        }
+        self.base = {
+            name: self.variables.new(f"{var}_at") for name, var in self.tape.streams.items()
+        }
 
     # kernels
 
@@ -85,14 +87,18 @@ class _Printer:
             *(self._load_state(name, "Starts", "program") for name in tape.states),
             *self._first(read, "0"),
             "for chunk in range(chunks):",
-            *(f"    {self._store_state(name, 'Kept', 'program * chunks + chunk', var)}"
-              for name, var in tape.states.items()),
+            *(
+                f"    {self._store_state(name, 'Kept', 'program * chunks + chunk', var)}"
+                for name, var in tape.states.items()
+            ),
             "    start = chunk * EVERY",
             "    for t in range(start, tl.minimum(start + EVERY, n)):",
             *_indented(token, 2),
-            *(self._store_state(name, "Lasts", "program", var)
-              for name, var in tape.states.items()),
-        ]  # fmt: skip
+            *(
+                self._store_state(name, "Lasts", "program", var)
+                for name, var in tape.states.items()
+            ),
+        ]
         return self._kernel("forward", _FORWARD, lines)
 
     def backward(self) -> str:
@@ -113,8 +119,10 @@ class _Printer:
             "    chunk = chunks - 1 - back",
             "    start = chunk * EVERY",
             "    stop = tl.minimum(start + EVERY, n)",
-            *(f"    {self._load_state(name, 'Kept', 'program * chunks + chunk')}"
-              for name in tape.states),
+            *(
+                f"    {self._load_state(name, 'Kept', 'program * chunks + chunk')}"
+                for name in tape.states
+            ),
             *_indented(self._first(replayed, "start")),
             "    for t in range(start, stop):",
             *_indented(replay, 2),
@@ -126,7 +134,7 @@ class _Printer:
             *_indented(reverse, 2),
             "    tl.debug_barrier()",
             *(self._store_state(name, "DStarts", "program", var) for name, var in carried.items()),
-        ]  # fmt: skip
+        ]
         for at, (key, var) in enumerate(sums.items()):
             shape = tape.shapes[reads[key]]
             lines.append(self._store(f"DTensors[{at}] + program * {math.prod(shape)}", var, shape))
@@ -140,11 +148,13 @@ class _Printer:
         lines = [
             *self._ahead(read, "tl.minimum(t + 1, n - 1)"),
             *self._anew(tape.states.values()),
-            *(self._store_state(name, "Scratch", "program * EVERY + t - start", var)
-              for name, var in tape.states.items()),
+            *(
+                self._store_state(name, "Scratch", "program * EVERY + t - start", var)
+                for name, var in tape.states.items()
+            ),
             *Writer(tape, self.lanes).forward(ops),
             *self._unless_idle([(tape.states[each], final) for each, final in tape.finals.items()]),
-        ]  # fmt: skip
+        ]
         return lines, read
 
     def _reverse(
@@ -155,8 +165,11 @@ class _Printer:
         upstream: dict[str, list[str]] = {tape.output: ["d_o"]}
         for name, final in tape.finals.items():
             upstream.setdefault(final, []).append(carried[name])
-        sources = [*tape.streams.values(), *(tape.tensors[key] for key in sums),
-                   *tape.states.values()]  # fmt: skip
+        sources = [
+            *tape.streams.values(),
+            *(tape.tensors[key] for key in sums),
+            *tape.states.values(),
+        ]
         gradients, found = writer.backward(upstream, sources, self.variables)
         ops = tape.needed(writer.used)
         read = self._read(writer.used, ops)
@@ -166,11 +179,14 @@ class _Printer:
             "    mark = tl.load(Marks + b * n + t)",
             "d_o = do_next.to(tl.float32)",
             self._next_do(),
-            *(self._load_state(name, "Scratch", "program * EVERY + t - start")
-              for name, var in tape.states.items() if var in read),
+            *(
+                self._load_state(name, "Scratch", "program * EVERY + t - start")
+                for name, var in tape.states.items()
+                if var in read
+            ),
             *writer.forward(ops),
             *gradients,
-        ]  # fmt: skip
+        ]
         for at, var in enumerate(tape.streams.values()):
             shape = tape.shapes[var]
             row = f"DStreams[{at}] + (program * n + t) * {math.prod(shape)}"
@@ -179,8 +195,12 @@ class _Printer:
         for key, total in sums.items():
             if (var := tape.tensors[key]) in found:
                 lines += [*self._zero_if_idle(found[var]), f"{total} = {total} + each"]
-        lines += self._unless_idle([(carried[name], found.get(var, zeros(tape.shapes[var])))
-                                for name, var in tape.states.items()])  # fmt: skip
+        lines += self._unless_idle(
+            [
+                (carried[name], found.get(var, zeros(tape.shapes[var])))
+                for name, var in tape.states.items()
+            ]
+        )
         lines += self._anew(carried.values(), start=False)
         return lines, read
 
@@ -235,8 +255,11 @@ class _Printer:
 
     def _ahead(self, read: set[str], token: str) -> list[str]:
         """Take what was loaded for this token, and load what another one brings."""
-        taken = [f"{var} = {self.next[name]}.to(tl.float32)"
-                 for name, var in self.tape.streams.items() if var in read]  # fmt: skip
+        taken = [
+            f"{var} = {self.next[name]}.to(tl.float32)"
+            for name, var in self.tape.streams.items()
+            if var in read
+        ]
         return [*taken, *self._first(read, token)]
 
     def _next_do(self) -> str:
@@ -248,9 +271,11 @@ class _Printer:
         return [
             "if Marks is not None:",
             "    mark = tl.load(Marks + b * n + t)",
-            *(f"    {var} = tl.where(mark == {BEGINS}, {value!r}, {var})"
-              for var, value in zip(targets, values, strict=True)),
-        ]  # fmt: skip
+            *(
+                f"    {var} = tl.where(mark == {BEGINS}, {value!r}, {var})"
+                for var, value in zip(targets, values, strict=True)
+            ),
+        ]
 
     def _unless_idle(self, pairs: Iterable[tuple[str, str]]) -> list[str]:
         """Return assignments that happen at once, and not at all at padding."""
@@ -265,8 +290,11 @@ class _Printer:
 
     def _zero_if_idle(self, value: str) -> list[str]:
         """Return lines that make a number of a token, `each`, which is 0 at padding."""
-        return [f"each = {value}", "if Marks is not None:",
-                f"    each = tl.where(mark == {IDLE}, 0.0, each)"]  # fmt: skip
+        return [
+            f"each = {value}",
+            "if Marks is not None:",
+            f"    each = tl.where(mark == {IDLE}, 0.0, each)",
+        ]
 
     def _load(self, row: str, shape: Shape) -> str:
         inside = f", mask={mask}, other=0.0" if (mask := self.lanes.mask(shape)) else ""
@@ -306,7 +334,7 @@ class _Printer:
             "tensors": {each.name: each.shape for each in scan.tensors},
             "learned": {each: kind for each, kind in kinds.items() if kind},
             "states": {each.name: each.shape for each in scan.states},
-        }  # fmt: skip
+        }
         lines = [f'"{namespace}::{name}"', f"_{name}_forward", f"_{name}_backward"]
         lines += [f"heads={scan.heads}", f"width={scan.value_dim}"]
         for each, table in tables.items():
@@ -319,12 +347,19 @@ class _Printer:
     def function(self) -> str:
         """Print the function that others call; its docstring says what it computes."""
         scan, variables = self.scan, Variables({"torch", "marks", "found", self.name})
-        shapes = {variables.new(each.name): f"(b, {scan.heads} or a divisor, n"
-                  + ("" if each.size is None else f", {each.size}") + ")"
-                  for each in scan.streams}  # fmt: skip
+        shapes = {
+            variables.new(each.name): f"(b, {scan.heads} or a divisor, n"
+            + ("" if each.size is None else f", {each.size}")
+            + ")"
+            for each in scan.streams
+        }
         shapes |= {variables.new(each.name): str(each.shape) for each in scan.tensors}
-        shapes |= {variables.new(f"first_{each.name}"): str(("b", scan.heads, *each.shape))
-                   .replace("'", "") for each in scan.states}  # fmt: skip
+        shapes |= {
+            variables.new(f"first_{each.name}"): str(("b", scan.heads, *each.shape)).replace(
+                "'", ""
+            )
+            for each in scan.states
+        }
         asked = "".join(f"    {each}: torch.Tensor,\n" for each in shapes)
         asked += "    marks: torch.Tensor | None = None,\n"
         shapes["marks"] = f"(b, n), int8: {BEGINS} where states begin anew, {IDLE} where they stay"

@@ -285,9 +285,12 @@ class _Recorder:
         raise RefusedError(f"`{show(expr)}` is nothing that a sequential kernel computes")
 
     def _below(
-        self, value: str, parts: list[tuple[Part, Shape]], along: str = "",
+        self,
+        value: str,
+        parts: list[tuple[Part, Shape]],
+        along: str = "",
         shape: Shape | None = None,
-    ) -> Expr:  # fmt: skip
+    ) -> Expr:
         part = (Part(value, along), self.shapes[value] if shape is None else shape)
         if part not in parts:
             parts.append(part)

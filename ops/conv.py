@@ -56,14 +56,18 @@ class Conv(Op):
         assert not isinstance(y, int)
         return y + by_feature(weights["bias"]) if options["bias"] else y
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         run = self.run_of(shapes[0])
         return f"self.{module}({inputs[0]}{f', {run}' if run != 'None' else ''})"
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
-        more = "".join(f", {name}={options[name]}" for name, usual in (("bias", False),
-                       ("causal", True)) if options[name] != usual)  # fmt: skip
+        more = "".join(
+            f", {name}={options[name]}"
+            for name, usual in (("bias", False), ("causal", True))
+            if options[name] != usual
+        )
         return f"ShortConv({inputs[0].features}, {options['width']}{more})"
 
     def lookback(self, options: Options) -> int:

@@ -44,8 +44,9 @@ class Bernoulli(Op):
         drawn = torch.rand(size, dtype=torch.float32, device=x.device)
         return torch.lt(drawn, options["rate"]).to(x.dtype)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"bernoulli({inputs[0]}, {options['rate']!r}, self.training)"
 
 
@@ -59,11 +60,11 @@ class DropHeads(Op):
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         (x,), count = inputs, options["count"]
         if x.heads is None:
-            raise Mismatch("`drop_heads` needs a stream with heads", f"it is {x}",
-                           "split it first")  # fmt: skip
+            raise Mismatch("`drop_heads` needs a stream with heads", f"it is {x}", "split it first")
         if not (isinstance(count, int) and 0 <= count < x.heads):
-            raise Mismatch("`drop_heads` leaves at least one head",
-                           f"count = {count}, heads = {x.heads}")  # fmt: skip
+            raise Mismatch(
+                "`drop_heads` leaves at least one head", f"count = {count}, heads = {x.heads}"
+            )
         return x
 
     def eager(
@@ -77,8 +78,9 @@ class DropHeads(Op):
         order = torch.rand(x.shape[:-2], dtype=torch.float32, device=x.device).argsort(dim=-1)
         return torch.where((order < options["count"])[..., None, None], 0, x)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"drop_heads({inputs[0]}, {options['count']}, self.training)"
 
 
@@ -105,8 +107,9 @@ class Noise(Op):
         drawn = torch.randn(x.shape, dtype=torch.float32, device=x.device)
         return x.add(drawn.to(x.dtype), alpha=options["std"])
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"add_noise({inputs[0]}, {options['std']!r}, self.training)"
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:

@@ -29,6 +29,7 @@ class Dropout(Op):
 
         return functional.dropout(inputs[0], options["p"], run.training)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"F.dropout({inputs[0]}, {options['p']!r}, self.training)"

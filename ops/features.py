@@ -29,8 +29,9 @@ class Softmax(Op):
         x = (x - x.amax(-1, keepdim=True).detach()).exp()
         return (x / x.sum(-1, keepdim=True)).to(inputs[0].dtype)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"torch.softmax({inputs[0]}, dim=-1)"
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
@@ -49,8 +50,9 @@ class Top(Op):
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         (x,), count = inputs, options["count"]
         if count > x.dim:
-            raise Mismatch("`top` keeps at most the features there are",
-                           f"count = {count}, features = {x.dim}")  # fmt: skip
+            raise Mismatch(
+                "`top` keeps at most the features there are", f"count = {count}, features = {x.dim}"
+            )
         return x
 
     def eager(
@@ -64,8 +66,9 @@ class Top(Op):
         kept.scatter_(-1, order[..., : options["count"]], True)
         return torch.where(kept, x, 0)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"top_features({inputs[0]}, {options['count']})"
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
@@ -89,8 +92,10 @@ class Slice(Op):
         (x,), start, stop = inputs, options["start"], options["stop"]
         whole = all(isinstance(each, int) for each in (start, stop))
         if not (whole and 0 <= start < stop <= x.dim):
-            raise Mismatch("`slice` takes features that are there, at least one",
-                           f"start = {start}, stop = {stop}, features = {x.dim}")  # fmt: skip
+            raise Mismatch(
+                "`slice` takes features that are there, at least one",
+                f"start = {start}, stop = {stop}, features = {x.dim}",
+            )
         return replace(x, dim=stop - start)
 
     def eager(
@@ -98,8 +103,9 @@ class Slice(Op):
     ) -> Tensor:
         return inputs[0].narrow(-1, options["start"], options["stop"] - options["start"])
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         start, stop = options["start"] or "", options["stop"]
         return f"{inputs[0]}[..., {start}:{'' if stop == shapes[0].dim else stop}]"
 
@@ -127,8 +133,9 @@ class Reduce(Op):
         length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return length
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         if options["by"] == "norm":
             return f"torch.linalg.vector_norm({inputs[0]}, dim=-1, keepdim=True)"
         return f"{inputs[0]}.{options['by']}(-1, keepdim=True)"

@@ -60,8 +60,9 @@ class Split(Op):
     ) -> Tensor:
         return by_head(inputs[0], options["heads"])
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return by_head_text(inputs[0], options["heads"], shapes[0])
 
 
@@ -84,8 +85,9 @@ class Merge(Op):
     ) -> Tensor:
         return inputs[0].transpose(-3, -2).flatten(-2)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"{inputs[0]}.transpose{_swapped(shapes[0])}.flatten(-2)"
 
 
@@ -109,8 +111,9 @@ class Repeat(Op):
         x = x if run.has_heads(0, x) else x.unsqueeze(-3)
         return x.repeat_interleave(options["times"], dim=-3)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         if shapes[0].tokens == "1":
             x = inputs[0] if shapes[0].heads is not None else f"{inputs[0]}.unsqueeze(-3)"
             return f"{x}.repeat_interleave({options['times']}, dim=-3)"
@@ -133,8 +136,9 @@ class Concat(Op):
         x, y = inputs
         if (x.heads, x.tokens) != (y.heads, y.tokens):
             help = "bring them together with `split` or `repeat`"
-            raise Mismatch("`concat` needs streams of the same heads and tokens",
-                           f"{x} and {y}", help)  # fmt: skip
+            raise Mismatch(
+                "`concat` needs streams of the same heads and tokens", f"{x} and {y}", help
+            )
         return replace(x, dim=x.dim + y.dim)
 
     def eager(
@@ -144,6 +148,7 @@ class Concat(Op):
 
         return torch.cat(list(inputs), dim=-1)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"torch.cat([{', '.join(inputs)}], dim=-1)"

@@ -39,8 +39,9 @@ class Joint(Op):
         shares = torch.maximum(logs, logs.new_tensor(least)).softmax(0)
         return (torch.stack(list(inputs[:count])) * shares).sum(0)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         count = len(inputs) // 2
         return f"joint([{', '.join(inputs[:count])}], [{', '.join(inputs[count:])}])"
 

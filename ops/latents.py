@@ -42,8 +42,9 @@ class Latents(Op):
         (x,) = inputs
         return weights["weight"].to(x.dtype)[None].expand(x.shape[0], -1, -1)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"self.{module}({inputs[0]})"
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:

@@ -30,8 +30,9 @@ class _Linear(Op):
             options["features"] = given.dim if out is None else out.dim
         return options
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"self.{module}({inputs[0]})"
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
@@ -98,8 +99,9 @@ class HeadLinear(_Linear):
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         (x,) = inputs
         if x.heads is None:
-            raise Mismatch("`head_linear` needs a stream with heads", f"it is {x}",
-                           "split it first")  # fmt: skip
+            raise Mismatch(
+                "`head_linear` needs a stream with heads", f"it is {x}", "split it first"
+            )
         return replace(x, dim=options["features"])
 
     def weights(self, inputs: Sequence[Shape], options: Options) -> tuple[Weight, ...]:

@@ -43,8 +43,9 @@ class RmsNorm(_Norm):
         y: Tensor = x * (square + options["eps"]).rsqrt() * wide(weights["weight"])
         return y.to(inputs[0].dtype)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"self.{module}({inputs[0]})"
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
@@ -70,8 +71,9 @@ class LayerNorm(_Norm):
         y: Tensor = x * (x.pow(2).mean(-1, keepdim=True) + options["eps"]).rsqrt()
         return (y * wide(weights["weight"]) + wide(weights["bias"])).to(inputs[0].dtype)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"self.{module}({inputs[0]})"
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
@@ -91,8 +93,9 @@ class L2Norm(_Norm):
         y: Tensor = x * (x.pow(2).sum(-1, keepdim=True) + options["eps"]).rsqrt()
         return y.to(inputs[0].dtype)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"l2_norm({inputs[0]}, {options['eps']!r})"
 
 
@@ -109,6 +112,7 @@ class L1Norm(_Norm):
         y: Tensor = x / x.abs().sum(-1, keepdim=True).clamp(min=options["eps"])
         return y.to(inputs[0].dtype)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"l1_norm({inputs[0]}, {options['eps']!r})"

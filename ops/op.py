@@ -125,8 +125,9 @@ class Op(ABC):
         """Return the result: the meaning every other form of the operation is tested against."""
 
     @abstractmethod
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         """Return a PyTorch expression for an emitted module; `module` is its submodule."""
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:

@@ -50,14 +50,16 @@ class Pointwise(Op):
         split = [run.has_heads(at, x) for at, x in enumerate(inputs)]
         if any(split):
             heads = inputs[split.index(True)].shape[-3]
-            inputs = [x if done else by_head(x, heads)
-                      for x, done in zip(inputs, split, strict=True)]  # fmt: skip
+            inputs = [
+                x if done else by_head(x, heads) for x, done in zip(inputs, split, strict=True)
+            ]
         values = {f"a{at}": x for at, x in enumerate(inputs)}
         result: Tensor = evaluate(options["expr"], values)
         return result.to(inputs[0].dtype) if result.is_floating_point() else result
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         heads = max((each.heads for each in shapes if each.heads is not None), default=None)
         names = {}
         for at, (name, shape) in enumerate(zip(inputs, shapes, strict=True)):
@@ -152,10 +154,11 @@ def _call(name: str, args: list[Any]) -> Any:
     like = next(arg for arg in args if isinstance(arg, torch.Tensor))
     # Numbers as float64 scalars: they take the dtype of the tensors they meet, unrounded.
     tensors = [
-        arg if isinstance(arg, torch.Tensor)
+        arg
+        if isinstance(arg, torch.Tensor)
         else torch.tensor(arg, dtype=torch.float64, device=like.device)
         for arg in args
-    ]  # fmt: skip
+    ]
     match name:
         case "min":
             return torch.minimum(*tensors)

@@ -37,8 +37,11 @@ class Rope(Op):
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         dims, dim, theta = options["dims"], inputs[0].dim, options["theta"]
         if not isinstance(dims, int) or abs(dims) > dim or dims % 2 or dims == 0:
-            raise Mismatch("`rope` turns an even number of the features there are",
-                           f"dims = {dims}, features = {dim}", at="dims")  # fmt: skip
+            raise Mismatch(
+                "`rope` turns an even number of the features there are",
+                f"dims = {dims}, features = {dim}",
+                at="dims",
+            )
         if theta <= 0:
             raise Mismatch("`rope` needs a positive base", f"theta = {theta}", at="theta")
         row, values = scaling_of(options)
@@ -77,15 +80,19 @@ class Rope(Op):
         rest = x[..., :still] if dims < 0 else x[..., turned:]
         return torch.cat([rest, done] if dims < 0 else [done, rest], dim=-1)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         tokens = shapes[0].tokens
         where = "positions" if tokens == "n" else "context_positions"
         if tokens.isdecimal():
             where = f"torch.arange({tokens}, device=x.device)"
         row, values = scaling_of(options)
-        said = [f"{each.name}={values[each.name]!r}" for each in row.options
-                if values[each.name] != each.default]  # fmt: skip
+        said = [
+            f"{each.name}={values[each.name]!r}"
+            for each in row.options
+            if values[each.name] != each.default
+        ]
         arguments = [where, str(abs(options["dims"])), f"theta={options['theta']!r}", *said]
         sign = "-" if options["inverse"] else ""
         extra = ["last=True"] if options["dims"] < 0 and -options["dims"] != shapes[0].dim else []

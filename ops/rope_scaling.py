@@ -142,8 +142,9 @@ def _longrope_gain(of: Values) -> float:
 
 def _refuse_dynamic(of: Values) -> None:
     if of["turned"] < 4:
-        raise Mismatch("`dynamic` needs two pairs of features or more", f"{of['turned']} turn",
-                       at="scaling")  # fmt: skip
+        raise Mismatch(
+            "`dynamic` needs two pairs of features or more", f"{of['turned']} turn", at="scaling"
+        )
 
 
 def _refuse_yarn(of: Values) -> None:
@@ -158,8 +159,9 @@ def _refuse_longrope(of: Values) -> None:
             help = f"{of['turned']} features turn, two a frequency"
             raise Mismatch(f"`{name}` has one factor a frequency", label, help, f"scaling.{name}")
     if of["length"] == 1 and of["attention_factor"] is None and of["factor"] > 1:
-        raise Mismatch("`longrope` needs a length above 1", "its logarithm is 0",
-                       at="scaling.length")  # fmt: skip
+        raise Mismatch(
+            "`longrope` needs a length above 1", "its logarithm is 0", at="scaling.length"
+        )
 
 
 def _refuse_llama3(of: Values) -> None:

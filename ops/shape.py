@@ -18,8 +18,9 @@ class Shape:
     heads: int | None = None
 
     def __str__(self) -> str:
-        sizes = (self.tokens, self.dim) if self.heads is None else (
-            self.heads, self.tokens, self.dim)  # fmt: skip
+        sizes = (
+            (self.tokens, self.dim) if self.heads is None else (self.heads, self.tokens, self.dim)
+        )
         return f"[{', '.join(map(str, sizes))}]"
 
     @property

@@ -32,8 +32,9 @@ class MeanTokens(Op):
         (x,) = inputs
         return x.mean(-2, keepdim=True) if x.shape[-2] else x.sum(-2, keepdim=True)
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         return f"mean_tokens({inputs[0]}, {self.run_of(shapes[0])})"
 
     def looks_ahead(self, options: Options) -> bool:
@@ -57,7 +58,8 @@ class Average(Op):
     ) -> Tensor:
         return inputs[0].mean() if inputs[0].numel() else inputs[0].sum()
 
-    def text(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options,
-             module: str) -> str:  # fmt: skip
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
         run = self.run_of(shapes[0])
         return f"mean_of_all({inputs[0]}, {run})"

@@ -51,8 +51,15 @@ def read(expr: Expr, known: Known, code: str) -> dict[str, Any]:
             given[keyword.name] = keyword.value
     for name, default in known.items():
         if isinstance(default, type) and name not in given:
-            found.append(Diagnostic(code, f"`{call.function}` needs `{name}`", call.span, "",
-                                    f"write `{call.function}({name} = …)`"))  # fmt: skip
+            found.append(
+                Diagnostic(
+                    code,
+                    f"`{call.function}` needs `{name}`",
+                    call.span,
+                    "",
+                    f"write `{call.function}({name} = …)`",
+                )
+            )
     values: dict[str, Any] = {}
     for name, value in given.items():
         try:

@@ -69,10 +69,14 @@ def _plain(value: Any) -> Any:
         return repr(fold(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         skip = {"name"} if isinstance(value, _NAMED_FOR_PEOPLE) else set()
-        return (type(value).__name__, *(
-            _plain(getattr(value, each.name))
-            for each in dataclasses.fields(value) if each.compare and each.name not in skip
-        ))  # fmt: skip
+        return (
+            type(value).__name__,
+            *(
+                _plain(getattr(value, each.name))
+                for each in dataclasses.fields(value)
+                if each.compare and each.name not in skip
+            ),
+        )
     if isinstance(value, tuple):
         return tuple(_plain(each) for each in value)
     if isinstance(value, float) and value.is_integer():

@@ -129,14 +129,22 @@ class Drawing:
         try:
             return evaluate(drawn, {})
         except NotConstant as problem:
-            raise error("L512", "the ends of a range are numbers, or names of `let`s that are",
-                        expr.span, problem.reason) from None  # fmt: skip
+            raise error(
+                "L512",
+                "the ends of a range are numbers, or names of `let`s that are",
+                expr.span,
+                problem.reason,
+            ) from None
 
     def _each(self, call: Call, path: str, scope: Scope, offset: int = 0) -> Iterator[Expr]:
         count = self._bound(call.args[0], f"{path}.n", scope)
         if not (float(count).is_integer() and 0 <= count <= MAX_EACH):
-            raise error("L509", "`each` repeats a whole number of times", call.args[0].span,
-                        f"{count}, the most is {MAX_EACH}")  # fmt: skip
+            raise error(
+                "L509",
+                "`each` repeats a whole number of times",
+                call.args[0].span,
+                f"{count}, the most is {MAX_EACH}",
+            )
         for index in range(int(count)):
             drawn = self.value(call.args[1], f"{path}[{offset + index}]", scope)
             if drawn is not None:
@@ -317,8 +325,9 @@ def _folded(before: Expr, after: Expr) -> Expr:
     """Work out arithmetic that a draw has made constant: `2 * w` becomes 64, `8 / 3` stays."""
     if after is before or before == after:
         return before
-    if not (isinstance(after, syntax.Unary) or
-            (isinstance(after, Binary) and after.op in _ARITHMETIC)):  # fmt: skip
+    if not (
+        isinstance(after, syntax.Unary) or (isinstance(after, Binary) and after.op in _ARITHMETIC)
+    ):
         return after
     value = constant(after)
     if value is None or isinstance(value, bool):

@@ -92,9 +92,12 @@ def _of_call(call: Call) -> Iterator[Diagnostic]:
             yield from _of_each(call)
         case "any":
             yield Diagnostic(
-                "L508", "`any(…)` is not built yet", call.span, "",
+                "L508",
+                "`any(…)` is not built yet",
+                call.span,
+                "",
                 "write the alternatives out: `choose(a, b, …)`",
-            )  # fmt: skip
+            )
         case _:
             yield from _of_range(call)
 
@@ -102,26 +105,36 @@ def _of_call(call: Call) -> Iterator[Diagnostic]:
 def _of_arguments(call: Call, count: int, form: str) -> Iterator[Diagnostic]:
     if len(call.args) != count or call.keywords:
         label = f"{len(call.args)} given" if not call.keywords else ""
-        yield Diagnostic("L506", f"`{call.function}` has other arguments", call.span, label,
-                         f"write `{form}`")  # fmt: skip
+        yield Diagnostic(
+            "L506", f"`{call.function}` has other arguments", call.span, label, f"write `{form}`"
+        )
 
 
 def _of_choose(call: Call) -> Iterator[Diagnostic]:
     if not call.args:
-        yield Diagnostic("L502", "`choose` has nothing to choose from", call.span, "",
-                         "write `choose(a, b, …)`")  # fmt: skip
+        yield Diagnostic(
+            "L502", "`choose` has nothing to choose from", call.span, "", "write `choose(a, b, …)`"
+        )
     seen: set[str] = set()
     for each in call.args:
         if (text := show(each)) in seen:
-            yield Diagnostic("L511", f"`{text}` stands here twice", each.span, "",
-                             "to prefer it, give `weights = [..]`")  # fmt: skip
+            yield Diagnostic(
+                "L511",
+                f"`{text}` stands here twice",
+                each.span,
+                "",
+                "to prefer it, give `weights = [..]`",
+            )
         seen.add(text)
     for keyword in call.keywords:
         if keyword.name != "weights":
             yield Diagnostic(
-                "L506", f"`choose` has no setting `{keyword.name}`", keyword.span, "",
+                "L506",
+                f"`choose` has no setting `{keyword.name}`",
+                keyword.span,
+                "",
                 did_you_mean(keyword.name, ["weights"], "it knows `weights = [..]`"),
-            )  # fmt: skip
+            )
         else:
             yield from _of_weights(keyword.value, len(call.args))
 
@@ -130,8 +143,12 @@ def _of_weights(value: Expr, count: int) -> Iterator[Diagnostic]:
     items = value.items if isinstance(value, ListOf) else None
     if items is None or len(items) != count:
         label = f"{count} alternatives, {len(items) if items is not None else 'no'} weights"
-        yield Diagnostic("L503", "`weights` must be a list with one number for each alternative",
-                         value.span, label)  # fmt: skip
+        yield Diagnostic(
+            "L503",
+            "`weights` must be a list with one number for each alternative",
+            value.span,
+            label,
+        )
         return
     numbers = [constant(each) for each in items]
     for each, number in zip(items, numbers, strict=True):
@@ -143,8 +160,13 @@ def _of_weights(value: Expr, count: int) -> Iterator[Diagnostic]:
 
 def _of_range(call: Call) -> Iterator[Diagnostic]:
     if len(call.args) != 1 or call.keywords or not isinstance(call.args[0], Range):
-        yield Diagnostic("L506", f"`{call.function}` takes one range", call.span, "",
-                         f"write `{call.function}(lo..hi)`")  # fmt: skip
+        yield Diagnostic(
+            "L506",
+            f"`{call.function}` takes one range",
+            call.span,
+            "",
+            f"write `{call.function}(lo..hi)`",
+        )
         return
     low, high = constant(call.args[0].low), constant(call.args[0].high)
     if low is not None and high is not None and (why := refusal(call.function, low, high)):
@@ -172,8 +194,9 @@ def _of_each(call: Call) -> Iterator[Diagnostic]:
         count = constant(call.args[0])
         if count is not None and not (float(count).is_integer() and 0 <= count <= MAX_EACH):
             label = f"{count}, the most is {MAX_EACH}"
-            yield Diagnostic("L509", "`each` repeats a whole number of times",
-                             call.args[0].span, label)  # fmt: skip
+            yield Diagnostic(
+                "L509", "`each` repeats a whole number of times", call.args[0].span, label
+            )
 
 
 # ── where something may be left out ──────────────────────────────────────────────────────
@@ -197,9 +220,12 @@ def vanishes(expr: Expr) -> bool:
 def _misplaced(expr: Expr, optional: bool) -> Iterator[Diagnostic]:
     if not optional and vanishes(expr):
         yield Diagnostic(
-            "L507", "something has to stand here, with or without `maybe`", expr.span, "",
+            "L507",
+            "something has to stand here, with or without `maybe`",
+            expr.span,
+            "",
             "write `choose(e, …)` and say what stands here otherwise",
-        )  # fmt: skip
+        )
         return
     for child, may in _places(expr, optional):
         yield from _misplaced(child, may)

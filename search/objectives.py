@@ -93,8 +93,13 @@ def _objective(expr: Expr, maximize: bool) -> Objective:
 def _tokens(name: str, expr: Expr, known: tuple[str, ...]) -> int:
     if name not in STATIC:
         have = ", ".join(f"`{each}`" for each in known)
-        raise error("L526", f"there is no objective `{name or show(expr)}`", expr.span, "",
-                    did_you_mean(name, known, f"there are {have}"))  # fmt: skip
+        raise error(
+            "L526",
+            f"there is no objective `{name or show(expr)}`",
+            expr.span,
+            "",
+            did_you_mean(name, known, f"there are {have}"),
+        )
     tokens: int = read(expr, STATIC[name], "L527").get("tokens", 0)
     if tokens < 0 or (not tokens and STATIC[name]):
         raise error("L527", "`tokens` must be 1 or more", expr.span, f"tokens = {tokens}")
@@ -120,18 +125,33 @@ def read_requirement(expr: Expr) -> Expr:
     for node in syntax.walk(expr):
         name = node.id if isinstance(node, Name) else getattr(node, "function", "")
         if name in METRICS:
-            raise error("L528", f"`require` cannot read `{name}`", node.span,
-                        "only training tells it", "make it an objective")  # fmt: skip
+            raise error(
+                "L528",
+                f"`require` cannot read `{name}`",
+                node.span,
+                "only training tells it",
+                "make it an objective",
+            )
         if isinstance(node, Name) and name not in (*STATIC, "true", "false"):
-            raise error("L528", f"`require` cannot read `{name}`", node.span, "",
-                        did_you_mean(name, STATIC, f"it reads {', '.join(STATIC)}"))  # fmt: skip
+            raise error(
+                "L528",
+                f"`require` cannot read `{name}`",
+                node.span,
+                "",
+                did_you_mean(name, STATIC, f"it reads {', '.join(STATIC)}"),
+            )
     try:
         value = evaluate(_measured(expr, _Ones()), {})
     except NotConstant as problem:
         raise error("L528", "`require` has no value", expr.span, problem.reason) from None
     if not isinstance(value, bool):
-        raise error("L528", "`require` must be true or false", expr.span, "this is a number",
-                    "compare it: `params < 2M`")  # fmt: skip
+        raise error(
+            "L528",
+            "`require` must be true or false",
+            expr.span,
+            "this is a number",
+            "compare it: `params < 2M`",
+        )
     return expr
 
 

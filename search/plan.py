@@ -103,8 +103,13 @@ def read_plan(
 def _only_search(file: syntax.File) -> syntax.Search:
     blocks = [each for each in file.items if isinstance(each, syntax.Search)]
     if not blocks:
-        raise error("L520", "this file has no `search` block", file.span, "",
-                    "add `search { model = …; task = …; maximize = accuracy }`")  # fmt: skip
+        raise error(
+            "L520",
+            "this file has no `search` block",
+            file.span,
+            "",
+            "add `search { model = …; task = …; maximize = accuracy }`",
+        )
     if len(blocks) > 1:
         raise error("L520", "this file has more than one `search` block", blocks[1].span)
     return blocks[0]
@@ -147,16 +152,31 @@ class _Reader:
     def _setting(self, statement: syntax.Statement) -> None:
         name = getattr(statement, "name", "")
         if not isinstance(statement, Setting) or name not in SETTINGS:
-            raise error("L521", f"`search` has no setting `{name or 'like this'}`", statement.span,
-                        "", did_you_mean(name, SETTINGS, _HAVE))  # fmt: skip
+            raise error(
+                "L521",
+                f"`search` has no setting `{name or 'like this'}`",
+                statement.span,
+                "",
+                did_you_mean(name, SETTINGS, _HAVE),
+            )
         if statement.where is not None:
-            raise error("L521", f"`{name}` has no condition", statement.where.span, "",
-                        "leave the `where` out")  # fmt: skip
+            raise error(
+                "L521",
+                f"`{name}` has no condition",
+                statement.where.span,
+                "",
+                "leave the `where` out",
+            )
         if name in self._settings:
             raise error("L521", f"`{name}` is set twice", statement.span)
         if name != "train" and contains_hole(statement.value):
-            raise error("L531", f"`{name}` is the same for the whole search", statement.value.span,
-                        "this is a hole", "holes stand in models, blocks and `train`")  # fmt: skip
+            raise error(
+                "L531",
+                f"`{name}` is the same for the whole search",
+                statement.value.span,
+                "this is a hole",
+                "holes stand in models, blocks and `train`",
+            )
         self._settings[name] = statement.value
 
     def plan(
@@ -197,8 +217,7 @@ class _Reader:
         assert seed is not None
         task = read_task(self._settings["task"], seed)
         spec = _spec(self._file, self._search, sampler, seed)
-        return Plan(self._file, spec, model, task, objectives, require,
-                    trials, sampler, seed, out)  # fmt: skip
+        return Plan(self._file, spec, model, task, objectives, require, trials, sampler, seed, out)
 
     def _missing(self, name: str) -> None:
         self._found.append(Diagnostic("L522", f"a search needs `{name}`", _head(self._search)))
@@ -211,8 +230,13 @@ class _Reader:
         if not isinstance(value, Name) or value.id not in models:
             name = value.id if isinstance(value, Name) else "like this"
             have = ", ".join(f"`{each}`" for each in models) or "none"
-            raise error("L523", f"there is no model `{name}`", value.span, "",
-                        did_you_mean(name, models, f"this file has {have}"))  # fmt: skip
+            raise error(
+                "L523",
+                f"there is no model `{name}`",
+                value.span,
+                "",
+                did_you_mean(name, models, f"this file has {have}"),
+            )
         return value.id
 
     def _objectives(self) -> tuple[Objective, ...]:
@@ -222,8 +246,13 @@ class _Reader:
                 found.extend(read_objectives(self._settings[name], name == "maximize"))
         labels = [each.label for each in found]
         if not found:
-            raise error("L522", "a search needs something to `maximize` or `minimize`",
-                        _head(self._search), "", "write `maximize = accuracy`")  # fmt: skip
+            raise error(
+                "L522",
+                "a search needs something to `maximize` or `minimize`",
+                _head(self._search),
+                "",
+                "write `maximize = accuracy`",
+            )
         if len(set(labels)) < len(labels):
             twice = next(each for each in labels if labels.count(each) > 1)
             raise error("L527", f"`{twice}` is an objective twice", _head(self._search))
@@ -246,8 +275,13 @@ class _Reader:
             given = "tpe" if value is None else str(convert(value, str, "sampler", "L530"))
         if given not in SAMPLERS:
             have = ", ".join(f"`{each}`" for each in SAMPLERS)
-            raise error("L530", f"there is no sampler `{given}`", span, "",
-                        did_you_mean(given, SAMPLERS, f"there are {have}"))  # fmt: skip
+            raise error(
+                "L530",
+                f"there is no sampler `{given}`",
+                span,
+                "",
+                did_you_mean(given, SAMPLERS, f"there are {have}"),
+            )
         return given
 
     def _out(self) -> Path:
@@ -255,8 +289,13 @@ class _Reader:
         if value is None:
             return Path("runs") / (Path(self._file.span.source.name).stem.strip("<>") or "search")
         if not isinstance(value, String) or not value.value:
-            raise error("L530", "`out` is a folder, in double quotes", value.span, "",
-                        'write `out = "runs/probe"`')  # fmt: skip
+            raise error(
+                "L530",
+                "`out` is a folder, in double quotes",
+                value.span,
+                "",
+                'write `out = "runs/probe"`',
+            )
         return Path(value.value)
 
     def _training(self) -> None:
@@ -276,10 +315,12 @@ def _head(search: syntax.Search) -> Span:
 def _spec(file: syntax.File, search: syntax.Search, sampler: str, seed: int) -> str:
     """Return the text of what is searched; how long and where to is not part of it."""
     kept = tuple(
-        each for each in search.body
+        each
+        for each in search.body
         if not (isinstance(each, Setting) and each.name in ("trials", "out", "sampler", "seed"))
-    )  # fmt: skip
+    )
     fixed = (Setting("sampler", Name(sampler)), Setting("seed", number(seed)))
     body = replace(search, body=(*kept, *fixed))
-    return format_loom(replace(file, items=tuple(body if each is search else each
-                                                 for each in file.items)))  # fmt: skip
+    return format_loom(
+        replace(file, items=tuple(body if each is search else each for each in file.items))
+    )

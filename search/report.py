@@ -108,8 +108,12 @@ def show(plan: Plan, study: optuna.Study, console: Console | None = None) -> Non
         values = [_shown(value) for _, value in _values(plan, trial)]
         table.add_row(str(trial.number), *values, escape(_drawn(trial)))
     console.print(table)
-    console.print(f"specs in {plan.out / 'pareto'}, modules in {plan.out / 'best'}",
-                  markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+    console.print(
+        f"specs in {plan.out / 'pareto'}, modules in {plan.out / 'best'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def summary(plan: Plan, study: optuna.Study) -> dict[str, Any]:

@@ -46,8 +46,12 @@ def opened(plan: Plan, *, resume: bool) -> Iterator[optuna.Study]:
         with writing(plan.out):
             existed = _mend(journal(plan.out))
             if existed and not resume:
-                raise _about(plan.out, "L544", "there is a study already",
-                             "resume it, or name another folder with `out`")  # fmt: skip
+                raise _about(
+                    plan.out,
+                    "L544",
+                    "there is a study already",
+                    "resume it, or name another folder with `out`",
+                )
             storage = JournalStorage(JournalFileBackend(str(journal(plan.out))))
             study = optuna.create_study(
                 storage=storage, study_name=NAME, directions=plan.directions, load_if_exists=True
@@ -86,9 +90,13 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except OSError as problem:
         reason = (problem.strerror or str(problem)).lower()
-        raise _about(out, "L540", f"cannot write to `{problem.filename or out}`",
-                     "make room or name another folder with `out`; what is done is kept",
-                     reason) from None  # fmt: skip
+        raise _about(
+            out,
+            "L540",
+            f"cannot write to `{problem.filename or out}`",
+            "make room or name another folder with `out`; what is done is kept",
+            reason,
+        ) from None
 
 
 def _about(out: Path, code: str, message: str, help: str, label: str = "") -> LoomError:
@@ -99,8 +107,12 @@ def _claim(lock: int, out: Path) -> None:
     try:
         _exclusive(lock)
     except OSError:
-        raise _about(out, "L542", "another process is searching in this folder",
-                     "wait for it, or name another folder with `out`") from None  # fmt: skip
+        raise _about(
+            out,
+            "L542",
+            "another process is searching in this folder",
+            "wait for it, or name another folder with `out`",
+        ) from None
 
 
 if sys.platform == "win32":
@@ -142,5 +154,10 @@ def _same_spec(plan: Plan, study: optuna.Study) -> None:
         lines = difflib.ndiff(kept.splitlines(), plan.spec.splitlines())
         changed = [line for line in lines if line[:1] in "+-"]
         label = "; ".join(" ".join(line.split()) for line in changed[:4])
-        raise _about(plan.out, "L541", "the study in this folder searches something else",
-                     "undo the change, or name another folder with `out`", label)  # fmt: skip
+        raise _about(
+            plan.out,
+            "L541",
+            "the study in this folder searches something else",
+            "undo the change, or name another folder with `out`",
+            label,
+        )

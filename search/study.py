@@ -79,8 +79,10 @@ def run(plan: Plan, *, resume: bool = True, progress: bool | None = None) -> opt
             try:
                 stopped = runner.all(shown)
             except KeyboardInterrupt:
-                shown.says(f"stopped after {done(study)} of {plan.trials} trials; "
-                           "the same command goes on from here")  # fmt: skip
+                shown.says(
+                    f"stopped after {done(study)} of {plan.trials} trials; "
+                    "the same command goes on from here"
+                )
                 stopped = None
             report.write(plan, study)
         if stopped is not None:
@@ -139,9 +141,13 @@ class _Runner:
                 raise
             if self._refused.total() >= MAX_REFUSED:
                 reason, times = self._refused.most_common(1)[0]
-                return error("L545", f"{MAX_REFUSED} draws in a row were refused",
-                             self._plan.place, f"{times} times: {reason}",
-                             "loosen `require`, or narrow the holes")  # fmt: skip
+                return error(
+                    "L545",
+                    f"{MAX_REFUSED} draws in a row were refused",
+                    self._plan.place,
+                    f"{times} times: {reason}",
+                    "loosen `require`, or narrow the holes",
+                )
         return None
 
     def _trial(self, trial: Trial, count: int, shown: Display) -> None:
@@ -174,8 +180,9 @@ class _Runner:
         except LoomError as problem:
             first = problem.diagnostics[0]
             reason = f"{first.code}: {first.message}"
-            raise _Refused(Violation(f"{reason} ({first.label})" if first.label else reason, 1.0)) \
-                from None  # fmt: skip
+            raise _Refused(
+                Violation(f"{reason} ({first.label})" if first.label else reason, 1.0)
+            ) from None
         if reason := self._plan.task.misfit(model.vocab, model.positions, model.head):
             raise _Refused(Violation(reason, 1.0))
         costs = candidate.costs(model)

@@ -69,8 +69,9 @@ def train(
             if on_step is not None:
                 on_step(step + 1, value)
             if time.monotonic() > deadline:
-                raise TrainingFailed(f"out of time: {training.timeout:g} s at step {step + 1}"
-                                     f" of {training.steps}")  # fmt: skip
+                raise TrainingFailed(
+                    f"out of time: {training.timeout:g} s at step {step + 1} of {training.steps}"
+                )
     return evaluate(module, task, training.examples)
 
 

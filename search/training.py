@@ -45,12 +45,18 @@ def read_training(expr: Expr, seed: int = 0) -> Training:
     """
     name = expr.function if isinstance(expr, Call) else getattr(expr, "id", "")
     if name != "adamw":
-        raise error("L529", f"there is no trainer `{name or 'like this'}`", expr.span, "",
-                    did_you_mean(name, ["adamw"], "write `adamw(lr = …, steps = …)`"))  # fmt: skip
+        raise error(
+            "L529",
+            f"there is no trainer `{name or 'like this'}`",
+            expr.span,
+            "",
+            did_you_mean(name, ["adamw"], "write `adamw(lr = …, steps = …)`"),
+        )
     training = Training(**{"seed": seed, **read(expr, known_of(Training), "L529")})
     wrong = [
-        Diagnostic("L529", f"`{name}` must be {what}", expr.span,
-                   f"{name} = {getattr(training, name)}")
+        Diagnostic(
+            "L529", f"`{name}` must be {what}", expr.span, f"{name} = {getattr(training, name)}"
+        )
         for name, ok, what in (
             ("lr", training.lr > 0, "more than 0"),
             ("steps", training.steps >= 1, "1 or more"),
@@ -64,7 +70,7 @@ def read_training(expr: Expr, seed: int = 0) -> Training:
             ("schedule", training.schedule in ("cosine", "constant"), "`cosine` or `constant`"),
         )
         if not ok
-    ]  # fmt: skip
+    ]
     if wrong:
         raise LoomError(wrong)
     return training

@@ -61,10 +61,14 @@ def imports(name: str, path: Path) -> set[str]:
                 inner = f"{target}.{alias.name}".strip(".")
                 found.add(inner if inner in modules() else target)
         elif isinstance(node, ast.ImportFrom | ast.Import):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [
-                alias.name for alias in node.names]  # fmt: skip
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
             assert not any(each.split(".")[0] == "headloom" for each in names), (
-                f"{name} imports headloom by name; imports of ours are relative")  # fmt: skip
+                f"{name} imports headloom by name; imports of ours are relative"
+            )
     return found - {name, ""}
 
 
@@ -72,8 +76,9 @@ def test_arrows_point_one_way() -> None:
     for name, path in modules().items():
         folder = name.split(".")[0]
         if folder in MAY_IMPORT:
-            wrong = {each for each in imports(name, path)
-                     if each.split(".")[0] not in MAY_IMPORT[folder]}  # fmt: skip
+            wrong = {
+                each for each in imports(name, path) if each.split(".")[0] not in MAY_IMPORT[folder]
+            }
             assert not wrong, f"{name} must not import {wrong}"
 
 
@@ -83,16 +88,19 @@ def test_rooms_of_the_compiler_stand_in_order() -> None:
         room = rest.partition(".")[0]
         if folder == "compiler" and room in ROOMS:
             allowed = {"model", *ROOMS[: ROOMS.index(room) + 1]}
-            rooms = {each.split(".")[1] for each in imports(name, path)
-                     if each.startswith("compiler.")}  # fmt: skip
+            rooms = {
+                each.split(".")[1] for each in imports(name, path) if each.startswith("compiler.")
+            }
             assert rooms <= allowed, f"{name} must not import {rooms - allowed}"
 
 
 def test_there_are_no_cycles() -> None:
     graph = nx.DiGraph(
-        (name, each) for name, path in modules().items() for each in imports(name, path)
+        (name, each)
+        for name, path in modules().items()
+        for each in imports(name, path)
         if path.name != "__init__.py"
-    )  # fmt: skip
+    )
     assert list(nx.simple_cycles(graph)) == []
 
 
@@ -100,8 +108,11 @@ def test_nothing_of_ours_hides_behind_type_checking() -> None:
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                hidden = [each for each in ast.walk(node)
-                          if isinstance(each, ast.ImportFrom) and each.level]  # fmt: skip
+                hidden = [
+                    each
+                    for each in ast.walk(node)
+                    if isinstance(each, ast.ImportFrom) and each.level
+                ]
                 assert not hidden, name
 
 

@@ -69,8 +69,15 @@ def test_check_reads_the_search_block(tmp_path: Path) -> None:
 
 
 def test_check_is_fast_and_does_not_import_torch() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "headloom", "check",
-               str(EXAMPLES / "gqa.loom")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "headloom",
+        "check",
+        str(EXAMPLES / "gqa.loom"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "headloom.compiler.checking.check" in imported
@@ -118,8 +125,12 @@ def test_loom_and_yaml_build_the_same_module() -> None:
 def test_build_stops_after_a_stage(stage: str) -> None:
     result = run("build", EXAMPLES / "gqa.loom", "--emit", stage)
     assert result.exit_code == 0, result.output
-    expected = {"syntax": "block gqa", "graph": "attend(q, k, v)", "code": "class Gqa",
-                "kernels": "@triton.jit"}  # fmt: skip
+    expected = {
+        "syntax": "block gqa",
+        "graph": "attend(q, k, v)",
+        "code": "class Gqa",
+        "kernels": "@triton.jit",
+    }
     assert expected[stage] in result.stdout
 
 

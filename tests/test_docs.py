@@ -223,8 +223,11 @@ def test_defaults_of_settings(title: str, settings: dict[str, str]) -> None:
         for name in re.findall(r"`(\w+)`", names)
     }
     assert set(shown) == set(settings)
-    wrong = {name: (shown[name], text) for name, text in settings.items()
-             if text and parse_expression(shown[name]) != parse_expression(text)}  # fmt: skip
+    wrong = {
+        name: (shown[name], text)
+        for name, text in settings.items()
+        if text and parse_expression(shown[name]) != parse_expression(text)
+    }
     assert wrong == {}
 
 

@@ -54,16 +54,22 @@ def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in blocks("python"):
         script = tmp_path / "script.py"
         script.write_text(text, encoding="utf-8")
-        done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True,
-                              text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
 
 
 def test_error(tmp_path: Path) -> None:
     (shown,) = blocks("text")
     (tmp_path / "gqa.loom").write_text("block a {\n  heads = 8\n  kv_heads = 3\n}\n")
-    done = subprocess.run([sys.executable, "-m", "headloom", "check", "gqa.loom"], cwd=tmp_path,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "headloom", "check", "gqa.loom"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert shown.strip() in done.stderr
 

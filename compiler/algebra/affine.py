@@ -170,8 +170,11 @@ class Affine:
                 vector, matrix = matrix, vector
             if all(each.name != own for each in self._matrices(expr)) and self._matrices(matrix):
                 plain = self.extracted(vector)
-                inner = replace(expr, left=plain) if vector is expr.left else (
-                    replace(expr, right=plain))  # fmt: skip
+                inner = (
+                    replace(expr, left=plain)
+                    if vector is expr.left
+                    else (replace(expr, right=plain))
+                )
                 return total_of(self._readable(term) for term in self.terms(inner, ""))
         if isinstance(expr, Name):
             raise RefusedError(
@@ -269,8 +272,7 @@ class Affine:
         base = Term(vector.number * matrix.number, vector.scalars + matrix.scalars, outer)
         match matrix.core:
             case Held() as state:
-                return replace(base, scalars=_sorted(base.scalars),
-                               core=Read(state, met, turned))  # fmt: skip
+                return replace(base, scalars=_sorted(base.scalars), core=Read(state, met, turned))
             case Read() as read if read.turned != turned:
                 raise RefusedError(f"`{self.plain(expr)}` reads what was read of states")
             case core:

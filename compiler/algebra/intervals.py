@@ -168,8 +168,9 @@ def either(a: Value, b: Value, always: Array, never: Array, condition: frozenset
     low = np.where(always, a.low, np.where(never, b.low, np.minimum(a.low, b.low)))
     high = np.where(always, a.high, np.where(never, b.high, np.maximum(a.high, b.high)))
     found = _rough(low, high, a, b)
-    return replace(found, reads=found.reads | condition, whole=a.whole and b.whole,
-                   ends=low == high)  # fmt: skip
+    return replace(
+        found, reads=found.reads | condition, whole=a.whole and b.whole, ends=low == high
+    )
 
 
 def floored(a: Value, divisor: int = 1) -> Value:

@@ -94,8 +94,11 @@ def _negated(mask: Expr) -> Expr | None:
         case Compare((left, right), (op,)) if linear(left) and linear(right):
             return Compare((left, right), (_OPPOSITE[op],))
         case Compare((left, middle, right), (first, second)):
-            return _negated(Binary("and", Compare((left, middle), (first,)),
-                                   Compare((middle, right), (second,))))  # fmt: skip
+            return _negated(
+                Binary(
+                    "and", Compare((left, middle), (first,)), Compare((middle, right), (second,))
+                )
+            )
         case Name("true" | "false" as id):
             return TRUE if id == "false" else Name("false")
     return None
@@ -144,18 +147,22 @@ def reads_others(expr: Expr) -> bool:
     if calls(expr, "convolve"):
         return True
     return any(
-        isinstance(node, Index) and any(names(item) == {"j"} and item != Name("j")
-                                        for item in node.items)
+        isinstance(node, Index)
+        and any(names(item) == {"j"} and item != Name("j") for item in node.items)
         for node in walk(expr)
-    )  # fmt: skip
+    )
 
 
 def widest(extents: Iterable[Extent]) -> Extent:
     """Return bounds that hold for every one of several masks."""
     first, *others = [each for each in extents if not each.nothing] or [NOTHING]
     for each in others:
-        first = Extent(max(first.prefix, each.prefix), min(first.low, each.low),
-                       max(first.high, each.high), max(first.ahead, each.ahead))  # fmt: skip
+        first = Extent(
+            max(first.prefix, each.prefix),
+            min(first.low, each.low),
+            max(first.high, each.high),
+            max(first.ahead, each.ahead),
+        )
     return first
 
 

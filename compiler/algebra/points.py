@@ -36,9 +36,14 @@ def numbers(expr: Expr, values: Mapping[str, Any]) -> Any:
 
 
 def visible(
-    mask: Expr, i: Array, j: Array, n: int, m: int, heads: int = 1,
+    mask: Expr,
+    i: Array,
+    j: Array,
+    n: int,
+    m: int,
+    heads: int = 1,
     documents: ArrayLike | None = None,
-) -> Array:  # fmt: skip
+) -> Array:
     """Return bool [rows, heads, queries, keys] for queries at i [queries] and keys at j [keys].
 
     `documents` are segment ids, [rows, tokens]; without them there is one row.

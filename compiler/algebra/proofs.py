@@ -164,8 +164,9 @@ class Prover:
                 join = both if op == "and" else one_of
                 return lambda at: join(a(at), b(at))
             case Call("where", (condition, yes, no)):
-                chosen = Binary("or", Binary("and", condition, yes),
-                                Binary("and", Unary("not", condition), no))  # fmt: skip
+                chosen = Binary(
+                    "or", Binary("and", condition, yes), Binary("and", Unary("not", condition), no)
+                )
                 return self._truth(chosen, optimistic)
         try:
             proof = self._atomic(expr)

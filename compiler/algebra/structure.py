@@ -258,9 +258,14 @@ def _existing(box: Box) -> Box:
 
 def _blocks(mask: Expr) -> Blocks | None:
     """Return the band of blocks that a mask of i and j is, of one of the sizes it divides by."""
-    sizes = {node.right.value for node in walk(mask)
-             if isinstance(node, Binary) and node.op in ("//", "%")
-             and isinstance(node.right, Number) and node.right.value >= 2}  # fmt: skip
+    sizes = {
+        node.right.value
+        for node in walk(mask)
+        if isinstance(node, Binary)
+        and node.op in ("//", "%")
+        and isinstance(node.right, Number)
+        and node.right.value >= 2
+    }
     for size in sorted(sizes):
         if float(size).is_integer() and (found := _blocks_of(mask, int(size))) is not None:
             return found
@@ -277,14 +282,16 @@ def _blocks_of(mask: Expr, size: int) -> Blocks | None:
     whole = {"d": (-far, far), "b": (0, far), "r": (0, last), "s": (0, last)}
     judge = _Judge(divided, whole)
     if (near := _only(judge.runs(whole, "d"))) is not None:
-        return Blocks(size, None if near[1] == far else near[1],
-                      None if near[0] == -far else -near[0])  # fmt: skip
+        return Blocks(
+            size, None if near[1] == far else near[1], None if near[0] == -far else -near[0]
+        )
     behind = _only(judge.runs(whole | {"d": (1, far)}, "d"))
     if behind is None or behind[0] > 1 or not judge.all_are(False, whole | {"d": (-far, -1)}, "d"):
         return None
     own = {"d": (0, 0), "b": (0, far), "s": (0, last)}  # now r = e + s
-    inside = _Judge(substitute(divided, {"r": Binary("+", Name("e"), Name("s"))}),
-                    own | {"e": (-last, last)})  # fmt: skip
+    inside = _Judge(
+        substitute(divided, {"r": Binary("+", Name("e"), Name("s"))}), own | {"e": (-last, last)}
+    )
     if not inside.all_are(True, own | {"e": (0, last)}, "e"):
         return None
     if not inside.all_are(False, own | {"e": (-last, -1)}, "e"):

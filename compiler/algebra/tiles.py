@@ -148,8 +148,9 @@ def _spread(starts: Array, stops: Array) -> tuple[Array, Array]:
     return at, np.arange(len(at)) - before[at] + starts[at]
 
 
-def _packed(n: int, m: int, tile: tuple[int, int], row: Array, start: Array, stop: Array,
-            full: Array) -> BlockList:  # fmt: skip
+def _packed(
+    n: int, m: int, tile: tuple[int, int], row: Array, start: Array, stop: Array, full: Array
+) -> BlockList:
     """Sort pieces of runs into rows and join those that touch."""
     rows, width = -(-n // tile[0]), -(-m // tile[1])
     order = np.argsort(row.astype(np.int64) * width + start, kind="stable")
@@ -158,16 +159,23 @@ def _packed(n: int, m: int, tile: tuple[int, int], row: Array, start: Array, sto
     first[1:] = (row[1:] != row[:-1]) | (start[1:] != stop[:-1]) | (full[1:] != full[:-1])
     last = np.append(first[1:], True) if len(row) else first
     row_ptr = np.searchsorted(row[first], np.arange(rows + 1)).astype(np.int64)
-    return BlockList(n, m, tile, row_ptr, start[first].astype(np.int32),
-                     stop[last].astype(np.int32), full[first])  # fmt: skip
+    return BlockList(
+        n, m, tile, row_ptr, start[first].astype(np.int32), stop[last].astype(np.int32), full[first]
+    )
 
 
 # ── classification ───────────────────────────────────────────────────────────────────────
 
 
-def classify(mask: Expr, n: int, m: int, tile: tuple[int, int] = (128, 128),
-             heads: int | None = None, documents: ArrayLike | None = None,
-             start: int = 0) -> BlockList:  # fmt: skip
+def classify(
+    mask: Expr,
+    n: int,
+    m: int,
+    tile: tuple[int, int] = (128, 128),
+    heads: int | None = None,
+    documents: ArrayLike | None = None,
+    start: int = 0,
+) -> BlockList:
     """Return the tiles that n queries keep of m keys.
 
     A mask that reads `h` gives what all heads have in common: FULL where every head sees
@@ -194,9 +202,14 @@ def classify(mask: Expr, n: int, m: int, tile: tuple[int, int] = (128, 128),
 
 
 def by_head(
-    mask: Expr, n: int, m: int, tile: tuple[int, int] = (128, 128), heads: int = 1,
-    documents: ArrayLike | None = None, start: int = 0,
-) -> tuple[BlockList, ...]:  # fmt: skip
+    mask: Expr,
+    n: int,
+    m: int,
+    tile: tuple[int, int] = (128, 128),
+    heads: int = 1,
+    documents: ArrayLike | None = None,
+    start: int = 0,
+) -> tuple[BlockList, ...]:
     """Return a list of tiles for each head; heads with the same mask share one."""
     found: dict[Expr, BlockList] = {}
     masks = [fold(substitute(mask, {"h": number(h)})) for h in range(heads)]
@@ -317,12 +330,14 @@ def _halved(grid: _Grid, side: int, row: Array, column: Array) -> tuple[Array, A
 
 
 def _chunks(side: int, row: Array, column: Array) -> list[tuple[int, Array, Array]]:
-    return [(side, row[at : at + _CHUNK], column[at : at + _CHUNK])
-            for at in range(0, len(row), _CHUNK)]  # fmt: skip
+    return [
+        (side, row[at : at + _CHUNK], column[at : at + _CHUNK]) for at in range(0, len(row), _CHUNK)
+    ]
 
 
-def _pieces(grid: _Grid, side: int, row: Array, column: Array,
-            full: Array) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+def _pieces(
+    grid: _Grid, side: int, row: Array, column: Array, full: Array
+) -> tuple[Array, Array, Array, Array]:
     """Return the rows of some squares: row, first column, column behind the last, full."""
     rows, columns = grid.shape
     at, row = _spread(row * side, np.minimum((row + 1) * side, rows))
@@ -362,12 +377,17 @@ def _looked_into(judge: _Judge, grid: _Grid, row: Array, column: Array) -> Array
     return np.where(sees & hides, PARTIAL, np.where(sees, FULL, EMPTY))
 
 
-def _quartered(owner: Array, top: Array, bottom: Array, left: Array,
-               right: Array) -> tuple[Array, list[Array]]:  # fmt: skip
+def _quartered(
+    owner: Array, top: Array, bottom: Array, left: Array, right: Array
+) -> tuple[Array, list[Array]]:
     """Cut rectangles in four; one that is a single row or column, in two."""
     low, side = np.floor((top + bottom) / 2), np.floor((left + right) / 2)
-    pieces = [(top, low, left, side), (top, low, side + 1, right),
-              (low + 1, bottom, left, side), (low + 1, bottom, side + 1, right)]  # fmt: skip
+    pieces = [
+        (top, low, left, side),
+        (top, low, side + 1, right),
+        (low + 1, bottom, left, side),
+        (low + 1, bottom, side + 1, right),
+    ]
     edges = [np.concatenate(each) for each in zip(*pieces, strict=True)]
     there = (edges[0] <= edges[1]) & (edges[2] <= edges[3])
     return np.tile(owner, 4)[there], [each[there] for each in edges]

@@ -85,8 +85,12 @@ def _of_power(expr: Expr, base: Expr, exponent: Expr, of: str) -> int:
         return -along
     if from_.low < 0:
         raise Unclear(expr, "its base may be negative")
-    raise Unclear(expr, "it is infinite where its base is 0" if by.high < 0
-                  else "its exponent may have either sign")  # fmt: skip
+    raise Unclear(
+        expr,
+        "it is infinite where its base is 0"
+        if by.high < 0
+        else "its exponent may have either sign",
+    )
 
 
 def _of_call(expr: Expr, name: str, args: tuple[Expr, ...], of: str) -> int:

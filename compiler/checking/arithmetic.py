@@ -60,8 +60,9 @@ def composed(expr: Expr, operands: tuple[Flow, ...], span: Span) -> Flow:
             case Name(id) if id.startswith("a"):
                 return operand(operands[int(id[1:])])
             case Call(name, args) if name in VECTOR_FUNCTIONS:
-                return operand(_of_features(part, [composed(arg, operands, part.span)
-                                                   for arg in args]))  # fmt: skip
+                return operand(
+                    _of_features(part, [composed(arg, operands, part.span) for arg in args])
+                )
         return rebuild(part, visit)
 
     inside = visit(expr)
@@ -99,8 +100,12 @@ def exactly(stage: Expr, args: tuple[Expr, ...], count: int) -> tuple[Expr, ...]
     keywords = stage.keywords if isinstance(stage, Call) else ()
     if len(args) != count or keywords:
         name = getattr(stage, "function", getattr(stage, "id", ""))
-        raise error("L209", f"`{name}` takes {plain(count)}", stage.span,
-                    f"{len(args) + len(keywords)} given")  # fmt: skip
+        raise error(
+            "L209",
+            f"`{name}` takes {plain(count)}",
+            stage.span,
+            f"{len(args) + len(keywords)} given",
+        )
     return args
 
 
@@ -125,12 +130,21 @@ def _attention(scope: Scope, kind: str, arg: Expr, span: Span) -> tuple[Read, Mi
     shape = scope.shape(name, span) if name else None
     flow = scope.streams[scope.own(name)].flow if scope.own(name) in scope.streams else None
     if not (isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise)) or shape is None:
-        raise error("L228", f"`{kind}` is of an attention's rows", arg.span, "this is no attention",
-                    "name `o`, or a branch that attends and has no `out` of its own")  # fmt: skip
+        raise error(
+            "L228",
+            f"`{kind}` is of an attention's rows",
+            arg.span,
+            "this is no attention",
+            "name `o`, or a branch that attends and has no `out` of its own",
+        )
     if kind in ("lse", "entropy", "joint") and exponential(flow.mix.normalize) is None:
-        raise error("L228", f"`{kind}` needs a normaliser like softmax", arg.span,
-                    f"`{name}` has {flow.mix.normalize.name}",
-                    "its numerator must be exp(…), what is added to `sum` positive")  # fmt: skip
+        raise error(
+            "L228",
+            f"`{kind}` needs a normaliser like softmax",
+            arg.span,
+            f"`{name}` has {flow.mix.normalize.name}",
+            "its numerator must be exp(…), what is added to `sum` positive",
+        )
     return Read(scope.own(name), shape, arg.span), flow
 
 

@@ -39,9 +39,12 @@ from .mixing import Part
 from .scope import Findings, Scope
 
 _GUESSES = {
-    "heads": "", "kv_heads": "heads", "value_heads": "kv_heads", "head_dim": "",
+    "heads": "",
+    "kv_heads": "heads",
+    "value_heads": "kv_heads",
+    "head_dim": "",
     "value_dim": "head_dim",
-}  # fmt: skip
+}
 _ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = (
     "position", "similarity", "score", "normalize", "weights", "scale", "dropout",
@@ -151,17 +154,25 @@ def _divides_heads(scope: Scope, body: Body, name: str) -> None:
         fits = [str(each) for each in range(1, heads + 1) if heads % each == 0][:8]
         choice = f"{', '.join(fits[:-1])} or {fits[-1]}" if len(fits) > 1 else fits[0]
         with scope.findings.guard():
-            raise error("L204", f"`{name}` must divide `heads`", body.span_of(name),
-                        f"heads = {heads}, {name} = {fewer}, remainder {heads % fewer}",
-                        f"use {choice}")  # fmt: skip
+            raise error(
+                "L204",
+                f"`{name}` must divide `heads`",
+                body.span_of(name),
+                f"heads = {heads}, {name} = {fewer}, remainder {heads % fewer}",
+                f"use {choice}",
+            )
 
 
 def _divides_width(scope: Scope, body: Body) -> None:
     width, heads = int(scope.numbers["width"]), int(scope.numbers["heads"])
     if width % heads:
-        raise error("L205", "`heads` must divide the width", body.span_of("heads"),
-                    f"width = {width}, heads = {heads}, remainder {width % heads}",
-                    "choose another number of heads, or set `head_dim`")  # fmt: skip
+        raise error(
+            "L205",
+            "`heads` must divide the width",
+            body.span_of("heads"),
+            f"width = {width}, heads = {heads}, remainder {width % heads}",
+            "choose another number of heads, or set `head_dim`",
+        )
 
 
 class _Builder:
@@ -184,8 +195,13 @@ class _Builder:
         for name, expected in _LATER.items():
             with guard():
                 if body.get(name) != Name(expected):
-                    raise error("L221", f"`{name}` is not available yet", body.span_of(name), "",
-                                f"leave it at `{expected}`")  # fmt: skip
+                    raise error(
+                        "L221",
+                        f"`{name}` is not available yet",
+                        body.span_of(name),
+                        "",
+                        f"leave it at `{expected}`",
+                    )
         with guard():
             self._grid()
         for statement in body.lets.values():
@@ -224,8 +240,13 @@ class _Builder:
             return None
         flow = elaborate(self.scope, value, Target("regularize"))
         if flow.shape != Shape("1", 1):
-            raise error("L229", "`regularize` is one number", value.span, f"it is {flow.shape}",
-                        "take the mean of each term: `0.01 * mean(entropy(o))`")  # fmt: skip
+            raise error(
+                "L229",
+                "`regularize` is one number",
+                value.span,
+                f"it is {flow.shape}",
+                "take the mean of each term: `0.01 * mean(entropy(o))`",
+            )
         return flow
 
     def _grid(self) -> None:
@@ -242,8 +263,9 @@ class _Builder:
         numbers = dict(self.scope.numbers)
         scope = self.scope.inner(branch.branch, numbers)
         fill_heads(scope, branch)
-        for name in branch.changed({name for name, value in numbers.items()
-                                    if value != self.scope.numbers[name]}):  # fmt: skip
+        for name in branch.changed(
+            {name for name, value in numbers.items() if value != self.scope.numbers[name]}
+        ):
             statement = branch.lets.get(name)
             if statement is not None:
                 scope.renamed[name] = scope.declare(statement)
@@ -267,9 +289,13 @@ class _Builder:
         for name in modules & self.scope.tensors.keys():
             statement = self.body.lets.get(name)
             with self.scope.findings.guard():
-                raise error("L215", f"`{name}` cannot be the name of this",
-                            statement.span if statement else self.body.span,
-                            "a pipeline's module has this name", "choose another name")  # fmt: skip
+                raise error(
+                    "L215",
+                    f"`{name}` cannot be the name of this",
+                    statement.span if statement else self.body.span,
+                    "a pipeline's module has this name",
+                    "choose another name",
+                )
         n = self.numbers
         return Block(
             name=self.body.block.name,
@@ -295,8 +321,14 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
             yield Diagnostic("W002", f"`{name}` is never used", let.span, severity="warning")
     for name, branch in body.branches.items():
         if name not in used and name not in library.read_above:
-            yield Diagnostic("W002", f"`{name}` is never used", branch.span, "",
-                             "read it in `out`", severity="warning")  # fmt: skip
+            yield Diagnostic(
+                "W002",
+                f"`{name}` is never used",
+                branch.span,
+                "",
+                "read it in `out`",
+                severity="warning",
+            )
     mixes = [each.mix for each in block.mixings.values()]
     if mixes and all(isinstance(mix, Recurrence) for mix in mixes):
         own = {each.name for each in body.block.body if isinstance(each, syntax.Setting)}
@@ -308,20 +340,35 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
             own -= {"position"}  # a stage on q and k, which a recurrence reads too
         for name in _PAIRWISE_ONLY:
             if name in own:
-                yield Diagnostic("W003", f"`{name}` has no effect beside a recurrent mixer",
-                                 body.span_of(name), severity="warning")  # fmt: skip
+                yield Diagnostic(
+                    "W003",
+                    f"`{name}` has no effect beside a recurrent mixer",
+                    body.span_of(name),
+                    severity="warning",
+                )
     yield from _unseen(block, body)
     for flow in block.flows:
         found = later_read(block, flow)
         if found is not None and sees_no_later(block, flow):
-            yield Diagnostic("W006", "this may read a token after the query", found.span,
-                             f"`{show(found)}`", "what is generated token by token will not "
-                             "repeat it; read a token up to `j`", severity="warning")  # fmt: skip
+            yield Diagnostic(
+                "W006",
+                "this may read a token after the query",
+                found.span,
+                f"`{show(found)}`",
+                "what is generated token by token will not repeat it; read a token up to `j`",
+                severity="warning",
+            )
     for node in (node for flow in block.flows for node in applies(flow)):
         if beyond := OPS[node.op].counts_tokens(dict(node.options)):
-            yield Diagnostic("W001", "this block depends on the number of tokens", node.span,
-                             beyond, "a cache keeps keys as they were turned, so decoding will "
-                             "not repeat the whole sequence", severity="warning")  # fmt: skip
+            yield Diagnostic(
+                "W001",
+                "this block depends on the number of tokens",
+                node.span,
+                beyond,
+                "a cache keeps keys as they were turned, so decoding will "
+                "not repeat the whole sequence",
+                severity="warning",
+            )
     lengths = {"n", "m"} & {
         name
         for mix in mixes
@@ -330,10 +377,14 @@ def _warnings(block: Block, body: Body, library: Library) -> Iterator[Diagnostic
         for name in names(expr)
     }
     if lengths:
-        yield Diagnostic("W001", "this block depends on the number of tokens", block.span,
-                         f"it reads {', '.join(sorted(lengths))}",
-                         "decoding will not repeat what training saw; `seen` would",
-                         severity="warning")  # fmt: skip
+        yield Diagnostic(
+            "W001",
+            "this block depends on the number of tokens",
+            block.span,
+            f"it reads {', '.join(sorted(lengths))}",
+            "decoding will not repeat what training saw; `seen` would",
+            severity="warning",
+        )
 
 
 def _unseen(block: Block, body: Body) -> Iterator[Diagnostic]:
@@ -344,9 +395,14 @@ def _unseen(block: Block, body: Body) -> Iterator[Diagnostic]:
     for name, mixing in block.mixings.items():
         if isinstance(mixing.mix, Pairwise) and (label := unseen(mixing.mix.mask, mixing.heads)):
             span = bodies.get(name, body).span_of("mask")
-            yield Diagnostic("W005", "this mask shows nothing to anyone", span, label,
-                             "the query stands at `i`, the key at `j`: `j <= i` looks back",
-                             severity="warning")  # fmt: skip
+            yield Diagnostic(
+                "W005",
+                "this mask shows nothing to anyone",
+                span,
+                label,
+                "the query stands at `i`, the key at `j`: `j <= i` looks back",
+                severity="warning",
+            )
 
 
 def sees_something(mixing: Mixing) -> bool:

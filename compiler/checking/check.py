@@ -61,9 +61,16 @@ def _of_a_layer(
         raise problem
     if item.name in _used(file):
         return
-    warnings.append(Diagnostic("W004", f"`{item.name}` reads the layer below, and no model uses it",
-                               item.span, "it has not been checked", "put it in a model, above "
-                               "another block", severity="warning"))  # fmt: skip
+    warnings.append(
+        Diagnostic(
+            "W004",
+            f"`{item.name}` reads the layer below, and no model uses it",
+            item.span,
+            "it has not been checked",
+            "put it in a model, above another block",
+            severity="warning",
+        )
+    )
     others = [each for each in problem.diagnostics if each.code != "L224"]
     if others:
         raise LoomError(others)
@@ -86,8 +93,12 @@ def _bounded(item: syntax.Block | syntax.Model) -> Iterator[None]:
     try:
         yield
     except RecursionError:
-        raise error("L213", f"`{item.name}` expands into too much", item.span,
-                    "its definitions nest too deeply") from None  # fmt: skip
+        raise error(
+            "L213",
+            f"`{item.name}` expands into too much",
+            item.span,
+            "its definitions nest too deeply",
+        ) from None
 
 
 def is_space(file: File) -> bool:
@@ -98,9 +109,13 @@ def is_space(file: File) -> bool:
 def _plain(file: File) -> None:
     """Refuse a file that leaves something open outside of its search block (L223)."""
     for node in _holes(file):
-        raise error("L223", "this is a space, not an architecture", node.span,
-                    f"`{node.function}` leaves something open",
-                    "`headloom search` draws from it, and so does `hl.search`")  # fmt: skip
+        raise error(
+            "L223",
+            "this is a space, not an architecture",
+            node.span,
+            f"`{node.function}` leaves something open",
+            "`headloom search` draws from it, and so does `hl.search`",
+        )
 
 
 def _holes(file: File) -> Iterator[syntax.Call]:
@@ -122,8 +137,9 @@ def _unique(file: File, findings: Findings) -> None:
         key = (item.kind if isinstance(item, syntax.Definition) else kind, name)
         with findings.guard():
             if key in seen:
-                raise error("L211", f"`{name}` is defined twice", item.span, "",
-                            "choose another name")  # fmt: skip
+                raise error(
+                    "L211", f"`{name}` is defined twice", item.span, "", "choose another name"
+                )
         seen.add(key)
 
 
@@ -135,14 +151,21 @@ def _conditions(file: File, findings: Findings) -> None:
             if isinstance(each, syntax.Setting | syntax.Result) and each.where is not None:
                 with findings.guard():
                     if getattr(each, "name", owner) != "normalize":
-                        raise error("L220", "only a normaliser has a condition", each.where.span,
-                                    "", "leave the `where` out")  # fmt: skip
+                        raise error(
+                            "L220",
+                            "only a normaliser has a condition",
+                            each.where.span,
+                            "",
+                            "leave the `where` out",
+                        )
 
 
 def block(
-    arch: Architecture, name: str | Expr, width: int | None = None,
+    arch: Architecture,
+    name: str | Expr,
+    width: int | None = None,
     context_width: int | None = None,
-) -> Block:  # fmt: skip
+) -> Block:
     """Return a block at a given width. Raises `LoomError` (L218 where there is no such block)."""
     call = Name(name) if isinstance(name, str) else name
     library = Library.of(arch.file)
@@ -151,9 +174,11 @@ def block(
 
 
 def find(
-    arch: Architecture, name: str | None, width: int | None = None,
+    arch: Architecture,
+    name: str | None,
+    width: int | None = None,
     context_width: int | None = None,
-) -> Block | Model:  # fmt: skip
+) -> Block | Model:
     """Return the block or model of a name; without one, the only model, or the only block."""
     if name is None:
         name = _only(arch)
@@ -165,8 +190,13 @@ def find(
     if name not in library.blocks:
         known = [*arch.models, *library.blocks]
         have = ", ".join(f"`{each}`" for each in known) or "nothing"
-        raise error("L218", f"there is no block or model `{name}`", arch.file.span or NOWHERE,
-                    "", did_you_mean(name, known, f"this file has {have}"))  # fmt: skip
+        raise error(
+            "L218",
+            f"there is no block or model `{name}`",
+            arch.file.span or NOWHERE,
+            "",
+            did_you_mean(name, known, f"this file has {have}"),
+        )
     return block(arch, name, width, context_width)
 
 
@@ -177,5 +207,10 @@ def _only(arch: Architecture) -> str:
     known = [*arch.models, *arch.blocks]
     if not known:
         raise error("L218", "this file has no block and no model", arch.file.span)
-    raise error("L218", "which of these is meant?", arch.file.span, ", ".join(known),
-                f"write FILE:{known[0]}")  # fmt: skip
+    raise error(
+        "L218",
+        "which of these is meant?",
+        arch.file.span,
+        ", ".join(known),
+        f"write FILE:{known[0]}",
+    )

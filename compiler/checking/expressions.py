@@ -107,8 +107,12 @@ class Resolver(ABC):
 
     def _contract(self, expr: Binary, a: Value, b: Value) -> Value:
         if not a.dims or not b.dims or a.dims[-1] != b.dims[0]:
-            raise error("L216", "`@` contracts the last dimension with the first", expr.span,
-                        f"{list(a.dims)} @ {list(b.dims)}")  # fmt: skip
+            raise error(
+                "L216",
+                "`@` contracts the last dimension with the first",
+                expr.span,
+                f"{list(a.dims)} @ {list(b.dims)}",
+            )
         return Value(Binary("@", a.expr, b.expr, expr.span), a.dims[:-1] + b.dims[1:])
 
     def _function(self, expr: Call) -> Value:
@@ -121,25 +125,34 @@ class Resolver(ABC):
             raise self.unknown(expr)
         if len(expr.args) != arity or expr.keywords:
             given = len(expr.args) + len(expr.keywords)
-            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span,
-                        f"{given} given")  # fmt: skip
-        parts = [self._want(arg, truth=name == "where" and at == 0)
-                 for at, arg in enumerate(expr.args)]  # fmt: skip
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span, f"{given} given")
+        parts = [
+            self._want(arg, truth=name == "where" and at == 0) for at, arg in enumerate(expr.args)
+        ]
         done = Call(name, tuple(each.expr for each in parts), (), expr.span)
         shapes = [each.dims for each in parts]
         if name in ("sum", "mean", "norm"):
             return Value(done)
         if name in ("outer", "dot"):
             if any(len(dims) != 1 for dims in shapes) or (name == "dot" and shapes[0] != shapes[1]):
-                raise error("L216", f"`{name}` takes two vectors", expr.span,
-                            " and ".join(str(list(dims)) for dims in shapes))  # fmt: skip
+                raise error(
+                    "L216",
+                    f"`{name}` takes two vectors",
+                    expr.span,
+                    " and ".join(str(list(dims)) for dims in shapes),
+                )
             return Value(done, () if name == "dot" else shapes[0] + shapes[1])
         return Value(done, together(expr, *parts), FUNCTIONS[name].boolean)
 
     def unknown(self, expr: Call) -> Exception:
         """Return the error for a call that nothing answers (L201)."""
-        return error("L201", f"`{expr.function}` is not a function", expr.span, "",
-                     suggest(expr.function, FUNCTIONS, VECTOR_FUNCTIONS))  # fmt: skip
+        return error(
+            "L201",
+            f"`{expr.function}` is not a function",
+            expr.span,
+            "",
+            suggest(expr.function, FUNCTIONS, VECTOR_FUNCTIONS),
+        )
 
 
 def plain(count: int) -> str:
@@ -164,5 +177,6 @@ def _two(expr: Expr, one: Dims, two: Dims) -> Dims:
         vector, matrix = (one, two) if len(one) < len(two) else (two, one)
         if vector[0] == matrix[0]:
             return matrix
-    raise error("L216", "these shapes do not go together", expr.span,
-                f"{list(one)} and {list(two)}")  # fmt: skip
+    raise error(
+        "L216", "these shapes do not go together", expr.span, f"{list(one)} and {list(two)}"
+    )

@@ -61,12 +61,21 @@ def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
     flow = name_modules(_flow(scope, expr, target), target)
     if target.shape is not None and replace(target.shape, tokens=flow.shape.tokens) != flow.shape:
         label = f"it is {flow.shape}, needed is {target.shape}"
-        raise error("L207", f"`{target.name}` does not have the shape that is needed", expr.span,
-                    label, _repair(flow.shape, target))  # fmt: skip
+        raise error(
+            "L207",
+            f"`{target.name}` does not have the shape that is needed",
+            expr.span,
+            label,
+            _repair(flow.shape, target),
+        )
     if target.shape is not None and not _reads_streams(scope, flow):
-        raise error("L208", f"`{target.name}` reads no stream", expr.span,
-                    "it is made of tensors alone", "begin with a stream; `latents(count)` is a "
-                    "learned list of tokens")  # fmt: skip
+        raise error(
+            "L208",
+            f"`{target.name}` reads no stream",
+            expr.span,
+            "it is made of tensors alone",
+            "begin with a stream; `latents(count)` is a learned list of tokens",
+        )
     return flow
 
 
@@ -98,24 +107,43 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
                 if id in LATER:
                     raise error("L221", f"{LATER[id]} not available yet", span)
                 called = f"write `{id}(…)`" if id in OPS or id in STATISTICS else ""
-                raise error("L201", f"there is no stream `{id}`", span, "",
-                            called or suggest(id, scope.declared, scope.inputs))  # fmt: skip
+                raise error(
+                    "L201",
+                    f"there is no stream `{id}`",
+                    span,
+                    "",
+                    called or suggest(id, scope.declared, scope.inputs),
+                )
             return Read(scope.own(id), shape, span)
         case syntax.Pipe(None, _):
-            raise error("L208", "this pipeline has no stream to start from", expr.span, "",
-                        "begin it with `x` or another stream")  # fmt: skip
+            raise error(
+                "L208",
+                "this pipeline has no stream to start from",
+                expr.span,
+                "",
+                "begin it with `x` or another stream",
+            )
         case syntax.Pipe(head, stages):
             assert head is not None
             first = _flow(scope, head, replace(target, shape=None))
             if isinstance(stages[-1], Binary):
-                raise error("L208", "this is not a stage", stages[-1].span,
-                            "`|` binds less than every operator",
-                            f"write `{show(_around(expr, stages[-1]))}`")  # fmt: skip
+                raise error(
+                    "L208",
+                    "this is not a stage",
+                    stages[-1].span,
+                    "`|` binds less than every operator",
+                    f"write `{show(_around(expr, stages[-1]))}`",
+                )
             return _pipe(scope, first, stages, target)
         case syntax.Attribute(Name("previous"), name) if name in MAPS:
             where = {"s": "score", "p": "weights"}[name]
-            raise error("L208", f"`previous.{name}` is a number a pair, not a stream", expr.span,
-                        "", f"read it in `{where}`")  # fmt: skip
+            raise error(
+                "L208",
+                f"`previous.{name}` is a number a pair, not a stream",
+                expr.span,
+                "",
+                f"read it in `{where}`",
+            )
         case syntax.Attribute(Name("previous"), name, span):
             return Read(f"{PREVIOUS}{name}", scope.previous(name, span), span)
         case Call(name) if name in OPS and OPS[name].starts:
@@ -180,8 +208,13 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
         if isinstance(part, Call) and part.function not in {**FUNCTIONS, **VECTOR_FUNCTIONS}:
             of_maps = part.function in MAP_FUNCTIONS
             label = "it is read in scores, weights, `rows` and `columns`" if of_maps else ""
-            raise error("L201", f"`{part.function}` is not a function of streams", part.span, label,
-                        did_you_mean(part.function, (*FUNCTIONS, *VECTOR_FUNCTIONS)))  # fmt: skip
+            raise error(
+                "L201",
+                f"`{part.function}` is not a function of streams",
+                part.span,
+                label,
+                did_you_mean(part.function, (*FUNCTIONS, *VECTOR_FUNCTIONS)),
+            )
         if isinstance(part, Unary | Binary | Compare | Call):
             return rebuild(part, visit)
         return operand(_flow(scope, part, replace(target, shape=None)))
@@ -230,8 +263,13 @@ def _apply(step: _Stage, head: Flow | None) -> Flow:
 def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
     """Return the operations that one written stage stands for."""
     if not isinstance(stage, Name | Call):
-        raise error("L208", "this is not a stage", stage.span, "",
-                    "a stage is a name or a call such as `linear(64)`")  # fmt: skip
+        raise error(
+            "L208",
+            "this is not a stage",
+            stage.span,
+            "",
+            "a stage is a name or a call such as `linear(64)`",
+        )
     name = stage.id if isinstance(stage, Name) else stage.function
     args = () if isinstance(stage, Name) else stage.args
     if definition := scope.library.find("stage", name):
@@ -264,8 +302,9 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
         raise error("L221", f"{LATER[name]} not available yet", stage.span)
     known = [*(OPS.keys() - UNNAMED), "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
     called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""
-    raise error("L208", f"there is no stage `{name}`", stage.span, "",
-                called or did_you_mean(name, known))  # fmt: skip
+    raise error(
+        "L208", f"there is no stage `{name}`", stage.span, "", called or did_you_mean(name, known)
+    )
 
 
 def _pointwise(expr: Expr, others: tuple[Flow, ...], span: Span) -> _Stage:

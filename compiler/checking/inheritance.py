@@ -65,45 +65,72 @@ class Body:
         body.overridden = {getattr(each, "name", "") for each in branch.body}
         with findings.guard():
             if branch.name in self.lets:
-                raise error("L211", f"`{branch.name}` is defined twice", branch.span, "",
-                            "choose another name")  # fmt: skip
+                raise error(
+                    "L211",
+                    f"`{branch.name}` is defined twice",
+                    branch.span,
+                    "",
+                    "choose another name",
+                )
         body._merge(branch.body, None, findings)
         return body
 
     def _merge(
-        self, body: tuple[Statement, ...], branches: dict[str, syntax.Branch] | None,
+        self,
+        body: tuple[Statement, ...],
+        branches: dict[str, syntax.Branch] | None,
         findings: Findings,
-    ) -> None:  # fmt: skip
+    ) -> None:
         what = "a block" if branches is not None else "a branch"
         seen: set[str] = set()
         for statement in body:
             with findings.guard():
                 name = getattr(statement, "name", "")
                 if name and name in seen:
-                    raise error("L211", f"`{name}` is set twice in {what}", statement.span, "",
-                                "keep one of them")  # fmt: skip
+                    raise error(
+                        "L211",
+                        f"`{name}` is set twice in {what}",
+                        statement.span,
+                        "",
+                        "keep one of them",
+                    )
                 seen.add(name)
                 match statement:
                     case syntax.Setting():
                         if branches is None and name in WHOLE_BLOCK:
-                            raise error("L202", f"`{name}` is a setting of the whole block",
-                                        statement.span, "",
-                                        "set it outside of the branch")  # fmt: skip
+                            raise error(
+                                "L202",
+                                f"`{name}` is a setting of the whole block",
+                                statement.span,
+                                "",
+                                "set it outside of the branch",
+                            )
                         if name not in SETTINGS:
-                            raise error("L202", f"{what} has no setting `{name}`", statement.span,
-                                        "", instead(statement, "block", SETTINGS))  # fmt: skip
+                            raise error(
+                                "L202",
+                                f"{what} has no setting `{name}`",
+                                statement.span,
+                                "",
+                                instead(statement, "block", SETTINGS),
+                            )
                         self.settings[name] = statement
                     case syntax.Let() | syntax.Param():
                         self.lets[name] = statement
                     case syntax.Branch() if branches is not None:
                         if why := taken(name):
-                            raise error("L215", f"`{name}` cannot be the name of this",
-                                        statement.span, why, "choose another name")  # fmt: skip
+                            raise error(
+                                "L215",
+                                f"`{name}` cannot be the name of this",
+                                statement.span,
+                                why,
+                                "choose another name",
+                            )
                         branches[name] = statement
                     case _:
                         help = f"{what} is made of settings, `let`, `param` and `const`"
-                        raise error("L202", f"this does not belong in {what}", statement.span, "",
-                                    help)  # fmt: skip
+                        raise error(
+                            "L202", f"this does not belong in {what}", statement.span, "", help
+                        )
 
     def has(self, name: str) -> bool:
         return name in self.settings
@@ -139,8 +166,13 @@ def find_block(library: Library, call: Expr) -> syntax.Block:
         raise error("L218", "this is not a block", call.span, "", "name one, or call it")
     if name not in library.blocks:
         have = ", ".join(f"`{each}`" for each in library.blocks) or "none"
-        raise error("L218", f"there is no block `{name}`", call.span, "",
-                    did_you_mean(name, library.blocks, f"this file has {have}"))  # fmt: skip
+        raise error(
+            "L218",
+            f"there is no block `{name}`",
+            call.span,
+            "",
+            did_you_mean(name, library.blocks, f"this file has {have}"),
+        )
     return library.blocks[name]
 
 

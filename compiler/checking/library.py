@@ -115,8 +115,13 @@ def _lets(file: File) -> dict[str, Expr]:
     for item in file.items:
         if isinstance(item, syntax.Let):
             if why := taken(item.name):
-                raise error("L215", f"`{item.name}` cannot be the name of this", item.span, why,
-                            "choose another name")  # fmt: skip
+                raise error(
+                    "L215",
+                    f"`{item.name}` cannot be the name of this",
+                    item.span,
+                    why,
+                    "choose another name",
+                )
             lets[item.name] = put(item.value, lets)
     return lets
 
@@ -146,8 +151,9 @@ def put(expr: Expr, values: Mapping[str, Expr]) -> Expr:
     """Put expressions in place of names (L213 where the result is too large)."""
     done = substitute(expr, values)
     if sum(1 for _ in islice(syntax.walk(done), MAX_NODES + 1)) > MAX_NODES:
-        raise error("L213", "this expands into too much", expr.span,
-                    f"more than {MAX_NODES:,} parts")  # fmt: skip
+        raise error(
+            "L213", "this expands into too much", expr.span, f"more than {MAX_NODES:,} parts"
+        )
     return done
 
 
@@ -162,13 +168,23 @@ def bind(
     names = [param.name for param in params]
     takes = f"it takes {', '.join(f'`{name}`' for name in names)}" if names else "it takes none"
     if len(args) > len(params):
-        raise error("L209", f"too many arguments for `{what}`", args[len(params)].span,
-                    f"{len(args)} given", takes)  # fmt: skip
+        raise error(
+            "L209",
+            f"too many arguments for `{what}`",
+            args[len(params)].span,
+            f"{len(args)} given",
+            takes,
+        )
     values = dict(zip(names, args, strict=False))
     for keyword in keywords:
         if keyword.name not in names:
-            raise error("L209", f"`{what}` has no argument `{keyword.name}`", keyword.span, "",
-                        did_you_mean(keyword.name, names, takes))  # fmt: skip
+            raise error(
+                "L209",
+                f"`{what}` has no argument `{keyword.name}`",
+                keyword.span,
+                "",
+                did_you_mean(keyword.name, names, takes),
+            )
         if keyword.name in values:
             raise error("L209", f"`{keyword.name}` is given twice", keyword.span)
         values[keyword.name] = keyword.value

@@ -32,25 +32,31 @@ def resolve_mixer(scope: Scope, definition: Definition, call: Expr, mask: str) -
     states = tuple(_state(scope, each) for each in statements if isinstance(each, syntax.State))
     for at, each in enumerate(states):
         if each.name in {other.name for other in states[:at]}:
-            raise error("L211", f"`{each.name}` is defined twice", call.span, "",
-                        "choose another name")  # fmt: skip
+            raise error(
+                "L211", f"`{each.name}` is defined twice", call.span, "", "choose another name"
+            )
     visitor = _Mixer(scope, {each.name: each.shape for each in states})
     updates: list[Update] = []
     for statement in statements:
         if isinstance(statement, syntax.Update):
             updates.append(_update(visitor, statement))
         elif not isinstance(statement, syntax.State | syntax.Let | syntax.Param):
-            raise error("L216", "a mixer is made of states and `name <- expression`",
-                        statement.span)  # fmt: skip
+            raise error(
+                "L216", "a mixer is made of states and `name <- expression`", statement.span
+            )
     if not any(each.name == "o" for each in updates):
-        raise error("L216", f"`{definition.name}` has no output", call.span, "",
-                    "write `o <- …`")  # fmt: skip
+        raise error("L216", f"`{definition.name}` has no output", call.span, "", "write `o <- …`")
     causal = "causal" in mask
     if not causal:
         _only_adds(definition, updates, {each.name for each in states}, call)
         if any(each.levels for each in states):
-            raise error("L217", f"`{definition.name}` needs a causal mask", call.span,
-                        "it keeps a state in levels", "set `mask = causal`")  # fmt: skip
+            raise error(
+                "L217",
+                f"`{definition.name}` needs a causal mask",
+                call.span,
+                "it keeps a state in levels",
+                "set `mask = causal`",
+            )
     for each in states:
         if each.levels:
             _merges(visitor, each, updates, {other.name for other in states})
@@ -59,27 +65,50 @@ def resolve_mixer(scope: Scope, definition: Definition, call: Expr, mask: str) -
 
 def _state(scope: Scope, state: syntax.State) -> State:
     if state.name in scope.declared or state.name in scope.tensors:
-        raise error("L211", f"`{state.name}` is defined twice", state.span,
-                    "it is a stream or a tensor already", "choose another name")  # fmt: skip
+        raise error(
+            "L211",
+            f"`{state.name}` is defined twice",
+            state.span,
+            "it is a stream or a tensor already",
+            "choose another name",
+        )
     if state.name in ("o", "x", "context", "true", "false"):
-        raise error("L215", f"`{state.name}` cannot be the name of this", state.span,
-                    "this name has a meaning of its own", "choose another name")  # fmt: skip
+        raise error(
+            "L215",
+            f"`{state.name}` cannot be the name of this",
+            state.span,
+            "this name has a meaning of its own",
+            "choose another name",
+        )
     shape = tuple(scope.size(dim, f"a dimension of `{state.name}`") for dim in state.dims)
     if len(shape) > 2:
-        raise error("L216", "a state is a number, a vector or a matrix", state.span,
-                    f"{len(shape)} dimensions")  # fmt: skip
+        raise error(
+            "L216",
+            "a state is a number, a vector or a matrix",
+            state.span,
+            f"{len(shape)} dimensions",
+        )
     value = scope.number(state.init, f"the initial value of `{state.name}`")
     init = number(value, state.init)
     if state.weights is None:
         return State(state.name, shape, init)
     if value != 0:
-        raise error("L230", f"`{state.name}` is kept in levels, which begin at 0", state.init.span,
-                    f"it is {value}", "write `= 0 by …`")  # fmt: skip
+        raise error(
+            "L230",
+            f"`{state.name}` is kept in levels, which begin at 0",
+            state.init.span,
+            f"it is {value}",
+            "write `= 0 by …`",
+        )
     weights, dims, _ = _Mixer(scope, {}).number(state.weights)
     if len(dims) != 1 or not 1 <= dims[0] <= MAX_LEVELS:
-        raise error("L230", f"`{state.name}` needs a weight for each level", state.weights.span,
-                    f"the weights are {list(dims)}",
-                    f"write a vector of 1 to {MAX_LEVELS} numbers")  # fmt: skip
+        raise error(
+            "L230",
+            f"`{state.name}` needs a weight for each level",
+            state.weights.span,
+            f"the weights are {list(dims)}",
+            f"write a vector of 1 to {MAX_LEVELS} numbers",
+        )
     return State(state.name, shape, init, finite(settled(weights)), dims[0])
 
 
@@ -98,14 +127,22 @@ def _merges(visitor: _Mixer, state: State, updates: list[Update], states: set[st
                 affine_parts(update.value, state.name, rank)
             except NotAffineError as wrong:
                 part: Expr = wrong.args[0]
-                raise error("L230", f"`{state.name}` is kept in levels, which add up",
-                            part.span, f"`{show(part)}` is not affine in `{state.name}`",
-                            "write an update that is") from None  # fmt: skip
+                raise error(
+                    "L230",
+                    f"`{state.name}` is kept in levels, which add up",
+                    part.span,
+                    f"`{show(part)}` is not affine in `{state.name}`",
+                    "write an update that is",
+                ) from None
             if reads & seen:
                 name = min(reads & seen)
-                raise error("L230", f"`{state.name}` is written by what `{name}` reads of it",
-                            update.value.span, f"`{name}` reads all levels in one",
-                            f"write what `{name}` is in its place")  # fmt: skip
+                raise error(
+                    "L230",
+                    f"`{state.name}` is written by what `{name}` reads of it",
+                    update.value.span,
+                    f"`{name}` reads all levels in one",
+                    f"write what `{name}` is in its place",
+                )
         elif update.name not in states:
             seen = seen | {update.name} if reads else seen - {update.name}
 
@@ -115,11 +152,19 @@ def _update(visitor: _Mixer, update: syntax.Update) -> Update:
     known = visitor.locals
     needed = (visitor.scope.numbers["value_dim"],) if update.name == "o" else known.get(update.name)
     if needed is not None and dims != needed:
-        raise error("L216", f"`{update.name}` has another shape", update.value.span,
-                    f"{list(needed)} ← {list(dims)}")  # fmt: skip
+        raise error(
+            "L216",
+            f"`{update.name}` has another shape",
+            update.value.span,
+            f"{list(needed)} ← {list(dims)}",
+        )
     if update.name != "o" and update.name in visitor.fixed | visitor.scope.declared.keys():
-        raise error("L216", f"`{update.name}` cannot be written", update.span,
-                    "a mixer writes its states, `o`, and names of its own")  # fmt: skip
+        raise error(
+            "L216",
+            f"`{update.name}` cannot be written",
+            update.span,
+            "a mixer writes its states, `o`, and names of its own",
+        )
     known.setdefault(update.name, dims)
     return Update(update.name, finite(settled(value)))
 
@@ -132,8 +177,13 @@ def _only_adds(definition: Definition, updates: list[Update], states: set[str], 
             ):
                 continue
         if update.name in states:
-            raise error("L217", f"`{definition.name}` needs a causal mask", call.span,
-                        f"`{update.name}` does not only add", "set `mask = causal`")  # fmt: skip
+            raise error(
+                "L217",
+                f"`{definition.name}` needs a causal mask",
+                call.span,
+                f"`{update.name}` does not only add",
+                "set `mask = causal`",
+            )
 
 
 @dataclass(frozen=True)
@@ -163,8 +213,10 @@ class _Mixer(Resolver):
         match expr:
             case Index(Name(id), (Name("h"),)) if self.scope.own(id) in self.scope.tensors:
                 own = self.scope.own(id)
-                return Value(Index(Name(own, expr.span), expr.items, expr.span),
-                             self.scope.tensors[own].shape[1:])  # fmt: skip
+                return Value(
+                    Index(Name(own, expr.span), expr.items, expr.span),
+                    self.scope.tensors[own].shape[1:],
+                )
         raise error("L216", "this has no meaning in a mixer", expr.span)
 
     def name(self, expr: Name) -> Value:
@@ -182,8 +234,13 @@ class _Mixer(Resolver):
             return Value(Index(expr, (), expr.span), shape)
         shape_ = scope.shape(id, expr.span)
         if shape_ is None:
-            raise error("L201", f"`{id}` is not known in a mixer", expr.span, "",
-                        suggest(id, self.locals, scope.declared, scope.numbers, "qkv"))  # fmt: skip
+            raise error(
+                "L201",
+                f"`{id}` is not known in a mixer",
+                expr.span,
+                "",
+                suggest(id, self.locals, scope.declared, scope.numbers, "qkv"),
+            )
         return Value(expr, self._per_head(expr, shape_))
 
     def _per_head(self, expr: Name, shape: Shape) -> Dims:
@@ -195,7 +252,11 @@ class _Mixer(Resolver):
                 raise error("L216", f"the heads of `{expr.id}` do not divide those of q", expr.span)
             return (shape.dim,)
         if shape.dim % heads:
-            raise error("L216", f"`{expr.id}` cannot be shared out among the heads", expr.span,
-                        f"width = {shape.dim}, heads = {heads}")  # fmt: skip
+            raise error(
+                "L216",
+                f"`{expr.id}` cannot be shared out among the heads",
+                expr.span,
+                f"width = {shape.dim}, heads = {heads}",
+            )
         each = shape.dim // heads
         return () if each == 1 else (each,)

@@ -107,8 +107,9 @@ class Part:
         if name in OPS or library.find("stage", name):
             return position
         known = ["none", "rope", *library.known("score"), *library.known("stage")]
-        raise error("L208", f"there is no position `{name}`", position.span, "",
-                    did_you_mean(name, known))  # fmt: skip
+        raise error(
+            "L208", f"there is no position `{name}`", position.span, "", did_you_mean(name, known)
+        )
 
     @property
     def shape(self) -> Shape:
@@ -125,8 +126,13 @@ class Part:
             definition = self.scope.library.find("mix", called)
             if definition is None:
                 known = ["attend", *self.scope.library.known("mix")]
-                raise error("L201", f"there is no mixer `{called}`", mix.span, "",
-                            did_you_mean(called, known))  # fmt: skip
+                raise error(
+                    "L201",
+                    f"there is no mixer `{called}`",
+                    mix.span,
+                    "",
+                    did_you_mean(called, known),
+                )
             resolved = resolve_mixer(self.scope, definition, mix, self._recurrent_mask())
             inputs = streams_read(self.scope, resolved.exprs, ())
         else:
@@ -137,15 +143,21 @@ class Part:
 
     def _recurrent_mask(self) -> str:
         mask = resolve(self.scope, self.body.get("mask"), "mask")
-        document = Compare((Index(Name("doc"), (Name("i"),)), Index(Name("doc"), (Name("j"),))),
-                           ("==",))  # fmt: skip
+        document = Compare(
+            (Index(Name("doc"), (Name("i"),)), Index(Name("doc"), (Name("j"),))), ("==",)
+        )
         parts = _conjuncts(mask)
         said = ["document"] if document in parts else []
         rest = [part for part in parts if part not in (document, TRUE)]
         if all(_is_causal(part) for part in rest):
             return " ".join([*said, "causal"] if rest else said)
-        raise error("L217", "a recurrent mixer takes the masks `all`, `causal` and `document`",
-                    self.body.span_of("mask"), "", "set `mask = causal`")  # fmt: skip
+        raise error(
+            "L217",
+            "a recurrent mixer takes the masks `all`, `causal` and `document`",
+            self.body.span_of("mask"),
+            "",
+            "set `mask = causal`",
+        )
 
     def _pairwise(self) -> tuple[Pairwise, tuple[Read, ...]]:
         scope, body = self.scope, self.body
@@ -162,9 +174,12 @@ class Part:
             axes = Axes(q, k, heads // kv_heads)
             with scope.findings.guard():
                 if k != v:
-                    raise error("L207", "keys and values run along different tokens",
-                                body.span_of("v"), f"k: {operands[1].shape}, v: "
-                                f"{operands[2].shape}")  # fmt: skip
+                    raise error(
+                        "L207",
+                        "keys and values run along different tokens",
+                        body.span_of("v"),
+                        f"k: {operands[1].shape}, v: {operands[2].shape}",
+                    )
         scale, dropout = 1.0, 0.0
         score: Expr = Name("s")
         mask: Expr = TRUE
@@ -175,8 +190,12 @@ class Part:
         with scope.findings.guard():
             dropout = float(scope.number(body.get("dropout"), "`dropout`"))
             if not 0 <= dropout < 1:
-                raise error("L219", "a dropout rate lies in 0 <= p < 1", body.span_of("dropout"),
-                            f"it is {dropout}")  # fmt: skip
+                raise error(
+                    "L219",
+                    "a dropout rate lies in 0 <= p < 1",
+                    body.span_of("dropout"),
+                    f"it is {dropout}",
+                )
         with scope.findings.guard():
             score = resolve(scope, self._score(), "score", axes)
         with scope.findings.guard():
@@ -215,8 +234,10 @@ class Part:
         elif there.heads != heads:
             why = f"heads = {heads}, and {there.heads} in `{below.title}`"
         elif (there.queries, there.keys) != (axes.queries, axes.keys):
-            why = (f"{axes.queries} × {axes.keys} tokens, and {there.queries} × {there.keys} in "
-                   f"`{below.title}`")  # fmt: skip
+            why = (
+                f"{axes.queries} × {axes.keys} tokens, and {there.queries} × {there.keys} in "
+                f"`{below.title}`"
+            )
         elif there.mix.mask != mask:
             why = f"mask = {show(mask)}, and {show(there.mix.mask)} in `{below.title}`"
         elif _reads_own(mask):

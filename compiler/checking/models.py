@@ -34,9 +34,11 @@ def _defaults() -> dict[str, Expr]:
 
 
 def elaborate_model(
-    library: Library, call: Expr, warnings: list[Diagnostic] | None = None,
+    library: Library,
+    call: Expr,
+    warnings: list[Diagnostic] | None = None,
     around: tuple[str, ...] = (),
-) -> Model:  # fmt: skip
+) -> Model:
     """Return the checked model that `name` or `name(args)` stands for.
 
     `around` are the models whose encoder this one is, or the encoder of their encoder.
@@ -77,8 +79,13 @@ class _Reader:
                 elif isinstance(statement, syntax.Setting) and name in SETTINGS:
                     self.settings[name] = put(statement.value, values)
                 else:
-                    raise error("L202", f"a model has no setting `{name}`", statement.span, "",
-                                self._instead(statement))  # fmt: skip
+                    raise error(
+                        "L202",
+                        f"a model has no setting `{name}`",
+                        statement.span,
+                        "",
+                        self._instead(statement),
+                    )
 
     @staticmethod
     def _instead(statement: syntax.Statement) -> str:
@@ -131,8 +138,22 @@ class _Reader:
                 raise error("L219", "a dropout rate lies in 0 <= p < 1", self.get("dropout").span)
         if self.findings.diagnostics:
             return None
-        return Model(self.syntax.name, vocab, width, layers, ffn, norm, embed_position, positions,
-                     tie, head, classes, dropout, self.syntax.span, encoder)  # fmt: skip
+        return Model(
+            self.syntax.name,
+            vocab,
+            width,
+            layers,
+            ffn,
+            norm,
+            embed_position,
+            positions,
+            tie,
+            head,
+            classes,
+            dropout,
+            self.syntax.span,
+            encoder,
+        )
 
     def _vocab(self) -> int | None:
         vocab = self.get("vocab")
@@ -142,8 +163,13 @@ class _Reader:
         value = self.get(name)
         if not isinstance(value, Name) or value.id not in words:
             shown = ", ".join(f"`{each}`" for each in words)
-            raise error("L222", f"`{name}` is one of {shown}", value.span, "",
-                        did_you_mean(getattr(value, "id", ""), words))  # fmt: skip
+            raise error(
+                "L222",
+                f"`{name}` is one of {shown}",
+                value.span,
+                "",
+                did_you_mean(getattr(value, "id", ""), words),
+            )
         return value.id
 
     def _call(self, name: str, words: tuple[str, ...]) -> tuple[str, int, Expr]:
@@ -152,8 +178,9 @@ class _Reader:
         head = value.id if isinstance(value, Name) else getattr(value, "function", "")
         if head not in words:
             shown = ", ".join(f"`{each}`" for each in words)
-            raise error("L222", f"`{name}` is one of {shown}", value.span, "",
-                        did_you_mean(head, words))  # fmt: skip
+            raise error(
+                "L222", f"`{name}` is one of {shown}", value.span, "", did_you_mean(head, words)
+            )
         args = value.args if isinstance(value, Call) else ()
         if len(args) > 1 or (isinstance(value, Call) and value.keywords):
             raise error("L209", f"`{head}` takes one plain argument", value.span)
@@ -162,8 +189,13 @@ class _Reader:
     def _position(self) -> tuple[str, int]:
         head, count, value = self._call("embed_position", ("none", "learned", "sinusoidal"))
         if head == "learned" and not count:
-            raise error("L209", "`learned` needs the number of positions", value.span, "",
-                        "write `learned(1024)`")  # fmt: skip
+            raise error(
+                "L209",
+                "`learned` needs the number of positions",
+                value.span,
+                "",
+                "write `learned(1024)`",
+            )
         return head, count
 
     def _head(self, vocab: int | None) -> tuple[str, int]:
@@ -173,8 +205,13 @@ class _Reader:
         if head == "lm" and vocab is None:
             raise error("L222", "a language-model head needs a `vocab`", value.span)
         if head == "classify" and not count:
-            raise error("L209", "`classify` needs the number of classes", value.span, "",
-                        "write `classify(10)`")  # fmt: skip
+            raise error(
+                "L209",
+                "`classify` needs the number of classes",
+                value.span,
+                "",
+                "write `classify(10)`",
+            )
         return head, count
 
     def _ffn(self, width: int) -> FeedForward | None:
@@ -183,8 +220,13 @@ class _Reader:
             return None
         if not isinstance(value, Call) or value.function not in ("swiglu", "gelu"):
             given = getattr(value, "function", getattr(value, "id", ""))
-            raise error("L222", "`ffn` is `swiglu(ratio)`, `gelu(ratio)` or `none`", value.span, "",
-                        did_you_mean(given, ("swiglu", "gelu", "none")))  # fmt: skip
+            raise error(
+                "L222",
+                "`ffn` is `swiglu(ratio)`, `gelu(ratio)` or `none`",
+                value.span,
+                "",
+                did_you_mean(given, ("swiglu", "gelu", "none")),
+            )
         if len(value.args) != 1 or value.keywords:
             raise error("L209", f"`{value.function}` takes one plain argument", value.span)
         ratio = float(self.scope.number(value.args[0], "the ratio"))
@@ -205,12 +247,17 @@ class _Reader:
             raise error("L212", f"`{name}` is its own encoder", call.span, ring)
         encoder = elaborate_model(self.library, call, warnings, around)
         if encoder.head != "none":
-            raise error("L227", "an encoder gives features", call.span,
-                        f"head = {encoder.head} in `{name}`", f"set `head = none` in `{name}`",
-                        )  # fmt: skip
+            raise error(
+                "L227",
+                "an encoder gives features",
+                call.span,
+                f"head = {encoder.head} in `{name}`",
+                f"set `head = none` in `{name}`",
+            )
         if any(block.context_width is not None for block in encoder.blocks):
-            raise error("L227", "an encoder has no context", call.span,
-                        f"a layer of `{name}` reads one")  # fmt: skip
+            raise error(
+                "L227", "an encoder has no context", call.span, f"a layer of `{name}` reads one"
+            )
         return encoder
 
     def _layers(
@@ -252,15 +299,25 @@ class _Reader:
         """Check that a layer gives one output a token (L226)."""
         if draft.out.shape.tokens != "n":
             title = draft.scope.title
-            raise error("L226", f"`{title}` cannot be a layer", call.span,
-                        f"its output is {draft.out.shape}, a layer's {Shape('n', self.width)}",
-                        "make `out` of streams along the tokens")  # fmt: skip
+            raise error(
+                "L226",
+                f"`{title}` cannot be a layer",
+                call.span,
+                f"its output is {draft.out.shape}, a layer's {Shape('n', self.width)}",
+                "make `out` of streams along the tokens",
+            )
 
     def _unread(self, warnings: list[Diagnostic] | None) -> None:
         if warnings is not None:
-            warnings.append(Diagnostic("W002", "`encoder` is never used",
-                                       self.get("encoder").span, "no layer reads the context",
-                                       severity="warning"))  # fmt: skip
+            warnings.append(
+                Diagnostic(
+                    "W002",
+                    "`encoder` is never used",
+                    self.get("encoder").span,
+                    "no layer reads the context",
+                    severity="warning",
+                )
+            )
 
     def _reads_layer(self) -> bool:
         """Whether any text of the file reads `layer`; then every layer is elaborated anew."""
@@ -300,15 +357,24 @@ class _Reader:
             case Name() | Call():
                 done = [expr]
             case _:
-                raise error("L218", "this is not a list of blocks", expr.span, "",
-                            "write `[a, b] * 3 + [c]`")  # fmt: skip
+                raise error(
+                    "L218",
+                    "this is not a list of blocks",
+                    expr.span,
+                    "",
+                    "write `[a, b] * 3 + [c]`",
+                )
         return self._repeat(expr, done, 1)
 
     @staticmethod
     def _repeat(expr: Expr, calls: list[Expr], count: int) -> list[Expr]:
         if len(calls) * count > MAX_LAYERS:
-            raise error("L203", "this is more layers than a model can have", expr.span,
-                        f"{len(calls) * count:,}, the limit is {MAX_LAYERS:,}")  # fmt: skip
+            raise error(
+                "L203",
+                "this is more layers than a model can have",
+                expr.span,
+                f"{len(calls) * count:,}, the limit is {MAX_LAYERS:,}",
+            )
         return calls * count
 
 
@@ -317,6 +383,11 @@ def find_model(library: Library, call: Expr) -> syntax.Model:
     name = call.id if isinstance(call, Name) else getattr(call, "function", "")
     if name not in library.models:
         have = ", ".join(f"`{each}`" for each in library.models) or "none"
-        raise error("L218", f"there is no model `{name}`", call.span, "",
-                    did_you_mean(str(name), library.models, f"this file has {have}"))  # fmt: skip
+        raise error(
+            "L218",
+            f"there is no model `{name}`",
+            call.span,
+            "",
+            did_you_mean(str(name), library.models, f"this file has {have}"),
+        )
     return library.models[name]

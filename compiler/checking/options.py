@@ -51,8 +51,9 @@ def option_value(
             return _positive(scope, what, expr)
         case "positives":
             if not isinstance(expr, syntax.ListOf):
-                raise error("L222", f"{what} is a list of numbers", expr.span, "",
-                            "write `[1, 1.5, …]`")  # fmt: skip
+                raise error(
+                    "L222", f"{what} is a list of numbers", expr.span, "", "write `[1, 1.5, …]`"
+                )
             return tuple(_positive(scope, f"an item of {what}", each) for each in expr.items)
         case "flag":
             if expr not in (Name("true"), Name("false")):
@@ -71,15 +72,24 @@ def _positive(scope: Scope, what: str, expr: Expr) -> Value:
 def _word(what: str, words: tuple[str, ...], expr: Expr) -> Any:
     word = expr.id if isinstance(expr, Name) else getattr(expr, "value", None)
     if word not in words:
-        raise error("L222", f"{what} is one of {', '.join(f'`{each}`' for each in words)}",
-                    expr.span, "", did_you_mean(str(word), words))  # fmt: skip
+        raise error(
+            "L222",
+            f"{what} is one of {', '.join(f'`{each}`' for each in words)}",
+            expr.span,
+            "",
+            did_you_mean(str(word), words),
+        )
     return word
 
 
 def _chosen(
-    scope: Scope, what: str, calls: Mapping[str, tuple[Option, ...]], expr: Expr,
-    places: dict[str, Span], at: str,
-) -> Any:  # fmt: skip
+    scope: Scope,
+    what: str,
+    calls: Mapping[str, tuple[Option, ...]],
+    expr: Expr,
+    places: dict[str, Span],
+    at: str,
+) -> Any:
     """Return a number, or the call that stands in its place (L222)."""
     name = expr.function if isinstance(expr, Call) else getattr(expr, "id", "")
     if name not in calls:
@@ -87,13 +97,21 @@ def _chosen(
             return scope.number(expr, what)
         except LoomError:
             forms = ", ".join(f"`{each}(…)`" for each in calls)
-            raise error("L222", f"{what} is a number or one of {forms}", expr.span, "",
-                        did_you_mean(name, calls)) from None  # fmt: skip
+            raise error(
+                "L222",
+                f"{what} is a number or one of {forms}",
+                expr.span,
+                "",
+                did_you_mean(name, calls),
+            ) from None
     values = bound(name, calls[name], expr)
-    return Chosen(name, tuple(
-        (each.name, _argument(scope, name, each, values[each.name], places, f"{at}."))
-        for each in calls[name]
-    ))  # fmt: skip
+    return Chosen(
+        name,
+        tuple(
+            (each.name, _argument(scope, name, each, values[each.name], places, f"{at}."))
+            for each in calls[name]
+        ),
+    )
 
 
 def _argument(

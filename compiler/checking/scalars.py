@@ -93,8 +93,12 @@ class _Resolver(Resolver):
                 return Value(self._previous(name, expr.span))
         if isinstance(expr, syntax.Pipe) and self.what == "score":
             return Value(self._compose(expr.head, expr.stages))
-        raise error("L210", "this has no meaning here", expr.span,
-                    f"{self.called} is an expression over {_list(self.free)}")  # fmt: skip
+        raise error(
+            "L210",
+            "this has no meaning here",
+            expr.span,
+            f"{self.called} is an expression over {_list(self.free)}",
+        )
 
     def name(self, expr: Name) -> Value:
         scope, id = self.scope, expr.id
@@ -118,15 +122,26 @@ class _Resolver(Resolver):
                 return Value(Index(base, (Name("h"),), expr.span), self._vector(expr, shape[1:]))
             return Value(Index(base, (), expr.span), self._vector(expr, shape))
         if own in scope.declared or id == "doc" or own in scope.inputs:
-            raise error("L214", f"`{id}` must be indexed here", expr.span, "",
-                        f"write `{id}[i]`, `{id}[j]` or `{id}[h, i]`")  # fmt: skip
+            raise error(
+                "L214",
+                f"`{id}` must be indexed here",
+                expr.span,
+                "",
+                f"write `{id}[i]`, `{id}[j]` or `{id}[h, i]`",
+            )
         if mask := self._mask(id):
             return self._truth(mask, expr)
-        known = (self.free, scope.library.known(self.what), scope.numbers, scope.tensors,
-                 scope.declared)  # fmt: skip
+        known = (
+            self.free,
+            scope.library.known(self.what),
+            scope.numbers,
+            scope.tensors,
+            scope.declared,
+        )
         where = _elsewhere(scope, id)
-        raise error("L201", f"`{id}` is not known in {self.called}", expr.span, where,
-                    suggest(id, *known))  # fmt: skip
+        raise error(
+            "L201", f"`{id}` is not known in {self.called}", expr.span, where, suggest(id, *known)
+        )
 
     def _key_head(self) -> Expr:
         """Return which head of k a query head reads."""
@@ -136,17 +151,26 @@ class _Resolver(Resolver):
     @staticmethod
     def _vector(expr: Expr, dims: Dims) -> Dims:
         if len(dims) > 2:
-            raise error("L214", "this has too many dimensions here", expr.span,
-                        f"it is {list(dims)}", "index it")  # fmt: skip
+            raise error(
+                "L214",
+                "this has too many dimensions here",
+                expr.span,
+                f"it is {list(dims)}",
+                "index it",
+            )
         return dims
 
     def _previous(self, name: str, span: Span) -> Expr:
         """`previous.s` in a score, `previous.p` in weights: the map of the layer below (L214)."""
         if (self.what, name) not in (("score", "s"), ("weights", "p")):
             named = f"give the stream a name first: `let below = previous.{name}`"
-            raise error("L214", f"`previous.{name}` cannot be read here", span, "",
-                        "a score reads `previous.s`, weights read `previous.p`"
-                        if name in MAPS else named)  # fmt: skip
+            raise error(
+                "L214",
+                f"`previous.{name}` cannot be read here",
+                span,
+                "",
+                "a score reads `previous.s`, weights read `previous.p`" if name in MAPS else named,
+            )
         self.scope.layer_below(span)
         return Name(f"{PREVIOUS}{name}", span)
 
@@ -161,16 +185,26 @@ class _Resolver(Resolver):
             return self._definition(definition, expr)
         if name in ("row", "col") and len(expr.args) == 1 and not expr.keywords:
             if self.scope.grid is None:
-                raise error("L214", f"`{name}` needs a grid", expr.span, "",
-                            "set `grid = (rows, cols)` in the block")  # fmt: skip
+                raise error(
+                    "L214",
+                    f"`{name}` needs a grid",
+                    expr.span,
+                    "",
+                    "set `grid = (rows, cols)` in the block",
+                )
             cols = number(self.scope.grid[1], expr)
             op = "//" if name == "row" else "%"
             return Value(Binary(op, self.scalar(expr.args[0]), cols, expr.span))
         if name in MAP_FUNCTIONS and self.what in _OF_MAPS:
             return Value(self._of_map(expr))
         if name == "ispow2" and len(expr.args) == 1 and not _is_whole(self.scalar(expr.args[0])):
-            raise error("L210", "`ispow2` asks about a whole number", expr.args[0].span, "",
-                        "`//` divides whole numbers")  # fmt: skip
+            raise error(
+                "L210",
+                "`ispow2` asks about a whole number",
+                expr.args[0].span,
+                "",
+                "`//` divides whole numbers",
+            )
         function = name in FUNCTIONS or name in VECTOR_FUNCTIONS
         if not (function or self.scope.library.find("stage", name)) and (mask := self._mask(name)):
             return self._truth(mask, expr)
@@ -178,19 +212,33 @@ class _Resolver(Resolver):
 
     def _contract(self, expr: Binary, a: Value, b: Value) -> Value:
         if self.what == "stage":
-            raise error("L216", "`@` is not of streams", expr.span, "",
-                        "`dot(a, b)` is the product of their features")  # fmt: skip
+            raise error(
+                "L216",
+                "`@` is not of streams",
+                expr.span,
+                "",
+                "`dot(a, b)` is the product of their features",
+            )
         return super()._contract(expr, a, b)
 
     def _of_features(self, expr: Call) -> Value:
         """Resolve a function over the features of streams; the flow it becomes checks shapes."""
         name, arity = expr.function, VECTOR_FUNCTIONS[expr.function]
         if name == "outer":
-            raise error("L201", "`outer` is not a function of streams", expr.span,
-                        "a matrix is no stream", "a mixer and a score may use it")  # fmt: skip
+            raise error(
+                "L201",
+                "`outer` is not a function of streams",
+                expr.span,
+                "a matrix is no stream",
+                "a mixer and a score may use it",
+            )
         if len(expr.args) != arity or expr.keywords:
-            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span,
-                        f"{len(expr.args) + len(expr.keywords)} given")  # fmt: skip
+            raise error(
+                "L209",
+                f"`{name}` takes {plain(arity)}",
+                expr.span,
+                f"{len(expr.args) + len(expr.keywords)} given",
+            )
         args = tuple(self.number(each).expr for each in expr.args)
         return Value(Call(name, args, (), expr.span))
 
@@ -200,16 +248,20 @@ class _Resolver(Resolver):
             return error("L201", f"`{name}` cannot be read in {self.called}", expr.span, *misplaced)
         more = MAP_FUNCTIONS if self.what in _OF_MAPS else ()
         known = (FUNCTIONS, VECTOR_FUNCTIONS, more, self.scope.library.known(self.what))
-        return error("L201", f"`{name}` is neither a function nor {self.called}", expr.span,
-                     _elsewhere(self.scope, name), suggest(name, *known))  # fmt: skip
+        return error(
+            "L201",
+            f"`{name}` is neither a function nor {self.called}",
+            expr.span,
+            _elsewhere(self.scope, name),
+            suggest(name, *known),
+        )
 
     def _of_map(self, expr: Call) -> Expr:
         """Resolve a call that reads other pairs: `sum_keys(e)`, `mix_heads(e, w)`."""
         name, arity = expr.function, MAP_FUNCTIONS[expr.function]
         if len(expr.args) != arity or expr.keywords:
             given = len(expr.args) + len(expr.keywords)
-            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span,
-                        f"{given} given")  # fmt: skip
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span, f"{given} given")
         if name == "coin":
             rate = self.scope.number(expr.args[0], "the rate of `coin`")
             if not 0 <= rate <= 1:
@@ -222,15 +274,26 @@ class _Resolver(Resolver):
         own = self.scope.own(kernel.id) if isinstance(kernel, Name) else ""
         shape = self.scope.tensors[own].shape if own in self.scope.tensors else None
         heads = int(self.scope.numbers["heads"])
-        fits = shape == (heads, heads) if name == "mix_heads" else (
-            shape is not None and (len(shape) == 2 or (len(shape) == 3 and shape[0] == heads))
-        )  # fmt: skip
+        fits = (
+            shape == (heads, heads)
+            if name == "mix_heads"
+            else (
+                shape is not None and (len(shape) == 2 or (len(shape) == 3 and shape[0] == heads))
+            )
+        )
         if not fits:
-            wanted = "[heads, heads]" if name == "mix_heads" else (
-                "[heads, queries, keys] or [queries, keys]")  # fmt: skip
-            raise error("L216", f"`{name}` takes a tensor {wanted}", kernel.span,
-                        "this is none" if shape is None else f"it is {list(shape)}",
-                        "declare it as a `param` and name it here")  # fmt: skip
+            wanted = (
+                "[heads, heads]"
+                if name == "mix_heads"
+                else ("[heads, queries, keys] or [queries, keys]")
+            )
+            raise error(
+                "L216",
+                f"`{name}` takes a tensor {wanted}",
+                kernel.span,
+                "this is none" if shape is None else f"it is {list(shape)}",
+                "declare it as a `param` and name it here",
+            )
         return Call(name, (value, Index(Name(own, kernel.span), (), kernel.span)), (), expr.span)
 
     def _definition(self, definition: Definition, call: Expr) -> Value:
@@ -270,9 +333,13 @@ class _Resolver(Resolver):
             if shape.dim == 1 and len(items) == len(axes) - 1:
                 items = (*items, Number(0, "0", expr.span))
         if len(items) > len(axes) or "token" in axes[len(items) :]:
-            raise error("L214", f"`{name}` has {len(axes)} dimensions", expr.span,
-                        f"{len(items)} indices given",
-                        "index each of them, the tokens with `i` or `j`")  # fmt: skip
+            raise error(
+                "L214",
+                f"`{name}` has {len(axes)} dimensions",
+                expr.span,
+                f"{len(items)} indices given",
+                "index each of them, the tokens with `i` or `j`",
+            )
         for at, (axis, item, size) in enumerate(zip(axes, items, sizes, strict=False)):
             if axis == "token":
                 self._token(name, item)
@@ -285,23 +352,37 @@ class _Resolver(Resolver):
         shape = self.scope.shape(name, expr.base.span)
         if shape is None:
             help = suggest(name, self.scope.declared, self.scope.tensors, ["doc"])
-            raise error("L201", f"there is no stream or tensor `{name}`", expr.base.span,
-                        _elsewhere(self.scope, name), help)  # fmt: skip
+            raise error(
+                "L201",
+                f"there is no stream or tensor `{name}`",
+                expr.base.span,
+                _elsewhere(self.scope, name),
+                help,
+            )
         return shape
 
     def _place(self, name: str, item: Expr, size: int, only_numbers: bool) -> None:
         """Check an index that is not a token's: constants lie inside, streams take no i and j."""
         known = fold(item)
-        if isinstance(known, Number) and (known.value != int(known.value)
-                                          or not 0 <= known.value < size):  # fmt: skip
-            raise error("L214", f"this index is outside of `{name}`", item.span,
-                        f"it is {known.value}, the size is {size}")  # fmt: skip
+        if isinstance(known, Number) and (
+            known.value != int(known.value) or not 0 <= known.value < size
+        ):
+            raise error(
+                "L214",
+                f"this index is outside of `{name}`",
+                item.span,
+                f"it is {known.value}, the size is {size}",
+            )
         if isinstance(known, Number) or name in self.scope.tensors:
             return
         if only_numbers or names(known) != {"h"}:
-            raise error("L214", f"`{name}` cannot be read here", item.span,
-                        "heads are read at numbers or `h`, their features at numbers",
-                        "a `param` can be read anywhere")  # fmt: skip
+            raise error(
+                "L214",
+                f"`{name}` cannot be read here",
+                item.span,
+                "heads are read at numbers or `h`, their features at numbers",
+                "a `param` can be read anywhere",
+            )
 
     def _token(self, name: str, item: Expr) -> None:
         shape = self.scope.shape(name, item.span)
@@ -315,9 +396,13 @@ class _Resolver(Resolver):
         if fits and "j" in allowed and names(item) == {"j"}:  # another key's token
             return
         shown = " or ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"
-        raise error("L214", f"the tokens of `{name}` are read at {shown} here", item.span, "",
-                    "`i` are the queries' tokens, `j` the keys', "
-                    "`j // 4 * 4` another key's")  # fmt: skip
+        raise error(
+            "L214",
+            f"the tokens of `{name}` are read at {shown} here",
+            item.span,
+            "",
+            "`i` are the queries' tokens, `j` the keys', `j // 4 * 4` another key's",
+        )
 
 
 def _is_whole(expr: Expr) -> bool:
@@ -431,16 +516,24 @@ def resolve_normalizer(
                 # Σ exp(logit - tau) = 1 says that tau is the logarithm of the row sum.
                 return Normalizer(name, Call("exp", (logit,), (), done.span), Name("sum"))
         if infinite:
-            raise error("L219", "a threshold needs finite logits", span, "the score may be minus "
-                        "infinity", "say in `mask` what is not seen")  # fmt: skip
+            raise error(
+                "L219",
+                "a threshold needs finite logits",
+                span,
+                "the score may be minus infinity",
+                "say in `mask` what is not seen",
+            )
         try:
             require(done)
         except Unclear as problem:
-            raise error("L220", "no threshold can be found for these weights",
-                        problem.expr.span if value is expr else expr.span,
-                        f"`{show(problem.expr)}`: {problem}",
-                        "the weights must rise or fall with `tau` everywhere, from 0 to 1 or more, "
-                        "and read `s` beside it, as in `relu(s - tau)`") from None  # fmt: skip
+            raise error(
+                "L220",
+                "no threshold can be found for these weights",
+                problem.expr.span if value is expr else expr.span,
+                f"`{show(problem.expr)}`: {problem}",
+                "the weights must rise or fall with `tau` everywhere, from 0 to 1 or more, "
+                "and read `s` beside it, as in `relu(s - tau)`",
+            ) from None
         return Normalizer(name, done, None, where)
     if "tau" in names(done):
         raise error("L220", "`tau` needs a condition", span, "", "add `where sum == 1`")
@@ -449,8 +542,9 @@ def resolve_normalizer(
     match done:
         case Binary("/", above, below) if "sum" not in names(above):
             return Normalizer(name, above, below)
-    raise error("L220", "`sum` belongs in the denominator", span, "",
-                "write it as numerator / (… sum …)")  # fmt: skip
+    raise error(
+        "L220", "`sum` belongs in the denominator", span, "", "write it as numerator / (… sum …)"
+    )
 
 
 def _head(expr: Name | Call) -> str:

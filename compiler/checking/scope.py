@@ -109,15 +109,20 @@ class Scope:
             help = ""
             if isinstance(problem.node, Name):
                 help = did_you_mean(problem.node.id, self.numbers)
-            raise error("L219", f"{what} must be a number", problem.node.span, problem.reason,
-                        help) from None  # fmt: skip
+            raise error(
+                "L219", f"{what} must be a number", problem.node.span, problem.reason, help
+            ) from None
 
     def size(self, expr: Expr, what: str) -> int:
         """Return a whole number fit to be a dimension (L203)."""
         value = self.number(expr, what)
         if isinstance(value, bool) or value != int(value) or not 1 <= value <= MAX_SIZE:
-            raise error("L203", f"{what} must be a whole number from 1 to {MAX_SIZE:,}",
-                        expr.span, f"it is {value}")  # fmt: skip
+            raise error(
+                "L203",
+                f"{what} must be a whole number from 1 to {MAX_SIZE:,}",
+                expr.span,
+                f"it is {value}",
+            )
         return int(value)
 
     # streams and tensors
@@ -146,8 +151,13 @@ class Scope:
     def layer_below(self, span: Span) -> Scope:
         """Return the layer below (L224)."""
         if self.below is None:
-            raise error("L224", "there is no layer below", span, self.place,
-                        f"use `{self.title}` in a model, above another block")  # fmt: skip
+            raise error(
+                "L224",
+                "there is no layer below",
+                span,
+                self.place,
+                f"use `{self.title}` in a model, above another block",
+            )
         return self.below
 
     def previous(self, name: str, span: Span) -> Shape:
@@ -155,8 +165,13 @@ class Scope:
         below = self.layer_below(span)
         shape = None if name in below.inputs else below.shape(name, span)
         if shape is None:
-            raise error("L201", f"the layer below has no stream `{name}`", span,
-                        f"it is `{below.title}`", suggest(name, below.declared))  # fmt: skip
+            raise error(
+                "L201",
+                f"the layer below has no stream `{name}`",
+                span,
+                f"it is `{below.title}`",
+                suggest(name, below.declared),
+            )
         return shape
 
     def own(self, name: str) -> str:
@@ -172,11 +187,17 @@ class Scope:
         if prefix and (clashes or self.branch):
             name = f"{prefix}_{name}"
         if why := taken(name, tensor=isinstance(statement, syntax.Param)):
-            raise error("L215", f"`{name}` cannot be the name of this", statement.span, why,
-                        "choose another name")  # fmt: skip
+            raise error(
+                "L215",
+                f"`{name}` cannot be the name of this",
+                statement.span,
+                why,
+                "choose another name",
+            )
         if name in self.declared or name in self.tensors:
-            raise error("L211", f"`{name}` is defined twice", statement.span, "",
-                        "choose another name")  # fmt: skip
+            raise error(
+                "L211", f"`{name}` is defined twice", statement.span, "", "choose another name"
+            )
         if isinstance(statement, syntax.Let):
             assert self.elaborate is not None
             self.declared[name] = partial(self.elaborate, statement, self)
@@ -187,23 +208,35 @@ class Scope:
     def _tensor(self, name: str, statement: syntax.Param) -> Weight:
         sizes = tuple(self.size(dim, f"a dimension of `{name}`") for dim in statement.dims)
         if prod(sizes) > MAX_NUMBERS:
-            raise error("L203", f"`{name}` is too large", statement.span,
-                        f"{prod(sizes):,} numbers, the limit is {MAX_NUMBERS:,}")  # fmt: skip
+            raise error(
+                "L203",
+                f"`{name}` is too large",
+                statement.span,
+                f"{prod(sizes):,} numbers, the limit is {MAX_NUMBERS:,}",
+            )
         values = {id: syntax.Number(value, str(value)) for id, value in self.numbers.items()}
         init = put(statement.init, values)
         if not statement.learned and calls(init, "normal"):
-            raise error("L219", "a constant is not drawn", statement.init.span, "",
-                        "it is not in the state dict, so every module would have another; "
-                        "make it a `param`")  # fmt: skip
+            raise error(
+                "L219",
+                "a constant is not drawn",
+                statement.init.span,
+                "",
+                "it is not in the state dict, so every module would have another; "
+                "make it a `param`",
+            )
         if statement.dims and statement.dims[0] == Name("heads"):
             self.per_head.add(name)
         try:
             self._finite(_drawn(init), sizes)
         except NotConstant as problem:
-            raise error("L219", f"the initial value of `{name}` must be a number",
-                        problem.node.span, problem.reason,
-                        "it may read `h`, the place along the first dimension, "
-                        "and `normal(std)`") from None  # fmt: skip
+            raise error(
+                "L219",
+                f"the initial value of `{name}` must be a number",
+                problem.node.span,
+                problem.reason,
+                "it may read `h`, the place along the first dimension, and `normal(std)`",
+            ) from None
         return Weight(name, sizes, settle(init), statement.learned)
 
     @staticmethod
@@ -253,11 +286,17 @@ class Scope:
             streams |= found
         for at, let in enumerate(lets):
             if let.name in {each.name for each in lets[:at]}:
-                raise error("L211", f"`{let.name}` is defined twice", let.span, "",
-                            "choose another name")  # fmt: skip
+                raise error(
+                    "L211", f"`{let.name}` is defined twice", let.span, "", "choose another name"
+                )
             if let.name not in streams and (why := taken(let.name)):
-                raise error("L215", f"`{let.name}` cannot be the name of this", let.span, why,
-                            "choose another name")  # fmt: skip
+                raise error(
+                    "L215",
+                    f"`{let.name}` cannot be the name of this",
+                    let.span,
+                    why,
+                    "choose another name",
+                )
         return bound.keys() - streams
 
     def _is_stream(self, value: Expr, streams: set[str], whole: set[str]) -> bool:
@@ -290,8 +329,9 @@ class Scope:
             raise error("L212", f"`{definition.name}` is defined in terms of itself", span, ring)
         if self._spent[0] > MAX_NODES:
             self._spent[0] = 0  # said once
-            raise error("L213", "this expands into too much", span,
-                        f"more than {MAX_NODES:,} parts")  # fmt: skip
+            raise error(
+                "L213", "this expands into too much", span, f"more than {MAX_NODES:,} parts"
+            )
         self._open.append(label)
         try:
             yield
@@ -318,8 +358,13 @@ def body(scope: Scope, definition: Definition, call: Expr) -> syntax.Result:
     values = scope.expand(definition, call)
     last = definition.body[-1] if definition.body else None
     if not isinstance(last, syntax.Result):
-        raise error("L220", f"`{definition.name}` has no value", definition.span, "",
-                    "end it with an expression")  # fmt: skip
+        raise error(
+            "L220",
+            f"`{definition.name}` has no value",
+            definition.span,
+            "",
+            "end it with an expression",
+        )
     where = None if last.where is None else put(last.where, values)
     return syntax.Result(_seen_from(call, put(last.value, values)), where, span=last.span)
 

@@ -40,13 +40,23 @@ def weighs_nothing(expr: Expr, reads: frozenset[str] = frozenset()) -> bool:
         return infinite(expr, reads)
     except NotConstant as problem:
         help = "it can be added, compared, chosen by `where`, and times a positive number"
-        raise error("L219", "minus infinity has no place here", problem.node.span,
-                    f"`{show(problem.node)}`", help) from None  # fmt: skip
+        raise error(
+            "L219",
+            "minus infinity has no place here",
+            problem.node.span,
+            f"`{show(problem.node)}`",
+            help,
+        ) from None
 
 
 def finite(expr: Expr, reads: frozenset[str] = frozenset()) -> Expr:
     """Return a settled expression that is never minus infinity (L219)."""
     if weighs_nothing(expr, reads):
-        raise error("L219", "this may be minus infinity", expr.span, f"`{show(expr)}`",
-                    "only a score may be: such a logit weighs nothing")  # fmt: skip
+        raise error(
+            "L219",
+            "this may be minus infinity",
+            expr.span,
+            f"`{show(expr)}`",
+            "only a score may be: such a logit weighs nothing",
+        )
     return expr

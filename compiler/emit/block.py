@@ -73,18 +73,24 @@ def _docstring(block: Block) -> list[str]:
         if len(text) <= LIMIT:
             return [text]
         return [f'"""{heads[0].upper()}{heads[1:]}.', "", how, '"""']
-    return ['"""Several attentions, brought together.', "",
-            *(f"{heads}; {how}" for heads, how in parts), '"""']  # fmt: skip
+    return [
+        '"""Several attentions, brought together.',
+        "",
+        *(f"{heads}; {how}" for heads, how in parts),
+        '"""',
+    ]
 
 
 class _Writer(Caches):
     def __init__(self, plan: Plan, kernels: Sequence[Operator]) -> None:
         super().__init__(plan.graph)
         self.plan = plan
-        self.recurrence_kernels = {each.spec: each.name for each in kernels
-                                   if isinstance(each.spec, Recurrence)}  # fmt: skip
-        self.kernels = {each.node.name: each.name for each in kernels
-                        if not isinstance(each.spec, Recurrence)}  # fmt: skip
+        self.recurrence_kernels = {
+            each.spec: each.name for each in kernels if isinstance(each.spec, Recurrence)
+        }
+        self.kernels = {
+            each.node.name: each.name for each in kernels if not isinstance(each.spec, Recurrence)
+        }
 
     # constructor
 
@@ -119,19 +125,26 @@ class _Writer(Caches):
             "    cu_seqlens: Tensor | None = None,",
             "    positions: Tensor | None = None,",
             *(["    shared: dict[str, Tensor],"] if self.stacked else []),
-            "    cache: None = None," if self.obstacle is not None
+            "    cache: None = None,"
+            if self.obstacle is not None
             else "    cache: Cache | None = None,",
             "    batch: Batch | None = None,",
             "    far: Batch | None = None,",
             ") -> tuple[Tensor, dict[str, Tensor]]:" if self.stacked else ") -> Tensor:",
             f'    """Map x [b, n, {width}] to [b, {out.tokens}, {out.dim}]; '
-            'a cache goes on where it stands.',
+            "a cache goes on where it stands.",
             "",
-            *(["    `shared` is what this layer reads of the one below; what the one above "
-               "reads comes back."] if self.stacked else []),
+            *(
+                [
+                    "    `shared` is what this layer reads of the one below; what the one above "
+                    "reads comes back."
+                ]
+                if self.stacked
+                else []
+            ),
             "    `batch` and `far` say how tokens and context stand, where a model says it.",
             '    """',
-        ]  # fmt: skip
+        ]
         body = [f'expect("x", x, {width}, self)']
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
@@ -151,8 +164,7 @@ class _Writer(Caches):
         else:
             body += self._assign(end, "out =")
             if self._isolates:
-                body += ["if spoilt is not None:",
-                         "    out = out.masked_fill(spoilt, torch.nan)"]  # fmt: skip
+                body += ["if spoilt is not None:", "    out = out.masked_fill(spoilt, torch.nan)"]
             if self.stacked:
                 body.append(f"out = {give} if outer else out")
             else:
@@ -173,12 +185,16 @@ class _Writer(Caches):
         """Write the lines that lay the tokens of a call out in sequences."""
         lines = ["outer = batch is None"]
         if not self.crosses:
-            lines += ["if outer and (context is not None or context_mask is not None):",
-                      '    raise ValueError("this block reads no `context`")']  # fmt: skip
+            lines += [
+                "if outer and (context is not None or context_mask is not None):",
+                '    raise ValueError("this block reads no `context`")',
+            ]
         if self.block.out.shape.tokens != "n":
-            lines += ["if segments is not None or cu_seqlens is not None:",
-                      '    raise ValueError("this block gives one list of tokens for each row; "',
-                      '                     "lay sequences out in rows of their own")']  # fmt: skip
+            lines += [
+                "if segments is not None or cu_seqlens is not None:",
+                '    raise ValueError("this block gives one list of tokens for each row; "',
+                '                     "lay sequences out in rows of their own")',
+            ]
         args = ["attention_mask", "segments", "cu_seqlens", "positions"]
         args += ["cuts=False"] if self.block.marks else []
         args += ["rows=True"] if own_rows(self.block) else []
@@ -192,10 +208,12 @@ class _Writer(Caches):
             kept = "context is not None"
             if self.obstacle is None:
                 made.append("context = context if cache is None else cache.reading(context)")
-            made += [f"if {kept}:",
-                     f'    expect("context", context, {self.block.context_width}, self)',
-                     "    far = batch.of_context(context, context_mask)",
-                     "    context = far.take(context)"]  # fmt: skip
+            made += [
+                f"if {kept}:",
+                f'    expect("context", context, {self.block.context_width}, self)',
+                "    far = batch.of_context(context, context_mask)",
+                "    context = far.take(context)",
+            ]
         return [*lines, "if batch is None:", *indent(made)]
 
     # what the layers below and above share
@@ -295,7 +313,7 @@ class _Writer(Caches):
             node.op.definition.by_sequence
             and any(tokens in self.graph.node(name).dims for name in node.inputs)
             for node in self.graph.of(Stage)
-        )  # fmt: skip
+        )
 
     def _key_tokens(self, node: Node[Attend]) -> str:
         """Return what the keys of an attention are: n, m, or a number of them."""
@@ -421,16 +439,26 @@ class _Writer(Caches):
         lines: list[str] = []
         named = {name: self._seen_as(node, name) for name in along_keys(self.graph, node)}
         operands = weights.operands(facts)
-        variables = {each.variable: named[each.name] if each.at == "j" else each.variable
-                     for each in operands}  # fmt: skip
-        lines += [f"{each.variable} = {plain_name(each.name)}" for each in operands
-                  if each.at == "i"]  # fmt: skip
+        variables = {
+            each.variable: named[each.name] if each.at == "j" else each.variable
+            for each in operands
+        }
+        lines += [
+            f"{each.variable} = {plain_name(each.name)}" for each in operands if each.at == "i"
+        ]
         lines += self._advance(node, named, facts.reads_places)
         if node.name in self.borrows:
-            lines += [f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
-                      for name, variable in named.items()]  # fmt: skip
-        given = {"v": named[node.v], "q": plain_name(node.q), "k": named[node.k],
-                 **self._standing(node, facts), **variables}  # fmt: skip
+            lines += [
+                f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
+                for name, variable in named.items()
+            ]
+        given = {
+            "v": named[node.v],
+            "q": plain_name(node.q),
+            "k": named[node.k],
+            **self._standing(node, facts),
+            **variables,
+        }
         given |= {f"previous_{name}": f'shared["{name}"]' for name in facts.maps_below}
         also = [f"shared_{each}" for each in facts.maps]
         targets = ", ".join([_target(node), *also, *_statistics(node)])
@@ -468,8 +496,15 @@ class _Writer(Caches):
         """Write the call of the lowering that the plan names."""
         q, k, v = (self._kernel_operand(node, name) for name in (node.q, node.k, node.v))
         asked = {kind: ident(name) for name, kind, _ in node.op.statistics}
-        given = Call(_target(node), q, k, v, lambda name: self._kernel_operand(node, name),
-                     self.kernels.get(node.name, ""), asked)  # fmt: skip
+        given = Call(
+            _target(node),
+            q,
+            k,
+            v,
+            lambda name: self._kernel_operand(node, name),
+            self.kernels.get(node.name, ""),
+            asked,
+        )
         return way(self.plan.lowerings[node.name].path).invoke(self.facts(node), given)
 
     def _kernel_operand(self, node: Node[Attend], name: str) -> str:
@@ -528,8 +563,10 @@ class _Writer(Caches):
             given = ident(node.name.partition(".")[0])
             lines = self._assign(first, f"{given} =")
         cache = self.cache(TAILS)
-        tail = call(f"    before, known = {cache}.before",
-                    [f'"{node.name}"', given, str(lookback(node)), "batch"])  # fmt: skip
+        tail = call(
+            f"    before, known = {cache}.before",
+            [f'"{node.name}"', given, str(lookback(node)), "batch"],
+        )
         lines += ["before, known = None, run", f"if {cache} is not None:", *tail]
         return [*lines, *comment(f"{head} self.{node.module}({given}, known, before)", dims)]
 

@@ -51,8 +51,11 @@ class Caches:
     @cached_property
     def _shared_now(self) -> dict[str, str]:
         """What the layer above reads at the tokens of the call: its node."""
-        return {label: name for label, name in self.graph.shared
-                if label not in MAPS and label not in self.graph.lent}  # fmt: skip
+        return {
+            label: name
+            for label, name in self.graph.shared
+            if label not in MAPS and label not in self.graph.lent
+        }
 
     def _seen_as(self, node: Node[Attend], name: str) -> str:
         """Return the variable of a stream along the keys, with what the cache gives back."""
@@ -89,9 +92,14 @@ class Caches:
             return [head, f'    """Raise `ValueError`: {self.obstacle}."""', self._refusal]
         parts = self.kept.parts
         what = _described(parts[0]) if len(parts) == 1 else "what tokens leave behind"
-        lines = [head, f'    """Return {what}; without a length, it grows."""',
-                 *([f"    {self.weight()}"] if self.kept.keys else []), "    return Cache(",
-                 "        self,", "        batch,"]  # fmt: skip
+        lines = [
+            head,
+            f'    """Return {what}; without a length, it grows."""',
+            *([f"    {self.weight()}"] if self.kept.keys else []),
+            "    return Cache(",
+            "        self,",
+            "        batch,",
+        ]
         for part in parts:
             head = f"{ident(part_name(part))}={_CLASSES[type(part)]}"
             lines += indent(call(head, self._arguments(part), "),"), 2)
@@ -106,8 +114,14 @@ class Caches:
         sizes = ", ".join(map(_size, part.streams))
         ring = [] if part.ring is None else [f"ring={part.ring}"]
         ring += [f"prefix={part.prefix}"] if part.prefix else []
-        return ["batch", "length", f"{{{sizes}}}", *ring, "dtype=weight.dtype",
-                "device=weight.device"]  # fmt: skip
+        return [
+            "batch",
+            "length",
+            f"{{{sizes}}}",
+            *ring,
+            "dtype=weight.dtype",
+            "device=weight.device",
+        ]
 
     @property
     def _refusal(self) -> str:

@@ -82,10 +82,9 @@ def _layer(model: Model, prefix: str) -> list[str]:
         "    def __init__(self, attn: nn.Module) -> None:",
         *indent(init, 2),
         "",
-        *(_SHARING if shares else
-          ["    def forward(self, x: Tensor, **given: object) -> Tensor:"]),
+        *(_SHARING if shares else ["    def forward(self, x: Tensor, **given: object) -> Tensor:"]),
         *indent(body, 2),
-    ]  # fmt: skip
+    ]
 
 
 _SHARING = [
@@ -117,8 +116,11 @@ def _model(
     shape = _takes(model, "n")
     if model.encoder is not None:
         shape += f", context {_takes(model.encoder, 'm')}"
-    out = {"lm": f"logits [b, n, {model.vocab}]", "classify": f"logits [b, {model.classes}]",
-           "none": f"features [b, n, {model.width}]"}[model.head]  # fmt: skip
+    out = {
+        "lm": f"logits [b, n, {model.vocab}]",
+        "classify": f"logits [b, {model.classes}]",
+        "none": f"features [b, n, {model.width}]",
+    }[model.head]
     return [
         f"class {name}(nn.Module):",
         f'    """{shape} → {out}."""',
@@ -163,8 +165,11 @@ def _init_cache(model: Model) -> list[str]:
     head = "def init_cache(self, batch: int, length: int | None = None) -> "
     if not decodes(model):
         why = _obstacle(model) or "a classifier answers once a sequence"
-        return [f"{head}None:", f'    """Raise `ValueError`: {why}."""',
-                f'    raise ValueError("this model cannot decode: {why}")']  # fmt: skip
+        return [
+            f"{head}None:",
+            f'    """Raise `ValueError`: {why}."""',
+            f'    raise ValueError("this model cannot decode: {why}")',
+        ]
     return [
         f"{head}Cache:",
         '    """Return what the layers keep, still empty; without a length it grows."""',
@@ -195,16 +200,24 @@ def _constructor(model: Model, which: Mapping[Block, str], encoder: str, layer: 
     if model.encoder is not None:
         lines.append(f"self.encoder = {encoder}()")
     if model.vocab is not None:
-        lines += [f"self.embed_tokens = nn.Embedding({model.vocab}, {model.width})",
-                  "nn.init.normal_(self.embed_tokens.weight, std=0.02)"]  # fmt: skip
+        lines += [
+            f"self.embed_tokens = nn.Embedding({model.vocab}, {model.width})",
+            "nn.init.normal_(self.embed_tokens.weight, std=0.02)",
+        ]
     if model.embed_position == "learned":
-        lines += [f"self.embed_positions = nn.Embedding({model.positions}, {model.width})",
-                  "nn.init.normal_(self.embed_positions.weight, std=0.02)"]  # fmt: skip
+        lines += [
+            f"self.embed_positions = nn.Embedding({model.positions}, {model.width})",
+            "nn.init.normal_(self.embed_positions.weight, std=0.02)",
+        ]
     blocks = ", ".join(f"{which[block]}()" for block in model.layers)
     text = f"self.layers = nn.ModuleList({layer}(attn) for attn in ({blocks},))"
     if len(text) > 84:
-        lines += ["attention = (", *(f"    {which[block]}()," for block in model.layers), ")",
-                  f"self.layers = nn.ModuleList({layer}(attn) for attn in attention)"]  # fmt: skip
+        lines += [
+            "attention = (",
+            *(f"    {which[block]}()," for block in model.layers),
+            ")",
+            f"self.layers = nn.ModuleList({layer}(attn) for attn in attention)",
+        ]
     else:
         lines.append(text)
     if model.norm != "none":
@@ -226,13 +239,17 @@ def _forward(model: Model) -> list[str]:
     else:
         lines = [f'expect("x", x, {model.width}, self)']
     if model.head == "classify":
-        lines += ["if segments is not None or cu_seqlens is not None:",
-                  '    raise ValueError("a classifier has one answer for each row; "',
-                  '                     "lay sequences out in rows of their own")']  # fmt: skip
+        lines += [
+            "if segments is not None or cu_seqlens is not None:",
+            '    raise ValueError("a classifier has one answer for each row; "',
+            '                     "lay sequences out in rows of their own")',
+        ]
     if not cached:
         why = _obstacle(model) or "a classifier answers once a sequence"
-        lines += ["if cache is not None:",
-                  f'    raise ValueError("this model cannot decode: {why}")']  # fmt: skip
+        lines += [
+            "if cache is not None:",
+            f'    raise ValueError("this model cannot decode: {why}")',
+        ]
     args = ["attention_mask", "segments", "cu_seqlens", "positions"]
     args += ["cuts=False"] if model.marks else []
     args += ["rows=True"] if any(own_rows(block) for block in model.layers) else []
@@ -241,8 +258,7 @@ def _forward(model: Model) -> list[str]:
     head = ["self", first, "cache"] if cached else [first, "None"]
     opened = call(f"batch = {'begin' if cached else 'Batch'}", [*head, *args])
     lines += ["outer = batch is None"] if model.head != "classify" else []
-    lines += ["if batch is None:",
-              *indent([*opened, f"{first} = batch.take({first})"])]  # fmt: skip
+    lines += ["if batch is None:", *indent([*opened, f"{first} = batch.take({first})"])]
     lines += _context(model, cached)
     if model.vocab is not None:
         lines.append(f"x = embedded(self.embed_tokens, tokens)  # [b, n, {model.width}]")
@@ -261,8 +277,10 @@ def _forward(model: Model) -> list[str]:
         "batch=batch",
     ]
     if cached:
-        lines += ["caches = [None] * len(self.layers) if cache is None else cache",
-                  "for layer, kept in zip(self.layers, caches, strict=True):"]  # fmt: skip
+        lines += [
+            "caches = [None] * len(self.layers) if cache is None else cache",
+            "for layer, kept in zip(self.layers, caches, strict=True):",
+        ]
         given.append("cache=kept")
     else:
         lines.append("for layer in self.layers:")
@@ -270,8 +288,11 @@ def _forward(model: Model) -> list[str]:
     if model.norm != "none":
         lines.append("x = self.norm(x)")
     if model.head == "classify":
-        return [*lines, "x = mean_tokens(x, batch.run)[:, 0]",
-                f"return self.head(x)  # [b, {model.classes}]"]  # fmt: skip
+        return [
+            *lines,
+            "x = mean_tokens(x, batch.run)[:, 0]",
+            f"return self.head(x)  # [b, {model.classes}]",
+        ]
     if model.head == "lm":
         logits = "F.linear(x, self.embed_tokens.weight)" if model.tie else "self.lm_head(x)"
         lines.append(f"x = {logits}  # [b, n, {model.vocab}]")
@@ -288,13 +309,18 @@ def _crosses(model: Model) -> bool:
 def _context(model: Model, cached: bool) -> list[str]:
     """Write the lines that lay a context out, and send it through the encoder."""
     if not _crosses(model):
-        return ["if context is not None or context_mask is not None:",
-                '    raise ValueError("this model reads no `context`")']  # fmt: skip
+        return [
+            "if context is not None or context_mask is not None:",
+            '    raise ValueError("this model reads no `context`")',
+        ]
     lines = ["far = None"]
     if cached:
         lines.append("context = context if cache is None else cache.reading(context)")
-    lines += ["if context is not None:", "    far = batch.of_context(context, context_mask)",
-              "    context = far.take(context)"]  # fmt: skip
+    lines += [
+        "if context is not None:",
+        "    far = batch.of_context(context, context_mask)",
+        "    context = far.take(context)",
+    ]
     if model.encoder is not None:
         lines.append("    context = self.encoder(context, batch=far)")
         missing = "else:" if not cached else "elif cache is None or cache.context is None:"

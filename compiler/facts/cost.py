@@ -177,9 +177,11 @@ def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tupl
             parts = [_expr_flops(arg, dims) for arg in args]
             return sum(work + 2 * prod(made) for work, made in parts), ()
         case Binary() | Unary() | Call():
-            inside = [
-                expr.left, expr.right] if isinstance(expr, Binary) else (
-                [expr.operand] if isinstance(expr, Unary) else list(expr.args))  # fmt: skip
+            inside = (
+                [expr.left, expr.right]
+                if isinstance(expr, Binary)
+                else ([expr.operand] if isinstance(expr, Unary) else list(expr.args))
+            )
             parts = [_expr_flops(each, dims) for each in inside]
             made = max((each for _, each in parts), key=len, default=())
             return sum(work for work, _ in parts) + prod(made), made

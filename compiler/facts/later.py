@@ -45,8 +45,11 @@ def later_read(block: Block, flow: Flow) -> Index | None:
     """Return what a flow reads at a token that may lie after its query, if anything."""
     if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
         mix = flow.mix
-        exprs = (mix.mask, *(each for each in (mix.similarity, mix.score, mix.weights)
-                             if each is not None), *mix.normalize.exprs)  # fmt: skip
+        exprs = (
+            mix.mask,
+            *(each for each in (mix.similarity, mix.score, mix.weights) if each is not None),
+            *mix.normalize.exprs,
+        )
         return _of_pairs(flow, exprs)
     for node in flow_nodes(flow):
         if isinstance(node, Statistic) and node.expr is not None:
@@ -58,8 +61,11 @@ def later_read(block: Block, flow: Flow) -> Index | None:
 
 def sees_no_later(block: Block, flow: Flow) -> bool:
     """Say whether the masks of the attentions in a flow hide all later keys."""
-    asked = [block.mixings.get(node.inputs[0].name) for node in flow_nodes(flow)
-             if isinstance(node, Statistic)]  # fmt: skip
+    asked = [
+        block.mixings.get(node.inputs[0].name)
+        for node in flow_nodes(flow)
+        if isinstance(node, Statistic)
+    ]
     mixings = [flow] if isinstance(flow, Mixing) else [each for each in asked if each is not None]
     return all(extent(each.mix.mask).causal for each in mixings if isinstance(each.mix, Pairwise))
 
@@ -170,8 +176,12 @@ def _is_pieces(expr: Expr) -> bool:
 
 def _tried(*exprs: Expr) -> list[int]:
     """Return the first positions, and those around multiples and sums of constants."""
-    sizes = {abs(floor(node.value)) for expr in exprs for node in walk(expr)
-             if isinstance(node, Number) and abs(node.value) < _LARGEST}  # fmt: skip
+    sizes = {
+        abs(floor(node.value))
+        for expr in exprs
+        for node in walk(expr)
+        if isinstance(node, Number) and abs(node.value) < _LARGEST
+    }
     ends = {times * size for size in sizes for times in range(1, 5)}
     ends |= {a + b for a, b in combinations_with_replacement(sorted(sizes), 2)}
     near = {end + step for end in ends for step in (-2, -1, 0, 1, 2) if end + step >= 0}

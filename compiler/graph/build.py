@@ -149,9 +149,11 @@ class _Builder:
         read = {
             part: tuple(self.given(each) for each in tensors_read(expr))
             for part, expr in (
-                ("score", mix.score), ("mask", mix.mask), ("weights", mix.weights),
+                ("score", mix.score),
+                ("mask", mix.mask),
+                ("weights", mix.weights),
             )
-        }  # fmt: skip
+        }
         normal = tuple(self.given(each) for each in tensors_read(*mix.normalize.exprs))
         met = tuple(self.given(each) for each in tensors_read(mix.similarity))
         met = tuple(name for name in met if name not in (q, k))

@@ -134,8 +134,9 @@ class Graph:
         done = tuple(renaming(each) for each in nodes)
         shared = tuple((label, follow(name)) for label, name in self.shared)
         auxiliary = None if self.auxiliary is None else follow(self.auxiliary)
-        return replace(self, nodes=done, output=follow(self.output), shared=shared,
-                       auxiliary=auxiliary)  # fmt: skip
+        return replace(
+            self, nodes=done, output=follow(self.output), shared=shared, auxiliary=auxiliary
+        )
 
 
 def shape_of(dims: Dims) -> Shape:
@@ -160,8 +161,11 @@ def verify(graph: Graph) -> list[str]:
     wrong: list[str] = []
     known: dict[str, AnyNode] = {}
     for node in graph.nodes:
-        wrong.extend(f"{node.name}: reads `{name}` before it is made"
-                     for name in node.inputs if name not in known)  # fmt: skip
+        wrong.extend(
+            f"{node.name}: reads `{name}` before it is made"
+            for name in node.inputs
+            if name not in known
+        )
         if node.name in known:
             wrong.append(f"{node.name}: made twice")
         if made_by(node, Stage) and node.op.name not in OPS:
@@ -171,8 +175,9 @@ def verify(graph: Graph) -> list[str]:
         elif len(node.inputs) < len(node.op.roles):
             wrong.append(f"{node.name}: `{node.op.name}` needs {len(node.op.roles)} inputs")
         known[node.name] = node
-    wrong.extend(f"`{name}`, which is shared, is not made"
-                 for _, name in graph.shared if name not in known)  # fmt: skip
+    wrong.extend(
+        f"`{name}`, which is shared, is not made" for _, name in graph.shared if name not in known
+    )
     if graph.output not in known:
         wrong.append(f"the output `{graph.output}` is not made")
     elif known[graph.output].dims != dims_of(graph.block.out.shape):

@@ -62,8 +62,9 @@ def _attend(graph: Graph, node: Node[Attend], target: Target) -> Lowering:
             if needs:
                 rest = tiles.DENSE.name if tiles.obstacle(attention) else tiles.WAY.name
                 beside = rest, others(needs)
-            return Lowering(node.name, each.name, each.reason(attention), tuple(obstacles), needs,
-                            beside)  # fmt: skip
+            return Lowering(
+                node.name, each.name, each.reason(attention), tuple(obstacles), needs, beside
+            )
         obstacles.append((each.name, why_not))
     if not obstacles:
         names = ", ".join(each.name for each in WAYS)
@@ -79,10 +80,18 @@ def _scan(graph: Graph, node: Node[Scan], target: Target) -> Lowering:
         if target.backend == "triton":
             why_not_triton = sequential.obstacle(scan_of(graph, node))
         if why_not_triton is None:
-            return Lowering(node.name, "triton", "one kernel runs the statements token by token",
-                            (why_not_chunks,))  # fmt: skip
-        return Lowering(node.name, "sequential", "the statements run token by token",
-                        (("triton", why_not_triton), why_not_chunks))  # fmt: skip
+            return Lowering(
+                node.name,
+                "triton",
+                "one kernel runs the statements token by token",
+                (why_not_chunks,),
+            )
+        return Lowering(
+            node.name,
+            "sequential",
+            "the statements run token by token",
+            (("triton", why_not_triton), why_not_chunks),
+        )
     if target.backend == "triton":
         why_not_triton = kernel_obstacle(node.op.mix, form)
     if why_not_triton is None:

@@ -229,9 +229,16 @@ class _Writer:
         one = f"{own}_key"
         lines.append(f"{one} = x.new_ones((b, {self.node.dims[1]}, n, 1), dtype=wide)")
         start = f'state["{own}"][..., None, {":" if state.shape else "None"}]'
-        args = [one, one, added, "None", self._decay(step.state, step.decay, lines),
-                self._operand(f"{own}_levels", weights, state.levels, lines), start,
-                *_PLACES]  # fmt: skip
+        args = [
+            one,
+            one,
+            added,
+            "None",
+            self._decay(step.state, step.decay, lines),
+            self._operand(f"{own}_levels", weights, state.levels, lines),
+            start,
+            *_PLACES,
+        ]
         lines += call(f"{own}, {own}_written = leveled_linear", args)
         made = {step.state: own}
         if self._reads(f"{BEFORE}{step.state}"):
@@ -278,8 +285,9 @@ class _Writer:
         corrected = [query] if any(each.query is not None for each in step.writes) else []
         for at, reading in enumerate(step.readings):
             variable = f"{own}_read" if at == 0 else f"{own}_read_{at + 1}"
-            asked = self._operand(f"{own}_query" if at == 0 else f"{own}_query_{at + 1}",
-                                  reading.query, d, lines)  # fmt: skip
+            asked = self._operand(
+                f"{own}_query" if at == 0 else f"{own}_query_{at + 1}", reading.query, d, lines
+            )
             if not reading.after and self.mix.causal:
                 asked = f"zeroed({asked}, fresh)"
             if count > 1:
@@ -341,8 +349,11 @@ class _Writer:
     @property
     def _like(self) -> str:
         """A stream whose dtype the kernels take: autocast makes it another than that of x."""
-        streams = (name for name in self.node.inputs if len(self.graph.node(name).dims) == 4
-                   and not self.graph.is_tensor(name))  # fmt: skip
+        streams = (
+            name
+            for name in self.node.inputs
+            if len(self.graph.node(name).dims) == 4 and not self.graph.is_tensor(name)
+        )
         return ident(next(streams, "x"))
 
     def _write(

@@ -44,8 +44,12 @@ def obstacle(attention: Attention) -> str | None:
         return "its queries and keys are different tokens"
     if mix.dropout:
         return "it has no dropout"
-    read = {part.base.id for expr in attention.exprs for part in walk(expr)
-            if isinstance(part, Index) and isinstance(part.base, Name)}  # fmt: skip
+    read = {
+        part.base.id
+        for expr in attention.exprs
+        for part in walk(expr)
+        if isinstance(part, Index) and isinstance(part.base, Name)
+    }
     if streams := read - set(attention.tensors) - {"doc"}:
         return f"its expressions read `{min(streams)}`, of which each token has its own"
     if called := attention.called & MAP_FUNCTIONS.keys():
@@ -102,8 +106,11 @@ def method(attention: Attention) -> list[str]:
     visible = "j >= 0" if mask == TRUE else mods.value(mask).text
     body = []
     if scores:
-        body += ["def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:",
-                 f"    return {mods.value(attention.mix.score).text}", ""]  # fmt: skip
+        body += [
+            "def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:",
+            f"    return {mods.value(attention.mix.score).text}",
+            "",
+        ]
     doc = any(isinstance(part, Index) and part.base == Name("doc") for part in walk(mask))
     if doc:
         body += [
@@ -132,5 +139,11 @@ def invoke(attention: Attention, given: Call) -> list[str]:
     return call(f"{given.target} = self.{method_name(attention)}_in_flex", args)
 
 
-WAY = Way("flex", obstacle, lambda _: "it was asked for", invoke=invoke, methods=method,
-          needs=lambda each: needed(each, documents=True))  # fmt: skip
+WAY = Way(
+    "flex",
+    obstacle,
+    lambda _: "it was asked for",
+    invoke=invoke,
+    methods=method,
+    needs=lambda each: needed(each, documents=True),
+)

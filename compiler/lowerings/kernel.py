@@ -71,13 +71,15 @@ def _spec(graph: Graph, node: Node[Attend], form: KernelForm) -> kernel.Attend:
         numerator=form.normalizer.numerator if exponent is None else None,
         denominator=form.normalizer.denominator if exponent is None else None,
         scale=form.scale,
-        tensors=(*(_tensor(graph, name) for name in kernel_reads(node, form)),
-                 *(_side(node, each) for each in form.sides)),
+        tensors=(
+            *(_tensor(graph, name) for name in kernel_reads(node, form)),
+            *(_side(node, each) for each in form.sides),
+        ),
         reach=reach(extent(form.mask)),
         heads=int(node.dims[1]),
         lse=bool(asked & {"lse", "joint"}),
         entropy="entropy" in asked,
-    )  # fmt: skip
+    )
 
 
 def kernel_reads(node: Node[Attend], form: KernelForm) -> tuple[str, ...]:
@@ -152,8 +154,10 @@ def invoke(attention: Attention, given: Call) -> list[str]:
     lines, args = made_before(attention, form, (given.q, given.k, given.v))
     args += [given.operand(name) for name in kernel_reads(attention.node, form)]
     args += [each.name for each in form.sides]
-    logs, entropy = ([given.asked[kind] for kind in kinds if kind in given.asked]
-                     for kinds in (("joint", "lse"), ("entropy",)))  # fmt: skip
+    logs, entropy = (
+        [given.asked[kind] for kind in kinds if kind in given.asked]
+        for kinds in (("joint", "lse"), ("entropy",))
+    )
     results = [*logs[:1], *entropy]  # the kernel says once what both of `logs` are made of
     lines += call(f"{', '.join([given.target, *results])} = {given.function}", args)
     for kind, each in sorted(given.asked.items(), key=lambda one: one[0] != "lse"):
@@ -164,5 +168,10 @@ def invoke(attention: Attention, given: Call) -> list[str]:
     return lines
 
 
-WAY = Way("triton", obstacle, reason, invoke=invoke,
-          needs=lambda each: needed(each, documents=each.tells_apart))  # fmt: skip
+WAY = Way(
+    "triton",
+    obstacle,
+    reason,
+    invoke=invoke,
+    needs=lambda each: needed(each, documents=each.tells_apart),
+)

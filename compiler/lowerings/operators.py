@@ -52,8 +52,9 @@ class Operator(NamedTuple):
             operands = (self.node.q, self.node.k, self.node.v)
             q, k, v = (shape_of(graph.node(name).dims) for name in operands)
             kv_heads = max(k.heads or 1, v.heads or 1)
-            return compile_ahead(self.spec, targets, q.dim, v.dim, heads=q.heads or 1,
-                                 kv_heads=kv_heads)  # fmt: skip
+            return compile_ahead(
+                self.spec, targets, q.dim, v.dim, heads=q.heads or 1, kv_heads=kv_heads
+            )
         if isinstance(self.spec, Scan):
             return compile_ahead(self.spec, targets)
         assert made_by(self.node, operations.Scan)

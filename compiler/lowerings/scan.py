@@ -55,8 +55,9 @@ class _EachLevel(_Ranks):
         if expr == Name(self.own):
             return Text(ident(self.own), self.known[self.own])
         found = super().leaf(expr)
-        return Text(f"{atomic(found.text)}[{', '.join(['...', 'None', *[':'] * found.rank])}]",
-                    found.rank)  # fmt: skip
+        return Text(
+            f"{atomic(found.text)}[{', '.join(['...', 'None', *[':'] * found.rank])}]", found.rank
+        )
 
 
 def states_of(mix: Recurrence) -> list[str]:
@@ -132,8 +133,10 @@ def forward(graph: Graph, node: Node[Scan], cache: str) -> list[str]:
     for each in mix.updates:
         ranks.setdefault(each.name, 1 if each.name == "o" else 0)
     known = _Ranks(graph, node, ranks, {name: _token_of(name) for name in streams})
-    known.texts |= {each.name: f"summed_levels({ident(each.name)}, {ident(each.name)}_levels)"
-                    for each in mix.leveled}  # fmt: skip
+    known.texts |= {
+        each.name: f"summed_levels({ident(each.name)}, {ident(each.name)}_levels)"
+        for each in mix.leveled
+    }
     for each in mix.updates:  # intermediate names have the rank of what is written to them
         if each.name != "o" and each.name not in {state.name for state in mix.states}:
             ranks[each.name] = known.value(each.value).rank
@@ -230,9 +233,11 @@ def _over_tokens(
         f"    {_tuple(streams)} = streams",
         *indent(body),
         f"    return {_tuple(carried)}, {_tuple(made.values())}",
-        *call(f"{_tuple(carried)}, {_tuple(made)} = over_tokens",
-              [name, _tuple(carried), _tuple(streams.values()), "n"]),
-    ]  # fmt: skip
+        *call(
+            f"{_tuple(carried)}, {_tuple(made)} = over_tokens",
+            [name, _tuple(carried), _tuple(streams.values()), "n"],
+        ),
+    ]
 
 
 def _tuple(names: Collection[str]) -> str:
@@ -247,10 +252,13 @@ def _held(mix: Recurrence) -> list[str]:
 
 def _idle(mix: Recurrence) -> list[str]:
     """Return the lines that leave the states as they were at padding."""
-    return ["if idle_t is not None:", *(
-        f"    {name} = torch.where(idle_t[..., 0]{_lifted(each)}, {name}_before, {name})"
-        for each, name in zip(mix.states, states(mix), strict=True)
-    )]  # fmt: skip
+    return [
+        "if idle_t is not None:",
+        *(
+            f"    {name} = torch.where(idle_t[..., 0]{_lifted(each)}, {name}_before, {name})"
+            for each, name in zip(mix.states, states(mix), strict=True)
+        ),
+    ]
 
 
 def _merged(known: _Ranks, mix: Recurrence) -> list[str]:
@@ -259,17 +267,22 @@ def _merged(known: _Ranks, mix: Recurrence) -> list[str]:
     for each in mix.leveled:
         assert each.weights is not None
         own = ident(each.name)
-        lines += [f"{own} = merged_levels({own}, place_t[..., None])",
-                  f"{own}_levels = {known.value(each.weights).text}"]  # fmt: skip
+        lines += [
+            f"{own} = merged_levels({own}, place_t[..., None])",
+            f"{own}_levels = {known.value(each.weights).text}",
+        ]
     return lines
 
 
 def _reset(mix: Recurrence) -> list[str]:
     """Return the lines that begin the states anew where a sequence begins."""
-    return ["if fresh_t is not None:", *(
-        f'    {name} = torch.where(fresh_t[..., 0]{_lifted(each)}, anew["{name}"], {name})'
-        for each, name in zip(mix.states, states(mix), strict=True)
-    )]  # fmt: skip
+    return [
+        "if fresh_t is not None:",
+        *(
+            f'    {name} = torch.where(fresh_t[..., 0]{_lifted(each)}, anew["{name}"], {name})'
+            for each, name in zip(mix.states, states(mix), strict=True)
+        ),
+    ]
 
 
 def _lifted(state: State) -> str:
@@ -319,9 +332,7 @@ def _each_level(known: _Ranks, update: Update) -> list[str]:
 def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
     """Write how every token is taken up, and then answered from where its sequence ends."""
     own, every = states(mix), _token_streams(streams)
-    update = [
-        *_reset(mix), *_held(mix), *_statements(known, mix, states_of(mix)), *_idle(mix)
-    ]  # fmt: skip
+    update = [*_reset(mix), *_held(mix), *_statements(known, mix, states_of(mix)), *_idle(mix)]
     past = {f"{name}_past": name for name in own}
     answer = [f"{_tuple(own)} = {_tuple(past)}", *_statements(known, mix, ["o"])]
     ends = {each: f"at_ends({each}, fresh)" for each in past}

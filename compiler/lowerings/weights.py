@@ -48,19 +48,27 @@ def arguments(attention: Attention) -> dict[str, tuple[str, ...]]:
     seen = operands(attention)
     told = attention.sequences
     return {
-        "queries": ("q", *places[:1], *(each for each in told if each == "own"),
-                    *(each.variable for each in seen if each.at == "i"),
-                    *(f"previous_{name}" for name in attention.maps_below)),
+        "queries": (
+            "q",
+            *places[:1],
+            *(each for each in told if each == "own"),
+            *(each.variable for each in seen if each.at == "i"),
+            *(f"previous_{name}" for name in attention.maps_below),
+        ),
         "keys": ("k", *(each.variable for each in seen if each.at == "j")),
         "places": (*places[1:], *(each for each in told if each == "other")),
         "tensors": tuple(ident(name) for name in attention.tensors),
-    }  # fmt: skip
+    }
 
 
 def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
     """Return the head of a method that takes tensors; some may be None."""
-    kinds = {"own": "Tensor | None", "other": "Tensor | None", "bias": "Tensor | None",
-             "start": "int | None"}  # fmt: skip
+    kinds = {
+        "own": "Tensor | None",
+        "other": "Tensor | None",
+        "bias": "Tensor | None",
+        "start": "int | None",
+    }
     args = ["self", *(f"{each}: {kinds.get(each, 'Tensor')}" for each in given)]
     return call(f"def {name}", args, f") -> {gives}:")
 
@@ -97,8 +105,14 @@ class Writer:
         self.normalizer, self.mask = self.mix.normalize, self.mix.mask
         self.told = attention.sequences
         self.masked = self.mask != TRUE or bool(self.told)
-        self.pairs = Pairs(attention.graph, attention.node, masked=self.masked,
-                           told=bool(self.told), local=True, tame=attention.tame)  # fmt: skip
+        self.pairs = Pairs(
+            attention.graph,
+            attention.node,
+            masked=self.masked,
+            told=bool(self.told),
+            local=True,
+            tame=attention.tame,
+        )
         self.lines: list[str] = []
         self.weighing = ""  # which pairs may weigh something, "" for all
         self.sums = 0  # rows and columns that were summed
@@ -123,8 +137,12 @@ class Writer:
         graph, node = attention.graph, attention.node
         every = int(attention.heads) // int(graph.node(node.k).dims[1])
         dims = f"[b, {attention.heads}, {node.dims[2]}, {attention.keys}]"
-        reads = (part for expr in attention.exprs for part in walk(expr)
-                 if isinstance(part, Index) and isinstance(part.base, Name))  # fmt: skip
+        reads = (
+            part
+            for expr in attention.exprs
+            for part in walk(expr)
+            if isinstance(part, Index) and isinstance(part.base, Name)
+        )
         if every > 1 and any(operand(node, part) == "k" for part in reads):
             self.lines.append(f"k = k.repeat_interleave({every}, dim=1)")
         if mix.similarity is None:
@@ -162,10 +180,14 @@ class Writer:
             self.lines.append(f"s = {self._spread(form.logit)}")
         self.lines.append("s = s + hiding(visible, s)")
         general, self.lines = self.lines, []
-        together = [
-            "if other is not None:",
-            f"    s = s + hiding({self._together}, s)",
-        ] if self.told else []  # fmt: skip
+        together = (
+            [
+                "if other is not None:",
+                f"    s = s + hiding({self._together}, s)",
+            ]
+            if self.told
+            else []
+        )
         self.weighing = ""
         logit = [] if found.logit == Name("s") else [f"s = {self._spread(found.logit)}"]
         self._shares(form)

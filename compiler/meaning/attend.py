@@ -85,8 +85,9 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
     logits = column(mix.score, {"s": mix.scale * s})
     plain = normalize(mix.normalize, logits, rows, read).to(q).expand(pairs.key.shape)
     weight = column(mix.weights, {"s": logits, "p": plain})
-    map_s, map_p = (q.new_zeros(scope.shape).index_put(tuple(pairs), each)
-                    for each in (logits, weight))  # fmt: skip
+    map_s, map_p = (
+        q.new_zeros(scope.shape).index_put(tuple(pairs), each) for each in (logits, weight)
+    )
     p = functional.dropout(map_p, mix.dropout, given.training)
     values = v.repeat_interleave(mixing.heads // v.shape[1], dim=1)
     o = (p @ values).to(given.streams[mixing.inputs[2].name].dtype)
@@ -370,8 +371,11 @@ def _power(a: _Scaled, power: float) -> _Scaled:
 
 
 _ARITHMETIC: dict[str, Callable[[_Scaled, _Scaled], _Scaled]] = {
-    "+": _add, "-": _subtract, "*": _multiply, "/": _divide,
-}  # fmt: skip
+    "+": _add,
+    "-": _subtract,
+    "*": _multiply,
+    "/": _divide,
+}
 
 
 def _threshold(normalizer: Normalizer, s: Tensor, rows: Groups, read: Read) -> Tensor:

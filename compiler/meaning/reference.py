@@ -162,8 +162,10 @@ class ReferenceBlock(nn.Module):
         if isinstance(flow, Mixing):
             return scan(flow, given)  # an attention is a stream of its own
         inputs = [self._flow(each, given) for each in flow.inputs]
-        tensors = {each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
-                   for each in owned(flow)}  # fmt: skip
+        tensors = {
+            each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
+            for each in owned(flow)
+        }
         shapes = tuple(each.shape for each in flow.inputs)
         run = Run(given.positions, self.training, flow.shape.tokens, shapes)
         return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
@@ -274,8 +276,10 @@ class ReferenceModel(nn.Module):
             case "learned":
                 table = _tensor(self, "embed_positions.weight")
                 if positions.numel() and int(positions.max()) >= len(table):
-                    raise ValueError(f"position {int(positions.max())} is past the "
-                                     f"{len(table)} learned positions")  # fmt: skip
+                    raise ValueError(
+                        f"position {int(positions.max())} is past the "
+                        f"{len(table)} learned positions"
+                    )
                 return x + table[positions]
             case "sinusoidal":
                 return x + sinusoidal(positions, model.width).to(x)
@@ -286,8 +290,10 @@ class ReferenceModel(nn.Module):
         op = norm_op(self.architecture)
         if op is None:
             return x
-        tensors = {each.name: _tensor(self, f"{name}.{each.name}")
-                   for each in norm_weights(self.architecture)}  # fmt: skip
+        tensors = {
+            each.name: _tensor(self, f"{name}.{each.name}")
+            for each in norm_weights(self.architecture)
+        }
         return op.eager([x], defaults(op), tensors, Run({}, self.training))
 
     def _feed_forward(self, name: str, x: Tensor) -> Tensor:

@@ -60,8 +60,10 @@ def _forward(
         states = _restarted(states, start, resets[:, t])
         number = number.masked_fill(resets[:, t], 0)
         token = {**fixed, **_at(streams, t)}
-        sets = {each.name: _Levels(each, states[each.name], number.tolist(), token)
-                for each in mix.leveled}  # fmt: skip
+        sets = {
+            each.name: _Levels(each, states[each.name], number.tolist(), token)
+            for each in mix.leveled
+        }
         now = _run(mix.updates, {**token, **states}, start, sets)
         states = {**_states(now, start), **{name: each.levels for name, each in sets.items()}}
         number = number + 1
@@ -76,8 +78,11 @@ def _bidirectional(
     states, history = start, []
     for t in range(tokens):
         states = _restarted(states, start, resets[:, t])
-        now = _run([each for each in mix.updates if each.name != "o"],
-                   {**fixed, **_at(streams, t), **states}, start)  # fmt: skip
+        now = _run(
+            [each for each in mix.updates if each.name != "o"],
+            {**fixed, **_at(streams, t), **states},
+            start,
+        )
         states = _states(now, start)
         history.append(states)
     ends = [[_end(row, t) for t in range(tokens)] for row in resets.tolist()]
@@ -122,8 +127,9 @@ class _Levels:
 
         def f(level: Tensor) -> Tensor:
             new = value(expr, {**scope, self.name: level})
-            return _filled(new, level.flatten(2)[..., 0] if level.ndim > 2 else level,
-                           level.shape[2:])  # fmt: skip
+            return _filled(
+                new, level.flatten(2)[..., 0] if level.ndim > 2 else level, level.shape[2:]
+            )
 
         first, *others = self.levels.unbind(2)
         added = f(torch.zeros_like(first))
@@ -131,9 +137,11 @@ class _Levels:
 
 
 def _run(
-    updates: Iterable[Update], scope: dict[str, Value], start: States,
+    updates: Iterable[Update],
+    scope: dict[str, Value],
+    start: States,
     sets: Mapping[str, _Levels] = MappingProxyType({}),
-) -> dict[str, Value]:  # fmt: skip
+) -> dict[str, Value]:
     """Run statements top to bottom; a state keeps the shape it started with."""
     scope |= {name: each.read() for name, each in sets.items()}
     for update in updates:
@@ -156,8 +164,10 @@ def _states(scope: Scope, start: States) -> States:
 def _restarted(states: States, start: States, reset: Tensor) -> States:
     if not reset.any():
         return states
-    return {name: torch.where(reset.reshape(-1, *[1] * (each.ndim - 1)), start[name], each)
-            for name, each in states.items()}  # fmt: skip
+    return {
+        name: torch.where(reset.reshape(-1, *[1] * (each.ndim - 1)), start[name], each)
+        for name, each in states.items()
+    }
 
 
 def _end(resets: list[bool], t: int) -> int:

@@ -149,8 +149,9 @@ class Attention:
     @cached_property
     def called(self) -> frozenset[str]:
         """The functions that its expressions call."""
-        return frozenset(part.function for expr in self.exprs for part in walk(expr)
-                         if isinstance(part, Call))  # fmt: skip
+        return frozenset(
+            part.function for expr in self.exprs for part in walk(expr) if isinstance(part, Call)
+        )
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
@@ -160,8 +161,9 @@ class Attention:
     @cached_property
     def maps(self) -> tuple[str, ...]:
         """What of its map the layer above reads: its logits `s`, its weights `p`."""
-        return tuple(label for label, name in self.graph.shared
-                     if label in MAPS and name == self.node.name)  # fmt: skip
+        return tuple(
+            label for label, name in self.graph.shared if label in MAPS and name == self.node.name
+        )
 
     @cached_property
     def maps_below(self) -> tuple[str, ...]:
@@ -178,9 +180,15 @@ class Attention:
     @cached_property
     def before(self) -> int:
         """How many queries before its own a row reads."""
-        return max((int(self.graph.node(kernel).dims[-2]) - 1
-                    for expr in self.exprs for part in walk(expr)
-                    for kernel in _kernels(part)), default=0)  # fmt: skip
+        return max(
+            (
+                int(self.graph.node(kernel).dims[-2]) - 1
+                for expr in self.exprs
+                for part in walk(expr)
+                for kernel in _kernels(part)
+            ),
+            default=0,
+        )
 
     @cached_property
     def draws(self) -> bool:
@@ -263,8 +271,11 @@ class Attention:
         return Added(rest, added, mask)
 
     def _of_distance(self, expr: Expr) -> bool:
-        read = {part.base.id for part in walk(expr)
-                if isinstance(part, Index) and isinstance(part.base, Name)}  # fmt: skip
+        read = {
+            part.base.id
+            for part in walk(expr)
+            if isinstance(part, Index) and isinstance(part.base, Name)
+        }
         given = names(expr) & {"n", "m", "seen", "s"}
         return of_distance(expr) and read <= set(self.tensors) and not given
 
@@ -305,6 +316,8 @@ def reach(bounds: Extent) -> Reach:
     """Return how far keys can be seen, as kernels take it."""
     if bounds.low > bounds.high:
         return Reach(back=0, ahead=0, prefix=bounds.prefix)
-    return Reach(back=None if bounds.high == inf else int(bounds.high),
-                 ahead=None if bounds.low == -inf else int(-bounds.low),
-                 prefix=bounds.prefix)  # fmt: skip
+    return Reach(
+        back=None if bounds.high == inf else int(bounds.high),
+        ahead=None if bounds.low == -inf else int(-bounds.low),
+        prefix=bounds.prefix,
+    )

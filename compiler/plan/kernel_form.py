@@ -65,7 +65,7 @@ def kernel_form(graph: Graph, node: Node[Attend]) -> KernelForm | str:
             query=builder.met[0] if builder.met else None,
             key=builder.met[1] if builder.met else None,
             sides=tuple(builder.sides),
-        )  # fmt: skip
+        )
     except _NoForm as why:
         return str(why)
     if similarity is not None and not builder.met:

@@ -166,8 +166,7 @@ def _described(step: Memory | Sum) -> str:
     if step.weights is not None:
         fades += f", in levels weighed by {show(step.weights)}"
     if isinstance(step, Sum):
-        return f"`{step.state}` only adds{fades}" if not fades else (
-            f"`{step.state}` adds{fades}")  # fmt: skip
+        return f"`{step.state}` only adds{fades}" if not fades else (f"`{step.state}` adds{fades}")
     if any(each.query is not None for each in step.writes):
         return f"`{step.state}` is corrected along one key{fades}: a triangular system a chunk"
     return f"`{step.state}` adds outer products{fades}: masked products within chunks of tokens"
@@ -213,8 +212,9 @@ class _Analysis:
             raise RefusedError("it is kept in levels, and written more than once")
 
     def _others(self, value: Expr, own: str) -> list[str]:
-        return [name for name in self.states
-                if name != own and {name, f"{BEFORE}{name}"} & names(value)]  # fmt: skip
+        return [
+            name for name in self.states if name != own and {name, f"{BEFORE}{name}"} & names(value)
+        ]
 
     # statements
 
@@ -225,8 +225,7 @@ class _Analysis:
         the last statement that writes it.
         """
         lets, scope = self._run({name: Name(f"{BEFORE}{name}") for name in self.states}, True)
-        finals = {name: scope[f"final {name}"] for name in self.states
-                  if f"final {name}" in scope}  # fmt: skip
+        finals = {name: scope[f"final {name}"] for name in self.states if f"final {name}" in scope}
         if not self.mix.causal:  # what is answered is answered from all tokens
             _, scope = self._run({}, False)
         return lets, finals, scope["o"]
@@ -305,8 +304,9 @@ class _Analysis:
                 steps[name] = self._with_readings(step)
         of = {made: state.name for (state, _, _), made in self.algebra.readings.items()}
         of |= {each: each for each in steps} | {f"{BEFORE}{each}": each for each in steps}
-        waits = {name: {of[each] for each in _read(step) if each in of} for name, step in
-                 steps.items()}  # fmt: skip
+        waits = {
+            name: {of[each] for each in _read(step) if each in of} for name, step in steps.items()
+        }
         done: dict[str, Memory | Sum] = {}
         while len(done) < len(steps):
             ready = [name for name in steps if name not in done and waits[name] <= done.keys()]
@@ -317,9 +317,11 @@ class _Analysis:
         return tuple(done.values())
 
     def _with_readings(self, step: Memory) -> Memory:
-        asked = [(query, state.after, side, name)
-                 for (state, query, side), name in self.algebra.readings.items()
-                 if state.name == step.state]  # fmt: skip
+        asked = [
+            (query, state.after, side, name)
+            for (state, query, side), name in self.algebra.readings.items()
+            if state.name == step.state
+        ]
         if not asked:
             raise RefusedError(f"`{step.state}` is never read")
         sides = {side for _, _, side, _ in asked}
@@ -360,10 +362,13 @@ def _writes(plain: list[Term], corrections: list[Term]) -> tuple[Write, ...]:
     if not keys:
         raise RefusedError("nothing is written")
     return tuple(
-        Write(product_of(1, key), total_of(values) if values else None,
-              total_of(queries) if queries else None)
+        Write(
+            product_of(1, key),
+            total_of(values) if values else None,
+            total_of(queries) if queries else None,
+        )
         for key, (values, queries) in keys.items()
-    )  # fmt: skip
+    )
 
 
 def _decay(parts: list[Expr]) -> Expr | None:

@@ -14,8 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "triton", "lark", "numpy", "optuna", "pyyaml", "rich", "click",
-            "safetensors")  # fmt: skip
+PACKAGES = ("torch", "triton", "lark", "numpy", "optuna", "pyyaml", "rich", "click", "safetensors")
 OPTIONAL = ("triton",)
 _INTERPRETED = """
 import os
@@ -77,8 +76,9 @@ def _devices() -> Finding:
 
 def _interpreter() -> Finding:
     """Run a kernel in a process of its own: the interpreter is chosen once per process."""
-    done = subprocess.run([sys.executable, "-"], input=_as_file(), text=True,
-                          capture_output=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-"], input=_as_file(), text=True, capture_output=True, check=False
+    )
     if done.returncode:
         return Finding("triton interpreter", False, done.stderr.strip().splitlines()[-1])
     return Finding("triton interpreter", True, "runs kernels without a GPU")

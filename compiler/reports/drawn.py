@@ -32,7 +32,8 @@ class Drawn:
         return self._recorded().export_html(inline_styles=True, code_format=_HTML)
 
     def _recorded(self) -> Console:
-        console = Console(record=True, file=StringIO(), width=_WIDTH, highlight=False,
-                          force_jupyter=False)  # fmt: skip
+        console = Console(
+            record=True, file=StringIO(), width=_WIDTH, highlight=False, force_jupyter=False
+        )
         self.show(console)
         return console

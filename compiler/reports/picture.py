@@ -109,11 +109,20 @@ def describe(block: Block) -> list[tuple[str, str]]:
         mix = mixing.mix
         if len(block.mixings) > 1:
             q = mixing.inputs[0].shape
-            lines.append((name, f"{mixing.heads} heads, {mixing.queries} × {mixing.keys} tokens"
-                          if q.heads else ""))  # fmt: skip
+            lines.append(
+                (
+                    name,
+                    f"{mixing.heads} heads, {mixing.queries} × {mixing.keys} tokens"
+                    if q.heads
+                    else "",
+                )
+            )
         if isinstance(mix, Pairwise):
-            lines += [("score", show(mix.score)), ("mask", show(mix.mask)),
-                      ("normalize", mix.normalize.name)]  # fmt: skip
+            lines += [
+                ("score", show(mix.score)),
+                ("mask", show(mix.mask)),
+                ("normalize", mix.normalize.name),
+            ]
         else:
             lines.append(("mix", mix.name))
             lines += [("", f"{each.name} <- {show(each.value)}") for each in mix.updates]

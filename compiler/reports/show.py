@@ -22,8 +22,10 @@ def show(what: Block | Model, tokens: int, console: Console | None = None) -> No
     """Print a block or model for a person."""
     console = console or Console(highlight=False)
     if isinstance(what, Model):
-        console.print(f"[bold]{what.name}[/]: {len(what.layers)} layers of width {what.width}"
-                      + (f", vocabulary {what.vocab}" if what.vocab else ""))  # fmt: skip
+        console.print(
+            f"[bold]{what.name}[/]: {len(what.layers)} layers of width {what.width}"
+            + (f", vocabulary {what.vocab}" if what.vocab else "")
+        )
         console.print("layers: " + " ".join(block.name for block in what.layers))
         if what.encoder is not None:
             console.print(
@@ -60,9 +62,13 @@ def _tiles(block: Block, tokens: int) -> list[tuple[str, str]]:
         found = classify(mixing.mix.mask, tokens, tokens, heads=mixing.heads)
         rows, columns = found.shape
         own = "" if len(block.mixings) == 1 else f" of {name}"
-        lines.append((f"tiles{own} at {tokens:,}",
-                      f"{found.count(FULL) / (rows * columns):.1%} full, "
-                      f"{found.count(PARTIAL) / (rows * columns):.1%} partial"))  # fmt: skip
+        lines.append(
+            (
+                f"tiles{own} at {tokens:,}",
+                f"{found.count(FULL) / (rows * columns):.1%} full, "
+                f"{found.count(PARTIAL) / (rows * columns):.1%} partial",
+            )
+        )
     return lines
 
 
@@ -95,11 +101,14 @@ def as_json(what: Block | Model, tokens: int) -> dict[str, Any]:
         "cache_bytes": found.cache_bytes(tokens),
         "activation_bytes": found.activation_bytes(tokens),
         "blocks": [
-            {"name": block.name, **{name: value for name, value in describe(block) if name},
-             "graph": graph_lines(lower(block, Target("torch")))}
+            {
+                "name": block.name,
+                **{name: value for name, value in describe(block) if name},
+                "graph": graph_lines(lower(block, Target("torch"))),
+            }
             for block in blocks
         ],
-    }  # fmt: skip
+    }
     if isinstance(what, Model):
         answer["layers"] = [block.name for block in what.layers]
         answer["encoder"] = None if what.encoder is None else what.encoder.name

@@ -75,8 +75,10 @@ class Values(ABC):
                 return below(found) if found.rank else expr
             case Call("outer", (left, right)):
                 a, b = (atomic(self.value(each).text) for each in (left, right))
-                rows, columns = (below(Text(f"{a}[..., :, None]", 2)),
-                                 below(Text(f"{b}[..., None, :]", 2)))  # fmt: skip
+                rows, columns = (
+                    below(Text(f"{a}[..., :, None]", 2)),
+                    below(Text(f"{b}[..., None, :]", 2)),
+                )
                 return Binary("*", rows, columns)
             case Binary("@", left, right) | Call("dot", (left, right)):
                 return below(contracted(self.value(left), self.value(right)))

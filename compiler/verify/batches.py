@@ -139,8 +139,14 @@ def rows_of_a_cache(subject: Subject) -> str | tuple[int, float]:
     longest = subject.fitting(Case(3, 17, 4)).tokens
     with torch.no_grad():
         tried = _Rows(subject, longest)
-        for each in (tried.prefilled, tried.reordered, tried.stored, tried.taken_back, tried.packed,
-                     tried.begun_anew):  # fmt: skip
+        for each in (
+            tried.prefilled,
+            tried.reordered,
+            tried.stored,
+            tried.taken_back,
+            tried.packed,
+            tried.begun_anew,
+        ):
             each()
     return tried.count, tried.worst
 
@@ -271,8 +277,12 @@ class _Rows:
         left = min(2, self._left - 2)
         if left < 1:
             return
-        both = torch.stack([torch.cat([self.x[row, t : t + left], self.x[row, :3]])
-                            for row, t in enumerate(at.tolist())])  # fmt: skip
+        both = torch.stack(
+            [
+                torch.cat([self.x[row, t : t + left], self.x[row, :3]])
+                for row, t in enumerate(at.tolist())
+            ]
+        )
         marks = torch.tensor([0] * left + [1] * 3).repeat(len(both), 1)
         y = self.module(both, segments=marks, cache=cache)
         for row, t in enumerate(at.tolist()):

@@ -94,8 +94,9 @@ class Subject:
     @property
     def reads_segments(self) -> bool:
         """Whether an expression reads `doc`."""
-        return any(_reads_segments(each) for block in self.blocks
-                   for each in block.mixings.values())  # fmt: skip
+        return any(
+            _reads_segments(each) for block in self.blocks for each in block.mixings.values()
+        )
 
     @property
     def whole_rows(self) -> bool:
@@ -137,8 +138,9 @@ class Subject:
             size_ = (case.batch, min(case.context, encoder.positions or case.context))
             given["context"] = torch.randint(encoder.vocab, size_, generator=draw)
         elif width is not None:
-            context = torch.randn(case.batch, case.context, width, generator=draw,
-                                  dtype=torch.float64)  # fmt: skip
+            context = torch.randn(
+                case.batch, case.context, width, generator=draw, dtype=torch.float64
+            )
             given["context"] = context.to(case.dtype)
         if self.reads_segments and not case.whole:
             steps = torch.rand(size, generator=draw) < 0.3
@@ -199,17 +201,21 @@ def bar(got: Tensor, expected: Tensor) -> float:
 def compare(name: str, case: object, got: Tensor, expected: Tensor, tolerance: float) -> float:
     """Return the largest error, relative to the size of what is expected; raise if too large."""
     if got.shape != expected.shape:
-        raise Difference(f"{name} has shape {list(got.shape)}, the meaning {list(expected.shape)}"
-                         f" ({case})")  # fmt: skip
+        raise Difference(
+            f"{name} has shape {list(got.shape)}, the meaning {list(expected.shape)} ({case})"
+        )
     if got.numel() == 0:
         return 0.0
     error = difference(got, expected)
     worst = float(error.max())
     if not worst <= tolerance:
-        at = [int(each) for each in torch.unravel_index(error.nan_to_num(torch.inf).argmax(),
-                                                        error.shape)]  # fmt: skip
-        raise Difference(f"{name} differs by {worst:.3g} at {at}, the tolerance is {tolerance:.0e}"
-                         f" ({case})")  # fmt: skip
+        at = [
+            int(each)
+            for each in torch.unravel_index(error.nan_to_num(torch.inf).argmax(), error.shape)
+        ]
+        raise Difference(
+            f"{name} differs by {worst:.3g} at {at}, the tolerance is {tolerance:.0e} ({case})"
+        )
     return worst
 
 
@@ -267,8 +273,9 @@ def compared_gradients(
         if case.dtype != torch.float64:
             y, own = gradients(deepcopy(oracle).to(case.dtype), x, given, weigh)
             own = {"": y, **own}
-            bars = {name: max(least, bar(own[name], expected[name]))
-                    for name, least in bars.items()}  # fmt: skip
+            bars = {
+                name: max(least, bar(own[name], expected[name])) for name, least in bars.items()
+            }
         for name, each in expected.items():
             called = f"the gradient of {name}" if name else "the output"
             worst = max(worst, compare(called, case, got[name], each, bars[name]))

@@ -60,15 +60,22 @@ class Certificate(Drawn):
 
     def to_json(self) -> dict[str, Any]:
         """Return the certificate as plain data."""
-        return {"ok": self.ok, "name": self.name, "code": self.digest, "torch": torch.__version__,
-                "machine": platform.machine(),
-                "findings": [asdict(each) for each in self.findings]}  # fmt: skip
+        return {
+            "ok": self.ok,
+            "name": self.name,
+            "code": self.digest,
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "findings": [asdict(each) for each in self.findings],
+        }
 
     def show(self, console: Console | None = None) -> None:
         """Print it as a table; what failed comes last and in full."""
         console = console or Console(highlight=False)
-        table = Table(title=f"{self.name} (code {self.digest}, torch {torch.__version__})",
-                      title_justify="left")  # fmt: skip
+        table = Table(
+            title=f"{self.name} (code {self.digest}, torch {torch.__version__})",
+            title_justify="left",
+        )
         for name in ("", "check", "cases", "worst error", "note"):
             table.add_column(name, justify="right" if name in ("cases", "worst error") else "left")
         for each in self.findings:
@@ -80,8 +87,12 @@ class Certificate(Drawn):
         console.print(table)
         for each in self.findings:
             if each.ok is False:
-                console.print(f"{each.subject}: {each.check} does not hold: {each.note}",
-                              style="red", markup=False, soft_wrap=True)  # fmt: skip
+                console.print(
+                    f"{each.subject}: {each.check} does not hold: {each.note}",
+                    style="red",
+                    markup=False,
+                    soft_wrap=True,
+                )
         held = sum(each.ok is True for each in self.findings)
         console.print(f"{held} of {held + sum(e.ok is False for e in self.findings)} checks hold")
 
@@ -108,8 +119,9 @@ def make(
     findings = []
     threads = torch.get_num_threads()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True,
-                  disable=not console.is_terminal) as bar:  # fmt: skip
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         total = sum(len(checks_of(part, code)) for part in parts)
         task = bar.add_task(f"verifying {main.name}", total=total)
         torch.set_num_threads(1)  # the cases are small: waking a core takes longer than they do

@@ -93,9 +93,13 @@ def _runner() -> subprocess.Popen[str]:
     """Start the other interpreter; it ends when its input does, with this process."""
     runner = subprocess.Popen(
         [sys.executable, "-P", "-W", "error", "-c", _RUNNER],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, encoding="utf-8", cwd=tempfile.gettempdir(),
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        cwd=tempfile.gettempdir(),
+    )
     atexit.register(_end, runner)
     return runner
 

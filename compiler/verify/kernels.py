@@ -55,8 +55,11 @@ def interpreted(block: Block) -> str | None:
         return plan
     if find_spec("triton") is None:
         return "triton is not installed"
-    return None if can_run_kernels() else (
-        "triton was imported without TRITON_INTERPRET=1, and there is no CUDA device")  # fmt: skip
+    return (
+        None
+        if can_run_kernels()
+        else ("triton was imported without TRITON_INTERPRET=1, and there is no CUDA device")
+    )
 
 
 def can_run_kernels() -> bool:
@@ -103,7 +106,9 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
         found = operator.compiled(plan.graph, targets)
         for each in found:
             if not each.ok:
-                raise RuntimeError(f"{each.kernel} on {each.target} spills {each.spills} bytes "
-                                   f"and takes {each.shared} of {each.limit} shared")  # fmt: skip
+                raise RuntimeError(
+                    f"{each.kernel} on {each.target} spills {each.spills} bytes "
+                    f"and takes {each.shared} of {each.limit} shared"
+                )
         count += len(found)
     return count, 0.0

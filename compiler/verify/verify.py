@@ -156,8 +156,9 @@ def _in_low_precision(subject: Subject, dtype: torch.dtype) -> tuple[int, str]:
     name = str(dtype).removeprefix("torch.")
     if not math.isfinite(max(owns)):
         return 0, f"{name} is not compared: the meaning overflows in it"
-    worst = max(compare("the output", case, got, expected, max(owns))
-                for case, got, expected in found)  # fmt: skip
+    worst = max(
+        compare("the output", case, got, expected, max(owns)) for case, got, expected in found
+    )
     return len(found), f"{name} off by {worst:.0e}, the meaning by {max(owns) / MARGIN:.0e}"
 
 

@@ -26,8 +26,13 @@ def read_task(expr: Expr, seed: int = 0) -> Task:
     name = expr.function if isinstance(expr, Call) else getattr(expr, "id", "")
     if not isinstance(expr, Call | Name) or name not in TASKS:
         have = ", ".join(f"`{each}`" for each in TASKS)
-        raise error("L524", f"there is no task `{name or 'like this'}`", expr.span, "",
-                    did_you_mean(name, TASKS, f"there is {have}"))  # fmt: skip
+        raise error(
+            "L524",
+            f"there is no task `{name or 'like this'}`",
+            expr.span,
+            "",
+            did_you_mean(name, TASKS, f"there is {have}"),
+        )
     settings = read(expr, known_of(TASKS[name]), "L525")
     try:
         return TASKS[name](**{"seed": seed, **settings})

@@ -68,9 +68,11 @@ def mqar(
 
 
 def _without_replacement(
-    numbers: np.random.Generator, chance: np.ndarray[tuple[int], np.dtype[np.float64]],
-    batch: int, count: int,
-) -> Array:  # fmt: skip
+    numbers: np.random.Generator,
+    chance: np.ndarray[tuple[int], np.dtype[np.float64]],
+    batch: int,
+    count: int,
+) -> Array:
     """Draw `count` different indices a row, one after the other with the given chances.
 
     The largest of log p + Gumbel noise are such a draw (Yellott 1977), for all rows at once.

@@ -79,7 +79,11 @@ def test_geometric_mean() -> None:
 
 def test_units() -> None:
     assert [table.seconds(each) for each in (2.5, 0.0123, 4e-5, 2000)] == [
-        "2.5 s", "12.3 ms", "40 µs", "2000 s"]  # fmt: skip
+        "2.5 s",
+        "12.3 ms",
+        "40 µs",
+        "2000 s",
+    ]
     assert table.quartiles(0.0101, 0.0123) == "10.1–12.3 ms"
     assert (table.size(250_000_000), table.size(4096)) == ("0.25 GB", "0.0 MB")
     assert table.rate(2e12) == "2 TFLOP/s"

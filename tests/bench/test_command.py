@@ -33,8 +33,18 @@ def bench(*args: str) -> Result:
 
 
 def test_table(small: str) -> None:
-    done = bench(small, "--against", "plain,cudnn", "--tokens", "8,16", "--no-memory",
-                 "--repeats", "2", "--threads", "1")  # fmt: skip
+    done = bench(
+        small,
+        "--against",
+        "plain,cudnn",
+        "--tokens",
+        "8,16",
+        "--no-memory",
+        "--repeats",
+        "2",
+        "--threads",
+        "1",
+    )
     assert done.exit_code == 0, done.output
     assert "small (sdpa): 8 tokens, forward" in done.stdout
     assert "small (sdpa): 16 tokens, forward" in done.stdout
@@ -42,8 +52,18 @@ def test_table(small: str) -> None:
 
 
 def test_json(small: str) -> None:
-    done = bench(f"{small}:small", "--against", "plain", "--tokens", "8", "--no-memory",
-                 "--backward", "--repeats", "2", "--json")  # fmt: skip
+    done = bench(
+        f"{small}:small",
+        "--against",
+        "plain",
+        "--tokens",
+        "8",
+        "--no-memory",
+        "--backward",
+        "--repeats",
+        "2",
+        "--json",
+    )
     answer = json.loads(done.stdout)
     (row,) = answer["rows"]
     assert [each["peer"] for each in row["cells"]] == ["headloom", "plain"]
@@ -86,10 +106,16 @@ def test_a_description_that_is_wrong(small: str) -> None:
 
 def test_suite(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(Path(small).read_text(), tokens=8)
-    suite = Suite("cpu", "small", None, (
-        Entry("first", case, ("plain",), target=1e-9),
-        Entry("second", replace(case, run="backward"), ("plain",)),
-    ), {})  # fmt: skip
+    suite = Suite(
+        "cpu",
+        "small",
+        None,
+        (
+            Entry("first", case, ("plain",), target=1e-9),
+            Entry("second", replace(case, run="backward"), ("plain",)),
+        ),
+        {},
+    )
     monkeypatch.setattr(command, "read_suite", lambda _: suite)
     done = bench("--suite", "cpu", "--budget", "0", "--out", "found")
     assert done.exit_code == 0, done.output

@@ -13,8 +13,11 @@ from headloom.bench.layers import RULES, Recurrent
 from headloom.bench.peers import PEERS, known
 
 UNITS = "q = x | linear | split | l2_norm; k = x | linear | split | l2_norm"
-ALPHA = {"": "", "number": "let alpha = x | linear(heads) | sigmoid",
-         "rows": "let alpha = x | linear | sigmoid | split"}  # fmt: skip
+ALPHA = {
+    "": "",
+    "number": "let alpha = x | linear(heads) | sigmoid",
+    "rows": "let alpha = x | linear | sigmoid | split",
+}
 
 
 def text(name: str) -> str:

@@ -146,7 +146,8 @@ def test_two_that_differ_at_full_length_alone(monkeypatch: pytest.MonkeyPatch) -
 def test_dense_maps_that_do_not_fit() -> None:
     long = replace(CAUSAL, tokens=16384)
     assert too_large(PEERS["eager"], long, 8, 8 << 30) == (
-        "its dense maps would take 26 GB of 9 GB")  # fmt: skip
+        "its dense maps would take 26 GB of 9 GB"
+    )
     assert too_large(PEERS["plain"], long, 8, 8 << 30) == ""
 
 
@@ -154,8 +155,11 @@ def test_operations_of_documents_are_counted_exactly() -> None:
     apart = Case(TEXT.format("mask = causal and document"), tokens=64, documents=4)
     assert flops(apart) == 4 * flops(replace(CAUSAL, tokens=16))
     assert flops(replace(apart, run="backward", batch=2)) == 6 * flops(apart)
-    marked = Case(TEXT.format("mask = causal and document or doc[i] != 0 and doc[j] == 0"),
-                  tokens=64, documents=4)  # fmt: skip
+    marked = Case(
+        TEXT.format("mask = causal and document or doc[i] != 0 and doc[j] == 0"),
+        tokens=64,
+        documents=4,
+    )
     pairs = (flops(marked) - flops(apart)) / (16 * 48)
     assert pairs == 2 * (2 * (8 + 8) + 1)  # two heads: two products of eight, an exponential
 

@@ -17,9 +17,10 @@ from headloom.grammar.parse import parse
 
 WIDTH = 16
 EXAMPLES = sorted(
-    path for path in (Path(__file__).parents[2] / "examples").glob("*.loom")
+    path
+    for path in (Path(__file__).parents[2] / "examples").glob("*.loom")
     if "search" not in path.name
-)  # fmt: skip
+)
 
 CAUSAL = "heads = 4; head_dim = 4; mask = causal"
 SETTINGS = {

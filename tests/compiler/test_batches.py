@@ -180,15 +180,17 @@ def test_a_row_that_begins_anew_has_a_context_of_its_own():
     close(y[1:], module(x[1:, 2:3], context=two[1:]))
 
 
-@pytest.mark.parametrize("body", ["mask = causal", "mask = causal and window(4)",
-                                  "mix = gated_delta; mask = causal"])  # fmt: skip
+@pytest.mark.parametrize(
+    "body", ["mask = causal", "mask = causal and window(4)", "mix = gated_delta; mask = causal"]
+)
 def test_gradients_with_a_cache_are_those_of_the_call(body):
     module, x = compiled(body), drawn(1, 12)
     parameters = dict(module.named_parameters())
     expected = torch.autograd.grad(module(x).square().sum(), list(parameters.values()))
     y = module(x, cache=module.init_cache(1, 12))
-    for got, want in zip(torch.autograd.grad(y.square().sum(), list(parameters.values())),
-                         expected, strict=True):  # fmt: skip
+    for got, want in zip(
+        torch.autograd.grad(y.square().sum(), list(parameters.values())), expected, strict=True
+    ):
         close(got, want)
     cache = module.init_cache(1, 12)
     first, second = module(x[:, :5], cache=cache), module(x[:, 5:7], cache=cache)
@@ -219,8 +221,9 @@ def test_what_forgets_goes_back_to_a_mark_alone(body):
 
 @pytest.mark.parametrize("side", ["left", "right", "packed"])
 def test_prompts_of_all_lengths_decode_to_the_tokens_of_runs_alone(side):
-    model = hl.compile(hl.load(HYBRID, format="loom"), "hybrid", backend="torch", seed=1,
-                       dtype=torch.float64).eval()  # fmt: skip
+    model = hl.compile(
+        hl.load(HYBRID, format="loom"), "hybrid", backend="torch", seed=1, dtype=torch.float64
+    ).eval()
     lengths, steps = [1, 2, 5, 9, 17, 23, 30, 41], 12
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(61, (n,), generator=draw) for n in lengths]

@@ -327,12 +327,17 @@ MODELS = {
     "a network of nothing": ("L203", "ffn = gelu(0)"),
     "dropout of all": ("L219", "dropout = 1"),
 }  # fmt: skip
-REFUSED |= {name: (code, f"block a {{ heads = 4; {text} }}")
-            for name, (code, text) in BLOCKS.items()}  # fmt: skip
-REFUSED |= {name: (code, f"mix f {{ {text} }}\nblock a {{ heads = 4; mix = f; mask = causal }}")
-            for name, (code, text) in MIXED.items()}  # fmt: skip
-REFUSED |= {name: (code, f"block a {{ }}\nmodel m {{ width = 64; layers = [a]; {text} }}")
-            for name, (code, text) in MODELS.items()}  # fmt: skip
+REFUSED |= {
+    name: (code, f"block a {{ heads = 4; {text} }}") for name, (code, text) in BLOCKS.items()
+}
+REFUSED |= {
+    name: (code, f"mix f {{ {text} }}\nblock a {{ heads = 4; mix = f; mask = causal }}")
+    for name, (code, text) in MIXED.items()
+}
+REFUSED |= {
+    name: (code, f"block a {{ }}\nmodel m {{ width = 64; layers = [a]; {text} }}")
+    for name, (code, text) in MODELS.items()
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -438,10 +443,13 @@ def test_a_let_of_a_file_reads_those_above():
     assert (arch.blocks["c"].heads, arch.blocks["c"].head_dim) == (4, 6)
 
 
-@pytest.mark.parametrize("text", [
-    "mask near = causal and window(2 ** layer)\nblock a { heads = 2; mask = near }",
-    "block a(w = layer + 1) { heads = 2; mask = causal and window(w) }",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mask near = causal and window(2 ** layer)\nblock a { heads = 2; mask = near }",
+        "block a(w = layer + 1) { heads = 2; mask = causal and window(w) }",
+    ],
+)
 def test_what_reads_the_layer_differs_by_layer(text):
     arch = check(parse(f"{text}\nmodel m {{ width = 8; layers = [a] * 3 }}"))
     assert len(set(arch.models["m"].layers)) == 3
@@ -487,8 +495,12 @@ def outcome(text: str) -> None:
 
 
 def any_(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None, derandomize=True,
-                    suppress_health_check=list(HealthCheck))  # fmt: skip
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @any_(40)
@@ -517,8 +529,9 @@ def checked_or_refused(file: File) -> None:
 _TOKEN = re.compile(r"\s+|[A-Za-z_]\w*|\d[\w.]*|\*\*|//|<-|<=|>=|==|!=|\.\.|.", re.DOTALL)
 _TEXTS = [*(path.read_text() for path in EXAMPLES), *map(source, SETTINGS), MIXERS]
 _EXTRA = "none -1 0 1.5 1e12 doc[i] previous latents lambda normal(1) conv a.b 3..4 (x) | none"
-_WORDS = sorted({each for text in _TEXTS for each in _TOKEN.findall(text) if each.strip()}
-                | set(_EXTRA.split()))  # fmt: skip
+_WORDS = sorted(
+    {each for text in _TEXTS for each in _TOKEN.findall(text) if each.strip()} | set(_EXTRA.split())
+)
 
 
 @any_(100)
@@ -590,8 +603,12 @@ mix m { param g[value_dim] = 1 + h; param f[heads] = 1; state z[value_dim] = 0
 block a { heads = 4; head_dim = 4; mix = m; mask = causal }
 """
     block = check(parse(text)).blocks["a"]
-    reads = {node.base.id: len(node.items) for update in block.mixings["o"].mix.updates
-             for node in walk(update.value) if isinstance(node, Index)}  # fmt: skip
+    reads = {
+        node.base.id: len(node.items)
+        for update in block.mixings["o"].mix.updates
+        for node in walk(update.value)
+        if isinstance(node, Index)
+    }
     assert reads == {"g": 0, "f": 1}
 
 

@@ -59,8 +59,9 @@ def source(name: str, mask: str = "causal", *, kv_heads: int = 2) -> str:
         starts = {}
     states = "; ".join(
         f"state {each}[{SHAPES[each]}] = {starts.get(each, 0)}".replace("[]", "")
-        for each in written if each != "o"
-    )  # fmt: skip
+        for each in written
+        if each != "o"
+    )
     return (
         "mix m { let a = x | linear(heads) | sigmoid; let b = x | linear(heads) | sigmoid; "
         "let g = x | linear(heads * head_dim) | sigmoid | split; param c[heads] = 0.9 - 0.2 * h; "
@@ -98,11 +99,11 @@ def test_documents_are_apart(name):
     assert isinstance(form(what), Chunked)
     module = compiled(what)
     meaning = oracle(what, module)
-    segments = torch.cat([torch.full((size,), at % 3) for at, size in
-                          enumerate((1, 5, 1, 1, 30, 27, 40, 5, 1))])[None]  # fmt: skip
+    segments = torch.cat(
+        [torch.full((size,), at % 3) for at, size in enumerate((1, 5, 1, 1, 30, 27, 40, 5, 1))]
+    )[None]
     given = inputs(what, segments.shape[1], batch=1)
-    close(gradients(module, given, segments=segments),
-          gradients(meaning, given, segments=segments))  # fmt: skip
+    close(gradients(module, given, segments=segments), gradients(meaning, given, segments=segments))
     whole = module(**given, segments=segments)
     alone = module(given["x"][:, 8:38])
     torch.testing.assert_close(whole[:, 8:38], alone, rtol=1e-9, atol=1e-9)
@@ -149,11 +150,11 @@ def test_both_ways(name, mask, monkeypatch):
     assert isinstance(form(what), Chunked)
     module = compiled(what)
     meaning = oracle(what, module)
-    segments = torch.cat([torch.full((size,), at % 3) for at, size in
-                          enumerate((1, 3, 1, 1, 40, 27))])[None]  # fmt: skip
+    segments = torch.cat(
+        [torch.full((size,), at % 3) for at, size in enumerate((1, 3, 1, 1, 40, 27))]
+    )[None]
     given = inputs(what, segments.shape[1], batch=1)
-    close(gradients(module, given, segments=segments),
-          gradients(meaning, given, segments=segments))  # fmt: skip
+    close(gradients(module, given, segments=segments), gradients(meaning, given, segments=segments))
 
 
 # ── the pieces alone ─────────────────────────────────────────────────────────────────────
@@ -189,24 +190,29 @@ GATES = {
 @pytest.mark.parametrize("features", [1, D])
 @pytest.mark.parametrize("gates", GATES)
 def test_extreme_gates(gates, features):
-    which = torch.randint(len(GATES[gates]), (2, 3, N, features),
-                          generator=torch.Generator().manual_seed(1))  # fmt: skip
+    which = torch.randint(
+        len(GATES[gates]), (2, 3, N, features), generator=torch.Generator().manual_seed(1)
+    )
     decay = torch.tensor(GATES[gates], dtype=torch.float64)[which]
     k = nn.functional.normalize(drawn(N, D, seed=1), dim=-1)
     given = [drawn(N, D), k, drawn(N, E, seed=2), -0.5 * k, decay, drawn(D, E, seed=3)]
     given = [each.requires_grad_() for each in given]
     mine, theirs = chunks(*given), stepped(*given)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-    for one, two in zip(torch.autograd.grad(mine.sin().sum(), given),
-                        torch.autograd.grad(theirs.sin().sum(), given), strict=True):  # fmt: skip
+    for one, two in zip(
+        torch.autograd.grad(mine.sin().sum(), given),
+        torch.autograd.grad(theirs.sin().sum(), given),
+        strict=True,
+    ):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("features", [1, D])
 def test_extreme_gates_of_sums(features):
     gates = torch.tensor(GATES["all"], dtype=torch.float64)
-    which = torch.randint(len(gates), (2, 3, N, features),
-                          generator=torch.Generator().manual_seed(1))  # fmt: skip
+    which = torch.randint(
+        len(gates), (2, 3, N, features), generator=torch.Generator().manual_seed(1)
+    )
     given = [each.requires_grad_() for each in (drawn(N, D), gates[which], drawn(D, seed=2))]
     x, decay, state = given
     mine, values = faded_sums(*given), []
@@ -215,8 +221,11 @@ def test_extreme_gates_of_sums(features):
         values.append(state)
     theirs = torch.stack(values, 2)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-    for one, two in zip(torch.autograd.grad(mine.sin().sum(), given),
-                        torch.autograd.grad(theirs.sin().sum(), given), strict=True):  # fmt: skip
+    for one, two in zip(
+        torch.autograd.grad(mine.sin().sum(), given),
+        torch.autograd.grad(theirs.sin().sum(), given),
+        strict=True,
+    ):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
@@ -263,8 +272,10 @@ def test_token_by_token(name, mask):
     if not begins_within(what):
         return
     cache = module.init_cache(2, 11)
-    parts = [module(given["x"][:, at], segments=segments[:, at], cache=cache)
-             for at in (slice(0, 6), slice(6, 7), slice(7, 11))]  # fmt: skip
+    parts = [
+        module(given["x"][:, at], segments=segments[:, at], cache=cache)
+        for at in (slice(0, 6), slice(6, 7), slice(7, 11))
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), whole["output"], rtol=1e-9, atol=1e-9)
 
 
@@ -278,8 +289,7 @@ def test_token_by_token_both_ways(name, mask, monkeypatch):
     meaning = oracle(what, module)
     given = inputs(what, 11)
     segments = torch.tensor([[0] * 4 + [1] * 7, [2] * 5 + [7] * 3 + [1] * 3])
-    close(gradients(module, given, segments=segments),
-          gradients(meaning, given, segments=segments))  # fmt: skip
+    close(gradients(module, given, segments=segments), gradients(meaning, given, segments=segments))
 
 
 def test_a_state_goes_on_from_one_text_to_the_other(monkeypatch):
@@ -290,8 +300,11 @@ def test_a_state_goes_on_from_one_text_to_the_other(monkeypatch):
     stepped_ = compiled(what)
     x = inputs(what, 80)["x"]
     cache = chunked.init_cache(2, 80)
-    parts = [chunked(x[:, :70], cache=cache), stepped_(x[:, 70:71], cache=cache),
-             chunked(x[:, 71:], cache=cache)]  # fmt: skip
+    parts = [
+        chunked(x[:, :70], cache=cache),
+        stepped_(x[:, 70:71], cache=cache),
+        chunked(x[:, 71:], cache=cache),
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), chunked(x), rtol=1e-9, atol=1e-9)
 
 

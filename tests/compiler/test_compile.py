@@ -82,8 +82,10 @@ def gradients(module: nn.Module, given: dict[str, Tensor], **more: Tensor) -> di
     wanted = {**given, **dict(module.named_parameters())}
     found = torch.autograd.grad((y * cotangent).sum(), list(wanted.values()), allow_unused=True)
     zeros = (torch.zeros_like(each) for each in wanted.values())
-    made = {name: zero if each is None else each
-            for name, each, zero in zip(wanted, found, zeros, strict=True)}  # fmt: skip
+    made = {
+        name: zero if each is None else each
+        for name, each, zero in zip(wanted, found, zeros, strict=True)
+    }
     return {"output": y.detach(), **made}
 
 
@@ -160,8 +162,10 @@ def test_decoding_with_positions_of_ones_own(name):
     positions = torch.stack([torch.arange(9), 2 * torch.arange(9) + 3])
     whole = module(**given, positions=positions)
     cache = module.init_cache(2, 9)
-    parts = [module(given["x"][:, at : at + 3], positions=positions[:, at : at + 3], cache=cache)
-             for at in (0, 3, 6)]  # fmt: skip
+    parts = [
+        module(given["x"][:, at : at + 3], positions=positions[:, at : at + 3], cache=cache)
+        for at in (0, 3, 6)
+    ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, **TIGHT)
 
 
@@ -216,8 +220,9 @@ def test_an_example_is_what_it_means(path):
         module = compiled(what, torch.float32)
         meaning = oracle(what, module)
         given = {"x": arguments(what, 20)} if isinstance(what, Model) else inputs(what, 20)
-        given = {name: each.float() if each.is_floating_point() else each
-                 for name, each in given.items()}  # fmt: skip
+        given = {
+            name: each.float() if each.is_floating_point() else each for name, each in given.items()
+        }
         x = given.pop("x")
         torch.testing.assert_close(module(x, **given), meaning(x, **given), rtol=1e-3, atol=1e-3)
 
@@ -365,8 +370,14 @@ def test_kernels_without_a_gpu_say_what_to_do(tmp_path: Path) -> None:
         "hl.compile(a, backend='triton', device='cpu')(torch.randn(1, 5, 16))\n"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
-                          cwd=tmp_path, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+        check=False,
+    )
     assert "these kernels need a GPU" in done.stderr
 
 

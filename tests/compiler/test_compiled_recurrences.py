@@ -100,9 +100,9 @@ def test_what_a_compiler_gets_of_tokens_is_the_same(name, asked, monkeypatch):
     same(module, given, asked, segments=segments)
 
 
-@pytest.mark.parametrize("name", [
-    "adds", *(pytest.param(each, marks=pytest.mark.slow) for each in ("delta", "before"))
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["adds", *(pytest.param(each, marks=pytest.mark.slow) for each in ("delta", "before"))]
+)
 def test_a_recurrence_is_compiled_once_for_all_lengths(name):
     module, count = compiled(block(source(name))), 0
 
@@ -150,8 +150,10 @@ DECAYS = {
 @pytest.mark.parametrize("stage", DECAYS)
 def test_a_decay_of_numbers_is_trained_under_a_compiler(stage):
     """The gradient of a number a head comes turned around; compilers must know so."""
-    text = (f"mix m {{ {DECAYS[stage]}state z[value_dim] = 0; z <- exp(-a * a) * z + v; o <- z }}\n"
-            "block b { heads = 4; mix = m; mask = causal }")  # fmt: skip
+    text = (
+        f"mix m {{ {DECAYS[stage]}state z[value_dim] = 0; z <- exp(-a * a) * z + v; o <- z }}\n"
+        "block b { heads = 4; mix = m; mask = causal }"
+    )
     module = compiled(block(text))
     x, weights = inputs(block(text), 7)["x"], [*module.parameters()]
     torch._dynamo.reset()

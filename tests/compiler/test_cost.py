@@ -67,9 +67,14 @@ def test_a_window_costs_its_pairs_alone():
 )
 def test_what_decoding_keeps(name):
     kept = {
-        "causal": 100 * 32, "window": 3 * 32, "sink": 5 * 32, "linear": 4 * (16 + 4),
-        "delta": 4 * 16, "cross": 100 * 32, "temperature": 100 * 32,
-    }[name]  # fmt: skip
+        "causal": 100 * 32,
+        "window": 3 * 32,
+        "sink": 5 * 32,
+        "linear": 4 * (16 + 4),
+        "delta": 4 * 16,
+        "cross": 100 * 32,
+        "temperature": 100 * 32,
+    }[name]
     assert cost(block(name)).cache_bytes(100) == 4 * kept
     halved = 1 if name in ("linear", "delta") else 2  # a state stays in float32
     assert cost(block(name)).cache_bytes(100, "bfloat16") == 4 * kept // halved

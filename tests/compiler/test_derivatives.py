@@ -41,8 +41,10 @@ PAIRS = 23
 def test_derivatives_are_those_of_autograd(text):
     expr = parse_expression(text)
     draw = torch.Generator().manual_seed(len(text))
-    fixed = {name: torch.randint(1, 9, (PAIRS,), generator=draw).double()
-             for name in ("i", "j", "h", "seen")}  # fmt: skip
+    fixed = {
+        name: torch.randint(1, 9, (PAIRS,), generator=draw).double()
+        for name in ("i", "j", "h", "seen")
+    }
     targets = [each for each in dict.fromkeys(walk(expr)) if isinstance(each, Index)]
     targets += [Name(name) for name in ("s", "sum") if name in names(expr)]
     start = [torch.rand(PAIRS, generator=draw, dtype=torch.float64) + 0.2 for _ in targets]

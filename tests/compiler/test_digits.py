@@ -55,5 +55,6 @@ def test_two_numbers_of_a_where_are_exact(name: str) -> None:
         oracle.load_state_dict(module.state_dict())
         got = module(x.to(dtype))
         assert got.dtype == dtype
-        torch.testing.assert_close(got.double(), oracle(x.to(dtype).double()),
-                                   rtol=tolerance, atol=tolerance)  # fmt: skip
+        torch.testing.assert_close(
+            got.double(), oracle(x.to(dtype).double()), rtol=tolerance, atol=tolerance
+        )

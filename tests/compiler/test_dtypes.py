@@ -15,7 +15,7 @@ ARCH = hl.load(
     "block a { width = 8; heads = 2; mask = causal }\n"
     "model m { vocab = 8; width = 8; layers = [a] }",
     format="loom",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", BYTES)

@@ -71,16 +71,30 @@ def test_no_text_has_unused_or_unknown_names(tmp_path):
     for name, text in TEXTS.items():
         (tmp_path / f"{name}.py").write_text(text)
     ruff = str(RUFF) if RUFF.exists() else "ruff"
-    command = [ruff, "check", "--isolated", "--no-cache", "--line-length", "100",
-               "--select", "F,E9,E501", "--output-format", "concise", str(tmp_path)]  # fmt: skip
+    command = [
+        ruff,
+        "check",
+        "--isolated",
+        "--no-cache",
+        "--line-length",
+        "100",
+        "--select",
+        "F,E9,E501",
+        "--output-format",
+        "concise",
+        str(tmp_path),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
 
 
-@pytest.mark.parametrize(("score", "why"), [
-    ("s - max_keys(s)", "`max_keys` looks at other pairs"),
-    ("s + norm(w[h])", "its expressions read vectors"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("score", "why"),
+    [
+        ("s - max_keys(s)", "`max_keys` looks at other pairs"),
+        ("s + norm(w[h])", "its expressions read vectors"),
+    ],
+)
 def test_what_flex_attention_cannot_say_is_an_obstacle(score, why):
     text = "block b { width = 16; heads = 2; mask = causal; param w[heads, head_dim] = 1; "
     what = find(check(parse(f"{text} score = {score} }}")), "b")

@@ -196,8 +196,9 @@ def test_a_threshold_is_written_in_place() -> None:
     assert isinstance(found, Pairwise)
     assert isinstance(other, Pairwise)
     assert (found.normalize.numerator, found.normalize.where) == (
-        other.normalize.numerator, other.normalize.where,
-    )  # fmt: skip
+        other.normalize.numerator,
+        other.normalize.where,
+    )
     same("normalize f = relu(s - tau); block a { normalize = f where sum == 1 }", plain)
     space = parse("block a { normalize = relu(choose(1, 2) * s - tau) where sum == 1 }")
     assert "where sum == 1" in format_loom(draw(space, First()))

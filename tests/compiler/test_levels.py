@@ -60,8 +60,9 @@ def source(statements: str, levels: int = 12, mask: str = "causal", by: str = "l
     written.pop("o")
     states = "; ".join(
         f"state {each}[{SHAPES[each]}] = 0{'' if each in PLAIN and 'S' in written else ' by ' + by}"
-        for each in written if each in SHAPES
-    ).replace("[]", "")  # fmt: skip
+        for each in written
+        if each in SHAPES
+    ).replace("[]", "")
     return (
         f"mix m {{ let lam = x | linear(heads * {levels}) | softplus | split; "
         "let a = x | linear(heads) | sigmoid; let b = x | linear(heads) | sigmoid; "
@@ -87,8 +88,9 @@ def level(i: int, j: int) -> int:
 
 
 def found(n: int, levels: int) -> Tensor:
-    return torch.tensor([[min(level(i, min(i, j)), levels - 1) for j in range(n)]
-                         for i in range(n)])  # fmt: skip
+    return torch.tensor(
+        [[min(level(i, min(i, j)), levels - 1) for j in range(n)] for i in range(n)]
+    )
 
 
 def test_levels_of_a_token():
@@ -269,8 +271,11 @@ def test_extreme_gates(features):
         steps.append(o)
     theirs = torch.cat(steps, 2)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-    for one, two in zip(torch.autograd.grad(mine.sin().sum(), given),
-                        torch.autograd.grad(theirs.sin().sum(), given), strict=True):  # fmt: skip
+    for one, two in zip(
+        torch.autograd.grad(mine.sin().sum(), given),
+        torch.autograd.grad(theirs.sin().sum(), given),
+        strict=True,
+    ):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
@@ -288,8 +293,9 @@ def test_chunks_far_on():
     state, steps = start, []
     for at in range(200):
         now = [each[:, :, at : at + 1] for each in (q, k, v)]
-        o, state = leveled_linear(*now, None, decay[:, :, at : at + 1],
-                                         lam[:, :, at : at + 1], state, place + at)  # fmt: skip
+        o, state = leveled_linear(
+            *now, None, decay[:, :, at : at + 1], lam[:, :, at : at + 1], state, place + at
+        )
         steps.append(o)
     torch.testing.assert_close(mine, torch.cat(steps, 2), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(last, state, rtol=1e-9, atol=1e-9)

@@ -41,8 +41,11 @@ def live_tensors() -> int:
     """Return the bytes of all storages that a tensor in this process still holds."""
     gc.collect()
     tensors = (each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter))
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
-                for each in tensors if each.layout == torch.strided}  # fmt: skip
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+        for each in tensors
+        if each.layout == torch.strided
+    }
     return sum(storages.values())
 
 

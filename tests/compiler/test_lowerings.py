@@ -45,8 +45,11 @@ def test_the_fastest_that_fits_is_taken(settings):
     assert [name for name, _ in lowering.obstacles] == [
         way.name for way in WAYS[: [way.name for way in WAYS].index(path)]
     ]
-    text = hl.emit(hl.load(f"block a {{ width = 16; heads = 2; {settings} }}", format="loom"),
-                   "a", backend="torch")  # fmt: skip
+    text = hl.emit(
+        hl.load(f"block a {{ width = 16; heads = 2; {settings} }}", format="loom"),
+        "a",
+        backend="torch",
+    )
     call = text[text.index("return over_tiles(") :]
     call = call[: call.index("\n\n")]
     for word in (
@@ -72,8 +75,10 @@ def test_a_lowering_that_does_not_fit_says_why():
 
 @pytest.mark.parametrize("lowering", ["sdpa", "dense", "tiles"])
 def test_lowerings_agree(lowering):
-    arch = hl.load("block a { width = 16; heads = 4; kv_heads = 2; mask = causal and window(3) }",
-                   format="loom")  # fmt: skip
+    arch = hl.load(
+        "block a { width = 16; heads = 4; kv_heads = 2; mask = causal and window(3) }",
+        format="loom",
+    )
     ours, other = (
         hl.compile(arch, "a", backend="torch", dtype=torch.float64, seed=0, lowering=each)
         for each in (None, lowering)

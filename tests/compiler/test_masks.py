@@ -207,9 +207,11 @@ _WHOLE = ["i", "j", "h", "2", "5", "i - j", "abs(i - j)", "clip(i - j, -3, 3)", 
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(_WHOLE), min_size=3, max_size=3),
-       st.lists(st.sampled_from(["+", "-", "*", "//", "%"]), min_size=2, max_size=2),
-       st.sampled_from(["({})", "min({}, 7)", "max({}, 2)", "-({})"]))  # fmt: skip
+@given(
+    st.lists(st.sampled_from(_WHOLE), min_size=3, max_size=3),
+    st.lists(st.sampled_from(["+", "-", "*", "//", "%"]), min_size=2, max_size=2),
+    st.sampled_from(["({})", "min({}, 7)", "max({}, 2)", "-({})"]),
+)
 def test_the_range_of_a_place_holds_all_its_values(parts, ops, around):
     text = around.format(f"({parts[0]} {ops[0]} {parts[1]}) {ops[1]} {parts[2]}")
     expr = fold(parse_expression(text))

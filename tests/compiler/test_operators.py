@@ -72,8 +72,11 @@ def test_each_form_of_recurrence_has_one_operator():
     found = operators(plan, "b")
     assert {each.path for each in plan.lowerings.values()} == {"triton"}
     assert [each.name for each in found] == [
-        "b_recurrence", "b_recurrence_2", "b_last_scan", "b_pairs_attention",
-    ]  # fmt: skip
+        "b_recurrence",
+        "b_recurrence_2",
+        "b_last_scan",
+        "b_pairs_attention",
+    ]
     assert found[0].spec == Recurrence("number")
     assert found[1].spec == Recurrence("rows", corrected=True, before=True)
     assert [type(each.spec) for each in found[2:]] == [Scan, Attend]
@@ -98,9 +101,7 @@ def test_a_state_too_large_for_a_kernel_says_so():
     plan = plan_of("block b { heads = 2; width = 600; mix = fading; mask = causal }")
     (chosen,) = plan.lowerings.values()
     assert chosen.path == "chunkwise"
-    assert dict(chosen.obstacles)["triton"] == (
-        "`S` is 300 x 300; the kernels hold up to 256"
-    )  # fmt: skip
+    assert dict(chosen.obstacles)["triton"] == ("`S` is 300 x 300; the kernels hold up to 256")
 
 
 def test_a_file_has_the_kernels_it_calls():
@@ -108,10 +109,12 @@ def test_a_file_has_the_kernels_it_calls():
     both = hl.emit(arch, "b", backend="triton")
     assert all(each in both for each in ("class Pairwise", "class Chunked", "class Sequential"))
     alone = hl.emit(
-        hl.load(MIXERS + "block b { heads = 2; width = 16; mix = fading; mask = causal }",
-                format="loom"),
-        "b", backend="triton",
-    )  # fmt: skip
+        hl.load(
+            MIXERS + "block b { heads = 2; width = 16; mix = fading; mask = causal }", format="loom"
+        ),
+        "b",
+        backend="triton",
+    )
     assert "class Chunked" in alone
     assert "class Pairwise" not in alone
     assert "class Sequential" not in alone

@@ -42,9 +42,12 @@ def same(text: str) -> None:
         theirs = found[1][name]
         zero = torch.zeros((), dtype=torch.float64)
         torch.testing.assert_close(
-            zero if mine is None else mine, zero if theirs is None else theirs,
-            rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
+            zero if mine is None else mine,
+            zero if theirs is None else theirs,
+            rtol=1e-9,
+            atol=1e-10,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def form(normalize: str) -> Exponential | None:

@@ -38,8 +38,14 @@ def test_the_graph_is_the_meaning_step_by_step():
     made = graph("mask = causal; dropout = 0.1")
     assert verify(made) == []
     assert ops(made)[-9:-2] == [
-        "similarity", "score", "mask", "normalize", "weights", "drop", "combine",
-    ]  # fmt: skip
+        "similarity",
+        "score",
+        "mask",
+        "normalize",
+        "weights",
+        "drop",
+        "combine",
+    ]
     assert ops(made)[-2:] == ["merge", "linear"]
     assert made.node("s").inputs == ("q", "k")
     assert made.node(made.output).dims == ("b", "n", 16)
@@ -106,8 +112,10 @@ def test_a_factor_of_s_is_part_of_the_scale(score, folded, factor):
 
 
 def test_expressions_follow_what_is_renamed():
-    what = graph("let t = x | linear(heads); score = s + t[j, h]; mask = t[i, 0] > t[j, 0]; "
-                 "weights = p + t[j, h]; normalize = relu(s + t[j, h])")  # fmt: skip
+    what = graph(
+        "let t = x | linear(heads); score = s + t[j, h]; mask = t[i, 0] > t[j, 0]; "
+        "weights = p + t[j, h]; normalize = relu(s + t[j, h])"
+    )
     (node,) = fuse_attend(what).of(Attend)
     before, after = (node.op, node.op.renamed({"t": "u"}))
     assert [show(each) for each in after.exprs] == [

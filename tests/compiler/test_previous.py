@@ -174,13 +174,15 @@ def test_positions_may_be_given():
     )
 
 
-@pytest.mark.parametrize(("name", "kernels"), [("two", 2), ("windows", 4), ("residual", 0),
-                                              ("gates", 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kernels"), [("two", 2), ("windows", 4), ("residual", 0), ("gates", 1)]
+)
 def test_kernels_and_texts_beside_them(name, kernels):
     what = model(MODELS[name])
     assert generate(what, Target("triton")).text.count("_attention(\n") >= kernels
-    paths = [each.path for plan in plans(what, Target("triton"))
-             for each in plan.lowerings.values()]  # fmt: skip
+    paths = [
+        each.path for plan in plans(what, Target("triton")) for each in plan.lowerings.values()
+    ]
     assert paths.count("triton") == kernels
     module = build_module(what, Target("triton"), dtype=torch.float32, seed=0).eval()
     meaning = reference(what)
@@ -223,7 +225,7 @@ def test_who_reads_a_map_is_said():
 
 def test_a_block_that_reads_nothing_is_the_same_everywhere():
     what = model("[full, full]")
-    assert what.layers[0] == block_of(check(parse(BLOCKS + MORE)), "full", 16)  # fmt: skip
+    assert what.layers[0] == block_of(check(parse(BLOCKS + MORE)), "full", 16)
 
 
 # ── identities ───────────────────────────────────────────────────────────────────────────
@@ -247,8 +249,10 @@ def test_readers_compute_with_the_keys_and_values_of_layer_zero():
 
 
 def test_sharing_with_oneself_is_an_ordinary_model():
-    texts = ("block a { heads = 4; mask = causal }", "block a { heads = 4; mask = causal }\n"
-             "block r : a { k = previous.k; v = previous.v }")  # fmt: skip
+    texts = (
+        "block a { heads = 4; mask = causal }",
+        "block a { heads = 4; mask = causal }\nblock r : a { k = previous.k; v = previous.v }",
+    )
     one, other = (
         check(parse(f"{text}\nmodel m {{ width = 16; layers = [a] * 2 }}")).models["m"]
         for text in texts
@@ -387,9 +391,11 @@ def test_an_encoder_runs_once():
     tokens, context = torch.arange(6)[None], torch.arange(5)[None]
     whole = module(tokens, context=context)
     cache = module.init_cache(1, 6)
-    parts = [module(tokens[:, :2], context=context, cache=cache),
-             module(tokens[:, 2:3], context=context, cache=cache),
-             module(tokens[:, 3:], cache=cache)]  # fmt: skip
+    parts = [
+        module(tokens[:, :2], context=context, cache=cache),
+        module(tokens[:, 2:3], context=context, cache=cache),
+        module(tokens[:, 3:], cache=cache),
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), whole)
     assert len(runs) == 2
     with pytest.raises(ValueError, match=r"`context` is needed: tokens \[b, m\]"):

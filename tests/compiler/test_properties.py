@@ -34,20 +34,29 @@ def random_block(seed: int) -> str:
     draw = random.Random(seed)
     kv_heads = draw.choice([1, 2])
     heads = kv_heads * draw.choice([1, 2])
-    lines = [f"heads = {heads}; kv_heads = {kv_heads}", "head_dim = 4",
-             f"value_dim = {draw.choice([3, 4])}",
-             "let g = x | linear(heads) | " + draw.choice(["silu", "tanh"]),
-             "let e = x | linear(heads * value_dim) | sigmoid", "param t[5, heads] = normal(0.3)",
-             f"q = x | linear | split{draw.choice(NORMS)}",
-             f"k = x | linear | split{draw.choice(NORMS)}", f"position = {draw.choice(POSITIONS)}",
-             f"out = {draw.choice(OUTS)}"]  # fmt: skip
+    lines = [
+        f"heads = {heads}; kv_heads = {kv_heads}",
+        "head_dim = 4",
+        f"value_dim = {draw.choice([3, 4])}",
+        "let g = x | linear(heads) | " + draw.choice(["silu", "tanh"]),
+        "let e = x | linear(heads * value_dim) | sigmoid",
+        "param t[5, heads] = normal(0.3)",
+        f"q = x | linear | split{draw.choice(NORMS)}",
+        f"k = x | linear | split{draw.choice(NORMS)}",
+        f"position = {draw.choice(POSITIONS)}",
+        f"out = {draw.choice(OUTS)}",
+    ]
     if draw.random() < 0.2:
         mask = draw.choice(["causal", "causal and document"])
         return "\n".join([*lines, f"mix = {draw.choice(MIXES)}", f"mask = {mask}"])
     mask = random_mask(draw, 2)
     mask = mask if draw.random() < 0.5 else f"(causal or i == j) and ({mask} or i == j)"
-    lines += [f"score = {draw.choice(SCORES)}", f"normalize = {draw.choice(NORMALIZERS)}",
-              f"weights = {draw.choice(WEIGHTS)}", f"mask = {mask} or i == j + 1"]  # fmt: skip
+    lines += [
+        f"score = {draw.choice(SCORES)}",
+        f"normalize = {draw.choice(NORMALIZERS)}",
+        f"weights = {draw.choice(WEIGHTS)}",
+        f"mask = {mask} or i == j + 1",
+    ]
     return "\n".join(lines)
 
 

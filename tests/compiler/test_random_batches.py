@@ -48,8 +48,11 @@ mix before { state S[head_dim, value_dim] = 0; o <- q @ S + v; S <- 0.8 * S + ou
 def drawn(seed: int) -> str:
     """Return the text of a block."""
     draw = Random(seed)
-    lines = ["width = 12; heads = 2; head_dim = 4", "let c = x | linear(heads) | sigmoid",
-             "let g = x | linear(heads * value_dim) | sigmoid | split"]  # fmt: skip
+    lines = [
+        "width = 12; heads = 2; head_dim = 4",
+        "let c = x | linear(heads) | sigmoid",
+        "let g = x | linear(heads * value_dim) | sigmoid | split",
+    ]
     lines += [f"{name} = {draw.choice(QUERIES)}" for name in "qkv"]
     if draw.random() < 0.35:
         mixer = draw.choice(MIXERS)
@@ -58,10 +61,15 @@ def drawn(seed: int) -> str:
         lines += [f"mix = {mixer}", f"mask = {mask}{draw.choice((' and document', ''))}"]
         lines.append(f"out = {draw.choice((OUTS[0], OUTS[2], OUTS[3]))}")
     else:
-        lines += [f"kv_heads = {draw.choice((1, 2))}", f"mask = {draw.choice(MASKS)}",
-                  f"position = {draw.choice(POSITIONS)}", f"score = {draw.choice(SCORES)}",
-                  f"normalize = {draw.choice(NORMALIZERS)}", f"weights = {draw.choice(WEIGHTS)}",
-                  f"out = {draw.choice(OUTS)}"]  # fmt: skip
+        lines += [
+            f"kv_heads = {draw.choice((1, 2))}",
+            f"mask = {draw.choice(MASKS)}",
+            f"position = {draw.choice(POSITIONS)}",
+            f"score = {draw.choice(SCORES)}",
+            f"normalize = {draw.choice(NORMALIZERS)}",
+            f"weights = {draw.choice(WEIGHTS)}",
+            f"out = {draw.choice(OUTS)}",
+        ]
         if draw.random() < 0.2:
             lines.append("source = context")
         if draw.random() < 0.2:

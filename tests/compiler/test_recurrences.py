@@ -38,8 +38,9 @@ def mixer(*statements: str, init: float = 0, **settings: bool) -> Recurrence:
         updates.append(Update(name, expression(value)))
     shapes = {"S": (4, 3), "T": (4, 3), "z": (4,), "y": (4,), "n": ()}
     written = {each.name for each in updates}
-    states = tuple(State(name, shape, Number(init)) for name, shape in shapes.items()
-                   if name in written)  # fmt: skip
+    states = tuple(
+        State(name, shape, Number(init)) for name, shape in shapes.items() if name in written
+    )
     return Recurrence("mixer", states, tuple(updates), **settings)
 
 
@@ -179,8 +180,9 @@ def test_how_a_matrix_is_read(output, queries, left):
 
 
 def test_before_and_after_the_update():
-    found = form("o <- q @ S", "S <- S + outer(k, v)", "z <- a * z + k",
-                 "o <- o + dot(q, z) * (u @ S)")  # fmt: skip
+    found = form(
+        "o <- q @ S", "S <- S + outer(k, v)", "z <- a * z + k", "o <- o + dot(q, z) * (u @ S)"
+    )
     step = next(each for each in found.steps if isinstance(each, Memory))
     assert [(show(each.query), each.after) for each in step.readings] == [("q", False), ("u", True)]
     found = form("o <- z * v", "z <- a * z + k")
@@ -198,8 +200,9 @@ def test_vectors_and_numbers_are_read_in_any_way():
 
 
 def test_states_may_read_each_other_in_turn():
-    found = form("z <- z + k @ T", "T <- b * T + outer(k, u)", "S <- a * S + outer(z, v)",
-                 "o <- q @ S")  # fmt: skip
+    found = form(
+        "z <- z + k @ T", "T <- b * T + outer(k, u)", "S <- a * S + outer(z, v)", "o <- q @ S"
+    )
     assert [each.state for each in found.steps] == ["T", "z", "S"]
     assert found.steps[0].readings[0].after is False
 
@@ -299,9 +302,11 @@ def test_explain_says_which():
     (chosen,) = explain(load(text.format("0.5 * S + outer(k, v)") + block, format="loom")).lowerings
     assert (chosen.path, [each for each, _ in chosen.obstacles]) == ("chunkwise", ["triton"])
     assert "`S` adds outer products and fades by 0.5" in chosen.reason
-    (chosen,) = explain(load(text.format("S + max(outer(k, v), S)") + block,
-                             format="loom")).lowerings  # fmt: skip
+    (chosen,) = explain(
+        load(text.format("S + max(outer(k, v), S)") + block, format="loom")
+    ).lowerings
     assert chosen.path == "sequential"
     assert chosen.obstacles[1] == (
-        "chunkwise", "`S <- …`: `max(outer(k, v), S)` is not affine in the state",
-    )  # fmt: skip
+        "chunkwise",
+        "`S <- …`: `max(outer(k, v), S)` is not affine in the state",
+    )

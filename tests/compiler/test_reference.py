@@ -54,10 +54,16 @@ def test_a_blocks_parameters_have_the_names_people_expect() -> None:
     assert shapes.pop("gate_proj.weight") == (16, 16)
     assert shapes.pop("gate_proj.bias") == (16,)
     assert shapes == {
-        "q_proj_0.weight": (24, 16), "q_norm.weight": (24,), "q_proj_1.weight": (16, 24),
-        "k_proj.weight": (8, 16), "k_norm.weight": (4,), "v_proj.weight": (8, 16),
-        "extra": (4, 3), "z": (4,), "o_proj.weight": (16, 16),
-    }  # fmt: skip
+        "q_proj_0.weight": (24, 16),
+        "q_norm.weight": (24,),
+        "q_proj_1.weight": (16, 24),
+        "k_proj.weight": (8, 16),
+        "k_norm.weight": (4,),
+        "v_proj.weight": (8, 16),
+        "extra": (4, 3),
+        "z": (4,),
+        "o_proj.weight": (16, 16),
+    }
     assert list(shapes)[-1] == "o_proj.weight"
     assert [each.name for each in constants(block())] == ["slope"]
 
@@ -78,17 +84,25 @@ def test_a_models_parameters() -> None:
     names = [each.name for each in model_weights(m)]
     assert names[:2] == ["embed_tokens.weight", "embed_positions.weight"]
     assert [name for name in names if "attn." not in name][2:] == [
-        "layers.0.attn_norm.weight", "layers.0.attn_norm.bias",
-        "layers.0.ffn.gate_proj.weight", "layers.0.ffn.up_proj.weight",
+        "layers.0.attn_norm.weight",
+        "layers.0.attn_norm.bias",
+        "layers.0.ffn.gate_proj.weight",
+        "layers.0.ffn.up_proj.weight",
         "layers.0.ffn.down_proj.weight",
-        "layers.0.ffn_norm.weight", "layers.0.ffn_norm.bias",
-        "norm.weight", "norm.bias", "lm_head.weight",
-    ]  # fmt: skip
+        "layers.0.ffn_norm.weight",
+        "layers.0.ffn_norm.bias",
+        "norm.weight",
+        "norm.bias",
+        "lm_head.weight",
+    ]
     m = model("width = 16; layers = [b]; ffn = gelu(4); norm = none; head = classify(3)")
     names = [each.name for each in model_weights(m)]
     assert [name for name in names if "attn." not in name] == [
-        "layers.0.ffn.up_proj.weight", "layers.0.ffn.down_proj.weight", "head.weight", "head.bias",
-    ]  # fmt: skip
+        "layers.0.ffn.up_proj.weight",
+        "layers.0.ffn.down_proj.weight",
+        "head.weight",
+        "head.bias",
+    ]
 
 
 # ── first values ─────────────────────────────────────────────────────────────────────────
@@ -139,8 +153,10 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 def test_a_model_is_its_layers() -> None:
     """With blocks that attend plainly; everything around them by torch's own functions."""
-    m = model("vocab = 11; width = 16; layers = [b] * 2; embed_position = sinusoidal",
-              "block b { heads = 4; mask = causal }")  # fmt: skip
+    m = model(
+        "vocab = 11; width = 16; layers = [b] * 2; embed_position = sinusoidal",
+        "block b { heads = 4; mask = causal }",
+    )
     module = reference(m, dtype=torch.float64, seed=2)
     w = module.state_dict()
     w = {name: each + 0.1 if "norm" in name else each for name, each in w.items()}
@@ -151,8 +167,10 @@ def test_a_model_is_its_layers() -> None:
     x = w["embed_tokens.weight"][TOKENS] + code
     for n in range(2):
         y = rms(x, w[f"layers.{n}.attn_norm.weight"])
-        q, k, v = ((y @ w[f"layers.{n}.attn.{each}_proj.weight"].T).unflatten(-1, (4, 4))
-                   .transpose(1, 2) for each in "qkv")  # fmt: skip
+        q, k, v = (
+            (y @ w[f"layers.{n}.attn.{each}_proj.weight"].T).unflatten(-1, (4, 4)).transpose(1, 2)
+            for each in "qkv"
+        )
         o = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + o.transpose(1, 2).flatten(2) @ w[f"layers.{n}.attn.o_proj.weight"].T
         y = rms(x, w[f"layers.{n}.ffn_norm.weight"])
@@ -181,8 +199,9 @@ def test_tied_embeddings() -> None:
     assert "lm_head.weight" not in module.state_dict()
     features = copy.deepcopy(module)
     assert isinstance(features, ReferenceModel)
-    hidden = reference(model("vocab = 11; width = 16; layers = [b]; head = none"),
-                       dtype=torch.float64)  # fmt: skip
+    hidden = reference(
+        model("vocab = 11; width = 16; layers = [b]; head = none"), dtype=torch.float64
+    )
     hidden.load_state_dict(module.state_dict())
     table = module.get_parameter("embed_tokens.weight")
     torch.testing.assert_close(features(TOKENS), hidden(TOKENS) @ table.T)
@@ -193,8 +212,10 @@ def test_heads_and_raw_features() -> None:
     module = reference(m, dtype=torch.float64)
     x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0)).double()
     assert module(x).shape == (2, 3)
-    bare = reference(model("width = 16; layers = [b]; ffn = gelu(2); norm = layer; head = none"),
-                     dtype=torch.float64)  # fmt: skip
+    bare = reference(
+        model("width = 16; layers = [b]; ffn = gelu(2); norm = layer; head = none"),
+        dtype=torch.float64,
+    )
     bare.load_state_dict({k: v for k, v in module.state_dict().items() if "head." not in k})
     head = module.get_parameter("head.weight"), module.get_parameter("head.bias")
     torch.testing.assert_close(module(x), functional.linear(bare(x).mean(1), *head))

@@ -35,8 +35,11 @@ I, J = torch.arange(N)[:, None], torch.arange(N)[None]
 def qkv(module: ReferenceBlock, x: Tensor, source: Tensor | None = None) -> list[Tensor]:
     """The three projections, split into heads, keys and values repeated to the queries'."""
     made = []
-    for name, each in (("q", x), ("k", x if source is None else source),
-                       ("v", x if source is None else source)):  # fmt: skip
+    for name, each in (
+        ("q", x),
+        ("k", x if source is None else source),
+        ("v", x if source is None else source),
+    ):
         y = each @ module.get_parameter(f"{name}_proj.weight").T
         heads = H if name == "q" else module.architecture.kv_heads
         made.append(torch.stack(y.chunk(heads, -1), 1))
@@ -136,8 +139,16 @@ def test_positions_are_what_i_and_j_count() -> None:
 
 
 def test_rows_that_see_nothing_are_zero_with_zero_gradients() -> None:
-    for normalize in ("softmax", "softmax_plus_one", "sink", "relu", "squared_relu", "sigmoid",
-                      "entmax(1.5)", "sparsemax"):  # fmt: skip
+    for normalize in (
+        "softmax",
+        "softmax_plus_one",
+        "sink",
+        "relu",
+        "squared_relu",
+        "sigmoid",
+        "entmax(1.5)",
+        "sparsemax",
+    ):
         module = made(f"mask = j < i - 3; normalize = {normalize}")
         x = X.clone().requires_grad_()
         y = module(x)
@@ -394,10 +405,12 @@ GRADIENTS = [
 
 @pytest.mark.parametrize("normalize", GRADIENTS)
 def test_gradcheck(normalize: str) -> None:
-    arch = check(parse(
-        f"block b {{ heads = 2; kv_heads = 1; mask = causal and i - j != 2; score = alibi; "
-        f"normalize = {normalize} }}"
-    ))  # fmt: skip
+    arch = check(
+        parse(
+            f"block b {{ heads = 2; kv_heads = 1; mask = causal and i - j != 2; score = alibi; "
+            f"normalize = {normalize} }}"
+        )
+    )
     module = reference(find(arch, "b", 4), dtype=torch.float64, seed=3)
     names = [name for name, _ in module.named_parameters()]
 
@@ -446,8 +459,12 @@ def test_dropout_keeps_the_expectation_and_is_off_in_evaluation() -> None:
 
 
 def test_cross_attention() -> None:
-    arch = check(parse(f"block b {{ heads = {H}; source = context; context_width = 10; "
-                       "position = rope; mask = j <= 2 * i }"))  # fmt: skip
+    arch = check(
+        parse(
+            f"block b {{ heads = {H}; source = context; context_width = 10; "
+            "position = rope; mask = j <= 2 * i }"
+        )
+    )
     module = reference(find(arch, "b", WIDTH), dtype=torch.float64)
     assert isinstance(module, ReferenceBlock)
     context = drawn(2, 17, 10, seed=9)

@@ -71,8 +71,9 @@ def test_what_is_not_chosen_may_be_undefined() -> None:
     plain = hl.load(BLOCK.replace("BODY", ""), format="loom").blocks["a"].mixings["o"].mix
     assert mix.score == plain.score
     assert (mix.normalize.numerator, mix.normalize.denominator) == (
-        plain.normalize.numerator, plain.normalize.denominator,
-    )  # fmt: skip
+        plain.normalize.numerator,
+        plain.normalize.denominator,
+    )
 
 
 def drawn() -> Tensor:
@@ -122,8 +123,12 @@ def test_a_score_of_minus_infinity_is_a_mask() -> None:
     x = drawn()
     outputs = []
     for body in ("mask = i > 2 and j <= i", "mask = j <= i; score = where(i > 2, s, log(0))"):
-        module = hl.compile(hl.load(BLOCK.replace("BODY", body), format="loom"), seed=0,
-                            dtype=torch.float64, backend="torch")  # fmt: skip
+        module = hl.compile(
+            hl.load(BLOCK.replace("BODY", body), format="loom"),
+            seed=0,
+            dtype=torch.float64,
+            backend="torch",
+        )
         outputs.append(module(x))
     torch.testing.assert_close(outputs[1], outputs[0])
     assert (outputs[1][:, :3] == 0).all()

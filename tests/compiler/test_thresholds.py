@@ -118,8 +118,9 @@ def test_rows_sum_to_one_at_any_size(name: str, size: float) -> None:
     normalize = f"{name} where sum == 1" if "tau" in name else name
     more = "let ones = x * 0 + 1; v = ones | linear | split"
     module, oracle = both(block(normalize, more=more), torch.float32)
-    weights = {name: torch.eye(4) * (size**0.5 if name[0] in "qk" else 1)
-               for name in module.state_dict()}  # fmt: skip
+    weights = {
+        name: torch.eye(4) * (size**0.5 if name[0] in "qk" else 1) for name in module.state_dict()
+    }
     for each in (module, oracle):
         each.load_state_dict(weights)
         y = each(tokens(1, 6, 4, dtype=torch.float32)).detach()

@@ -240,8 +240,9 @@ def test_documents_of_torch_and_in_any_order():
     assert np.array_equal(found, true_kinds((doc[:, None] == doc)[None], (32, 64)))
     ordered = kinds("doc[i] <= doc[j] and doc[j] != 1", 256, documents=np.sort(doc))
     ids = np.sort(doc)
-    assert np.array_equal(ordered, true_kinds(
-        ((ids[:, None] <= ids) & (ids != 1)[None, :])[None], (16, 16)))  # fmt: skip
+    assert np.array_equal(
+        ordered, true_kinds(((ids[:, None] <= ids) & (ids != 1)[None, :])[None], (16, 16))
+    )
 
 
 def test_what_cannot_be_classified_is_refused():

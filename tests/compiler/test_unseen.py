@@ -45,7 +45,9 @@ def test_what_shows_nothing_has_an_empty_extent(text):
 
 
 def test_a_branch_is_warned_of_where_its_mask_stands():
-    text = ("block a { mask = causal; branch b { mask = window(0) }\n"
-            "  branch c { heads = 2 }; out = (o + b) | merge | linear }")  # fmt: skip
+    text = (
+        "block a { mask = causal; branch b { mask = window(0) }\n"
+        "  branch c { heads = 2 }; out = (o + b) | merge | linear }"
+    )
     warnings = [each for each in check(parse(text)).warnings if each.code == "W005"]
     assert [text[each.span.start : each.span.end] for each in warnings] == ["window(0)"]

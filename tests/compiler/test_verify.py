@@ -134,8 +134,11 @@ def test_a_low_precision_is_held_to_what_the_meaning_loses_in_it() -> None:
     cases, worst, note = CHECKS["forward"](subject)  # in bfloat16 it is off by more than a tenth
     assert cases == 7
     assert worst < 1e-10
-    assert re.fullmatch(r"float32 off by .e-0[56], the meaning by .e-0[56]; "
-                        r"bfloat16 off by 2e-01, the meaning by 2e-01", note)  # fmt: skip
+    assert re.fullmatch(
+        r"float32 off by .e-0[56], the meaning by .e-0[56]; "
+        r"bfloat16 off by 2e-01, the meaning by 2e-01",
+        note,
+    )
     assert subject.sampled == "6 layers: up to 19 tokens"
 
 
@@ -195,8 +198,10 @@ def test_a_certificate_makes_equal_checks_once(monkeypatch: pytest.MonkeyPatch) 
     certificate.verify(api.load(text, format="loom"), "m")
     kernels = {"kernels in the interpreter", "kernels ahead of time"}
     assert [(name, set(each)) for name, each in asked] == [
-        ("a", {"exported file"}), ("a", {"exported file"} | kernels), ("m", set()),
-    ]  # fmt: skip
+        ("a", {"exported file"}),
+        ("a", {"exported file"} | kernels),
+        ("m", set()),
+    ]
 
 
 @pytest.mark.parametrize(("heads", "lengths"), [(4, [5, 19, 33]), (32, [19, 33]), (128, [33])])
@@ -215,9 +220,10 @@ def test_a_text_that_raises_is_found() -> None:
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     render = emit_module.render.render
     monkeypatch.setattr(
-        emit_module.render, "render",
+        emit_module.render,
+        "render",
         lambda *args: render(*args).replace("scale=0.3535533905932738", "scale=0.36"),
-    )  # fmt: skip
+    )
     findings = {each.check: each for each in verify(block(WINDOW))}
     assert failed(findings) == {"kernels in the interpreter"}
 

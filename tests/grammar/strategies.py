@@ -143,16 +143,19 @@ def scalars(
     small = st.sampled_from([syntax.Number(value, str(value)) for value in (0, 1, 2, 3, 0.5, 1.5)])
     ops = st.sampled_from(["+", "-", "*", "/"])
     unary = [
-        name for name, each in FUNCTIONS.items() if each.arity == 1 and not each.boolean
-        and name not in without
-    ]  # fmt: skip
+        name
+        for name, each in FUNCTIONS.items()
+        if each.arity == 1 and not each.boolean and name not in without
+    ]
 
     def larger(inner: st.SearchStrategy[syntax.Expr]) -> st.SearchStrategy[syntax.Expr]:
         mixed = inner | small
         compares = st.builds(
             lambda a, b, op: syntax.Compare((a, b), (op,)),
-            inner, mixed, st.sampled_from(["<", "<=", ">", ">="]),
-        )  # fmt: skip
+            inner,
+            mixed,
+            st.sampled_from(["<", "<=", ">", ">="]),
+        )
         return (
             st.builds(syntax.Binary, ops, inner, mixed)
             | st.builds(syntax.Binary, ops, mixed, inner)
@@ -161,10 +164,12 @@ def scalars(
             | st.builds(lambda name, a: syntax.Call(name, (a,)), st.sampled_from(unary), inner)
             | st.builds(
                 lambda name, a, b: syntax.Call(name, (a, b)),
-                st.sampled_from(["min", "max"]), inner, mixed,
+                st.sampled_from(["min", "max"]),
+                inner,
+                mixed,
             )
             | st.builds(lambda a, b, c: syntax.Call("where", (a, b, c)), compares, inner, inner)
-        )  # fmt: skip
+        )
 
     leaves = names | small if constants else names
     return st.recursive(leaves, larger, max_leaves=6)

@@ -50,9 +50,10 @@ def test_derivatives_of_random_expressions(expr, s, t):
 
 
 SMOOTH = [
-    name for name, each in FUNCTIONS.items()
+    name
+    for name, each in FUNCTIONS.items()
     if any(each.partials) and not each.boolean and name not in STRAIGHT
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", SMOOTH)

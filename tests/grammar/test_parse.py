@@ -175,8 +175,11 @@ def test_every_missing_separator_is_found_and_the_rest_is_read():
 def test_errors_are_collected_once_each():
     text = "block a { b = }\nblock c { d = 8 8 }\nblock e { f = (3 }\nlet g = $\n"
     assert [each[:3] for each in problems(text)] == [
-        ("L101", 1, 15), ("L101", 2, 17), ("L101", 3, 18), ("L102", 4, 9),
-    ]  # fmt: skip
+        ("L101", 1, 15),
+        ("L101", 2, 17),
+        ("L101", 3, 18),
+        ("L102", 4, 9),
+    ]
     assert len(problems("block a {\n  q = f(4\n  k = 3\n  l = 4\n}")) == 1
     assert [each[0] for each in problems("let a = $\nlet b = 1e999\n")] == ["L102", "L104"]
 

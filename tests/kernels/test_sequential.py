@@ -52,8 +52,7 @@ MIXERS = {
     "o <- y * (floor(detach(3 * n)) // 2) + norm(n - 5 % 3) * v",
     "output_first": "o <- v; z <- z + k; o <- o + sum(z) * v",
 }  # fmt: skip
-SHAPES = {"S": "head_dim, value_dim", "z": "head_dim", "y": "value_dim", "z2": "value_dim",
-          "n": ""}  # fmt: skip
+SHAPES = {"S": "head_dim, value_dim", "z": "head_dim", "y": "value_dim", "z2": "value_dim", "n": ""}
 
 
 def made(
@@ -63,8 +62,9 @@ def made(
     written = [each.split(" <-")[0].strip() for each in statements.split(";")]
     states = "; ".join(
         f"state {each}[{SHAPES[each]}] = {0.25 if each in 'nS' else 0}".replace("[]", "")
-        for each in dict.fromkeys(written) if each in SHAPES
-    )  # fmt: skip
+        for each in dict.fromkeys(written)
+        if each in SHAPES
+    )
     text = (
         "mix m { let a = x | linear(heads) | sigmoid; let b = x | linear(heads); "
         "let g = x | linear(heads * head_dim) | sigmoid | split; "
@@ -92,8 +92,10 @@ def given(scan: Scan, n: int, *, batch: int = 2, heads: int | None = None) -> li
     """Streams, tensors and first states: float32, with gradients, the same every time."""
     random = torch.Generator().manual_seed(n)
     count = scan.heads if heads is None else heads
-    sizes = [(batch, count, n) if each.size is None else (batch, count, n, each.size)
-             for each in scan.streams]  # fmt: skip
+    sizes = [
+        (batch, count, n) if each.size is None else (batch, count, n, each.size)
+        for each in scan.streams
+    ]
     sizes += [each.shape for each in scan.tensors]  # type: ignore[misc]
     sizes += [(batch, scan.heads, *each.shape) for each in scan.states]
     return [0.7 * torch.randn(size, generator=random) for size in sizes]
@@ -109,9 +111,14 @@ def meaning(scan: Scan, args: list[T], fresh: T | None) -> list[T]:
     outputs = []
     for t in range(n):
         if fresh is not None:
-            states = {each.name: torch.where(fresh[:, t].reshape(-1, *[1] * (1 + len(each.shape))),
-                                             each.initial, states[each.name])
-                      for each in scan.states}  # fmt: skip
+            states = {
+                each.name: torch.where(
+                    fresh[:, t].reshape(-1, *[1] * (1 + len(each.shape))),
+                    each.initial,
+                    states[each.name],
+                )
+                for each in scan.states
+            }
         streams = {}
         for each in scan.streams:
             now = values[each.name][:, :, t]
@@ -125,9 +132,14 @@ def meaning(scan: Scan, args: list[T], fresh: T | None) -> list[T]:
 
 
 def compare(
-    module: Any, scan: Scan, args: list[T], fresh: T | None = None, *, name: str = "recur",
+    module: Any,
+    scan: Scan,
+    args: list[T],
+    fresh: T | None = None,
+    *,
+    name: str = "recur",
     tolerance: float = 2e-5,
-) -> None:  # fmt: skip
+) -> None:
     """Compare results and all gradients with those of the statements in float64."""
     mine = [each.detach().requires_grad_() for each in args]
     theirs = [each.detach().double().requires_grad_() for each in args]
@@ -142,9 +154,12 @@ def compare(
     fixed = {each.name for each in scan.tensors if not each.differentiable}
     for label, a, b in [
         *zip(("o", *(f"last {each.name}" for each in scan.states)), found, expected, strict=True),
-        *((f"d {label}", a.grad, b.grad) for label, a, b in zip(names, mine, theirs, strict=True)
-          if label not in fixed),
-    ]:  # fmt: skip
+        *(
+            (f"d {label}", a.grad, b.grad)
+            for label, a, b in zip(names, mine, theirs, strict=True)
+            if label not in fixed
+        ),
+    ]:
         wanted = torch.zeros_like(a, dtype=torch.float64) if b is None else b
         error = (a.double() - wanted).abs().max() / (1 + wanted.abs().max())
         assert error <= tolerance, (label, float(error))
@@ -169,14 +184,18 @@ ZOO = ("mamba", "mega", "aft_simple", "key_only", "decaying_weights", "delta_pro
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo(execute: Any, name: str) -> None:
     graph = lower(zoo.entry(name).what(), Target("torch")).graph
-    (scan,) = (scan_of(graph, node) for node in graph.of(operations.Scan)
-               if isinstance(of_node(graph, node), str))  # fmt: skip
+    (scan,) = (
+        scan_of(graph, node)
+        for node in graph.of(operations.Scan)
+        if isinstance(of_node(graph, node), str)
+    )
     module = execute(printed(scan), f"<{SPACE}_zoo_{name}>")
     module.EVERY = 4  # tokens a chunk
     for n in (1, 10):
         args = given(scan, n, batch=1)
-        for each, arg in zip(scan.states, args[len(scan.streams) + len(scan.tensors) :],
-                             strict=True):  # fmt: skip
+        for each, arg in zip(
+            scan.states, args[len(scan.streams) + len(scan.tensors) :], strict=True
+        ):
             arg.abs_() if name == "key_only" else arg.fill_(max(each.initial, -3))
         compare(module, scan, args)
 
@@ -185,8 +204,10 @@ def test_the_norm_of_nothing_has_no_slope(execute: Any) -> None:
     scan = made(MIXERS["by_norm"])
     module = execute(printed(scan), f"<{SPACE}_nothing>")
     names = [*scan.streams, *scan.tensors, *scan.states]
-    args = [torch.zeros_like(arg) if each.name in ("k", "S") else arg
-            for each, arg in zip(names, given(scan, 3), strict=True)]  # fmt: skip
+    args = [
+        torch.zeros_like(arg) if each.name in ("k", "S") else arg
+        for each, arg in zip(names, given(scan, 3), strict=True)
+    ]
     compare(module, scan, args)
 
 
@@ -223,8 +244,10 @@ def test_any_strides(execute: Any) -> None:
             args[at] = args[at].transpose(1, 2).contiguous().transpose(1, 2)
     for mine, theirs in zip(module.recur(*args), dense, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    expanded = [each[:, :1].expand(each.shape) if at < len(scan.streams) else each
-                for at, each in enumerate(args)]  # fmt: skip
+    expanded = [
+        each[:, :1].expand(each.shape) if at < len(scan.streams) else each
+        for at, each in enumerate(args)
+    ]
     compare(module, scan, expanded)
     gaps = [torch.stack([each, each], -1)[..., 0] for each in args]
     for mine, theirs in zip(module.recur(*gaps), dense, strict=True):
@@ -253,9 +276,11 @@ def test_pieces_are_the_whole(execute: Any) -> None:
     ended = module.recur(*(each[:, :, 2:] for each in streams), *rest, *begun[1:])
     torch.testing.assert_close(torch.cat([begun[0], ended[0]], 2), whole[0])
     torch.testing.assert_close(ended[1:], whole[1:])
-    wanted = [each for each, source in zip(args, [*scan.streams, *scan.tensors, *scan.states],
-                                           strict=True)
-              if not isinstance(source, Tensor)]  # fmt: skip
+    wanted = [
+        each
+        for each, source in zip(args, [*scan.streams, *scan.tensors, *scan.states], strict=True)
+        if not isinstance(source, Tensor)
+    ]
     grads = torch.autograd.grad(whole[0].square().sum(), wanted)
     pieces = begun[0].square().sum() + ended[0].square().sum()
     for a, b in zip(torch.autograd.grad(pieces, wanted), grads, strict=True):

@@ -79,8 +79,7 @@ def outcome(module: nn.Module, training: bool) -> dict[str, Tensor]:
     torch.manual_seed(4)
     y = module.train(training)(x)
     wanted = {"x": x, **dict(module.named_parameters())}
-    found = torch.autograd.grad(y.cos().sum(), list(wanted.values()),
-                                materialize_grads=True)  # fmt: skip
+    found = torch.autograd.grad(y.cos().sum(), list(wanted.values()), materialize_grads=True)
     return {"output": y.detach(), **dict(zip(wanted, found, strict=True))}
 
 

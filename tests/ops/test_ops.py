@@ -95,11 +95,16 @@ class Case:
                 if not y.requires_grad:
                     found.append([])
                     continue
-                found.append([
-                    torch.zeros_like(x) if dx is None else dx
-                    for x, dx in zip(wanted, torch.autograd.grad(y, wanted, dy, allow_unused=True),
-                                     strict=True)
-                ])  # fmt: skip
+                found.append(
+                    [
+                        torch.zeros_like(x) if dx is None else dx
+                        for x, dx in zip(
+                            wanted,
+                            torch.autograd.grad(y, wanted, dy, allow_unused=True),
+                            strict=True,
+                        )
+                    ]
+                )
         finally:
             self.inputs, self.weights = inputs, weights
         return found[0], found[1]
@@ -481,9 +486,13 @@ def test_how_far_a_convolution_reads() -> None:
         assert min(read) == max(0, 2 - conv.lookback(options))
         assert (max(read) > 2) == conv.looks_ahead(options)
     assert reach == {
-        (1, True): (0, False), (4, True): (3, False), (1, False): (0, False),
-        (2, False): (0, True), (4, False): (1, True), (5, False): (2, True),
-    }  # fmt: skip
+        (1, True): (0, False),
+        (4, True): (3, False),
+        (1, False): (0, False),
+        (2, False): (0, True),
+        (4, False): (1, True),
+        (5, False): (2, True),
+    }
     assert (OPS["rope"].lookback({}), OPS["rope"].looks_ahead({})) == (0, False)
 
 

@@ -21,8 +21,12 @@ SHORT, LONG = (1, 1.25, 1.5, 2), (2, 3, 4, 8)
 
 def chosen(name: str, **values: Any) -> Chosen:
     """Return `name(…)` with what was left out at its default, as the checker does."""
-    return Chosen(name, tuple((each.name, values.get(each.name, each.default))
-                              for each in SCALINGS[name].arguments))  # fmt: skip
+    return Chosen(
+        name,
+        tuple(
+            (each.name, values.get(each.name, each.default)) for each in SCALINGS[name].arguments
+        ),
+    )
 
 
 WAYS = {
@@ -73,8 +77,9 @@ def test_the_text_is_the_meaning(way: str, places: str) -> None:
     x = drawn(positions.shape[-1])
     for more in ({}, {"style": "interleaved", "inverse": True}):
         said = options(WAYS[way], **more)
-        torch.testing.assert_close(written(said, x, positions), meant(said, x, positions),
-                                   rtol=1e-12, atol=1e-12)  # fmt: skip
+        torch.testing.assert_close(
+            written(said, x, positions), meant(said, x, positions), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -153,10 +153,12 @@ def test_flex_documents(tokens: int, dtype: torch.dtype) -> None:
 
     visible = create_block_mask(within, BATCH, None, tokens, tokens, device="cpu")
     assert_same(
-        block("mask = causal and document", dtype), tokens_in(tokens, dtype),
+        block("mask = causal and document", dtype),
+        tokens_in(tokens, dtype),
         lambda q, k, v: flex_attention(q, k, v, block_mask=visible),
-        backward=False, segments=segments,
-    )  # fmt: skip
+        backward=False,
+        segments=segments,
+    )
 
 
 def by_rows(normalise: Callable[[Tensor], Tensor], causal: bool) -> Attention:

@@ -92,10 +92,13 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_the_frequencies_of_rope(name: str, tokens: int) -> None:
     scaling, parameters = TABLES[name]
     config = LlamaConfig(
-        hidden_size=16, num_attention_heads=1, head_dim=16, max_position_embeddings=LENGTH,
+        hidden_size=16,
+        num_attention_heads=1,
+        head_dim=16,
+        max_position_embeddings=LENGTH,
         rope_parameters={"rope_theta": 500.0, "original_max_position_embeddings": LENGTH}
         | parameters,
-    )  # fmt: skip
+    )
     theirs, gain = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu", seq_len=tokens)
     mine, my_gain = table(scaling, 16, tokens)
     torch.testing.assert_close(mine, theirs.double(), rtol=1e-5, atol=1e-9)

@@ -70,8 +70,10 @@ class Rule:
         if "q" in sliced:
             sliced["q"] += f" | repeat({heads // self.heads[0]})" if self.heads[0] < heads else ""
         streams = [f"let {name} = {sliced[name]}" for name in self.streams]
-        params = [f"param {name}[heads, {'head_dim' if kind == 'rows' else 'value_dim'}] = 1"
-                  for name, kind in self.parameters.items()]  # fmt: skip
+        params = [
+            f"param {name}[heads, {'head_dim' if kind == 'rows' else 'value_dim'}] = 1"
+            for name, kind in self.parameters.items()
+        ]
         states = [f"state {name}[{shape}] = 0" for name, shape in self.states.items()]
         lines = "\n  ".join([*streams, *params, *states, *self.statements.split("; ")])
         settings = "; ".join(f"{name} = {sliced[name]}" for name in self.reads)
@@ -180,8 +182,9 @@ def gradient(leaf: Tensor) -> Tensor:
 
 
 def upstream(output: Tensor) -> Tensor:
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(7),
-                        dtype=torch.float64)  # fmt: skip
+    noise = torch.randn(
+        output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    )
     return noise.to(output.dtype)
 
 
@@ -210,29 +213,41 @@ def compare(mine: Found, oracles: Found, tolerance: float, *, states: bool = Tru
 SCALED = "o <- head_dim ** -0.5 * (q @ S)"
 DELTA = "S <- S + beta * outer(k, v - k @ S)"
 LINEAR = Rule(f"S <- S + outer(k, v); {SCALED}")
-NORMALISED = Rule("S <- S + outer(k, v); z <- z + k; r <- head_dim ** -0.5 * q; "
-                  "o <- r @ S / (dot(r, z) + 1e-10)", positive=True,
-                  states={"S": "head_dim, value_dim", "z": "head_dim"})  # fmt: skip
+NORMALISED = Rule(
+    "S <- S + outer(k, v); z <- z + k; r <- head_dim ** -0.5 * q; o <- r @ S / (dot(r, z) + 1e-10)",
+    positive=True,
+    states={"S": "head_dim, value_dim", "z": "head_dim"},
+)
 RETENTION = Rule(f"const kept[heads] = 1 - 2 ** (-5 - h); S <- kept * S + outer(k, v); {SCALED}")
 FADING = Rule(f"S <- exp(g) * S + outer(k, v); {SCALED}", {"g": "number"})
 FADING_ROWS = Rule(f"S <- exp(g) * S + outer(k, v); {SCALED}", {"g": "rows"})
 HGRN = Rule("y <- exp(g) * y + v; o <- y", {"g": "columns"}, {"y": "value_dim"}, reads=("v",))
-RWKV6 = Rule("o <- head_dim ** -0.5 * (q @ S + dot(q * u, k) * v); S <- exp(g) * S + outer(k, v)",
-             {"g": "rows"}, parameters={"u": "rows"})  # fmt: skip
+RWKV6 = Rule(
+    "o <- head_dim ** -0.5 * (q @ S + dot(q * u, k) * v); S <- exp(g) * S + outer(k, v)",
+    {"g": "rows"},
+    parameters={"u": "rows"},
+)
 DELTA_RULE = Rule(f"{DELTA}; {SCALED}", {"beta": "number"})
 GATED_DELTA = Rule(f"S <- exp(g) * S; {DELTA}; {SCALED}", {"g": "number", "beta": "number"})
 KDA = Rule(f"S <- exp(g) * S; {DELTA}; {SCALED}", {"g": "rows", "beta": "number"})
 KDA_GROUPED = Rule(KDA.statements, KDA.streams, heads=(2, 2, 4))
 IPLR = Rule(f"S <- S + outer(b, kp @ S) + outer(k, v); {SCALED}", {"kp": "rows", "b": "rows"})
-DPLR = Rule(f"S <- exp(g) * S + outer(b, kp @ S) + outer(k, v); {SCALED}",
-            {"kp": "rows", "b": "rows", "g": "rows"})  # fmt: skip
-TWICE = Rule(f"S <- exp(g) * S; {DELTA}; S <- S + beta2 * outer(k2, v2 - k2 @ S); {SCALED}",
-             {"g": "number", "beta": "number", "k2": "rows", "v2": "columns",
-              "beta2": "number"})  # fmt: skip
-COMBA = Rule(f"S <- exp(g) * S; S <- S + beta * outer(k, v - kp @ S); {SCALED}",
-             {"g": "number", "beta": "number", "kp": "rows"})  # fmt: skip
-GDN2 = Rule(f"S <- exp(g) * S; S <- S + outer(k, w * v - (b * k) @ S); {SCALED}",
-            {"g": "rows", "b": "rows", "w": "columns"})  # fmt: skip
+DPLR = Rule(
+    f"S <- exp(g) * S + outer(b, kp @ S) + outer(k, v); {SCALED}",
+    {"kp": "rows", "b": "rows", "g": "rows"},
+)
+TWICE = Rule(
+    f"S <- exp(g) * S; {DELTA}; S <- S + beta2 * outer(k2, v2 - k2 @ S); {SCALED}",
+    {"g": "number", "beta": "number", "k2": "rows", "v2": "columns", "beta2": "number"},
+)
+COMBA = Rule(
+    f"S <- exp(g) * S; S <- S + beta * outer(k, v - kp @ S); {SCALED}",
+    {"g": "number", "beta": "number", "kp": "rows"},
+)
+GDN2 = Rule(
+    f"S <- exp(g) * S; S <- S + outer(k, w * v - (b * k) @ S); {SCALED}",
+    {"g": "rows", "b": "rows", "w": "columns"},
+)
 MOMENTUM = Rule(
     f"M <- exp(mu) * M + eta * outer(k, kp @ S - v); S <- exp(g) * S - beta * M; {SCALED}",
     {"g": "number", "mu": "number", "kp": "rows", "beta": "number", "eta": "number"},
@@ -260,8 +275,12 @@ def fla(path: str, function: str, *, heads_first: bool = False, **more: Any) -> 
 def normalised(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
     call = file_of("fla-core", "fla/ops/linear_attn/naive.py").naive_recurrent_linear_attn
     start = (first["S"], first["z"][:, None]) if first else None
-    o, (last, total) = call(*(given[name] for name in "qkv"), initial_state=start,
-                            output_final_state=True, normalize=True)  # fmt: skip
+    o, (last, total) = call(
+        *(given[name] for name in "qkv"),
+        initial_state=start,
+        output_final_state=True,
+        normalize=True,
+    )
     return o, {"S": last, "z": total[:, 0]}
 
 
@@ -281,18 +300,29 @@ def hgrn(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
 def twice(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
     path = "fla/ops/gated_delta_product/naive.py"
     call = file_of("fla-core", path).naive_recurrent_gated_delta_product
-    k, v, beta = (torch.stack([given[name], given[f"{name}2"]], dim=2).flatten(1, 2)
-                  for name in ("k", "v", "beta"))  # fmt: skip
-    o, last = call(given["q"], k, v, given["g"], beta, KEY**-0.5,
-                   initial_state=first["S"] if first else None, num_householder=2)  # fmt: skip
+    k, v, beta = (
+        torch.stack([given[name], given[f"{name}2"]], dim=2).flatten(1, 2)
+        for name in ("k", "v", "beta")
+    )
+    o, last = call(
+        given["q"],
+        k,
+        v,
+        given["g"],
+        beta,
+        KEY**-0.5,
+        initial_state=first["S"] if first else None,
+        num_householder=2,
+    )
     return o, {"S": last}
 
 
 def momentum(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
     path = "fla/ops/momentum_delta_rule/naive.py"
     call = file_of("fla-core", path).recurrent_momentum_delta_rule_ref
-    streams = {{"g": "log_alpha", "mu": "log_mu", "kp": "p"}.get(name, name): given[name]
-               for name in given}  # fmt: skip
+    streams = {
+        {"g": "log_alpha", "mu": "log_mu", "kp": "p"}.get(name, name): given[name] for name in given
+    }
     start = (first["S"], first["M"]) if first else (None, None)
     o, last = call(**streams, initial_S=start[0], initial_M=start[1], output_final_state=True)
     return o, {"S": last[0], "M": last[1]}
@@ -349,8 +379,12 @@ def test_fla_in_double(name: str) -> None:
     alone = streams_of(given)
     if name != "retention":
         compare(ours(rule, given), theirs(rule, oracle, given), TOLERANCE[torch.float64])
-    compare(ours(rule, alone, meaning=True), theirs(rule, oracle, alone),
-            TOLERANCE[torch.float64], states=False)  # fmt: skip
+    compare(
+        ours(rule, alone, meaning=True),
+        theirs(rule, oracle, alone),
+        TOLERANCE[torch.float64],
+        states=False,
+    )
 
 
 BY_TOKEN = ("gated_delta_product", "momentum_delta_rule")  # which no chunk takes
@@ -421,8 +455,10 @@ def looped(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
 def test_extreme_gates(writes: str, kind: str, gates: str, tokens: int) -> None:
     streams = {"a": kind, **({"beta": "number"} if writes == "delta" else {})}
     rule = Rule(f"{WRITES[writes]}; o <- q @ S", streams)
-    extreme = {name: chosen(GATES[gates], (BATCH, tokens, *rule.shapes()[name]), len(name))
-               for name in streams}  # fmt: skip
+    extreme = {
+        name: chosen(GATES[gates], (BATCH, tokens, *rule.shapes()[name]), len(name))
+        for name in streams
+    }
     given = drawn(rule, tokens, seed=1, **extreme)
     exact = theirs(rule, looped, given)
     compare(ours(rule, cast(given, torch.float32)), exact, TOLERANCE[torch.float32])
@@ -457,24 +493,40 @@ def test_onnx(name: str, heads: tuple[int, int, int], tokens: int) -> None:
         given[key] = given[key].narrow(at, 0, heads[1]).repeat_interleave(times, at)
     given = cast(given, torch.float32)
 
-    fed = {"query": given["q"], "key": given["k"], "value": given["v"],
-           "past_state": given["first S"][:, ::times]}  # fmt: skip
-    fed |= {wanted: given[key][:, :, ::times]
-            for wanted, key in (("decay", "g"), ("beta", "beta")) if key in given}  # fmt: skip
+    fed = {
+        "query": given["q"],
+        "key": given["k"],
+        "value": given["v"],
+        "past_state": given["first S"][:, ::times],
+    }
+    fed |= {
+        wanted: given[key][:, :, ::times]
+        for wanted, key in (("decay", "g"), ("beta", "beta"))
+        if key in given
+    }
     inputs = ["query", "key", "value", "past_state", "decay", "beta"]
     node = onnx.helper.make_node(
-        "LinearAttention", [each if each in fed else "" for each in inputs], ["o", "last"],
-        q_num_heads=heads[0], kv_num_heads=heads[1], update_rule=name.removesuffix("_rows"),
-    )  # fmt: skip
-    arrays = {key: each.numpy() if key == "past_state" else each.flatten(2).numpy()
-              for key, each in fed.items()}  # fmt: skip
+        "LinearAttention",
+        [each if each in fed else "" for each in inputs],
+        ["o", "last"],
+        q_num_heads=heads[0],
+        kv_num_heads=heads[1],
+        update_rule=name.removesuffix("_rows"),
+    )
+    arrays = {
+        key: each.numpy() if key == "past_state" else each.flatten(2).numpy()
+        for key, each in fed.items()
+    }
     real = onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(
-        [node], "g",
+        [node],
+        "g",
         [onnx.helper.make_tensor_value_info(key, real, each.shape) for key, each in arrays.items()],
-        [onnx.helper.make_tensor_value_info("o", real, [BATCH, tokens, heads[0] * VALUE]),
-         onnx.helper.make_tensor_value_info("last", real, arrays["past_state"].shape)],
-    )  # fmt: skip
+        [
+            onnx.helper.make_tensor_value_info("o", real, [BATCH, tokens, heads[0] * VALUE]),
+            onnx.helper.make_tensor_value_info("last", real, arrays["past_state"].shape),
+        ],
+    )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 27)])
     onnx.checker.check_model(model)
     o, last = map(torch.from_numpy, ReferenceEvaluator(model).run(None, arrays))
@@ -496,9 +548,11 @@ def transformers_of(module: str, function: str) -> Oracle:
     def run(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
         models = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
         call = getattr(models, function).__wrapped__
-        o, last = call(*(given[name] for name in ("q", "k", "v", "g", "beta")),
-                       initial_state=first["S"] if first else None,
-                       output_final_state=True)  # fmt: skip
+        o, last = call(
+            *(given[name] for name in ("q", "k", "v", "g", "beta")),
+            initial_state=first["S"] if first else None,
+            output_final_state=True,
+        )
         return o, {"S": last}
 
     return run

@@ -166,15 +166,21 @@ def llama_biased(sizes: Sizes) -> Pair:
 def mistral(sizes: Sizes) -> Pair:
     text = f"{sizes.loom}; {sizes.rope}; mask = causal and window({WINDOW})"
     config = MistralConfig(**sizes.config, sliding_window=WINDOW)
-    return decoder(text, config, MistralAttention, MistralRotaryEmbedding,
-                   mask=create_sliding_window_causal_mask)  # fmt: skip
+    return decoder(
+        text,
+        config,
+        MistralAttention,
+        MistralRotaryEmbedding,
+        mask=create_sliding_window_causal_mask,
+    )
 
 
 def gemma2(sizes: Sizes, layer: int, mask: str, theirs: Callable[..., Tensor | None]) -> Pair:
     """Return layer 0, which is local, or layer 1, which is global. The caps bite."""
     text = f"{sizes.loom}; {sizes.rope}; scale = 13 ** -0.5; score = softcap(2); mask = {mask}"
-    config = Gemma2Config(**sizes.config, sliding_window=WINDOW, query_pre_attn_scalar=13,
-                          attn_logit_softcapping=2.0)  # fmt: skip
+    config = Gemma2Config(
+        **sizes.config, sliding_window=WINDOW, query_pre_attn_scalar=13, attn_logit_softcapping=2.0
+    )
     return decoder(text, config, Gemma2Attention, Gemma2RotaryEmbedding, mask=theirs, layer=layer)
 
 
@@ -205,8 +211,15 @@ def gpt_oss(sizes: Sizes, layer: int, mask: str, theirs: Callable[..., Tensor | 
       v = x | linear(bias = true) | split
       out = o | merge | linear(bias = true)"""
     config = GptOssConfig(**sizes.config, sliding_window=WINDOW)
-    return decoder(text, config, GptOssAttention, GptOssRotaryEmbedding,
-                   WEIGHTS | BIASES | {"z": "sinks"}, theirs, layer)  # fmt: skip
+    return decoder(
+        text,
+        config,
+        GptOssAttention,
+        GptOssRotaryEmbedding,
+        WEIGHTS | BIASES | {"z": "sinks"},
+        theirs,
+        layer,
+    )
 
 
 def gpt_oss_local(sizes: Sizes) -> Pair:
@@ -258,9 +271,14 @@ def deepseek(sizes: Sizes, interleaved: bool) -> Pair:
     given = sizes.config | {"num_key_value_heads": heads}
     given.pop("head_dim")  # theirs is the turned part
     config = DeepseekV3Config(
-        **given, q_lora_rank=q_rank, kv_lora_rank=rank, qk_nope_head_dim=nope,
-        qk_rope_head_dim=turned, v_head_dim=value, rope_interleave=interleaved,
-    )  # fmt: skip
+        **given,
+        q_lora_rank=q_rank,
+        kv_lora_rank=rank,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=turned,
+        v_head_dim=value,
+        rope_interleave=interleaved,
+    )
     return decoder(text, config, DeepseekV3Attention, DeepseekV3RotaryEmbedding, table)
 
 
@@ -282,13 +300,17 @@ def bert(sizes: Sizes) -> Pair:
       v = x | linear(bias = true) | split
       out = o | merge | linear(bias = true)
     }}"""
-    config = BertConfig(hidden_size=width, num_attention_heads=sizes.heads,
-                        attn_implementation="eager")  # fmt: skip
+    config = BertConfig(
+        hidden_size=width, num_attention_heads=sizes.heads, attn_implementation="eager"
+    )
     layer = BertAttention(config).eval()
     module = nn.ModuleDict({"self": layer.self, "dense": layer.output.dense})
     names = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "dense"}
-    table = {f"{ours}_proj.{kind}": f"{theirs}.{kind}"
-             for ours, theirs in names.items() for kind in ("weight", "bias")}  # fmt: skip
+    table = {
+        f"{ours}_proj.{kind}": f"{theirs}.{kind}"
+        for ours, theirs in names.items()
+        for kind in ("weight", "bias")
+    }
     return Pair(text, module, lambda x: module["dense"](module["self"](x)[0]), table)
 
 
@@ -302,9 +324,14 @@ def t5(sizes: Sizes) -> Pair:
       width = {sizes.width}; heads = {sizes.heads}; head_dim = {sizes.head_dim}; scale = 1
       position = relative({2 * each}, {furthest})
     }}"""
-    config = T5Config(d_model=sizes.width, num_heads=sizes.heads, d_kv=sizes.head_dim,
-                      relative_attention_num_buckets=2 * each, attn_implementation="eager",
-                      relative_attention_max_distance=furthest)  # fmt: skip
+    config = T5Config(
+        d_model=sizes.width,
+        num_heads=sizes.heads,
+        d_kv=sizes.head_dim,
+        relative_attention_num_buckets=2 * each,
+        attn_implementation="eager",
+        relative_attention_max_distance=furthest,
+    )
     module = T5Attention(config, has_relative_attention_bias=True, layer_idx=0).eval()
     table: dict[str, str | tuple[str, Callable[[Tensor], Tensor]]] = {
         f"{name}_proj.weight": f"{name}.weight" for name in "qkvo"
@@ -351,8 +378,10 @@ def qwen3_next(sizes: Sizes) -> Pair:
 
     at, size = [0, d, 2 * d, 2 * d + group * e, 2 * (d + group * e)], keys * d
     table: Table = {
-        **{f"{name}_proj.weight": ("in_proj_qkvz.weight", rows(*span))
-           for name, span in zip("qkvz", pairwise(at), strict=True)},
+        **{
+            f"{name}_proj.weight": ("in_proj_qkvz.weight", rows(*span))
+            for name, span in zip("qkvz", pairwise(at), strict=True)
+        },
         "q_conv.weight": ("conv1d.weight", channels(0, size)),
         "k_conv.weight": ("conv1d.weight", channels(size, 2 * size)),
         "v_conv.weight": ("conv1d.weight", channels(2 * size, 2 * size + values * e)),
@@ -362,11 +391,15 @@ def qwen3_next(sizes: Sizes) -> Pair:
         "rate": "A_log",
         "o_norm.weight": "norm.weight",
         "o_proj.weight": "out_proj.weight",
-    }  # fmt: skip
+    }
     config = Qwen3NextConfig(
-        hidden_size=sizes.width, linear_num_key_heads=keys, linear_num_value_heads=values,
-        linear_key_head_dim=d, linear_value_head_dim=e, rms_norm_eps=1e-6,
-    )  # fmt: skip
+        hidden_size=sizes.width,
+        linear_num_key_heads=keys,
+        linear_num_value_heads=values,
+        linear_key_head_dim=d,
+        linear_value_head_dim=e,
+        rms_norm_eps=1e-6,
+    )
     module = Qwen3NextGatedDeltaNet(config, 0).eval()
     return Pair(text, module, module, table)
 
@@ -392,20 +425,33 @@ def mamba2(sizes: Sizes) -> Pair:
     rows = [0, wide, 2 * wide, 2 * wide + state, 2 * (wide + state), 2 * (wide + state) + heads]
     channels = [each - wide for each in rows[1:5]]
     table: Table = {
-        **{f"{name}_proj.weight": ("in_proj.weight", part(*span))
-           for name, span in zip(("gate_", *"vkq", "time"), pairwise(rows), strict=True)},
-        **{f"{name}_conv.{kind}": (f"conv1d.{kind}", part(*span))
-           for name, span in zip("vkq", pairwise(channels), strict=True)
-           for kind in ("weight", "bias")},
+        **{
+            f"{name}_proj.weight": ("in_proj.weight", part(*span))
+            for name, span in zip(("gate_", *"vkq", "time"), pairwise(rows), strict=True)
+        },
+        **{
+            f"{name}_conv.{kind}": (f"conv1d.{kind}", part(*span))
+            for name, span in zip("vkq", pairwise(channels), strict=True)
+            for kind in ("weight", "bias")
+        },
         "time_proj.bias": "dt_bias",
         "rate": "A_log",
         "skip": "D",
         "o_norm.weight": "norm.weight",
         "o_proj.weight": "out_proj.weight",
-    }  # fmt: skip
-    config = Mamba2Config(hidden_size=sizes.width, num_heads=heads, head_dim=e, expand=2,
-                          state_size=state, n_groups=1, conv_kernel=4, chunk_size=16,
-                          num_hidden_layers=1, layer_norm_epsilon=1e-5)  # fmt: skip
+    }
+    config = Mamba2Config(
+        hidden_size=sizes.width,
+        num_heads=heads,
+        head_dim=e,
+        expand=2,
+        state_size=state,
+        n_groups=1,
+        conv_kernel=4,
+        chunk_size=16,
+        num_hidden_layers=1,
+        layer_norm_epsilon=1e-5,
+    )
     module = Mamba2Mixer(config, 0).eval()
     return Pair(text, module, module, table)
 
@@ -471,11 +517,14 @@ def randomise(module: nn.Module, seed: int) -> None:
 
 def translated(table: Table, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return their tensors (weights or gradients) under our names, none of theirs left out."""
-    entries = {ours: (each, None) if isinstance(each, str) else each
-               for ours, each in table.items()}  # fmt: skip
+    entries = {
+        ours: (each, None) if isinstance(each, str) else each for ours, each in table.items()
+    }
     assert {name for name, _ in entries.values()} == set(theirs)
-    return {ours: theirs[name] if take is None else take(theirs[name])
-            for ours, (name, take) in entries.items()}  # fmt: skip
+    return {
+        ours: theirs[name] if take is None else take(theirs[name])
+        for ours, (name, take) in entries.items()
+    }
 
 
 def assert_near(
@@ -497,8 +546,9 @@ def assert_gradients(module: nn.Module, expected: Mapping[str, Tensor], toleranc
     assert ours.keys() == expected.keys()
     for name, each in ours.items():
         beside = expected[name.replace(".bias", ".weight")]
-        assert_near(each, expected[name], f"gradient of {name}", tolerance,
-                    scale=beside.abs().max().item())  # fmt: skip
+        assert_near(
+            each, expected[name], f"gradient of {name}", tolerance, scale=beside.abs().max().item()
+        )
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -586,12 +636,16 @@ def test_model(name: str) -> None:
         wanted = theirs(tokens).logits
         nn.functional.cross_entropy(wanted.flatten(0, 1), tokens.flatten()).backward()
         continued = theirs.generate(
-            tokens[:1], attention_mask=torch.ones_like(tokens[:1]), do_sample=False,
-            max_new_tokens=10, pad_token_id=0,
-        )  # fmt: skip
+            tokens[:1],
+            attention_mask=torch.ones_like(tokens[:1]),
+            do_sample=False,
+            max_new_tokens=10,
+            pad_token_id=0,
+        )
 
-    model = hl.compile(hl.load(MODEL.format(more=settings), format="loom"), "tiny",
-                       dtype=torch.float64)  # fmt: skip
+    model = hl.compile(
+        hl.load(MODEL.format(more=settings), format="loom"), "tiny", dtype=torch.float64
+    )
     model.load_state_dict({our_name(key): each for key, each in theirs.state_dict().items()})
     logits = model(tokens)
     nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()

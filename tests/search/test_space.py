@@ -85,10 +85,20 @@ def test_the_same_seed_draws_the_same():
 
 def test_names_of_draws_follow_the_text():
     assert [each.name for each in holes(SPACE)] == [
-        "base.heads", "global.q[2]", "global.q[3]", "local.mask", "local.mask.sink", "unused.heads",
-        "probe.dropout", "probe.dropout[0]", "probe.layers[0]", "probe.w", "probe.layers[1]",
-        "probe.layers[2].local.w", "search.train.lr",
-    ]  # fmt: skip
+        "base.heads",
+        "global.q[2]",
+        "global.q[3]",
+        "local.mask",
+        "local.mask.sink",
+        "unused.heads",
+        "probe.dropout",
+        "probe.dropout[0]",
+        "probe.layers[0]",
+        "probe.w",
+        "probe.layers[1]",
+        "probe.layers[2].local.w",
+        "search.train.lr",
+    ]
 
 
 def test_a_hole_in_a_choice_that_is_not_taken_is_never_drawn():
@@ -104,10 +114,14 @@ def test_a_hole_in_a_choice_that_is_not_taken_is_never_drawn():
 
 
 def test_a_let_is_drawn_once_and_each_draws_anew():
-    file = model("each(6, a(w)) + each(6, a(pow2(1..1024)))", "let w = pow2(1..1024)",
-                 "block a(h) { heads = h }")  # fmt: skip
-    layers = next(each.value for each in draw(file, Random(1)).items[-1].body
-                  if each.name == "layers")  # fmt: skip
+    file = model(
+        "each(6, a(w)) + each(6, a(pow2(1..1024)))",
+        "let w = pow2(1..1024)",
+        "block a(h) { heads = h }",
+    )
+    layers = next(
+        each.value for each in draw(file, Random(1)).items[-1].body if each.name == "layers"
+    )
     values = [each.args[0].value for each in layers.items]
     assert len(set(values[:6])) == 1
     assert len(set(values[6:])) > 1
@@ -122,10 +136,13 @@ def test_what_may_be_left_out():
         def category(self, _, choices, *__):
             return len(choices) - 1
 
-    file = model("[a, maybe(b)]", blocks="""
+    file = model(
+        "[a, maybe(b)]",
+        blocks="""
 block a { dropout = maybe(0.1); mask = causal and maybe(window(4)); q = x | maybe(linear) | split
           position = rope(theta = maybe(1e6)) }
-block b { heads = 4 }""")  # fmt: skip
+block b { heads = 4 }""",
+    )
     text = drawn(file, Absent())
     assert "dropout" not in text
     assert "mask     = causal\n" in text
@@ -153,10 +170,14 @@ search { model = large; task = mqar; maximize = accuracy }
 
 
 def test_bounds_may_read_what_is_drawn():
-    file = model("[a(w, pow2(1..w))]", "let w = pow2(4..8)",
-                 "block a(h, g) { heads = h; kv_heads = g }")  # fmt: skip
-    assert {each.name for each in holes(file)} == {"w", "m.layers[0].a.g(1..4)",
-                                                   "m.layers[0].a.g(1..8)"}  # fmt: skip
+    file = model(
+        "[a(w, pow2(1..w))]", "let w = pow2(4..8)", "block a(h, g) { heads = h; kv_heads = g }"
+    )
+    assert {each.name for each in holes(file)} == {
+        "w",
+        "m.layers[0].a.g(1..4)",
+        "m.layers[0].a.g(1..8)",
+    }
 
 
 # ── every alternative, and how many ──────────────────────────────────────────────────────
@@ -165,8 +186,17 @@ def test_bounds_may_read_what_is_drawn():
 def test_every_alternative_occurs():
     files = list(alternatives(SPACE))
     text = "".join(map(format_loom, files))
-    for each in ("rms_norm", "sink(4)", "identity", "local(64)", "local(w = 2)", "dropout = 0.5",
-                 "dropout = 0.0", "heads = 1", "heads = 4"):  # fmt: skip
+    for each in (
+        "rms_norm",
+        "sink(4)",
+        "identity",
+        "local(64)",
+        "local(w = 2)",
+        "dropout = 0.5",
+        "dropout = 0.0",
+        "heads = 1",
+        "heads = 4",
+    ):
         assert each.replace(" ", "") in text.replace(" ", "")
     assert len(files) == len(set(files)) <= sum(len(each.choices) for each in holes(SPACE))
     for file in files:
@@ -197,8 +227,10 @@ def test_size_counts_the_draws(layers, lets, count):
 
 
 def test_holes_of_a_block_count_once_and_only_where_it_is_used():
-    blocks = "block a { heads = choose(1, 2, 4) }\nblock b : a { mask = causal }\n" \
-             "block c { heads = 2; dropout = maybe(0.1) }"  # fmt: skip
+    blocks = (
+        "block a { heads = choose(1, 2, 4) }\nblock b : a { mask = causal }\n"
+        "block c { heads = 2; dropout = maybe(0.1) }"
+    )
     file = model("each(2, choose(a, b, c))", blocks=blocks)
     file = parse(format_loom(file) + "search { model = m; task = mqar; maximize = accuracy }\n")
     # 4 pairs without c, 1 with c alone, 4 with both
@@ -214,8 +246,10 @@ def test_what_cannot_be_drawn_is_refused_with_its_place():
 
 
 def test_a_space_is_light():
-    code = ("import sys; import headloom.search.space, headloom.search.plan; "
-            "print([m for m in ('torch', 'optuna') if m in sys.modules])")  # fmt: skip
+    code = (
+        "import sys; import headloom.search.space, headloom.search.plan; "
+        "print([m for m in ('torch', 'optuna') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

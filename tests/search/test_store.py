@@ -82,8 +82,10 @@ def test_half_a_line_and_a_lock_of_the_dead_are_mended(plan):
 def test_a_killed_search_goes_on_and_ends_like_one_that_was_not(text, tmp_path):
     spec, out = tmp_path / "space.loom", tmp_path / "killed"
     spec.write_text(text(train=STEPS))
-    command = (f"from headloom.search.study import search; "
-               f"search({str(spec)!r}, trials=6, out={str(out)!r}, progress=False)")  # fmt: skip
+    command = (
+        f"from headloom.search.study import search; "
+        f"search({str(spec)!r}, trials=6, out={str(out)!r}, progress=False)"
+    )
     for finished in (1, 3):
         process = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
         _wait_until_trial_runs(journal(out), after=finished, process=process)
@@ -91,8 +93,11 @@ def test_a_killed_search_goes_on_and_ends_like_one_that_was_not(text, tmp_path):
         process.wait()
     found = search(spec, trials=6, out=out, progress=False)
     assert [each.state.name for each in found.trials] == ["COMPLETE"] * 6
-    trained = [each.user_attrs["fingerprint"] for each in found.trials
-               if "copied_from" not in each.user_attrs]  # fmt: skip
+    trained = [
+        each.user_attrs["fingerprint"]
+        for each in found.trials
+        if "copied_from" not in each.user_attrs
+    ]
     assert len(set(trained)) == len(trained)
     whole = search(spec, trials=6, out=tmp_path / "whole", progress=False)
     assert [each.params for each in whole.trials] == [each.params for each in found.trials]

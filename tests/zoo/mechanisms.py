@@ -113,8 +113,11 @@ class Mechanism:
 
     def _call(self, streams: dict[str, Tensor]) -> Given:
         tensors = {each.name: self.meaning._tensor(each.name) for each in self.block.tensors}
-        places = {axis: torch.arange(streams[name].shape[1]).expand(streams[name].shape[:2])
-                  for axis, name in (("n", "x"), ("m", "context")) if name in streams}  # fmt: skip
+        places = {
+            axis: torch.arange(streams[name].shape[1]).expand(streams[name].shape[:2])
+            for axis, name in (("n", "x"), ("m", "context"))
+            if name in streams
+        }
         return Given(streams, tensors, Places(places), None, False, {})
 
     @torch.no_grad()
@@ -129,8 +132,9 @@ class Mechanism:
     def weights(self, x: Tensor, **changed: Tensor) -> Tensor:
         """Return the map [b, heads, n, m]: what comes out where the values are one-hot."""
         k = self.streams(x, **{key: each for key, each in changed.items() if key == "context"})["k"]
-        return self.mixed(x, v=torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1),
-                          **changed)  # fmt: skip
+        return self.mixed(
+            x, v=torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1), **changed
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the scaled products of queries and keys [b, heads, n, m]."""
@@ -191,5 +195,6 @@ def merge(x: Tensor) -> Tensor:
 
 def attended(q: Tensor, k: Tensor, v: Tensor, heads: int = 4, **options: Any) -> Tensor:
     """Return plain attention of streams [b, n, d]."""
-    return merge(scaled_dot_product_attention(*(split(each, heads) for each in (q, k, v)),
-                                              **options))  # fmt: skip
+    return merge(
+        scaled_dot_product_attention(*(split(each, heads) for each in (q, k, v)), **options)
+    )

@@ -75,8 +75,12 @@ def mab(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_136_pma_is_mab_of_seeds():
     mechanism = Mechanism("set_transformer_pma")
     seeds = mechanism.parameter("q_latents.weight").expand(2, -1, -1)
-    hidden = mab(*(mapped(mechanism, f"{name}_proj", each)
-                   for name, each in zip("qkv", (seeds, X, X), strict=True)))  # fmt: skip
+    hidden = mab(
+        *(
+            mapped(mechanism, f"{name}_proj", each)
+            for name, each in zip("qkv", (seeds, X, X), strict=True)
+        )
+    )
     assert_close(mechanism(X), hidden + mapped(mechanism, "o_proj", hidden).relu())
 
 
@@ -98,11 +102,16 @@ def test_136_isab_is_mab_of_mab():
     mechanism = Mechanism("set_transformer_isab")
     points = mechanism.parameter("own_latents.weight").expand(2, -1, -1)
     names = ("own_proj", "read_k_proj", "read_v_proj")
-    held = mab(*(mapped(mechanism, name, each)
-                 for name, each in zip(names, (points, X, X), strict=True)))  # fmt: skip
+    held = mab(
+        *(mapped(mechanism, name, each) for name, each in zip(names, (points, X, X), strict=True))
+    )
     summary = held + mapped(mechanism, "summary_proj", held).relu()
-    hidden = mab(*(mapped(mechanism, f"{name}_proj", each)
-                   for name, each in zip("qkv", (X, summary, summary), strict=True)))  # fmt: skip
+    hidden = mab(
+        *(
+            mapped(mechanism, f"{name}_proj", each)
+            for name, each in zip("qkv", (X, summary, summary), strict=True)
+        )
+    )
     assert_close(mechanism(X), hidden + mapped(mechanism, "o_proj", hidden).relu())
 
 
@@ -150,8 +159,9 @@ def energies(mechanism: Mechanism, conditioned: Tensor) -> Tensor:
 def test_172_pools_states_by_energies_of_what_is_conditioned():
     mechanism = Mechanism("lexicon_affine")
     h, f = X.split((24, 8), -1)
-    e = energies(mechanism, mapped(mechanism, "factor_proj", f) * h
-                 + mapped(mechanism, "shift_proj", f))  # fmt: skip
+    e = energies(
+        mechanism, mapped(mechanism, "factor_proj", f) * h + mapped(mechanism, "shift_proj", f)
+    )
     pooled = (e.softmax(-1)[..., None] * h).sum(1, keepdim=True)
     assert_close(mechanism(X), mapped(mechanism, "o_proj", pooled))
 
@@ -159,7 +169,7 @@ def test_172_pools_states_by_energies_of_what_is_conditioned():
 def test_172_without_a_condition_it_is_plain_pooling():
     mechanism = Mechanism("lexicon_affine").set(
         factor_proj_weight=0, factor_proj_bias=1, shift_proj_weight=0, shift_proj_bias=0
-    )  # fmt: skip
+    )
     h = X[..., :24]
     pooled = (energies(mechanism, h).softmax(-1)[..., None] * h).sum(1, keepdim=True)
     assert_close(mechanism(X), mapped(mechanism, "o_proj", pooled))
@@ -175,11 +185,12 @@ def test_172_a_gate_of_nothing_halves_energies():
 
 def test_172_concatenated_features_add_to_the_energy():
     mechanism = Mechanism(
-        "lexicon_affine", ("head_dim = width - features", "head_dim = width; value_dim = 24"),
+        "lexicon_affine",
+        ("head_dim = width - features", "head_dim = width; value_dim = 24"),
         ("  let factor = f | linear(head_dim, bias = true)\n", ""),
         ("  let shift  = f | linear(head_dim, bias = true)\n", ""),
         ("factor * h_ + shift", "h_ | concat(f)"),
-    )  # fmt: skip
+    )
     w = mechanism.parameter("q_latents.weight").clone()
     w[:, 24:] = 0
     mechanism.set(q_latents_weight=w)
@@ -216,8 +227,10 @@ def fit_by_groups(mechanism: Mechanism, x: Tensor) -> Tensor:
     """The stage with groups along the batch, and latents shifted by a group, as in the paper."""
 
     def attend(read: str, name: str, q: Tensor, kv: Tensor, **options: Any) -> Tensor:
-        streams = (mapped(mechanism, f"{read}{at}_proj", each)
-                   for at, each in zip("qkv", (q, kv, kv), strict=True))  # fmt: skip
+        streams = (
+            mapped(mechanism, f"{read}{at}_proj", each)
+            for at, each in zip("qkv", (q, kv, kv), strict=True)
+        )
         return mapped(mechanism, f"{name}_proj", attended(*streams, **options))
 
     groups = x.unflatten(1, (-1, 4))
@@ -226,8 +239,12 @@ def fit_by_groups(mechanism: Mechanism, x: Tensor) -> Tensor:
     y = groups + attend("local_", "y", local, local, is_causal=True).view(shape)
     latents = mechanism.parameter("empty_latents.weight").unflatten(0, (8, 2))[:count]
     latents = latents.expand(2, -1, -1, -1)
-    read = attend("read_", "filled", normed(mechanism, "read_q_norm", latents).flatten(0, 1),
-                  normed(mechanism, "read_normed_norm", y).flatten(0, 1))  # fmt: skip
+    read = attend(
+        "read_",
+        "filled",
+        normed(mechanism, "read_q_norm", latents).flatten(0, 1),
+        normed(mechanism, "read_normed_norm", y).flatten(0, 1),
+    )
     latents = (latents + read.view(latents.shape)).flatten(1, 2)
     own = normed(mechanism, "global_own__norm", latents)
     chunks = torch.arange(2 * count) // 2
@@ -276,15 +293,29 @@ def test_perceiver_is_that_of_transformers():
     from transformers.models.perceiver.modeling_perceiver import PerceiverLayer
 
     config = PerceiverConfig(d_model=32, d_latents=32, attention_probs_dropout_prob=0.0)
-    theirs = PerceiverLayer(config, is_cross_attention=True, num_heads=4, q_dim=32, kv_dim=32,
-                            widening_factor=1).double().eval()  # fmt: skip
+    theirs = (
+        PerceiverLayer(
+            config, is_cross_attention=True, num_heads=4, q_dim=32, kv_dim=32, widening_factor=1
+        )
+        .double()
+        .eval()
+    )
     mechanism = Mechanism("perceiver")
-    copied(theirs, mechanism, {
-        "attention.self.layernorm1": "q_norm", "attention.self.layernorm2": "given_norm",
-        "attention.self.query": "q_proj", "attention.self.key": "k_proj",
-        "attention.self.value": "v_proj", "attention.output.dense": "told_proj",
-        "layernorm": "inner_norm", "mlp.dense1": "inner_proj", "mlp.dense2": "o_proj",
-    })  # fmt: skip
+    copied(
+        theirs,
+        mechanism,
+        {
+            "attention.self.layernorm1": "q_norm",
+            "attention.self.layernorm2": "given_norm",
+            "attention.self.query": "q_proj",
+            "attention.self.key": "k_proj",
+            "attention.self.value": "v_proj",
+            "attention.output.dense": "told_proj",
+            "layernorm": "inner_norm",
+            "mlp.dense1": "inner_proj",
+            "mlp.dense2": "o_proj",
+        },
+    )
     own = mechanism.parameter("own_latents.weight").expand(2, -1, -1)
     assert_close(mechanism(X), found(theirs, own, inputs=X))
 
@@ -305,12 +336,25 @@ def test_map_head_is_that_of_siglip():
     from transformers import SiglipVisionConfig
     from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
-    config = SiglipVisionConfig(hidden_size=32, num_attention_heads=4, intermediate_size=128,
-                                hidden_act="gelu", layer_norm_eps=1e-6)  # fmt: skip
+    config = SiglipVisionConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=128,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
     theirs = SiglipMultiheadAttentionPoolingHead(config).double().eval()
     mechanism = Mechanism("map_head")
-    copied(theirs, mechanism, {"attention.out_proj": "found_proj", "layernorm": "inner_norm",
-                               "mlp.fc1": "inner_proj", "mlp.fc2": "o_proj"})  # fmt: skip
+    copied(
+        theirs,
+        mechanism,
+        {
+            "attention.out_proj": "found_proj",
+            "layernorm": "inner_norm",
+            "mlp.fc1": "inner_proj",
+            "mlp.fc2": "o_proj",
+        },
+    )
     with torch.no_grad():
         theirs.probe.copy_(mechanism.parameter("q_latents.weight"))
         for part in ("weight", "bias"):
@@ -383,8 +427,9 @@ def test_229_equal_shares_of_all_heads_are_plain_attention():
 def test_229_gates_are_those_of_the_code():
     mechanism = Mechanism("moh")
     x = tokens(width=64)
-    always, chosen, parts = (mapped(mechanism, f"{name}_proj", x).softmax(-1)
-                             for name in ("always", "routed", "parts"))  # fmt: skip
+    always, chosen, parts = (
+        mapped(mechanism, f"{name}_proj", x).softmax(-1) for name in ("always", "routed", "parts")
+    )
     _, places = chosen.topk(2, dim=-1)
     hot = torch.zeros_like(chosen).scatter_(-1, places, 1.0)
     routed = chosen * hot / (chosen * hot).sum(-1, keepdim=True) * 2
@@ -393,8 +438,9 @@ def test_229_gates_are_those_of_the_code():
     streams = mechanism.streams(x)
     assert_close(streams["g"], g)
     assert_close(streams["chosen"].sum(-1), torch.full((2, N), 2.0).double())
-    assert_close(mechanism(x), mapped(mechanism, "o_proj", merge(mechanism.mixed(x)
-                                                                * g.mT[..., None])))  # fmt: skip
+    assert_close(
+        mechanism(x), mapped(mechanism, "o_proj", merge(mechanism.mixed(x) * g.mT[..., None]))
+    )
 
 
 def test_229_heads_that_are_not_chosen_may_be_anything():
@@ -472,8 +518,10 @@ def test_133_is_torchs_spectral_norm_times_a_factor():
 def test_118_of_equal_streams_both_are_plain_attention():
     mechanism = Mechanism("sal")
     plain = Mechanism("shaw", like=mechanism)
-    plain.set(v_proj_weight=mechanism.parameter("values_proj.weight"),
-              table=mechanism.parameter("both_relative_table"))  # fmt: skip
+    plain.set(
+        v_proj_weight=mechanism.parameter("values_proj.weight"),
+        table=mechanism.parameter("both_relative_table"),
+    )
     y = plain(X)
     assert_close(mechanism(torch.cat([X, X], -1)), torch.cat([y, y], -1))
 
@@ -481,8 +529,9 @@ def test_118_of_equal_streams_both_are_plain_attention():
 def test_118_classes_alone_say_who_reads_whom():
     mechanism = Mechanism("sal")
     classes, one, two = X, tokens(seed=1), tokens(seed=2)
-    first, second, both = (mechanism(torch.cat([each, classes], -1))
-                           for each in (one, two, 3 * one - 2 * two))  # fmt: skip
+    first, second, both = (
+        mechanism(torch.cat([each, classes], -1)) for each in (one, two, 3 * one - 2 * two)
+    )
     assert_close(both[..., :32], 3 * first[..., :32] - 2 * second[..., :32])
     assert_close(first[..., 32:], second[..., 32:])
 
@@ -494,8 +543,13 @@ def test_differential_is_diffllamas_attention():
         DiffLlamaRotaryEmbedding,
     )
 
-    config = DiffLlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=4,
-                             rms_norm_eps=1e-5, attention_dropout=0.0)  # fmt: skip
+    config = DiffLlamaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        rms_norm_eps=1e-5,
+        attention_dropout=0.0,
+    )
     config._attn_implementation = "eager"
     theirs = DiffLlamaAttention(config, 0).double().eval()
     mechanism = Mechanism("differential").set(o_norm_weight=1)
@@ -506,8 +560,12 @@ def test_differential_is_diffllamas_attention():
         v = mechanism.parameter("v_proj.weight").unflatten(0, (2, 2, 8))
         theirs.v_proj.weight.copy_(v.transpose(0, 1).flatten(0, 2))
         theirs.o_proj.weight.copy_(mechanism.parameter("o_proj.weight"))
-    mechanism.set(**{f"lambda_{name}": getattr(theirs, f"lambda_{name}").detach()
-                     for name in ("q1", "k1", "q2", "k2")})  # fmt: skip
+    mechanism.set(
+        **{
+            f"lambda_{name}": getattr(theirs, f"lambda_{name}").detach()
+            for name in ("q1", "k1", "q2", "k2")
+        }
+    )
     angles = DiffLlamaRotaryEmbedding(config)(X, torch.arange(N)[None])
     hidden = torch.zeros(N, N, dtype=torch.float64).masked_fill(~causal(), -torch.inf)
     y = found(theirs, X, position_embeddings=angles, attention_mask=hidden[None, None])
@@ -517,8 +575,9 @@ def test_differential_is_diffllamas_attention():
 def lambdas(plus: float, minus: float) -> Mechanism:
     """Return the mechanism, its two products of learned vectors these."""
     first = torch.eye(8, dtype=torch.float64)[0]
-    return Mechanism("differential").set(lambda_q1=plus * first, lambda_k1=first,
-                                         lambda_q2=first, lambda_k2=minus * first)  # fmt: skip
+    return Mechanism("differential").set(
+        lambda_q1=plus * first, lambda_k1=first, lambda_q2=first, lambda_k2=minus * first
+    )
 
 
 def test_differential_equal_maps_cancel():
@@ -530,12 +589,15 @@ def test_differential_equal_maps_cancel():
 
 def test_differential_without_the_second_map_it_is_attention_and_a_norm():
     mechanism = lambdas(-1e4, math.log(0.2))
-    one = Mechanism("block one { width = 32; heads = 2; head_dim = 8; value_dim = 16; "
-                    "mask = causal; position = rope; v = x | linear | split; "
-                    "out = o | rms_norm(eps = 1e-5) | scale(0.8) | merge | linear }",
-                    like=mechanism)  # fmt: skip
-    one.set(**{f"{name}_proj_weight": mechanism.parameter(f"one_{name}_proj.weight")
-               for name in "qk"})  # fmt: skip
+    one = Mechanism(
+        "block one { width = 32; heads = 2; head_dim = 8; value_dim = 16; "
+        "mask = causal; position = rope; v = x | linear | split; "
+        "out = o | rms_norm(eps = 1e-5) | scale(0.8) | merge | linear }",
+        like=mechanism,
+    )
+    one.set(
+        **{f"{name}_proj_weight": mechanism.parameter(f"one_{name}_proj.weight") for name in "qk"}
+    )
     assert_close(mechanism(X), one(X))
 
 
@@ -568,17 +630,20 @@ def test_75_relations_may_be_written_out():
 
 def test_75_sensory_heads_are_plain_attention():
     mechanism = Mechanism("dual_attention")
-    plain = Mechanism("block plain { width = 32; heads = 2; head_dim = 8; "
-                      "out = o | merge | linear(16) | concat(x | slice(16)) }",
-                      like=mechanism)  # fmt: skip
+    plain = Mechanism(
+        "block plain { width = 32; heads = 2; head_dim = 8; "
+        "out = o | merge | linear(16) | concat(x | slice(16)) }",
+        like=mechanism,
+    )
     assert_close(mechanism(X)[..., :16], plain(X)[..., :16])
 
 
 def test_75_without_relations_symbols_are_the_values():
     mechanism = Mechanism("dual_attention").set(told_proj_weight=0)
     streams = mechanism.streams(X)
-    o = scaled_dot_product_attention(streams["relational_q"], streams["relational_k"],
-                                     streams["symbol"])  # fmt: skip
+    o = scaled_dot_product_attention(
+        streams["relational_q"], streams["relational_k"], streams["symbol"]
+    )
     assert_close(mechanism(X)[..., 16:], mapped(mechanism, "related_proj", merge(o)))
 
 
@@ -607,8 +672,12 @@ def test_20_is_a_block_of_cross_attention_and_a_network():
     mixture = torch.stack([mechanism.parameter(name) for name in ("first", "middle", "last")])
     y = normed(mechanism, "y_norm", layers @ mixture)
     q = normed(mechanism, "q_norm", X)
-    o = attended(*(mapped(mechanism, f"{name}_proj", each)
-                   for name, each in zip("qkv", (q, y, y), strict=True)))  # fmt: skip
+    o = attended(
+        *(
+            mapped(mechanism, f"{name}_proj", each)
+            for name, each in zip("qkv", (q, y, y), strict=True)
+        )
+    )
     x = X + mapped(mechanism, "seen__proj", o)
     inner = gelu(mapped(mechanism, "inner_proj", normed(mechanism, "inner_norm", x)))
     assert_close(mechanism(X, context=LAYERS), x + mapped(mechanism, "o_proj", inner))
@@ -626,8 +695,10 @@ def test_42_vision_and_text_read_with_weights_of_their_own():
     mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=-0.4)
     parts = []
     for name, part in (("visual", X[:, :5]), ("text", X[:, 5:])):
-        q, k, v = (mapped(mechanism, f"{name}_{at}_proj", each)
-                   for at, each in zip("qkv", (part, OTHER, OTHER), strict=True))  # fmt: skip
+        q, k, v = (
+            mapped(mechanism, f"{name}_{at}_proj", each)
+            for at, each in zip("qkv", (part, OTHER, OTHER), strict=True)
+        )
         gate = mechanism.parameter(f"{name}_gate").tanh()
         parts.append(part + gate * attended(q, k, v))
     assert_close(mechanism(X, context=OTHER, segments=KINDS), torch.cat(parts, 1))
@@ -656,8 +727,12 @@ def test_90_the_attribute_asks():
     mechanism = Mechanism("conditional_cross")
     image = normed(mechanism, "normed_norm", X)
     asked = mapped(mechanism, "asked_v_proj", CONDITION)
-    o = attended(*(mapped(mechanism, f"{name}_proj", each)
-                   for name, each in zip("qkv", (asked, image, image), strict=True)))  # fmt: skip
+    o = attended(
+        *(
+            mapped(mechanism, f"{name}_proj", each)
+            for name, each in zip("qkv", (asked, image, image), strict=True)
+        )
+    )
     assert_close(mechanism(X, context=CONDITION), X + mapped(mechanism, "o_proj", o))
 
 
@@ -707,8 +782,11 @@ def agent_maps(mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols, back_rows, back_cols = (mechanism.parameter(name) for name in BIASES)
     first = (rows[..., :, None] + cols[..., None, :]).flatten(2)
     second = (back_rows[:, :, None] + back_cols[:, None]).flatten(1, 2)
-    return ((8**-0.5 * agents @ k.mT + first).softmax(-1),
-            (8**-0.5 * q @ agents.mT + second).softmax(-1), v)  # fmt: skip
+    return (
+        (8**-0.5 * agents @ k.mT + first).softmax(-1),
+        (8**-0.5 * q @ agents.mT + second).softmax(-1),
+        v,
+    )
 
 
 def test_240_agents_gather_and_queries_read_them():
@@ -749,8 +827,12 @@ def short(x: Tensor, mechanism: Mechanism, name: str) -> Tensor:
     """Return a causal convolution of every feature for itself, and silu after it."""
     weights = dict(mechanism.meaning.named_parameters())
     weight, bias = weights[f"{name}_conv.weight"].detach(), weights.get(f"{name}_conv.bias")
-    y = conv1d(pad(x.mT, (3, 0)), weight[:, None], None if bias is None else bias.detach(),
-               groups=len(weight))  # fmt: skip
+    y = conv1d(
+        pad(x.mT, (3, 0)),
+        weight[:, None],
+        None if bias is None else bias.detach(),
+        groups=len(weight),
+    )
     return silu(y.mT)
 
 
@@ -791,14 +873,27 @@ def test_gated_deltanet_is_that_of_olmo_hybrid():
     from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
 
     config = OlmoHybridConfig(
-        hidden_size=32, num_attention_heads=4, num_hidden_layers=4, linear_num_key_heads=4,
-        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
-        linear_allow_neg_eigval=False)  # fmt: skip
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=4,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_allow_neg_eigval=False,
+    )
     theirs = OlmoHybridGatedDeltaNet(config, 0).double().eval()
     mechanism = Mechanism("gated_deltanet_conv")
-    pairs = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "a_proj": "time_proj",
-             "b_proj": "beta_proj", "g_proj": "g_proj", "o_proj": "o_proj",
-             "o_norm": "o_norm"}  # fmt: skip
+    pairs = {
+        "q_proj": "q_proj",
+        "k_proj": "k_proj",
+        "v_proj": "v_proj",
+        "a_proj": "time_proj",
+        "b_proj": "beta_proj",
+        "g_proj": "g_proj",
+        "o_proj": "o_proj",
+        "o_norm": "o_norm",
+    }
     with torch.no_grad():
         for name, mine in pairs.items():
             getattr(theirs, name).weight.copy_(mechanism.parameter(f"{mine}.weight"))
@@ -810,8 +905,9 @@ def test_gated_deltanet_is_that_of_olmo_hybrid():
 
 
 def test_gated_deltanet_with_convolutions_that_do_nothing():
-    mechanism = Mechanism("gated_deltanet_conv", ("eps = 1e-5", "eps = 1e-6"),
-                          ("head_dim ** -0.5 * (q @ S)", "q @ S"))  # fmt: skip
+    mechanism = Mechanism(
+        "gated_deltanet_conv", ("eps = 1e-5", "eps = 1e-6"), ("head_dim ** -0.5 * (q @ S)", "q @ S")
+    )
     now = torch.tensor([0.0, 0, 0, 1])
     mechanism.set(q_conv_weight=now, k_conv_weight=now, v_conv_weight=now)
     without = Mechanism("gated_deltanet", ("step", "time"), like=mechanism)
@@ -831,8 +927,9 @@ def mamba_of(name: str, **sizes: int) -> nn.Module:
     kind, mixer = {"mamba": ("MambaConfig", MambaMixer), "mamba2": ("Mamba2Config", Mamba2Mixer)}[
         name
     ]
-    config = getattr(transformers, kind)(hidden_size=32, state_size=8, num_hidden_layers=1,
-                                         conv_kernel=4, expand=2, **sizes)  # fmt: skip
+    config = getattr(transformers, kind)(
+        hidden_size=32, state_size=8, num_hidden_layers=1, conv_kernel=4, expand=2, **sizes
+    )
     return mixer(config, 0).double().eval()
 
 
@@ -844,8 +941,9 @@ def test_mamba_is_that_of_transformers():
         theirs.in_proj.weight.copy_(torch.cat([p("u_proj.weight"), p("gate__proj.weight")]))
         theirs.conv1d.weight.copy_(p("u_conv.weight")[:, None])
         theirs.conv1d.bias.copy_(p("u_conv.bias"))
-        theirs.x_proj.weight.copy_(torch.cat([p(f"{name}.weight") for name in
-                                              ("time_proj_0", "k_proj", "q_proj")]))  # fmt: skip
+        theirs.x_proj.weight.copy_(
+            torch.cat([p(f"{name}.weight") for name in ("time_proj_0", "k_proj", "q_proj")])
+        )
         theirs.dt_proj.weight.copy_(p("time_proj_1.weight"))
         theirs.dt_proj.bias.copy_(p("time_proj_1.bias"))
         theirs.A_log.copy_(p("rate").flatten(0, 1))
@@ -859,8 +957,9 @@ def test_mamba_that_fades_at_once_reads_the_token_alone():
     streams = mechanism.streams(X)
     q, k, v = (streams[name] for name in "qkv")
     skip = mechanism.parameter("skip")[:, None]
-    assert_close(mechanism.mixed(X), (q * k).sum(-1, keepdim=True) * split(streams["time"]) * v
-                 + skip * v)  # fmt: skip
+    assert_close(
+        mechanism.mixed(X), (q * k).sum(-1, keepdim=True) * split(streams["time"]) * v + skip * v
+    )
 
 
 def test_mamba_that_does_not_fade_is_a_sum():
@@ -910,20 +1009,26 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 def test_hymba_of_attention_alone():
     mechanism = Mechanism("hymba").set(far_scale=0)
-    near = Mechanism("block near { width = 32; heads = 4; kv_heads = 2; position = rope; "
-                     "mask = causal and window(8); "
-                     "out = o | merge | rms_norm | linear }")  # fmt: skip
-    near.set(o_norm_weight=mechanism.parameter("one_norm.weight"),
-             o_proj_weight=mechanism.parameter("o_proj.weight") * mechanism.parameter("near_scale"),
-             **{f"{name}_proj_weight": mechanism.parameter(f"near_{name}_proj.weight")
-                for name in "qkv"})  # fmt: skip
+    near = Mechanism(
+        "block near { width = 32; heads = 4; kv_heads = 2; position = rope; "
+        "mask = causal and window(8); "
+        "out = o | merge | rms_norm | linear }"
+    )
+    near.set(
+        o_norm_weight=mechanism.parameter("one_norm.weight"),
+        o_proj_weight=mechanism.parameter("o_proj.weight") * mechanism.parameter("near_scale"),
+        **{
+            f"{name}_proj_weight": mechanism.parameter(f"near_{name}_proj.weight") for name in "qkv"
+        },
+    )
     assert_close(mechanism(X), near(X) / 2)
 
 
 def test_hymba_of_the_state_space_alone():
     mechanism = Mechanism("hymba").set(near_scale=0)
-    q, k = (short(mapped(mechanism, f"far_{name}_proj", X), mechanism, f"far_{name}")
-            for name in "qk")  # fmt: skip
+    q, k = (
+        short(mapped(mechanism, f"far_{name}_proj", X), mechanism, f"far_{name}") for name in "qk"
+    )
     v = split(short(mapped(mechanism, "far_v_proj", X), mechanism, "far_v"))
     time, fade = fading(mechanism, "far_ssd_", X)
     skip = mechanism.parameter("far_ssd_skip")[:, None, None]
@@ -942,8 +1047,10 @@ def test_hymba_both_count_alike_however_large():
 
 def averages(mechanism: Mechanism, x: Tensor) -> Tensor:
     """Return the moving averages as one convolution with its kernel written out."""
-    delta, alpha, beta, gamma = (mechanism.parameter(f"average_moving_{name}").flatten(0, 1)
-                                 for name in ("delta", "alpha", "beta", "gamma"))  # fmt: skip
+    delta, alpha, beta, gamma = (
+        mechanism.parameter(f"average_moving_{name}").flatten(0, 1)
+        for name in ("delta", "alpha", "beta", "gamma")
+    )
     p, a = delta.sigmoid(), alpha.sigmoid()
     q = 1 - p * a
     lags = torch.arange(N, dtype=torch.float64)
@@ -962,14 +1069,16 @@ def test_173_mega_written_out():
     x = normed(mechanism, "normed_norm", X)
     p = mechanism.parameter
     mean = silu(averages(mechanism, x) + p("omega") * x)
-    update, z, reset, hx = (mapped(mechanism, f"{name}_proj", mean)
-                            for name in ("update", "z", "reset", "hx"))  # fmt: skip
+    update, z, reset, hx = (
+        mapped(mechanism, f"{name}_proj", mean) for name in ("update", "z", "reset", "hx")
+    )
     update, z, reset = update.sigmoid(), silu(z), silu(reset)
     q, k = p("qf") * z + p("qs"), p("kf") * z + p("ks")
     gaps = torch.arange(N)[:, None] - torch.arange(N)
     a = softmax(q @ k.mT / 16**0.5 + p("bias")[gaps.clip(0)])
-    found = silu(hx + mapped(mechanism, "found_proj", reset * (a @ silu(mapped(mechanism, "v_proj",
-                                                                                x)))))  # fmt: skip
+    found = silu(
+        hx + mapped(mechanism, "found_proj", reset * (a @ silu(mapped(mechanism, "v_proj", x))))
+    )
     assert_close(mechanism(X), X + update * (found - X))
 
 
@@ -1035,8 +1144,9 @@ def test_171_random_forms_are_not_learned_and_the_rest_is_linear():
     mechanism.module.load_state_dict(mechanism.meaning.state_dict())
     parameters = dict(mechanism.module.named_parameters())
     y = mechanism.module(X)[..., 0].sum()
-    k, o = torch.autograd.grad(y, [parameters["k_proj.weight"], parameters["o_proj.weight"]],
-                               allow_unused=True)  # fmt: skip
+    k, o = torch.autograd.grad(
+        y, [parameters["k_proj.weight"], parameters["o_proj.weight"]], allow_unused=True
+    )
     assert k is None or not k.any()
     assert_close(o[0], merge(p @ full[:, None]).sum((0, 1)))
 
@@ -1065,11 +1175,13 @@ def skimmed(mechanism: Mechanism, x: Tensor) -> Tensor:
     p = (8**-0.5 * q @ k.mT).softmax(-1)
     for layer in (f"layers.{at}.attn." for at in range(3)):
         o = merge(p @ split(mapped(mechanism, f"{layer}v_proj", text)))
-        text = normed(mechanism, f"{layer}read_norm",
-                      text + mapped(mechanism, f"{layer}read_proj", o))  # fmt: skip
+        text = normed(
+            mechanism, f"{layer}read_norm", text + mapped(mechanism, f"{layer}read_proj", o)
+        )
         inner = gelu(mapped(mechanism, f"{layer}inner_proj_0", text))
-        text = normed(mechanism, f"{layer}o_norm",
-                      text + mapped(mechanism, f"{layer}inner_proj_1", inner))  # fmt: skip
+        text = normed(
+            mechanism, f"{layer}o_norm", text + mapped(mechanism, f"{layer}inner_proj_1", inner)
+        )
     return torch.cat([text, layout], -1)
 
 
@@ -1169,14 +1281,18 @@ def natsl(mechanism: Mechanism, stays: Tensor) -> Tensor:
         start = torch.where(stays[..., at // 4, None, None], faded, state)
     q, k = (split(each, 4) for each in (asked, keyed))
     q, k = (nn.functional.rms_norm(each, (4,), eps=1e-6) for each in (q, k))
-    q, k = (each * mechanism.parameter(f"both_{name}_norm.weight")
-            for each, name in ((q, "q"), (k, "k")))  # fmt: skip
+    q, k = (
+        each * mechanism.parameter(f"both_{name}_norm.weight")
+        for each, name in ((q, "q"), (k, "k"))
+    )
     chunk = torch.arange(N) // 4
     later = stays.repeat_interleave(2, 1).repeat_interleave(4, 2)[:, :, None, :N]
     seen = causal() & (later | (chunk[:, None] == chunk))
     read = softmax(0.5 * q @ k.mT, seen) @ split(held, 4)
-    both = [nn.functional.rms_norm(each, (8,), mechanism.parameter(f"both_norm_{at}.weight"), 1e-6)
-            for at, each in enumerate((read, split(merge(found), 4)))]  # fmt: skip
+    both = [
+        nn.functional.rms_norm(each, (8,), mechanism.parameter(f"both_norm_{at}.weight"), 1e-6)
+        for at, each in enumerate((read, split(merge(found), 4)))
+    ]
     ours, theirs = (mapped(mechanism, f"both_{name}_proj", asked) for name in ("ours", "theirs"))
     share = torch.stack([ours, theirs]).softmax(0).mT[..., None]
     o = merge(share[0] * both[0] + share[1] * both[1])

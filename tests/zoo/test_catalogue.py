@@ -130,9 +130,12 @@ def test_who_sees_whom(name):
     ids = segments[0].tolist()
     mechanism = Mechanism(name)
     x = tokens(len(ids))
-    expected = torch.tensor([[[sees(h, i, j, ids) for j in range(len(ids))]
-                              for i in range(len(ids))]
-                             for h in range(mechanism.block.heads)])  # fmt: skip
+    expected = torch.tensor(
+        [
+            [[sees(h, i, j, ids) for j in range(len(ids))] for i in range(len(ids))]
+            for h in range(mechanism.block.heads)
+        ]
+    )
     assert torch.equal(weights(mechanism, x, segments)[0] != 0, expected)
     if name != "cdlm":
         assert_close(mechanism(x, segments=segments), by_hand(mechanism, x, expected))
@@ -169,22 +172,31 @@ def unmoved(mechanism: Mechanism, segments: Tensor, changed: int) -> list[int]:
     x = tokens(segments.shape[1])
     other = torch.where((segments == changed)[..., None], 1.0, x)
     moved = (mechanism(x, segments=segments) - mechanism(other, segments=segments)).abs().amax(2)
-    return [each for each in segments[0].unique().tolist()
-            if (moved[segments == each] < 1e-12).all()]  # fmt: skip
+    return [
+        each for each in segments[0].unique().tolist() if (moved[segments == each] < 1e-12).all()
+    ]
 
 
 def test_40_answers_do_not_see_each_other():
     segments = row((0, 6), (1, 5), (2, 9), (3, 4))
     mechanism = Mechanism("share_question")
     assert [unmoved(mechanism, segments, each) for each in range(4)] == [
-        [], [0, 2, 3], [0, 1, 3], [0, 1, 2]]  # fmt: skip
+        [],
+        [0, 2, 3],
+        [0, 1, 3],
+        [0, 1, 2],
+    ]
 
 
 def test_40_the_last_document_alone_sees_the_examples():
     segments = row((0, 6), (1, 5), (2, 9), (3, 4))
     mechanism = Mechanism("causal_blockwise")
     assert [unmoved(mechanism, segments, each) for each in range(4)] == [
-        [1, 2], [0, 2], [0, 1], [0, 1, 2]]  # fmt: skip
+        [1, 2],
+        [0, 2],
+        [0, 1],
+        [0, 1, 2],
+    ]
 
 
 def test_40_blocks_of_one_are_causal_documents():
@@ -295,8 +307,13 @@ def test_61_is_longformers_attention():
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
     mechanism = Mechanism("cdlm")
-    config = LongformerConfig(hidden_size=32, num_attention_heads=4, attention_window=[8],
-                              num_hidden_layers=1, attention_probs_dropout_prob=0.0)  # fmt: skip
+    config = LongformerConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        attention_window=[8],
+        num_hidden_layers=1,
+        attention_probs_dropout_prob=0.0,
+    )
     theirs = LongformerSelfAttention(config, 0).double().eval()
     half = mechanism.parameter("o_proj.weight")[:, :32]
     mechanism.set(o_proj_weight=half.repeat(1, 2))
@@ -323,9 +340,12 @@ def test_61_without_global_tokens_it_is_a_band():
     mechanism = Mechanism("cdlm")
     x = tokens(N)
     band = Mechanism("block band { width = 32; heads = 4; mask = window(5) }", like=mechanism)
-    band.set(**{f"{name}_proj_weight": mechanism.parameter(f"{name}_proj.weight")[:32]
-                for name in "qkv"},
-             o_proj_weight=mechanism.parameter("o_proj.weight")[:, :32])  # fmt: skip
+    band.set(
+        **{
+            f"{name}_proj_weight": mechanism.parameter(f"{name}_proj.weight")[:32] for name in "qkv"
+        },
+        o_proj_weight=mechanism.parameter("o_proj.weight")[:, :32],
+    )
     assert_close(mechanism(x), band(x))
 
 
@@ -333,24 +353,32 @@ def test_61_of_global_tokens_alone_it_is_full_attention():
     mechanism = Mechanism("cdlm")
     x = tokens(N)
     full = Mechanism(FULL)
-    full.set(**{f"{name}_proj_weight": mechanism.parameter(f"{name}_proj.weight")[32:]
-                for name in "qkv"},
-             o_proj_weight=mechanism.parameter("o_proj.weight")[:, 32:])  # fmt: skip
+    full.set(
+        **{
+            f"{name}_proj_weight": mechanism.parameter(f"{name}_proj.weight")[32:] for name in "qkv"
+        },
+        o_proj_weight=mechanism.parameter("o_proj.weight")[:, 32:],
+    )
     assert_close(mechanism(x, segments=row((1, N))), full(x))
 
 
 def test_52_diagonals_alone_are_a_window():
-    bare = visible("dam", N, ("where(h % 16 <= h // 16 or h % 16 == 9, 1, 0)",
-                              "where(h % 16 < 8, 1, 0)"),
-                   ("where(h % 16 == 0 or h % 16 == h // 16 + 3, 1, 0)", "0"))  # fmt: skip
+    bare = visible(
+        "dam",
+        N,
+        ("where(h % 16 <= h // 16 or h % 16 == 9, 1, 0)", "where(h % 16 < 8, 1, 0)"),
+        ("where(h % 16 == 0 or h % 16 == h // 16 + 3, 1, 0)", "0"),
+    )
     assert torch.equal(bare, visible("sliding_window", N))
 
 
 def test_52_the_first_columns_are_sinks():
-    seen = visible("dam", N, ("where(h % 16 <= h // 16 or h % 16 == 9, 1, 0)",
-                              "where(h % 16 < 8, 1, 0)"),
-                   ("where(h % 16 == 0 or h % 16 == h // 16 + 3, 1, 0)",
-                    "where(h % 16 < 2, 1, 0)"))  # fmt: skip
+    seen = visible(
+        "dam",
+        N,
+        ("where(h % 16 <= h // 16 or h % 16 == 9, 1, 0)", "where(h % 16 < 8, 1, 0)"),
+        ("where(h % 16 == 0 or h % 16 == h // 16 + 3, 1, 0)", "where(h % 16 < 2, 1, 0)"),
+    )
     assert torch.equal(seen, visible("streaming_llm", N))
 
 
@@ -361,8 +389,9 @@ def test_191_one_size_for_all_heads_is_streaming():
 
 def test_59_a_window_over_all_is_latent_attention():
     wide = Mechanism("asa_local", ("window(8)", "window(40)"))
-    latent = Mechanism("mla", ("q    = x | linear(32) | rms_norm | linear", "q = x | linear"),
-                       like=wide)  # fmt: skip
+    latent = Mechanism(
+        "mla", ("q    = x | linear(32) | rms_norm | linear", "q = x | linear"), like=wide
+    )
     x = tokens(N, 64)
     assert_close(wide(x), latent(x))
 
@@ -466,8 +495,9 @@ def test_94_heads_have_patterns():
     assert_close(p[:, 0], softmax(s[:, 0], matches))
     near = SENTENCES[0] // 16 == (SENTENCES[0] // 16)[:, None]
     assert_close(p[:, 1], softmax(s[:, 1], near))
-    assert_close(mechanism(x, segments=SENTENCES),
-                 through(mechanism, p @ mechanism.streams(x)["v"]))  # fmt: skip
+    assert_close(
+        mechanism(x, segments=SENTENCES), through(mechanism, p @ mechanism.streams(x)["v"])
+    )
 
 
 def test_94_neighbours_are_shifted_values():
@@ -535,8 +565,9 @@ PICTURE = row((0, 3), (1, 4), (2, 6), (0, 4), (3, 7))
 
 @pytest.mark.parametrize(("local", "summary"), [(0.7, 0.3), (0.4, 0.4)])
 def test_223_rows_that_answer_look_at_the_image(local, summary):
-    mechanism = Mechanism("paint", ("local = 0.7", f"local = {local}"),
-                          ("summary = 0.3", f"summary = {summary}"))  # fmt: skip
+    mechanism = Mechanism(
+        "paint", ("local = 0.7", f"local = {local}"), ("summary = 0.3", f"summary = {summary}")
+    )
     x = tokens(N)
     s = mechanism.logits(x)
     gain = torch.tensor([0.0, local, summary, 0.0], dtype=torch.float64)[PICTURE]
@@ -589,9 +620,12 @@ def offsets(axis: int) -> Tensor:
 def overlapped(mechanism: Mechanism, bias: Callable[[Tensor], Tensor]) -> None:
     """Compare with windows that are cut out; `bias` makes logits of their queries."""
     x = framed()
-    streams = {name: inside(mechanism.streams(x)[name].transpose(1, 2)
-                            .flatten(2)).unflatten(-1, (4, -1)).transpose(1, 2)
-               for name in "qkv"}  # fmt: skip
+    streams = {
+        name: inside(mechanism.streams(x)[name].transpose(1, 2).flatten(2))
+        .unflatten(-1, (4, -1))
+        .transpose(1, 2)
+        for name in "qkv"
+    }
     q = cut(streams["q"], 4, 4, 0)
     k, v = (cut(streams[name], 6, 4, 1) for name in "kv")
     p = (mechanism.block.mixings["o"].mix.scale * q @ k.mT + bias(q)).softmax(-1)
@@ -659,11 +693,18 @@ def sphere(*shape: int, seed: int = 0) -> Tensor:
 
 def nearest(rank: int, points: Tensor, queries: Tensor) -> Tensor:
     """One head of a rank with W_q = 1e4 W_k, both the first rows of the identity, and V = I."""
-    mechanism = Mechanism("rank_heads", ("heads    = 4", "heads = 1"),
-                          ("head_dim = width", f"head_dim = {rank}; value_dim = 32"))  # fmt: skip
+    mechanism = Mechanism(
+        "rank_heads",
+        ("heads    = 4", "heads = 1"),
+        ("head_dim = width", f"head_dim = {rank}; value_dim = 32"),
+    )
     eye = torch.eye(32, dtype=torch.float64)
-    mechanism.set(q_proj_weight=1e4 * eye[:rank], k_proj_weight=eye[:rank],
-                  v_proj_weight=eye, o_proj_weight=eye)  # fmt: skip
+    mechanism.set(
+        q_proj_weight=1e4 * eye[:rank],
+        k_proj_weight=eye[:rank],
+        v_proj_weight=eye,
+        o_proj_weight=eye,
+    )
     return mechanism(queries, context=points)
 
 
@@ -875,8 +916,9 @@ def test_100_two_heads_are_a_step_of_gradient_descent():
 def test_100_two_heads_do_not_see_a_shift_of_y():
     x, y = examples()
     shifted = torch.cat([y[:, :-1] + 2, y[:, -1:]], 1)
-    assert_close(regress(x, y, [0.3, -0.3], [2.0, -2.0]),
-                 regress(x, shifted, [0.3, -0.3], [2.0, -2.0]))  # fmt: skip
+    assert_close(
+        regress(x, y, [0.3, -0.3], [2.0, -2.0]), regress(x, shifted, [0.3, -0.3], [2.0, -2.0])
+    )
     assert_close(regress(x, y, [0.3], [2.0]) + 4, regress(x, shifted, [0.3], [2.0]))
 
 
@@ -890,8 +932,9 @@ def test_49_is_mllamas_cross_attention():
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig
     from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
-    config = MllamaTextConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
-                              rms_norm_eps=1e-5, dropout=0.0)  # fmt: skip
+    config = MllamaTextConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, dropout=0.0
+    )
     config._attn_implementation = "eager"
     theirs = MllamaTextCrossAttention(config, 0).double().eval()
     mechanism = Mechanism("mllama_cross").set(gate_=0.8)
@@ -925,8 +968,13 @@ def test_65_is_lxmerts_cross_attention():
     config = LxmertConfig(hidden_size=32, num_attention_heads=4)
     theirs = LxmertCrossAttentionLayer(config).double().eval()
     mechanism = Mechanism("lxmert_cross")
-    pairs = {"q_proj": theirs.att.query, "k_proj": theirs.att.key, "v_proj": theirs.att.value,
-             "o_proj": theirs.output.dense, "o_norm": theirs.output.LayerNorm}  # fmt: skip
+    pairs = {
+        "q_proj": theirs.att.query,
+        "k_proj": theirs.att.key,
+        "v_proj": theirs.att.value,
+        "o_proj": theirs.output.dense,
+        "o_norm": theirs.output.LayerNorm,
+    }
     words, boxes = tokens(N), tokens(9, seed=5)
     with torch.no_grad():
         for name, each in pairs.items():
@@ -950,8 +998,7 @@ def test_65_without_an_output_it_is_a_norm():
     mechanism = Mechanism("lxmert_cross").set(o_proj_weight=0, o_proj_bias=0)
     mechanism.set(o_norm_weight=1, o_norm_bias=0)
     words = tokens(N)
-    assert_close(mechanism(words, context=tokens(9, seed=5)),
-                 layer_norm(words, (32,), eps=1e-12))  # fmt: skip
+    assert_close(mechanism(words, context=tokens(9, seed=5)), layer_norm(words, (32,), eps=1e-12))
 
 
 def unit(x: Tensor, weight: Tensor, bias: Tensor | float = 0.0) -> Tensor:
@@ -966,8 +1013,9 @@ def test_22_is_a_network_on_what_stands_side_by_side():
     q = unit(q, weights["u_proj_0.weight"], weights["u_proj_0.bias"])
     k = unit(k, weights["w_proj_0.weight"], weights["w_proj_0.bias"])
     n = x.shape[1]
-    pairs = torch.cat([q[:, :, :, None].expand(-1, -1, -1, n, -1),
-                       k[:, :, None].expand(-1, -1, n, -1, -1)], -1)  # fmt: skip
+    pairs = torch.cat(
+        [q[:, :, :, None].expand(-1, -1, -1, n, -1), k[:, :, None].expand(-1, -1, n, -1, -1)], -1
+    )
     first = torch.cat([weights["u_proj_1.weight"], weights["w_proj_1.weight"]], 1)
     hidden = unit(pairs, first, weights["u_proj_1.bias"]).relu()
     s = (hidden @ weights["inner"].mT + weights["shift"]).relu() @ weights["last"]
@@ -994,8 +1042,10 @@ def test_22_units_have_no_order():
     x = tokens()
     y = mechanism(x)
     names = ("u_proj_1.weight", "u_proj_1.bias", "w_proj_1.weight", "inner")
-    swapped = {name.replace(".", "_"): mechanism.parameter(name).flip(-1 if name == "inner" else 0)
-               for name in names}  # fmt: skip
+    swapped = {
+        name.replace(".", "_"): mechanism.parameter(name).flip(-1 if name == "inner" else 0)
+        for name in names
+    }
     assert_close(mechanism.set(**swapped)(x), y)
 
 
@@ -1045,8 +1095,9 @@ def test_88_is_attention_to_static_keys_off_the_diagonal():
     mechanism = Mechanism("mask_align")
     x, words = tokens(), tokens(seed=5)
     streams = mechanism.streams(x, context=words)
-    found = scaled_dot_product_attention(*(streams[name] for name in "qkv"),
-                                         attn_mask=~torch.eye(11, dtype=torch.bool))  # fmt: skip
+    found = scaled_dot_product_attention(
+        *(streams[name] for name in "qkv"), attn_mask=~torch.eye(11, dtype=torch.bool)
+    )
     assert_close(mechanism(x, context=words), through(mechanism, found))
 
 
@@ -1118,8 +1169,10 @@ def test_230_the_running_sum_is_the_divided_form():
     mechanism = Mechanism("norm_attention")
     x = tokens()
     streams = mechanism.streams(x)
-    divided = Mechanism("block divided { width = 32; heads = 4; scale = 1; mask = causal; "
-                        "normalize = s / sum }", like=mechanism)  # fmt: skip
+    divided = Mechanism(
+        "block divided { width = 32; heads = 4; scale = 1; mask = causal; normalize = s / sum }",
+        like=mechanism,
+    )
     s = (streams["q"] @ streams["k"].mT).masked_fill(~causal(), 0).sum(-1)
     assert_close(mechanism.mixed(x, level=s.mT), divided.mixed(x))
 
@@ -1127,8 +1180,10 @@ def test_230_the_running_sum_is_the_divided_form():
 def split_by_sign(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     n = q.norm(dim=-1, keepdim=True)
     power = 3 * (0.5 + n.tanh())
-    return (torch.cat([(q.relu() / n) ** power, ((-q).relu() / n) ** power], -1),
-            torch.cat([k.relu() ** 3, (-k).relu() ** 3], -1))  # fmt: skip
+    return (
+        torch.cat([(q.relu() / n) ** power, ((-q).relu() / n) ** power], -1),
+        torch.cat([k.relu() ** 3, (-k).relu() ** 3], -1),
+    )
 
 
 def test_151_the_state_is_a_map_of_features():

@@ -31,8 +31,12 @@ def test_mha_of_one_token_is_its_value():
 def test_87_mqa_is_mha_with_one_head_copied():
     mqa = Mechanism("mqa")
     mha = Mechanism("mqa", ("kv_heads = 1", "kv_heads = 4"), like=mqa)
-    mha.set(**{f"{name}_proj_weight": repeated(mqa.parameter(f"{name}_proj.weight"), 1, 4)
-               for name in "kv"})  # fmt: skip
+    mha.set(
+        **{
+            f"{name}_proj_weight": repeated(mqa.parameter(f"{name}_proj.weight"), 1, 4)
+            for name in "kv"
+        }
+    )
     assert_close(mqa(X), mha(X))
 
 
@@ -55,8 +59,12 @@ def test_87_mqa_with_one_head_left_in_the_output():
 def test_gqa_repeats_heads_in_place():
     gqa = Mechanism("gqa")
     mha = Mechanism("gqa", ("kv_heads = 2", "kv_heads = 4"), like=gqa)
-    mha.set(**{f"{name}_proj_weight": repeated(gqa.parameter(f"{name}_proj.weight"), 2, 2)
-               for name in "kv"})  # fmt: skip
+    mha.set(
+        **{
+            f"{name}_proj_weight": repeated(gqa.parameter(f"{name}_proj.weight"), 2, 2)
+            for name in "kv"
+        }
+    )
     assert_close(gqa(X), mha(X))
 
 
@@ -102,8 +110,9 @@ def test_144_the_heads_each_query_reads():
     x = tokens(width=64)
     streams = mechanism.streams(x)
     q, k, v = (streams[name] for name in "qkv")
-    read = scaled_dot_product_attention(q, k.repeat_interleave(4, 1), v.repeat_interleave(2, 1),
-                                        is_causal=True)  # fmt: skip
+    read = scaled_dot_product_attention(
+        q, k.repeat_interleave(4, 1), v.repeat_interleave(2, 1), is_causal=True
+    )
     assert_close(mechanism.mixed(x), read)
     assert mechanism.parameter("k_proj.weight").shape == (2 * 8, 64)
     assert mechanism.parameter("v_proj.weight").shape == (4 * 8, 64)
@@ -129,14 +138,18 @@ def test_mla_shares_one_rotary_key():
 
 def test_14_the_output_absorbs_the_values_map():
     optimised = Mechanism("optimised_attention")
-    identity = Mechanism("optimised_attention", ("v     = x | split", "v = x | linear | split"),
-                         like=optimised).set(v_proj_weight=torch.eye(32))  # fmt: skip
+    identity = Mechanism(
+        "optimised_attention", ("v     = x | split", "v = x | linear | split"), like=optimised
+    ).set(v_proj_weight=torch.eye(32))
     assert_close(optimised(X), identity(X))
 
 
 def test_14_of_one_head_any_values_map_is_absorbed():
-    mapped = Mechanism("optimised_attention", ("v     = x | split", "v = x | linear | split"),
-                       ("heads = 4", "heads = 1"))  # fmt: skip
+    mapped = Mechanism(
+        "optimised_attention",
+        ("v     = x | split", "v = x | linear | split"),
+        ("heads = 4", "heads = 1"),
+    )
     absorbed = Mechanism("optimised_attention", ("heads = 4", "heads = 1"), like=mapped)
     absorbed.set(
         o_proj_weight=mapped.parameter("o_proj.weight") @ mapped.parameter("v_proj.weight")
@@ -169,8 +182,10 @@ def test_41_a_head_that_is_off_is_a_slice_left_out():
     changed[:, 24:] = 7
     assert_close(pruned.set(o_proj_weight=changed)(X), y)
     kept = Mechanism("block three { width = 32; heads = 3; head_dim = 8 }")
-    kept.set(**{f"{name}_proj_weight": pruned.parameter(f"{name}_proj.weight")[:24]
-                for name in "qkv"}, o_proj_weight=changed[:, :24])  # fmt: skip
+    kept.set(
+        **{f"{name}_proj_weight": pruned.parameter(f"{name}_proj.weight")[:24] for name in "qkv"},
+        o_proj_weight=changed[:, :24],
+    )
     assert_close(kept(X), y)
 
 

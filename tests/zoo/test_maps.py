@@ -83,8 +83,9 @@ def layered(
 
     def turned(y: Tensor) -> Tensor:
         a, b = y.chunk(2, -1)
-        return torch.cat([a * angles.cos() - b * angles.sin(),
-                          b * angles.cos() + a * angles.sin()], -1)  # fmt: skip
+        return torch.cat(
+            [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1
+        )
 
     for at, source in enumerate(sources):
         layer = f"layers.{at}"
@@ -132,14 +133,19 @@ def test_244_layers_read_the_nearest_leader_below():
 
 
 def test_244_leaders_alone_are_the_base_model():
-    mechanism = Mechanism("r_cla", ("follower, follower", "leader, leader"),
-                          ("[leader, follower]", "[leader, leader]"))  # fmt: skip
+    mechanism = Mechanism(
+        "r_cla",
+        ("follower, follower", "leader, leader"),
+        ("[leader, follower]", "[leader, leader]"),
+    )
     assert_close(mechanism(X), layered(mechanism, X, [0, 1, 2, 3, 4, 5]), 1e-8)
 
 
 def test_244_groups_of_two_are_cla():
-    groups = ("[leader] + [leader, follower, follower] + [leader, follower]",
-              "[leader, follower] * 2")  # fmt: skip
+    groups = (
+        "[leader] + [leader, follower, follower] + [leader, follower]",
+        "[leader, follower] * 2",
+    )
     mine = Mechanism("r_cla", groups)
     theirs = Mechanism("cla", ("kv_heads = 1", "kv_heads = 4"), like=mine)
     assert_close(mine(X), theirs(X))
@@ -153,8 +159,13 @@ def test_yoco_the_upper_half_reads_one_cache():
 def test_yoco_keeps_windows_and_one_whole_layer():
     caches = Mechanism("yoco").module.init_cache(1, 99)
     assert [each.kept["k"].shape[2] if "k" in each.kept else 0 for each in caches] == [
-        8, 8, 8, 99, 0, 0,
-    ]  # fmt: skip
+        8,
+        8,
+        8,
+        99,
+        0,
+        0,
+    ]
 
 
 def test_253_rows_see_what_the_layer_below_saw_most_of():
@@ -197,8 +208,9 @@ def test_realformer_logits_are_sums_over_layers():
 def test_realformer_layers_without_queries_draw_the_lowest_map():
     silent = {f"layers_{at}_attn_q_proj_weight": 0 for at in (1, 2, 3)}
     mechanism = Mechanism("realformer").set(**silent)
-    reused = Mechanism("realformer", ("score = s + previous.s", "weights = previous.p"),
-                       like=mechanism)  # fmt: skip
+    reused = Mechanism(
+        "realformer", ("score = s + previous.s", "weights = previous.p"), like=mechanism
+    )
     assert_close(mechanism(X), reused(X))
 
 
@@ -215,8 +227,9 @@ def show(mechanism: Mechanism) -> Tensor:
 def test_15_is_additive_attention_behind_a_gate():
     mechanism = Mechanism("show_attend_tell")
     beta = mapped(mechanism, "beta_proj", X).sigmoid()
-    assert_close(mechanism(X, context=FAR),
-                 mapped(mechanism, "o_proj", beta * (show(mechanism) @ FAR)))  # fmt: skip
+    assert_close(
+        mechanism(X, context=FAR), mapped(mechanism, "o_proj", beta * (show(mechanism) @ FAR))
+    )
 
 
 def test_15_equal_energies_are_the_mean():
@@ -238,23 +251,28 @@ def test_6_general_alignment():
     mechanism = Mechanism("luong_general")
     far = tokens(9, seed=5)
     p = (X @ mechanism.parameter("between") @ far.mT).softmax(-1)
-    assert_close(mechanism(X, context=far),
-                 mapped(mechanism, "o_proj", torch.cat([X, p @ far], -1)).tanh())  # fmt: skip
+    assert_close(
+        mechanism(X, context=far), mapped(mechanism, "o_proj", torch.cat([X, p @ far], -1)).tanh()
+    )
 
 
 def test_6_location_alone():
     mechanism = Mechanism("luong_location")
     far = tokens(9, seed=5)
     p = (X @ mechanism.parameter("place")[:9].mT).softmax(-1)
-    assert_close(mechanism(X, context=far),
-                 mapped(mechanism, "o_proj", torch.cat([X, p @ far], -1)).tanh())  # fmt: skip
+    assert_close(
+        mechanism(X, context=far), mapped(mechanism, "o_proj", torch.cat([X, p @ far], -1)).tanh()
+    )
 
 
 def test_6_general_alignment_of_the_identity_is_the_product():
     mechanism = Mechanism("luong_general").set(between=torch.eye(32).double())
-    product = Mechanism("luong_general", ("similarity = q @ (between @ k)", "similarity = dot"),
-                        ("  param between[head_dim, head_dim] = normal(head_dim ** -0.5)\n", ""),
-                        like=mechanism)  # fmt: skip
+    product = Mechanism(
+        "luong_general",
+        ("similarity = q @ (between @ k)", "similarity = dot"),
+        ("  param between[head_dim, head_dim] = normal(head_dim ** -0.5)\n", ""),
+        like=mechanism,
+    )
     far = tokens(9, seed=5)
     assert_close(mechanism(X, context=far), product(X, context=far))
 
@@ -277,10 +295,14 @@ def test_shaw_is_wav2vec2_berts_attention():
     from transformers import Wav2Vec2BertConfig
     from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
-    config = Wav2Vec2BertConfig(hidden_size=32, num_attention_heads=4, attention_dropout=0.0,
-                                position_embeddings_type="relative_key",
-                                left_max_position_embeddings=4,
-                                right_max_position_embeddings=4)  # fmt: skip
+    config = Wav2Vec2BertConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        attention_dropout=0.0,
+        position_embeddings_type="relative_key",
+        left_max_position_embeddings=4,
+        right_max_position_embeddings=4,
+    )
     config._attn_implementation = "eager"
     theirs = Wav2Vec2BertSelfAttention(config).double().eval()
     mechanism = Mechanism("shaw")
@@ -312,17 +334,24 @@ def theirs_deberta(talking: bool) -> torch.nn.Module:
     from transformers import DebertaConfig
     from transformers.models.deberta.modeling_deberta import DisentangledSelfAttention
 
-    config = DebertaConfig(hidden_size=32, num_attention_heads=4, relative_attention=not talking,
-                           pos_att_type=[] if talking else ["c2p", "p2c"], talking_head=talking,
-                           max_relative_positions=8, attention_probs_dropout_prob=0.0,
-                           hidden_dropout_prob=0.0)  # fmt: skip
+    config = DebertaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        relative_attention=not talking,
+        pos_att_type=[] if talking else ["c2p", "p2c"],
+        talking_head=talking,
+        max_relative_positions=8,
+        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0,
+    )
     return DisentangledSelfAttention(config).double().eval()
 
 
 def packed(mechanism: Mechanism) -> Tensor:
     """Weights as the code has them: q, k, v of a head side by side."""
-    return torch.stack([mechanism.parameter(f"{name}_proj.weight").unflatten(0, (4, 8))
-                        for name in "qkv"], 1).flatten(0, 2)  # fmt: skip
+    return torch.stack(
+        [mechanism.parameter(f"{name}_proj.weight").unflatten(0, (4, 8)) for name in "qkv"], 1
+    ).flatten(0, 2)
 
 
 @torch.no_grad()
@@ -333,8 +362,10 @@ def test_deberta_is_debertas_attention():
     theirs.v_bias.copy_(mechanism.parameter("v_proj.bias"))
     embedded = tokens(16, 32, batch=1, seed=7)[0]
     positions = (torch.arange(N)[:, None] - torch.arange(N))[None]
-    mechanism.set(key=split(theirs.pos_proj(embedded)[None])[0],
-                  query=split(theirs.pos_q_proj(embedded)[None])[0])  # fmt: skip
+    mechanism.set(
+        key=split(theirs.pos_proj(embedded)[None])[0],
+        query=split(theirs.pos_q_proj(embedded)[None])[0],
+    )
     seen = torch.ones(1, 1, N, N)
     y = theirs(X, seen, relative_pos=positions, rel_embeddings=embedded)[0]
     assert_close(mechanism(X), y, 1e-6)  # its scale is in float32
@@ -359,8 +390,10 @@ def test_hopfield_each_step_lowers_the_energy():
     mechanism = Mechanism("hopfield")
     far = tokens(9, seed=5)
     *states, patterns = parts(mechanism, X, "q", "once", "twice", "thrice", "k", context=far)
-    energies = [(each**2).sum(-1) / 2 - 8**0.5 * (8**-0.5 * each @ patterns.mT).logsumexp(-1)
-                for each in states]  # fmt: skip
+    energies = [
+        (each**2).sum(-1) / 2 - 8**0.5 * (8**-0.5 * each @ patterns.mT).logsumexp(-1)
+        for each in states
+    ]
     assert all((b <= a + 1e-12).all() for a, b in pairwise(energies))
 
 
@@ -413,10 +446,16 @@ def test_5_is_the_formula_of_evaluation():
 def test_5_without_variance_or_prior_it_is_attention():
     """Weights of tokens make up for their lengths."""
     mechanism = Mechanism("nvib").set(
-        var__proj_weight=0, var__proj_bias=-90, wide_latents_weight=-90, level=-1e9,
-        mu_proj_weight=torch.eye(32), mu_proj_bias=0, alpha_proj_0_weight=0.5 * 8**-0.5,
-        alpha_proj_1_weight=0, alpha_proj_1_bias=0,
-    )  # fmt: skip
+        var__proj_weight=0,
+        var__proj_bias=-90,
+        wide_latents_weight=-90,
+        level=-1e9,
+        mu_proj_weight=torch.eye(32),
+        mu_proj_bias=0,
+        alpha_proj_0_weight=0.5 * 8**-0.5,
+        alpha_proj_1_weight=0,
+        alpha_proj_1_bias=0,
+    )
     keys = mechanism.parameter("u_proj_1.weight")  # [heads, P, d]
     q = split(mapped(mechanism, "u_proj_0", X))
     p = (8**-0.5 * q @ (X[:, None] @ keys).mT).softmax(-1)
@@ -442,13 +481,18 @@ def afa(mechanism: Mechanism, x: Tensor) -> Tensor:
         return torch.cat(each, -1)
 
     a, b, values = (complex_(each) * turn for each in (q, k, v))
-    one = {name: mechanism.parameter(name)[:, None, None]
-           for name in ("decay", "process", "key", "query", "degrees", "temper")}  # fmt: skip
+    one = {
+        name: mechanism.parameter(name)[:, None, None]
+        for name in ("decay", "process", "key", "query", "degrees", "temper")
+    }
     mu = -(1 - one["decay"].sigmoid()) * 5 / 64 - 1e-5
     apart = (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs()
     e = (mu * apart).exp()
-    var = (softplus(one["process"]) * (1 - e**2) / (-2 * mu)
-           + softplus(one["key"]) * e**2 + softplus(one["query"]))  # fmt: skip
+    var = (
+        softplus(one["process"]) * (1 - e**2) / (-2 * mu)
+        + softplus(one["key"]) * e**2
+        + softplus(one["query"])
+    )
     residual = (a[..., :, None, :] - e[..., None] * b[..., None, :, :]).abs().square().sum(-1)
     logits = one["temper"] ** 2 * -(
         var.log() + (1 + residual / (softplus(one["degrees"]) * 4 * var)).log()
@@ -480,8 +524,10 @@ def test_127_without_a_temperature_all_weigh_the_same():
 
 def test_93_an_open_gate_is_cross_attention():
     mechanism = Mechanism("maskattn_sdxl").set(bias=90)
-    plain = Mechanism("block plain { width = 32; context_width = 24; heads = 4; source = context }",
-                      like=mechanism)  # fmt: skip
+    plain = Mechanism(
+        "block plain { width = 32; context_width = 24; heads = 4; source = context }",
+        like=mechanism,
+    )
     assert_close(mechanism(X, context=FAR), plain(X, context=FAR))
 
 
@@ -550,8 +596,10 @@ def test_88_226_a_key_that_stands_before_the_others(name):
     branch = {"leaky_attention": "null", "kv_bias": "bias"}[name]
     far = {"context": tokens(9, seed=5)} if name == "leaky_attention" else {}
     q, k, v = parts(mechanism, X, *"qkv", **far)
-    first = [split(mechanism.parameter(f"{branch}_{each}_latents.weight").expand(2, -1, -1))
-             for each in "kv"]  # fmt: skip
+    first = [
+        split(mechanism.parameter(f"{branch}_{each}_latents.weight").expand(2, -1, -1))
+        for each in "kv"
+    ]
     k, v = (torch.cat(each, 2) for each in zip(first, (k, v), strict=True))
     s = 8**-0.5 * q @ k.mT
     seen = everywhere(s) if far else everywhere(s).tril(1)
@@ -560,8 +608,10 @@ def test_88_226_a_key_that_stands_before_the_others(name):
 
 def test_88_null_of_nothing_adds_one_to_the_sum():
     mechanism = Mechanism("leaky_attention").set(null_k_latents_weight=0, null_v_latents_weight=0)
-    plus_one = Mechanism("block b { width = 32; heads = 4; source = context; "
-                         "normalize = softmax_plus_one }", like=mechanism)  # fmt: skip
+    plus_one = Mechanism(
+        "block b { width = 32; heads = 4; source = context; normalize = softmax_plus_one }",
+        like=mechanism,
+    )
     far = tokens(9, seed=5)
     assert_close(mechanism(X, context=far), plus_one(X, context=far))
 
@@ -575,8 +625,9 @@ def test_226_key_biases_are_biases_with_values_of_zero():
 
 def test_226_a_key_of_zero_adds_one_to_the_sum():
     mechanism = Mechanism("key_bias").set(key=0)
-    plus_one = Mechanism("key_bias", ("normalize = biased", "normalize = softmax_plus_one"),
-                         like=mechanism)  # fmt: skip
+    plus_one = Mechanism(
+        "key_bias", ("normalize = biased", "normalize = softmax_plus_one"), like=mechanism
+    )
     assert_close(mechanism(X), plus_one(X))
 
 
@@ -650,8 +701,9 @@ def test_222_is_the_rule_row_by_row():
     assert_close(found.sum(-1), torch.ones_like(found[..., 0]))
 
 
-@pytest.mark.parametrize("change", [("keep = 0.6", "keep = 1"), ("tau = 2.5", "tau = 99"),
-                                    ("rho = 0.5", "rho = 0")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [("keep = 0.6", "keep = 1"), ("tau = 2.5", "tau = 99"), ("rho = 0.5", "rho = 0")]
+)
 def test_222_without_sinks_it_is_attention(change):
     mechanism = Mechanism("var", change)
     plain = Mechanism("var", ("weights  = redistributed", "weights = p"), like=mechanism)
@@ -690,8 +742,10 @@ def test_242_the_shares_of_image_and_question_stay_as_they_are():
     plain = maps_of_gift(Mechanism("gift", ("alpha = 5", "alpha = 0"), like=mechanism), LONG)[1]
     plain = plain[:, :, 12:]
     assert_close(guided.sum(-1), torch.ones_like(guided[..., 0]))
-    assert_close(guided[..., 2:7].sum(-1) / guided[..., 7:12].sum(-1),
-                 plain[..., 2:7].sum(-1) / plain[..., 7:12].sum(-1))  # fmt: skip
+    assert_close(
+        guided[..., 2:7].sum(-1) / guided[..., 7:12].sum(-1),
+        plain[..., 2:7].sum(-1) / plain[..., 7:12].sum(-1),
+    )
     assert (guided[..., 2:12].sum(-1) > plain[..., 2:12].sum(-1)).all()
 
 
@@ -713,8 +767,11 @@ def test_21_convolves_logits_and_mixes_heads():
     s = (8**-0.5 * q @ k.mT).masked_fill(~causal(), 0)
     padded = torch.nn.functional.pad(s, (5, 5, 5, 0))
     theta = kernel_of(mechanism)
-    s = sum(theta[:, a, b, None, None] * padded[..., a : a + N, b : b + N]
-            for a in range(6) for b in range(11))  # fmt: skip
+    s = sum(
+        theta[:, a, b, None, None] * padded[..., a : a + N, b : b + N]
+        for a in range(6)
+        for b in range(11)
+    )
     p = softmax(s)
     p = torch.einsum("gh,bhnm->bgnm", mechanism.parameter("mixing") + torch.eye(4), p)
     o = rms_norm(p @ v, (8,), mechanism.parameter("o_norm.weight"), 1e-5)
@@ -724,16 +781,21 @@ def test_21_convolves_logits_and_mixes_heads():
 
 def test_21_starts_as_attention_and_a_norm():
     mechanism = Mechanism("mta").set(kernel=0, mixing=0)
-    plain = Mechanism("mta", ("score    = over_pairs", ""), ("weights  = over_heads", ""),
-                      like=mechanism)  # fmt: skip
+    plain = Mechanism(
+        "mta", ("score    = over_pairs", ""), ("weights  = over_heads", ""), like=mechanism
+    )
     assert_close(mechanism(X), plain(X))
 
 
 def test_21_a_kernel_of_one_pair_is_a_temperature():
     mechanism = Mechanism("mta", ("back = 6, across = 11", "back = 1, across = 1"))
     mechanism.set(mixing=0)
-    heated = Mechanism("mta", ("score    = over_pairs", "param t[heads] = 1; score = t[h] * s"),
-                       ("weights  = over_heads", ""), like=mechanism)  # fmt: skip
+    heated = Mechanism(
+        "mta",
+        ("score    = over_pairs", "param t[heads] = 1; score = t[h] * s"),
+        ("weights  = over_heads", ""),
+        like=mechanism,
+    )
     heated.set(t=1 + mechanism.parameter("kernel").flatten())
     assert_close(mechanism(X), heated(X))
 
@@ -810,8 +872,9 @@ def test_141_equal_values_come_out_as_they_are():
 def test_231_a_router_chooses_for_the_whole_text(bias):
     mechanism = Mechanism("flux_attention").set(logit_proj_1_bias=bias)
     seen = "causal" if bias > 0 else "causal and (sink(2) or window(4))"
-    plain = Mechanism(f"block b {{ width = 32; heads = 4; position = rope; mask = {seen} }}",
-                      like=mechanism)  # fmt: skip
+    plain = Mechanism(
+        f"block b {{ width = 32; heads = 4; position = rope; mask = {seen} }}", like=mechanism
+    )
     plain.set(q_proj_weight=mechanism.parameter("own_proj.weight"))
     assert_close(mechanism(X), plain(X))
 

@@ -37,8 +37,9 @@ def test_weights_sum_to_one(name):
     assert_close(mechanism.mixed(X, v=v), v)
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "efficient_attention", "hedgehog",
-                                  "key_only", "inline"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["linear_attention", "efficient_attention", "hedgehog", "key_only", "inline"]
+)
 def test_one_token_gives_its_value(name):
     mechanism = Mechanism(name)
     x = tokens(1)
@@ -232,8 +233,11 @@ def test_174_with_all_weights_one_nothing_changes(name):
 @pytest.mark.parametrize("name", ["mamba2", "gated_deltanet"])
 def test_174_the_first_level_alone_is_the_token_itself(name):
     first = ("by softplus(spread * lam)", "by spread + 0 * lam")
-    mechanism = Mechanism(f"log_linear_{name}", first, (" + skip * v", "")) if (
-        name == "mamba2") else Mechanism(f"log_linear_{name}", first)  # fmt: skip
+    mechanism = (
+        Mechanism(f"log_linear_{name}", first, (" + skip * v", ""))
+        if (name == "mamba2")
+        else Mechanism(f"log_linear_{name}", first)
+    )
     mechanism.set(spread=torch.arange(15) == 0)
     q, k, v = qkv(mechanism)
     wrote = per_head(mechanism.streams(X)["time" if name == "mamba2" else "beta"])
@@ -257,13 +261,15 @@ def test_mlstm_is_its_stable_form():
     stable = Mechanism(
         "mlstm",
         ("state z[head_dim] = 0\n", "state z[head_dim] = 0\n  state m_ = 0\n"),
-        ("  C <- keep * C + write * outer(u, v)\n  z <- keep * z + write * u\n",
-         "  top <- max(log(keep) + m_, log(write))\n  f <- exp(log(keep) + m_ - top)\n"
-         "  C <- f * C + exp(log(write) - top) * outer(u, v)\n"
-         "  z <- f * z + exp(log(write) - top) * u\n  m_ <- top\n"),
+        (
+            "  C <- keep * C + write * outer(u, v)\n  z <- keep * z + write * u\n",
+            "  top <- max(log(keep) + m_, log(write))\n  f <- exp(log(keep) + m_ - top)\n"
+            "  C <- f * C + exp(log(write) - top) * outer(u, v)\n"
+            "  z <- f * z + exp(log(write) - top) * u\n  m_ <- top\n",
+        ),
         ("max(abs(dot(q, z)), 1)", "max(abs(dot(q, z)), exp(-m_))"),
         like=mechanism,
-    )  # fmt: skip
+    )
     assert_close(mechanism(X), stable(X))
 
 

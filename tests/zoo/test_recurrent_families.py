@@ -351,8 +351,10 @@ def rfa(w: Weights, x: Tensor) -> Tensor:
 
 def rg_lru(w: Weights, x: Tensor) -> Tensor:
     u = split(w.conv("u", w.linear("u", x)))
-    r, i = (sigmoid(w.each_head(name, u) + w[bias][:, None])
-            for name, bias in (("forget", "bias_a"), ("write", "bias_x")))  # fmt: skip
+    r, i = (
+        sigmoid(w.each_head(name, u) + w[bias][:, None])
+        for name, bias in (("forget", "bias_a"), ("write", "bias_x"))
+    )
     log_a = -8 * softplus(w["decay"])[:, None] * r
     h = vector_scan(torch.exp(log_a), torch.sqrt(1 - torch.exp(2 * log_a)) * i * u)
     return w.linear("o", merge(h) * gelu(w.linear("g", x)))
@@ -392,12 +394,15 @@ def sru(w: Weights, x: Tensor) -> Tensor:
 def slstm(w: Weights, x: Tensor, norm: str = "o") -> Tensor:
     """Without a running maximum."""
     u = silu(w.conv("u", x))
-    gates = [w.each_head(name, split(of))
-             for name, of in (("wz", x), ("wi", u), ("wf", u), ("wo", x))]  # fmt: skip
+    gates = [
+        w.each_head(name, split(of)) for name, of in (("wz", x), ("wi", u), ("wf", u), ("wo", x))
+    ]
 
     def token(c, n, h, z, i, f, o):
-        z, i, f, o = (own + torch.einsum("hde,bhe->bhd", w[name], h)
-                      for own, name in ((z, "rz"), (i, "ri"), (f, "rf"), (o, "ro")))  # fmt: skip
+        z, i, f, o = (
+            own + torch.einsum("hde,bhe->bhd", w[name], h)
+            for own, name in ((z, "rz"), (i, "ri"), (f, "rf"), (o, "ro"))
+        )
         c = sigmoid(f + 3) * c + torch.exp(i) * torch.tanh(z)
         n = sigmoid(f + 3) * n + torch.exp(i)
         return c, n, sigmoid(o) * c / n, sigmoid(o) * c / n
@@ -462,8 +467,9 @@ def ttt_linear(w: Weights, x: Tensor) -> Tensor:
 def titans(w: Weights, x: Tensor) -> Tensor:
     """Momentum with the gradient of |M k − v|² / 2."""
     q, k, v = unit(w.short("q", x)), unit(w.short("k", x)), w.short("v", x)
-    alpha, eta, theta = (columns(sigmoid(w.linear(name, x)))
-                         for name in ("forget", "momentum", "rate"))  # fmt: skip
+    alpha, eta, theta = (
+        columns(sigmoid(w.linear(name, x))) for name in ("forget", "momentum", "rate")
+    )
 
     def token(M, S, q, k, v, alpha, eta, theta):  # M [value, key]
         error = (M @ k[..., None])[..., 0] - v
@@ -568,8 +574,9 @@ def gated_attention(w: Weights, x: Tensor) -> Tensor:
 def short_convolution(w: Weights, x: Tensor) -> Tensor:
     """Based: a filter and a map, multiplied."""
     filtered = w.conv("filtered", x)
-    return F.linear(filtered * F.linear(x, w["o_proj_0.weight"], w.bias("o_proj_0")),
-                    w["o_proj_1.weight"])  # fmt: skip
+    return F.linear(
+        filtered * F.linear(x, w["o_proj_0.weight"], w.bias("o_proj_0")), w["o_proj_1.weight"]
+    )
 
 
 def taylor(w: Weights, x: Tensor) -> Tensor:
@@ -633,8 +640,12 @@ def gated_convolution(w: Weights, x: Tensor) -> Tensor:
 
 def grouped_delta(w: Weights, x: Tensor) -> Tensor:
     """Qwen3-Next: two heads of queries and keys, four of values."""
-    q, k = (unit(silu(w.conv(name, w.linear(name, x))).unflatten(-1, (2, 8)).transpose(1, 2))
-            .repeat_interleave(2, 1) for name in "qk")  # fmt: skip
+    q, k = (
+        unit(
+            silu(w.conv(name, w.linear(name, x))).unflatten(-1, (2, 8)).transpose(1, 2)
+        ).repeat_interleave(2, 1)
+        for name in "qk"
+    )
     alpha, beta = decay_of(w, columns(w.linear("time", x))), columns(sigmoid(w.linear("beta", x)))
     o = 8**-0.5 * delta_scan(q, k, w.short("v", x), beta, alpha, k, alpha * beta)
     return w.linear("o", merge(w.rms("o", o)) * silu(w.linear("g", x)))
@@ -674,8 +685,9 @@ def gated_mlp(w: Weights, x: Tensor) -> Tensor:
 # ── models ───────────────────────────────────────────────────────────────────────────────
 
 
-def stacked(*layers: Callable[[Weights, Tensor], Tensor], norm: str = "rms",
-            mlp: bool = True) -> Callable[[Weights, Tensor], Tensor]:  # fmt: skip
+def stacked(
+    *layers: Callable[[Weights, Tensor], Tensor], norm: str = "rms", mlp: bool = True
+) -> Callable[[Weights, Tensor], Tensor]:
     """Layers and gated MLPs, each after a norm and added; one norm at the end."""
 
     def model(w: Weights, x: Tensor) -> Tensor:
@@ -732,12 +744,13 @@ FORMULAS |= {
     "kimi_linear": stacked(*[kimi_delta] * 3, latent_attention),
     "lfm2": stacked(gated_convolution, gated_convolution, attention(theta=1e6)),
     "minimax_01": stacked(*map(lightning_at, range(3)), attention(rope=4)),
-    "nemotron_h": stacked(*[normed_state_space, squared] * 2, normed_state_space, full, squared,
-                          mlp=False),
+    "nemotron_h": stacked(
+        *[normed_state_space, squared] * 2, normed_state_space, full, squared, mlp=False
+    ),
     "qwen3_next": stacked(*[grouped_delta] * 3, gated_attention),
     "samba": stacked(mamba, near),
     "xlstm": stacked(*[matrix_memory] * 7, slstm, gated_mlp, norm="layer_norm", mlp=False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
@@ -751,8 +764,10 @@ def test_it_is_its_formula(name):
             weights = dict(mechanism.module.named_parameters())
             y = mechanism.module(x)
         else:
-            weights = {key: each.detach().clone().requires_grad_()
-                       for key, each in mechanism.meaning.named_parameters()}  # fmt: skip
+            weights = {
+                key: each.detach().clone().requires_grad_()
+                for key, each in mechanism.meaning.named_parameters()
+            }
             y = FORMULAS[name](Weights(weights), x)
         grads = torch.autograd.grad(y.sin().sum(), [x, *weights.values()], allow_unused=True)
         found[what] = {"y": y.detach(), **dict(zip(["x", *weights], grads, strict=True))}

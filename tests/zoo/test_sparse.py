@@ -41,8 +41,9 @@ SETS: dict[str, Callable[[int, int, int], bool]] = {
 
 @pytest.mark.parametrize("name", SETS)
 def test_who_sees_whom(name):
-    expected = torch.tensor([[[SETS[name](h, i, j) for j in range(N)] for i in range(N)]
-                             for h in range(4)])  # fmt: skip
+    expected = torch.tensor(
+        [[[SETS[name](h, i, j) for j in range(N)] for i in range(N)] for h in range(4)]
+    )
     assert torch.equal(visible(name, N), expected)
 
 
@@ -86,9 +87,12 @@ def test_at_its_widest_it_is_causal_attention(name):
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("bigbird_static", ("window(3)", "window(40)")), ("prefix_lm", ("prefix(4)", "prefix(40)")),
-     ("local_attn_tkl", ("chunks(8, 2)", "chunks(40, 0)"))],
-)  # fmt: skip
+    [
+        ("bigbird_static", ("window(3)", "window(40)")),
+        ("prefix_lm", ("prefix(4)", "prefix(40)")),
+        ("local_attn_tkl", ("chunks(8, 2)", "chunks(40, 0)")),
+    ],
+)
 def test_at_its_widest_it_is_full_attention(name, change):
     wide = Mechanism(name, change)
     x = tokens(N)

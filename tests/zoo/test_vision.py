@@ -65,8 +65,9 @@ def test_one_window_and_no_biases_are_full_attention(name):
 
 
 def test_axial_rows_are_sequences_of_their_own():
-    mechanism = Mechanism("axial", ("h < 2 and row(i) == row(j) or h >= 2 and col(i) == col(j)",
-                                    "row(i) == row(j)"))  # fmt: skip
+    mechanism = Mechanism(
+        "axial", ("h < 2 and row(i) == row(j) or h >= 2 and col(i) == col(j)", "row(i) == row(j)")
+    )
     x = tokens(24)
     alone = Mechanism(FULL, like=mechanism)(x.reshape(12, 4, 32)).reshape(2, 24, 32)
     assert_close(mechanism(x), alone)
@@ -103,8 +104,12 @@ def swin_bias(table: Tensor, size: int = 4) -> Tensor:
 
 def windowed(mechanism: Mechanism, x: Tensor, mask: Tensor | float = 0.0) -> Tensor:
     """Attention within windows that are cut out, with a bias and a mask added."""
-    q, k, v = (windows(x @ mechanism.parameter(f"{name}_proj.weight").mT, 4)
-               .unflatten(-1, (4, 8)).transpose(1, 2) for name in "qkv")  # fmt: skip
+    q, k, v = (
+        windows(x @ mechanism.parameter(f"{name}_proj.weight").mT, 4)
+        .unflatten(-1, (4, 8))
+        .transpose(1, 2)
+        for name in "qkv"
+    )
     s = q @ k.mT / 8**0.5 + swin_bias(mechanism.parameter("table")) + mask
     o = (s.softmax(-1) @ v).transpose(1, 2).flatten(2)
     return back(o, 4) @ mechanism.parameter("o_proj.weight").mT

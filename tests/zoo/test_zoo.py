@@ -70,8 +70,9 @@ def test_compiled_is_what_it_means(name):
     for each in (module, meaning):
         y = each(**found)
         weights = dict(each.named_parameters())
-        grads = torch.autograd.grad(y.sin().sum(), [*found.values(), *weights.values()],
-                                    allow_unused=True)  # fmt: skip
+        grads = torch.autograd.grad(
+            y.sin().sum(), [*found.values(), *weights.values()], allow_unused=True
+        )
         names = [*found, *weights]
         results.append({"y": y.detach(), **dict(zip(names, grads, strict=True))})
     mine, theirs = results
@@ -133,8 +134,10 @@ def test_it_decodes_as_it_trains(name):
     cache = module.init_cache(2, 19)
     with torch.no_grad():
         whole = module(**found)
-        parts = [module(**{**found, "x": found["x"][:, at]}, cache=cache)
-                 for at in (slice(0, 13), slice(13, 14), slice(14, 19))]  # fmt: skip
+        parts = [
+            module(**{**found, "x": found["x"][:, at]}, cache=cache)
+            for at in (slice(0, 13), slice(13, 14), slice(14, 19))
+        ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -142,8 +145,9 @@ def test_no_mask_shows_nothing():
     for name in zoo.names():
         for block in blocks(zoo.entry(name).what()):
             mixes = [(each.mix, each.heads) for each in block.mixings.values()]
-            assert not any(unseen(mix.mask, heads) for mix, heads in mixes
-                           if isinstance(mix, Pairwise)), name  # fmt: skip
+            assert not any(
+                unseen(mix.mask, heads) for mix, heads in mixes if isinstance(mix, Pairwise)
+            ), name
 
 
 @pytest.mark.slow

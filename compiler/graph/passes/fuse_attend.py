@@ -39,10 +39,12 @@ def fuse_attend(graph: Graph) -> Graph:
     asked: dict[str, list[Node[StatisticOf]]] = {}
     for node in graph.of(StatisticOf):
         asked.setdefault(node.inputs[0], []).append(node)
-    return graph.rewritten(_in_order(
-        _fused(made, node, asked.get(node.name, [])) if made_by(node, Combine) else node
-        for node in graph.nodes
-    ))  # fmt: skip
+    return graph.rewritten(
+        _in_order(
+            _fused(made, node, asked.get(node.name, [])) if made_by(node, Combine) else node
+            for node in graph.nodes
+        )
+    )
 
 
 def _in_order(nodes: Iterable[AnyNode]) -> list[AnyNode]:
