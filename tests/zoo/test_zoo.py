@@ -13,8 +13,10 @@ from click.testing import CliRunner
 from headloom.cli import main
 from headloom.compiler import zoo
 from headloom.compiler.algebra.unseen import unseen
+from headloom.compiler.api import explain
 from headloom.compiler.facts import decoding
 from headloom.compiler.facts.cost import cost
+from headloom.compiler.lowerings.choose import WAYS
 from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.verify import cases as verify_cases
 from headloom.compiler.verify import certificate
@@ -139,6 +141,20 @@ def test_it_decodes_as_it_trains(name):
             for at in (slice(0, 13), slice(13, 14), slice(14, 19))
         ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_every_path_says_why_and_what_is_in_the_way_of_a_faster_one():
+    order = [way.name for way in WAYS]
+    for name in zoo.names():
+        for backend in ("torch", "triton"):
+            for each in explain(zoo.entry(name).arch, backend=backend).lowerings:
+                assert each.reason, name
+                assert all(why for _, why in each.obstacles), name
+                if each.path in order:
+                    faster = order[: order.index(each.path)]
+                    found = [path for path, _ in each.obstacles if path in order]
+                    assert found == faster, name
+                    assert (each.beside is None) == (not each.needs), name
 
 
 def test_no_mask_shows_nothing():
