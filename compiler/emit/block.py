@@ -7,28 +7,25 @@ What depends on nothing that was mixed comes first, then what the context gives,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 from ...grammar.show import show
-from ...grammar.syntax import Expr, Name, walk
-from ...kernels.recurrence import Recurrence
-from ..facts.kept import along_keys, lookback
+from ..facts.kept import along_keys
 from ..facts.parameters import constants
-from ..graph.graph import AnyNode, Node, made_by, shape_of
-from ..graph.operations import Attend, Input, Scan, Stage, TensorRead
+from ..graph.graph import made_by, shape_of
+from ..graph.operations import Attend, Input, Scan, Stage
 from ..graph.sides import QUERY, read_along
-from ..lowerings import chunk, scan, tiles, weights
+from ..lowerings import scan, tiles
 from ..lowerings.choose import way
 from ..lowerings.operators import Operator
-from ..lowerings.way import Call
 from ..model import MAPS, PREVIOUS, Block, Pairwise
-from ..plan.attention import Attention
 from ..plan.plan import Plan
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter as parameter_lines
-from ..text.text import LIMIT, atomic, braced, call, class_name, comment, ident, indent
-from .caches import CONTEXT, TAILS, Caches, begins_within, own_part, own_rows, part_name, plain_name
+from ..text.text import LIMIT, braced, call, class_name, comment, ident, indent
+from .caches import CONTEXT, begins_within, own_rows, part_name, plain_name
+from .mixes import Mixes
 
 
 def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]:
@@ -81,17 +78,7 @@ def _docstring(block: Block) -> list[str]:
     ]
 
 
-class _Writer(Caches):
-    def __init__(self, plan: Plan, kernels: Sequence[Operator]) -> None:
-        super().__init__(plan.graph)
-        self.plan = plan
-        self.recurrence_kernels = {
-            each.spec: each.name for each in kernels if isinstance(each.spec, Recurrence)
-        }
-        self.kernels = {
-            each.node.name: each.name for each in kernels if not isinstance(each.spec, Recurrence)
-        }
-
+class _Writer(Mixes):
     # constructor
 
     def constructor(self) -> list[str]:
@@ -315,23 +302,6 @@ class _Writer(Caches):
             for node in self.graph.of(Stage)
         )
 
-    def _key_tokens(self, node: Node[Attend]) -> str:
-        """Return what the keys of an attention are: n, m, or a number of them."""
-        return str(self.graph.node(node.k).dims[-2])
-
-    def _needs(self, node: Node[Attend]) -> tuple[str, ...] | None:
-        """Return what must hold of a call for the text before the general one; None without it."""
-        return self.plan.lowerings[node.name].needs
-
-    def _when(self, needs: tuple[str, ...]) -> str:
-        """Write the condition of the text before the general one."""
-        truths = ("plain", "counted")
-        return " and ".join(each if each in truths else f"{each} is None" for each in needs)
-
-    def takes_all(self, node: Node[Attend]) -> bool:
-        """Whether there is no general text."""
-        return self._needs(node) == ()
-
     def _streams(self) -> list[str]:
         """Write all nodes but the output: the early ones, those of the context, the rest."""
         early: list[str] = []
@@ -421,222 +391,3 @@ class _Writer(Caches):
         ]
 
     # mixing
-
-    def _scanned(self, node: Node[Scan]) -> list[str]:
-        """Write a recurrence."""
-        path = self.plan.path(node)
-        cache = self.cache(own_part(node.name)) if self.obstacle is None else ""
-        if node.name in self.kernels:
-            return scan.by_kernel(self.graph, node, cache, self.kernels[node.name])
-        if path == "sequential":
-            return scan.forward(self.graph, node, cache)
-        kernels = self.recurrence_kernels if path == "triton" else None
-        return chunk.forward(self.graph, node, cache, kernels)
-
-    def _attended(self, node: Node[Attend]) -> list[str]:
-        """Write an attention."""
-        facts = self.facts(node)
-        lines: list[str] = []
-        named = {name: self._seen_as(node, name) for name in along_keys(self.graph, node)}
-        operands = weights.operands(facts)
-        variables = {
-            each.variable: named[each.name] if each.at == "j" else each.variable
-            for each in operands
-        }
-        lines += [
-            f"{each.variable} = {plain_name(each.name)}" for each in operands if each.at == "i"
-        ]
-        lines += self._advance(node, named, facts.reads_places)
-        if node.name in self.borrows:
-            lines += [
-                f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
-                for name, variable in named.items()
-            ]
-        given = {
-            "v": named[node.v],
-            "q": plain_name(node.q),
-            "k": named[node.k],
-            **self._standing(node, facts),
-            **variables,
-        }
-        given |= {f"previous_{name}": f'shared["{name}"]' for name in facts.maps_below}
-        also = [f"shared_{each}" for each in facts.maps]
-        targets = ", ".join([_target(node), *also, *_statistics(node)])
-        args = [given[each] for each in tiles.parameters(facts, self.plan.target.lowering)]
-        general = call(f"{targets} = self.{weights.method_name(facts)}", args)
-        dims = f"[{', '.join(map(str, node.dims))}]"
-        needs = self._needs(node)
-        if needs == ():
-            return [*lines, *self._plain(node)]
-        if needs is None:
-            return [*lines, *comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
-        when = f"if {self._when(needs)}:"
-        return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
-
-    def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
-        """Return what says where queries and keys stand, and of which sequences they are."""
-        borrowed, held = node.name in self.borrows, self.kept.read_by(node.name)
-        at = f"torch.arange({node.dims[2]}, device=x.device)"
-        own = """shared["run"]""" if borrowed else "run_j" if held else "run"
-        other = own if self._key_tokens(node) == "n" else "context_run"
-        start = "batch.start"
-        if borrowed and self.obstacle is None:
-            start = "batch.start if cache is None else None"
-        elif held is not None:
-            start = f"{ident(part_name(held))}_start"
-        return {
-            "i": f"by_query({'positions' if node.dims[2] == 'n' else at})",
-            "j": f"""by_key({'shared["places"]' if borrowed else "places"})""",
-            "own": f"by_query({'batch.own' if facts.by_rows else 'run'})",
-            "other": f"by_key({other})",
-            "start": start,
-        }
-
-    def _plain(self, node: Node[Attend]) -> list[str]:
-        """Write the call of the lowering that the plan names."""
-        q, k, v = (self._kernel_operand(node, name) for name in (node.q, node.k, node.v))
-        asked = {kind: ident(name) for name, kind, _ in node.op.statistics}
-        given = Call(
-            _target(node),
-            q,
-            k,
-            v,
-            lambda name: self._kernel_operand(node, name),
-            self.kernels.get(node.name, ""),
-            asked,
-        )
-        return way(self.plan.lowerings[node.name].path).invoke(self.facts(node), given)
-
-    def _kernel_operand(self, node: Node[Attend], name: str) -> str:
-        if name == "doc":
-            return "batch.doc" if self.block.marks else "batch.number"
-        if node.name in self.borrows and name in along_keys(self.graph, node):
-            return self._seen_as(node, name)
-        return f"self.{name}" if self.graph.is_tensor(name) else plain_name(name)
-
-    def _advance(self, node: Node[Attend], named: Mapping[str, str], places: bool) -> list[str]:
-        """Write the lines that take new tokens into the cache, and say where the keys stand."""
-        held = self.kept.read_by(node.name)
-        if node.name in self.borrows:
-            return []
-        if held is None:
-            if not places:
-                return []
-            if self._key_tokens(node) == "n":
-                return ["places = positions"]
-            return [f"places = torch.arange({named[node.k]}.shape[-2], device=x.device)"]
-        lines: list[str] = []
-        if node.name != held.readers[0]:  # the first of them has brought the keys of all
-            return lines
-        lends = held.early and bool(self.graph.lent)
-        facts = [self._facts[each] for each in held.readers]
-        any_places = lends or any(each.reads_places for each in facts)
-        named = {each.name: self._seen_as(node, each.name) for each in held.streams}
-        lines += [
-            f"{variable} = {plain_name(name)}"
-            for name, variable in named.items()
-            if variable != plain_name(name)
-        ]
-        lines += ["places = positions"] if any_places else []
-        lines += ["run_j = run"]
-        cache = self.cache(part_name(held))
-        if any("start" in tiles.parameters(each, self.plan.target.lowering) for each in facts):
-            start = f"{ident(part_name(held))}_start"
-            lines.append(f"{start} = batch.start if {cache} is None else {cache}.start(batch)")
-        values = [f"{ident(name)}={plain_name(name)}" for name in named]
-        got = ", ".join([*named.values(), "places" if any_places else "_", "run_j"])
-        lines.append(f"if {cache} is not None:")
-        lines += indent(call(f"{got} = {cache}.update", ["batch", *values]))
-        if lends:
-            lines += ["lent_places = places"] if len(self.kept.keys) > 1 else []
-            lines += ["lent_run = run_j"]
-        return lines
-
-    # nodes
-
-    def _remembered(self, node: Node[Stage], head: str, dims: str) -> list[str]:
-        """Write a stage that reads the tokens before those it is given."""
-        first = self.graph.node(node.inputs[0])
-        given = plain_name(first.name)
-        lines: list[str] = []
-        if made_by(first, Stage) and self._inlined(first):
-            given = ident(node.name.partition(".")[0])
-            lines = self._assign(first, f"{given} =")
-        cache = self.cache(TAILS)
-        tail = call(
-            f"    before, known = {cache}.before",
-            [f'"{node.name}"', given, str(lookback(node)), "batch"],
-        )
-        lines += ["before, known = None, run", f"if {cache} is not None:", *tail]
-        return [*lines, *comment(f"{head} self.{node.module}({given}, known, before)", dims)]
-
-    def _inlined(self, node: AnyNode) -> bool:
-        """Whether a node stands inside the only expression that reads it, once."""
-        if "." not in node.name or lookback(node):
-            return False
-        readers = self.graph.readers(node.name)
-        if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
-            return node.name == self.graph.output
-        reader = readers[0]
-        if not isinstance(reader.op, Stage):
-            return False
-        if reader.op.name == "pointwise":
-            slot = Name(f"a{reader.inputs.index(node.name)}")
-            return _count(reader.op.given["expr"], slot) == 1
-        return True
-
-    def _text(self, node: Node[Stage], given: dict[str, str] | None = None) -> str:
-        given = given or {}
-        texts = []
-        for name in node.inputs:
-            made = self.graph.node(name)
-            if name in given:
-                texts.append(given[name])
-            elif made_by(made, Stage) and self._inlined(made):
-                texts.append(self._operand(node, self._text(made)))
-            else:
-                tensor = made_by(made, TensorRead)
-                texts.append(_tensor_text(made) if tensor else plain_name(name))
-        shapes = [shape_of(self.graph.node(name).dims) for name in node.inputs]
-        return node.op.definition.text(texts, shapes, node.op.given, node.module)
-
-    @staticmethod
-    def _operand(reader: Node[Stage], text: str) -> str:
-        return text if reader.module or reader.op.name in ("rope", "dropout") else atomic(text)
-
-    def _assign(self, node: AnyNode, head: str) -> list[str]:
-        """Write `head text  # dims`, the innermost stages on lines of their own if too long."""
-        if not made_by(node, Stage):
-            return [f"{head} {plain_name(node.name)}"]
-        dims = f"[{', '.join(map(str, node.dims))}]"
-        if lookback(node) and self.obstacle is None:
-            return self._remembered(node, head, dims)
-        line = f"{head} {self._text(node)}"
-        if len(line) + len(dims) + 4 <= LIMIT - 4 or not node.inputs:
-            return comment(line, dims)
-        first = self.graph.node(node.inputs[0])
-        if not made_by(first, Stage) or not self._inlined(first):
-            return comment(line, dims)
-        variable = ident(node.name.partition(".")[0])
-        lines = self._assign(first, f"{variable} =")
-        line = f"{head} {self._text(node, {first.name: variable})}"
-        return [*lines, *comment(line, dims)]
-
-
-def _count(expr: Expr, part: Expr) -> int:
-    return sum(node == part for node in walk(expr))
-
-
-def _target(node: AnyNode) -> str:
-    return plain_name(node.name)
-
-
-def _statistics(node: Node[Attend]) -> list[str]:
-    """Return the variables of what an attention gives besides the mixed heads."""
-    return [ident(name) for name, _, _ in node.op.statistics]
-
-
-def _tensor_text(node: AnyNode) -> str:
-    """Write a param or const as a stream of one token."""
-    lifted = {0: "[None, None, None]", 1: "[None, None]", 2: "[:, None]"}[len(node.dims)]
-    return f"self.{node.name}{lifted}"

@@ -1,0 +1,197 @@
+"""What a forward pass writes where it mixes tokens: keys into the cache, then the plan's path.
+
+k, v, places, run_j = part.update(batch, k=k, v=v)
+if plain:
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+else:
+    o = self.attend(v, q, by_query(positions), …)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ...kernels.recurrence import Recurrence
+from ..facts.kept import along_keys
+from ..graph.graph import AnyNode, Node
+from ..graph.operations import Attend, Scan
+from ..lowerings import chunk, scan, tiles, weights
+from ..lowerings.choose import way
+from ..lowerings.operators import Operator
+from ..lowerings.way import Call
+from ..model import PREVIOUS
+from ..plan.attention import Attention
+from ..plan.plan import Plan
+from ..text.text import call, comment, ident, indent
+from .caches import own_part, part_name, plain_name
+from .stages import Stages
+
+
+class Mixes(Stages):
+    """Writes attentions and recurrences, as a plan says."""
+
+    def __init__(self, plan: Plan, kernels: Sequence[Operator]) -> None:
+        super().__init__(plan.graph)
+        self.plan = plan
+        self.recurrence_kernels = {
+            each.spec: each.name for each in kernels if isinstance(each.spec, Recurrence)
+        }
+        self.kernels = {
+            each.node.name: each.name for each in kernels if not isinstance(each.spec, Recurrence)
+        }
+
+    def _key_tokens(self, node: Node[Attend]) -> str:
+        """Return what the keys of an attention are: n, m, or a number of them."""
+        return str(self.graph.node(node.k).dims[-2])
+
+    def _needs(self, node: Node[Attend]) -> tuple[str, ...] | None:
+        """Return what must hold of a call for the text before the general one; None without it."""
+        return self.plan.lowerings[node.name].needs
+
+    def _when(self, needs: tuple[str, ...]) -> str:
+        """Write the condition of the text before the general one."""
+        truths = ("plain", "counted")
+        return " and ".join(each if each in truths else f"{each} is None" for each in needs)
+
+    def takes_all(self, node: Node[Attend]) -> bool:
+        """Whether there is no general text."""
+        return self._needs(node) == ()
+
+    def _scanned(self, node: Node[Scan]) -> list[str]:
+        """Write a recurrence."""
+        path = self.plan.path(node)
+        cache = self.cache(own_part(node.name)) if self.obstacle is None else ""
+        if node.name in self.kernels:
+            return scan.by_kernel(self.graph, node, cache, self.kernels[node.name])
+        if path == "sequential":
+            return scan.forward(self.graph, node, cache)
+        kernels = self.recurrence_kernels if path == "triton" else None
+        return chunk.forward(self.graph, node, cache, kernels)
+
+    def _attended(self, node: Node[Attend]) -> list[str]:
+        """Write an attention."""
+        facts = self.facts(node)
+        lines: list[str] = []
+        named = {name: self._seen_as(node, name) for name in along_keys(self.graph, node)}
+        operands = weights.operands(facts)
+        variables = {
+            each.variable: named[each.name] if each.at == "j" else each.variable
+            for each in operands
+        }
+        lines += [
+            f"{each.variable} = {plain_name(each.name)}" for each in operands if each.at == "i"
+        ]
+        lines += self._advance(node, named, facts.reads_places)
+        if node.name in self.borrows:
+            lines += [
+                f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
+                for name, variable in named.items()
+            ]
+        given = {
+            "v": named[node.v],
+            "q": plain_name(node.q),
+            "k": named[node.k],
+            **self._standing(node, facts),
+            **variables,
+        }
+        given |= {f"previous_{name}": f'shared["{name}"]' for name in facts.maps_below}
+        also = [f"shared_{each}" for each in facts.maps]
+        targets = ", ".join([_target(node), *also, *_statistics(node)])
+        args = [given[each] for each in tiles.parameters(facts, self.plan.target.lowering)]
+        general = call(f"{targets} = self.{weights.method_name(facts)}", args)
+        dims = f"[{', '.join(map(str, node.dims))}]"
+        needs = self._needs(node)
+        if needs == ():
+            return [*lines, *self._plain(node)]
+        if needs is None:
+            return [*lines, *comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
+        when = f"if {self._when(needs)}:"
+        return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
+
+    def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
+        """Return what says where queries and keys stand, and of which sequences they are."""
+        borrowed, held = node.name in self.borrows, self.kept.read_by(node.name)
+        at = f"torch.arange({node.dims[2]}, device=x.device)"
+        own = """shared["run"]""" if borrowed else "run_j" if held else "run"
+        other = own if self._key_tokens(node) == "n" else "context_run"
+        start = "batch.start"
+        if borrowed and self.obstacle is None:
+            start = "batch.start if cache is None else None"
+        elif held is not None:
+            start = f"{ident(part_name(held))}_start"
+        return {
+            "i": f"by_query({'positions' if node.dims[2] == 'n' else at})",
+            "j": f"""by_key({'shared["places"]' if borrowed else "places"})""",
+            "own": f"by_query({'batch.own' if facts.by_rows else 'run'})",
+            "other": f"by_key({other})",
+            "start": start,
+        }
+
+    def _plain(self, node: Node[Attend]) -> list[str]:
+        """Write the call of the lowering that the plan names."""
+        q, k, v = (self._kernel_operand(node, name) for name in (node.q, node.k, node.v))
+        asked = {kind: ident(name) for name, kind, _ in node.op.statistics}
+        given = Call(
+            _target(node),
+            q,
+            k,
+            v,
+            lambda name: self._kernel_operand(node, name),
+            self.kernels.get(node.name, ""),
+            asked,
+        )
+        return way(self.plan.lowerings[node.name].path).invoke(self.facts(node), given)
+
+    def _kernel_operand(self, node: Node[Attend], name: str) -> str:
+        if name == "doc":
+            return "batch.doc" if self.block.marks else "batch.number"
+        if node.name in self.borrows and name in along_keys(self.graph, node):
+            return self._seen_as(node, name)
+        return f"self.{name}" if self.graph.is_tensor(name) else plain_name(name)
+
+    def _advance(self, node: Node[Attend], named: Mapping[str, str], places: bool) -> list[str]:
+        """Write the lines that take new tokens into the cache, and say where the keys stand."""
+        held = self.kept.read_by(node.name)
+        if node.name in self.borrows:
+            return []
+        if held is None:
+            if not places:
+                return []
+            if self._key_tokens(node) == "n":
+                return ["places = positions"]
+            return [f"places = torch.arange({named[node.k]}.shape[-2], device=x.device)"]
+        lines: list[str] = []
+        if node.name != held.readers[0]:  # the first of them has brought the keys of all
+            return lines
+        lends = held.early and bool(self.graph.lent)
+        facts = [self._facts[each] for each in held.readers]
+        any_places = lends or any(each.reads_places for each in facts)
+        named = {each.name: self._seen_as(node, each.name) for each in held.streams}
+        lines += [
+            f"{variable} = {plain_name(name)}"
+            for name, variable in named.items()
+            if variable != plain_name(name)
+        ]
+        lines += ["places = positions"] if any_places else []
+        lines += ["run_j = run"]
+        cache = self.cache(part_name(held))
+        if any("start" in tiles.parameters(each, self.plan.target.lowering) for each in facts):
+            start = f"{ident(part_name(held))}_start"
+            lines.append(f"{start} = batch.start if {cache} is None else {cache}.start(batch)")
+        values = [f"{ident(name)}={plain_name(name)}" for name in named]
+        got = ", ".join([*named.values(), "places" if any_places else "_", "run_j"])
+        lines.append(f"if {cache} is not None:")
+        lines += indent(call(f"{got} = {cache}.update", ["batch", *values]))
+        if lends:
+            lines += ["lent_places = places"] if len(self.kept.keys) > 1 else []
+            lines += ["lent_run = run_j"]
+        return lines
+
+
+def _target(node: AnyNode) -> str:
+    return plain_name(node.name)
+
+
+def _statistics(node: Node[Attend]) -> list[str]:
+    """Return the variables of what an attention gives besides the mixed heads."""
+    return [ident(name) for name, _, _ in node.op.statistics]

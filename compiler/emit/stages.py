@@ -1,0 +1,96 @@
+"""The stages of a forward pass as text: `q = rope(self.q_proj(x)…, positions)  # [b, 8, n, 64]`.
+
+A value that is read once and has no name of its own stands inside the expression that reads it,
+while the line stays short.
+"""
+
+from __future__ import annotations
+
+from ...grammar.syntax import Expr, Name, walk
+from ..facts.kept import lookback
+from ..graph.graph import AnyNode, Node, made_by, shape_of
+from ..graph.operations import Stage, TensorRead
+from ..text.text import LIMIT, atomic, call, comment, ident
+from .caches import TAILS, Caches, plain_name
+
+
+class Stages(Caches):
+    """Writes the nodes that are stages."""
+
+    def _remembered(self, node: Node[Stage], head: str, dims: str) -> list[str]:
+        """Write a stage that reads the tokens before those it is given."""
+        first = self.graph.node(node.inputs[0])
+        given = plain_name(first.name)
+        lines: list[str] = []
+        if made_by(first, Stage) and self._inlined(first):
+            given = ident(node.name.partition(".")[0])
+            lines = self._assign(first, f"{given} =")
+        cache = self.cache(TAILS)
+        tail = call(
+            f"    before, known = {cache}.before",
+            [f'"{node.name}"', given, str(lookback(node)), "batch"],
+        )
+        lines += ["before, known = None, run", f"if {cache} is not None:", *tail]
+        return [*lines, *comment(f"{head} self.{node.module}({given}, known, before)", dims)]
+
+    def _inlined(self, node: AnyNode) -> bool:
+        """Whether a node stands inside the only expression that reads it, once."""
+        if "." not in node.name or lookback(node):
+            return False
+        readers = self.graph.readers(node.name)
+        if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
+            return node.name == self.graph.output
+        reader = readers[0]
+        if not isinstance(reader.op, Stage):
+            return False
+        if reader.op.name == "pointwise":
+            slot = Name(f"a{reader.inputs.index(node.name)}")
+            return _count(reader.op.given["expr"], slot) == 1
+        return True
+
+    def _text(self, node: Node[Stage], given: dict[str, str] | None = None) -> str:
+        given = given or {}
+        texts = []
+        for name in node.inputs:
+            made = self.graph.node(name)
+            if name in given:
+                texts.append(given[name])
+            elif made_by(made, Stage) and self._inlined(made):
+                texts.append(self._operand(node, self._text(made)))
+            else:
+                tensor = made_by(made, TensorRead)
+                texts.append(_tensor_text(made) if tensor else plain_name(name))
+        shapes = [shape_of(self.graph.node(name).dims) for name in node.inputs]
+        return node.op.definition.text(texts, shapes, node.op.given, node.module)
+
+    @staticmethod
+    def _operand(reader: Node[Stage], text: str) -> str:
+        return text if reader.module or reader.op.name in ("rope", "dropout") else atomic(text)
+
+    def _assign(self, node: AnyNode, head: str) -> list[str]:
+        """Write `head text  # dims`, the innermost stages on lines of their own if too long."""
+        if not made_by(node, Stage):
+            return [f"{head} {plain_name(node.name)}"]
+        dims = f"[{', '.join(map(str, node.dims))}]"
+        if lookback(node) and self.obstacle is None:
+            return self._remembered(node, head, dims)
+        line = f"{head} {self._text(node)}"
+        if len(line) + len(dims) + 4 <= LIMIT - 4 or not node.inputs:
+            return comment(line, dims)
+        first = self.graph.node(node.inputs[0])
+        if not made_by(first, Stage) or not self._inlined(first):
+            return comment(line, dims)
+        variable = ident(node.name.partition(".")[0])
+        lines = self._assign(first, f"{variable} =")
+        line = f"{head} {self._text(node, {first.name: variable})}"
+        return [*lines, *comment(line, dims)]
+
+
+def _count(expr: Expr, part: Expr) -> int:
+    return sum(node == part for node in walk(expr))
+
+
+def _tensor_text(node: AnyNode) -> str:
+    """Write a param or const as a stream of one token."""
+    lifted = {0: "[None, None, None]", 1: "[None, None]", 2: "[:, None]"}[len(node.dims)]
+    return f"self.{node.name}{lifted}"
