@@ -62,8 +62,8 @@ def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
             if name in below.borrows:
                 return all(each == "doc" or each.startswith(PREVIOUS) for each in there)
             roots = Roots(fuse_attend(build(below)))
-            read = {*other.indexed("j"), *there} - {"doc"}
-            return not any(map(roots.late, read))
+            streams = {*other.indexed("j"), *there} - {"doc"}
+            return not any(map(roots.late, streams))
     return False
 
 
