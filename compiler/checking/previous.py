@@ -62,7 +62,8 @@ def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
             if name in below.borrows:
                 return all(each == "doc" or each.startswith(PREVIOUS) for each in there)
             roots = Roots(fuse_attend(build(below)))
-            return not any(map(roots.late, (*other.indexed("j"), *there)))
+            streams = {*other.indexed("j"), *there} - {"doc"}
+            return not any(map(roots.late, streams))
     return False
 
 
