@@ -64,6 +64,7 @@ def measure(
     cells: dict[str, Cell] = {}
     runners: list[Runner] = []
     states: States = {}
+    torch.compiler.reset()  # else peers of earlier rows use up the compilations that are allowed
     for name in (OURS, *peers):
         says(f"{name}: made and run once")
         made = _too_large(name, case, path) or _made(name, case, instead, states)

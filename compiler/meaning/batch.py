@@ -47,7 +47,8 @@ def run_alone(
     if cu_seqlens is not None:
         segments, attention_mask = _packed(cu_seqlens, x)
     if attention_mask is None and context_mask is None and (segments is None or not cuts):
-        return alone(x, context, segments, positions)
+        every = segments if segments is None else segments.expand(x.shape[:2])
+        return alone(x, context, every, positions)
     live = x.new_ones(b, n, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     marks = None if segments is None else segments.expand(b, n)
     places = None if positions is None else positions.expand(b, n)

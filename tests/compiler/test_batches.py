@@ -84,6 +84,18 @@ def test_segments_that_only_mark_tokens_cut_nothing():
     assert not torch.allclose(packed[:, 4:], module(x[:, 4:], segments=segments[:, 4:]))
 
 
+def test_segments_of_all_rows_are_given_once():
+    text = "block a { width = 12; heads = 2; mask = causal and (document or doc[j] == 0) }"
+    arch = hl.load(text, format="loom")
+    module = hl.compile(arch, "a", backend="torch", dtype=torch.float64, seed=0)
+    oracle = hl.reference(arch, "a", dtype=torch.float64)
+    oracle.load_state_dict(module.state_dict())
+    x, segments = torch.randn(2, 9, 12, dtype=torch.float64), torch.tensor([0] * 4 + [1] * 5)
+    expected = oracle(x, segments=segments.expand(2, 9))
+    for each in (module, oracle):
+        torch.testing.assert_close(each(x, segments=segments), expected)
+
+
 @pytest.mark.parametrize("body", ["mask = causal", "mask = all", "mix = gated_delta; mask = causal",
                                   "normalize = entmax(1.5); mask = causal"])  # fmt: skip
 def test_what_is_not_finite_reaches_no_other_sequence(body):
