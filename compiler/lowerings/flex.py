@@ -20,6 +20,7 @@ from ...grammar.expr import TRUE
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.syntax import Expr, Index, Name, walk
+from ..graph.build import tensors_read
 from ..graph.graph import Graph
 from ..graph.operations import Attend
 from ..graph.sides import rank
@@ -44,12 +45,7 @@ def obstacle(attention: Attention) -> str | None:
         return "its queries and keys are different tokens"
     if mix.dropout:
         return "it has no dropout"
-    read = {
-        part.base.id
-        for expr in attention.exprs
-        for part in walk(expr)
-        if isinstance(part, Index) and isinstance(part.base, Name)
-    }
+    read = set(tensors_read(*attention.exprs))
     if streams := read - set(attention.tensors) - {"doc"}:
         return f"its expressions read `{min(streams)}`, of which each token has its own"
     if called := attention.called & MAP_FUNCTIONS.keys():
@@ -111,7 +107,7 @@ def method(attention: Attention) -> list[str]:
             f"    return {mods.value(attention.mix.score).text}",
             "",
         ]
-    doc = any(isinstance(part, Index) and part.base == Name("doc") for part in walk(mask))
+    doc = "doc" in tensors_read(mask)
     if doc:
         body += [
             "if own is None:",

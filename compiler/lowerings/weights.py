@@ -1,10 +1,11 @@
 """The weights of an attention as PyTorch text: what every lowering in PyTorch makes of a tile.
 
 def attend_weights(self, q: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
-    s = meet(q * 0.125, k)  # [b, 8, n, m]
-    s = 50 * torch.tanh(s / 50)
+    s = meet(q, k, 0.0025)  # [b, 8, n, m]
     visible = (j <= i) & ((i - j).abs() < 256)
-    p = s.masked_fill(~visible, torch.finfo(s.dtype).min).softmax(-1)  # [b, 8, n, m]
+    s = 50 * torch.tanh(s)
+    s = s + hiding(visible, s)
+    p = s.softmax(-1)
     return p
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ...grammar.expr import TRUE
-from ...grammar.syntax import Expr, Index, Name, Number, walk
+from ...grammar.syntax import Expr, Name, Number
 from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
@@ -27,12 +28,10 @@ def operands(attention: Attention) -> tuple[Operand, ...]:
     """Return the streams that the attention's expressions index, in the order of its inputs."""
     graph, node = attention.graph, attention.node
     found: dict[Operand, None] = {}
-    for expr in attention.exprs:
-        for part in walk(expr):
-            if isinstance(part, Index) and isinstance(part.base, Name):
-                name = part.base.id
-                if not graph.is_tensor(name) and not operand(node, part):
-                    found[Operand(name, token(part))] = None
+    for read in attention.reads:
+        assert isinstance(read.base, Name)
+        if not graph.is_tensor(read.base.id) and not operand(node, read):
+            found[Operand(read.base.id, token(read))] = None
     return tuple(sorted(found, key=lambda each: (node.inputs.index(each.name), each.at)))
 
 
@@ -137,13 +136,7 @@ class Writer:
         graph, node = attention.graph, attention.node
         every = int(attention.heads) // int(graph.node(node.k).dims[1])
         dims = f"[b, {attention.heads}, {node.dims[2]}, {attention.keys}]"
-        reads = (
-            part
-            for expr in attention.exprs
-            for part in walk(expr)
-            if isinstance(part, Index) and isinstance(part.base, Name)
-        )
-        if every > 1 and any(operand(node, part) == "k" for part in reads):
+        if every > 1 and any(operand(node, read) == "k" for read in attention.reads):
             self.lines.append(f"k = k.repeat_interleave({every}, dim=1)")
         if mix.similarity is None:
             scale = "" if mix.scale == 1 else f", {mix.scale!r}"

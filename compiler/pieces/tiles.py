@@ -42,6 +42,10 @@ class Standing(NamedTuple):
     places: int
     biased: bool
 
+    def along(self, at: int) -> int:
+        """Return the dimension in which operand number `at` stands along the tokens."""
+        return -2 if at < self.queries + self.keys else -1
+
 
 def meet(q: Tensor, k: Tensor, scale: float = 1.0) -> Tensor:
     """Return `scale` times the products [b, h, n, m] of q [b, h, n, d] and k [b, g, m, d].
@@ -108,36 +112,36 @@ def over_tiles(
     """
     q, k = queries[0], keys[0]
     (b, heads, n, _), m = q.shape, k.shape[2]
+    operands = (*queries, *keys, *places, *tensors)
+    none = () if line is None else (None,)
     few = whole or torch.compiler.is_compiling() or b * heads * n * m * width <= TILE
     a_step = n < 8 and m >= 4096 and not (q.is_cuda or torch.compiler.is_compiling())
     if at_once is not None and (few or q.is_cuda) and not a_step:  # whose keys are not copied
-        return at_once(v, *queries, *keys, *places, *tensors)
+        return at_once(v, *operands)
     if few:
-        none = () if line is None else (None,)
-        made = several(weigh(*queries, *keys, *places, *tensors, *none))
+        made = several(weigh(*operands, *none))
         done = (mixed(made[0], v), *made[1:])
         return done if len(done) > 1 else done[0]
-    added: tuple[Any, ...] = () if line is None else (None,)
+    standing = Standing(len(queries), len(keys), len(places), False)
+    rows = ranges_of(q, m, start, back, ahead, prefix, own, max(128, 4 * before))
     turned = line is not None and start is not None
     if line is not None and start is not None:  # from the last key back, as the line goes
         distances = torch.arange(start - m + 1, start + n, device=q.device)
         found = line(q, distances, torch.zeros_like(distances))
-        added = (found.reshape(-1, found.shape[-1]),)
-        v = v.flip(-2)
         keys = tuple(None if x is None else x.flip(-2) for x in keys)
         places = tuple(None if x is None else x.flip(-1) for x in places)
-    standing = Standing(len(queries), len(keys), len(places), line is not None)
-    given = (*queries, *keys, *places, *tensors, *added)
-    rows = ranges_of(q, m, start, back, ahead, prefix, own, max(128, 4 * before))
-    if visible is not None and not turned:
-        operands = given[:-1] if standing.biased else given
-        rows = [seen_ranges(visible, each, standing, operands) for each in rows]
+        v = v.flip(-2)
+        given = (*queries, *keys, *places, *tensors, found.reshape(-1, found.shape[-1]))
+    else:
+        given = (*operands, *none)
+        if visible is not None:
+            rows = [seen_ranges(visible, each, standing, operands) for each in rows]
     tiles = [
         tile._replace(keys=tuple(slice(m - x.stop, m - x.start) for x in tile.keys[::-1]))
         if turned else tile
         for tile in tiles_of(q, k, v, rows, before, width, apart and turned == (line is not None))
     ]  # fmt: skip
-    done = OverTiles.apply(weigh, tiles, standing, v, *given)
+    done = OverTiles.apply(weigh, tiles, standing._replace(biased=turned), v, *given)
     return done if len(done) > 1 else done[0]
 
 
@@ -187,7 +191,7 @@ def seen_ranges(
     every, found = slice(None), []
     for each in keys:
         tile = Tile(rows, every, every, slice(a, e), (each,), 0)
-        part = visible(*cut(tile, standing._replace(biased=False), given))
+        part = visible(*cut(tile, standing, given))
         count = each.stop - each.start
         some = part.expand(*part.shape[:-1], count).reshape(-1, count).any(0)
         blocks = torch.nn.functional.pad(some, (0, -count % 64)).view(-1, 64).any(1)
@@ -263,6 +267,11 @@ def several(made: Any) -> tuple[Tensor, ...]:
     return made if isinstance(made, tuple) else (made,)
 
 
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """Return parts one after the other; a single one as it is, without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def along_keys(x: Tensor, tile: Tile, dim: int) -> list[Tensor]:
     """Return the parts of x along a dimension of keys that a tile is of."""
     if x.shape[dim] == 1:
@@ -280,7 +289,7 @@ def parts_of(x: Tensor, at: int, standing: Standing, tile: Tile) -> list[Tensor]
         x = x[:, tile.heads] if at == 0 else x
         return [x[..., tile.queries, :] if x.shape[-2] > 1 else x]
     x = x[:, tile.groups] if at == queries else x
-    return along_keys(x, tile, -2 if at < queries + keys else -1)
+    return along_keys(x, tile, standing.along(at))
 
 
 def of_line(line: Tensor, tile: Tile) -> Tensor:
@@ -298,7 +307,7 @@ def of_line(line: Tensor, tile: Tile) -> Tensor:
                         first + each.start)
         for each in tile.keys
     ]  # fmt: skip
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return joined(parts, -1)
 
 
 def add_to_line(into: Tensor, tile: Tile, grad: Tensor) -> None:
@@ -323,16 +332,13 @@ def cut(tile: Tile, standing: Standing, given: tuple[Any, ...]) -> list[Any]:
         elif standing.biased and at == len(given) - 1:
             parts.append(of_line(x, tile))
         else:
-            some = parts_of(x, at, standing, tile)
-            dim = -2 if at < standing.queries + standing.keys else -1
-            parts.append(some[0] if len(some) == 1 else torch.cat(some, dim))
+            parts.append(joined(parts_of(x, at, standing, tile), standing.along(at)))
     return parts
 
 
 def values_of(v: Tensor, tile: Tile) -> Tensor:
     """Return the values [b, g, m, e] that a tile mixes."""
-    parts = along_keys(v[tile.rows, tile.groups], tile, -2)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    return joined(along_keys(v[tile.rows, tile.groups], tile, -2), -2)
 
 
 def results_of(x: Tensor, tile: Tile) -> Tensor:
@@ -416,8 +422,7 @@ def add_tile(
         if ctx.standing.biased and at == len(sums) - 1:
             add_to_line(into, tile, grad)
         else:
-            dim = -2 if at < ctx.standing.queries + ctx.standing.keys else -1
-            add(parts_of(into, at, ctx.standing, tile), grad, dim)
+            add(parts_of(into, at, ctx.standing, tile), grad, ctx.standing.along(at))
 
 
 def add(parts: list[Tensor], grad: Tensor, dim: int) -> None:
@@ -435,12 +440,8 @@ def differentiable(
     ctx: Any, v: Tensor, given: list[Any], grads: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of v and of all that is given, with derivatives of their own."""
-    bias = (
-        []
-        if not ctx.standing.biased
-        else [None if given[-1] is None else every_pair(given[-1], given)]
-    )
-    made = several(ctx.weigh(*(given[:-1] if ctx.standing.biased else given), *bias))
+    operands = [*given[:-1], every_pair(given[-1], given)] if ctx.standing.biased else given
+    made = several(ctx.weigh(*operands))
     outputs = [mixed(made[0], v), *made[1:]]
     inputs = [v, *given]
     wanted = [at for at, need in enumerate(ctx.needs_input_grad[3:]) if need]

@@ -25,6 +25,7 @@ from ..algebra.masks import Extent, extent, of_distance, reads_others
 from ..algebra.normalizers import Exponential, exponential
 from ..algebra.structure import Band, Distance, Documents, Structure, structure
 from ..checking.blocks import sees_something
+from ..graph.build import tensors_read
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend
 from ..graph.sides import makes_vectors
@@ -145,6 +146,14 @@ class Attention:
     @cached_property
     def names(self) -> frozenset[str]:
         return frozenset(name for expr in self.exprs for name in names(expr))
+
+    @cached_property
+    def reads(self) -> tuple[Index, ...]:
+        """The streams and tensors that its expressions index, as they are read."""
+        parts = (part for expr in self.exprs for part in walk(expr))
+        return tuple(
+            each for each in parts if isinstance(each, Index) and isinstance(each.base, Name)
+        )
 
     @cached_property
     def called(self) -> frozenset[str]:
@@ -271,11 +280,7 @@ class Attention:
         return Added(rest, added, mask)
 
     def _of_distance(self, expr: Expr) -> bool:
-        read = {
-            part.base.id
-            for part in walk(expr)
-            if isinstance(part, Index) and isinstance(part.base, Name)
-        }
+        read = set(tensors_read(expr))
         given = names(expr) & {"n", "m", "seen", "s"}
         return of_distance(expr) and read <= set(self.tensors) and not given
 
