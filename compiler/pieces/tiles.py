@@ -267,7 +267,7 @@ def several(made: Any) -> tuple[Tensor, ...]:
     return made if isinstance(made, tuple) else (made,)
 
 
-def joined(parts: list[Tensor], dim: int) -> Tensor:
+def joined_parts(parts: list[Tensor], dim: int) -> Tensor:
     """Return parts one after the other; a single one as it is, without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
@@ -307,7 +307,7 @@ def of_line(line: Tensor, tile: Tile) -> Tensor:
                         first + each.start)
         for each in tile.keys
     ]  # fmt: skip
-    return joined(parts, -1)
+    return joined_parts(parts, -1)
 
 
 def add_to_line(into: Tensor, tile: Tile, grad: Tensor) -> None:
@@ -332,13 +332,13 @@ def cut(tile: Tile, standing: Standing, given: tuple[Any, ...]) -> list[Any]:
         elif standing.biased and at == len(given) - 1:
             parts.append(of_line(x, tile))
         else:
-            parts.append(joined(parts_of(x, at, standing, tile), standing.along(at)))
+            parts.append(joined_parts(parts_of(x, at, standing, tile), standing.along(at)))
     return parts
 
 
 def values_of(v: Tensor, tile: Tile) -> Tensor:
     """Return the values [b, g, m, e] that a tile mixes."""
-    return joined(along_keys(v[tile.rows, tile.groups], tile, -2), -2)
+    return joined_parts(along_keys(v[tile.rows, tile.groups], tile, -2), -2)
 
 
 def results_of(x: Tensor, tile: Tile) -> Tensor:
