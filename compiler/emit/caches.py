@@ -178,6 +178,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
     What reads all tokens of a row at once would else read those of all its sequences; and in
     chunks, a matrix begins at another number than 0 only before the first token.
     """
+    if any(own_rows(each.what, training) for each in block.parts):
+        return True
     flows = block.flows if training else (*(each.flow for each in block.streams), block.out)
     for flow in (node for each in flows for node in flow_nodes(each)):
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
@@ -201,7 +203,7 @@ def begins_within(block: Block) -> bool:
 
     Not where expressions read other keys in order: those of both sequences lie in one cache.
     """
-    exprs = (expr for each in block.mixings.values() for expr in each.mix.exprs)
+    exprs = (expr for use in block.uses for each in use.mixings.values() for expr in each.mix.exprs)
     return not own_rows(block, training=False) and not any(map(reads_others, exprs))
 
 
