@@ -403,6 +403,11 @@ class Block:
             return (self,)
         return tuple(block for part in self.parts for block in part.what.uses)
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The different ones of these."""
+        return tuple(dict.fromkeys(self.uses))
+
     def using(self, blocks: Iterator[Block]) -> Block:
         """Return it with other blocks in the places of `uses`, taken in order."""
         if self.kind == "block":
@@ -487,6 +492,11 @@ class Block:
         )
         return (*own, *doc) if own else ()
 
+    @property
+    def stacked(self) -> bool:
+        """Whether it is, or holds, a block of a model in which layers read each other."""
+        return any(each.shared is not None for each in self.uses)
+
     def alone(self) -> Block:
         """Return the block as it is by itself, where no layer stands above it."""
         ends = [self.out] if self.regularize is None else [self.out, self.regularize]
@@ -536,6 +546,11 @@ class Model:
     def uses(self) -> tuple[Block, ...]:
         """The blocks of the layers, in order, however often each is used."""
         return tuple(block for layer in self.layers for block in layer.uses)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether layers read the ones below."""
+        return any(layer.stacked for layer in self.layers)
 
     @property
     def classifies(self) -> bool:

@@ -52,6 +52,7 @@ OPS: dict[str, Op] = {
         Pointwise(),
     )
 }
-UNNAMED = ("pointwise", "reduce", "average", "joint", "tied")  # operations that are no stages of a pipeline
+# Operations that are no stages of a pipeline.
+UNNAMED = ("pointwise", "reduce", "average", "joint", "tied")
 
 __all__ = ["OPS", "UNNAMED", "Chosen", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

@@ -26,7 +26,6 @@ from .library import Library
 from .models import NORMS, elaborate_model
 from .scope import Findings
 
-
 DEFAULT_WIDTH = 64  # of a layer that stands alone
 
 

@@ -71,10 +71,16 @@ class Library:
         given = standard()
         every = [*(item for item in given if isinstance(item, syntax.Block)), *blocks]
         definitions = [*(item for item in given if isinstance(item, Definition)), *own]
+
+        def named(kind: str) -> dict[str, syntax.Block]:
+            return {each.name: each for each in every if each.kind == kind}
+
         models = [_with_lets(item, lets) for item in file.items if isinstance(item, syntax.Model)]
         return Library(
             {(each.kind, each.name): each for each in definitions},
-            *({each.name: each for each in every if each.kind == kind} for kind in KINDS_OF_PARTS),
+            named("block"),
+            named("layer"),
+            named("ffn"),
             {each.name: each for each in models},
             lets,
             next((item for item in file.items if isinstance(item, syntax.Search)), None),

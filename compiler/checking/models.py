@@ -5,7 +5,7 @@ layers = ([local] * 5 + [global]) * 2      → twelve layers `pre(local, swiglu(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 
@@ -332,9 +332,7 @@ class _Reader:
         reads_layer, reads_below = self._reads_layer(), bool(self.library.read_above)
         for at, call in enumerate(calls):
 
-            def block(
-                part: Expr, width: int, at: int = at, below: Draft | None = below
-            ) -> Block:
+            def block(part: Expr, width: int, at: int = at, below: Draft | None = below) -> Block:
                 under = None if below is None else below.scope
                 sizes = Sizes(width, context_width, at, len(calls), under, place)
                 draft = draft_block(self.library, part, sizes)

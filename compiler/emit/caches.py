@@ -11,7 +11,7 @@ from ...grammar.expr import calls, evaluate
 from ...ops import OPS
 from ..algebra.masks import reads_others
 from ..facts import decoding
-from ..facts.kept import Context, Held, Kept, Keys, Part, State, Tails, kept_of
+from ..facts.kept import Context, Held, Kept, Keys, Part, State, Tails, Within, kept_of
 from ..facts.parameters import weights
 from ..graph.graph import AnyNode, Graph, Node, made_by
 from ..graph.operations import Attend, Scan
@@ -101,6 +101,10 @@ class Caches:
             "        batch,",
         ]
         for part in parts:
+            if isinstance(part, Within):
+                made = f"self.{part.part}.init_cache(batch, length)"
+                lines += indent([f"{ident(part_name(part))}={made},"], 2)
+                continue
             head = f"{ident(part_name(part))}={_CLASSES[type(part)]}"
             lines += indent(call(head, self._arguments(part), "),"), 2)
         return [*lines, "    )"]
@@ -146,6 +150,8 @@ def part_name(part: Part) -> str:
             return CONTEXT
         case Tails():
             return TAILS
+        case Within(name):
+            return own_part(name)
 
 
 def own_part(node: str) -> str:
@@ -166,6 +172,8 @@ def _described(part: Part) -> str:
             return "room for the keys and values of a context"
         case Tails():
             return "room for the tokens before the next one"
+        case Within(name):
+            return f"what `{name}` keeps"
 
 
 def _size(held: Held) -> str:
