@@ -315,6 +315,9 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         value = scope.number(factor, "the factor of `scale`")
         number = Number(value, repr(value), factor.span)
         return [_pointwise(Binary("*", Name("a0"), number), (), stage.span)]
+    whole = scope.library.kind_of(stage) is not None
+    if whole and isinstance(stage, Call) and name in FUNCTIONS:  # `gelu(4)`, where `gelu` is none
+        return [_whole(scope, stage, module_name(name))]
     if name in FUNCTIONS and not FUNCTIONS[name].boolean and name != "where":
         rest = tuple(
             Number(value := scope.number(arg, f"an argument of `{name}`"), repr(value), arg.span)
@@ -325,7 +328,7 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         return [_operation(scope, OPS[name], stage, target)]
     if name in LATER:
         raise error("L221", f"{LATER[name]} not available yet", stage.span)
-    if scope.library.kind_of(stage) is not None:
+    if whole:
         return [_whole(scope, stage, module_name(name))]
     known = [*(OPS.keys() - UNNAMED), "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
     called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""

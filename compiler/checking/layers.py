@@ -19,7 +19,7 @@ from itertools import count
 
 from ...grammar import syntax
 from ...grammar.diagnostics import did_you_mean, error
-from ...grammar.expr import Value
+from ...grammar.expr import Value, rebuild
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Expr, Name, Pipe, Unary
 from ...ops import Shape
@@ -120,6 +120,12 @@ class _Layer:
             return self.parts[value.id]
         return value if self.library.kind_of(value) is not None else None
 
+    def _handed(self, expr: Expr) -> Expr:
+        """Put parts into the layers that they are handed to: `pre(attn, ffn)`, in a layer."""
+        if isinstance(expr, Call) and self.library.kind_of(expr) == "layer":
+            return put(expr, self.parts)
+        return rebuild(expr, self._handed)
+
     def _take(self, statement: syntax.Statement, seen: set[str]) -> None:
         name = getattr(statement, "name", "")
         if name and name in seen:
@@ -132,10 +138,12 @@ class _Layer:
             )
         seen.add(name)
         match statement:
-            case syntax.Let() | syntax.Param():
+            case syntax.Let(_, value):
+                self.lets[name] = replace(statement, value=self._handed(value))
+            case syntax.Param():
                 self.lets[name] = statement
-            case syntax.Setting("out", _, None):
-                self.out = statement
+            case syntax.Setting("out", value, None):
+                self.out = replace(statement, value=self._handed(value))
             case _:
                 raise error(
                     "L202",
@@ -266,8 +274,6 @@ def _part(scope: Scope, call: Expr, given: Shape) -> Block:
     if around is None:
         numbers = scope.numbers
         around = Around(given.dim, _no_block, int(numbers["layer"]), int(numbers["depth"]))
-    if isinstance(call, Call):
-        call = put(call, scope.parts)
     return elaborate_part(scope.library, call, replace(around, width=given.dim))
 
 
