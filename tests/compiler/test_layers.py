@@ -226,3 +226,42 @@ def test_what_does_not_belong_in_a_layer(text: str) -> None:
     with pytest.raises(LoomError) as caught:
         check(parse(f"{TEXT}{text}\nmodel m {{ width = 16; layers = [l(a)] }}"))
     assert {each.code for each in caught.value.diagnostics} == {MISPLACED[text]}
+
+
+DEPTH = {  # layers that read more than what comes in
+    "lanes": """
+        layer lane(part) {
+          let w    = x | merge | rms_norm | linear(lanes)
+          let pre  = w | sigmoid
+          let post = x | merge | linear(lanes) | sigmoid
+          let comb = x | merge | linear(lanes * lanes) | split(lanes) | softmax | sinkhorn(3)
+          let y    = (pre * x) | sum_heads | norm | part
+          out      = (x | combine(comb)) + post * (y | repeat(lanes))
+        }
+        model m { width = 16; lanes = 3; vocab = 7; layers = [lane(a), lane(swiglu), lane(d)] }""",
+    "earlier": """
+        layer over_depth(part) {
+          let logits = earlier | rms_norm | linear(1)
+          let read   = (earlier * (logits | softmax(over = heads))) | sum_heads
+          out        = x + (read | norm | part)
+        }
+        model m { width = 16; vocab = 7; layers = [pre(a, none), over_depth(a), over_depth(d)] }""",
+    "first": """
+        block reading { heads = 2; mask = causal; v = (earlier | pick(0)) + x | linear | split }
+        layer again(part) { out = x + (x | norm | part) + (earlier | pick(0) | linear) }
+        model m { width = 16; layers = [reading, again(a), again(reading)] }""",
+    "condition": """
+        layer adaptive(part) {
+          let shift = condition | silu | linear(width)
+          let scale = condition | silu | linear(width)
+          let gate  = condition | silu | linear(width)
+          out = x + gate * ((x | norm) * (1 + scale) + shift | part)
+        }
+        model m { width = 16; condition_width = 5; layers = [adaptive(a), adaptive(swiglu)] }""",
+}
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_layers_that_read_more_than_what_comes_in(name: str) -> None:
+    what = check(parse(f"{TEXT}{DEPTH[name]}")).models["m"]
+    assert [each for each in verify(what) if each.ok is False] == []
