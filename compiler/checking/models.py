@@ -14,10 +14,11 @@ from ...grammar.diagnostics import Diagnostic, did_you_mean, error
 from ...grammar.syntax import Binary, Call, Expr, ListOf, Name
 from ...ops import OPS, Shape
 from ..model import Apply, Block, Flow, Model, Part, applies, flow_mapped, flow_nodes
+from .around import NONE, Around
 from .blocks import Draft, Sizes, draft_block
 from .flows import Target, elaborate
 from .inheritance import SETTINGS as OF_BLOCKS
-from .layers import NONE, Around, composed, elaborate_part, whole
+from .layers import composed, elaborate_part, whole
 from .library import Library, bind, parsed, put, statement_exprs
 from .previous import stack
 from .scope import Findings, Scope
