@@ -269,7 +269,7 @@ class _Reader:
 
     def _end(self, kind: str, pipeline: Expr, sizes: Mapping[str, int]) -> Block:
         """Return a pipeline of the model's own, before its layers or after them."""
-        around = self._around(self.width)
+        around = replace(self._around(self.width), offered={})
         given = Shape("n", self.width, self.lanes if kind == "head" else None)
         scope = Scope(
             self.library,

@@ -278,6 +278,30 @@ def test_layers_that_read_more_than_what_comes_in(name: str) -> None:
     assert [each for each in verify(what) if each.ok is False] == []
 
 
+ALONE = """
+layer first { const kept[lanes, 1] = 1 - h; out = kept * x }
+layer last { out = (earlier * (earlier | linear(1))) | sum_heads }
+"""
+
+
+def test_layers_without_parts_may_read_what_a_model_alone_has() -> None:
+    wide = "model m { width = 16; lanes = 2; layers = [first] }"
+    agree(check(parse(f"{TEXT}{ALONE}{wide}")).models["m"], X)
+    deep = "model m { width = 16; layers = [a, last] }"
+    agree(check(parse(f"{TEXT}{ALONE}{deep}")).models["m"], X)
+    with pytest.raises(LoomError) as caught:
+        check(parse(f"{TEXT}{ALONE}model m {{ width = 16; layers = [first, a] }}"))
+    assert {each.code for each in caught.value.diagnostics} == {"L224"}
+
+
+@pytest.mark.parametrize("read", ["earlier | pick(0)", "condition | linear(16)"])
+def test_the_ends_read_no_other_inputs(read: str) -> None:
+    stage = f"stage reading {{ let y = x | linear(16); y + ({read}) }}\n"
+    with pytest.raises(LoomError) as caught:
+        check(parse(f"{TEXT}{stage}model m {{ width = 16; layers = [a]; head = x | reading }}"))
+    assert {each.code for each in caught.value.diagnostics} == {"L224"}
+
+
 def test_layers_that_run_again_share_their_weights() -> None:
     looped = model("vocab = 7; layers = [a] + loop(3, [pre(d, none), swiglu]) + [a]")
     assert looped.steps == (0, 1, 2, 1, 2, 1, 2, 3)
