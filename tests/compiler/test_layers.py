@@ -302,6 +302,18 @@ def test_the_ends_read_no_other_inputs(read: str) -> None:
     assert {each.code for each in caught.value.diagnostics} == {"L224"}
 
 
+def test_a_stage_that_reads_x_in_several_operations_takes_it_once() -> None:
+    """One part, and one linear map, however often the stage's text says `x`."""
+    text = "stage plain = x / sqrt(mean(x ** 2) + 1e-6)\nlayer l(p) { out = x + (x | p | plain) }\n"
+    block = "block b { heads = 2; q = x | linear | plain | split }\n"
+    arch = check(parse(f"{TEXT}{text}{block}model m {{ width = 16; layers = [l(a), l(b)] }}"))
+    found = [each.name for each in model_weights(arch.models["m"])]
+    assert [each for each in found if "q_proj" in each] == [
+        f"layers.{at}.p.q_proj.weight" for at in range(2)
+    ]
+    agree(arch.models["m"], X)
+
+
 def test_layers_that_run_again_share_their_weights() -> None:
     looped = model("vocab = 7; layers = [a] + loop(3, [pre(d, none), swiglu]) + [a]")
     assert looped.steps == (0, 1, 2, 1, 2, 1, 2, 3)
