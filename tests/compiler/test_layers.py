@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -17,6 +19,7 @@ from headloom.compiler.meaning.reference import ReferenceBlock, ReferenceModel, 
 from headloom.compiler.model import Block, Model
 from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.plan import Target
+from headloom.compiler.reports.figure import figure
 from headloom.compiler.verify.verify import verify
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse
@@ -301,3 +304,19 @@ def test_layers_that_run_again_share_their_weights() -> None:
     assert [each for each in verify(looped) if each.ok is False] == []
     once = model("let core = once(pre(a, swiglu)); layers = [core, d, core]")
     assert once.steps == (0, 1, 0)
+
+
+def test_the_figure_in_the_docs_is_the_one_that_is_drawn() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "language.md").read_text("utf-8")
+    (shown,) = re.findall(r"```mermaid\n(.*?)\n```", text, re.DOTALL)
+    found = re.findall(r"```loom\n(.*?)```", text, re.DOTALL)
+    (loom,) = (each for each in found if "model wide " in each)
+    assert figure(check(parse(loom)).models["wide"]) == shown
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_every_arrow_of_a_figure_ends_at_a_box(name: str) -> None:
+    drawn = figure(check(parse(f"{TEXT}{DEPTH[name]}")).models["m"])
+    places = [each.strip() for each in re.split(r"-->|\n", drawn) if each.strip()]
+    boxes = {re.split(r"[(\[]", each)[0] for each in places if re.search(r"[(\[]", each)}
+    assert {each for each in places if re.fullmatch(r"\w+", each)} - {"end"} <= boxes
