@@ -165,6 +165,36 @@ def test_none_takes_away_the_term_it_stands_in() -> None:
     )
 
 
+PARTS = {  # feed-forwards and stages with tensors among the pipelines of a block
+    "alike for every head": "q = x | linear | split | dyt; k = x | linear | split | dyt",
+    "a tensor of all heads": "q = x | linear | split | opened",
+    "earlier tokens": "k = x | shifted | linear | split; v = x | shifted | linear | split",
+    "around it": "out = o | merge | dyt | swiglu(1) | linear",
+    "in another": "out = o | merge | doubled | linear",
+}
+STAGES = """
+stage opened { param g[heads, features] = 1;  g * tanh(x) }
+stage doubled { let u = x | linear(3) | dyt | silu;  u | linear(features) }
+"""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_block(name: str) -> None:
+    text = f"{TEXT}{STAGES}block b {{ heads = 2; width = 16; mask = causal; {PARTS[name]} }}"
+    what = check(parse(text)).blocks["b"]
+    assert [each for each in verify(what) if each.ok is False] == []
+    modules = [each.module for each in what.parts]
+    assert len(modules) == len(set(modules))
+
+
+def test_a_stage_that_reads_heads_takes_none() -> None:
+    stage = "stage s { let u = x | conv(2);  u }"
+    text = f"{TEXT}{stage}\nblock b {{ heads = 2; q = x | linear | split | s }}"
+    with pytest.raises(LoomError) as caught:
+        check(parse(text))
+    assert {each.code for each in caught.value.diagnostics} == {"L206"}
+
+
 def test_equal_layers_are_one_class() -> None:
     text = generate(model("layers = [a, d, a, pre(d, none)]"), Target("torch")).text
     classes = [line.split()[1].split("(")[0] for line in text.splitlines() if "Layer(nn" in line]
