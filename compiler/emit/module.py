@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ...kernels import render
 from ..lowerings.operators import operators
 from ..model import Block, Model
 from ..plan.plan import Plan
@@ -52,6 +51,8 @@ def emit(what: Block | Model, plans: Sequence[Plan]) -> Code:
         sections += [each.render(f"headloom_{_HASH}") for each in kernels]
         classes.append("\n".join(wrap(block_class(plan, name, kernels))))
     if sections:
+        from ...kernels import render
+
         sections.insert(0, render.skeleton_text(*families))
     main = class_name(names[0])
     if isinstance(what, Model):

@@ -49,9 +49,10 @@ def _attend(graph: Graph, node: Node[Attend], target: Target) -> Lowering:
     attention = Attention(graph, node)
     obstacles: list[tuple[str, str]] = []
     for each in WAYS:
-        why_not = each.obstacle(attention)
         if each is kernel.WAY and target.backend != "triton":
-            why_not = ONLY_PYTORCH
+            why_not: str | None = ONLY_PYTORCH
+        else:
+            why_not = each.obstacle(attention)
         if target.lowering is None:
             why_not = why_not or each.slow(attention)
         elif each.name != target.lowering:

@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..lowerings.operators import operators
+from ...kernels.aot import Compiled, compile_ahead
+from ...kernels.sequential import Scan
+from ...kernels.spec import Attend
+from ..graph import operations
+from ..graph.graph import Graph, made_by, shape_of
+from ..lowerings.operators import Operator, operators, readings
 from ..model import Block, Model
 from ..pipeline import generate, lower
 from ..plan.plan import Plan, Target
@@ -103,7 +108,7 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
         return plan
     count = 0
     for operator in operators(plan, what.name):
-        found = operator.compiled(plan.graph, targets)
+        found = _compiled(operator, plan.graph, targets)
         for each in found:
             if not each.ok:
                 raise RuntimeError(
@@ -112,3 +117,20 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
                 )
         count += len(found)
     return count, 0.0
+
+
+def _compiled(operator: Operator, graph: Graph, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
+    """Compile the kernels of an operator, with the sizes its tensors have in the graph."""
+    node, spec = operator.node, operator.spec
+    if isinstance(spec, Attend):
+        assert made_by(node, operations.Attend)
+        q, k, v = (shape_of(graph.node(name).dims) for name in (node.q, node.k, node.v))
+        kv_heads = max(k.heads or 1, v.heads or 1)
+        return compile_ahead(spec, targets, q.dim, v.dim, heads=q.heads or 1, kv_heads=kv_heads)
+    if isinstance(spec, Scan):
+        return compile_ahead(spec, targets)
+    assert made_by(node, operations.Scan)
+    states = {each.name: each.shape for each in node.op.mix.states}
+    step = next(step for step, found in readings(graph, node) if found == spec)
+    d, e = reversed(states[step.state]) if step.turned else states[step.state]
+    return compile_ahead(spec, targets, d, e, heads=int(node.dims[1]))
