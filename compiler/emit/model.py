@@ -200,15 +200,9 @@ def _constructor(model: Model, which: Mapping[Block, str], encoder: str, layer: 
     if model.encoder is not None:
         lines.append(f"self.encoder = {encoder}()")
     if model.vocab is not None:
-        lines += [
-            f"self.embed_tokens = nn.Embedding({model.vocab}, {model.width})",
-            "nn.init.normal_(self.embed_tokens.weight, std=0.02)",
-        ]
+        lines += _table("embed_tokens", model.vocab, model.width)
     if model.embed_position == "learned":
-        lines += [
-            f"self.embed_positions = nn.Embedding({model.positions}, {model.width})",
-            "nn.init.normal_(self.embed_positions.weight, std=0.02)",
-        ]
+        lines += _table("embed_positions", model.positions, model.width)
     blocks = ", ".join(f"{which[block]}()" for block in model.layers)
     text = f"self.layers = nn.ModuleList({layer}(attn) for attn in ({blocks},))"
     if len(text) > 84:
@@ -227,6 +221,12 @@ def _constructor(model: Model, which: Mapping[Block, str], encoder: str, layer: 
     if model.head == "classify":
         lines.append(f"self.head = nn.Linear({model.width}, {model.classes})")
     return lines
+
+
+def _table(name: str, rows: int, width: int) -> list[str]:
+    """Write an embedding whose values are drawn once: nn.Embedding would draw others first."""
+    drawn = f"torch.empty({rows}, {width}).normal_(std=0.02)"
+    return call(f"self.{name} = nn.Embedding.from_pretrained", [drawn, "freeze=False"])
 
 
 def _forward(model: Model) -> list[str]:
