@@ -16,9 +16,9 @@ from ...kernels.recurrence import Recurrence
 from ...kernels.sequential import Scan
 from ...kernels.spec import Attend
 from ..graph import operations
-from ..graph.graph import Graph, Node, made_by
+from ..graph.graph import Node, made_by
 from ..plan.plan import Plan
-from ..plan.recurrences import Chunked, Memory, kernels_of, of_node
+from ..plan.recurrences import Chunked, Memory, kernels_of
 from ..plan.sequential_form import scan_of
 from .kernel import kernel_spec
 
@@ -56,11 +56,15 @@ def operators(plan: Plan, name: str) -> tuple[Operator, ...]:
             continue
         own = name if node.name == "o" else f"{name}_{node.name}"
         if made_by(node, operations.Attend):
-            found.append(Operator(f"{own}_attention", node, kernel_spec(graph, node)))
-        elif made_by(node, operations.Scan) and isinstance(of_node(graph, node), str):
-            found.append(Operator(f"{own}_scan", node, scan_of(graph, node)))
+            found.append(
+                Operator(f"{own}_attention", node, kernel_spec(plan.attentions[node.name]))
+            )
         elif made_by(node, operations.Scan):
-            for _, spec in readings(graph, node):
+            form = plan.recurrences[node.name]
+            if isinstance(form, str):
+                found.append(Operator(f"{own}_scan", node, scan_of(graph, node)))
+                continue
+            for _, spec in readings(form):
                 if spec not in forms:
                     number = "" if not forms else f"_{len(forms) + 1}"
                     forms[spec] = None
@@ -68,10 +72,8 @@ def operators(plan: Plan, name: str) -> tuple[Operator, ...]:
     return tuple(found)
 
 
-def readings(graph: Graph, node: Node[operations.Scan]) -> Iterable[tuple[Memory, Recurrence]]:
+def readings(form: Chunked) -> Iterable[tuple[Memory, Recurrence]]:
     """Return the matrices of a recurrence, and the kernel of each of their readings."""
-    form = of_node(graph, node)
-    assert isinstance(form, Chunked)
     for step in form.steps:
         if isinstance(step, Memory):
             for reading in step.readings:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from ..graph.graph import AnyNode, Graph
 from ..model import Block
+from .attention import Attention
+from .recurrences import Chunked
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,17 @@ class Lowering:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is computed, and how: `lowerings` are by the node's name, in the order of the nodes."""
+    """What is computed, and how: `lowerings` are by the node's name, in the order of the nodes.
+
+    With them goes what they were chosen by: the facts of each attention, and how each recurrence
+    runs in chunks, or why it does not.
+    """
 
     graph: Graph
     target: Target
     lowerings: Mapping[str, Lowering]
+    attentions: Mapping[str, Attention]
+    recurrences: Mapping[str, Chunked | str]
 
     @property
     def block(self) -> Block:

@@ -20,11 +20,12 @@ from ...kernels.aot import Compiled, compile_ahead
 from ...kernels.sequential import Scan
 from ...kernels.spec import Attend
 from ..graph import operations
-from ..graph.graph import Graph, made_by, shape_of
+from ..graph.graph import made_by, shape_of
 from ..lowerings.operators import Operator, operators, readings
 from ..model import Block, Model
 from ..pipeline import generate, lower
 from ..plan.plan import Plan, Target
+from ..plan.recurrences import Chunked
 
 
 def _kernel_plan(block: Block) -> Plan | str:
@@ -108,7 +109,7 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
         return plan
     count = 0
     for operator in operators(plan, what.name):
-        found = _compiled(operator, plan.graph, targets)
+        found = _compiled(operator, plan, targets)
         for each in found:
             if not each.ok:
                 raise RuntimeError(
@@ -119,9 +120,9 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
     return count, 0.0
 
 
-def _compiled(operator: Operator, graph: Graph, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
-    """Compile the kernels of an operator, with the sizes its tensors have in the graph."""
-    node, spec = operator.node, operator.spec
+def _compiled(operator: Operator, plan: Plan, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
+    """Compile the kernels of an operator, with the sizes its tensors have in the plan."""
+    node, spec, graph = operator.node, operator.spec, plan.graph
     if isinstance(spec, Attend):
         assert made_by(node, operations.Attend)
         q, k, v = (shape_of(graph.node(name).dims) for name in (node.q, node.k, node.v))
@@ -131,6 +132,8 @@ def _compiled(operator: Operator, graph: Graph, targets: tuple[str, ...]) -> tup
         return compile_ahead(spec, targets)
     assert made_by(node, operations.Scan)
     states = {each.name: each.shape for each in node.op.mix.states}
-    step = next(step for step, found in readings(graph, node) if found == spec)
+    form = plan.recurrences[node.name]
+    assert isinstance(form, Chunked)
+    step = next(step for step, found in readings(form) if found == spec)
     d, e = reversed(states[step.state]) if step.turned else states[step.state]
     return compile_ahead(spec, targets, d, e, heads=int(node.dims[1]))
