@@ -13,7 +13,7 @@ from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .joint import Joint
 from .latents import Latents
-from .linear import HeadLinear, Linear
+from .linear import HeadLinear, Linear, Tied
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
 from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
@@ -26,6 +26,7 @@ OPS: dict[str, Op] = {
     for op in (
         Linear(),
         HeadLinear(),
+        Tied(),
         Split(),
         Merge(),
         Repeat(),
@@ -51,6 +52,7 @@ OPS: dict[str, Op] = {
         Pointwise(),
     )
 }
-UNNAMED = ("pointwise", "reduce", "average", "joint")  # operations that are no stages of a pipeline
+# Operations that are no stages of a pipeline.
+UNNAMED = ("pointwise", "reduce", "average", "joint", "tied")
 
 __all__ = ["OPS", "UNNAMED", "Chosen", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

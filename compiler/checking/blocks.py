@@ -32,8 +32,10 @@ from ..model import (
     flow_nodes,
     reaching,
 )
+from ..model import Part as Whole
 from .flows import Target, elaborate
 from .inheritance import Body
+from .layers import whole
 from .library import Library
 from .mixing import Part
 from .scope import Findings, Scope
@@ -76,7 +78,7 @@ def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
     findings = Findings()
     body = Body(library, call, findings)
     title = body.block.name
-    scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place)
+    scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place, whole=whole)
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
     builder = _Builder(scope, body)
@@ -285,7 +287,7 @@ class _Builder:
         flows = [*(each.flow for each in streams), *ends]
         nodes = [node for flow in flows for node in flow_nodes(flow)]
         reads_context = any(isinstance(node, Read) and node.name == "context" for node in nodes)
-        modules = {node.module for node in nodes if isinstance(node, Apply)}
+        modules = {node.module for node in nodes if isinstance(node, Apply | Whole)}
         for name in modules & self.scope.tensors.keys():
             statement = self.body.lets.get(name)
             with self.scope.findings.guard():

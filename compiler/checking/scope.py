@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, prod
+from typing import TYPE_CHECKING
 
 from ...grammar import syntax
 from ...grammar.constants import settle
@@ -21,9 +22,12 @@ from ...grammar.functions import FUNCTIONS
 from ...grammar.source import Span
 from ...grammar.syntax import Call, Definition, Expr, Name
 from ...ops import OPS, Shape, Weight
-from ..model import Stream
+from ..model import Block, Stream
 from .library import MAX_NODES, Library, bind, put, size, substitute_statement
 from .names import taken
+
+if TYPE_CHECKING:
+    from .layers import Around
 
 SCALAR = (
     "mask",
@@ -63,6 +67,7 @@ class Findings:
 
 
 Declared = Callable[[str], Stream]  # the stream of this name in the block
+Whole = Callable[["Scope", Expr, Definition | None, Shape], Block]  # for what it is given
 
 
 @dataclass
@@ -88,6 +93,9 @@ class Scope:
     below: Scope | None = None  # the layer below
     place: str = ""  # where the block stands, if no layer is below it
     renamed: dict[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Expr] = field(default_factory=dict)  # what a layer was given for parts
+    around: Around | None = None  # where a layer stands
+    whole: Whole | None = None  # makes the part that a call, or a stage with tensors, stands for
     _open: list[str] = field(default_factory=list)
     _expanded: dict[tuple[object, ...], dict[str, Expr]] = field(default_factory=dict)
     _spent: list[int] = field(default_factory=lambda: [0])

@@ -17,6 +17,7 @@ from ..model import (
     Flow,
     Mixing,
     Pairwise,
+    Part,
     Read,
     Recurrence,
     Statistic,
@@ -37,6 +38,7 @@ from .operations import (
     StatisticOf,
     TensorRead,
     Weights,
+    Whole,
 )
 
 
@@ -88,7 +90,7 @@ class _Builder:
         if name.startswith(PREVIOUS):
             return self.add(name, Input(), (), self._below()[name])
         dims: dict[str, Dims] = {
-            "x": ("b", "n", self.block.width),
+            "x": dims_of(self.block.x),
             "context": ("b", "m", self.block.context_width or 0),
             "doc": ("b", "n"),
         }
@@ -125,8 +127,9 @@ class _Builder:
             if isinstance(node, Statistic):
                 self.add(own, StatisticOf(node.kind, node.expr), inputs, dims_of(node.shape))
                 continue
-            assert isinstance(node, Apply)
-            stage = Stage(node.op, node.options)
+            assert isinstance(node, Apply | Part)
+            stage: Stage | Whole
+            stage = Whole(node.what) if isinstance(node, Part) else Stage(node.op, node.options)
             self.put(Node(own, stage, inputs, dims_of(node.shape), node.module, node.span))
         return name
 

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from ..model import PREVIOUS
 from .graph import Graph, made_by
-from .operations import Stage
+from .operations import Stage, Whole
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Roots:
 
     @cached_property
     def _mixed(self) -> frozenset[str]:
-        return frozenset(each.name for each in self.graph.mixings())
+        wholes = (each for each in self.graph.of(Whole) if each.op.what.uses)
+        return frozenset(each.name for each in (*self.graph.mixings(), *wholes))
 
     @cached_property
     def _tokens(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ plan.lowerings["o"]      path `sdpa`: softmax of plain logits under a mask
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..graph.graph import AnyNode, Graph
 from ..model import Block
@@ -53,8 +53,8 @@ class Plan:
     graph: Graph
     target: Target
     lowerings: Mapping[str, Lowering]
-    attentions: Mapping[str, Attention]
-    recurrences: Mapping[str, Chunked | str]
+    attentions: Mapping[str, Attention] = field(default_factory=dict)
+    recurrences: Mapping[str, Chunked | str] = field(default_factory=dict)
 
     @property
     def block(self) -> Block:

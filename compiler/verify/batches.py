@@ -131,7 +131,7 @@ def rows_of_a_cache(subject: Subject) -> str | tuple[int, float]:
     """Compare rows that are decoded together with each row alone."""
     if subject.obstacle is not None:
         return f"it cannot decode: {subject.obstacle}"
-    if isinstance(subject.what, Model) and subject.what.head == "classify":
+    if isinstance(subject.what, Model) and subject.what.classifies:
         return "a classifier has one answer for the whole sequence"
     mixes = [each.mix for block in subject.blocks for each in block.mixings.values()]
     if any({"n", "m"} & names(expr) for mix in mixes for expr in mix.exprs):
