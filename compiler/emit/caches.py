@@ -6,7 +6,7 @@ What is kept, and of what size, is said by `Kept` (`facts/kept.py`), where the b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from ...grammar.expr import calls, evaluate
 from ...ops import OPS
@@ -181,6 +181,7 @@ def _size(held: Held) -> str:
     return f'"{ident(held.name)}": {(held.shape.heads, held.shape.dim)}'
 
 
+@lru_cache(maxsize=256)
 def own_rows(block: Block, training: bool = True) -> bool:
     """Say whether sequences of one row must be laid out in rows of their own.
 
