@@ -21,6 +21,9 @@ from ..ops import Shape, Weight
 
 PREVIOUS = "previous."  # what stands before the names of the layer below
 MAPS = ("s", "p")  # the logits and the weights of `o`, which the layer above may read
+# What a model gives to those of its layers that read it, and to their parts: the outputs of all
+# layers below [layer + 1, n, width], one token that meets all, the ids of the tokens [n, 1].
+OFFERED = ("earlier", "condition", "tokens")
 
 # ── streams ──────────────────────────────────────────────────────────────────────────────
 
@@ -397,6 +400,15 @@ class Block:
         )
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """What of `OFFERED` it reads, or a part of it."""
+        own = {each.name for each in self.streams} | {each.name for each in self.tensors}
+        nodes = [node for flow in self.flows for node in flow_nodes(flow)]
+        read = {node.name for node in nodes if isinstance(node, Read)} - own
+        read = read.union(*(each.what.reads for each in self.parts))
+        return tuple(name for name in OFFERED if name in read)
+
+    @property
     def uses(self) -> tuple[Block, ...]:
         """The blocks in which tokens mix: itself, or those of its parts, in order."""
         if self.kind == "block":
@@ -521,7 +533,9 @@ class Model:
     """A stack of layers between two ends. `vocab` None takes raw features [b, n, width].
 
     `embed` is done to what the layers are given, `head` to what they give; their tensors are the
-    model's own. The context passes through the `encoder` first, where there is one.
+    model's own. With `lanes` the stream between is so many, [lanes, n, width]; it begins as copies.
+    The context passes through the `encoder` first, where there is one. `condition` is the width of
+    the one token that meets all, where a layer reads it.
     """
 
     name: str
@@ -535,6 +549,14 @@ class Model:
     dropout: float
     span: Span = field(default=NOWHERE, compare=False, repr=False)
     encoder: Model | None = None
+    lanes: int | None = None
+    condition: int | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What of `OFFERED` its layers read."""
+        read = {name for layer in self.layers for name in layer.reads}
+        return tuple(name for name in OFFERED if name in read)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

@@ -21,11 +21,11 @@ is a list of the language:
 Top-level keys: `let`, `masks`, `similarities`, `scores`, `normalizers`, `weights`, `mixers`,
 `stages`, `ffns`, `layers`, `blocks`, `models` and `search`. In a body `let`, `param`, `const` and
 `state` group what is declared (`param: {"z[heads]": 0}`), `branches` holds sub-blocks, `base`
-names what a block, layer or model inherits from, `value` is the result of a definition (`value:
-s - z where …`), and every other key is a setting. A mapping is read from top to bottom; where a
-key would have to come twice, the file or body is a list of mappings, read in order. An element of a body's
-list may also be one statement in the words of Loom, which is how a setting that is called
-like one of these keys is said. `format.format_yaml` writes exactly this.
+names what a block, layer or model inherits from, `value` is the result of a definition
+(`value: s - z where …`), and every other key is a setting. A mapping is read from top to bottom;
+where a key would have to come twice, the file or body is a list of mappings, read in order. An
+element of a body's list may also be one statement in the words of Loom, which is how a setting
+that is called like one of these keys is said. `format.format_yaml` writes exactly this.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from .dropout import Dropout
 from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .joint import Joint
+from .lanes import Combine, MeanHeads, Pick, Sinkhorn, SumHeads
 from .latents import Latents
 from .linear import HeadLinear, Linear, Tied
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
@@ -31,6 +32,11 @@ OPS: dict[str, Op] = {
         Merge(),
         Repeat(),
         Concat(),
+        Combine(),
+        Sinkhorn(),
+        Pick(),
+        SumHeads(),
+        MeanHeads(),
         RmsNorm(),
         LayerNorm(),
         L2Norm(),

@@ -6,8 +6,8 @@ returns a `model.Block`, or raises every finding together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from ...grammar import syntax
 from ...grammar.diagnostics import Diagnostic, error
@@ -64,6 +64,7 @@ class Sizes:
     depth: int = 1
     below: Scope | None = None  # the layer below
     place: str = "it stands alone"  # said where there is none
+    offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
 
 
 def elaborate_block(
@@ -81,7 +82,7 @@ def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
     scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place, whole=whole)
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
-    builder = _Builder(scope, body)
+    builder = _Builder(scope, body, sizes.offered)
     out = builder.build()
     if not sized:  # the sizes that were guessed only serve to find further misspelt names
         findings.keep(lambda each: each.code not in _ABOUT_SHAPES)
@@ -180,8 +181,8 @@ def _divides_width(scope: Scope, body: Body) -> None:
 class _Builder:
     """Elaborates the parts of one block."""
 
-    def __init__(self, scope: Scope, body: Body) -> None:
-        self.scope, self.body = scope, body
+    def __init__(self, scope: Scope, body: Body, offered: Mapping[str, Shape]) -> None:
+        self.scope, self.body, self.offered = scope, body, offered
         numbers = {name: int(value) for name, value in scope.numbers.items()}
         scope.inputs = {
             "x": Shape("n", numbers["width"]),
@@ -212,6 +213,7 @@ class _Builder:
         main = Part(scope, body)
         with guard():
             main.declare()
+        scope.offer(self.offered)
         for branch in body.branches.values():
             with guard():
                 self._branch(branch).declare()

@@ -20,7 +20,7 @@ from ...grammar.show import show
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Compare, Definition, Expr, Name, Number, Unary
 from ...ops import OPS, UNNAMED, Op, Shape
-from ..model import MAPS, PREVIOUS, Apply, Block, Flow, Part, Read, is_part
+from ..model import MAPS, OFFERED, PREVIOUS, Apply, Block, Flow, Part, Read, is_part
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
 from .library import put
 from .names import module_name
@@ -28,7 +28,12 @@ from .options import bound, option_value
 from .scalars import resolve_function, shaped
 from .scope import Scope, body, suggest
 
-# What DESIGN names as a stage and a later version brings.
+OFFERS = {  # where a model gives them
+    "earlier": "a model without `lanes` has it",
+    "condition": "every model has it, given at each call",
+    "tokens": "a model with a `vocab` has it",
+}
+# What a later version brings.
 LATER = {"pool": "pooling is"}
 
 
@@ -117,6 +122,14 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
             if shape is None:
                 if id in LATER:
                     raise error("L221", f"{LATER[id]} not available yet", span)
+                if id in OFFERED:
+                    raise error(
+                        "L224",
+                        f"`{id}` is not here",
+                        span,
+                        "a model gives it to its layers, and this stands in none that has it",
+                        OFFERS[id],
+                    )
                 called = f"write `{id}(…)`" if id in OPS or id in STATISTICS else ""
                 raise error(
                     "L201",
@@ -315,6 +328,9 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         value = scope.number(factor, "the factor of `scale`")
         number = Number(value, repr(value), factor.span)
         return [_pointwise(Binary("*", Name("a0"), number), (), stage.span)]
+    whole = scope.library.kind_of(stage) is not None
+    if whole and isinstance(stage, Call) and name in FUNCTIONS:  # `gelu(4)`, where `gelu` is none
+        return [_whole(scope, stage, module_name(name))]
     if name in FUNCTIONS and not FUNCTIONS[name].boolean and name != "where":
         rest = tuple(
             Number(value := scope.number(arg, f"an argument of `{name}`"), repr(value), arg.span)
@@ -325,7 +341,7 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         return [_operation(scope, OPS[name], stage, target)]
     if name in LATER:
         raise error("L221", f"{LATER[name]} not available yet", stage.span)
-    if scope.library.kind_of(stage) is not None:
+    if whole:
         return [_whole(scope, stage, module_name(name))]
     known = [*(OPS.keys() - UNNAMED), "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
     called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""

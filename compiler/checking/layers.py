@@ -12,14 +12,14 @@ to the place where a part is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 
 from ...grammar import syntax
 from ...grammar.diagnostics import did_you_mean, error
-from ...grammar.expr import Value
+from ...grammar.expr import Value, rebuild
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Expr, Name, Pipe, Unary
 from ...ops import Shape
@@ -41,8 +41,14 @@ class Around:
     block: MakeBlock
     layer: int = 0
     depth: int = 1
+    lanes: int | None = None  # of the stream between layers
+    offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
     norm: Expr = NONE  # the stage that `norm` is
     dropout: float = 0.0  # of what every part gives
+
+    def taken(self, kind: str) -> Shape:
+        """Return the shape of what a layer or another part takes, and gives."""
+        return Shape("n", self.width, self.lanes if kind == "layer" else None)
 
 
 def elaborate_part(library: Library, call: Expr, around: Around) -> Block:
@@ -75,11 +81,13 @@ class _Layer:
         self.out: syntax.Setting | None = None
         numbers: dict[str, Value] = dict.fromkeys(("width", "features"), around.width)
         numbers |= {"layer": around.layer, "depth": around.depth}
+        numbers |= {} if around.lanes is None else {"lanes": around.lanes}
+        self.shape = around.taken(self.kind)
         self.scope = Scope(
             library,
             self.findings,
             numbers=numbers,
-            inputs={"x": Shape("n", around.width)},
+            inputs={"x": self.shape},
             title=self.syntax.name,
             parts=self.parts,
             around=around,
@@ -120,6 +128,12 @@ class _Layer:
             return self.parts[value.id]
         return value if self.library.kind_of(value) is not None else None
 
+    def _handed(self, expr: Expr) -> Expr:
+        """Put parts into the layers that they are handed to: `pre(attn, ffn)`, in a layer."""
+        if isinstance(expr, Call) and self.library.kind_of(expr) == "layer":
+            return put(expr, self.parts)
+        return rebuild(expr, self._handed)
+
     def _take(self, statement: syntax.Statement, seen: set[str]) -> None:
         name = getattr(statement, "name", "")
         if name and name in seen:
@@ -132,10 +146,12 @@ class _Layer:
             )
         seen.add(name)
         match statement:
-            case syntax.Let() | syntax.Param():
+            case syntax.Let(_, value):
+                self.lets[name] = replace(statement, value=self._handed(value))
+            case syntax.Param():
                 self.lets[name] = statement
-            case syntax.Setting("out", _, None):
-                self.out = statement
+            case syntax.Setting("out", value, None):
+                self.out = replace(statement, value=self._handed(value))
             case _:
                 raise error(
                     "L202",
@@ -158,7 +174,7 @@ class _Layer:
                 "write what goes on: `out = x + (x | norm | attn)`",
             )
         lets, out = self._pruned()
-        shape = Shape("n", self.around.width)
+        shape = self.shape
 
         def stream(let: syntax.Let, scope: Scope, name: str) -> Stream:
             wanted = shape if out == Name(let.name) else None
@@ -168,6 +184,7 @@ class _Layer:
         for statement in lets.values():
             with guard():
                 scope.declare(statement)
+        scope.offer(self.around.offered)
         for name in lets:
             with guard():
                 scope.shape(name, self.syntax.span)
@@ -178,7 +195,8 @@ class _Layer:
         assert made is not None
         kept = reaching(scope.streams, [made])
         streams = [each for name, each in scope.streams.items() if name in kept]
-        return composed(self.syntax.name, self.kind, scope, streams, made, self.syntax.span)
+        block = composed(self.syntax.name, self.kind, scope, streams, made, self.syntax.span)
+        return block if shape.heads is None else replace(block, given=shape)
 
     def _pruned(self) -> tuple[dict[str, syntax.Let | syntax.Param], Expr]:
         """Return the statements without the terms of parts that are `none`, and `out`."""
@@ -255,19 +273,19 @@ def _part(scope: Scope, call: Expr, given: Shape) -> Block:
             f"`{scope.title}` is a block",
             "write a `layer` that has both, or a `branch` where tokens mix twice in one block",
         )
-    if given.heads is not None or given.tokens != "n":
+    lanes = around.lanes if around is not None and kind == "layer" else None
+    if (given.tokens, given.heads) != ("n", lanes):
+        help = "bring them together: `sum_heads`, `combine(weights)`, `merge`"
         raise error(
             "L207",
             f"a {kind} does not take what it is given",
             call.span,
-            f"it is {given}, needed is {Shape('n', given.dim)}",
-            "bring the heads together with `merge`" if given.heads is not None else "",
+            f"it is {given}, needed is {Shape('n', given.dim, lanes)}",
+            help if given.heads is not None else "",
         )
     if around is None:
         numbers = scope.numbers
         around = Around(given.dim, _no_block, int(numbers["layer"]), int(numbers["depth"]))
-    if isinstance(call, Call):
-        call = put(call, scope.parts)
     return elaborate_part(scope.library, call, replace(around, width=given.dim))
 
 
@@ -299,6 +317,7 @@ def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> 
                 "it is made of `let`, `param`, `const` and a value",
             )
         inner.declare(each)
+    inner.offer({} if scope.around is None else scope.around.offered)
     if not isinstance(last, syntax.Result):
         raise error(
             "L220",

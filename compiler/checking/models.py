@@ -26,13 +26,15 @@ from .spellings import instead
 SETTINGS = {
     "vocab": "none", "width": "", "layers": "", "layer": "pre", "ffn": "swiglu(8/3)",
     "norm": "rms", "embed": "x", "embed_position": "none", "tie": "false", "head": "",
-    "dropout": "0", "patches": "none", "encoder": "none",
+    "dropout": "0", "patches": "none", "encoder": "none", "lanes": "none",
+    "condition_width": "width",
 }  # fmt: skip
 NORMS = {"rms": "rms_norm", "layer": "layer_norm"}  # what stages are called as a model's norm
 HEADS = {  # the heads that have names, as pipelines
     "lm": "x | norm | linear(vocab)",
     "classify": "x | norm | mean_tokens | linear(classes, bias = true)",
     "none": "x | norm",
+    "mean": "x | mean_heads",  # of the lanes, before each of these
 }
 MAX_LAYERS = 1024
 
@@ -69,7 +71,8 @@ class _Reader:
         self.library, self.findings, self.around = library, Findings(), around
         self.syntax = find_model(library, call)
         self.settings: dict[str, Expr] = {}
-        self.dropout = 0.0
+        self.dropout, self.condition = 0.0, 1
+        self.lanes: int | None = None
         self.scope = Scope(library, self.findings)
         values = dict(library.lets)
         self._collect(call, values, [])
@@ -136,6 +139,10 @@ class _Reader:
         with guard():
             self.dropout = self._dropout()
         with guard():
+            self.lanes = self._lanes()
+        with guard():
+            self.condition = self.scope.size(self.get("condition_width"), "`condition_width`")
+        with guard():
             layers = self._layers(width, encoder, warnings)
         with guard():
             embed_position, positions = self._position()
@@ -159,7 +166,13 @@ class _Reader:
             self.dropout,
             self.syntax.span,
             encoder,
+            self.lanes,
+            self.condition if any("condition" in each.reads for each in layers) else None,
         )
+
+    def _lanes(self) -> int | None:
+        lanes = self.get("lanes")
+        return None if lanes == NONE else self.scope.size(lanes, "`lanes`")
 
     def _vocab(self) -> int | None:
         vocab = self.get("vocab")
@@ -216,12 +229,12 @@ class _Reader:
         """Return what is done to what the layers give, its last linear map tied where asked."""
         sizes = {} if vocab is None else {"vocab": vocab}
         if "head" not in self.settings:
-            pipeline = _heads()["none" if vocab is None else "lm"]
+            pipeline = self._of_lanes(_heads()["none" if vocab is None else "lm"])
         elif not isinstance(self.get("head"), Name | Call):
             pipeline = self.get("head")
         else:
-            name, count, value = self._call("head", tuple(HEADS))
-            pipeline = _heads()[name]
+            name, count, value = self._call("head", ("lm", "classify", "none"))
+            pipeline = self._of_lanes(_heads()[name])
             if name == "lm" and vocab is None:
                 raise error("L222", "a language-model head needs a `vocab`", value.span)
             if name == "classify" and not count:
@@ -246,14 +259,19 @@ class _Reader:
             )
         return tied
 
+    def _of_lanes(self, head: Expr) -> Expr:
+        """Return a head that begins with the mean of all lanes, where there are such."""
+        return head if self.lanes is None else put(head, {"x": _heads()["mean"]})
+
     def _end(self, kind: str, pipeline: Expr, sizes: Mapping[str, int]) -> Block:
         """Return a pipeline of the model's own, before its layers or after them."""
         around = self._around(self.width)
+        given = Shape("n", self.width, self.lanes if kind == "head" else None)
         scope = Scope(
             self.library,
             self.findings,
             numbers={"width": self.width, "features": self.width, **sizes},
-            inputs={"x": Shape("n", self.width)},
+            inputs={"x": given},
             title=self.syntax.name,
             around=around,
             whole=whole,
@@ -279,13 +297,31 @@ class _Reader:
                     "it takes one token at a time",
                     "put it into a layer",
                 )
-        return block
+        return replace(block, given=given) if given.heads is not None else block
 
     def _around(self, width: int, at: int = 0, depth: int = 1) -> Around:
         norm = self.get("norm")
         if isinstance(norm, Name):
             norm = Name(NORMS.get(norm.id, norm.id), norm.span)
-        return Around(width, self._no_block, at, depth, norm, self.dropout)
+        return Around(
+            width,
+            self._no_block,
+            at,
+            depth,
+            self.lanes,
+            self._offered(at),
+            norm,
+            self.dropout,
+        )
+
+    def _offered(self, at: int) -> dict[str, Shape]:
+        """Return what a layer may read beside the stream that comes in."""
+        offered = {"condition": Shape("1", self.condition)}
+        if self.lanes is None:
+            offered["earlier"] = Shape("n", self.width, at + 1)
+        if self.get("vocab") != NONE:
+            offered["tokens"] = Shape("n", 1)
+        return offered
 
     @staticmethod
     def _no_block(call: Expr, width: int) -> Block:  # noqa: ARG004  where no block can be a part
@@ -334,7 +370,8 @@ class _Reader:
 
             def block(part: Expr, width: int, at: int = at, below: Draft | None = below) -> Block:
                 under = None if below is None else below.scope
-                sizes = Sizes(width, context_width, at, len(calls), under, place)
+                offered = self._offered(at)
+                sizes = Sizes(width, context_width, at, len(calls), under, place, offered)
                 draft = draft_block(self.library, part, sizes)
                 self._one_a_token(draft, part)
                 made = draft.finish()
@@ -420,7 +457,7 @@ class _Reader:
             )
 
     def _reads_layer(self) -> bool:
-        """Whether any text of the file reads `layer`; then every layer is elaborated anew."""
+        """Whether any text reads `layer` or `earlier`; then every layer is elaborated anew."""
         library = self.library
         holders: list[syntax.Block | syntax.Definition] = [
             *library.blocks.values(),
@@ -437,7 +474,7 @@ class _Reader:
             for expr in statement_exprs(statement)
         ]
         return any(
-            isinstance(node, Name) and node.id == "layer"
+            isinstance(node, Name) and node.id in ("layer", "earlier")
             for expr in (*exprs, *defaults, *bases, *library.lets.values(), self.get("layers"))
             if expr is not None
             for node in syntax.walk(expr)

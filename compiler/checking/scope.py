@@ -256,6 +256,11 @@ class Scope:
             if value == -inf:
                 raise NotConstant(init, "it is minus infinity")
 
+    def offer(self, inputs: Mapping[str, Shape]) -> None:
+        """Let inputs be read by their names, where they are no names of its own."""
+        own = self.declared.keys() | self.tensors.keys()
+        self.inputs |= {name: shape for name, shape in inputs.items() if name not in own}
+
     # definitions
 
     def expand(self, definition: Definition, call: Expr) -> dict[str, Expr]:

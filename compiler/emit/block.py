@@ -25,7 +25,7 @@ from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter as parameter_lines
 from ..text.text import LIMIT, braced, call, comment, ident, indent
 from .caches import CONTEXT, begins_within, own_rows, part_name, plain_name
-from .layers import Classes, described, given_blocks, modules, takes_batch
+from .layers import Classes, described, given_blocks, modules, offered_line, takes_batch
 from .mixes import Mixes
 
 
@@ -40,6 +40,7 @@ def block_class(
     fixed = constants(plan.block)
     base = "Constants" if fixed else "nn.Module"
     lines = [f"class {name}({base}):", *indent(_docstring(plan.block)), ""]
+    lines += offered_line(plan.block)
     lines += indent(writer.constructor())
     if fixed:
         lines += ["", *indent(constant_lines(fixed))]
@@ -128,6 +129,7 @@ class _Writer(Mixes):
             "    segments: Tensor | None = None,",
             "    cu_seqlens: Tensor | None = None,",
             "    positions: Tensor | None = None,",
+            *(f"    {name}: Tensor," for name in self.block.reads),
             *(["    shared: dict[str, Tensor],"] if self.stacked else []),
             "    cache: None = None,"
             if self.obstacle is not None
@@ -230,7 +232,8 @@ class _Writer(Mixes):
 
     def handed(self, node: Node[Whole]) -> list[str]:
         what = node.op.what
-        given = ["shared=shared"] if what.stacked else []
+        given = [f"{name}={name}" for name in what.reads]
+        given += ["shared=shared"] if what.stacked else []
         given += ["context=context", "far=far"] if what.context_width is not None else []
         given += ["batch=batch"] if takes_batch(what) else []
         held = next((each for each in self.kept.parts if _is_of(each, node)), None)

@@ -19,7 +19,7 @@ from ..graph.operations import Attend, Scan
 from ..graph.roots import Roots
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan
-from ..model import MAPS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
+from ..model import MAPS, OFFERED, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
 from ..plan.attention import Attention
 from ..text.text import call, ident, indent
 
@@ -219,4 +219,4 @@ def begins_within(block: Block) -> bool:
 
 def plain_name(name: str) -> str:
     """Return the variable of a node."""
-    return name if name in ("x", "context", "o") else ident(name)
+    return name if name in ("x", "context", "o", *OFFERED) else ident(name)

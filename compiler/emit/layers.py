@@ -21,7 +21,7 @@ from ..graph.passes import simplest
 from ..model import Block
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter
-from ..text.text import indent
+from ..text.text import call, indent
 from .stages import Stages
 
 Classes = Mapping[Block, str]  # the class that each block, layer, feed-forward and stage is
@@ -101,6 +101,14 @@ def modules(graph: Graph, classes: Classes, alone: bool = False) -> list[str]:
     return lines
 
 
+def offered_line(block: Block) -> list[str]:
+    """Write what a layer reads of what its model offers."""
+    if block.kind != "layer" or not block.reads:
+        return []
+    named = ", ".join(f'"{name}"' for name in block.reads)
+    return [f"    reads = ({named},)  # of what a model gives to its layers", ""]
+
+
 def given_blocks(block: Block) -> list[str]:
     """Return the arguments of a constructor: the parts in which tokens mix."""
     return [f"{each.module}: nn.Module" for each in block.parts if each.what.uses]
@@ -120,6 +128,7 @@ class _Local(Stages):
         block, fixed = self.block, constants(self.block)
         base = "Constants" if fixed else "nn.Module"
         lines = [f"class {name}({base}):", f'    """The {described(block)}."""', ""]
+        lines += offered_line(block)
         init = ["super().__init__()", *modules(self.graph, self.classes)]
         init += [line for each in block.tensors if each.learned for line in parameter(each)]
         init += ["self.set_constants()"] if fixed else []
@@ -145,15 +154,12 @@ class _Local(Stages):
     def _forward(self) -> list[str]:
         block = self.block
         told = takes_batch(block)
-        given = ", **given: object" if told else ""
         stacked = block.stacked
-        lines = [f"def forward(self, x: Tensor{given}) -> Tensor:"]
-        if stacked:
-            lines = [
-                "def forward(",
-                "    self, x: Tensor, shared: dict[str, Tensor], **given: object",
-                ") -> tuple[Tensor, dict[str, Tensor]]:",
-            ]
+        given = ["self", "x: Tensor", *(f"{name}: Tensor" for name in block.reads)]
+        given += ["shared: dict[str, Tensor]"] if stacked else []
+        given += ["**given: object"] if told else []
+        gives = "tuple[Tensor, dict[str, Tensor]]" if stacked else "Tensor"
+        lines = call("def forward", given, f") -> {gives}:")
         lines += indent(self.assigned())
         end = self.graph.node(self.graph.output)
         if not stacked:
@@ -161,5 +167,7 @@ class _Local(Stages):
         return [*lines, *indent(self._assign(end, "out =")), "    return out, shared"]
 
     def handed(self, node: Node[Whole]) -> list[str]:
-        shared = ["shared=shared"] if node.op.what.stacked else []
-        return [*shared, "**given"] if takes_batch(node.op.what) else []
+        what = node.op.what
+        given = [f"{name}={name}" for name in what.reads]
+        given += ["shared=shared"] if what.stacked else []
+        return [*given, "**given"] if takes_batch(what) else given

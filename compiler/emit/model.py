@@ -38,6 +38,7 @@ def model_class(model: Model, name: str, classes: Classes, encoder: str = "") ->
         f"        {_first(model)}: Tensor,",
         "        *,",
         "        context: Tensor | None = None,",
+        *(["        condition: Tensor | None = None,"] if model.condition else []),
         "        attention_mask: Tensor | None = None,",
         "        context_mask: Tensor | None = None,",
         "        segments: Tensor | None = None,",
@@ -187,6 +188,8 @@ def _forward(model: Model, classes: Classes) -> list[str]:
     head = ["self", first, "cache"] if cached else [first, "None"]
     opened = call(f"batch = {'begin' if cached else 'Batch'}", [*head, *args])
     lines += ["outer = batch is None"] if not model.classifies else []
+    if cached and model.condition is not None:
+        opened += ["if cache is not None:", "    cache.also(condition=condition)"]
     lines += ["if batch is None:", *indent([*opened, f"{first} = batch.take({first})"])]
     lines += _context(model, cached)
     if model.vocab is not None:
@@ -200,10 +203,14 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         lines.append(f"x = F.dropout(x, {model.dropout!r}, self.training)")
     if model.stacked:
         lines += ["shared: dict[str, Tensor] = {}  # what a layer reads of the one below"]
+    if model.lanes is not None:
+        lines.append(f"x = x[:, None].expand(-1, {model.lanes}, -1, -1)  # {_stream(model)}")
+    lines += _offered(model)
     both = ", shared" * model.stacked
     given = [
         f"x{both}",
         *(["context=context", "far=far"] if _crosses(model) else []),
+        *(["**more"] if model.reads else []),
         "batch=batch",
     ]
     if cached:
@@ -214,7 +221,15 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         given.append("cache=kept")
     else:
         lines.append("for layer in self.layers:")
+    if "earlier" in model.reads:
+        lines += [
+            '    if "earlier" in getattr(layer, "reads", ()):',
+            '        offered["earlier"] = torch.stack(earlier, 1)',
+        ]
+    if model.reads:
+        lines.append("    more = {name: offered[name] for name in getattr(layer, 'reads', ())}")
     lines += indent(call(f"x{both} = layer", given))
+    lines += ["    earlier.append(x)"] if "earlier" in model.reads else []
     lines += _End(model.head, classes).lines()
     if model.classifies:
         return [*lines, f"return x[:, 0]  # [b, {model.head.out.shape.dim}]"]
@@ -222,6 +237,29 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         *lines,
         f"return {'finish(x, batch, cache)' if cached else 'batch.give(x)'} if outer else x",
     ]
+
+
+def _stream(model: Model) -> str:
+    return f"[b, {model.lanes}, n, {model.width}]"
+
+
+def _offered(model: Model) -> list[str]:
+    """Write what is given to the layers that read it."""
+    lines = []
+    if model.condition is not None:
+        wanted = f"[b, {model.condition}]"
+        lines += [
+            f"if condition is None or condition.shape[1:] != ({model.condition},):",
+            "    given = None if condition is None else list(condition.shape)",
+            f'    raise ValueError(f"`condition` must be {wanted}, it is {{given}}")',
+        ]
+    texts = {"condition": "batch.of_rows(condition)[:, None]", "tokens": "tokens[..., None]"}
+    if model.reads:
+        named = [f'"{name}": {text}' for name, text in texts.items() if name in model.reads]
+        lines.append(f"offered = {{{', '.join(named)}}}")
+    if "earlier" in model.reads:
+        lines.append("earlier = [x]  # the embedding, and what each layer gave")
+    return lines
 
 
 def _crosses(model: Model) -> bool:

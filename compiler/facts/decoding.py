@@ -15,7 +15,7 @@ from ...grammar.show import show
 from ...grammar.syntax import Call, Index, Name, walk
 from ...ops import OPS
 from ..algebra.masks import extent
-from ..model import PREVIOUS, Apply, Block, Flow, Mixing, Part, Read, Recurrence, Statistic
+from ..model import OFFERED, PREVIOUS, Apply, Block, Flow, Mixing, Part, Read, Recurrence, Statistic
 from .later import later_read
 
 
@@ -45,7 +45,8 @@ def grows(flow: Flow, grown: dict[str, bool]) -> bool:
     """Say whether a flow's values depend on the block's own tokens."""
     match flow:
         case Read(name):
-            below = name.startswith(PREVIOUS) and flow.shape.tokens == "n"
+            below = name.startswith(PREVIOUS) or name in OFFERED
+            below = below and flow.shape.tokens == "n"
             return grown.get(name, below)
         case Apply(op) if OPS[op].starts:
             return False

@@ -11,6 +11,7 @@ from ...grammar.syntax import Expr, Index, Name, walk
 from ...ops import Weight
 from ..model import (
     MAPS,
+    OFFERED,
     PREVIOUS,
     Apply,
     Block,
@@ -87,7 +88,7 @@ class _Builder:
             return name
         if name in self.tensors:
             return self.add(name, TensorRead(), (), self.tensors[name].shape)
-        if name.startswith(PREVIOUS):
+        if name.startswith(PREVIOUS) or name in OFFERED:
             return self.add(name, Input(), (), self._below()[name])
         dims: dict[str, Dims] = {
             "x": dims_of(self.block.x),
@@ -97,7 +98,7 @@ class _Builder:
         return self.add(name, Input(), (), dims[name])
 
     def _below(self) -> dict[str, Dims]:
-        """Return the dimensions of the streams that are read of the layer below."""
+        """Return the dimensions of the streams that are read of the layers below."""
         flows = [*(each.flow for each in self.block.streams), self.block.out]
         nodes = [node for flow in flows for node in flow_nodes(flow)]
         return {node.name: dims_of(node.shape) for node in nodes if isinstance(node, Read)}

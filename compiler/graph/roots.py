@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..model import PREVIOUS
+from ..model import OFFERED, PREVIOUS
 from .graph import Graph, made_by
 from .operations import Stage, Whole
 
@@ -44,7 +44,8 @@ class Roots:
         return frozenset(
             node.name
             for node in self.graph.nodes
-            if node.name in ("x", "doc") or (node.name.startswith(PREVIOUS) and "n" in node.dims)
+            if node.name in ("x", "doc")
+            or ("n" in node.dims and (node.name.startswith(PREVIOUS) or node.name in OFFERED))
         )
 
     def late(self, name: str) -> bool:

@@ -91,7 +91,7 @@ class ReferenceBlock(nn.Module):
         """
         self.terms.clear()
         return run_alone(
-            lambda *given: self.layer(given[0], {}, *given[1:])[0],
+            lambda *given: self.layer(given[0], {}, *given[1:4])[0],
             x,
             cuts=not self.architecture.marks,
             context=context,
@@ -109,11 +109,13 @@ class ReferenceBlock(nn.Module):
         context: Tensor | None = None,
         segments: Tensor | None = None,
         positions: Tensor | None = None,
+        offered: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the output, and everything that a layer above may read by name.
 
         `below` is the same of the layer below: its streams, and `s` and `p`, the logits and
-        weights of `o` [b, heads, n, m], zero where nothing is seen.
+        weights of `o` [b, heads, n, m], zero where nothing is seen. `offered` is what a model
+        gives to those of its layers that read it.
         """
         block = self.architecture
         _expect("x", x, block)
@@ -127,13 +129,15 @@ class ReferenceBlock(nn.Module):
                 )
         places = Places({"n": _positions(positions, x)})
         streams = {"x": x, **{f"{PREVIOUS}{name}": each for name, each in below.items()}}
+        own = {each.name for each in block.streams} | {each.name for each in block.tensors}
+        streams |= {name: each for name, each in (offered or {}).items() if name not in own}
         if context is not None:
             places["m"] = _positions(None, context)
             streams["context"] = context
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
         pairs = {name: each for name, each in below.items() if name in MAPS}
         given = Given(streams, tensors, places, segments, self.training, {}, pairs)
-        self.below, self.made = below, dict[str, Tensor]()
+        self.below, self.offered, self.made = below, offered, dict[str, Tensor]()
         maps: dict[str, Tensor] = {}
         for stream in block.streams:
             if isinstance(stream.flow, Mixing) and isinstance(stream.flow.mix, Pairwise):
@@ -167,7 +171,8 @@ class ReferenceBlock(nn.Module):
             part = self.root[0].get_submodule(flow.module)
             assert isinstance(part, ReferenceBlock)
             x, context = self._flow(flow.inputs[0], given), given.streams.get("context")
-            y, made = part.layer(x, self.below, context, given.segments, given.positions.get("n"))
+            places = given.positions.get("n")
+            y, made = part.layer(x, self.below, context, given.segments, places, self.offered)
             self.made = made or self.made
             return y
         inputs = [self._flow(each, given) for each in flow.inputs]
@@ -208,12 +213,14 @@ class ReferenceModel(nn.Module):
         segments: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return logits [b, n, vocab], classes [b, classes], or features [b, n, width].
 
         x is [b, n] tokens, or [b, n, width] features for a model without a vocabulary; the
         rest is as for a block. The context passes through the encoder first, where there is
-        one: [b, m] tokens, or [b, m, its width].
+        one: [b, m] tokens, or [b, m, its width]. `condition` [b, condition_width] is the one
+        token that meets all, for layers that read it.
         """
         for each in self._blocks():
             each.terms.clear()
@@ -227,6 +234,7 @@ class ReferenceModel(nn.Module):
             segments=segments,
             cu_seqlens=cu_seqlens,
             positions=positions,
+            condition=condition,
         )
 
     def _alone(
@@ -235,23 +243,34 @@ class ReferenceModel(nn.Module):
         context: Tensor | None,
         segments: Tensor | None,
         positions: Tensor | None,
+        condition: Tensor | None,
     ) -> Tensor:
         model = self.architecture
         if model.encoder is not None:
             if context is None:
                 raise ValueError(f"model `{model.name}` reads a context, and none was given")
             context = self.encoder(context)
+        tokens = None
         if model.vocab is None:
             _expect("x", x, model.embed)
         else:
+            tokens = x[..., None]
             x = functional.embedding(x, _tensor(self, "embed_tokens.weight"))
         embed, head = (each.train(self.training) for each in self.ends)
         x = self._with_positions(x, _positions(positions, x))
         x = self._dropped(embed.layer(x, {}, None, segments, positions)[0])
         below: dict[str, Tensor] = {}
+        if model.lanes is not None:
+            x = x[:, None].expand(-1, model.lanes, -1, -1)
+        offered: dict[str, Tensor] = {} if tokens is None else {"tokens": tokens}
+        if condition is not None:
+            offered["condition"] = condition[:, None]
+        earlier = [x]
         for layer in self.layers:
             assert isinstance(layer, ReferenceBlock)
-            x, made = layer.layer(x, below, context, segments, positions)
+            offered["earlier"] = torch.stack(earlier, 1)
+            x, made = layer.layer(x, below, context, segments, positions, offered)
+            earlier.append(x)
             below = made or below
         y = head.layer(x, {}, None, segments, positions)[0]
         return y[:, 0] if model.classifies else y
@@ -295,7 +314,7 @@ def sinusoidal(positions: Tensor, width: int) -> Tensor:
 
 def _positions(given: Tensor | None, x: Tensor) -> Tensor:
     """Return every token's position, [b, n]."""
-    batch, tokens = x.shape[:2]
+    batch, tokens = len(x), x.shape[-1 if x.ndim == 2 else -2]
     if given is None:
         given = torch.arange(tokens, device=x.device)
     return given.expand(batch, tokens)

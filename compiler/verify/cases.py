@@ -142,6 +142,10 @@ class Subject:
                 case.batch, case.context, width, generator=draw, dtype=torch.float64
             )
             given["context"] = context.to(case.dtype)
+        if isinstance(self.what, Model) and self.what.condition is not None:
+            size_ = (case.batch, self.what.condition)
+            condition = torch.randn(*size_, generator=draw, dtype=torch.float64)
+            given["condition"] = condition.to(case.dtype)
         if self.reads_segments and not case.whole:
             steps = torch.rand(size, generator=draw) < 0.3
             given["segments"] = steps.long().cumsum(-1)

@@ -67,7 +67,9 @@ def subjects(*whats: Block | Model) -> tuple[Block | Model, ...]:
     blocks: dict[Block, None] = {}
     for what in whats:
         found = what.blocks
-        blocks |= dict.fromkeys(block.alone() for block in found if not block.previous)
+        blocks |= dict.fromkeys(
+            block.alone() for block in found if not (block.previous or block.reads)
+        )
     models = [what for what in whats if isinstance(what, Model)][:1]
     return (*blocks, *models)
 
