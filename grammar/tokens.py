@@ -32,33 +32,31 @@ class TokenReader(BasicLexer):
         """Yield the tokens of a text, each when the parser has taken those before."""
         states = parser_state.parse_conf.parse_table.states
         while True:
-            before = copy(lexer_state)
             try:
                 token = self.next_token(lexer_state, parser_state)
             except EOFError:
                 return
             taken = states[parser_state.position]
             if token.type not in taken and token.type not in self._always:
-                token = self._read_again(before, lexer_state, self._of(frozenset(taken))) or token
+                token = self._read_again(token, lexer_state, frozenset(taken))
             yield token
 
-    def _of(self, taken: frozenset[str]) -> BasicLexer:
-        """Return the lexer of some terminals."""
+    def _read_again(self, token: Token, state: LexerState, taken: frozenset[str]) -> Token:
+        """Read one of the taken terminals in place of a token; where none fits, give it back.
+
+        It is of one line: those that are not are always taken.
+        """
         if taken not in self._narrow:
             conf = copy(self._conf)
             conf.terminals = [each for each in self.terminals if each.name in taken | self._always]
             self._narrow[taken] = BasicLexer(conf)
-        return self._narrow[taken]
-
-    @staticmethod
-    def _read_again(before: LexerState, state: LexerState, lexer: BasicLexer) -> Token | None:
-        """Read a token in another way; where there is none the parser is to refuse the first."""
+        at, length = state.line_ctr, len(token)
+        at.char_pos, at.column = at.char_pos - length, at.column - length
         try:
-            token = lexer.next_token(before)
-        except (UnexpectedCharacters, EOFError):
-            return None
-        state.line_ctr, state.last_token = before.line_ctr, before.last_token
-        return token
+            return self._narrow[taken].next_token(state)
+        except UnexpectedCharacters:
+            at.char_pos, at.column = at.char_pos + length, at.column + length
+            return token
 
 
 class TooDeepError(Exception):
