@@ -83,6 +83,8 @@ def test_check_is_fast_and_does_not_import_torch(name: str) -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "headloom.compiler.checking.check" in imported
     assert not imported & {"torch", "triton", "numpy", "optuna", "networkx"}
+    graphs = {"headloom.compiler.graph.graph", "headloom.compiler.pipeline", "rich"}
+    assert not imported & graphs
 
 
 def test_check_of_a_missing_file() -> None:
