@@ -535,7 +535,8 @@ class Model:
     `embed` is done to what the layers are given, `head` to what they give; their tensors are the
     model's own. With `lanes` the stream between is so many, [lanes, n, width]; it begins as copies.
     The context passes through the `encoder` first, where there is one. `condition` is the width of
-    the one token that meets all, where a layer reads it.
+    the one token that meets all, where a layer reads it. `steps` are the numbers of the layers in
+    the order they run; one that runs again has the same weights, and a cache for each time.
     """
 
     name: str
@@ -551,6 +552,12 @@ class Model:
     encoder: Model | None = None
     lanes: int | None = None
     condition: int | None = None
+    steps: tuple[int, ...] = ()
+
+    @property
+    def run(self) -> tuple[Block, ...]:
+        """The layers as they are run."""
+        return tuple(self.layers[at] for at in self.steps)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -566,8 +573,8 @@ class Model:
 
     @property
     def uses(self) -> tuple[Block, ...]:
-        """The blocks of the layers, in order, however often each is used."""
-        return tuple(block for layer in self.layers for block in layer.uses)
+        """The blocks of the layers as they are run, however often each is used."""
+        return tuple(block for layer in self.run for block in layer.uses)
 
     @property
     def stacked(self) -> bool:

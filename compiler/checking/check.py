@@ -20,8 +20,9 @@ from ...grammar.functions import HOLES
 from ...grammar.source import NOWHERE
 from ...grammar.syntax import Expr, File, Name
 from ..model import Architecture, Block, Model
+from .around import Around
 from .blocks import Sizes, elaborate_block
-from .layers import Around, elaborate_part
+from .layers import elaborate_part
 from .library import Library
 from .models import NORMS, elaborate_model
 from .scope import Findings

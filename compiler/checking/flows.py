@@ -343,7 +343,9 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         raise error("L221", f"{LATER[name]} not available yet", stage.span)
     if whole:
         return [_whole(scope, stage, module_name(name))]
-    known = [*(OPS.keys() - UNNAMED), "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
+    library = scope.library
+    parts = [*library.layers, *library.ffns] if scope.around is not None else library.ffns
+    known = [*(OPS.keys() - UNNAMED), "gate", "scale", *library.known("stage"), *FUNCTIONS, *parts]
     called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""
     raise error(
         "L208", f"there is no stage `{name}`", stage.span, "", called or did_you_mean(name, known)

@@ -12,8 +12,7 @@ to the place where a part is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -25,30 +24,10 @@ from ...grammar.syntax import Binary, Call, Expr, Name, Pipe, Unary
 from ...ops import Shape
 from ..model import Apply, Block, Flow, Part, Stream, flow_mapped, flow_nodes, is_part, reaching
 from .arithmetic import applied
+from .around import NONE, Around
 from .flows import Target, elaborate
 from .library import Library, bind, put, substitute_statement
 from .scope import Findings, Scope
-
-NONE = Name("none")
-MakeBlock = Callable[[Expr, int], Block]  # the block of a call, at a width
-
-
-@dataclass(frozen=True, slots=True)
-class Around:
-    """What the parts of a model are told: where they stand, and what its settings mean in them."""
-
-    width: int
-    block: MakeBlock
-    layer: int = 0
-    depth: int = 1
-    lanes: int | None = None  # of the stream between layers
-    offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
-    norm: Expr = NONE  # the stage that `norm` is
-    dropout: float = 0.0  # of what every part gives
-
-    def taken(self, kind: str) -> Shape:
-        """Return the shape of what a layer or another part takes, and gives."""
-        return Shape("n", self.width, self.lanes if kind == "layer" else None)
 
 
 def elaborate_part(library: Library, call: Expr, around: Around) -> Block:

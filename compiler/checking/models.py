@@ -14,10 +14,11 @@ from ...grammar.diagnostics import Diagnostic, did_you_mean, error
 from ...grammar.syntax import Binary, Call, Expr, ListOf, Name
 from ...ops import OPS, Shape
 from ..model import Apply, Block, Flow, Model, Part, applies, flow_mapped, flow_nodes
+from .around import NONE, Around
 from .blocks import Draft, Sizes, draft_block
 from .flows import Target, elaborate
 from .inheritance import SETTINGS as OF_BLOCKS
-from .layers import NONE, Around, composed, elaborate_part, whole
+from .layers import composed, elaborate_part, whole
 from .library import Library, bind, parsed, put, statement_exprs
 from .previous import stack
 from .scope import Findings, Scope
@@ -37,6 +38,7 @@ HEADS = {  # the heads that have names, as pipelines
     "mean": "x | mean_heads",  # of the lanes, before each of these
 }
 MAX_LAYERS = 1024
+_Place = tuple[Expr, object]  # a layer of the list, and whose weights it has where not its own
 
 
 @cache
@@ -73,6 +75,7 @@ class _Reader:
         self.settings: dict[str, Expr] = {}
         self.dropout, self.condition = 0.0, 1
         self.lanes: int | None = None
+        self.steps: tuple[int, ...] = ()
         self.scope = Scope(library, self.findings)
         values = dict(library.lets)
         self._collect(call, values, [])
@@ -168,6 +171,7 @@ class _Reader:
             encoder,
             self.lanes,
             self.condition if any("condition" in each.reads for each in layers) else None,
+            self.steps,
         )
 
     def _lanes(self) -> int | None:
@@ -357,15 +361,14 @@ class _Reader:
         self, width: int, encoder: Model | None, warnings: list[Diagnostic] | None
     ) -> tuple[Block, ...]:
         context_width = None if encoder is None else encoder.width
-        calls = self._list(self.get("layers"))
-        if not calls:
-            raise error("L203", "a model needs at least one layer", self.get("layers").span)
+        calls = self._places()
         place = f"it is layer 0 of `{self.syntax.name}`, the lowest"
         made: dict[Expr, Block] = {}
         drafts: dict[int, Draft] = {}  # of the blocks in layers, by their identity
         layers: list[Block] = []
         below: Draft | None = None  # the block below
-        reads_layer, reads_below = self._reads_layer(), bool(self.library.read_above)
+        reads_layer = self._reads("layer", "earlier")
+        reads_below = bool(self.library.read_above)
         for at, call in enumerate(calls):
 
             def block(part: Expr, width: int, at: int = at, below: Draft | None = below) -> Block:
@@ -404,6 +407,30 @@ class _Reader:
             self._unread(warnings)
         rest = iter(done)
         return tuple(layer.using(rest) for layer in layers)
+
+    def _places(self) -> list[Expr]:
+        """Return the different layers of the list; `steps` is their order, some of them again."""
+        listed = self._list(self.get("layers"))
+        if not listed:
+            raise error("L203", "a model needs at least one layer", self.get("layers").span)
+        calls: list[Expr] = []
+        numbers: dict[object, int] = {}
+        steps = []
+        for call, key in listed:
+            at = len(calls) if key is None else numbers.setdefault(key, len(calls))
+            if at == len(calls):
+                calls.append(call)
+            steps.append(at)
+        self.steps = tuple(steps)
+        if len(steps) > len(calls) and (self.library.read_above or self._reads("earlier")):
+            raise error(
+                "L224",
+                "a layer that runs again has other layers below it each time",
+                self.get("layers").span,
+                "layers of this file read the ones below",
+                "leave `loop` and `once` out, or `previous` and `earlier`",
+            )
+        return calls
 
     def _standing(self, call: Expr) -> Expr:
         """Return the layer that a block or feed-forward of the list stands in."""
@@ -456,8 +483,8 @@ class _Reader:
                 )
             )
 
-    def _reads_layer(self) -> bool:
-        """Whether any text reads `layer` or `earlier`; then every layer is elaborated anew."""
+    def _reads(self, *names: str) -> bool:
+        """Say whether any text reads one of some names, so that no layer is like another."""
         library = self.library
         holders: list[syntax.Block | syntax.Definition] = [
             *library.blocks.values(),
@@ -474,17 +501,17 @@ class _Reader:
             for expr in statement_exprs(statement)
         ]
         return any(
-            isinstance(node, Name) and node.id in ("layer", "earlier")
+            isinstance(node, Name) and node.id in names
             for expr in (*exprs, *defaults, *bases, *library.lets.values(), self.get("layers"))
             if expr is not None
             for node in syntax.walk(expr)
         )
 
-    def _list(self, expr: Expr) -> list[Expr]:
-        """Return the block calls of a list expression."""
+    def _list(self, expr: Expr) -> list[_Place]:
+        """Return the layers of a list expression."""
         match expr:
             case ListOf(items):
-                done = [call for item in items for call in self._list(item)]
+                done = [place for item in items for place in self._list(item)]
             case Binary("+", left, right):
                 done = self._list(left) + self._list(right)
             case Binary("*", times, ListOf() as items) | Binary("*", items, times):
@@ -493,8 +520,17 @@ class _Reader:
             case Call("each", (times, item), ()):
                 count = self.scope.size(times, "a number of layers")
                 done = self._repeat(expr, self._list(item), count)
+            case Call("loop", (times, item), ()):
+                count = self.scope.size(times, "a number of turns")
+                inner = [
+                    (call, (id(expr), at) if key is None else key)
+                    for at, (call, key) in enumerate(self._list(item))
+                ]
+                done = self._repeat(expr, inner, count)
+            case Call("once", (item,), ()):
+                done = [(item, (item, item.span))]
             case Name() | Call():
-                done = [expr]
+                done = [(expr, None)]
             case _:
                 raise error(
                     "L218",
@@ -506,7 +542,7 @@ class _Reader:
         return self._repeat(expr, done, 1)
 
     @staticmethod
-    def _repeat(expr: Expr, calls: list[Expr], count: int) -> list[Expr]:
+    def _repeat(expr: Expr, calls: list[_Place], count: int) -> list[_Place]:
         if len(calls) * count > MAX_LAYERS:
             raise error(
                 "L203",

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, prod
-from typing import TYPE_CHECKING
 
 from ...grammar import syntax
 from ...grammar.constants import settle
@@ -23,11 +22,9 @@ from ...grammar.source import Span
 from ...grammar.syntax import Call, Definition, Expr, Name
 from ...ops import OPS, Shape, Weight
 from ..model import Block, Stream
+from .around import Around
 from .library import MAX_NODES, Library, bind, put, size, substitute_statement
 from .names import taken
-
-if TYPE_CHECKING:
-    from .layers import Around
 
 SCALAR = (
     "mask",

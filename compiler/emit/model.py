@@ -106,7 +106,7 @@ def _init_cache(model: Model) -> list[str]:
     return [
         f"{head}Cache:",
         '    """Return what the layers keep, still empty; without a length it grows."""',
-        "    kept = (layer.init_cache(batch, length) for layer in self.layers)",
+        f"    kept = (layer.init_cache(batch, length) for layer in {_run(model)})",
         "    parts = {str(at): each for at, each in enumerate(kept)}",
         "    return Cache(self, batch, **parts)",
     ]
@@ -215,12 +215,12 @@ def _forward(model: Model, classes: Classes) -> list[str]:
     ]
     if cached:
         lines += [
-            "caches = [None] * len(self.layers) if cache is None else cache",
-            "for layer, kept in zip(self.layers, caches, strict=True):",
+            f"caches = [None] * {len(model.steps)} if cache is None else cache",
+            f"for layer, kept in zip({_run(model)}, caches, strict=True):",
         ]
         given.append("cache=kept")
     else:
-        lines.append("for layer in self.layers:")
+        lines.append(f"for layer in {_run(model)}:")
     if "earlier" in model.reads:
         lines += [
             '    if "earlier" in getattr(layer, "reads", ()):',
@@ -237,6 +237,13 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         *lines,
         f"return {'finish(x, batch, cache)' if cached else 'batch.give(x)'} if outer else x",
     ]
+
+
+def _run(model: Model) -> str:
+    """Return the layers in the order they are run."""
+    if model.steps == tuple(range(len(model.layers))):
+        return "self.layers"
+    return f"[self.layers[at] for at in {model.steps}]"
 
 
 def _stream(model: Model) -> str:

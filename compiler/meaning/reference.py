@@ -266,7 +266,8 @@ class ReferenceModel(nn.Module):
         if condition is not None:
             offered["condition"] = condition[:, None]
         earlier = [x]
-        for layer in self.layers:
+        for at in model.steps:
+            layer = self.layers[at]
             assert isinstance(layer, ReferenceBlock)
             offered["earlier"] = torch.stack(earlier, 1)
             x, made = layer.layer(x, below, context, segments, positions, offered)

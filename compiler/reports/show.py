@@ -36,7 +36,7 @@ def show(what: Block | Model, tokens: int, console: Console | None = None) -> No
             f"[bold]{what.name}[/]: {len(what.layers)} layers of width {what.width}"
             + (f", vocabulary {what.vocab}" if what.vocab else "")
         )
-        console.print("layers: " + " ".join(map(layer_name, what.layers)))
+        console.print("layers: " + " ".join(map(layer_name, what.run)))
         if what.encoder is not None:
             console.print(
                 f"encoder: {what.encoder.name}, "
@@ -120,6 +120,6 @@ def as_json(what: Block | Model, tokens: int) -> dict[str, Any]:
         ],
     }
     if isinstance(what, Model):
-        answer["layers"] = [layer_name(layer) for layer in what.layers]
+        answer["layers"] = [layer_name(layer) for layer in what.run]
         answer["encoder"] = None if what.encoder is None else what.encoder.name
     return answer

@@ -265,3 +265,28 @@ DEPTH = {  # layers that read more than what comes in
 def test_layers_that_read_more_than_what_comes_in(name: str) -> None:
     what = check(parse(f"{TEXT}{DEPTH[name]}")).models["m"]
     assert [each for each in verify(what) if each.ok is False] == []
+
+
+def test_layers_that_run_again_share_their_weights() -> None:
+    looped = model("vocab = 7; layers = [a] + loop(3, [pre(d, none), swiglu]) + [a]")
+    assert looped.steps == (0, 1, 2, 1, 2, 1, 2, 3)
+    assert len(looped.layers) == 4
+    unrolled = model("vocab = 7; layers = [a] + [pre(d, none), swiglu] * 3 + [a]")
+    assert cost(looped).cache_bytes(9) == cost(unrolled).cache_bytes(9)
+    assert cost(looped).flops(9) == cost(unrolled).flops(9)
+    shared, apart = reference(looped), reference(unrolled)
+    state = {
+        f"layers.{at}.{rest}": each
+        for at, own in enumerate(looped.steps)
+        for name, each in shared.state_dict().items()
+        if name.startswith(f"layers.{own}.")
+        for rest in [name.removeprefix(f"layers.{own}.")]
+    }
+    apart.load_state_dict(
+        state | {k: v for k, v in shared.state_dict().items() if not k.startswith("layers.")}
+    )
+    tokens = torch.tensor([[1, 2, 6, 0]])
+    torch.testing.assert_close(shared(tokens), apart(tokens))
+    assert [each for each in verify(looped) if each.ok is False] == []
+    once = model("let core = once(pre(a, swiglu)); layers = [core, d, core]")
+    assert once.steps == (0, 1, 0)
