@@ -555,6 +555,11 @@ class Model:
     steps: tuple[int, ...] = ()
 
     @property
+    def kinds(self) -> tuple[Block, ...]:
+        """The different layers."""
+        return tuple(dict.fromkeys(self.layers))
+
+    @property
     def run(self) -> tuple[Block, ...]:
         """The layers as they are run."""
         return tuple(self.layers[at] for at in self.steps)
@@ -562,7 +567,7 @@ class Model:
     @property
     def reads(self) -> tuple[str, ...]:
         """What of `OFFERED` its layers read."""
-        read = {name for layer in self.layers for name in layer.reads}
+        read = {name for layer in self.kinds for name in layer.reads}
         return tuple(name for name in OFFERED if name in read)
 
     @property
@@ -589,7 +594,7 @@ class Model:
     @property
     def marks(self) -> bool:
         """Whether segments only mark tokens, as one of the layers says what they mean."""
-        return any(block.marks for block in self.layers)
+        return any(block.marks for block in self.kinds)
 
 
 @dataclass(frozen=True, repr=False)

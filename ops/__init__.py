@@ -9,6 +9,7 @@ from __future__ import annotations
 from .conv import Conv
 from .draws import Bernoulli, DropHeads, Noise
 from .dropout import Dropout
+from .embed import Embed
 from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .joint import Joint
@@ -47,6 +48,7 @@ OPS: dict[str, Op] = {
         Reduce(),
         Conv(),
         Latents(),
+        Embed(),
         Rope(),
         Dropout(),
         Bernoulli(),

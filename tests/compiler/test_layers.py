@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -17,6 +19,7 @@ from headloom.compiler.meaning.reference import ReferenceBlock, ReferenceModel, 
 from headloom.compiler.model import Block, Model
 from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.plan import Target
+from headloom.compiler.reports.figure import figure
 from headloom.compiler.verify.verify import verify
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse
@@ -33,6 +36,8 @@ layer both(p, q, ffn) {
 }
 layer nested(part, ffn = none) { out = x | pre(part, ffn) | rezero(part) }
 layer only(part) { out = x | part }
+layer tokened(part) { out = x + (x | part) + (tokens | embed(16)) }
+layer embedding(part) { out = x + (x | part | embed(16, 4)) }
 """
 
 
@@ -200,6 +205,8 @@ WRONG = {
     "L207": "layers = [a]; embed = x | linear(8)",
     "L222": "layers = [a]; tie = true",
     "L208": "layers = [a]; norm = rmz",
+    "L224": "layers = [tokened(a)]",
+    "L206": "layers = [embedding(a)]",
 }
 
 
@@ -250,6 +257,13 @@ DEPTH = {  # layers that read more than what comes in
         block reading { heads = 2; mask = causal; v = (earlier | pick(0)) + x | linear | split }
         layer again(part) { out = x + (x | norm | part) + (earlier | pick(0) | linear) }
         model m { width = 16; layers = [reading, again(a), again(reading)] }""",
+    "tokens": """
+        layer named(part) {
+          let e = tokens | embed(6) | rms_norm
+          let y = x + (x | norm | part)
+          out   = y + ((y | linear(6) | gelu) * e | linear)
+        }
+        model m { width = 16; vocab = 7; layers = [named(a), pre(d, none), named(swiglu)] }""",
     "condition": """
         layer adaptive(part) {
           let shift = condition | silu | linear(width)
@@ -290,3 +304,19 @@ def test_layers_that_run_again_share_their_weights() -> None:
     assert [each for each in verify(looped) if each.ok is False] == []
     once = model("let core = once(pre(a, swiglu)); layers = [core, d, core]")
     assert once.steps == (0, 1, 0)
+
+
+def test_the_figure_in_the_docs_is_the_one_that_is_drawn() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "language.md").read_text("utf-8")
+    (shown,) = re.findall(r"```mermaid\n(.*?)\n```", text, re.DOTALL)
+    found = re.findall(r"```loom\n(.*?)```", text, re.DOTALL)
+    (loom,) = (each for each in found if "model wide " in each)
+    assert figure(check(parse(loom)).models["wide"]) == shown
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_every_arrow_of_a_figure_ends_at_a_box(name: str) -> None:
+    drawn = figure(check(parse(f"{TEXT}{DEPTH[name]}")).models["m"])
+    places = [each.strip() for each in re.split(r"-->|\n", drawn) if each.strip()]
+    boxes = {re.split(r"[(\[]", each)[0] for each in places if re.search(r"[(\[]", each)}
+    assert {each for each in places if re.fullmatch(r"\w+", each)} - {"end"} <= boxes
