@@ -91,7 +91,7 @@ def decodes(model: Model) -> bool:
 
 
 def _obstacle(model: Model) -> str | None:
-    return next((why for each in model.kinds if (why := obstacle(each)) is not None), None)
+    return next((why for each in model.layers if (why := obstacle(each)) is not None), None)
 
 
 def _init_cache(model: Model) -> list[str]:
@@ -182,8 +182,8 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         ]
     args = ["attention_mask", "segments", "cu_seqlens", "positions"]
     args += ["cuts=False"] if model.marks else []
-    args += ["rows=True"] if any(map(own_rows, model.kinds)) else []
-    if cached and not all(map(begins_within, model.kinds)):
+    args += ["rows=True"] if any(map(own_rows, model.layers)) else []
+    if cached and not all(map(begins_within, model.layers)):
         args.append("begins=False")
     head = ["self", first, "cache"] if cached else [first, "None"]
     opened = call(f"batch = {'begin' if cached else 'Batch'}", [*head, *args])
