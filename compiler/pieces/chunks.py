@@ -83,7 +83,7 @@ def linear_section(
 def held_and_added(state: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
     """Return the state after a chunk, and the one that the chunk finds."""
     wrote, *keep = chunk
-    return faded_state(state, wrote, *keep), (apart(state),)
+    return faded_state(state, wrote, *keep), (handed_out(state),)
 
 
 def held_and_corrected(
@@ -92,11 +92,11 @@ def held_and_corrected(
     """Return the state after a chunk that corrects it; the one it finds, and what it writes."""
     own, reach, writes, *keep = chunk
     u = torch.baddbmm(own, reach, state)
-    return faded_state(state, torch.bmm(writes, u), *keep), (apart(state), u)
+    return faded_state(state, torch.bmm(writes, u), *keep), (handed_out(state), u)
 
 
-def apart(x: Tensor) -> Tensor:
-    """Return x, to a compiler a copy: what its loop makes is not what it goes on with."""
+def handed_out(x: Tensor) -> Tensor:
+    """Return x, to a compiler a copy: what its loop hands out is not what it goes on with."""
     return x.clone() if torch.compiler.is_compiling() else x
 
 
@@ -150,7 +150,7 @@ def sums_of_chunk(last: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, tupl
     """Return the last sum of a chunk, and all of them, from the last of the chunk before."""
     own, faded = chunk
     sums = torch.addcmul(own, faded, last)
-    return apart(sums[:, -1:]), (sums,)
+    return handed_out(sums[:, -1:]), (sums,)
 
 
 def faded_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
@@ -231,14 +231,15 @@ def faded_state(state: Tensor, wrote: Tensor, keep: Tensor | None = None) -> Ten
 def sections(size: int, *operands: Tensor | None) -> list[tuple[Any, ...]]:
     """Return tensors [b, h, n, d], in chunks of a size, so many tokens of each at a time.
 
-    What is made of some then stays in the cache of a processor; a compiler gets all at once. The
-    first is a tensor, others may be None.
+    What is made of some then stays in the caches of the processors, of each as many as there are
+    threads; a compiler gets all at once. The first is a tensor, others may be None.
     """
     if torch.compiler.is_compiling():
         return [operands]
     first = operands[0]
     assert first is not None
-    each = max(1, 2**17 // max(1, first[:, :, :size].numel())) * size
+    held = 2**17 * torch.get_num_threads()
+    each = max(1, held // max(1, first[:, :, :size].numel())) * size
     count = -(-first.shape[2] // each)
     cut = ([None] * count if x is None else torch.split(x, each, dim=2) for x in operands)
     return [*zip(*cut, strict=True)]
