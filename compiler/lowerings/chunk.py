@@ -379,12 +379,12 @@ class _Writer:
         number = "" if at == 0 else f"_{at + 1}"
         nothing = Number(0, "0")
         key = f"zeroed({self._operand(f'{own}_key{number}', each.key, d, lines)}, idle)"
-        value = each.value or nothing
-        value = self._vectors(f"{own}_value{number}", value, e, lines, scales, "v_scale")
+        values = f"{own}_value{number}"
+        value = self._vectors(values, each.value or nothing, e, lines, scales, "v_scale")
         if not any(each.query is not None for each in step.writes):
             return key, value, ""
-        query = each.query or nothing
-        query = self._vectors(f"{own}_asked{number}", query, d, lines, scales, "w_scale")
+        asked = f"{own}_asked{number}"
+        query = self._vectors(asked, each.query or nothing, d, lines, scales, "w_scale")
         if each.query is None:
             return key, value, query
         if scales.get("w_scale", "None") != "None":  # fewer numbers than vectors

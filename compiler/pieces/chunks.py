@@ -294,9 +294,10 @@ def of_all_tokens(parts: list[Tensor], b: int, n: int) -> Tensor:
     They are laid out as projections take them: token by token, the heads of one together.
     """
     if torch.compiler.is_compiling():
-        return tokens_of_chunks(parts[0].transpose(0, 1), n).unflatten(0, (b, -1))
-    laid = [each.unflatten(1, (b, -1)).permute(1, 0, 3, 2, 4) for each in parts]
-    found: Tensor = torch.cat(laid, dim=1).flatten(1, 2)[:, :n].transpose(1, 2)
+        found: Tensor = tokens_of_chunks(parts[0].transpose(0, 1), n).unflatten(0, (b, -1))
+    else:
+        laid = [each.unflatten(1, (b, -1)).permute(1, 0, 3, 2, 4) for each in parts]
+        found = torch.cat(laid, dim=1).flatten(1, 2)[:, :n].transpose(1, 2)
     return found
 
 
