@@ -38,7 +38,7 @@ def chunked_linear(
             u = v if w is None else v + scaled(w, w_scale) @ state
             last = (state if decay is None else decay.mT * state) + k.mT @ u
             return q @ (state if before else last), last
-        size, last, parts = chunk_size(n, 64 if w is None else 32), state.flatten(0, 1), []
+        size, last, parts = chunk_size(n, 32), state.flatten(0, 1), []
         for some in sections(size, q, k, v, w, decay, q_scale, v_scale, w_scale):
             made, last = linear_section(*some, last, size, before)  # type: ignore[call-arg]
             parts.append(made)
