@@ -58,9 +58,9 @@ def rows(n: int) -> dict[str, Callable[[], Tensor]]:
         "plain sums": lambda: chunked_linear(q, k, v, None, state)[0],
         "scalar decay": lambda: chunked_linear(q, k, v, decay, state)[0],
         "decay of rows": lambda: chunked_linear(q, k, v, by_row, state)[0],
-        "gated delta": lambda: chunked_linear(q, k, v, decay, state, k, **scales)[0],
+        "gated delta": lambda: chunked_linear(q, k, v, decay, state, **scales)[0],
         "its products": products(n),
-        "delta, rows": lambda: chunked_linear(q, k, v, by_row, state, k, **scales)[0],
+        "delta, rows": lambda: chunked_linear(q, k, v, by_row, state, **scales)[0],
         "four projections": lambda: torch.cat([F.linear(x, weight) for _ in range(4)]),
         "Qwen3-Next's text": lambda: torch_chunk_gated_delta_rule(
             *theirs, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False

@@ -295,7 +295,7 @@ class _Writer:
             if count > 1:
                 lines.append(f"{own}_{name}s = {text}")
                 key, value = (f"{own}_keys", value) if at == 0 else (key, f"{own}_values")
-        corrected = [query] if any(each.query is not None for each in step.writes) else []
+        corrected = [query] if query else []
         for at, reading in enumerate(step.readings):
             variable = f"{own}_read" if at == 0 else f"{own}_read_{at + 1}"
             name = f"{own}_query" if at == 0 else f"{own}_query_{at + 1}"
@@ -374,11 +374,15 @@ class _Writer:
     def _write(
         self, step: Memory, at: int, size: tuple[int, int], lines: list[str], scales: dict[str, str]
     ) -> tuple[str, str, str]:
-        """Write the key, value and query of an outer product; zeros for what it has not."""
+        """Write the key, value and query of an outer product; zeros for what it has not.
+
+        A query that is the key, but for its scale, is not written again.
+        """
         each, own, (d, e) = step.writes[at], ident(step.state), size
         number = "" if at == 0 else f"_{at + 1}"
         nothing = Number(0, "0")
-        key = f"zeroed({self._operand(f'{own}_key{number}', each.key, d, lines)}, idle)"
+        plain = self._operand(f"{own}_key{number}", each.key, d, lines)
+        key = f"zeroed({plain}, idle)"
         values = f"{own}_value{number}"
         value = self._vectors(values, each.value or nothing, e, lines, scales, "v_scale")
         if not any(each.query is not None for each in step.writes):
@@ -389,7 +393,7 @@ class _Writer:
             return key, value, query
         if scales.get("w_scale", "None") != "None":  # fewer numbers than vectors
             scales["w_scale"] = f"zeroed({scales['w_scale']}, fresh)"
-            return key, value, query
+            return key, value, "" if query == plain else query
         return key, value, f"zeroed({query}, fresh)"
 
     @staticmethod

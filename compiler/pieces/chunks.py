@@ -18,9 +18,10 @@ def chunked_linear(
     """Return q_i @ S_i [b, h, n, e] of S_i = decay_i S_{i-1} + outer(k_i, u_i), and the last S.
 
     u_i is v_i, or v_i + w_i @ S_{i-1}: the delta rule, with w = -beta k and v = beta v. q, k and
-    w are [b, h, n, d]; q, v and w are times their scales [b, h or 1, n, 1], where those are given.
-    decay is None for 1, [b, h or 1, n, 1], or [b, h, n, d] for the rows of S; `state`, the S
-    before the first token, is [b, h, d, e]. With `before`, S_{i-1} is read.
+    w are [b, h, n, d]; q, v and w are times their scales [b, h or 1, n, 1], where those are given,
+    and w is k where its scale alone is. decay is None for 1, [b, h or 1, n, 1], or [b, h, n, d]
+    for the rows of S; `state`, the S before the first token, is [b, h, d, e]. With `before`,
+    S_{i-1} is read.
 
     The tokens of a chunk meet in one product, under a mask that fades; from chunk to chunk the
     state goes on (Sun et al. 2023, Yang et al. 2023, 2024). Decays are multiplied and never
@@ -35,6 +36,7 @@ def chunked_linear(
             q, v = scaled(q, q_scale), scaled(v, v_scale)
             if n == 0:
                 return q @ state, state
+            w = k if w is None and w_scale is not None else w
             u = v if w is None else v + scaled(w, w_scale) @ state
             last = (state if decay is None else decay.mT * state) + k.mT @ u
             return q @ (state if before else last), last
@@ -55,7 +57,9 @@ def linear_section(
     All else has the shapes and the meaning that `chunked_linear` gives it.
     """
     q, k, v = (chunks_first(each, size, 0.0) for each in (q, k, v))
-    w = None if w is None else scaled(chunks_first(w, size, 0.0), in_chunks_too(w_scale, size))
+    if w is not None or w_scale is not None:
+        w = k if w is None else chunks_first(w, size, 0.0)
+        w = scaled(w, in_chunks_too(w_scale, size))
     q, v = scaled(q, in_chunks_too(q_scale, size)), scaled(v, in_chunks_too(v_scale, size))
     decay = None if decay is None else chunks_first(decay, size, 1.0)
     since = None if decay is None else decay.cumprod(-2)

@@ -252,6 +252,9 @@ def test_scales_are_those_of_the_vectors(n):
     scales = {"q_scale": of_q, "v_scale": of_v, "w_scale": of_w}
     apart = chunked_linear(q, k, v, decay, state, w, **scales)
     ahead = chunked_linear(of_q * q, k, of_v * v, decay, state, of_w * w)
+    same = chunked_linear(q, k, v, decay, state, w_scale=of_w)
+    for one, two in zip(same, chunked_linear(q, k, v, decay, state, of_w * k), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
     for one, two in zip(apart, ahead, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
     if n == N:
@@ -288,6 +291,7 @@ def test_numbers_that_scale_vectors_are_left_to_the_chunks():
     assert "w_scale=zeroed((-(a_h * b__h))[..., None], fresh)" in text
     assert "q_scale=x.new_full((b, 4, n, 1), 0.5, dtype=wide)" in text
     assert "o = S_read.to(x.dtype)" in text
+    assert "S_asked" not in text
 
 
 def test_a_number_scales_no_query_that_others_read(monkeypatch):
