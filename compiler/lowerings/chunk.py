@@ -295,7 +295,7 @@ class _Writer:
             if count > 1:
                 lines.append(f"{own}_{name}s = {text}")
                 key, value = (f"{own}_keys", value) if at == 0 else (key, f"{own}_values")
-        corrected = [query] if query else []
+        corrected = [query] if any(asked for _, _, asked in parts) else []
         for at, reading in enumerate(step.readings):
             variable = f"{own}_read" if at == 0 else f"{own}_read_{at + 1}"
             name = f"{own}_query" if at == 0 else f"{own}_query_{at + 1}"
