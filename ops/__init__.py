@@ -11,14 +11,17 @@ from .draws import Bernoulli, DropHeads, Noise
 from .dropout import Dropout
 from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
+from .index import Index
 from .joint import Joint
 from .latents import Latents
-from .linear import HeadLinear, Linear
+from .linear import GroupedLinear, HeadLinear, Linear
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
 from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
 from .rope import Rope
+from .running import Running
 from .shape import Shape
+from .shift import Shift
 from .tokens import Average, MeanTokens
 
 OPS: dict[str, Op] = {
@@ -26,6 +29,7 @@ OPS: dict[str, Op] = {
     for op in (
         Linear(),
         HeadLinear(),
+        GroupedLinear(),
         Split(),
         Merge(),
         Repeat(),
@@ -39,6 +43,9 @@ OPS: dict[str, Op] = {
         Slice(),
         Reduce(),
         Conv(),
+        Shift(),
+        Running(),
+        Index(),
         Latents(),
         Rope(),
         Dropout(),

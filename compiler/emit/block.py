@@ -13,7 +13,7 @@ from functools import cached_property
 from ...grammar.show import show
 from ..facts.kept import along_keys
 from ..facts.parameters import constants
-from ..graph.graph import made_by, shape_of
+from ..graph.graph import is_wide, made_by, shape_of
 from ..graph.operations import Attend, Input, Scan, Stage
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan, tiles
@@ -235,7 +235,7 @@ class _Writer(Mixes):
 
     def _given(self) -> dict[str, str]:
         """Return what the layer above reads, by name, as text."""
-        given = {label: plain_name(name) for label, name in self._shared_now.items()}
+        given = {label: self._narrow(name) for label, name in self._shared_now.items()}
         for label, name in self.graph.lent.items():
             keys = next(each for each in self.kept.keys if each.early)
             given[label] = self._seen_as(self._facts[keys.readers[0]].node, name)
@@ -249,6 +249,14 @@ class _Writer(Mixes):
         if any("m" in self.graph.node(name).dims for name in self._shared_now.values()):
             given["context_run"] = "context_run"
         return given | {label: f"shared_{label}" for label, _ in self.graph.shared if label in MAPS}
+
+    def _narrow(self, name: str) -> str:
+        """Write a stream in the precision of the block."""
+        return (
+            f"{plain_name(name)}.to(x.dtype)"
+            if is_wide(self.graph.node(name))
+            else plain_name(name)
+        )
 
     def _positional(self, tokens: str) -> bool:
         """Say whether any stage of a stream along these tokens reads their positions."""

@@ -168,7 +168,11 @@ class ReferenceBlock(nn.Module):
         }
         shapes = tuple(each.shape for each in flow.inputs)
         run = Run(given.positions, self.training, flow.shape.tokens, shapes)
-        return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
+        op, dtype = OPS[flow.op], given.streams["x"].dtype
+        if not op.wide and op.name != "pointwise":
+            inputs = [each.to(dtype) for each in inputs]
+        made = op.eager(inputs, dict(flow.options), tensors, run)
+        return made if op.wide else made.to(dtype)
 
     def _tensor(self, name: str) -> Tensor:
         return _tensor(self, name)
