@@ -7,6 +7,7 @@ nobody wrote; then shapes run forward and every stage checks what it is given.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from ...grammar.show import show
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
 from ...ops import OPS, UNNAMED, Op, Shape
-from ..model import MAPS, PREVIOUS, Apply, Flow, Read
+from ..model import MAPS, PREVIOUS, Apply, Flow, Read, applies
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
 from .library import put
 from .options import bound, option_value
@@ -347,28 +348,25 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
 
 
 def name_modules(flow: Flow, target: Target) -> Flow:
-    """Name the submodules of a pipeline: `q_proj`; `q_proj_0`, `q_proj_1` where several."""
-    counts: dict[str, int] = {}
+    """Name the submodules of a pipeline: `q_proj`; `q_proj_0`, `q_proj_1` where several.
 
-    def count(node: Flow) -> None:
-        if isinstance(node, Apply):
-            for each in node.inputs:
-                count(each)
-            if node.module:
-                counts[node.module] = counts.get(node.module, 0) + 1
-
-    count(flow)
-    used: dict[str, int] = {}
+    What is read in several places, `x / norm(x)` of a pipeline, stays one.
+    """
+    counts = Counter(node.module for node in applies(flow) if node.module)
+    used: Counter[str] = Counter()
+    done: dict[int, Flow] = {}
 
     def visit(node: Flow) -> Flow:
-        if not isinstance(node, Apply):
-            return node
+        if id(node) not in done:
+            done[id(node)] = named(node) if isinstance(node, Apply) else node
+        return done[id(node)]
+
+    def named(node: Apply) -> Flow:
         inputs = tuple(visit(each) for each in node.inputs)
         module = node.module
         if module:
-            at = used.get(module, 0)
-            used[module] = at + 1
-            number = f"_{at}" if counts[module] > 1 else ""
+            number = f"_{used[module]}" if counts[module] > 1 else ""
+            used[module] += 1
             module = f"{target.module}_{module}{number}"
         return replace(node, inputs=inputs, module=module)
 

@@ -152,7 +152,14 @@ class ReferenceBlock(nn.Module):
         terms = [term * (tokens / total) for tokens, term in self.terms]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
-    def _flow(self, flow: Flow, given: Given) -> Tensor:
+    def _flow(self, flow: Flow, given: Given, made: dict[int, Tensor] | None = None) -> Tensor:
+        """Return what a flow gives; what several read in it is made once."""
+        made = {} if made is None else made
+        if id(flow) not in made:
+            made[id(flow)] = self._made(flow, given, made)
+        return made[id(flow)]
+
+    def _made(self, flow: Flow, given: Given, made: dict[int, Tensor]) -> Tensor:
         if isinstance(flow, Read):
             if flow.name in given.tensors:
                 return _as_stream(given.tensors[flow.name])
@@ -161,7 +168,7 @@ class ReferenceBlock(nn.Module):
             return given.mixed[flow.inputs[0].name].statistic(flow)
         if isinstance(flow, Mixing):
             return scan(flow, given)  # an attention is a stream of its own
-        inputs = [self._flow(each, given) for each in flow.inputs]
+        inputs = [self._flow(each, given, made) for each in flow.inputs]
         tensors = {
             each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
             for each in owned(flow)
