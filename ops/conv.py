@@ -94,10 +94,11 @@ class Conv(Op):
 
         def grouped(w: Tensor, there: Tensor) -> Tensor:
             """Map the features of each group: w [features, features/groups]."""
-            whole = there.movedim(-2, 1).flatten(2) if run.has_heads(0, x) else there
-            parts = whole.unflatten(-1, (options["groups"], -1)).unsqueeze(-2)
-            made = (parts * w.unflatten(0, (options["groups"], -1))).sum(-1).flatten(-2)
-            return made.unflatten(-1, (-1, d)).movedim(1, -2) if run.has_heads(0, x) else made
+            split, groups = run.has_heads(0, x), options["groups"]
+            whole = there.movedim(-2, 1).flatten(2) if split else there
+            parts = whole.reshape(*whole.shape[:-1], groups, 1, -1)
+            made: Tensor = (parts * w.reshape(groups, -1, w.shape[-1])).sum(-1).flatten(-2)
+            return made.reshape(*made.shape[:-1], -1, d).movedim(1, -2) if split else made
 
         y = sum(tap(c, padded[..., c * dilation : c * dilation + n, :]) for c in range(width))
         assert not isinstance(y, int)
@@ -142,7 +143,7 @@ class Conv(Op):
         return before * int(options["dilation"])
 
     def looks_ahead(self, options: Options) -> bool:
-        return (options["width"] - 1) * options["dilation"] > self.lookback(options)
+        return bool((options["width"] - 1) * options["dilation"] > self.lookback(options))
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         each = 2 * inputs[0].features * int(options["width"])

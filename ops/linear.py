@@ -150,7 +150,8 @@ class GroupedLinear(_Linear):
     ) -> Tensor:
         import torch
 
-        x = inputs[0].unflatten(-1, (options["groups"], -1))
+        (x,) = inputs
+        x = x.reshape(*x.shape[:-1], options["groups"], x.shape[-1] // options["groups"])
         return torch.einsum("...gc,gdc->...gd", x, weights["weight"]).flatten(-2)
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:

@@ -178,8 +178,8 @@ class ReferenceBlock(nn.Module):
         op, dtype = OPS[flow.op], given.streams["x"].dtype
         if not op.wide and op.name != "pointwise":
             inputs = [each.to(dtype) for each in inputs]
-        made = op.eager(inputs, dict(flow.options), tensors, run)
-        return made if op.wide else made.to(dtype)
+        result = op.eager(inputs, dict(flow.options), tensors, run)
+        return result if op.wide else result.to(dtype)
 
     def _tensor(self, name: str) -> Tensor:
         return _tensor(self, name)
