@@ -283,6 +283,7 @@ class _Writer(Mixes):
         lines = []
         needed = [each for node in self.attentions for each in self._needs(node) or ()]
         lines += [f"{each} = batch.{each}" for each in ("plain", "counted") if each in needed]
+        lines += ["exact = x.dtype.itemsize >= 4"] if "exact" in needed else []
         lines += ["positions = batch.positions"] if self._needs_places else []
         lines += ["run = batch.run"] if self._needs_run else []
         lines += ["doc = batch.doc[..., None]"] if self._reads_doc else []

@@ -114,7 +114,8 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x […, into] to […, out]."""
-        parts = x.unflatten(-1, (self.weight.shape[0], -1)).transpose(-3, -2)
+        groups = self.weight.shape[0]
+        parts = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).transpose(-3, -2)
         return (parts @ self.weight.mT).transpose(-3, -2).flatten(-2)
 
 

@@ -37,7 +37,7 @@ _OURS = frozenset((
     "finite", "tau", "device", "o", "before", "shared", "place", "attention_mask", "context_mask",
     "cu_seqlens", "batch", "far", "outer", "run", "context_run", "own", "other", "idle", "known",
     "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams", "bias",
-    "line", "past", "total", "made",
+    "line", "past", "total", "made", "exact",
 ))  # fmt: skip
 _CLASSES = frozenset(("FeedForward", "Layer", "EncoderLayer", "EncoderFeedForward"))
 _MADE = re.compile(  # what the text calls its own
