@@ -13,8 +13,9 @@ from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .index import Index
 from .joint import Joint
+from .lanes import Combine, MeanHeads, Pick, Sinkhorn, SumHeads
 from .latents import Latents
-from .linear import GroupedLinear, HeadLinear, Linear
+from .linear import GroupedLinear, HeadLinear, Linear, Tied
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
 from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
@@ -30,10 +31,16 @@ OPS: dict[str, Op] = {
         Linear(),
         HeadLinear(),
         GroupedLinear(),
+        Tied(),
         Split(),
         Merge(),
         Repeat(),
         Concat(),
+        Combine(),
+        Sinkhorn(),
+        Pick(),
+        SumHeads(),
+        MeanHeads(),
         RmsNorm(),
         LayerNorm(),
         L2Norm(),
@@ -58,6 +65,7 @@ OPS: dict[str, Op] = {
         Pointwise(),
     )
 }
-UNNAMED = ("pointwise", "reduce", "average", "joint")  # operations that are no stages of a pipeline
+# Operations that are no stages of a pipeline.
+UNNAMED = ("pointwise", "reduce", "average", "joint", "tied")
 
 __all__ = ["OPS", "UNNAMED", "Chosen", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ...grammar.syntax import Expr, Name, walk
 from ..facts.kept import carries, lookback
-from ..graph.graph import AnyNode, Node, is_wide, made_by, shape_of
-from ..graph.operations import Stage, TensorRead
+from ..graph.graph import AnyNode, Node, is_wide, made_by
+from ..graph.operations import Stage, TensorRead, Whole
 from ..text.text import LIMIT, atomic, call, comment, ident
 from .caches import TAILS, Caches, plain_name
 
@@ -22,7 +22,7 @@ class Stages(Caches):
         first = self.graph.node(node.inputs[0])
         given = plain_name(first.name)
         lines: list[str] = []
-        if made_by(first, Stage) and self._inlined(first):
+        if isinstance(first.op, Stage | Whole) and self._inlined(first):
             given = ident(node.name.partition(".")[0])
             lines = self._assign(first, f"{given} =")
         text = self._text(node, {first.name: given}, resumed=True)
@@ -54,12 +54,15 @@ class Stages(Caches):
 
     def _inlined(self, node: AnyNode) -> bool:
         """Whether a node stands inside the only expression that reads it, once."""
-        if "." not in node.name or self._remembers(node):
+        stacked = made_by(node, Whole) and node.op.what.stacked
+        if "." not in node.name or self._remembers(node) or stacked:
             return False
         readers = self.graph.readers(node.name)
         if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
             return node.name == self.graph.output
         reader = readers[0]
+        if isinstance(reader.op, Whole):
+            return True
         if not isinstance(reader.op, Stage):
             return False
         if reader.op.name == "pointwise":
@@ -67,19 +70,29 @@ class Stages(Caches):
             return _count(reader.op.given["expr"], slot) == 1
         return True
 
+    def handed(self, node: Node[Whole]) -> list[str]:  # noqa: ARG002  where it takes nothing more
+        """Return what a part is given beside its stream."""
+        return []
+
     def _text(
-        self, node: Node[Stage], given: dict[str, str] | None = None, *, resumed: bool = False
+        self,
+        node: Node[Stage] | Node[Whole],
+        given: dict[str, str] | None = None,
+        *,
+        resumed: bool = False,
     ) -> str:
-        """Write what a stage computes; what it reads may be `given` as text."""
+        """Write what a stage or a part computes; what it reads may be `given` as text."""
         texts = [self._read(node, name, given or {}) for name in node.inputs]
-        shapes = [shape_of(self.graph.node(name).dims) for name in node.inputs]
+        if made_by(node, Whole):
+            return f"self.{node.module}({', '.join([*texts, *self.handed(node)])})"
+        assert made_by(node, Stage)
         definition = node.op.definition
         write = definition.resumed if resumed else definition.text
-        text = write(texts, shapes, node.op.given, node.module)
+        text = write(texts, self.graph.shapes(node), node.op.given, node.module)
         wide = any(is_wide(self.graph.node(name)) for name in node.inputs)
         return f"{atomic(text)}.to(x.dtype)" if wide and node.op.name == "pointwise" else text
 
-    def _read(self, node: Node[Stage], name: str, given: dict[str, str]) -> str:
+    def _read(self, node: Node[Stage] | Node[Whole], name: str, given: dict[str, str]) -> str:
         """Write what a stage reads: a name, a tensor, or what stands inside of it.
 
         Elementwise operations take wide numbers as they are, the others those of the block.
@@ -87,29 +100,42 @@ class Stages(Caches):
         made = self.graph.node(name)
         if name in given:
             text = given[name]
-        elif made_by(made, Stage) and self._inlined(made):
+        elif (made_by(made, Stage) or made_by(made, Whole)) and self._inlined(made):
             text = self._operand(node, self._text(made))
         else:
             text = _tensor_text(made) if made_by(made, TensorRead) else plain_name(name)
-        narrow = is_wide(made) and node.op.name != "pointwise" and not node.op.definition.wide
-        return f"{atomic(text)}.to(x.dtype)" if narrow else text
+        takes = made_by(node, Stage) and (node.op.name == "pointwise" or node.op.definition.wide)
+        return f"{atomic(text)}.to(x.dtype)" if is_wide(made) and not takes else text
 
     @staticmethod
-    def _operand(reader: Node[Stage], text: str) -> str:
+    def _operand(reader: Node[Stage] | Node[Whole], text: str) -> str:
         return text if reader.module or reader.op.name in ("rope", "dropout") else atomic(text)
+
+    def assigned(self) -> list[str]:
+        """Write all stages and parts that have a line of their own, but for the output."""
+        return [
+            line
+            for node in self.graph.nodes
+            if isinstance(node.op, Stage | Whole) and node.name != self.graph.output
+            if not self._inlined(node)
+            for line in self._assign(node, f"{ident(node.name)} =")
+        ]
 
     def _assign(self, node: AnyNode, head: str) -> list[str]:
         """Write `head text  # dims`, the innermost stages on lines of their own if too long."""
-        if not made_by(node, Stage):
+        if not (made_by(node, Stage) or made_by(node, Whole)):
             return [f"{head} {plain_name(node.name)}"]
+        if made_by(node, Whole) and node.op.what.stacked:
+            head = f"{head.removesuffix(' =')}, shared ="
         dims = f"[{', '.join(map(str, node.dims))}]"
         if self._remembers(node) and self.obstacle is None:
+            assert made_by(node, Stage)
             return self._remembered(node, head, dims)
         line = f"{head} {self._text(node)}"
         if len(line) + len(dims) + 4 <= LIMIT - 4 or not node.inputs:
             return comment(line, dims)
         first = self.graph.node(node.inputs[0])
-        if not made_by(first, Stage) or not self._inlined(first):
+        if not isinstance(first.op, Stage | Whole) or not self._inlined(first):
             return comment(line, dims)
         variable = ident(node.name.partition(".")[0])
         lines = self._assign(first, f"{variable} =")

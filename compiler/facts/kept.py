@@ -4,6 +4,7 @@ Keys      keys and values of all tokens, or of a window; once, however many atte
 State     the states of a recurrence
 Context   what is made of a context, once
 Tails     the tokens before the next one
+Within    what a part of a layer keeps
 
 It is found in the graph, in which equal things are one node. The emitted caches hold this.
 """
@@ -17,7 +18,7 @@ from math import prod
 from ...ops import Shape
 from ..algebra.masks import extent, remembered, widest
 from ..graph.graph import AnyNode, Graph, Node, is_wide, made_by, shape_of
-from ..graph.operations import Attend, Scan, Stage
+from ..graph.operations import Attend, Scan, Stage, Whole
 from ..graph.passes import simplest
 from ..graph.roots import Roots
 from ..graph.sides import KEY, read_along
@@ -94,7 +95,18 @@ class Tails:
         return size * sum(numbers for _, numbers in self.stages) + 8 * made
 
 
-Part = Keys | State | Context | Tails
+@dataclass(frozen=True, slots=True)
+class Within:
+    """What a part of a layer keeps, by the part's name."""
+
+    part: str
+    kept: Kept
+
+    def bytes(self, tokens: int, size: int) -> int:
+        return self.kept.bytes(tokens, size)
+
+
+Part = Keys | State | Context | Tails | Within
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +144,7 @@ def kept_of(graph: Graph) -> Kept:
     """Return what the block of a graph keeps."""
     roots = Roots(graph)
     of_tokens, of_context = _keys(graph, roots), _context(graph, roots)
-    return Kept((*of_tokens, *_states(graph), *of_context, *_tails(graph)))
+    return Kept((*of_tokens, *_states(graph), *of_context, *_tails(graph), *_within(graph)))
 
 
 def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
@@ -189,6 +201,12 @@ def _tails(graph: Graph) -> Iterator[Tails]:
         yield Tails(tuple(stages), tuple(carried))
 
 
+def _within(graph: Graph) -> Iterator[Within]:
+    for node in graph.of(Whole):
+        if (found := kept(node.op.what)).parts:
+            yield Within(node.module, found)
+
+
 def lookback(node: AnyNode) -> int:
     """Return how many earlier tokens a node reads, of tokens that a cache is for."""
     if not made_by(node, Stage) or "n" not in node.dims:
@@ -200,8 +218,7 @@ def carries(graph: Graph, node: AnyNode) -> int:
     """Return how many numbers a node makes of all earlier tokens, of those a cache is for."""
     if not made_by(node, Stage) or "n" not in node.dims:
         return 0
-    shapes = [shape_of(graph.node(name).dims) for name in node.inputs]
-    return node.op.definition.carries(shapes, node.op.given)
+    return node.op.definition.carries(graph.shapes(node), node.op.given)
 
 
 def _held(graph: Graph, names: Iterable[str]) -> tuple[Held, ...]:

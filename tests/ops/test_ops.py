@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from headloom.compiler.facts.parameters import defaults, initial
+from headloom.compiler.facts.parameters import initial
 from headloom.compiler.pieces import along, maps, positions, stages
 from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
@@ -35,7 +35,7 @@ class Case:
 
     def __init__(self, name: str, *shapes: Shape, **options: Any) -> None:
         self.op, self.shapes = OPS[name], list(shapes)
-        self.options = self.op.complete(defaults(self.op) | options, shapes[0], None)
+        self.options = self.op.complete(self.op.defaults | options, shapes[0], None)
         self.inputs = [drawn(shape, at) for at, shape in enumerate(shapes)]
         generator = torch.Generator().manual_seed(7)
         self.weights = {
