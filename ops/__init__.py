@@ -9,6 +9,7 @@ from __future__ import annotations
 from .conv import Conv
 from .draws import Bernoulli, DropHeads, Noise
 from .dropout import Dropout
+from .embed import Embed
 from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .index import Index
@@ -54,6 +55,7 @@ OPS: dict[str, Op] = {
         Running(),
         Index(),
         Latents(),
+        Embed(),
         Rope(),
         Dropout(),
         Bernoulli(),

@@ -104,6 +104,11 @@ class Op(ABC):
     bare: bool = False  # its name alone is a stream, that of x
     wide: bool = False  # what it gives stays float32 where the block is in less
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options as they are where none is written."""
+        return {each.name: each.default for each in self.options}
+
     @abstractmethod
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         """Return the output's shape. Raises `Mismatch`."""

@@ -25,6 +25,7 @@ class Around:
     offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
     norm: Expr = NONE  # the stage that `norm` is
     dropout: float = 0.0  # of what every part gives
+    vocab: int | None = None
 
     def taken(self, kind: str) -> Shape:
         """Return the shape of what a layer or another part takes, and gives."""

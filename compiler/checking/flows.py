@@ -243,6 +243,15 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
             operands.append(flow)
         return Name(f"a{operands.index(flow)}", expr.span)
 
+    def term(part: Expr) -> Expr:
+        """Take a term of the sum that the whole is: it has the shape that is needed."""
+        if isinstance(part, Binary) and part.op in ("+", "-"):
+            return replace(part, left=term(part.left), right=term(part.right))
+        if isinstance(part, syntax.Pipe) and target.shape is not None:
+            wanted = target.shape if target.shape.heads is None else None
+            return operand(_flow(scope, part, replace(target, shape=wanted)))
+        return visit(part)
+
     def visit(part: Expr) -> Expr:
         if isinstance(part, Number):
             return part
@@ -270,7 +279,7 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
             return rebuild(part, visit)
         return operand(_flow(scope, part, replace(target, shape=None)))
 
-    inside = visit(expr)
+    inside = term(expr)
     free = frozenset(f"a{at}" for at in range(len(operands)))
     body_ = resolve_function(scope, inside, free)
     if not operands:
@@ -308,11 +317,15 @@ def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> d
     targetless = out is None or out.heads is None
     if step.op.name == "split" and options["heads"] is None and targetless:
         options["heads"] = scope.numbers["heads"]
+    if step.op.name == "embed" and options["count"] is None:
+        options["count"] = scope.numbers.get("vocab")
     return step.op.complete(options, given, out)
 
 
 def _apply(step: _Stage, head: Flow | None) -> Flow:
     inputs = step.others if head is None else (head, *step.others)
+    if step.op.name == "embed" and not (isinstance(head, Read) and head.name == "tokens"):
+        raise error("L206", "`embed` takes the ids of `tokens`", step.span, "these are none")
     if step.op.name == "pointwise":
         return composed(step.options["expr"], inputs, step.span)
     return applied(step.op.name, step.options, inputs, step.span, step.places)

@@ -60,7 +60,8 @@ class _Layer:
         self.out: syntax.Setting | None = None
         numbers: dict[str, Value] = dict.fromkeys(("width", "features"), around.width)
         numbers |= {"layer": around.layer, "depth": around.depth}
-        numbers |= {} if around.lanes is None else {"lanes": around.lanes}
+        known = {"lanes": around.lanes, "vocab": around.vocab}
+        numbers |= {name: each for name, each in known.items() if each is not None}
         self.shape = around.taken(self.kind)
         self.scope = Scope(
             library,

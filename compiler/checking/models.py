@@ -75,6 +75,7 @@ class _Reader:
         self.settings: dict[str, Expr] = {}
         self.dropout, self.condition = 0.0, 1
         self.lanes: int | None = None
+        self.vocab: int | None = None
         self.steps: tuple[int, ...] = ()
         self.scope = Scope(library, self.findings)
         values = dict(library.lets)
@@ -129,14 +130,13 @@ class _Reader:
         self.findings.settle()
         width = self.scope.size(self.get("width"), "`width`")
         self.width = self.scope.numbers["width"] = width
-        vocab = None
         layers: tuple[Block, ...] = ()
         encoder: Model | None = None
         embed: Block | None = None
         head: Block | None = None
         embed_position, positions = "none", 0
         with guard():
-            vocab = self._vocab()
+            self.vocab = self._vocab()
         with guard():
             encoder = self._encoder(warnings)
         with guard():
@@ -152,14 +152,14 @@ class _Reader:
         with guard():
             embed = self._end("embed", self.get("embed"), {})
         with guard():
-            head = self._head(vocab)
+            head = self._head(self.vocab)
         if self.findings.diagnostics:
             return None
         assert embed is not None
         assert head is not None
         return Model(
             self.syntax.name,
-            vocab,
+            self.vocab,
             width,
             layers,
             embed,
@@ -317,6 +317,7 @@ class _Reader:
             self._offered(at),
             norm,
             self.dropout,
+            self.vocab,
         )
 
     def _offered(self, at: int) -> dict[str, Shape]:

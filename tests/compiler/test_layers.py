@@ -33,6 +33,8 @@ layer both(p, q, ffn) {
 }
 layer nested(part, ffn = none) { out = x | pre(part, ffn) | rezero(part) }
 layer only(part) { out = x | part }
+layer tokened(part) { out = x + (x | part) + (tokens | embed(16)) }
+layer embedding(part) { out = x + (x | part | embed(16, 4)) }
 """
 
 
@@ -200,6 +202,8 @@ WRONG = {
     "L207": "layers = [a]; embed = x | linear(8)",
     "L222": "layers = [a]; tie = true",
     "L208": "layers = [a]; norm = rmz",
+    "L224": "layers = [tokened(a)]",
+    "L206": "layers = [embedding(a)]",
 }
 
 
@@ -250,6 +254,13 @@ DEPTH = {  # layers that read more than what comes in
         block reading { heads = 2; mask = causal; v = (earlier | pick(0)) + x | linear | split }
         layer again(part) { out = x + (x | norm | part) + (earlier | pick(0) | linear) }
         model m { width = 16; layers = [reading, again(a), again(reading)] }""",
+    "tokens": """
+        layer named(part) {
+          let e = tokens | embed(6) | rms_norm
+          let y = x + (x | norm | part)
+          out   = y + ((y | linear(6) | gelu) * e | linear)
+        }
+        model m { width = 16; vocab = 7; layers = [named(a), pre(d, none), named(swiglu)] }""",
     "condition": """
         layer adaptive(part) {
           let shift = condition | silu | linear(width)
