@@ -191,7 +191,7 @@ class ReferenceBlock(nn.Module):
         run = Run(given.positions, self.training, flow.shape.tokens, shapes)
         op, dtype = OPS[flow.op], given.streams["x"].dtype
         if not op.wide and op.name != "pointwise":
-            inputs = [each.to(dtype) for each in inputs]
+            inputs = [each.to(dtype) if each.is_floating_point() else each for each in inputs]
         result = op.eager(inputs, dict(flow.options), tensors, run)
         return result if op.wide else result.to(dtype)
 

@@ -472,7 +472,7 @@ def with_bias(
     heads, d = q.shape[1], q.shape[-1]
     k, v = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
             for x in (k, v))  # fmt: skip
-    bias = (bias.to(k.dtype) / scale).expand(len(k), heads, -1)[..., None]
+    bias = (bias.to(k.dtype) / scale).expand(k.shape[0], heads, -1)[..., None]
     size = max(d, v.shape[-1]) + 1
     size += 0 if q.device.type == "cpu" else -size % 8
     rest = size - d - 1
