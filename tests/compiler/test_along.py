@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 import headloom as hl
+from headloom.compiler.checking.check import check as checked
 from headloom.compiler.facts.cost import cost
 from headloom.compiler.facts.kept import Tails, kept
 from headloom.compiler.pieces import along
 from headloom.compiler.verify.cases import Subject
 from headloom.compiler.verify.verify import CHECKS
+from headloom.grammar.parse import parse
 
 from .battery import block, compiled, inputs
 
@@ -55,6 +57,26 @@ def test_a_batch_is_what_its_sequences_are_alone(name: str, check: str) -> None:
 @cache
 def subject(name: str) -> Subject:
     return Subject.of(block(f"block b {{ {BODIES[name]} }}"))
+
+
+IN_LAYERS = """
+block b { heads = 2; mask = causal }
+layer mixed {
+  let y = x + (x | rms_norm | b)
+  out = y + 0.1 * (y | running(mean)) + (y | shift(2)) * index / 9
+}
+layer deep { out = x + (x | rms_norm(scale = false) | b | conv(3, dilation = 2) | running(max)) }
+ffn shifted { out = x | shift(1) | linear(16) | silu | linear }
+model m { width = 8; layers = [mixed, deep]; ffn = shifted }
+"""
+
+
+@pytest.mark.parametrize("check", ["forward", "as if alone", "decoding"])
+def test_in_layers_and_feed_forwards(check: str) -> None:
+    model = Subject.of(checked(parse(IN_LAYERS)).models["m"])
+    found = CHECKS[check](model)
+    assert not isinstance(found, str)
+    assert found[0] > 0
 
 
 def rows(*counts: int) -> Tensor:
