@@ -96,9 +96,10 @@ class Conv(Op):
             """Map the features of each group: w [features, features/groups]."""
             split, groups = run.has_heads(0, x), options["groups"]
             whole = there.movedim(-2, 1).flatten(2) if split else there
-            parts = whole.reshape(*whole.shape[:-1], groups, 1, -1)
+            parts = whole.reshape(*whole.shape[:-1], groups, 1, w.shape[-1])
             made: Tensor = (parts * w.reshape(groups, -1, w.shape[-1])).sum(-1).flatten(-2)
-            return made.reshape(*made.shape[:-1], -1, d).movedim(1, -2) if split else made
+            apart = (*made.shape[:-1], made.shape[-1] // d, d)
+            return made.reshape(apart).movedim(1, -2) if split else made
 
         y = sum(tap(c, padded[..., c * dilation : c * dilation + n, :]) for c in range(width))
         assert not isinstance(y, int)
