@@ -157,11 +157,15 @@ class Part:
 Flow = Read | Apply | Mixing | Statistic | Part
 
 
-def flow_nodes(flow: Flow) -> Iterator[Flow]:
-    """Yield every node of a flow, inputs first."""
+def flow_nodes(flow: Flow, seen: set[int] | None = None) -> Iterator[Flow]:
+    """Yield every node of a flow, inputs first, and once where several read the same one."""
+    seen = set() if seen is None else seen
+    if id(flow) in seen:
+        return
+    seen.add(id(flow))
     if not isinstance(flow, Read):
         for each in flow.inputs:
-            yield from flow_nodes(each)
+            yield from flow_nodes(each, seen)
     yield flow
 
 
