@@ -169,11 +169,17 @@ def flow_nodes(flow: Flow, seen: set[int] | None = None) -> Iterator[Flow]:
     yield flow
 
 
-def flow_mapped(flow: Flow, change: Callable[[Apply | Part], Flow]) -> Flow:
-    """Return a flow with every operation and part changed, inputs before what reads them."""
+def flow_mapped(
+    flow: Flow, change: Callable[[Apply | Part], Flow], done: dict[int, Flow] | None = None
+) -> Flow:
+    """Return a flow with every operation and part changed, once, inputs before what reads them."""
+    done = {} if done is None else done
     if not isinstance(flow, Apply | Part):
         return flow
-    return change(replace(flow, inputs=tuple(flow_mapped(each, change) for each in flow.inputs)))
+    if id(flow) not in done:
+        inputs = tuple(flow_mapped(each, change, done) for each in flow.inputs)
+        done[id(flow)] = change(replace(flow, inputs=inputs))
+    return done[id(flow)]
 
 
 def is_part(flow: Flow) -> TypeGuard[Part]:
