@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from ...grammar.expr import TRUE
 from ...grammar.syntax import Expr
-from ..algebra.masks import extent, remembered, widest
+from ..algebra.masks import extent, in_order, remembered, widest
 from ..facts import decoding
 from ..graph.build import build
 from ..graph.passes.fuse_attend import fuse_attend
@@ -153,4 +154,5 @@ def _together(layers: list[Block]) -> list[Block]:
 def _masks(block: Block) -> Iterator[Expr]:
     for _, mixing in _of_tokens(block):
         assert isinstance(mixing.mix, Pairwise)
-        yield remembered(mixing.mix.mask, mixing.mix.exprs)
+        ordered = any(map(in_order, mixing.mix.exprs))  # a ring that is borrowed is not
+        yield TRUE if ordered else remembered(mixing.mix.mask, mixing.mix.exprs)

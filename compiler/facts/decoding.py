@@ -78,6 +78,8 @@ def other_queries(block: Block, mixing: Mixing) -> str | None:
     shapes = {each.name: each.shape for each in block.tensors}
     for node in (node for expr in mixing.mix.exprs for node in walk(expr)):
         match node:
+            case Call("running_queries"):
+                return "`running_queries` reads the queries before"
             case Call(name) if name in MAP_FUNCTIONS and name.endswith("_queries"):
                 return f"`{name}` reads all queries"
             case Call("convolve", (_, Index(Name(kernel), ()))) if shapes[kernel][-2] > 1:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ...ops import Shape
-from ..algebra.masks import extent, remembered, widest
+from ..algebra.masks import extent, in_order, remembered, widest
 from ..graph.graph import AnyNode, Graph, Node, made_by, shape_of
 from ..graph.operations import Attend, Scan, Stage
 from ..graph.passes import simplest
@@ -42,7 +42,8 @@ class Keys:
     """What the attentions `readers` read of each token before.
 
     `early` is that of all keys that are there before anything is mixed; it is the first reader
-    that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone.
+    that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone;
+    `ordered` is whether they are read in the order of the tokens.
     """
 
     readers: tuple[str, ...]
@@ -50,6 +51,7 @@ class Keys:
     streams: tuple[Held, ...]
     ring: int | None
     prefix: int
+    ordered: bool
 
     def bytes(self, tokens: int, size: int) -> int:
         held = tokens if self.ring is None else min(tokens, self.prefix + self.ring)
@@ -146,7 +148,9 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         reach = widest(map(extent, (*own, *graph.block.serves)))
         ring, prefix = (None, 0) if reach.back is None else (reach.back + 1, reach.prefix)
         readers = tuple(node.name for node in nodes)
-        yield Keys(readers, only is None, _held(graph, (*read, *lent)), ring, prefix)
+        ordered = any(in_order(expr) for node in nodes for expr in node.op.exprs)
+        streams = _held(graph, (*read, *lent))
+        yield Keys(readers, only is None, streams, ring, prefix, ordered)
 
 
 def along_keys(graph: Graph, node: Node[Attend]) -> tuple[str, ...]:

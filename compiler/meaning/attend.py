@@ -167,6 +167,7 @@ class _Scope:
                     return self._lookup(node, pairs, names)
                 case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
                     x = torch.as_tensor(self.evaluate(arg, pairs, names))
+                    x = x if x.is_floating_point() else x.double()  # of a number as it is
                     tensor = self._whole(rest[0]) if rest else None
                     return self.map.of(name, x, tensor, self.given.training)
             return None

@@ -92,6 +92,21 @@ def max_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:
     return x.amax(dim, keepdim=True).masked_fill(~visible.any(dim, keepdim=True), 0)
 
 
+def of_table(x: Tensor, table: Tensor, at: Tensor) -> Tensor:
+    """Return the products of x [b, h, n, d] and the rows `at` [(b, h,) n, m] of a table [p, d].
+
+    A table of each head is [h, p, d].
+    """
+    met = x @ table.mT.to(x.dtype)
+    lead = torch.broadcast_shapes(met.shape[:-1], at.shape[:-1])
+    return met.expand(*lead, -1).gather(-1, at.expand(*lead, at.shape[-1]))
+
+
+def sum_after(x: Tensor) -> Tensor:
+    """Return, for each x [b, h, n, m], the sum of its row over the keys after it."""
+    return F.pad(x, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)
+
+
 def rank_keys(x: Tensor) -> Tensor:
     """Return how many of its row are larger than each x, or as large and before it."""
     order = torch.argsort(x, dim=-1, descending=True, stable=True)

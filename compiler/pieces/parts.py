@@ -67,7 +67,8 @@ class KeyValueCache(Part):
     `sizes` says what is kept of each token: name → (heads or None, features). With a `ring`,
     only the first `prefix` tokens of a sequence and the last `ring` are kept. A token stands in
     the slot of its number in its sequence; a new sequence takes the slots of the one before.
-    Without a `length`, room is made as it is needed.
+    Without a `length`, room is made as it is needed. An `ordered` ring is read as its tokens
+    came, not as they stand in it.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class KeyValueCache(Part):
         sizes: dict[str, tuple[int | None, int]],
         ring: int | None = None,
         prefix: int = 0,
+        ordered: bool = False,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -84,6 +86,7 @@ class KeyValueCache(Part):
         self.prefix, self.grows = prefix, length is None
         self.is_ring = ring is not None and (length is None or prefix + ring < length)
         self.capacity = prefix + ring if ring is not None and self.is_ring else length or 0
+        self.ordered = ordered and self.is_ring
         self.marked = False  # whether what is held must outlive a new sequence
         super().__init__(**{
             name: torch.zeros(
@@ -131,8 +134,10 @@ class KeyValueCache(Part):
         if batch.cut or (self.is_ring and count > 1 and held + count > self.capacity):
             first = min(held, self.capacity)
             places, run = self._slots(batch.before, first)
-            found = {name: torch.cat([each[..., :first, :].to(new[name].dtype), new[name]], dim=-2)
-                     for name, each in self.kept.items()}  # fmt: skip
+            held_now = {name: each[..., :first, :] for name, each in self.kept.items()}
+            held_now, places, run = self._as_they_came(held_now, places, run)
+            found = {name: torch.cat([each.to(new[name].dtype), new[name]], dim=-2)
+                     for name, each in held_now.items()}  # fmt: skip
             if batch.run is None:
                 places = torch.cat([places, batch.place])
             else:
@@ -144,6 +149,7 @@ class KeyValueCache(Part):
             first = min(held + count, self.capacity)
             found = {name: x[..., :first, :] for name, x in self._write(batch, new).items()}
             places, run = self._slots(batch.after, first)
+            found, places, run = self._as_they_came(found, places, run)
             run = run.expand(len(self), -1)
         if "positions" in found:
             places = found.pop("positions")[..., 0]
@@ -248,6 +254,21 @@ class KeyValueCache(Part):
             place = torch.where(slot < self.prefix, slot, latest)
         holds = (place < length) & (place >= torch.clamp(slot, max=self.prefix))
         return place, torch.where(holds, 0, -2)
+
+    def _as_they_came(
+        self, found: dict[str, Tensor], places: Tensor, run: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return what slots hold, their numbers and runs [(b,) held], in the order of tokens."""
+        if not self.ordered:
+            return found, places, run
+        order = places.argsort(-1)
+        found = {
+            name: x[..., order, :]
+            if order.ndim == 1
+            else x.gather(-2, by_token(order, x).expand(x.shape))
+            for name, x in found.items()
+        }
+        return found, places.gather(-1, order), run.expand(places.shape).gather(-1, order)
 
     def reset(self, rows: Tensor) -> None:  # noqa: ARG002  slots past a row's length are not read
         if self.marked:

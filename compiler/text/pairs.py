@@ -30,14 +30,24 @@ from ...grammar.syntax import (
 from ...kernels.places import bounds
 from ..graph.graph import Dims, Graph, Node
 from ..graph.operations import Attend, TensorRead
-from ..graph.sides import KEY, PAIR, QUERY, at_token, product, reduces, sides, token
+from ..graph.sides import (
+    KEY,
+    PAIR,
+    QUERY,
+    at_token,
+    of_table,
+    product,
+    reduces,
+    sides,
+    token,
+)
 from ..model import MAPS, PREVIOUS
 from .text import atomic, ident
 from .values import Text, Values
 
 _ALONG = {(QUERY, 0): "[..., None]", (QUERY, 1): "[..., None, :]",
           (KEY, 0): "[..., None, :]", (KEY, 1): "[..., None, :, :]"}  # fmt: skip
-_WHOLE_MAPS = ("rank", "mix", "convolve", "coin")  # functions of maps that give one
+_WHOLE_MAPS = ("rank", "mix", "convolve", "coin", "running")  # functions of maps that give one
 _WITHOUT_HEADS = {(QUERY, 0): "[:, None, :, None]", (QUERY, 1): "[:, None, :, None, :]",
                   (KEY, 0): "[:, None, None, :]", (KEY, 1): "[:, None, None]"}  # fmt: skip
 
@@ -165,17 +175,31 @@ class Pairs(Values):
         match expr:
             case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
                 return Text(self._of_map(name, arg, rest), 0)
+            case Binary("-", Call("sum_keys", (arg,)), Call("running_keys", (same,))) if (
+                arg == same  # one sum from the end, for a difference of large ones loses digits
+            ):
+                return Text(f"sum_after({self.hidden(self.spread(arg))})", 0)
         if not reduces(expr):
             return None
         if (met := product(self.graph, expr)) is not None:
             query, key = (self.side(at).value(each) for at, each in zip("ij", met, strict=True))
             return Text(f"{atomic(query.text)} @ {atomic(key.text)}.mT", 0)
+        if (looked_up := of_table(self.graph, expr)) is not None:
+            return Text(self._of_table(*looked_up), 0)
         along = sides(expr)
         if along not in ({QUERY}, {KEY}):
             return None
         layout = QUERY if along == {QUERY} else KEY
         text, rank = self.side(layout).value(expr)
         return Text(f"{atomic(text)}{_ALONG[layout, rank]}", rank)
+
+    def _of_table(self, query: Expr, row: Index) -> str:
+        """Write the products of queries and a row of a tensor that each pair picks."""
+        assert isinstance(row.base, Name)
+        name, size = row.base.id, int(self.graph.node(row.base.id).dims[-2])
+        table = ident(name) if self.local else f"self.{name}"
+        at = self._place(row.items[-1], size)
+        return f"of_table({self.side(QUERY).value(query).text}, {table}, {at})"
 
     def _of_map(self, name: str, arg: Expr, rest: list[Expr]) -> str:
         """Write a function of the whole map; what is not visible counts as zero."""
@@ -189,6 +213,8 @@ class Pairs(Values):
                 return f"mix_heads({self.hidden(value)}, {self.value(rest[0]).text})"
             case "convolve":
                 return f"convolve({self.hidden(value)}, {self.value(rest[0]).text})"
+            case "running_keys" | "running_queries":
+                return f"{atomic(self.hidden(value))}.cumsum({dim})"
             case "sum_keys" | "sum_queries":
                 return f"{atomic(self.hidden(value))}.sum({dim}, keepdim=True)"
             case "mean_keys" | "mean_queries" if not self.masked:

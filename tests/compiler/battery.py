@@ -76,6 +76,9 @@ SETTINGS = {
     "score = s * sigmoid(dot(f[i], g[j]))",
     "relative_keys": f"{CAUSAL}; param t[7, head_dim] = normal(1); "
     "score = s + dot(q[h, i], t[clip(i - j, -3, 3) + 3])",
+    "relative_keys_of_heads": f"{CAUSAL}; param t[heads, 7, 3] = normal(1); "
+    "let f = x | linear(3); let g = x | linear(heads); param u[9, 3] = normal(1); "
+    "score = s + dot(t[h, i - j + h - 1], f[i]) * dot(f[i] + g[i, h], u[j - i + 8])",
     "matrix_form": f"{CAUSAL}; param w[heads, head_dim, head_dim] = normal(1); "
     "similarity = q @ (w @ k) - 0.1 * norm(k) + mean(q)",
     "mask_of_vectors": "heads = 4; let f = x | linear(3); "
@@ -100,6 +103,17 @@ SETTINGS = {
     "convolved_window": "heads = 4; mask = causal and (window(3) or sink(2)); "
     "param a[heads, 1, 4] = normal(1); score = convolve(s, a)",
     "convolved_over_keys": f"{CAUSAL}; param a[heads, 1, 4] = normal(1); score = convolve(s, a)",
+    "running_over_keys": f"{CAUSAL}; let g = x | linear(heads); "
+    "score = s + 0.1 * (sum_keys(sigmoid(s)) - running_keys(sigmoid(s))) * g[j, h]; "
+    "weights = p + 0.1 * running_keys(p * g[j, h])",
+    "running_window": "heads = 4; mask = j < i and (window(4) or sink(2)); "
+    "score = -softplus(-s) - running_keys(softplus(s)) / 3; normalize = exp(s)",
+    "running_over_queries": f"{CAUSAL}; let g = x | linear(heads); "
+    "score = s - running_queries(relu(s) * g[i, h]); weights = p - 0.1 * running_queries(p)",
+    "running_over_queries_of_a_window": "heads = 4; mask = window(3); "
+    "score = s + running_queries(s) - 0.2 * running_keys(1)",
+    "ranked_window": "heads = 4; mask = causal and window(4); "
+    "weights = where(rank_keys(floor(8 * p)) < 2, p, 0)",
     # branches
     "branches": f"{CAUSAL}; branch one {{ }}; "
     "branch two { q = x | linear | split; k = x | linear | split }; "

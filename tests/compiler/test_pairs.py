@@ -121,3 +121,14 @@ def test_whole_division_has_no_gradient(text: str) -> None:
             found.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-10)
+
+
+def test_a_sum_over_later_keys_keeps_its_digits() -> None:
+    """Next to a large total, the difference of two sums would lose those of what comes last."""
+    far = "where(j < 3, 30000.1 * (j + 1), s)"
+    text = f"mask = causal; score = s - (sum_keys({far}) - running_keys({far}))"
+    module, oracle = both(text)
+    expected = oracle(tokens())
+    torch.testing.assert_close(
+        module.float()(tokens().float()).double(), expected, rtol=1e-5, atol=1e-6
+    )

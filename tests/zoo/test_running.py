@@ -1,0 +1,59 @@
+"""Mechanisms that run along keys and queries: written out, and what they are without it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .mechanisms import MHA, Mechanism, assert_close, softmax, tokens
+
+X = tokens()
+N = X.shape[1]
+
+
+def test_sticks_are_broken_from_the_nearest_key():
+    mechanism = Mechanism("stick_breaking")
+    s, p = mechanism.logits(X), mechanism.weights(X)
+    for i in range(N):
+        left = torch.ones_like(s[..., 0, 0])
+        for j in reversed(range(i)):
+            assert_close(p[..., i, j], left * s[..., i, j].sigmoid())
+            left = left * (1 - s[..., i, j].sigmoid())
+        assert_close(p[..., i, :].sum(-1), 1 - left)
+
+
+def test_contextual_positions():
+    plain = Mechanism(MHA)
+    mechanism = Mechanism("cope", like=plain)
+    assert_close(mechanism.set(table=0)(X), plain(X))
+    # where all gates are open, a key stands as many keys back as it is
+    row = torch.arange(6.0, dtype=torch.float64)[:, None].expand(6, 8)
+    streams = mechanism.set(table=row).streams(X)
+    ones = torch.ones_like(streams["q"])
+    far = 1e3 * ones  # the gate's logit; q · row is its number times 8 e3
+    found = mechanism.weights(X, q=far, k=ones)
+    at = torch.arange(N)
+    position = (at[:, None] - at + 1).clamp(0, 5).double()
+    assert_close(found[0, 0], softmax(8e3 * position))
+
+
+def test_selection_by_the_first_head():
+    plain = Mechanism(MHA)
+    mechanism = Mechanism("selective", like=plain)
+    s = mechanism.logits(X)
+    lost = torch.zeros_like(s[:, 0])
+    for i in range(N):
+        for j in range(1, i):
+            lost[:, i, j] = sum(s[:, 0, late, j].relu() for late in range(j + 1, i))
+    assert_close(mechanism.weights(X), softmax(s - lost[:, None]))
+    q = mechanism.streams(X)["q"].clone()
+    q[:, 0] = 0  # the first head says nothing of any key
+    assert_close(mechanism.mixed(X, q=q), plain.mixed(X, q=q))
+
+
+def test_gates_of_pairs():
+    half = Mechanism("forget_pairs").set(a_proj_weight=0)
+    slope = f"score = s - {math.log(2)!r} * abs(i - j)"
+    alibi = Mechanism(MHA.replace("mask = causal", f"mask = causal; {slope}"), like=half)
+    assert_close(half(X), alibi(X))
