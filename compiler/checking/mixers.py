@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from ...grammar import syntax
 from ...grammar.diagnostics import error
 from ...grammar.expr import names, number
+from ...grammar.functions import MATRIX_FUNCTIONS
 from ...grammar.show import show
-from ...grammar.syntax import Binary, Definition, Expr, Index, Name
+from ...grammar.syntax import Binary, Call, Definition, Expr, Index, Name
 from ...ops import Shape
 from ..algebra.levels import MAX_LEVELS, NotAffineError, affine_parts
 from ..model import Recurrence, State, Update
-from .expressions import Dims, Resolver, Value
+from .expressions import Dims, Resolver, Value, plain
 from .library import substitute_statement
 from .scope import Scope, suggest
 from .settled import finite, settled
@@ -208,6 +209,29 @@ class _Mixer(Resolver):
 
     def other(self, expr: Expr) -> Value:
         raise error("L216", "this has no meaning in a mixer", expr.span)
+
+    def call(self, expr: Call) -> Value | None:
+        """Resolve `diag(a)` and `solve(A, b)`, unless a stage has the name."""
+        name = expr.function
+        if name not in MATRIX_FUNCTIONS or self.scope.library.find("stage", name):
+            return None
+        arity = MATRIX_FUNCTIONS[name]
+        if len(expr.args) != arity or expr.keywords:
+            given = len(expr.args) + len(expr.keywords)
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span, f"{given} given")
+        parts = [self.number(each) for each in expr.args]
+        done = Call(name, tuple(each.expr for each in parts), (), expr.span)
+        match [each.dims for each in parts]:
+            case [(size,)]:
+                return Value(done, (size, size))
+            case [(rows, columns), (size,)] if rows == columns == size:
+                return Value(done, (size,))
+            case shapes:
+                wanted = (
+                    "a vector" if name == "diag" else "a square matrix and a vector of its size"
+                )
+                shown = " and ".join(str(list(dims)) for dims in shapes)
+                raise error("L216", f"`{name}` takes {wanted}", expr.span, shown)
 
     def index(self, expr: Index) -> Value:
         match expr:

@@ -173,6 +173,12 @@ def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tupl
         case Call("outer", (left, right)):
             (one, a), (two, b) = _expr_flops(left, dims), _expr_flops(right, dims)
             return one + two + prod(a + b), a + b
+        case Call("diag", (operand,)):
+            work, made = _expr_flops(operand, dims)
+            return work, made * 2
+        case Call("solve", (left, right)):
+            (one, _), (two, b) = _expr_flops(left, dims), _expr_flops(right, dims)
+            return one + two + 2 * b[0] ** 3 // 3 + 2 * b[0] ** 2, b
         case Call("sum" | "mean" | "norm" | "dot", args):
             parts = [_expr_flops(arg, dims) for arg in args]
             return sum(work + 2 * prod(made) for work, made in parts), ()

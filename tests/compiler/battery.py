@@ -259,6 +259,9 @@ SETTINGS = {
               " out = (o - g * two) | merge | linear",
     "leaky": "heads = 4; mix = leaky(0.5); mask = causal",
     "odd_states": "heads = 4; mix = odd; mask = causal",
+    "solved": "heads = 4; kv_heads = 2; value_dim = 3; mix = solved; mask = causal",
+    "solved_documents": "heads = 4; mix = solved; mask = causal and document",
+    "solved_both_ways": "heads = 4; mix = solved_of_all",
 }  # fmt: skip
 MIXERS = """
 mix leaky(c) {
@@ -279,6 +282,23 @@ mix odd {
   n <- last * n + v
   fresh <- 2 * n - fresh / 2
   o <- fresh + clip(n, -1, 1)
+}
+mix solved {
+  let a = x | linear(heads) | sigmoid
+  param ridge[heads, head_dim] = 1
+  state K[head_dim, head_dim] = 0
+  state S[head_dim, value_dim] = 0
+  K <- a * K + outer(k, k)
+  S <- a * S + outer(k, v)
+  o <- solve(K + diag(exp(ridge)), q) @ S
+}
+mix solved_of_all {
+  param ridge[head_dim] = 1
+  state K[head_dim, head_dim] = 0
+  state z[head_dim] = 0
+  K <- K + outer(k, k)
+  z <- z + k
+  o <- solve(diag(2 + ridge * ridge), q) + solve(K + diag(1 + ridge * ridge), z)
 }
 mix in_levels(levels) {
   let lam = x | linear(heads * levels) | softplus | split

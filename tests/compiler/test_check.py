@@ -146,6 +146,15 @@ REFUSED = {
     "a stage of two": ("L209", "stage f = 2 * x\nblock a { score = f(s, 1) }"),
     "a pipeline as a function": ("L210", "stage f = | silu\nblock a { score = f(s) }"),
     # functions of the map
+    "a system that is not square": ("L216", "mix f { state S[head_dim, value_dim] = 0; "
+                                    "S <- S + outer(k, v); o <- solve(S, k) }\n"
+                                    "block a { width = 32; heads = 2; value_dim = 3; mix = f; "
+                                    "mask = causal }"),
+    "a diagonal of a matrix": ("L216", "mix f { o <- v @ diag(outer(k, k)) }\n"
+                               "block a { mix = f; mask = causal }"),
+    "a diagonal of two": ("L209", "mix f { o <- v @ diag(k, k) }\n"
+                          "block a { mix = f; mask = causal }"),
+    "a system in a score": ("L201", "block a { score = s + solve(q[h, i], k[h, j]) }"),
     "a function of the map in a mixer": ("L201", "mix f { o <- sum_keys(v) }\nblock a { mix = f }"),
     # branches
     "a branch and an inherited let": (

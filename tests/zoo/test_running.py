@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn.functional import softplus
 
 from .mechanisms import MHA, Mechanism, assert_close, softmax, tokens
 
@@ -50,6 +51,23 @@ def test_selection_by_the_first_head():
     q = mechanism.streams(X)["q"].clone()
     q[:, 0] = 0  # the first head says nothing of any key
     assert_close(mechanism.mixed(X, q=q), plain.mixed(X, q=q))
+
+
+def test_mesa_reads_with_a_ridge_regression():
+    mechanism = Mechanism("mesa_net")
+    streams = mechanism.streams(X)
+    q, k, v = (streams[name] for name in "qkv")
+    gamma, beta = (streams[name].mT for name in ("gamma", "beta"))  # [b, heads, n]
+    ridge = torch.diag_embed(0.25 + softplus(mechanism.parameter("ridge")))
+    found = mechanism.mixed(X)
+    for t in range(N):
+        kept = gamma[..., : t + 1].log().flip(-1).cumsum(-1).flip(-1)
+        share = beta[..., : t + 1] * torch.cat([kept[..., 1:], 0 * kept[..., :1]], -1).exp()
+        keys = k[:, :, : t + 1]
+        least = (keys * share[..., None]).mT @ keys + ridge
+        values = (keys * share[..., None]).mT @ v[:, :, : t + 1]
+        expected = torch.linalg.solve(least, q[:, :, t, :, None]).mT @ values
+        assert_close(found[:, :, t], expected[:, :, 0])
 
 
 def test_gates_of_pairs():
