@@ -207,7 +207,9 @@ class Normalizer:
 class Pairwise:
     """`mix = attend`: every query against every key.
 
-    `similarity` is an expression in q[h, i] and k[…, j]; None is their product.
+    `similarity` is an expression in q[h, i] and k[…, j]; None is their product. With `again`, an
+    expression over h and j, what is mixed is in the values itself, so many times: the mask shows
+    earlier tokens alone, and v is the values without it.
     """
 
     scale: float
@@ -217,12 +219,14 @@ class Pairwise:
     weights: Expr
     dropout: float = 0.0
     similarity: Expr | None = None
+    again: Expr | None = None
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
         """Every expression of it."""
         met = () if self.similarity is None else (self.similarity,)
-        return (*met, self.score, self.mask, *self.normalize.exprs, self.weights)
+        again = () if self.again is None else (self.again,)
+        return (*met, self.score, self.mask, *self.normalize.exprs, self.weights, *again)
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Pairwise:
         """Return it with each of these changed."""
@@ -233,6 +237,7 @@ class Pairwise:
             normalize=self.normalize.mapped(change),
             weights=change(self.weights),
             similarity=None if self.similarity is None else change(self.similarity),
+            again=None if self.again is None else change(self.again),
         )
 
 

@@ -248,6 +248,15 @@ OWN: dict[str, Code] = {
             "block a { mix = m; mask = causal }",
         ),
         Code(
+            "L231",
+            "an attention is read by its own values in a way that is not solved",
+            "Where a mask shows earlier tokens alone, `j < i`, the values may read what is mixed "
+            "of them, as each token's turn comes after those it sees. They are then linear in it, "
+            "with a number for each head and token before it, and all else in them has a name.",
+            "block a {\n  heads = 4; mask = causal\n  let w = x | linear | split\n"
+            "  branch u { mask = j < i; v = w - tanh(u) }\n  v = w - u\n}",
+        ),
+        Code(
             "W001",
             "a block depends on the number of tokens",
             "An expression reads `n` or `m`, or the scaling of `rope` depends on how long a "

@@ -16,6 +16,7 @@ from ..algebra.masks import extent, linear
 from ..model import MAPS, PREVIOUS, Mixing, Pairwise, Read, Recurrence, Stream
 from .flows import Target, elaborate
 from .inheritance import Body
+from .itself import require_strict, values_apart
 from .mixers import resolve_mixer
 from .scalars import Axes, resolve, resolve_normalizer, streams_read
 from .scope import Scope
@@ -79,6 +80,14 @@ class Part:
         if "source" in said and name != "q" and not self.body.has(name):
             return False
         return all(self.scope.numbers[each] == self.block.numbers[each] for each in sizes)
+
+    @property
+    def _itself(self) -> str:
+        """What the mixed heads are called where the values read them, else ""."""
+        if self.body.branch and self.body.has("out"):
+            return ""
+        name = self.body.branch or "o"
+        return name if self.body.has("v") and name in names(self.body.get("v")) else ""
 
     def _declare(self, name: str, value: Expr, shape: Shape | None) -> None:
         scope = self.scope
@@ -162,8 +171,15 @@ class Part:
     def _pairwise(self) -> tuple[Pairwise, tuple[Read, ...]]:
         scope, body = self.scope, self.body
         operands: list[Read] = []
+        again: Expr | None = None
         for name in _OPERANDS:
             with scope.findings.guard():
+                if name == "v" and self._itself:
+                    value = body.get("v")
+                    apart = values_apart(scope, self._itself, value, self.shape)
+                    operands.append(apart.rest)
+                    again = apart.share
+                    continue
                 shape = scope.shape(name, body.span_of(name))
                 assert shape is not None
                 operands.append(Read(scope.own(name), shape))
@@ -202,6 +218,9 @@ class Part:
             mask = resolve(scope, body.get("mask"), "mask", axes)
             if mask == FALSE:
                 raise error("L210", "this mask lets nothing be seen", body.span_of("mask"))
+            if again is not None:
+                span = body.span_of("mask")
+                require_strict(self._itself, mask, (axes.queries, axes.keys), span)
         with scope.findings.guard():
             where = body.condition("normalize")
             normalize = resolve_normalizer(scope, body.get("normalize"), axes, where, score)
@@ -218,7 +237,7 @@ class Part:
                 self._same_map(axes, mask)
         scope.findings.settle()
         assert normalize is not None
-        mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity)
+        mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity, again)
         return mix, tuple(operands)
 
     def _same_map(self, axes: Axes, mask: Expr) -> None:

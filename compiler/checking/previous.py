@@ -53,19 +53,25 @@ def _borrowing(layers: list[Block]) -> list[Block]:
 def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
     """Say whether all that an attention reads along its keys is kept by the layer below."""
     read = [_below(block, name) for name in mixing.indexed("j")]
-    if None in read[:2]:
+    if None in read[:2] or _again(mixing):
         return False
     there = [each if each == "doc" else below.resolved(each) for each in read if each is not None]
     if len(there) < len(read):
         return False
     for name, other in _of_tokens(below):
-        if [below.resolved(each.name) for each in other.inputs[1:3]] == there[:2]:
+        same = [below.resolved(each.name) for each in other.inputs[1:3]] == there[:2]
+        if same and not _again(other):
             if name in below.borrows:
                 return all(each == "doc" or each.startswith(PREVIOUS) for each in there)
             roots = Roots(fuse_attend(build(below)))
             streams = {*other.indexed("j"), *there} - {"doc"}
             return not any(map(roots.late, streams))
     return False
+
+
+def _again(mixing: Mixing) -> bool:
+    """Say whether an attention keeps other values than those that it reads at first."""
+    return isinstance(mixing.mix, Pairwise) and mixing.mix.again is not None
 
 
 def _below(block: Block, name: str) -> str | None:

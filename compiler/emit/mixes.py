@@ -95,7 +95,8 @@ class Mixes(Stages):
             **variables,
         }
         given |= {f"previous_{name}": f'shared["{name}"]' for name in facts.maps_below}
-        also = [f"shared_{each}" for each in facts.maps]
+        again = [f"{ident(node.name)}_values"] if facts.mix.again is not None else []
+        also = [*again, *(f"shared_{each}" for each in facts.maps)]
         targets = ", ".join([_target(node), *also, *_statistics(node)])
         args = [given[each] for each in tiles.parameters(facts, self.plan.target.lowering)]
         general = call(f"{targets} = self.{weights.method_name(facts)}", args)
@@ -104,9 +105,22 @@ class Mixes(Stages):
         if needs == ():
             return [*lines, *self._plain(node)]
         if needs is None:
-            return [*lines, *comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
+            lines += [*comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
+            return [*lines, *self._taken_up(node)]
         when = f"if {self._when(needs)}:"
         return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
+
+    def _taken_up(self, node: Node[Attend]) -> list[str]:
+        """Write how the cache takes up values that read what was mixed, where there are such."""
+        held = self.kept.read_by(node.name)
+        if held is None or self.facts(node).mix.again is None:
+            return []
+        cache, made = self.cache(part_name(held)), f"{ident(node.name)}_values"
+        values = [
+            f"{ident(each.name)}={made if each.name == node.v else plain_name(each.name)}"
+            for each in held.streams
+        ]
+        return [f"if {cache} is not None:", *indent(call(f"{cache}.take_up", ["batch", *values]))]
 
     def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
         """Return what says where queries and keys stand, and of which sequences they are."""
@@ -125,6 +139,7 @@ class Mixes(Stages):
             "own": f"by_query({'batch.own' if facts.by_rows else 'run'})",
             "other": f"by_key({other})",
             "start": start,
+            "ordered": "batch.given is None",
         }
 
     def _plain(self, node: Node[Attend]) -> list[str]:
@@ -181,7 +196,8 @@ class Mixes(Stages):
         values = [f"{ident(name)}={plain_name(name)}" for name in named]
         got = ", ".join([*named.values(), "places" if any_places else "_", "run_j"])
         lines.append(f"if {cache} is not None:")
-        lines += indent(call(f"{got} = {cache}.update", ["batch", *values]))
+        brought = "update" if self.facts(node).mix.again is None else "beside"
+        lines += indent(call(f"{got} = {cache}.{brought}", ["batch", *values]))
         if lends:
             lines += ["lent_places = places"] if len(self.kept.keys) > 1 else []
             lines += ["lent_run = run_j"]

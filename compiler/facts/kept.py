@@ -140,6 +140,7 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         tokens = node.dims[2] == "n" and not graph.crosses(node)
         if tokens and node.name not in graph.block.borrows:
             late = any(map(roots.late, along_keys(graph, node)))
+            late = late or node.op.mix.again is not None  # its values are whole when it is mixed
             groups.setdefault(node.name if late else None, []).append(node)
     for only, nodes in groups.items():
         lent = graph.lent.values() if only is None else ()

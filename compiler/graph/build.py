@@ -163,7 +163,8 @@ class _Builder:
         p = self.add(f"{own}p", Normalize(mix.normalize), (s, visible, *normal), grid)
         p = self.add(f"{own}p.1", Weights(mix.weights), (p, visible, *read["weights"]), grid)
         p = self.add(f"{own}p.2", Drop(mix.dropout), (p,), grid)
-        return self.add(name, Combine(), (p, v), dims)
+        again = tuple(self.given(each) for each in tensors_read(mix.again))
+        return self.add(name, Combine(mix.again), (p, v, *again), dims)
 
     def _recurrence(self, mixing: Mixing, mix: Recurrence, name: str) -> str:
         read: dict[str, None] = {}

@@ -143,10 +143,14 @@ class Drop(_Operation):
 
 @dataclass(frozen=True, slots=True)
 class Combine(_Operation):
-    """Σ_j p v."""
+    """Σ_j p v; with `again`, Σ_j p (v + again · itself)."""
 
+    again: Expr | None = None
     name: ClassVar[str] = "combine"
     roles: ClassVar[tuple[str, ...]] = ("p", "v")
+
+    def mapped(self, change: Change) -> Self:
+        return self if self.again is None else replace(self, again=change(self.again))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ by how far the mask reaches, and by where the sequences of a row begin and end.
 
 from __future__ import annotations
 
-from ..plan.attention import Attention
+from ..plan.attention import ITSELF, Attention
 from ..text.text import call, indent
 from . import distance, sdpa
 from .way import Way
@@ -21,6 +21,8 @@ from .weights import arguments, method_name, signature, visibility, weights
 
 def obstacle(attention: Attention) -> str | None:
     """Return why not some queries can be attended to without the others."""
+    if attention.mix.again is not None:
+        return ITSELF
     if attention.draws:
         return "what is drawn at random is drawn for the whole map"
     if not attention.by_rows:
@@ -56,6 +58,8 @@ def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
     """Return what the method `attend` takes, in order."""
     groups = arguments(attention)
     given = ("v", *(each for key in ("queries", "keys", "places") for each in groups[key]))
+    if attention.mix.again is not None:
+        return (*given, "ordered")
     tokens = attention.node.dims[2] == "n" and not attention.crosses
     return (*given, "start") if tokens and not whole(attention, asked) else given
 
@@ -65,6 +69,8 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
     groups = arguments(attention)
     name, told = method_name(attention), attention.sequences
     given, at_all = parameters(attention, asked), whole(attention, asked)
+    if attention.mix.again is not None:
+        return [*_through_itself(attention, given), "", *weights(attention)]
     biased = not at_all and distance.obstacle(attention) is None
     args = [f"self.{name}_weights", "v", *(_tuple(groups[key]) for key in ("queries", "keys"))]
     tensors = [f"self.{each}" for each in attention.tensors]
@@ -103,6 +109,18 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
     ]
 
 
+def _through_itself(attention: Attention, given: tuple[str, ...]) -> list[str]:
+    """Return the method of an attention that its own values read."""
+    name, groups = method_name(attention), arguments(attention)
+    every = [each for key in groups if key != "tensors" for each in groups[key]]
+    tensors = [f"self.{each}" for each in attention.tensors]
+    return [
+        *signature(name, given, "tuple[Tensor, ...]"),
+        *indent(call(f"p, share, *more = self.{name}_weights", [*every, *tensors])),
+        "    return *through_itself(p, share, v, ordered), *more",
+    ]
+
+
 def _reach(attention: Attention) -> list[str]:
     """Write how far a query sees, as far as there is an end."""
     reach = attention.reach
@@ -110,9 +128,16 @@ def _reach(attention: Attention) -> list[str]:
     return [f"{name}={value}" for name, value in given if value is not None]
 
 
+def _dense(attention: Attention) -> str:
+    """Say what is computed of every pair."""
+    if attention.mix.again is not None:
+        return f"{ITSELF}: a triangular system of every pair"
+    return "every pair is computed by PyTorch operations"
+
+
 def _tuple(items: tuple[str, ...] | list[str]) -> str:
     return f"({', '.join(items)}{',' * (len(items) == 1)})"
 
 
 WAY = Way("tiles", obstacle, reason)
-DENSE = Way("dense", lambda _: None, lambda _: "every pair is computed by PyTorch operations")
+DENSE = Way("dense", lambda _: None, _dense)

@@ -67,6 +67,7 @@ def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
         "other": "Tensor | None",
         "bias": "Tensor | None",
         "start": "int | None",
+        "ordered": "bool",
     }
     args = ["self", *(f"{each}: {kinds.get(each, 'Tensor')}" for each in given)]
     return call(f"def {name}", args, f") -> {gives}:")
@@ -80,7 +81,7 @@ def weights(attention: Attention, biased: bool = False) -> list[str]:
     writer = Writer(attention, biased)
     given = [each for group in arguments(attention).values() for each in group]
     given += ["bias"] if biased else []
-    several = attention.node.op.statistics or attention.maps
+    several = attention.node.op.statistics or attention.maps or attention.mix.again is not None
     name = f"{method_name(attention)}_weights"
     gives = "tuple[Tensor, ...]" if several else "Tensor"
     return [*signature(name, given, gives), *indent(writer.lines_of_weights())]
@@ -211,7 +212,11 @@ class Writer:
             self.lines.append("shared_p = p")
         if self.mix.dropout:
             self.lines.append(f"p = F.dropout(p, {self.mix.dropout!r}, self.training)")
-        also = [*(f"shared_{name}" for name in shared), *(f"{each}.to(q.dtype)" for each in given)]
+        if self.mix.again is not None:
+            share = atomic(self._text(self.mix.again))
+            self.lines.append(f"share = s.new_zeros(*s.shape[:2], 1, s.shape[3]) + {share}")
+        also = ["share"] if self.mix.again is not None else []
+        also += [*(f"shared_{name}" for name in shared), *(f"{each}.to(q.dtype)" for each in given)]
         return [*self.lines, f"return {', '.join(['p', *also])}"]
 
     def sized(self) -> list[str]:

@@ -6,6 +6,8 @@
     p        = weights(p, h, i, j)
     o[h,i]   = Σ_j p[h,i,j] · v[g,j]
 
+Where v reads o itself, as  v + again · o  in place of v.
+
 The mask picks pairs (batch, head, query, key) out of the dense s; score, normaliser and
 weights are then evaluated on the vector of these pairs alone. What a row may not see is thus
 never computed with: it cannot make a NaN, and a row that sees nothing has no pairs, hence
@@ -90,7 +92,13 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
     )
     p = functional.dropout(map_p, mix.dropout, given.training)
     values = v.repeat_interleave(mixing.heads // v.shape[1], dim=1)
-    o = (p @ values).to(given.streams[mixing.inputs[2].name].dtype)
+    o = p @ values
+    if mix.again is not None:  # after a round for each query nothing changes: the mask is strict
+        dense = q.new_zeros(scope.shape).index_put(tuple(pairs), column(mix.again, {}))
+        first, again = o, p * dense
+        for _ in range(scope.shape[2]):
+            o = first + again @ o
+    o = o.to(given.streams[mixing.inputs[2].name].dtype)
 
     def statistic(asked: Statistic) -> Tensor:
         """Return a number for every row or column of the map, [b, heads, tokens, 1]."""

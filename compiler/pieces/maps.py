@@ -120,6 +120,23 @@ def coin(s: Tensor, rate: float, training: bool) -> Tensor:
     return (torch.rand(s.shape, dtype=torch.float32, device=s.device) < rate).to(s.dtype)
 
 
+def through_itself(p: Tensor, share: Tensor, v: Tensor, ordered: bool) -> tuple[Tensor, Tensor]:
+    """Return what weights p [b, h, n, m] mix of values v + share · itself, and these of n tokens.
+
+    The n queries are the last keys, each of which sees only some before it: in their order, where
+    they are `ordered`. share is [b, h, 1, m]; v [b, h, m, e] lacks nothing of the other keys.
+    """
+    n = p.shape[-2]
+    share = share[..., share.shape[-1] - n :]
+    within = torch.eye(n, dtype=p.dtype, device=p.device) - p[..., p.shape[-1] - n :] * share
+    from_others = (p @ v.to(p.dtype)).contiguous()
+    if ordered:
+        u = torch.linalg.solve_triangular(within, from_others, upper=False, unitriangular=True)
+    else:
+        u = torch.linalg.solve(within, from_others)
+    return u.to(v.dtype), v[..., v.shape[-2] - n :, :] + (share.mT * u).to(v.dtype)
+
+
 def joint(parts: list[Tensor], logs: list[Tensor]) -> Tensor:
     """Return the mean of parts [..., d] weighed by denominators, of which the logs [..., 1] are."""
     every = torch.stack(logs)

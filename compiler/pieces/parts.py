@@ -127,23 +127,9 @@ class KeyValueCache(Part):
         gradients are not kept.
         """
         count, held = batch.place.shape[-1], batch.bound
-        self._make_room(held + count)
-        if batch.given is not None or "positions" in self.kept:
-            self._note_positions()
-            new = {**new, "positions": batch.positions.expand(len(self), count)[..., None]}
+        new = self._prepared(batch, new)
         if batch.cut or (self.is_ring and count > 1 and held + count > self.capacity):
-            first = min(held, self.capacity)
-            places, run = self._slots(batch.before, first)
-            held_now = {name: each[..., :first, :] for name, each in self.kept.items()}
-            held_now, places, run = self._as_they_came(held_now, places, run)
-            found = {name: torch.cat([each.to(new[name].dtype), new[name]], dim=-2)
-                     for name, each in held_now.items()}  # fmt: skip
-            if batch.run is None:
-                places = torch.cat([places, batch.place])
-            else:
-                both = (len(self), -1)
-                places = torch.cat([places.expand(both), batch.place.expand(both)], 1)
-                run = torch.cat([run.expand(both), batch.run], 1)
+            found, places, run = self._and_new(batch, new)
             self._write(batch, new)
         else:
             first = min(held + count, self.capacity)
@@ -151,6 +137,47 @@ class KeyValueCache(Part):
             places, run = self._slots(batch.after, first)
             found, places, run = self._as_they_came(found, places, run)
             run = run.expand(len(self), -1)
+        return self._given_back(batch, found, places, run)
+
+    def beside(self, batch: Batch, **new: Tensor) -> tuple[Any, ...]:
+        """Return what `update` does, the new tokens after all that is held; take up nothing."""
+        return self._given_back(batch, *self._and_new(batch, self._prepared(batch, new)))
+
+    def take_up(self, batch: Batch, **new: Tensor) -> None:
+        """Take up new tokens, the last of those that are given, and return nothing."""
+        count = batch.place.shape[-1]
+        last = {name: x[..., x.shape[-2] - count :, :] for name, x in new.items()}
+        self._write(batch, self._prepared(batch, last))
+
+    def _prepared(self, batch: Batch, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make room for new tokens; return all that is noted of them."""
+        count = batch.place.shape[-1]
+        self._make_room(batch.bound + count)
+        if batch.given is None and "positions" not in self.kept:
+            return new
+        self._note_positions()
+        return {**new, "positions": batch.positions.expand(len(self), count)[..., None]}
+
+    def _and_new(
+        self, batch: Batch, new: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return what is held and new tokens after it, with their places and runs."""
+        first = min(batch.bound, self.capacity)
+        places, run = self._slots(batch.before, first)
+        held = {name: each[..., :first, :] for name, each in self.kept.items()}
+        held, places, run = self._as_they_came(held, places, run)
+        found = {name: torch.cat([each.to(new[name].dtype), new[name]], dim=-2)
+                 for name, each in held.items()}  # fmt: skip
+        if batch.run is None:
+            return found, torch.cat([places, batch.place]), run
+        both = (len(self), -1)
+        places = torch.cat([places.expand(both), batch.place.expand(both)], 1)
+        return found, places, torch.cat([run.expand(both), batch.run], 1)
+
+    def _given_back(
+        self, batch: Batch, found: dict[str, Tensor], places: Tensor, run: Tensor
+    ) -> tuple[Any, ...]:
+        """Return what is held by name, where its keys stand, and of which sequences they are."""
         if "positions" in found:
             places = found.pop("positions")[..., 0]
         return (*found.values(), places, None if batch.run is None else run)

@@ -285,6 +285,9 @@ class Attention:
         return of_distance(expr) and read <= set(self.tensors) and not given
 
 
+ITSELF = "its values read what it mixes"  # why no lowering but `dense` fits
+
+
 # Functions that are finite and smooth enough wherever their arguments are finite.
 _TAME = frozenset((
     "abs", "min", "max", "clip", "relu", "tanh", "sigmoid", "log_sigmoid", "softplus", "silu",

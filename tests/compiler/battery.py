@@ -114,6 +114,15 @@ SETTINGS = {
     "score = s + running_queries(s) - 0.2 * running_keys(1)",
     "ranked_window": "heads = 4; mask = causal and window(4); "
     "weights = where(rank_keys(floor(8 * p)) < 2, p, 0)",
+    "read_by_its_values": "heads = 4; kv_heads = 2; value_heads = 4; mask = causal; "
+    "let w = x | linear | split; let b = x | linear(heads) | sigmoid; v = w - b * u; "
+    "branch u { mask = j < i; score = softcap(3) }; "
+    "out = (o + 0.1 * rows(u, p * b[j, h]) * u) | merge | linear",
+    "read_by_its_values_in_a_window": "heads = 4; mask = i - 4 < j < i; normalize = sigmoid; "
+    "let w = x | linear | split; param c[heads] = 0.5; const d = 2; v = w - c * o / d + o",
+    "read_by_its_values_of_documents": "heads = 4; mask = j < i and document; "
+    "let g = x | linear(1); let w = x | linear | split; let e = x | linear(heads) | split; "
+    "branch u { v = (w - (g + 1) * u * (e | tanh)) }; out = (u + w) | merge | linear",
     # branches
     "branches": f"{CAUSAL}; branch one {{ }}; "
     "branch two { q = x | linear | split; k = x | linear | split }; "

@@ -146,6 +146,27 @@ REFUSED = {
     "a stage of two": ("L209", "stage f = 2 * x\nblock a { score = f(s, 1) }"),
     "a pipeline as a function": ("L210", "stage f = | silu\nblock a { score = f(s) }"),
     # functions of the map
+    "values of a branch that sees itself": (
+        "L231", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - u; "
+        "branch u { } }"),
+    "values that a pipeline changes": (
+        "L231", "block a { heads = 4; mask = causal; let w = x | linear | split; "
+        "v = w - (u | rms_norm); branch u { mask = j < i } }"),
+    "values with a share for each feature": (
+        "L231", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - w * u; "
+        "branch u { mask = j < i } }"),
+    "values that are nothing else": (
+        "L231", "block a { heads = 4; mask = causal; let b = x | linear(heads); v = b * u; "
+        "branch u { mask = j < i } }"),
+    "values with a learned stage": (
+        "L231", "block a { heads = 4; mask = causal; v = (x | linear | split) - u; "
+        "branch u { mask = j < i } }"),
+    "values of a branch with an output": (
+        "L212", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - u; "
+        "branch u { mask = j < i; out = o } }"),
+    "keys that read their branch": (
+        "L212", "block a { heads = 4; mask = causal; k = (x | linear | split) - u; "
+        "branch u { mask = j < i } }"),
     "a system that is not square": ("L216", "mix f { state S[head_dim, value_dim] = 0; "
                                     "S <- S + outer(k, v); o <- solve(S, k) }\n"
                                     "block a { width = 32; heads = 2; value_dim = 3; mix = f; "

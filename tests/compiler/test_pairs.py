@@ -132,3 +132,11 @@ def test_a_sum_over_later_keys_keeps_its_digits() -> None:
     torch.testing.assert_close(
         module.float()(tokens().float()).double(), expected, rtol=1e-5, atol=1e-6
     )
+
+
+def test_values_that_read_what_is_mixed_of_them_at_any_positions() -> None:
+    """Where tokens do not stand in their order, the system is no triangle."""
+    module, oracle = both("mask = j < i; let w = x | linear | split; v = w - 2 * o")
+    places = torch.tensor([3, 0, 9, 4, 1])
+    found, expected = (each(tokens(), positions=places) for each in (module, oracle))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)

@@ -70,6 +70,14 @@ def stick_breaking(module: nn.Module, x: Tensor) -> Tensor:
     return module.o_proj(mixed.flatten(2))
 
 
+def deltaformer(module: nn.Module, x: Tensor) -> Tensor:
+    naive = file_of("fla-core", "fla/ops/deltaformer/naive.py")
+    q, k, w = (heads_of(each(x)) for each in (module.q_proj, module.k_proj, module.w_proj))
+    with Widened():
+        mixed = naive.naive_deltaformer_attn(q, k, w, module.beta_proj(x).sigmoid())
+    return module.o_proj(mixed.flatten(2))
+
+
 # x-transformers
 
 
@@ -109,6 +117,7 @@ def forget_pairs(module: nn.Module, x: Tensor) -> Tensor:
 
 LAYERS: dict[str, Layer] = {
     "stick_breaking": stick_breaking,
+    "deltaformer": deltaformer,
     "cope": cope,
     "selective": selective,
     "forget_pairs": forget_pairs,

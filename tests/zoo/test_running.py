@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn.functional import softplus
 
-from .mechanisms import MHA, Mechanism, assert_close, softmax, tokens
+from .mechanisms import MHA, Mechanism, assert_close, softmax, text_of, tokens
 
 X = tokens()
 N = X.shape[1]
@@ -51,6 +51,22 @@ def test_selection_by_the_first_head():
     q = mechanism.streams(X)["q"].clone()
     q[:, 0] = 0  # the first head says nothing of any key
     assert_close(mechanism.mixed(X, q=q), plain.mixed(X, q=q))
+
+
+def test_what_is_read_is_taken_from_the_values():
+    plain = Mechanism(MHA)
+    mechanism = Mechanism("deltaformer", like=plain)
+    with torch.no_grad():
+        mechanism.meaning.get_parameter("w_proj.weight").copy_(plain.parameter("v_proj.weight"))
+    streams = mechanism.streams(X)
+    values, beta, s = streams["w"].clone(), streams["beta"].mT, mechanism.logits(X)
+    for i in range(1, N):
+        p = s[:, :, i, :i].softmax(-1)
+        values[:, :, i] -= beta[:, :, i, None] * (p[:, :, None] @ values[:, :, :i])[:, :, 0]
+    assert_close(streams["v"], values)
+    assert_close(mechanism.mixed(X), softmax(s) @ values)
+    nothing = text_of("deltaformer", ("linear(heads) | sigmoid", "linear(heads) | scale(0)"))
+    assert_close(Mechanism(nothing, like=mechanism)(X), plain(X))
 
 
 def test_mesa_reads_with_a_ridge_regression():
