@@ -209,7 +209,9 @@ class Pairwise:
 
     `similarity` is an expression in q[h, i] and k[…, j]; None is their product. With `again`, an
     expression over h and j, what is mixed is in the values itself, so many times: the mask shows
-    earlier tokens alone, and v is the values without it.
+    earlier tokens alone, and v is the values without it. `carry` is what each further token does
+    to the keys before it, linear in `k`, over streams of that token for a key head, as a mixer's
+    statement is; None for nothing.
     """
 
     scale: float
@@ -220,10 +222,11 @@ class Pairwise:
     dropout: float = 0.0
     similarity: Expr | None = None
     again: Expr | None = None
+    carry: Expr | None = None
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        """Every expression of it."""
+        """Every expression of a pair."""
         met = () if self.similarity is None else (self.similarity,)
         again = () if self.again is None else (self.again,)
         return (*met, self.score, self.mask, *self.normalize.exprs, self.weights, *again)

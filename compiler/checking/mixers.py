@@ -36,7 +36,7 @@ def resolve_mixer(scope: Scope, definition: Definition, call: Expr, mask: str) -
             raise error(
                 "L211", f"`{each.name}` is defined twice", call.span, "", "choose another name"
             )
-    visitor = _Mixer(scope, {each.name: each.shape for each in states})
+    visitor = Mixer(scope, {each.name: each.shape for each in states})
     updates: list[Update] = []
     for statement in statements:
         if isinstance(statement, syntax.Update):
@@ -101,7 +101,7 @@ def _state(scope: Scope, state: syntax.State) -> State:
             f"it is {value}",
             "write `= 0 by …`",
         )
-    weights, dims, _ = _Mixer(scope, {}).number(state.weights)
+    weights, dims, _ = Mixer(scope, {}).number(state.weights)
     if len(dims) != 1 or not 1 <= dims[0] <= MAX_LEVELS:
         raise error(
             "L230",
@@ -113,7 +113,7 @@ def _state(scope: Scope, state: syntax.State) -> State:
     return State(state.name, shape, init, finite(settled(weights)), dims[0])
 
 
-def _merges(visitor: _Mixer, state: State, updates: list[Update], states: set[str]) -> None:
+def _merges(visitor: Mixer, state: State, updates: list[Update], states: set[str]) -> None:
     """Check that levels of a state can be merged: each is updated by itself (L230)."""
     from ..algebra.affine import Affine  # the algebra of recurrences, which few checks need
 
@@ -148,7 +148,7 @@ def _merges(visitor: _Mixer, state: State, updates: list[Update], states: set[st
             seen = seen | {update.name} if reads else seen - {update.name}
 
 
-def _update(visitor: _Mixer, update: syntax.Update) -> Update:
+def _update(visitor: Mixer, update: syntax.Update) -> Update:
     value, dims, _ = visitor.number(update.value)
     known = visitor.locals
     needed = (visitor.scope.numbers["value_dim"],) if update.name == "o" else known.get(update.name)
@@ -188,7 +188,7 @@ def _only_adds(definition: Definition, updates: list[Update], states: set[str], 
 
 
 @dataclass(frozen=True)
-class _Mixer(Resolver):
+class Mixer(Resolver):
     """Names are those of the current token, for one query head."""
 
     scope: Scope

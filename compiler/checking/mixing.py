@@ -14,6 +14,7 @@ from ...grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
 from ...ops import OPS, Shape
 from ..algebra.masks import extent, linear
 from ..model import MAPS, PREVIOUS, Mixing, Pairwise, Read, Recurrence, Stream
+from .carried import carriers, require_fit, resolve_carry
 from .flows import Target, elaborate
 from .inheritance import Body
 from .itself import require_strict, values_apart
@@ -146,6 +147,7 @@ class Part:
             inputs = streams_read(self.scope, resolved.exprs, ())
         else:
             resolved, operands = self._pairwise()
+            operands = (*operands, *carriers(self.scope, resolved.carry))
             shape = Shape(operands[0].shape.tokens, shape.dim, shape.heads)
             inputs = streams_read(self.scope, resolved.exprs, operands)
         return Stream(name, Mixing(resolved, inputs, shape, self.body.span))
@@ -226,6 +228,10 @@ class Part:
             normalize = resolve_normalizer(scope, body.get("normalize"), axes, where, score)
         with scope.findings.guard():
             weights = resolve(scope, body.get("weights"), "weights", axes)
+        carry: Expr | None = None
+        with scope.findings.guard():
+            if len(operands) == len(_OPERANDS):
+                carry = resolve_carry(scope, body.get("carry"), operands[1].shape.dim)
         similarity: Expr | None = None
         with scope.findings.guard():
             if len(operands) == len(_OPERANDS):  # else what it reads has been refused
@@ -237,7 +243,9 @@ class Part:
                 self._same_map(axes, mask)
         scope.findings.settle()
         assert normalize is not None
-        mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity, again)
+        mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity, again, carry)
+        if carry is not None:
+            require_fit(mix, (axes.queries, axes.keys), operands[1].name, body.span_of("carry"))
         return mix, tuple(operands)
 
     def _same_map(self, axes: Axes, mask: Expr) -> None:

@@ -53,14 +53,14 @@ def _borrowing(layers: list[Block]) -> list[Block]:
 def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
     """Say whether all that an attention reads along its keys is kept by the layer below."""
     read = [_below(block, name) for name in mixing.indexed("j")]
-    if None in read[:2] or _again(mixing):
+    if None in read[:2] or _in_turn(mixing):
         return False
     there = [each if each == "doc" else below.resolved(each) for each in read if each is not None]
     if len(there) < len(read):
         return False
     for name, other in _of_tokens(below):
         same = [below.resolved(each.name) for each in other.inputs[1:3]] == there[:2]
-        if same and not _again(other):
+        if same and not _in_turn(other):
             if name in below.borrows:
                 return all(each == "doc" or each.startswith(PREVIOUS) for each in there)
             roots = Roots(fuse_attend(build(below)))
@@ -69,9 +69,10 @@ def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
     return False
 
 
-def _again(mixing: Mixing) -> bool:
-    """Say whether an attention keeps other values than those that it reads at first."""
-    return isinstance(mixing.mix, Pairwise) and mixing.mix.again is not None
+def _in_turn(mixing: Mixing) -> bool:
+    """Say whether an attention keeps other keys or values than those that it reads at first."""
+    mix = mixing.mix
+    return isinstance(mix, Pairwise) and (mix.again is not None or mix.carry is not None)
 
 
 def _below(block: Block, name: str) -> str | None:

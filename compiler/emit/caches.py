@@ -114,6 +114,7 @@ class Caches:
         sizes = ", ".join(map(_size, part.streams))
         ring = [] if part.ring is None else [f"ring={part.ring}"]
         ring += [f"prefix={part.prefix}"] if part.prefix else []
+        ring += ["carried=True"] if part.carried else []
         ring += ["ordered=True"] if part.ordered and part.ring is not None else []
         return [
             "batch",

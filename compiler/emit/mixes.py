@@ -15,7 +15,7 @@ from ...kernels.recurrence import Recurrence
 from ..facts.kept import along_keys
 from ..graph.graph import AnyNode, Node
 from ..graph.operations import Attend, Scan
-from ..lowerings import chunk, scan, tiles, weights
+from ..lowerings import carry, chunk, scan, tiles, weights
 from ..lowerings.choose import way
 from ..lowerings.operators import Operator
 from ..lowerings.way import Call
@@ -94,9 +94,13 @@ class Mixes(Stages):
             **self._standing(node, facts),
             **variables,
         }
+        given |= {
+            carry.variable(each): carry.of_key_heads(facts, each)[0] for each in facts.carriers
+        }
         given |= {f"previous_{name}": f'shared["{name}"]' for name in facts.maps_below}
-        again = [f"{ident(node.name)}_values"] if facts.mix.again is not None else []
-        also = [*again, *(f"shared_{each}" for each in facts.maps)]
+        also = [f"{ident(node.name)}_values"] if facts.mix.again is not None else []
+        also += [f"{ident(node.name)}_keys"] if facts.mix.carry is not None else []
+        also += [f"shared_{each}" for each in facts.maps]
         targets = ", ".join([_target(node), *also, *_statistics(node)])
         args = [given[each] for each in tiles.parameters(facts, self.plan.target.lowering)]
         general = call(f"{targets} = self.{weights.method_name(facts)}", args)
@@ -111,16 +115,21 @@ class Mixes(Stages):
         return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
 
     def _taken_up(self, node: Node[Attend]) -> list[str]:
-        """Write how the cache takes up values that read what was mixed, where there are such."""
-        held = self.kept.read_by(node.name)
-        if held is None or self.facts(node).mix.again is None:
+        """Write how the cache takes up what is known once it is mixed, where there is such."""
+        held, mix = self.kept.read_by(node.name), self.facts(node).mix
+        if held is None or self.facts(node).in_turn is None:
             return []
-        cache, made = self.cache(part_name(held)), f"{ident(node.name)}_values"
+        cache, own = self.cache(part_name(held)), ident(node.name)
+        made = {} if mix.again is None else {node.v: f"{own}_values"}
+        made |= {} if mix.carry is None else {node.k: f"{own}_keys"}
         values = [
-            f"{ident(each.name)}={made if each.name == node.v else plain_name(each.name)}"
+            f"{ident(each.name)}={made.get(each.name, plain_name(each.name))}"
             for each in held.streams
         ]
-        return [f"if {cache} is not None:", *indent(call(f"{cache}.take_up", ["batch", *values]))]
+        lines = call(f"{cache}.take_up", ["batch", *values])
+        if mix.carry is not None:
+            lines = [*call(f"{cache}.rewrite", ["batch", f"{ident(node.k)}={own}_keys"]), *lines]
+        return [f"if {cache} is not None:", *indent(lines)]
 
     def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
         """Return what says where queries and keys stand, and of which sequences they are."""
@@ -140,6 +149,8 @@ class Mixes(Stages):
             "other": f"by_key({other})",
             "start": start,
             "ordered": "batch.given is None",
+            "fresh": "batch.fresh",
+            "idle": "batch.idle",
         }
 
     def _plain(self, node: Node[Attend]) -> list[str]:
@@ -196,7 +207,7 @@ class Mixes(Stages):
         values = [f"{ident(name)}={plain_name(name)}" for name in named]
         got = ", ".join([*named.values(), "places" if any_places else "_", "run_j"])
         lines.append(f"if {cache} is not None:")
-        brought = "update" if self.facts(node).mix.again is None else "beside"
+        brought = "update" if self.facts(node).in_turn is None else "beside"
         lines += indent(call(f"{got} = {cache}.{brought}", ["batch", *values]))
         if lends:
             lines += ["lent_places = places"] if len(self.kept.keys) > 1 else []

@@ -125,6 +125,11 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
     mix = mixing.mix
     each = 2 * (mixing.inputs[0].shape.dim + mixing.shape.dim)
     each += sum(_scalar_ops(expr) for expr in mix.exprs if expr != mix.mask)
+    if mix.carry is not None:  # each further token does it to each key that its query sees
+        key = mixing.inputs[1].shape
+        dims = {each.name: each.shape for each in block.tensors}
+        dims |= {**_per_head(mixing, key.heads or 1), "k": (key.dim,)}
+        each += _expr_flops(mix.carry, dims)[0]
     rows, columns = _count(mixing.queries, tokens), _count(mixing.keys, tokens)
     from ..algebra.counting import pairs  # loads numpy, and a search may never ask
 
@@ -141,10 +146,7 @@ def _recurrence_flops(mixing: Mixing, mix: Recurrence, tensors: dict[str, tuple[
     Of a state that is kept in levels, each fades, is corrected and is weighed.
     """
     dims = tensors | {each.name: each.shape for each in mix.states}
-    for stream in mixing.inputs:
-        shape = stream.shape
-        per_head = shape.dim if shape.heads is not None else shape.dim // mixing.heads
-        dims[stream.name] = (per_head,) if shape.heads is not None or per_head > 1 else ()
+    dims |= _per_head(mixing, mixing.heads)
     levels = {each.name: each.levels for each in mix.leveled}
     total = sum(2 * prod(each.kept) for each in mix.leveled)
     for update in mix.updates:
@@ -158,6 +160,16 @@ def _recurrence_flops(mixing: Mixing, mix: Recurrence, tensors: dict[str, tuple[
         total += work
         dims[update.name] = made
     return total
+
+
+def _per_head(mixing: Mixing, heads: int) -> dict[str, tuple[int, ...]]:
+    """Return what a head has of each stream, where there are so many."""
+    dims: dict[str, tuple[int, ...]] = {}
+    for stream in mixing.inputs:
+        shape = stream.shape
+        each = shape.dim if shape.heads is not None else shape.dim // heads
+        dims[stream.name] = (each,) if shape.heads is not None or each > 1 else ()
+    return dims
 
 
 def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tuple[int, ...]]:

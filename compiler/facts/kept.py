@@ -43,7 +43,8 @@ class Keys:
 
     `early` is that of all keys that are there before anything is mixed; it is the first reader
     that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone;
-    `ordered` is whether they are read in the order of the tokens.
+    `ordered` is whether they are read in the order of the tokens, `carried` whether later tokens
+    change them.
     """
 
     readers: tuple[str, ...]
@@ -52,6 +53,7 @@ class Keys:
     ring: int | None
     prefix: int
     ordered: bool
+    carried: bool
 
     def bytes(self, tokens: int, size: int) -> int:
         held = tokens if self.ring is None else min(tokens, self.prefix + self.ring)
@@ -140,7 +142,8 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         tokens = node.dims[2] == "n" and not graph.crosses(node)
         if tokens and node.name not in graph.block.borrows:
             late = any(map(roots.late, along_keys(graph, node)))
-            late = late or node.op.mix.again is not None  # its values are whole when it is mixed
+            mix = node.op.mix  # what it keeps is known when it is mixed, or is its own
+            late = late or mix.again is not None or mix.carry is not None
             groups.setdefault(node.name if late else None, []).append(node)
     for only, nodes in groups.items():
         lent = graph.lent.values() if only is None else ()
@@ -151,7 +154,8 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         readers = tuple(node.name for node in nodes)
         ordered = any(in_order(expr) for node in nodes for expr in node.op.exprs)
         streams = _held(graph, (*read, *lent))
-        yield Keys(readers, only is None, streams, ring, prefix, ordered)
+        carried = any(node.op.mix.carry is not None for node in nodes)
+        yield Keys(readers, only is None, streams, ring, prefix, ordered, carried)
 
 
 def along_keys(graph: Graph, node: Node[Attend]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from ..facts.parameters import weights
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend, TensorRead
 from ..model import PREVIOUS
-from ..plan.attention import ITSELF, Attention, reach
+from ..plan.attention import Attention, reach
 from ..plan.kernel_form import KernelForm, Side, kernel_form
 from ..text.pairs import Pairs, operand
 from ..text.text import atomic, call, ident
@@ -32,8 +32,8 @@ def obstacle(attention: Attention) -> str | None:
     """Return why the pairwise kernels cannot carry an attention."""
     graph, node, mix = attention.graph, attention.node, attention.mix
     normalizer = mix.normalize
-    if attention.mix.again is not None:
-        return ITSELF
+    if attention.in_turn is not None:
+        return attention.in_turn
     if attention.maps:
         return "the layer above reads its map"
     if any(name.startswith(PREVIOUS) for name in attention.names):

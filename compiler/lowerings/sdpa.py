@@ -13,7 +13,7 @@ from ...grammar.show import show
 from ...grammar.syntax import Binary, Compare, Name
 from ..graph.graph import shape_of
 from ..model import Normalizer
-from ..plan.attention import ITSELF, Attention
+from ..plan.attention import Attention
 from ..text.text import call, indent
 from .calls import needed
 from .way import Call, Way
@@ -25,8 +25,8 @@ CAUSAL = Compare((Name("j"), Name("i")), ("<=",))
 def obstacle(attention: Attention) -> str | None:
     """Return why scaled_dot_product_attention does not say what an attention means."""
     mix, node = attention.mix, attention.node
-    if attention.mix.again is not None:
-        return ITSELF
+    if attention.in_turn is not None:
+        return attention.in_turn
     if attention.maps:
         return "the layer above reads its map"
     if node.op.statistics:

@@ -12,17 +12,17 @@ by how far the mask reaches, and by where the sequences of a row begin and end.
 
 from __future__ import annotations
 
-from ..plan.attention import ITSELF, Attention
+from ..plan.attention import Attention
 from ..text.text import call, indent
-from . import distance, sdpa
+from . import carry, distance, sdpa
 from .way import Way
 from .weights import arguments, method_name, signature, visibility, weights
 
 
 def obstacle(attention: Attention) -> str | None:
     """Return why not some queries can be attended to without the others."""
-    if attention.mix.again is not None:
-        return ITSELF
+    if attention.in_turn is not None:
+        return attention.in_turn
     if attention.draws:
         return "what is drawn at random is drawn for the whole map"
     if not attention.by_rows:
@@ -58,8 +58,10 @@ def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
     """Return what the method `attend` takes, in order."""
     groups = arguments(attention)
     given = ("v", *(each for key in ("queries", "keys", "places") for each in groups[key]))
-    if attention.mix.again is not None:
-        return (*given, "ordered")
+    if attention.in_turn is not None:
+        carried = [carry.variable(each) for each in attention.carriers]
+        carried += ["fresh", "idle"] if attention.mix.carry is not None else []
+        return (*given, *carried, *(["ordered"] if attention.mix.again is not None else []))
     tokens = attention.node.dims[2] == "n" and not attention.crosses
     return (*given, "start") if tokens and not whole(attention, asked) else given
 
@@ -69,8 +71,8 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
     groups = arguments(attention)
     name, told = method_name(attention), attention.sequences
     given, at_all = parameters(attention, asked), whole(attention, asked)
-    if attention.mix.again is not None:
-        return [*_through_itself(attention, given), "", *weights(attention)]
+    if attention.in_turn is not None:
+        return [*_in_turn(attention, given), "", *weights(attention)]
     biased = not at_all and distance.obstacle(attention) is None
     args = [f"self.{name}_weights", "v", *(_tuple(groups[key]) for key in ("queries", "keys"))]
     tensors = [f"self.{each}" for each in attention.tensors]
@@ -109,15 +111,21 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
     ]
 
 
-def _through_itself(attention: Attention, given: tuple[str, ...]) -> list[str]:
-    """Return the method of an attention that its own values read."""
+def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
+    """Return the method of an attention that its own values read, or whose keys are carried."""
     name, groups = method_name(attention), arguments(attention)
-    every = [each for key in groups if key != "tensors" for each in groups[key]]
-    tensors = [f"self.{each}" for each in attention.tensors]
+    args = [each for key in groups if key != "tensors" for each in groups[key]]
+    args += [f"self.{each}" for each in attention.tensors]
+    carries, again = attention.mix.carry is not None, attention.mix.again is not None
+    several = bool(again or attention.node.op.statistics or attention.maps)
+    made = ["*through_itself(p, share, v, ordered)"] if again else ["mixed(p, v)"]
+    made += [*(["carried_keys"] if carries else []), *(["*more"] if several else [])]
+    target = f"p, {'share, ' * again}*more" if several else "p"
     return [
         *signature(name, given, "tuple[Tensor, ...]"),
-        *indent(call(f"p, share, *more = self.{name}_weights", [*every, *tensors])),
-        "    return *through_itself(p, share, v, ordered), *more",
+        *indent(carry.lines(attention) if carries else []),
+        *indent(call(f"{target} = self.{name}_weights", [*(["s"] if carries else []), *args])),
+        f"    return {', '.join(made)}",
     ]
 
 
@@ -131,7 +139,9 @@ def _reach(attention: Attention) -> list[str]:
 def _dense(attention: Attention) -> str:
     """Say what is computed of every pair."""
     if attention.mix.again is not None:
-        return f"{ITSELF}: a triangular system of every pair"
+        return f"{attention.in_turn}: a triangular system of every pair"
+    if attention.mix.carry is not None:
+        return f"{attention.in_turn}: its logits are made by chunks of tokens"
     return "every pair is computed by PyTorch operations"
 
 

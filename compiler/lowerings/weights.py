@@ -68,6 +68,8 @@ def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
         "bias": "Tensor | None",
         "start": "int | None",
         "ordered": "bool",
+        "fresh": "Tensor | None",
+        "idle": "Tensor | None",
     }
     args = ["self", *(f"{each}: {kinds.get(each, 'Tensor')}" for each in given)]
     return call(f"def {name}", args, f") -> {gives}:")
@@ -81,6 +83,7 @@ def weights(attention: Attention, biased: bool = False) -> list[str]:
     writer = Writer(attention, biased)
     given = [each for group in arguments(attention).values() for each in group]
     given += ["bias"] if biased else []
+    given = [*(["s"] if attention.mix.carry is not None else []), *given]
     several = attention.node.op.statistics or attention.maps or attention.mix.again is not None
     name = f"{method_name(attention)}_weights"
     gives = "tuple[Tensor, ...]" if several else "Tensor"
@@ -139,7 +142,9 @@ class Writer:
         dims = f"[b, {attention.heads}, {node.dims[2]}, {attention.keys}]"
         if every > 1 and any(operand(node, read) == "k" for read in attention.reads):
             self.lines.append(f"k = k.repeat_interleave({every}, dim=1)")
-        if mix.similarity is None:
+        if mix.carry is not None:
+            self.lines += [] if mix.scale == 1 else comment(f"s = s * {mix.scale!r}", dims)
+        elif mix.similarity is None:
             scale = "" if mix.scale == 1 else f", {mix.scale!r}"
             self.lines += comment(f"s = meet(q, k{scale})", dims)
         else:

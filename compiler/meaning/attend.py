@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...grammar.expr import names as names_of
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary, walk
 from ..model import PREVIOUS, Mixing, Normalizer, Pairwise, Statistic
+from .carry import carried_logits
 from .pairs import Groups, Map, Pairs
 from .values import Value, value
 
@@ -80,7 +82,11 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         if isinstance(node, Name) and node.id.startswith(PREVIOUS)
     }
     group = mixing.heads // k.shape[1]
-    if mix.similarity is None:
+    if mix.carry is not None:
+        carriers = {each.name for each in mixing.inputs[3:]} & names_of(mix.carry) - {"k"}
+        streams = {name: wide(given.streams[name]) for name in carriers}
+        s = carried_logits(mix.carry, q, k, streams, given.tensors)[visible]
+    elif mix.similarity is None:
         s = (q @ k.repeat_interleave(group, dim=1).mT)[visible]
     else:
         s = column(mix.similarity, {})

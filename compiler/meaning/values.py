@@ -48,6 +48,19 @@ def value(expr: Expr, leaf: Leaf, lead: int) -> Value:
     return result
 
 
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """Return a stream as [b, heads, n, d].
+
+    With heads it is repeated to so many; without, each head gets its own slice, a number
+    [b, heads, n] where that is one feature.
+    """
+    if x.ndim == 4:
+        return x.repeat_interleave(heads // x.shape[1], dim=1)
+    b, n, width = x.shape
+    x = x.reshape(b, n, heads, width // heads).transpose(1, 2)
+    return x[..., 0] if x.shape[-1] == 1 else x
+
+
 def _contracted(a: Value, b: Value, lead: int) -> Tensor:
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)

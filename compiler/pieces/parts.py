@@ -68,7 +68,7 @@ class KeyValueCache(Part):
     only the first `prefix` tokens of a sequence and the last `ring` are kept. A token stands in
     the slot of its number in its sequence; a new sequence takes the slots of the one before.
     Without a `length`, room is made as it is needed. An `ordered` ring is read as its tokens
-    came, not as they stand in it.
+    came, not as they stand in it. What is `carried` is changed by later tokens.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class KeyValueCache(Part):
         ring: int | None = None,
         prefix: int = 0,
         ordered: bool = False,
+        carried: bool = False,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -87,6 +88,7 @@ class KeyValueCache(Part):
         self.is_ring = ring is not None and (length is None or prefix + ring < length)
         self.capacity = prefix + ring if ring is not None and self.is_ring else length or 0
         self.ordered = ordered and self.is_ring
+        self.changes = self.is_ring or carried  # whether what is held of a token may change
         self.marked = False  # whether what is held must outlive a new sequence
         super().__init__(**{
             name: torch.zeros(
@@ -101,7 +103,7 @@ class KeyValueCache(Part):
 
     @property
     def shrinks(self) -> bool:  # type: ignore[override]
-        return not self.is_ring
+        return not self.changes
 
     @property
     def counts(self) -> bool:  # type: ignore[override]
@@ -142,6 +144,12 @@ class KeyValueCache(Part):
     def beside(self, batch: Batch, **new: Tensor) -> tuple[Any, ...]:
         """Return what `update` does, the new tokens after all that is held; take up nothing."""
         return self._given_back(batch, *self._and_new(batch, self._prepared(batch, new)))
+
+    def rewrite(self, batch: Batch, **found: Tensor) -> None:
+        """Put the first of what is given in place of what is held of the tokens before."""
+        first = min(batch.bound, self.capacity)
+        for name, x in found.items():
+            self.kept[name][..., :first, :] = x[..., :first, :].detach()
 
     def take_up(self, batch: Batch, **new: Tensor) -> None:
         """Take up new tokens, the last of those that are given, and return nothing."""
@@ -306,16 +314,16 @@ class KeyValueCache(Part):
         self.marked = False
 
     def mark(self) -> dict[str, Tensor]:
-        """Return what brings back what is held now: a ring is copied, slots to come are not."""
-        if self.is_ring:
+        """Return what brings back what is held now: what may change is copied."""
+        if self.changes:
             return {name: each.clone() for name, each in self.kept.items()}
         self.marked = True
         return dict(self.kept)
 
     def restore(self, kept: dict[str, Tensor]) -> None:
-        if self.is_ring:
+        if self.changes:
             kept = {name: each.clone() for name, each in kept.items()}
-        self.kept, self.marked = dict(kept), not self.is_ring
+        self.kept, self.marked = dict(kept), not self.changes
         self.capacity = next(iter(kept.values())).shape[-2]
 
     def state(self, count: int) -> dict[str, Tensor]:

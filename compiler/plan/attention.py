@@ -104,6 +104,29 @@ class Attention:
             return ()
         return ("own", "other") if self.node.dims[2] == self.keys else ("other",)
 
+    # what goes from token to token
+
+    @cached_property
+    def in_turn(self) -> str | None:
+        """Why some tokens are not attended to without those before them, if so."""
+        if self.mix.again is not None:
+            return "its values read what it mixes"
+        return None if self.mix.carry is None else "each token carries the keys before it"
+
+    @cached_property
+    def key_heads(self) -> int:
+        return int(self.graph.node(self.node.k).dims[1])
+
+    @cached_property
+    def carriers(self) -> tuple[str, ...]:
+        """The streams of a token that say how it carries the keys before it."""
+        if self.mix.carry is None:
+            return ()
+        read = names(self.mix.carry) - {"k"}
+        return tuple(
+            name for name in self.node.others if name in read and not self.graph.is_tensor(name)
+        )
+
     # the normaliser
 
     @cached_property
@@ -165,7 +188,10 @@ class Attention:
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """The params and consts that its expressions read."""
-        return tuple(name for name in self.node.others if self.graph.is_tensor(name))
+        read = tensors_read(*self.exprs)
+        return tuple(
+            name for name in self.node.others if self.graph.is_tensor(name) and name in read
+        )
 
     @cached_property
     def maps(self) -> tuple[str, ...]:
@@ -283,9 +309,6 @@ class Attention:
         read = set(tensors_read(expr))
         given = names(expr) & {"n", "m", "seen", "s"}
         return of_distance(expr) and read <= set(self.tensors) and not given
-
-
-ITSELF = "its values read what it mixes"  # why no lowering but `dense` fits
 
 
 # Functions that are finite and smooth enough wherever their arguments are finite.

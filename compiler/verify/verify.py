@@ -238,8 +238,8 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
         return "a recurrence has no mask; causality covers it"
     if mixing.queries != "n" or mixing.keys not in ("n", "m"):
         return "its queries or keys are not the tokens"
-    if mixing.mix.again is not None:
-        return "its values read what it mixes"
+    if mixing.mix.again is not None or mixing.mix.carry is not None:
+        return "a token reaches others through those between them"
     if any(OPS[node.op].lookback(dict(node.options)) for node in _stages(block)):
         return "a stage carries one token's values to another"
     if (why := other_queries(block, mixing)) is not None:

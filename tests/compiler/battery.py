@@ -123,6 +123,17 @@ SETTINGS = {
     "read_by_its_values_of_documents": "heads = 4; mask = j < i and document; "
     "let g = x | linear(1); let w = x | linear | split; let e = x | linear(heads) | split; "
     "branch u { v = (w - (g + 1) * u * (e | tanh)) }; out = (u + w) | merge | linear",
+    "carried": "heads = 4; kv_heads = 2; mask = causal; position = rope; "
+    "let w = x | linear(kv_heads * head_dim) | split(kv_heads) | l2_norm; "
+    "let b = x | linear(kv_heads) | sigmoid; "
+    "carry = k - 2 * b * w * dot(w, k)",
+    "carried_in_a_window": "heads = 4; mask = causal and (window(4) or sink(2)); "
+    "let g = x | linear(heads); let e = x | linear(heads * head_dim); score = softcap(3); "
+    "param a[heads, head_dim] = 0.3; param c[head_dim] = 0.2; "
+    "carry = exp(-softplus(g)) * (k - outer(a, c) @ k) + tanh(e) * k / 4",
+    "carried_documents": "heads = 4; mask = j < i and document; let w = x | linear | split; "
+    "let g = x | linear(heads) | sigmoid; let r = x | linear | split | l2_norm; "
+    "v = w - g * o; carry = g * k - r * dot(r, k); out = (o + rows(o, p) * w) | merge | linear",
     # branches
     "branches": f"{CAUSAL}; branch one {{ }}; "
     "branch two { q = x | linear | split; k = x | linear | split }; "

@@ -146,6 +146,20 @@ REFUSED = {
     "a stage of two": ("L209", "stage f = 2 * x\nblock a { score = f(s, 1) }"),
     "a pipeline as a function": ("L210", "stage f = | silu\nblock a { score = f(s) }"),
     # functions of the map
+    "a carry that adds": (
+        "L232", "block a { heads = 4; mask = causal; let w = x | linear | split; carry = k + w }"),
+    "a carry of a number": ("L232", "block a { mask = causal; carry = dot(k, k) }"),
+    "a carry under a mask that looks ahead": (
+        "L232", "block a { heads = 4; let b = x | linear(heads); carry = b * k }"),
+    "a carry under a similarity": (
+        "L232", "block a { heads = 4; mask = causal; let b = x | linear(heads); carry = b * k; "
+        "similarity = cosine }"),
+    "a carry beside keys as they were": (
+        "L232", "block a { heads = 4; mask = causal; let b = x | linear(heads); carry = b * k; "
+        "score = s + k[h, j, 0] }"),
+    "a carry of query heads": (
+        "L232", "block a { heads = 4; kv_heads = 2; mask = causal; param b[heads] = 1; "
+        "carry = b * k }"),
     "values of a branch that sees itself": (
         "L231", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - u; "
         "branch u { } }"),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import headloom as hl
 from headloom.compiler import zoo
@@ -78,6 +79,24 @@ def deltaformer(module: nn.Module, x: Tensor) -> Tensor:
     return module.o_proj(mixed.flatten(2))
 
 
+def path(module: nn.Module, x: Tensor) -> Tensor:
+    naive = file_of("fla-core", "fla/ops/path_attn/naive.py")
+    q, k, v = (heads_of(each(x)) for each in (module.q_proj, module.k_proj, module.v_proj))
+    w = functional.pad(module.w_proj_1(module.w_proj_0(x)).mT, (2, 0))
+    w = heads_of(functional.conv1d(w, module.w_conv.weight[:, None], groups=w.shape[1]).mT)
+    w = functional.silu(w)
+    w = w * (w.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    beta, open_ = 2 * module.b_proj(x).sigmoid(), x.new_zeros(*x.shape[:2], 4)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(x.dtype)
+    try:
+        with Widened():
+            mixed = naive.naive_path_attn(q, k, v, w, beta, open_, 8**-0.5)
+    finally:
+        torch.set_default_dtype(before)
+    return module.o_proj(mixed.flatten(2))
+
+
 # x-transformers
 
 
@@ -118,6 +137,7 @@ def forget_pairs(module: nn.Module, x: Tensor) -> Tensor:
 LAYERS: dict[str, Layer] = {
     "stick_breaking": stick_breaking,
     "deltaformer": deltaformer,
+    "path": path,
     "cope": cope,
     "selective": selective,
     "forget_pairs": forget_pairs,

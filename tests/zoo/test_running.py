@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize, softplus
 
 from .mechanisms import MHA, Mechanism, assert_close, softmax, text_of, tokens
 
@@ -67,6 +67,30 @@ def test_what_is_read_is_taken_from_the_values():
     assert_close(mechanism.mixed(X), softmax(s) @ values)
     nothing = text_of("deltaformer", ("linear(heads) | sigmoid", "linear(heads) | scale(0)"))
     assert_close(Mechanism(nothing, like=mechanism)(X), plain(X))
+
+
+def test_keys_are_reflected_on_their_way():
+    plain = Mechanism(MHA)
+    mechanism = Mechanism("path", like=plain)
+    streams = mechanism.streams(X)
+    q, k, w, b = streams["q"], streams["k"], streams["w"], streams["b"].mT
+    turn = torch.eye(8, dtype=X.dtype) - b[..., None, None] * w[..., :, None] * w[..., None, :]
+    s = torch.zeros_like(mechanism.logits(X))
+    for j in range(N):
+        key = k[:, :, j]
+        for i in range(j, N):
+            key = key if i == j else (turn[:, :, i] @ key[..., None])[..., 0]
+            s[:, :, i, j] = 8**-0.5 * (q[:, :, i] * key).sum(-1)
+    assert_close(mechanism.weights(X), softmax(s))
+    nothing = text_of("path", ("scale(2)", "scale(0)"))
+    assert_close(Mechanism(nothing, like=mechanism)(X), plain(X))
+    # a key that is reflected twice along one direction is where it was
+    along = normalize(w[:, :, :1], dim=-1).expand(w.shape)
+    twice = mechanism.weights(X, w=along, b=torch.full_like(streams["b"], 2))
+    logits = 8**-0.5 * q @ k.mT
+    even = (torch.arange(N)[:, None] - torch.arange(N)) % 2 == 0
+    mirrored = 8**-0.5 * q @ (k - 2 * along * (along * k).sum(-1, keepdim=True)).mT
+    assert_close(twice, softmax(torch.where(even, logits, mirrored)))
 
 
 def test_mesa_reads_with_a_ridge_regression():

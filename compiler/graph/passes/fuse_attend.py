@@ -76,6 +76,7 @@ def _fused(
         dropout=0.0 if drop is None else drop.op.rate,
         similarity=similarity.op.expr,
         again=combine.op.again,
+        carry=similarity.op.carry,
     )
     chain.insert(chain.index(normalize), mask)
     read = dict.fromkeys(name for step in (*chain, combine, *asked) for name in step.others)
