@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from ..grammar.diagnostics import Diagnostic
 from ..grammar.expr import TRUE, names
 from ..grammar.source import NOWHERE, Span
-from ..grammar.syntax import Binary, Compare, Expr, File, Index, Name, walk
+from ..grammar.syntax import Binary, Call, Compare, Expr, File, Index, Name, walk
 from ..ops import Shape, Weight
 
 PREVIOUS = "previous."  # what stands before the names of the layer below
@@ -223,6 +223,25 @@ class Pairwise:
     similarity: Expr | None = None
     again: Expr | None = None
     carry: Expr | None = None
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether tokens leave more behind than their keys and values, each after the one before.
+
+        What is mixed goes into values, tokens change keys, or queries add to sums over the keys.
+        """
+        return self.again is not None or self.carry is not None or bool(self.running)
+
+    @property
+    def running(self) -> tuple[Expr, ...]:
+        """What its expressions sum over the queries up to one, inner ones first."""
+        found: dict[Expr, None] = {}
+        for expr in (self.score, self.weights):
+            for node in reversed(list(walk(expr))):
+                match node:
+                    case Call("running_queries", (arg,)):
+                        found[arg] = None
+        return tuple(found)
 
     @property
     def exprs(self) -> tuple[Expr, ...]:

@@ -70,9 +70,8 @@ def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
 
 
 def _in_turn(mixing: Mixing) -> bool:
-    """Say whether an attention keeps other keys or values than those that it reads at first."""
-    mix = mixing.mix
-    return isinstance(mix, Pairwise) and (mix.again is not None or mix.carry is not None)
+    """Say whether an attention keeps more than the keys and values that it reads at first."""
+    return isinstance(mixing.mix, Pairwise) and mixing.mix.in_turn
 
 
 def _below(block: Block, name: str) -> str | None:

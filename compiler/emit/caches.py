@@ -114,7 +114,8 @@ class Caches:
         sizes = ", ".join(map(_size, part.streams))
         ring = [] if part.ring is None else [f"ring={part.ring}"]
         ring += [f"prefix={part.prefix}"] if part.prefix else []
-        ring += ["carried=True"] if part.carried else []
+        changing = [f'"{ident(each.name)}",' for each in part.streams if each.changing]
+        ring += [f"changing=({' '.join(changing)})"] if changing else []
         ring += ["ordered=True"] if part.ordered and part.ring is not None else []
         return [
             "batch",

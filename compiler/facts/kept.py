@@ -11,7 +11,7 @@ It is found in the graph, in which equal things are one node. The emitted caches
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from ...ops import Shape
@@ -26,14 +26,19 @@ from ..model import Block
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A stream that is held, by its node."""
+    """A stream that is held, by its node, or a sum of what queries made of the keys.
+
+    What is `changing` is written anew by later tokens, in float32 at least.
+    """
 
     name: str
     shape: Shape
+    changing: bool = False
 
     def bytes(self, tokens: int, size: int) -> int:
         count = self.shape.tokens
         own = int(count) if count.isdecimal() else tokens
+        size = max(4, size) if self.changing else size
         return own * self.shape.features * (8 if self.name == "doc" else size)
 
 
@@ -43,8 +48,7 @@ class Keys:
 
     `early` is that of all keys that are there before anything is mixed; it is the first reader
     that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone;
-    `ordered` is whether they are read in the order of the tokens, `carried` whether later tokens
-    change them.
+    `ordered` is whether they are read in the order of the tokens.
     """
 
     readers: tuple[str, ...]
@@ -53,7 +57,6 @@ class Keys:
     ring: int | None
     prefix: int
     ordered: bool
-    carried: bool
 
     def bytes(self, tokens: int, size: int) -> int:
         held = tokens if self.ring is None else min(tokens, self.prefix + self.ring)
@@ -142,8 +145,7 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         tokens = node.dims[2] == "n" and not graph.crosses(node)
         if tokens and node.name not in graph.block.borrows:
             late = any(map(roots.late, along_keys(graph, node)))
-            mix = node.op.mix  # what it keeps is known when it is mixed, or is its own
-            late = late or mix.again is not None or mix.carry is not None
+            late = late or node.op.mix.in_turn  # what it keeps is known when it is mixed
             groups.setdefault(node.name if late else None, []).append(node)
     for only, nodes in groups.items():
         lent = graph.lent.values() if only is None else ()
@@ -154,8 +156,26 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         readers = tuple(node.name for node in nodes)
         ordered = any(in_order(expr) for node in nodes for expr in node.op.exprs)
         streams = _held(graph, (*read, *lent))
-        carried = any(node.op.mix.carry is not None for node in nodes)
-        yield Keys(readers, only is None, streams, ring, prefix, ordered, carried)
+        if nodes[0].op.mix.in_turn:
+            streams = _changing(nodes[0], streams)
+        yield Keys(readers, only is None, streams, ring, prefix, ordered)
+
+
+def _changing(node: Node[Attend], streams: tuple[Held, ...]) -> tuple[Held, ...]:
+    """Return what an attention holds whose keys later tokens change, or add to sums of."""
+    mix, heads = node.op.mix, int(node.dims[1])
+    if mix.carry is not None:
+        streams = tuple(replace(each, changing=each.name == node.k) for each in streams)
+    sums = (
+        Held(sums_of(node.name, at), Shape("n", 1, heads), changing=True)
+        for at in range(len(mix.running))
+    )
+    return (*streams, *sums)
+
+
+def sums_of(attention: str, at: int) -> str:
+    """Return what a sum over the queries so far is called, of those of an attention."""
+    return f"{attention}_sums_{at}"
 
 
 def along_keys(graph: Graph, node: Node[Attend]) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
         every = [each for key in groups if key != "tensors" for each in groups[key]]
         called = call(f"return self.{name}_at_once", ["v", *every, *tensors])
         return [*signature(name, given, "Tensor"), *indent(called), "", *sdpa.method(attention)]
-    several = bool(attention.node.op.statistics or attention.maps)
+    several = bool(attention.running or attention.node.op.statistics or attention.maps)
     gives = "tuple[Tensor, ...]" if several else "Tensor"
     return [
         *signature(name, given, gives),
@@ -117,7 +117,7 @@ def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
     args = [each for key in groups if key != "tensors" for each in groups[key]]
     args += [f"self.{each}" for each in attention.tensors]
     carries, again = attention.mix.carry is not None, attention.mix.again is not None
-    several = bool(again or attention.node.op.statistics or attention.maps)
+    several = bool(again or attention.running or attention.node.op.statistics or attention.maps)
     made = ["*through_itself(p, share, v, ordered)"] if again else ["mixed(p, v)"]
     made += [*(["carried_keys"] if carries else []), *(["*more"] if several else [])]
     target = f"p, {'share, ' * again}*more" if several else "p"

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ...grammar.expr import TRUE
-from ...grammar.syntax import Expr, Name, Number
+from ...grammar.syntax import Call, Expr, Name, Number, walk
 from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
@@ -54,10 +54,19 @@ def arguments(attention: Attention) -> dict[str, tuple[str, ...]]:
             *(each.variable for each in seen if each.at == "i"),
             *(f"previous_{name}" for name in attention.maps_below),
         ),
-        "keys": ("k", *(each.variable for each in seen if each.at == "j")),
+        "keys": (
+            "k",
+            *(each.variable for each in seen if each.at == "j"),
+            *(sums_before(attention, at) for at in range(len(attention.running))),
+        ),
         "places": (*places[1:], *(each for each in told if each == "other")),
         "tensors": tuple(ident(name) for name in attention.tensors),
     }
+
+
+def sums_before(attention: Attention, at: int) -> str:
+    """Return the variable of a sum of the queries before those that are attended for."""
+    return f"{ident(attention.node.name)}_sums_before_{at}"
 
 
 def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
@@ -71,6 +80,7 @@ def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
         "fresh": "Tensor | None",
         "idle": "Tensor | None",
     }
+    kinds |= {each: "Tensor | None" for each in given if "_sums_before_" in each}
     args = ["self", *(f"{each}: {kinds.get(each, 'Tensor')}" for each in given)]
     return call(f"def {name}", args, f") -> {gives}:")
 
@@ -84,7 +94,8 @@ def weights(attention: Attention, biased: bool = False) -> list[str]:
     given = [each for group in arguments(attention).values() for each in group]
     given += ["bias"] if biased else []
     given = [*(["s"] if attention.mix.carry is not None else []), *given]
-    several = attention.node.op.statistics or attention.maps or attention.mix.again is not None
+    several = bool(attention.node.op.statistics or attention.maps or attention.running)
+    several = several or attention.mix.again is not None
     name = f"{method_name(attention)}_weights"
     gives = "tuple[Tensor, ...]" if several else "Tensor"
     return [*signature(name, given, gives), *indent(writer.lines_of_weights())]
@@ -166,6 +177,7 @@ class Writer:
             none = "torch.full_like(s[..., :1], k.shape[-2]).clamp(min=1)"
             self.lines.append(f"seen = {'seen_of(visible, s)' if self.masked else none}")
         if self.mix.score != Name("s"):
+            self._run_on(self.mix.score)
             self.lines.append(f"s = {self._spread(self.mix.score)}")
 
     def _with_bias(self) -> list[str]:
@@ -212,6 +224,7 @@ class Writer:
         shared = self.attention.maps
         given = [self._statistic(kind, expr) for _, kind, expr in self.attention.node.op.statistics]
         if self.mix.weights != Name("p"):
+            self._run_on(self.mix.weights)
             self.lines.append(f"p = {self._hidden(self._spread(self.mix.weights))}")
         if "p" in shared:
             self.lines.append("shared_p = p")
@@ -221,8 +234,19 @@ class Writer:
             share = atomic(self._text(self.mix.again))
             self.lines.append(f"share = s.new_zeros(*s.shape[:2], 1, s.shape[3]) + {share}")
         also = ["share"] if self.mix.again is not None else []
+        also += [f"sums_written_{at}" for at in range(len(self.attention.running))]
         also += [*(f"shared_{name}" for name in shared), *(f"{each}.to(q.dtype)" for each in given)]
         return [*self.lines, f"return {', '.join(['p', *also])}"]
+
+    def _run_on(self, expr: Expr) -> None:
+        """Write what an expression sums over the queries so far, and what is summed then."""
+        for at, arg in enumerate(self.attention.running):
+            if Call("running_queries", (arg,)) in walk(expr) and arg not in self.pairs.sums:
+                given = f"{self._hidden(self._spread(arg))}, {sums_before(self.attention, at)}"
+                names = f"sums_read_{at}, sums_written_{at}"
+                self.lines.append(f"{names} = running_sums({given})")
+                sums = {**self.pairs.sums, arg: f"sums_read_{at}"}
+                self.pairs = replace(self.pairs, sums=sums)
 
     def sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""

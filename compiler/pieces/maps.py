@@ -102,6 +102,15 @@ def of_table(x: Tensor, table: Tensor, at: Tensor) -> Tensor:
     return met.expand(*lead, -1).gather(-1, at.expand(*lead, at.shape[-1]))
 
 
+def running_sums(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sums of x [b, h, n, m] over queries up to each, and of all of them [b, h, m, 1].
+
+    `before` is the latter, of the queries before these; None for nothing.
+    """
+    sums, last = x.cumsum(-2), x.sum(-2)[..., None]
+    return (sums, last) if before is None else (sums + before.mT, last + before)
+
+
 def sum_after(x: Tensor) -> Tensor:
     """Return, for each x [b, h, n, m], the sum of its row over the keys after it."""
     return F.pad(x, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)

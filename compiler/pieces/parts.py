@@ -68,7 +68,8 @@ class KeyValueCache(Part):
     only the first `prefix` tokens of a sequence and the last `ring` are kept. A token stands in
     the slot of its number in its sequence; a new sequence takes the slots of the one before.
     Without a `length`, room is made as it is needed. An `ordered` ring is read as its tokens
-    came, not as they stand in it. What is `carried` is changed by later tokens.
+    came, not as they stand in it. What is `changing`, later tokens write anew; it is float32 at
+    least.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class KeyValueCache(Part):
         ring: int | None = None,
         prefix: int = 0,
         ordered: bool = False,
-        carried: bool = False,
+        changing: tuple[str, ...] = (),
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -88,14 +89,16 @@ class KeyValueCache(Part):
         self.is_ring = ring is not None and (length is None or prefix + ring < length)
         self.capacity = prefix + ring if ring is not None and self.is_ring else length or 0
         self.ordered = ordered and self.is_ring
-        self.changes = self.is_ring or carried  # whether what is held of a token may change
+        self.changing = changing
+        self.changes = self.is_ring or bool(changing)
+        wide = torch.promote_types(dtype, torch.float32)
         self.marked = False  # whether what is held must outlive a new sequence
         super().__init__(**{
             name: torch.zeros(
                 (batch, self.capacity, dim)
                 if heads is None
                 else (batch, heads, self.capacity, dim),
-                dtype=torch.int64 if name == "doc" else dtype,
+                dtype=torch.int64 if name == "doc" else wide if name in changing else dtype,
                 device=device,
             )
             for name, (heads, dim) in sizes.items()
@@ -174,8 +177,10 @@ class KeyValueCache(Part):
         places, run = self._slots(batch.before, first)
         held = {name: each[..., :first, :] for name, each in self.kept.items()}
         held, places, run = self._as_they_came(held, places, run)
-        found = {name: torch.cat([each.to(new[name].dtype), new[name]], dim=-2)
-                 for name, each in held.items()}  # fmt: skip
+        found = {}
+        for name, each in held.items():
+            dtype = each.dtype if name in self.changing else new[name].dtype
+            found[name] = torch.cat([each.to(dtype), new[name].to(dtype)], dim=-2)
         if batch.run is None:
             return found, torch.cat([places, batch.place]), run
         both = (len(self), -1)

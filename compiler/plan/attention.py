@@ -114,6 +114,12 @@ class Attention:
         return None if self.mix.carry is None else "each token carries the keys before it"
 
     @cached_property
+    def running(self) -> tuple[Expr, ...]:
+        """What it sums over the queries up to one, where a cache may keep the sums."""
+        own = self.node.dims[2] == "n" and not self.crosses
+        return self.mix.running if own and extent(self.mix.mask).causal else ()
+
+    @cached_property
     def key_heads(self) -> int:
         return int(self.graph.node(self.node.k).dims[1])
 

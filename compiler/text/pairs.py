@@ -153,6 +153,7 @@ class Pairs(Values):
     wide: str = ".to(wide)"  # how a place becomes a fraction
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
     whole: Mapping[str, str] = field(default_factory=dict)  # q and k, where they are: for all heads
+    sums: Mapping[Expr, str] = field(default_factory=dict)  # variables of `running_queries(…)`
 
     @property
     def heads(self) -> int:
@@ -173,6 +174,8 @@ class Pairs(Values):
         if self.layout != PAIR:
             return None
         match expr:
+            case Call("running_queries", (arg,)) if arg in self.sums:
+                return Text(self.sums[arg], 0)
             case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
                 return Text(self._of_map(name, arg, rest), 0)
             case Binary("-", Call("sum_keys", (arg,)), Call("running_keys", (same,))) if (

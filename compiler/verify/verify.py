@@ -238,7 +238,7 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
         return "a recurrence has no mask; causality covers it"
     if mixing.queries != "n" or mixing.keys not in ("n", "m"):
         return "its queries or keys are not the tokens"
-    if mixing.mix.again is not None or mixing.mix.carry is not None:
+    if mixing.mix.in_turn:
         return "a token reaches others through those between them"
     if any(OPS[node.op].lookback(dict(node.options)) for node in _stages(block)):
         return "a stage carries one token's values to another"
