@@ -104,8 +104,8 @@ FUNCTIONS: dict[str, Function] = {
 # Functions over whole vectors and matrices: name → number of arguments.
 VECTOR_FUNCTIONS = {"sum": 1, "mean": 1, "norm": 1, "outer": 2, "dot": 2}
 
-# Functions that make or take a matrix, in mixers: name → number of arguments.
-MATRIX_FUNCTIONS = {"diag": 1, "solve": 2}
+# Functions of vectors and matrices that only mixers have: name → number of arguments.
+MIXER_FUNCTIONS = {"diag": 1, "solve": 2, "softmax": 1}
 
 # Functions that look at other pairs than their own, in scores and weights: over the visible keys
 # of a query, the queries that see a key (all of them, or those up to its own), the heads, the

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...grammar import syntax
 from ...grammar.diagnostics import error
 from ...grammar.expr import names, number
-from ...grammar.functions import MATRIX_FUNCTIONS
+from ...grammar.functions import MIXER_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.syntax import Binary, Call, Definition, Expr, Index, Name
 from ...ops import Shape
@@ -211,11 +211,11 @@ class Mixer(Resolver):
         raise error("L216", "this has no meaning in a mixer", expr.span)
 
     def call(self, expr: Call) -> Value | None:
-        """Resolve `diag(a)` and `solve(A, b)`, unless a stage has the name."""
+        """Resolve `diag(a)`, `solve(A, b)` and `softmax(a)`, unless a stage has the name."""
         name = expr.function
-        if name not in MATRIX_FUNCTIONS or self.scope.library.find("stage", name):
+        if name not in MIXER_FUNCTIONS or self.scope.library.find("stage", name):
             return None
-        arity = MATRIX_FUNCTIONS[name]
+        arity = MIXER_FUNCTIONS[name]
         if len(expr.args) != arity or expr.keywords:
             given = len(expr.args) + len(expr.keywords)
             raise error("L209", f"`{name}` takes {plain(arity)}", expr.span, f"{given} given")
@@ -223,13 +223,11 @@ class Mixer(Resolver):
         done = Call(name, tuple(each.expr for each in parts), (), expr.span)
         match [each.dims for each in parts]:
             case [(size,)]:
-                return Value(done, (size, size))
+                return Value(done, (size,) if name == "softmax" else (size, size))
             case [(rows, columns), (size,)] if rows == columns == size:
                 return Value(done, (size,))
             case shapes:
-                wanted = (
-                    "a vector" if name == "diag" else "a square matrix and a vector of its size"
-                )
+                wanted = "a square matrix and a vector of its size" if arity == 2 else "a vector"
                 shown = " and ".join(str(list(dims)) for dims in shapes)
                 raise error("L216", f"`{name}` takes {wanted}", expr.span, shown)
 

@@ -17,7 +17,7 @@ from ...grammar.expr import PLACES, fold, names, number
 from ...grammar.functions import (
     FUNCTIONS,
     MAP_FUNCTIONS,
-    MATRIX_FUNCTIONS,
+    MIXER_FUNCTIONS,
     STATISTICS,
     VECTOR_FUNCTIONS,
 )
@@ -448,8 +448,8 @@ def _misplaced(name: str) -> tuple[str, str] | None:
     """Return the label and help for a function that is read in other places only."""
     if name in MAP_FUNCTIONS:
         return "it looks at other pairs", "scores, weights, `rows` and `columns` may"
-    if name in MATRIX_FUNCTIONS:
-        return "it is of matrices", "a mixer may use it"
+    if name in MIXER_FUNCTIONS:
+        return "it is of vectors or matrices", "a mixer may use it"
     if name in STATISTICS or name == "joint":
         return "it is a stream, not a number a pair", "name it with `let` and index it"
     return None

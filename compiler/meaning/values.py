@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...grammar.expr import rebuild
-from ...grammar.functions import MATRIX_FUNCTIONS, VECTOR_FUNCTIONS
+from ...grammar.functions import MIXER_FUNCTIONS, VECTOR_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Expr, Name, Number, children
 from ...ops.pointwise import evaluate
 
@@ -31,7 +31,7 @@ def value(expr: Expr, leaf: Leaf, lead: int) -> Value:
             return number
         case Binary("@", left, right):
             return _contracted(value(left, leaf, lead), value(right, leaf, lead), lead)
-        case Call(name, args, ()) if name in VECTOR_FUNCTIONS or name in MATRIX_FUNCTIONS:
+        case Call(name, args, ()) if name in VECTOR_FUNCTIONS or name in MIXER_FUNCTIONS:
             parts = [torch.as_tensor(value(arg, leaf, lead)) for arg in args]
             return _of_vectors(name, parts, lead)
     # Everything else is elementwise: values for names, brought to as many dimensions.
@@ -92,6 +92,8 @@ def _of_vectors(name: str, args: list[Tensor], lead: int) -> Tensor:
             return (a * b).sum(-1)
         case "diag", [a]:
             return torch.diag_embed(a)
+        case "softmax", [a]:
+            return torch.softmax(a, -1)
         case "solve", [a, b]:
             return _solved(a, b)
         case "sum" | "mean" | "norm", [a] if a.ndim <= lead:  # of a number

@@ -82,6 +82,8 @@ class Values(ABC):
                 return Binary("*", rows, columns)
             case Call("diag", (arg,)):
                 return below(Text(f"torch.diag_embed({self.value(arg).text})", 2))
+            case Call("softmax", (arg,)):
+                return below(Text(f"torch.softmax({self.value(arg).text}, dim=-1)", 1))
             case Call("solve", (matrix, vector)):
                 a, b = self.value(matrix).text, self.value(vector).text
                 return below(Text(f"solved({a}, {b})", 1))

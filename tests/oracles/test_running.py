@@ -19,7 +19,7 @@ from torch.nn import functional
 import headloom as hl
 from headloom.compiler import zoo
 
-from .others import Widened, file_of
+from .others import Widened, file_beside, file_of, in_double
 
 Layer = Callable[[nn.Module, Tensor], Tensor]
 LENGTHS = (1, 9, 34)
@@ -87,13 +87,28 @@ def path(module: nn.Module, x: Tensor) -> Tensor:
     w = functional.silu(w)
     w = w * (w.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
     beta, open_ = 2 * module.b_proj(x).sigmoid(), x.new_zeros(*x.shape[:2], 4)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(x.dtype)
-    try:
-        with Widened():
-            mixed = naive.naive_path_attn(q, k, v, w, beta, open_, 8**-0.5)
-    finally:
-        torch.set_default_dtype(before)
+    with in_double():
+        mixed = naive.naive_path_attn(q, k, v, w, beta, open_, 8**-0.5)
+    return module.o_proj(mixed.flatten(2))
+
+
+def cyclic_flow(module: nn.Module, x: Tensor) -> Tensor:
+    naive = file_beside("fla-core", "fla/ops/cyfa", "naive")
+    q, k, v = (heads_of(each(x)) for each in (module.q_proj, module.k_proj, module.v_proj))
+    with in_double():
+        mixed, _ = naive.naive_recurrent_cyfa(
+            q,
+            k,
+            v,
+            functional.logsigmoid(module.gamma_proj(x)),
+            module.time_proj(x),
+            module.beta_proj(x).sigmoid(),
+            module.readout,
+            module.q_norm.weight,
+            module.k_norm.weight,
+            1e-6,
+            1e-6,
+        )
     return module.o_proj(mixed.flatten(2))
 
 
@@ -138,6 +153,7 @@ LAYERS: dict[str, Layer] = {
     "stick_breaking": stick_breaking,
     "deltaformer": deltaformer,
     "path": path,
+    "cyclic_flow": cyclic_flow,
     "cope": cope,
     "selective": selective,
     "forget_pairs": forget_pairs,

@@ -115,3 +115,19 @@ def test_gates_of_pairs():
     slope = f"score = s - {math.log(2)!r} * abs(i - j)"
     alibi = Mechanism(MHA.replace("mask = causal", f"mask = causal; {slope}"), like=half)
     assert_close(half(X), alibi(X))
+
+
+def test_a_ring_that_does_not_turn():
+    """With a clock that stands, every token writes to the same places: plain fading sums."""
+    mechanism = Mechanism("cyclic_flow")
+    streams = mechanism.streams(X)
+    still = torch.zeros_like(streams["time"])
+    zero = mechanism.set(readout=0).mixed(X, time=still)
+    gamma, beta = (streams[name].mT for name in ("gamma", "beta"))
+    state, mixed = torch.zeros_like(streams["v"][:, :, 0]), []
+    for t in range(N):
+        state = gamma[..., t, None] * state + beta[..., t, None] * streams["v"][:, :, t]
+        mixed.append(state)
+    assert not zero.any()  # a readout of nothing reads nothing
+    equal = mechanism.set(readout=torch.eye(5)).mixed(X, q=0 * streams["q"], time=still)
+    assert_close(equal, torch.stack(mixed, 2) / 5)  # each slot has a fifth of the softmax
