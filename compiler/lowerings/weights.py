@@ -11,16 +11,17 @@ def attend_weights(self, q: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ...grammar.expr import TRUE
-from ...grammar.syntax import Call, Expr, Name, Number, walk
+from ...grammar.expr import TRUE, calls
+from ...grammar.syntax import Call, Expr, Name, Number
 from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
 from ..plan.attention import Attention
-from ..text.pairs import Operand, Pairs, operand
+from ..text.pairs import Operand, Pairs, of_maps, operand
 from ..text.text import atomic, call, comment, ident, indent, names_read
 
 
@@ -177,7 +178,7 @@ class Writer:
             none = "torch.full_like(s[..., :1], k.shape[-2]).clamp(min=1)"
             self.lines.append(f"seen = {'seen_of(visible, s)' if self.masked else none}")
         if self.mix.score != Name("s"):
-            self._run_on(self.mix.score)
+            self._of_maps(self.mix.score)
             self.lines.append(f"s = {self._spread(self.mix.score)}")
 
     def _with_bias(self) -> list[str]:
@@ -224,7 +225,7 @@ class Writer:
         shared = self.attention.maps
         given = [self._statistic(kind, expr) for _, kind, expr in self.attention.node.op.statistics]
         if self.mix.weights != Name("p"):
-            self._run_on(self.mix.weights)
+            self._of_maps(self.mix.weights)
             self.lines.append(f"p = {self._hidden(self._spread(self.mix.weights))}")
         if "p" in shared:
             self.lines.append("shared_p = p")
@@ -238,15 +239,25 @@ class Writer:
         also += [*(f"shared_{name}" for name in shared), *(f"{each}.to(q.dtype)" for each in given)]
         return [*self.lines, f"return {', '.join(['p', *also])}"]
 
-    def _run_on(self, expr: Expr) -> None:
-        """Write what an expression sums over the queries so far, and what is summed then."""
-        for at, arg in enumerate(self.attention.running):
-            if Call("running_queries", (arg,)) in walk(expr) and arg not in self.pairs.sums:
-                given = f"{self._hidden(self._spread(arg))}, {sums_before(self.attention, at)}"
-                names = f"sums_read_{at}, sums_written_{at}"
-                self.lines.append(f"{names} = running_sums({given})")
-                sums = {**self.pairs.sums, arg: f"sums_read_{at}"}
-                self.pairs = replace(self.pairs, sums=sums)
+    def _of_maps(self, expr: Expr) -> None:
+        """Write what an expression sums over the queries so far, and what it reads repeatedly."""
+        running = self.attention.running
+        count = Counter(of_maps(expr))
+        for part in count:
+            if part in self.pairs.made:
+                continue
+            match part:
+                case Call("running_queries", (arg,)) if arg in running:
+                    at = running.index(arg)
+                    given = f"{self._hidden(self._spread(arg))}, {sums_before(self.attention, at)}"
+                    name = f"sums_read_{at}"
+                    self.lines.append(f"{name}, sums_written_{at} = running_sums({given})")
+                case _ if count[part] > 1 and not calls(part, "coin"):
+                    name = f"map_read_{len(self.pairs.made)}"
+                    self.lines.append(f"{name} = {self._text(part)}")
+                case _:
+                    continue
+            self.pairs = replace(self.pairs, made={**self.pairs.made, part: name})
 
     def sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""

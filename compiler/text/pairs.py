@@ -10,7 +10,7 @@ is one matrix product:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ...grammar.expr import PLACES, names, rebuild
@@ -139,6 +139,24 @@ def _spread(expr: Expr) -> bool:
     return any(map(_spread, children(expr)))
 
 
+def of_maps(expr: Expr) -> Iterator[Expr]:
+    """Yield the functions of the map in an expression, those that stand in others first."""
+    after = _summed_after(expr)
+    for each in children(expr) if after is None else (after,):
+        yield from of_maps(each)
+    called = isinstance(expr, Call) and expr.function in MAP_FUNCTIONS
+    if called or after is not None:
+        yield expr
+
+
+def _summed_after(expr: Expr) -> Expr | None:
+    """Return what is summed over the keys after one: a difference of two sums loses digits."""
+    match expr:
+        case Binary("-", Call("sum_keys", (arg,)), Call("running_keys", (same,))) if arg == same:
+            return arg
+    return None
+
+
 @dataclass
 class Pairs(Values):
     """Writes expressions of one attention, laid out along pairs, queries or keys."""
@@ -153,7 +171,7 @@ class Pairs(Values):
     wide: str = ".to(wide)"  # how a place becomes a fraction
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
     whole: Mapping[str, str] = field(default_factory=dict)  # q and k, where they are: for all heads
-    sums: Mapping[Expr, str] = field(default_factory=dict)  # variables of `running_queries(…)`
+    made: Mapping[Expr, str] = field(default_factory=dict)  # variables of functions of the map
 
     @property
     def heads(self) -> int:
@@ -174,14 +192,12 @@ class Pairs(Values):
         if self.layout != PAIR:
             return None
         match expr:
-            case Call("running_queries", (arg,)) if arg in self.sums:
-                return Text(self.sums[arg], 0)
+            case Call() | Binary("-") if expr in self.made:
+                return Text(self.made[expr], 0)
             case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
                 return Text(self._of_map(name, arg, rest), 0)
-            case Binary("-", Call("sum_keys", (arg,)), Call("running_keys", (same,))) if (
-                arg == same  # one sum from the end, for a difference of large ones loses digits
-            ):
-                return Text(f"sum_after({self.hidden(self.spread(arg))})", 0)
+            case Binary("-") if (after := _summed_after(expr)) is not None:
+                return Text(f"sum_after({self.hidden(self.spread(after))})", 0)
         if not reduces(expr):
             return None
         if (met := product(self.graph, expr)) is not None:

@@ -13,6 +13,7 @@ from headloom.compiler.api import build_module
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Pairwise
+from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.plan import Target
 from headloom.grammar.parse import parse
 
@@ -140,3 +141,12 @@ def test_values_that_read_what_is_mixed_of_them_at_any_positions() -> None:
     places = torch.tensor([3, 0, 9, 4, 1])
     found, expected = (each(tokens(), positions=places) for each in (module, oracle))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_functions_of_the_map_are_made_once() -> None:
+    ranks = "where(rank_keys(p) < 2, p, 0)"
+    text = f"mask = causal; weights = {ranks} / sum_keys({ranks}) + coin(1) * coin(1)"
+    block = find(check(parse(f"block a {{ width = 6; heads = 3; {text} }}")), "a")
+    written = generate(block, Target("torch")).text.partition("def attend_weights")[2]
+    assert (written.count("rank_keys("), written.count("coin(")) == (1, 2)
+    same(text)
