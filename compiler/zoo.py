@@ -119,7 +119,7 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
     which every token sees all; of a model, its attention layers with as many of those.
     """
     what = each.what()
-    layers = what.layers if isinstance(what, Model) else (what,)
+    layers = what.uses
     plain = sum(_plain(block.width, block.heads).flops(tokens) for block in layers)
     found = cost(what)
     return {

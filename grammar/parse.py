@@ -370,13 +370,16 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
     def base(self, meta: Meta, args: list[Any]) -> _Base:
         return _Base(args[0])
 
-    def _headed(self, kind: type[H], meta: Meta, args: list[Any]) -> H:
+    def _headed(self, made: type[H], meta: Meta, args: list[Any]) -> H:
         params = next((tuple(each) for each in args if isinstance(each, _Params)), ())
         base = next((each.expr for each in args if isinstance(each, _Base)), None)
-        return kind(str(args[0]), params, base, args[-1], span=self._span(meta))
+        return made(str(args[0]), params, base, args[-1], span=self._span(meta))
 
     def block(self, meta: Meta, args: list[Any]) -> syntax.Block:
         return self._headed(syntax.Block, meta, args)
+
+    def part(self, meta: Meta, args: list[Any]) -> syntax.Block:
+        return replace(self._headed(syntax.Block, meta, args[1:]), kind=str(args[0]))
 
     def model(self, meta: Meta, args: list[Any]) -> syntax.Model:
         return self._headed(syntax.Model, meta, args)

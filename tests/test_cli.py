@@ -152,7 +152,8 @@ def test_show() -> None:
     assert "queries ↓ keys →" in result.stdout
     assert "attend(q, k, v)" in result.stdout
     answer = json.loads(run("show", EXAMPLES / "gemma_like.loom:tiny_gemma", "--json").stdout)
-    assert answer["layers"] == ["local", "local", "global"] * 2
+    layers = ["local", "local", "global"] * 2
+    assert answer["layers"] == [f"pre({each}, swiglu)" for each in layers]
 
 
 def test_explain() -> None:

@@ -11,14 +11,14 @@ from ...grammar.expr import calls, evaluate
 from ...ops import OPS
 from ..algebra.masks import reads_others
 from ..facts import decoding
-from ..facts.kept import Context, Held, Kept, Keys, Part, State, Tails, kept_of
+from ..facts.kept import Context, Held, Kept, Keys, Part, State, Tails, Within, kept_of
 from ..facts.parameters import weights
 from ..graph.graph import AnyNode, Graph, Node, made_by
 from ..graph.operations import Attend, Scan
 from ..graph.roots import Roots
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan
-from ..model import MAPS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
+from ..model import MAPS, OFFERED, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
 from ..plan.attention import Attention
 from ..text.text import call, ident, indent
 
@@ -101,6 +101,10 @@ class Caches:
             "        batch,",
         ]
         for part in parts:
+            if isinstance(part, Within):
+                made = f"self.{part.part}.init_cache(batch, length)"
+                lines += indent([f"{ident(part_name(part))}={made},"], 2)
+                continue
             head = f"{ident(part_name(part))}={_CLASSES[type(part)]}"
             lines += indent(call(head, self._arguments(part), "),"), 2)
         return [*lines, "    )"]
@@ -149,6 +153,8 @@ def part_name(part: Part) -> str:
             return CONTEXT
         case Tails():
             return TAILS
+        case Within(name):
+            return own_part(name)
 
 
 def own_part(node: str) -> str:
@@ -169,6 +175,8 @@ def _described(part: Part) -> str:
             return "room for the keys and values of a context"
         case Tails():
             return "room for the tokens before the next one"
+        case Within(name):
+            return f"what `{name}` keeps"
 
 
 def _size(held: Held) -> str:
@@ -181,6 +189,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
     What reads all tokens of a row at once would else read those of all its sequences; and in
     chunks, a matrix begins at another number than 0 only before the first token.
     """
+    if any(own_rows(each.what, training) for each in block.parts):
+        return True
     flows = block.flows if training else (*(each.flow for each in block.streams), block.out)
     for flow in (node for each in flows for node in flow_nodes(each)):
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
@@ -204,10 +214,10 @@ def begins_within(block: Block) -> bool:
 
     Not where expressions read other keys in order: those of both sequences lie in one cache.
     """
-    exprs = (expr for each in block.mixings.values() for expr in each.mix.exprs)
+    exprs = (expr for use in block.uses for each in use.mixings.values() for expr in each.mix.exprs)
     return not own_rows(block, training=False) and not any(map(reads_others, exprs))
 
 
 def plain_name(name: str) -> str:
     """Return the variable of a node."""
-    return name if name in ("x", "context", "o") else ident(name)
+    return name if name in ("x", "context", "o", *OFFERED) else ident(name)

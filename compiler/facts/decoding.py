@@ -13,7 +13,7 @@ from ...grammar.show import show
 from ...grammar.syntax import Call, Index, Name, walk
 from ...ops import OPS
 from ..algebra.masks import extent
-from ..model import PREVIOUS, Apply, Block, Flow, Mixing, Read, Recurrence, Statistic
+from ..model import OFFERED, PREVIOUS, Apply, Block, Flow, Mixing, Part, Read, Recurrence, Statistic
 from .later import later_read
 
 
@@ -42,11 +42,12 @@ def grows(flow: Flow, grown: dict[str, bool]) -> bool:
     """Say whether a flow's values depend on the block's own tokens."""
     match flow:
         case Read(name):
-            below = name.startswith(PREVIOUS) and flow.shape.tokens == "n"
+            below = name.startswith(PREVIOUS) or name in OFFERED
+            below = below and flow.shape.tokens == "n"
             return grown.get(name, below)
         case Apply(op) if OPS[op].starts:
             return False
-        case Apply() | Mixing() | Statistic():
+        case Apply() | Mixing() | Statistic() | Part():
             return any(grows(each, grown) for each in flow.inputs)
 
 
@@ -55,6 +56,8 @@ def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
         return None
     if isinstance(flow, Statistic):
         return _of_statistic(flow)
+    if isinstance(flow, Part):
+        return obstacle(flow.what) or _obstacle(flow.inputs[0], grown)
     if isinstance(flow, Apply):
         if OPS[flow.op].looks_ahead(dict(flow.options)) and grows(flow, grown):
             return f"`{flow.op}` reads later tokens"

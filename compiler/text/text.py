@@ -39,7 +39,6 @@ _OURS = frozenset((
     "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams", "bias",
     "line",
 ))  # fmt: skip
-_CLASSES = frozenset(("FeedForward", "Layer", "EncoderLayer", "EncoderFeedForward"))
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|past|query|read|start|value|written)s?(?:_\d+)?$"
@@ -61,7 +60,7 @@ def class_name(name: str) -> str:
     """Return `tiny_gemma` as `TinyGemma`, away from the classes the text itself uses."""
     made = "".join(part[:1].upper() + part[1:] for part in name.split("_") if part)
     made = made if made[:1].isalpha() else f"Block{made}"
-    taken = made in _CLASSES or made in _IMPORTED or made in pieces()
+    taken = made in _IMPORTED or made in pieces()
     return f"{made}Block" if taken or keyword.iskeyword(made) or hasattr(builtins, made) else made
 
 

@@ -55,10 +55,13 @@ class Task:
         right = (logits.argmax(-1) == targets) & asked
         return {"accuracy": right.sum().item() / max(1, int(asked.sum().item()))}
 
-    def misfit(self, vocab: int | None, positions: int, head: str) -> str:
-        """Say why a model cannot be trained on the task; empty where it can."""
-        if head != "lm" or vocab is None:
-            return f"`{self.name}` trains a language model, and this one has `head = {head}`"
+    def misfit(self, vocab: int | None, positions: int, gives: str) -> str:
+        """Say why a model cannot be trained on the task; empty where it can.
+
+        `gives` is the shape of what it gives, `[n, vocab]` for a language model.
+        """
+        if vocab is None or gives != f"[n, {vocab}]":
+            return f"`{self.name}` trains a language model; the head of this one gives {gives}"
         if vocab < self.vocab:
             return f"the task has {self.vocab} tokens, the model's `vocab` is {vocab}"
         if 0 < positions < self.length:

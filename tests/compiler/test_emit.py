@@ -132,7 +132,7 @@ def test_variables_stay_away_from_the_texts_own(name, variable):
 
 @pytest.mark.parametrize(("name", "made"), [
     ("tiny_gemma", "TinyGemma"), ("none", "NoneBlock"), ("tensor", "TensorBlock"),
-    ("_", "Block"), ("layer", "LayerBlock"), ("any", "AnyBlock"),
+    ("_", "Block"), ("any", "AnyBlock"),
 ])  # fmt: skip
 def test_classes_stay_away_from_the_texts_own(name, made):
     assert class_name(name) == made
