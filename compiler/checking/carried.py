@@ -27,7 +27,7 @@ KEY = "k"
 
 
 def resolve_carry(scope: Scope, value: Expr, size: int) -> Expr | None:
-    """Return what is done to keys of a size, None for nothing; it is linear in them (L232)."""
+    """Return what is done to keys of a size, None for nothing; it is linear in them (L235)."""
     if value == Name(KEY):
         return None
     numbers = {**scope.numbers, "heads": scope.numbers["kv_heads"]}
@@ -35,7 +35,7 @@ def resolve_carry(scope: Scope, value: Expr, size: int) -> Expr | None:
     found, dims, _ = visitor.number(value)
     if dims != (size,):
         label = f"it is {list(dims)}, a key [{size}]"
-        raise error("L232", "`carry` makes a key of a key", value.span, label)
+        raise error("L235", "`carry` makes a key of a key", value.span, label)
     for node in walk(found):
         if isinstance(node, Index) and isinstance(node.base, Name) and node.items:
             _of_key_heads(scope, node.base.id, node.span)
@@ -59,7 +59,7 @@ def carriers(scope: Scope, carry: Expr | None) -> tuple[Read, ...]:
 
 
 def require_fit(mix: Pairwise, axes: tuple[str, str], key: str, span: Span) -> None:
-    """Check that an attention can read keys that are carried (L232)."""
+    """Check that an attention can read keys that are carried (L235)."""
     reads_keys = any(
         isinstance(node, Index) and node.base == Name(key)
         for expr in mix.exprs
@@ -73,20 +73,20 @@ def require_fit(mix: Pairwise, axes: tuple[str, str], key: str, span: Span) -> N
     elif reads_keys:
         why = "an expression reads keys as they were"
     if why:
-        raise error("L232", "this attention cannot carry its keys", span, why, help)
+        raise error("L235", "this attention cannot carry its keys", span, why, help)
 
 
 def _of_key_heads(scope: Scope, tensor: str, span: Span) -> None:
-    """Check that a tensor that is read by the head has as many as the keys (L232)."""
+    """Check that a tensor that is read by the head has as many as the keys (L235)."""
     size, heads = scope.tensors[tensor].shape[0], int(scope.numbers["kv_heads"])
     if size != heads:
         label = f"`{tensor}` has {size}, kv_heads = {heads}"
-        raise error("L232", "`carry` is of key heads", span, label)
+        raise error("L235", "`carry` is of key heads", span, label)
 
 
 def _not_linear(span: Span, part: Expr) -> Exception:
     return error(
-        "L232",
+        "L235",
         "`carry` is not linear in the key",
         span,
         f"`{show(part)}`",

@@ -263,7 +263,7 @@ OWN: dict[str, Code] = {
             "block a { mix = m; mask = causal }",
         ),
         Code(
-            "L231",
+            "L234",
             "an attention is read by its own values in a way that is not solved",
             "Where a mask shows earlier tokens alone, `j < i`, the values may read what is mixed "
             "of them, as each token's turn comes after those it sees. They are then linear in it, "
@@ -272,7 +272,7 @@ OWN: dict[str, Code] = {
             "  branch u { mask = j < i; v = w - tanh(u) }\n  v = w - u\n}",
         ),
         Code(
-            "L232",
+            "L235",
             "keys cannot be carried like this",
             "`carry` says what each further token does to every key before it, linear in the key "
             "`k`, with streams of the further token. The mask is causal, and queries meet keys by "

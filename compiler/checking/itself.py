@@ -35,7 +35,7 @@ class Apart(NamedTuple):
 
 
 def values_apart(scope: Scope, name: str, value: Expr, shape: Shape) -> Apart:
-    """Take apart the values of the attention `name`, whose mixed heads have a shape (L231)."""
+    """Take apart the values of the attention `name`, whose mixed heads have a shape (L234)."""
     known = replace(scope, inputs={**scope.inputs, name: shape})
     flow = elaborate(known, value, Target(scope.own("v"), shape))
     if not isinstance(flow, Apply) or flow.op != "pointwise":
@@ -63,11 +63,11 @@ def values_apart(scope: Scope, name: str, value: Expr, shape: Shape) -> Apart:
 
 
 def require_strict(name: str, mask: Expr, axes: tuple[str, str], span: Span) -> None:
-    """Check that an attention that its values read sees earlier tokens alone (L231)."""
+    """Check that an attention that its values read sees earlier tokens alone (L234)."""
     if axes != ("n", "n") or extent(mask).ahead >= 0:
         help = "say so in its mask: `mask = j < i`"
         raise error(
-            "L231", f"the values of `{name}` read it, and it may see its own token", span, "", help
+            "L234", f"the values of `{name}` read it, and it may see its own token", span, "", help
         )
 
 
@@ -117,7 +117,7 @@ def _is(flow: Flow, name: str) -> bool:
 
 def _unclear(name: str, span: Span, label: str, help: str = "") -> Exception:
     return error(
-        "L231",
+        "L234",
         f"the values of `{name}` read it in a way that is not solved",
         span,
         label,

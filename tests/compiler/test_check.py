@@ -147,33 +147,33 @@ REFUSED = {
     "a pipeline as a function": ("L210", "stage f = | silu\nblock a { score = f(s) }"),
     # functions of the map
     "a carry that adds": (
-        "L232", "block a { heads = 4; mask = causal; let w = x | linear | split; carry = k + w }"),
-    "a carry of a number": ("L232", "block a { mask = causal; carry = dot(k, k) }"),
+        "L235", "block a { heads = 4; mask = causal; let w = x | linear | split; carry = k + w }"),
+    "a carry of a number": ("L235", "block a { mask = causal; carry = dot(k, k) }"),
     "a carry under a mask that looks ahead": (
-        "L232", "block a { heads = 4; let b = x | linear(heads); carry = b * k }"),
+        "L235", "block a { heads = 4; let b = x | linear(heads); carry = b * k }"),
     "a carry under a similarity": (
-        "L232", "block a { heads = 4; mask = causal; let b = x | linear(heads); carry = b * k; "
+        "L235", "block a { heads = 4; mask = causal; let b = x | linear(heads); carry = b * k; "
         "similarity = cosine }"),
     "a carry beside keys as they were": (
-        "L232", "block a { heads = 4; mask = causal; let b = x | linear(heads); carry = b * k; "
+        "L235", "block a { heads = 4; mask = causal; let b = x | linear(heads); carry = b * k; "
         "score = s + k[h, j, 0] }"),
     "a carry of query heads": (
-        "L232", "block a { heads = 4; kv_heads = 2; mask = causal; param b[heads] = 1; "
+        "L235", "block a { heads = 4; kv_heads = 2; mask = causal; param b[heads] = 1; "
         "carry = b * k }"),
     "values of a branch that sees itself": (
-        "L231", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - u; "
+        "L234", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - u; "
         "branch u { } }"),
     "values that a pipeline changes": (
-        "L231", "block a { heads = 4; mask = causal; let w = x | linear | split; "
+        "L234", "block a { heads = 4; mask = causal; let w = x | linear | split; "
         "v = w - (u | rms_norm); branch u { mask = j < i } }"),
     "values with a share for each feature": (
-        "L231", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - w * u; "
+        "L234", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - w * u; "
         "branch u { mask = j < i } }"),
     "values that are nothing else": (
-        "L231", "block a { heads = 4; mask = causal; let b = x | linear(heads); v = b * u; "
+        "L234", "block a { heads = 4; mask = causal; let b = x | linear(heads); v = b * u; "
         "branch u { mask = j < i } }"),
     "values with a learned stage": (
-        "L231", "block a { heads = 4; mask = causal; v = (x | linear | split) - u; "
+        "L234", "block a { heads = 4; mask = causal; v = (x | linear | split) - u; "
         "branch u { mask = j < i } }"),
     "values of a branch with an output": (
         "L212", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - u; "
