@@ -224,11 +224,14 @@ class Mixes(Stages):
         values = [f"{ident(name)}={plain_name(name)}" for name in named]
         none_yet = f"x.new_zeros(x.shape[0], {node.dims[1]}, x.shape[1], 1)"
         values += [f"{ident(name)}={none_yet}" for name in sums]
-        known = [*named.values(), *sums.values()]
+        several = ["*sums_before"] if len(sums) > 1 else [*sums.values()]
+        known = [*named.values(), *several]
         got = ", ".join([*known, "places" if any_places else "_", "run_j"])
         lines.append(f"if {cache} is not None:")
         brought = "beside" if node.op.mix.in_turn else "update"
         lines += indent(call(f"{got} = {cache}.{brought}", ["batch", *values]))
+        if len(sums) > 1:
+            lines += [f"    {', '.join(sums.values())} = sums_before"]
         if lends:
             lines += ["lent_places = places"] if len(self.kept.keys) > 1 else []
             lines += ["lent_run = run_j"]

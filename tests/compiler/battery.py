@@ -112,7 +112,7 @@ SETTINGS = {
     "score = s - running_queries(relu(s) * g[i, h]); weights = p - 0.1 * running_queries(p)",
     "running_twice_over_queries": "heads = 4; mask = causal and (window(4) or sink(1)); "
     "score = s - running_queries(relu(s - 0.3 * running_queries(s))); "
-    "weights = p + 0.1 * running_queries(p) - 0.1 * running_queries(p) * running_queries(i - j)",
+    "weights = p * max_keys(p) / (1 + max_keys(p))",
     "running_over_queries_of_a_window": "heads = 4; mask = window(3); "
     "score = s + running_queries(s) - 0.2 * running_keys(1)",
     "ranked_window": "heads = 4; mask = causal and window(4); "

@@ -69,7 +69,7 @@ def test_what_is_gathered_of_a_context_is_kept():
 
 WIDE = {
     "carried": ["k"],
-    "running_twice_over_queries": ["o_sums_0", "o_sums_1", "o_sums_2", "o_sums_3"],
+    "running_twice_over_queries": ["o_sums_0", "o_sums_1"],
     "read_by_its_values": [],
 }
 
