@@ -107,7 +107,7 @@ def over_chunks(
     what is made it gets the n tokens that there are.
     """
     if torch.compiler.is_compiling():
-        state, made = torch._higher_order_ops.scan(step, state, chunks)
+        state, made = torch._higher_order_ops.scan(step, state.contiguous(), chunks)
         return [tokens_of_chunks(made.transpose(0, 1), n)], state
     parts = []
     for chunk in zip(*(each.unbind(0) for each in chunks), strict=True):
