@@ -86,9 +86,11 @@ def path(module: nn.Module, x: Tensor) -> Tensor:
     w = heads_of(functional.conv1d(w, module.w_conv.weight[:, None], groups=w.shape[1]).mT)
     w = functional.silu(w)
     w = w * (w.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-    beta, open_ = 2 * module.b_proj(x).sigmoid(), x.new_zeros(*x.shape[:2], 4)
+    beta, fades = 2 * module.b_proj(x).sigmoid(), x.new_zeros(*x.shape[:2], 4)
+    if hasattr(module, "g_proj"):
+        fades = functional.logsigmoid(module.g_proj(x))
     with in_double():
-        mixed = naive.naive_path_attn(q, k, v, w, beta, open_, 8**-0.5)
+        mixed = naive.naive_path_attn(q, k, v, w, beta, fades, 8**-0.5)
     return module.o_proj(mixed.flatten(2))
 
 
@@ -164,6 +166,14 @@ LAYERS: dict[str, Layer] = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_their_layer(name: str, tokens: int) -> None:
     assert_same(module_of(name), LAYERS[name], tokens_in(tokens, 32))
+
+
+def test_reflected_keys_that_fade() -> None:
+    """Their gates add up from the key to the query, as a sum over the keys after it does."""
+    text = zoo.entry("path").text.rstrip().removesuffix("}")
+    text += "  let g = x | linear(heads) | sigmoid | log\n"
+    text += "  score = s + 8 ** -0.5 * (sum_keys(g[j, h]) - running_keys(g[j, h]))\n}"
+    assert_same(module_of("path", text), path, tokens_in(9, 32))
 
 
 def test_what_is_left_of_a_stick() -> None:
