@@ -114,6 +114,11 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
 def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
     """Return the method of an attention that its own values read, or whose keys are carried."""
     name, groups = method_name(attention), arguments(attention)
+    if attention.by_turns:
+        groups = {**groups, "tensors": tuple(f"self.{each}" for each in attention.tensors)}
+        parts = [f"self.{name}_weights", "v", *map(_tuple, groups.values()), "ordered=ordered"]
+        body = call("return turn_by_turn", parts)
+        return [*signature(name, given, "tuple[Tensor, ...]"), *indent(body)]
     args = [each for key in groups if key != "tensors" for each in groups[key]]
     args += [f"self.{each}" for each in attention.tensors]
     carries, again = attention.mix.carry is not None, attention.mix.again is not None
@@ -139,7 +144,8 @@ def _reach(attention: Attention) -> list[str]:
 def _dense(attention: Attention) -> str:
     """Say what is computed of every pair."""
     if attention.mix.again is not None:
-        return f"{attention.in_turn}: a triangular system of every pair"
+        some = "of some queries at a time" if attention.by_turns else "of every pair"
+        return f"{attention.in_turn}: a triangular system {some}"
     if attention.mix.carry is not None:
         return f"{attention.in_turn}: its logits are made by chunks of tokens"
     return "every pair is computed by PyTorch operations"

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
+
+from .tiles import TILE
 
 
 def by_query(number: Tensor | None) -> Any:
@@ -145,6 +148,53 @@ def through_itself(p: Tensor, share: Tensor, v: Tensor, ordered: bool) -> tuple[
         else:
             u = torch.linalg.solve(within, of_others)
     return u.to(v.dtype), v[..., v.shape[-2] - n :, :] + (share.mT * u).to(v.dtype)
+
+
+def turn_by_turn(
+    weigh: Callable[..., Any],
+    v: Tensor,
+    queries: tuple[Any, ...],
+    keys: tuple[Any, ...],
+    places: tuple[Any, ...],
+    tensors: tuple[Any, ...],
+    *,
+    ordered: bool,
+) -> tuple[Tensor, ...]:
+    """Return what `through_itself` does, some queries at a time, and what else `weigh` gives.
+
+    weigh(*queries, *keys, *places, *tensors) gives weights and shares. `queries` [..., n, ·] and
+    `keys` [..., m, ·] stand along the tokens, `places` [..., m] along the last dimension. Weights
+    are made again in the backward pass, so that memory grows with the tokens.
+    """
+    (b, heads, n, _), m = queries[0].shape, keys[0].shape[-2]
+    count = max(16, TILE // max(1, b * heads * m) // 16 * 16)
+    if count >= n or not ordered or torch.compiler.is_compiling():
+        return one_turn(weigh, (*queries, *keys, *places, *tensors), [v], ordered)
+    whole, found = [v[..., : m - n, :]], []
+    for a in range(0, n, count):
+        last = m - n + min(a + count, n)
+        operands = (
+            *(x if x is None or x.shape[-2] == 1 else x[..., a : a + count, :] for x in queries),
+            *(x if x is None or x.shape[-2] == 1 else x[..., :last, :] for x in keys),
+            *(x if x is None or x.shape[-1] == 1 else x[..., :last] for x in places),
+            *tensors,
+        )
+        given = [*whole, v[..., m - n + a : last, :]]
+        u, values, *more = torch.utils.checkpoint.checkpoint(
+            one_turn, weigh, operands, given, True, use_reentrant=False
+        )
+        whole.append(values)
+        found.append((u, *more))
+    first, *rest = (torch.cat(parts, -2) for parts in zip(*found, strict=True))
+    return first, torch.cat(whole[1:], -2), *rest
+
+
+def one_turn(
+    weigh: Callable[..., Any], operands: tuple[Any, ...], values: list[Tensor], ordered: bool
+) -> tuple[Tensor, ...]:
+    """Return what `through_itself` does of some queries, and what else `weigh` gives of them."""
+    p, share, *more = weigh(*operands)
+    return *through_itself(p, share, torch.cat(values, -2), ordered), *more
 
 
 def carried(

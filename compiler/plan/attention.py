@@ -120,6 +120,12 @@ class Attention:
         return self.mix.running if own and extent(self.mix.mask).causal else ()
 
     @cached_property
+    def by_turns(self) -> bool:
+        """Whether values that read what is mixed are made of some queries after the others."""
+        alone = self.by_rows and self.leaves_out and not self.before and not self.draws
+        return alone and self.mix.again is not None and self.mix.carry is None
+
+    @cached_property
     def key_heads(self) -> int:
         return int(self.graph.node(self.node.k).dims[1])
 

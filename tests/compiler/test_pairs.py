@@ -15,7 +15,11 @@ from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Pairwise
 from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.plan import Target
+from headloom.compiler.verify.cases import Subject
+from headloom.compiler.verify.verify import CHECKS
 from headloom.grammar.parse import parse
+
+from .battery import block as battery_block
 
 
 def both(text: str) -> tuple[nn.Module, nn.Module]:
@@ -141,6 +145,14 @@ def test_values_that_read_what_is_mixed_of_them_at_any_positions() -> None:
     places = torch.tensor([3, 0, 9, 4, 1])
     found, expected = (each(tokens(), positions=places) for each in (module, oracle))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["read_by_its_values", "read_by_its_values_in_a_window"])
+def test_values_that_read_what_is_mixed_some_queries_at_a_time(name: str) -> None:
+    found = CHECKS["in tiles"](Subject.of(battery_block(name)))
+    assert not isinstance(found, str)
+    assert found[0] > 20
+    assert found[1] < 1e-9
 
 
 def test_functions_of_the_map_are_made_once() -> None:
