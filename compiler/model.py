@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeGuard
 
 from ..grammar.diagnostics import Diagnostic
 from ..grammar.expr import TRUE, names
 from ..grammar.source import NOWHERE, Span
-from ..grammar.syntax import Binary, Compare, Expr, File, Index, Name, walk
+from ..grammar.syntax import Binary, Call, Compare, Expr, File, Index, Name, walk
 from ..ops import Shape, Weight
 
 PREVIOUS = "previous."  # what stands before the names of the layer below
@@ -156,19 +157,29 @@ class Part:
 Flow = Read | Apply | Mixing | Statistic | Part
 
 
-def flow_nodes(flow: Flow) -> Iterator[Flow]:
-    """Yield every node of a flow, inputs first."""
+def flow_nodes(flow: Flow, seen: set[int] | None = None) -> Iterator[Flow]:
+    """Yield every node of a flow, inputs first, and once where several read the same one."""
+    seen = set() if seen is None else seen
+    if id(flow) in seen:
+        return
+    seen.add(id(flow))
     if not isinstance(flow, Read):
         for each in flow.inputs:
-            yield from flow_nodes(each)
+            yield from flow_nodes(each, seen)
     yield flow
 
 
-def flow_mapped(flow: Flow, change: Callable[[Apply | Part], Flow]) -> Flow:
-    """Return a flow with every operation and part changed, inputs before what reads them."""
+def flow_mapped(
+    flow: Flow, change: Callable[[Apply | Part], Flow], done: dict[int, Flow] | None = None
+) -> Flow:
+    """Return a flow with every operation and part changed, once, inputs before what reads them."""
+    done = {} if done is None else done
     if not isinstance(flow, Apply | Part):
         return flow
-    return change(replace(flow, inputs=tuple(flow_mapped(each, change) for each in flow.inputs)))
+    if id(flow) not in done:
+        inputs = tuple(flow_mapped(each, change, done) for each in flow.inputs)
+        done[id(flow)] = change(replace(flow, inputs=inputs))
+    return done[id(flow)]
 
 
 def is_part(flow: Flow) -> TypeGuard[Part]:
@@ -237,7 +248,11 @@ class Normalizer:
 class Pairwise:
     """`mix = attend`: every query against every key.
 
-    `similarity` is an expression in q[h, i] and k[…, j]; None is their product.
+    `similarity` is an expression in q[h, i] and k[…, j]; None is their product. With `again`, an
+    expression over h and j, what is mixed is in the values itself, so many times: the mask shows
+    earlier tokens alone, and v is the values without it. `carry` is what each further token does
+    to the keys before it, linear in `k`, over streams of that token for a key head, as a mixer's
+    statement is; None for nothing.
     """
 
     scale: float
@@ -247,12 +262,34 @@ class Pairwise:
     weights: Expr
     dropout: float = 0.0
     similarity: Expr | None = None
+    again: Expr | None = None
+    carry: Expr | None = None
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether tokens leave more behind than their keys and values, each after the one before.
+
+        What is mixed goes into values, tokens change keys, or queries add to sums over the keys.
+        """
+        return self.again is not None or self.carry is not None or bool(self.running)
+
+    @property
+    def running(self) -> tuple[Expr, ...]:
+        """What its expressions sum over the queries up to one, inner ones first."""
+        found: dict[Expr, None] = {}
+        for expr in (self.score, self.weights):
+            for node in reversed(list(walk(expr))):
+                match node:
+                    case Call("running_queries", (arg,)):
+                        found[arg] = None
+        return tuple(found)
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        """Every expression of it."""
+        """Every expression of a pair."""
         met = () if self.similarity is None else (self.similarity,)
-        return (*met, self.score, self.mask, *self.normalize.exprs, self.weights)
+        again = () if self.again is None else (self.again,)
+        return (*met, self.score, self.mask, *self.normalize.exprs, self.weights, *again)
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Pairwise:
         """Return it with each of these changed."""
@@ -263,6 +300,7 @@ class Pairwise:
             normalize=self.normalize.mapped(change),
             weights=change(self.weights),
             similarity=None if self.similarity is None else change(self.similarity),
+            again=None if self.again is None else change(self.again),
         )
 
 
@@ -352,7 +390,7 @@ class Recurrence:
 # ── blocks and models ────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that what follows from it is found out once
 class Block:
     """A block, or what it is a part of: a layer, a feed-forward, a stage, a model's two ends.
 
@@ -392,14 +430,14 @@ class Block:
         """The shape of what comes in."""
         return Shape("n", self.width) if self.given is None else self.given
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Part, ...]:
         """Its parts, in the order in which they are run."""
         return tuple(
             node for flow in self.flows for node in flow_nodes(flow) if isinstance(node, Part)
         )
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         """What of `OFFERED` it reads, or a part of it."""
         own = {each.name for each in self.streams} | {each.name for each in self.tensors}
@@ -447,7 +485,7 @@ class Block:
         """What mixes tokens, by name: `o`, and the branches."""
         return {each.name: each.flow for each in self.streams if isinstance(each.flow, Mixing)}
 
-    @property
+    @cached_property
     def marks(self) -> bool:
         """Whether segments only mark tokens: an expression says itself what documents mean.
 
@@ -528,7 +566,7 @@ class Block:
         return replace(self, streams=tuple(changed(each) for each in self.streams))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
     """A stack of layers between two ends. `vocab` None takes raw features [b, n, width].
 
@@ -559,7 +597,7 @@ class Model:
         """The layers as they are run."""
         return tuple(self.layers[at] for at in self.steps)
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         """What of `OFFERED` its layers read."""
         read = {name for layer in self.layers for name in layer.reads}
@@ -571,7 +609,7 @@ class Model:
         more = () if self.encoder is None else self.encoder.blocks
         return tuple(dict.fromkeys((*self.uses, *more)))
 
-    @property
+    @cached_property
     def uses(self) -> tuple[Block, ...]:
         """The blocks of the layers as they are run, however often each is used."""
         return tuple(block for layer in self.run for block in layer.uses)
@@ -586,7 +624,7 @@ class Model:
         """Whether there is one answer for each row, and not one for each token."""
         return self.head.out.shape.tokens == "1"
 
-    @property
+    @cached_property
     def marks(self) -> bool:
         """Whether segments only mark tokens, as one of the layers says what they mean."""
         return any(block.marks for block in self.layers)

@@ -30,6 +30,7 @@ from ..graph.graph import Graph, Node
 from ..graph.operations import Attend
 from ..graph.sides import makes_vectors
 from ..model import MAPS, PREVIOUS, Pairwise, without_document
+from .kernel_form import KernelForm, kernel_form
 
 
 class Added(NamedTuple):
@@ -104,6 +105,41 @@ class Attention:
             return ()
         return ("own", "other") if self.node.dims[2] == self.keys else ("other",)
 
+    # what goes from token to token
+
+    @cached_property
+    def in_turn(self) -> str | None:
+        """Why some tokens are not attended to without those before them, if so."""
+        if self.mix.again is not None:
+            return "its values read what it mixes"
+        return None if self.mix.carry is None else "each token carries the keys before it"
+
+    @cached_property
+    def running(self) -> tuple[Expr, ...]:
+        """What it sums over the queries up to one, where a cache may keep the sums."""
+        own = self.node.dims[2] == "n" and not self.crosses
+        return self.mix.running if own and extent(self.mix.mask).causal else ()
+
+    @cached_property
+    def by_turns(self) -> bool:
+        """Whether values that read what is mixed are made of some queries after the others."""
+        alone = self.by_rows and self.leaves_out and not self.before and not self.draws
+        return alone and self.mix.again is not None and self.mix.carry is None
+
+    @cached_property
+    def key_heads(self) -> int:
+        return int(self.graph.node(self.node.k).dims[1])
+
+    @cached_property
+    def carriers(self) -> tuple[str, ...]:
+        """The streams of a token that say how it carries the keys before it."""
+        if self.mix.carry is None:
+            return ()
+        read = names(self.mix.carry) - {"k"}
+        return tuple(
+            name for name in self.node.others if name in read and not self.graph.is_tensor(name)
+        )
+
     # the normaliser
 
     @cached_property
@@ -126,6 +162,11 @@ class Attention:
         """Whether a logit of a visible pair may be minus infinity."""
         s = frozenset({"s"} if infinite(self.mix.score) else ())
         return self.exponential is not None and infinite(self.exponential.logit, s)
+
+    @cached_property
+    def kernel_form(self) -> KernelForm | str:
+        """The expressions as the pairwise kernels take them, or why they do not."""
+        return kernel_form(self.graph, self.node)
 
     # what is read
 
@@ -165,7 +206,10 @@ class Attention:
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """The params and consts that its expressions read."""
-        return tuple(name for name in self.node.others if self.graph.is_tensor(name))
+        read = tensors_read(*self.exprs)
+        return tuple(
+            name for name in self.node.others if self.graph.is_tensor(name) and name in read
+        )
 
     @cached_property
     def maps(self) -> tuple[str, ...]:

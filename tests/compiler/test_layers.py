@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -17,6 +19,7 @@ from headloom.compiler.meaning.reference import ReferenceBlock, ReferenceModel, 
 from headloom.compiler.model import Block, Model
 from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.plan import Target
+from headloom.compiler.reports.figure import figure
 from headloom.compiler.verify.verify import verify
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse
@@ -26,6 +29,7 @@ block a { heads = 2; mask = causal and window(4); position = rope }
 block d { heads = 2; mask = causal; mix = gated_delta; k = x | linear | split | l2_norm }
 stage dyt { param a = 0.5; param g[features] = 1; param b[features] = 0;  g * tanh(a * x) + b }
 ffn shifted { let up = x | conv(2) | linear(24) | silu; out = up | linear }
+ffn summed { let near = x | shift(1); out = ((x | running(mean)) + near) | linear }
 layer both(p, q, ffn) {
   let y = x | norm
   let z = x + (y | p) + 0.5 * (y | q)
@@ -162,6 +166,38 @@ def test_none_takes_away_the_term_it_stands_in() -> None:
     )
 
 
+PARTS = {  # feed-forwards and stages with tensors among the pipelines of a block
+    "alike for every head": "q = x | linear | split | dyt; k = x | linear | split | dyt",
+    "a tensor of all heads": "q = x | linear | split | opened",
+    "all earlier tokens": "k = x | summed | linear | split",
+    "one pipeline read twice": "q = (x | linear) / norm(x | linear) | split",
+    "earlier tokens": "k = x | shifted | linear | split; v = x | shifted | linear | split",
+    "around it": "out = o | merge | dyt | swiglu(1) | linear",
+    "in another": "out = o | merge | doubled | linear",
+}
+STAGES = """
+stage opened { param g[heads, features] = 1;  g * tanh(x) }
+stage doubled { let u = x | linear(3) | dyt | silu;  u | linear(features) }
+"""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_block(name: str) -> None:
+    text = f"{TEXT}{STAGES}block b {{ heads = 2; width = 16; mask = causal; {PARTS[name]} }}"
+    what = check(parse(text)).blocks["b"]
+    assert [each for each in verify(what) if each.ok is False] == []
+    modules = [each.module for each in what.parts]
+    assert len(modules) == len(set(modules))
+
+
+def test_a_stage_that_reads_heads_takes_none() -> None:
+    stage = "stage s { let u = x | conv(2);  u }"
+    text = f"{TEXT}{stage}\nblock b {{ heads = 2; q = x | linear | split | s }}"
+    with pytest.raises(LoomError) as caught:
+        check(parse(text))
+    assert {each.code for each in caught.value.diagnostics} == {"L206"}
+
+
 def test_equal_layers_are_one_class() -> None:
     text = generate(model("layers = [a, d, a, pre(d, none)]"), Target("torch")).text
     classes = [line.split()[1].split("(")[0] for line in text.splitlines() if "Layer(nn" in line]
@@ -180,7 +216,7 @@ def test_a_layer_and_a_feed_forward_stand_alone() -> None:
 
 
 def test_models_of_layers_hold_in_every_way() -> None:
-    what = model("layers = [both(a, d, shifted), sandwich(a, shifted)]; vocab = 11; norm = dyt")
+    what = model("layers = [both(a, d, shifted), sandwich(a, summed)]; vocab = 11; norm = dyt")
     assert [each for each in verify(what) if each.ok is False] == []
 
 
@@ -337,3 +373,19 @@ def test_layers_that_run_again_share_their_weights() -> None:
     assert [each for each in verify(looped) if each.ok is False] == []
     once = model("let core = once(pre(a, swiglu)); layers = [core, d, core]")
     assert once.steps == (0, 1, 0)
+
+
+def test_the_figure_in_the_docs_is_the_one_that_is_drawn() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "language.md").read_text("utf-8")
+    (shown,) = re.findall(r"```mermaid\n(.*?)\n```", text, re.DOTALL)
+    found = re.findall(r"```loom\n(.*?)```", text, re.DOTALL)
+    (loom,) = (each for each in found if "model wide " in each)
+    assert figure(check(parse(loom)).models["wide"]) == shown
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_every_arrow_of_a_figure_ends_at_a_box(name: str) -> None:
+    drawn = figure(check(parse(f"{TEXT}{DEPTH[name]}")).models["m"])
+    places = [each.strip() for each in re.split(r"-->|\n", drawn) if each.strip()]
+    boxes = {re.split(r"[(\[]", each)[0] for each in places if re.search(r"[(\[]", each)}
+    assert {each for each in places if re.fullmatch(r"\w+", each)} - {"end"} <= boxes
