@@ -360,8 +360,6 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
                 return [
                     step for each in result.value.stages for step in _expand(scope, each, target)
                 ]
-            if _reads_again(result.value):
-                return [_whole(scope, stage, suffix or name, definition)]
             inside = resolve_function(scope, result.value, frozenset("x"))
             return [_pointwise(put(inside, {"x": Name("a0")}), (), stage.span)]
     if name == "gate":
@@ -440,13 +438,6 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
 
 
 # ── names of submodules ──────────────────────────────────────────────────────────────────
-
-
-def _reads_again(value: Expr) -> bool:
-    """Say whether several operations read x, as in `x / norm(x)`: it is made once, before them."""
-    nodes = list(syntax.walk(value))
-    reads = sum(node == Name("x") for node in nodes)
-    return reads > 1 and any(isinstance(n, Call) and n.function in VECTOR_FUNCTIONS for n in nodes)
 
 
 def name_modules(flow: Flow, target: Target) -> Flow:

@@ -32,11 +32,13 @@ from x_transformers import x_transformers as theirs
 LANES = 3
 
 
-def through(joined: Joined, join: Callable[[Place, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return the whole whose layers are joined so."""
+def through(
+    joined: Joined, join: Callable[[Place, Tensor], Tensor], count: int | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Return the whole whose layers, or the first of them, are joined so."""
 
     def whole(x: Tensor) -> Tensor:
-        for place in joined.places:
+        for place in joined.places[:count]:
             x = join(place, x)
         return x
 
@@ -234,6 +236,18 @@ def test_D205_mean_and_rest_are_those_of_x_transformers():
     joined.agrees(through(joined, join))
 
 
+def test_D205_the_causal_form_has_running_means():
+    joined = Joined("running_mean_and_rest")
+    counts = torch.arange(1, X.shape[1] + 1)[:, None]
+
+    def join(p, x):
+        f = p.after("part", x)
+        mean_f, mean_x = (each.cumsum(1) / counts for each in (f, x))
+        return x + p["rest_scale"] * (f - mean_f) + p["mean_scale"] * (mean_f - mean_x)
+
+    joined.agrees(through(joined, join))
+
+
 def test_D205_where_nothing_is_let_in_all_stays():
     joined = Joined("mean_and_rest")
     for p in joined.places:
@@ -292,12 +306,11 @@ def connection(kind: Any, p: Place, names: tuple[str, ...]) -> Any:
 
 
 def closing(kind: Any, joined: Joined) -> Any:
-    weights = dict(joined.meaning.named_parameters())
+    """Return what makes one of all lanes, with the weights of the last layer."""
+    p = joined.places[-1]
     config = SimpleNamespace(hc_mult=LANES, hidden_size=32, hc_eps=1e-6, rms_norm_eps=1e-6)
     return given(kind(config), {
-        "hc_fn": weights["head_close.read_proj.weight"],
-        "hc_base": weights["head_close.base"],
-        "hc_scale": weights["head_close.scale_"][None],
+        "hc_fn": p["read_proj.weight"], "hc_base": p["base"], "hc_scale": p["scale_"][None]
     })  # fmt: skip
 
 
@@ -315,7 +328,7 @@ def test_D207_constrained_lanes_are_those_of_deepseek_v4():
 
     def whole(x):
         with Widened():
-            x = closing(DeepseekV4HyperHead, joined)(through(joined, join)(lanes(x)))
+            x = closing(DeepseekV4HyperHead, joined)(through(joined, join, -1)(lanes(x)))
         return last_norm(joined, x)
 
     joined.agrees(whole)
@@ -330,7 +343,7 @@ def test_D207_independent_lanes_are_those_of_hy_v4():
 
     def whole(x):
         with Widened():
-            x = closing(HYV4HyperHead, joined)(through(joined, join)(lanes(x)))
+            x = closing(HYV4HyperHead, joined)(through(joined, join, -1)(lanes(x)))
         return last_norm(joined, x)
 
     joined.agrees(whole)
