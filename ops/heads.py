@@ -108,14 +108,15 @@ class Repeat(Op):
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
         (x,) = inputs
-        x = x if run.has_heads(0, x) else x.unsqueeze(-3)
+        x = x if run.has_heads(0, x) else x.reshape(*x.shape[:-2], 1, -1, x.shape[-1])
         return x.repeat_interleave(options["times"], dim=-3)
 
     def text(
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
     ) -> str:
         if shapes[0].tokens == "1":
-            x = inputs[0] if shapes[0].heads is not None else f"{inputs[0]}.unsqueeze(-3)"
+            one = f"{inputs[0]}.reshape(-1, 1, 1, {shapes[0].dim})"  # it may lack the batch
+            x = inputs[0] if shapes[0].heads is not None else one
             return f"{x}.repeat_interleave({options['times']}, dim=-3)"
         if shapes[0].heads is None:
             return f"{inputs[0]}[:, None].expand(-1, {options['times']}, -1, -1)"

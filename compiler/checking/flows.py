@@ -26,7 +26,7 @@ from .library import put
 from .names import module_name
 from .options import bound, option_value
 from .scalars import resolve_function, shaped
-from .scope import Scope, body, suggest
+from .scope import Scope, body, inline_stage, suggest
 
 OFFERS = {  # where a model gives them
     "earlier": "a model without `lanes` has it",
@@ -239,6 +239,10 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
             flow = _flow(scope, arg, Target("regularize"))
             return operand(applied("average", {}, (flow,), part.span))
         if isinstance(part, Call) and part.function not in {**FUNCTIONS, **VECTOR_FUNCTIONS}:
+            stage = scope.library.find("stage", part.function)
+            if stage is not None and not _holds(stage):
+                with scope.inside(stage, part.span):
+                    return visit(inline_stage(scope, stage, part))
             of_maps = part.function in MAP_FUNCTIONS
             label = "it is read in scores, weights, `rows` and `columns`" if of_maps else ""
             raise error(
@@ -257,7 +261,21 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
     body_ = resolve_function(scope, inside, free)
     if not operands:
         raise error("L208", "this is a number, not a stream", expr.span)
-    return composed(body_, tuple(operands), expr.span)
+    return composed(body_, tuple(_for_heads(scope, operands)), expr.span)
+
+
+def _for_heads(scope: Scope, operands: list[Flow]) -> list[Flow]:
+    """Give every head the features of a tensor [dim] that is not written `t[heads]`."""
+    whole = next((each.shape for each in operands if each.shape.heads is not None), None)
+
+    def given(flow: Flow) -> Flow:
+        if whole is None or not isinstance(flow, Read) or flow.name not in scope.tensors:
+            return flow
+        if scope.tensors[flow.name].shape != (whole.dim,) or flow.name in scope.per_head:
+            return flow
+        return applied("repeat", {"times": whole.heads}, (flow,), flow.span)
+
+    return [given(each) for each in operands]
 
 
 # ── stages ───────────────────────────────────────────────────────────────────────────────
@@ -323,7 +341,7 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         return _named_part(scope, stage, name, target)
     if definition := scope.library.find("stage", name):
         with scope.inside(definition, stage.span):
-            if len(definition.body) > 1:
+            if _holds(definition):
                 return [_whole(scope, stage, suffix or name, definition)]
             result = body(scope, definition, stage)
             if isinstance(result.value, syntax.Pipe) and result.value.head is None:
@@ -363,6 +381,14 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
     raise error(
         "L208", f"there is no stage `{name}`", stage.span, "", called or did_you_mean(name, known)
     )
+
+
+def _holds(stage: Definition) -> bool:
+    """Say whether a stage is a part: it has tensors or streams, or pipelines in its arithmetic."""
+    value = getattr(stage.body[-1], "value", None)
+    if isinstance(value, syntax.Pipe) and value.head is None:
+        return len(stage.body) > 1
+    return len(stage.body) > 1 or any(isinstance(each, syntax.Pipe) for each in syntax.walk(value))
 
 
 def _whole(scope: Scope, call: Expr, module: str, definition: Definition | None = None) -> _Whole:
