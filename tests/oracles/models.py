@@ -1,9 +1,10 @@
 """Whole language models of Hugging Face Transformers: how they are made tiny, and what is named how.
 
 A model in `examples/models` and one of theirs have the same tensors under other names. Lines say
-which: `theirs -> ours`, in which `{i}` is a number and any other name a word; the first line that
+which: `theirs -> ours`, in which `{i}` is a number, `{any}` anything and any other name a word; the first line that
 fits counts. What holds several of ours names them in brackets, `(q|k|v)_proj`, its rows one after
 the other; with `in 4` they are laid so in each of four groups. `across` is a matrix transposed.
+What is `stacked` is the `{j}`th part of ours, and `-` is of no use here.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
-DIGITS, WORD = r"\d+", r"\w+"
+WORDS = {"i": r"\d+", "j": r"\d+", "any": r".+"}  # what a name in a line stands for
+WORD = r"\w+"
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,20 @@ class Row:
     ours: tuple[str, ...]
     groups: int = 1
     across: bool = False
+    stacked: bool = False
 
     def moved(
         self, name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, Tensor] | None:
         """Return a tensor of theirs under our names; None where the name is another one."""
         found = _pattern(self.theirs).fullmatch(name)
-        if found is None:
-            return None
+        if found is None or self.ours == ("-",):
+            return None if found is None else {}
         ours = [each.format(**found.groupdict()) for each in self.ours]
         if self.across and tensor.ndim == 2:
             tensor = tensor.mT
+        if self.stacked:
+            return {ours[0]: tensor[None]}
         if len(ours) == 1:
             return {ours[0]: tensor.reshape(shapes[ours[0]])}
         sizes = [shapes[each][0] // self.groups for each in ours]
@@ -48,7 +54,7 @@ class Row:
 @cache
 def _pattern(text: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)\}", text)
-    kinds = [f"(?P<{each}>{DIGITS if each == 'i' else WORD})" for each in parts[1::2]]
+    kinds = [f"(?P<{each}>{WORDS.get(each, WORD)})" for each in parts[1::2]]
     fixed = [re.escape(each) for each in parts[::2]]
     return re.compile("".join(a + b for a, b in zip(fixed, [*kinds, ""], strict=True)))
 
@@ -63,7 +69,7 @@ def rows(text: str) -> tuple[Row, ...]:
             before, *names, after = re.split(r"[(|)]", ours) if "(" in ours else (ours, "", "")
             groups = int(rest[rest.index("in") + 1]) if "in" in rest else 1
             several = tuple(f"{before}{name}{after}" for name in names)
-            done.append(Row(theirs, several, groups, "across" in rest))
+            done.append(Row(theirs, several, groups, "across" in rest, "stacked" in rest))
     return tuple(done)
 
 
@@ -71,13 +77,14 @@ def moved(
     rows: Iterable[Row], theirs: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """Return tensors of theirs (weights or gradients) under our names, none of them left out."""
-    done: dict[str, Tensor] = {}
+    done: dict[str, list[Tensor]] = {}
     for name, tensor in theirs.items():
-        each = next((got for row in rows if (got := row.moved(name, tensor, shapes))), None)
+        found = (row.moved(name, tensor, shapes) for row in rows)
+        each = next((got for got in found if got is not None), None)
         assert each is not None, f"no row for {name}"
-        assert not each.keys() & done.keys(), f"{name} goes where another one went"
-        done |= each
-    return done
+        for ours, part in each.items():
+            done.setdefault(ours, []).append(part)
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in done.items()}
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ class Theirs:
     rows: tuple[Row, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     positions: bool = True  # whether a call takes `position_ids`
+    attention: str = "eager"
+    auto: str = "AutoModelForCausalLM"
 
 
 SIZES: dict[str, Any] = {
@@ -213,6 +222,10 @@ PHI = rows("""
     model.layers.{i}.mlp.fc1.{t} -> layers.{i}.ffn.up_proj.{t}
     model.layers.{i}.mlp.fc2.{t} -> layers.{i}.ffn.down_proj.{t}
 """)
+STABLELM = rows("""
+    model.layers.{i}.self_attn.q_layernorm.norms.{j}.weight -> layers.{i}.attn.q_weight stacked
+    model.layers.{i}.self_attn.k_layernorm.norms.{j}.weight -> layers.{i}.attn.k_weight stacked
+""")
 NEMOTRON = rows("""
     model.norm.weight -> norm.w
     model.norm.bias -> norm.b
@@ -220,6 +233,49 @@ NEMOTRON = rows("""
     model.layers.{i}.input_layernorm.bias -> layers.{i}.attn_norm.b
     model.layers.{i}.post_attention_layernorm.weight -> layers.{i}.ffn_norm.w
     model.layers.{i}.post_attention_layernorm.bias -> layers.{i}.ffn_norm.b
+""")
+LFM = rows("""
+    model.embedding_norm.weight -> norm.weight
+    model.layers.{i}.operator_norm.weight -> layers.{i}.attn_norm.weight
+    model.layers.{i}.post_operator_norm.weight -> layers.{i}.attn_post_norm.weight
+    model.layers.{i}.ffn_norm.weight -> layers.{i}.ffn_norm.weight
+    model.layers.{i}.post_ffn_norm.weight -> layers.{i}.ffn_post_norm.weight
+    model.layers.{i}.self_attn.out_proj.weight -> layers.{i}.attn.o_proj.weight
+    model.layers.{i}.self_attn.{p}_layernorm.weight -> layers.{i}.attn.{p}_norm.weight
+    model.layers.{i}.conv.in_proj.weight -> layers.{i}.attn.(before|after|mixed)_proj.weight
+    model.layers.{i}.conv.conv.weight -> layers.{i}.attn.mixed_conv.weight
+    model.layers.{i}.conv.out_proj.weight -> layers.{i}.attn.o_proj.weight
+    model.layers.{i}.feed_forward.w1.weight -> layers.{i}.ffn.gate_proj.weight
+    model.layers.{i}.feed_forward.w2.weight -> layers.{i}.ffn.down_proj.weight
+    model.layers.{i}.feed_forward.w3.weight -> layers.{i}.ffn.up_proj.weight
+""")
+HRM = rows("""
+    model.embed_tokens.weight -> embed_tokens.weight
+    lm_head.weight -> lm_head.weight
+    model.z_L_init -> layers.0.low
+    model.L_module.layers.0.self_attn.{p}_proj.weight -> layers.1.attn.{p}_proj.weight
+    model.L_module.layers.0.mlp.{p}_proj.weight -> layers.1.ffn.{p}_proj.weight
+    model.H_module.layers.0.self_attn.{p}_proj.weight -> layers.2.attn.{p}_proj.weight
+    model.H_module.layers.0.mlp.{p}_proj.weight -> layers.2.ffn.{p}_proj.weight
+""")
+GEMMA4 = rows("""
+    model.layers.2.self_attn.k_proj.weight -> layers.2.attn.kv_proj.weight
+    model.layers.{i}.pre_feedforward_layernorm.weight -> layers.{i}.ffn_norm.weight
+    model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.weight
+""")
+MUSE = rows("""
+    model.vision_{any} -> -
+    model.audio_{any} -> -
+    model.language_model.embed_tokens.weight -> embed_tokens.weight
+    model.language_model.norm.weight -> norm.weight
+    lm_head.weight -> lm_head.weight
+    model.language_model.layers.{i}.self_attn.{p}_proj.weight -> layers.{i}.attn.{p}_proj.weight
+    model.language_model.layers.{i}.mlp.{p}_proj.weight -> layers.{i}.ffn.{p}_proj.weight
+    model.language_model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.w
+    model.language_model.layers.{i}.pre_feedforward_layernorm.weight -> layers.{i}.ffn_norm.w
+    model.language_model.layers.{i}.post_feedforward_layernorm.weight -> layers.{i}.o_scaled_rms.w
+    model.language_model.layers.{i}.post_attention_residual_gate.gate -> layers.{i}.attn_gate
+    model.language_model.layers.{i}.post_feedforward_residual_gate.gate -> layers.{i}.ffn_gate
 """)
 
 MODELS: dict[str, Theirs] = {
@@ -242,6 +298,7 @@ MODELS: dict[str, Theirs] = {
         GEMMA + PARTS,
         {
             **NARROW,
+            "hidden_size": 36,  # theirs rounds its root to float32
             "query_pre_attn_scalar": 9,
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0,
@@ -254,6 +311,7 @@ MODELS: dict[str, Theirs] = {
         GEMMA + PARTS,
         {
             **NARROW,
+            "hidden_size": 36,  # theirs rounds its root to float32
             "num_hidden_layers": 3,
             "query_pre_attn_scalar": 9,
             "sliding_window": 5,
@@ -303,14 +361,117 @@ MODELS: dict[str, Theirs] = {
             "bias": True,
             "ffn_hidden_size": 40,
         },
+        attention="sdpa",  # their eager one adds the penalty twice
     ),
     "bloom": Theirs("bloom", BLOOM, positions=False),
     "mpt": Theirs("mpt", MPT, positions=False),
     "phi": Theirs("phi", PHI + ONE_NORM + PARTS, {"rope_parameters": PARTLY}),
     "stablelm": Theirs(
         "stablelm",
-        ONE_NORM + PARTS,
+        STABLELM + ONE_NORM + PARTS,
         {"qk_layernorm": True, "use_parallel_residual": True, "rope_parameters": PARTLY},
     ),
     "nemotron": Theirs("nemotron", NEMOTRON + PARTS, {"rope_parameters": PARTLY}),
+    "lfm2": Theirs(
+        "lfm2",
+        LFM + PARTS,
+        {
+            "norm_eps": 1e-6,
+            "block_auto_adjust_ff_dim": False,
+            "conv_L_cache": 3,
+            "layer_types": ["conv", FULL],
+        },
+    ),
+    "lfm3": Theirs(
+        "lfm3",
+        LFM + PARTS,
+        {
+            **NARROW,
+            "num_hidden_layers": 3,
+            "norm_eps": 1e-6,
+            "conv_L_cache": 4,
+            "sliding_window": 5,
+            "layer_types": ["conv", LOCAL, FULL],
+            "rope_parameters": {
+                LOCAL: turning(1e4),
+                FULL: {
+                    "rope_type": "proportional",
+                    "rope_theta": 1e6,
+                    "partial_rotary_factor": 0.5,
+                },
+            },
+        },
+    ),
+    "hrm_text": Theirs(
+        "hrm_text",
+        HRM,
+        {
+            "num_hidden_layers": 1,
+            "head_dim": 8,
+            "H_cycles": 2,
+            "L_cycles": 3,
+            "L_bp_cycles": [3, 3],
+            "embedding_scale": 5.0,
+        },
+    ),
+    "gemma4": Theirs(
+        "gemma4_text",
+        GEMMA4 + AFTER + PARTS,
+        {
+            **NARROW,
+            "hidden_size": 36,
+            "num_hidden_layers": 3,
+            "global_head_dim": 8,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 5,
+            "layer_types": [LOCAL, LOCAL, FULL],
+            "rope_parameters": {
+                LOCAL: turning(1e4),
+                FULL: {
+                    "rope_type": "proportional",
+                    "rope_theta": 1e6,
+                    "partial_rotary_factor": 0.5,
+                },
+            },
+        },
+    ),
+    "muse_spark": Theirs(
+        "muse_spark",
+        MUSE,
+        {
+            "text_config": {
+                **SIZES,
+                **NARROW,
+                "num_hidden_layers": 3,
+                "mlp_layer_types": ["dense"] * 3,
+                "layer_types": [LOCAL, LOCAL, FULL],
+                "layer_rope_theta": [1e4, 1e4, 0],
+                "sliding_window": 5,
+                "qk_scale_factor": 5.0,
+                "output_multiplier": 0.5,
+                "final_logit_softcapping": 3.0,
+            },
+            "vision_config": {
+                "num_hidden_layers": 1,
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_attention_heads": 1,
+                "pos_emb_height": 2,
+                "pos_emb_width": 2,
+            },
+            "audio_config": {
+                "hidden_sizes": [4],
+                "depths": [1],
+                "patch_sizes": [2],
+                "num_hidden_layers": 1,
+                "out_hidden_size": 32,
+            },
+            "out_hidden_size": 8,
+            "projector_hidden_size": 8,
+        },
+        auto="AutoModelForImageTextToText",
+    ),
 }

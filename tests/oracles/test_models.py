@@ -33,7 +33,8 @@ def theirs(name: str) -> nn.Module:
     made = MODELS[name]
     with Widened():
         config = transformers.AutoConfig.for_model(made.kind, **{**SIZES, **made.config})
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        auto = getattr(transformers, made.auto)
+        model = auto.from_config(config, attn_implementation=made.attention)
         model = model.to(torch.float64).eval()
         randomise(model, seed=1)
     return model
