@@ -43,7 +43,9 @@ def test_examples_check(path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.loom")))
+@pytest.mark.parametrize(
+    "path", [*sorted(EXAMPLES.glob("*.loom")), *sorted(EXAMPLES.glob("models/*.loom"))]
+)
 def test_examples_are_formatted(path: Path) -> None:
     assert run("fmt", "--check", path).exit_code == 0
 

@@ -261,10 +261,10 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
     body_ = resolve_function(scope, inside, free)
     if not operands:
         raise error("L208", "this is a number, not a stream", expr.span)
-    return composed(body_, tuple(_for_heads(scope, operands)), expr.span)
+    return composed(body_, _for_heads(scope, operands), expr.span)
 
 
-def _for_heads(scope: Scope, operands: list[Flow]) -> list[Flow]:
+def _for_heads(scope: Scope, operands: Sequence[Flow]) -> tuple[Flow, ...]:
     """Give every head the features of a tensor [dim] that is not written `t[heads]`."""
     whole = next((each.shape for each in operands if each.shape.heads is not None), None)
 
@@ -275,7 +275,7 @@ def _for_heads(scope: Scope, operands: list[Flow]) -> list[Flow]:
             return flow
         return applied("repeat", {"times": whole.heads}, (flow,), flow.span)
 
-    return [given(each) for each in operands]
+    return tuple(map(given, operands))
 
 
 # ── stages ───────────────────────────────────────────────────────────────────────────────
@@ -298,7 +298,7 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
             what = step.make(head.shape)
             head = Part(what, (head,), what.out.shape, step.module, step.span)
             continue
-        head = _apply(replace(step, options=_completed(scope, step, head.shape, out)), head)
+        head = _apply(scope, replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
 
 
@@ -313,12 +313,12 @@ def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> d
     return step.op.complete(options, given, out)
 
 
-def _apply(step: _Stage, head: Flow | None) -> Flow:
+def _apply(scope: Scope, step: _Stage, head: Flow | None) -> Flow:
     inputs = step.others if head is None else (head, *step.others)
     if step.op.name == "embed" and not (isinstance(head, Read) and head.name == "tokens"):
         raise error("L206", "`embed` takes the ids of `tokens`", step.span, "these are none")
     if step.op.name == "pointwise":
-        return composed(step.options["expr"], inputs, step.span)
+        return composed(step.options["expr"], _for_heads(scope, inputs), step.span)
     return applied(step.op.name, step.options, inputs, step.span, step.places)
 
 

@@ -1,10 +1,10 @@
-"""Whole language models of Hugging Face Transformers: how they are made tiny, and what is named how.
+"""Whole language models of Hugging Face Transformers: how to make them tiny, what is named how.
 
 A model in `examples/models` and one of theirs have the same tensors under other names. Lines say
-which: `theirs -> ours`, in which `{i}` is a number, `{any}` anything and any other name a word; the first line that
-fits counts. What holds several of ours names them in brackets, `(q|k|v)_proj`, its rows one after
-the other; with `in 4` they are laid so in each of four groups. `across` is a matrix transposed.
-What is `stacked` is the `{j}`th part of ours, and `-` is of no use here.
+which: `theirs -> ours`, in which `{i}` and `{j}` are numbers, `{any}` is anything and any other
+name a word; the first line that fits counts. What holds several of ours names them in brackets,
+`(q|k|v)_proj`, its rows one after the other; with `in 4` they are laid so in each of four groups.
+`across` is a matrix transposed, `stacked` a row of ours, and `-` what has no place in ours.
 """
 
 from __future__ import annotations
@@ -197,12 +197,13 @@ BLOOM = rows("""
     transformer.h.{i}.mlp.dense_h_to_4h.{t} -> layers.{i}.ffn.up_proj.{t}
     transformer.h.{i}.mlp.dense_4h_to_h.{t} -> layers.{i}.ffn.down_proj.{t}
 """)
-QKV = "transformer.h.{i}.self_attention.query_key_value.weight -> layers.{i}.attn.(q|k|v)_proj.weight"
-FALCON_7B = rows(f"""
-    {QKV}
-    transformer.h.{{i}}.input_layernorm.{{t}} -> layers.{{i}}.y_norm.{{t}}
+FALCON_7B = rows("""
+    transformer.h.{i}.self_attention.query_key_value.{t} -> layers.{i}.attn.(q|k|v)_proj.{t}
+    transformer.h.{i}.input_layernorm.{t} -> layers.{i}.y_norm.{t}
 """)
-FALCON_40B = rows(f"{QKV} in 2")
+FALCON_40B = rows("""
+    transformer.h.{i}.self_attention.query_key_value.{t} -> layers.{i}.attn.(q|k|v)_proj.{t} in 2
+""")
 MPT = rows("""
     transformer.wte.weight -> embed_tokens.weight
     transformer.norm_f.weight -> norm.o_norm.weight
