@@ -7,7 +7,7 @@ returns a `model.Block`, or raises every finding together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...grammar import syntax
 from ...grammar.diagnostics import Diagnostic, error
@@ -35,7 +35,7 @@ from ..model import (
 from ..model import Part as Whole
 from .flows import Target, elaborate
 from .inheritance import Body
-from .layers import whole
+from .layers import numbered, whole
 from .library import Library
 from .mixing import Part
 from .scope import Findings, Scope
@@ -285,8 +285,10 @@ class _Builder:
         for name in shared:
             read = "o" if name in MAPS else name
             needed |= reaching(self.scope.streams, [Read(read, self.scope.streams[read].shape)])
-        streams = tuple(each for name, each in self.scope.streams.items() if name in needed)
-        flows = [*(each.flow for each in streams), *ends]
+        kept = [each for name, each in self.scope.streams.items() if name in needed]
+        flows = numbered([*(each.flow for each in kept), *ends])
+        streams = tuple(replace(each, flow=flow) for each, flow in zip(kept, flows, strict=False))
+        out, *more = flows[len(kept) :]
         nodes = [node for flow in flows for node in flow_nodes(flow)]
         reads_context = any(isinstance(node, Read) and node.name == "context" for node in nodes)
         modules = {node.module for node in nodes if isinstance(node, Apply | Whole)}
@@ -313,7 +315,7 @@ class _Builder:
             streams=streams,
             tensors=tuple(self.scope.tensors.values()),
             out=out,
-            regularize=self.regularize,
+            regularize=next(iter(more), None),
             span=self.body.span,
         )
 

@@ -296,7 +296,10 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
     for step, out in zip(steps, wanted, strict=True):
         if isinstance(step, _Whole):
             what = step.make(head.shape)
-            head = Part(what, (head,), what.out.shape, step.module, step.span)
+            shape = what.out.shape
+            if what.x.heads is None and head.shape.heads is not None:  # each head alike
+                shape = replace(shape, heads=head.shape.heads)
+            head = Part(what, (head,), shape, step.module, step.span)
             continue
         head = _apply(scope, replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head

@@ -18,11 +18,22 @@ from itertools import count
 
 from ...grammar import syntax
 from ...grammar.diagnostics import did_you_mean, error
-from ...grammar.expr import Value, rebuild
+from ...grammar.expr import Value, names, rebuild
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Expr, Name, Pipe, Unary
-from ...ops import Shape
-from ..model import Apply, Block, Flow, Part, Stream, flow_mapped, flow_nodes, is_part, reaching
+from ...ops import OPS, Mismatch, Shape
+from ..model import (
+    Apply,
+    Block,
+    Flow,
+    Part,
+    Stream,
+    applies,
+    flow_mapped,
+    flow_nodes,
+    is_part,
+    reaching,
+)
 from .arithmetic import applied
 from .around import NONE, Around
 from .flows import Target, elaborate
@@ -274,7 +285,14 @@ def _no_block(call: Expr, width: int) -> Block:  # noqa: ARG001  where no block 
 
 
 def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> Block:
-    """Return a stage with tensors of its own, of a stream of some shape (L220)."""
+    """Return a stage with tensors of its own, for a stream of some shape (L206, L220).
+
+    It does the same to every head, unless it has a tensor of all heads.
+    """
+    values = bind(stage.name, stage.params, call, call.span)
+    *declared, last = (substitute_statement(each, values) for each in stage.body)
+    heads = given.heads if not _of_heads(declared) else None
+    given = replace(given, heads=None) if heads is not None else given
     inner = Scope(
         scope.library,
         scope.findings,
@@ -285,8 +303,6 @@ def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> 
         whole=whole,
     )
     inner.elaborate = lambda let, own, name: Stream(name, elaborate(own, let.value, Target(name)))
-    values = bind(stage.name, stage.params, call, call.span)
-    *declared, last = (substitute_statement(each, values) for each in stage.body)
     for each in declared:
         if not isinstance(each, syntax.Let | syntax.Param):
             raise error(
@@ -312,8 +328,35 @@ def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> 
     out = elaborate(inner, value, Target("out"))
     kept = reaching(inner.streams, [out])
     streams = [each for name, each in inner.streams.items() if name in kept]
-    block = composed(stage.name, "stage", inner, streams, out, stage.span)
-    return replace(block, given=given)
+    block = replace(composed(stage.name, "stage", inner, streams, out, stage.span), given=given)
+    for node in (node for flow in block.flows for node in applies(flow)):
+        if heads is not None and not _same_for_heads(node, heads):
+            raise error(
+                "L206",
+                f"`{stage.name}` does not take a stream with heads",
+                call.span,
+                f"`{node.op}` in it would read them",
+                "give it one before `split`, or after `merge`",
+            )
+    return block
+
+
+def _of_heads(statements: list[syntax.Statement]) -> bool:
+    """Say whether some tensor has a dimension of all heads."""
+    dims = (dim for each in statements if isinstance(each, syntax.Param) for dim in each.dims)
+    return any("heads" in names(dim) for dim in dims)
+
+
+def _same_for_heads(node: Apply, heads: int) -> bool:
+    """Say whether an operation does to each head what it does to a stream without heads."""
+    op, options = OPS[node.op], dict(node.options)
+    if op.lookback(options) or op.by_sequence or op.positional:
+        return False
+    try:
+        made = op.shape([replace(each.shape, heads=heads) for each in node.inputs], options)
+    except Mismatch:
+        return False
+    return made == replace(node.shape, heads=heads)
 
 
 def composed(
@@ -360,18 +403,22 @@ def _named(flows: list[tuple[str, Flow]]) -> list[Flow]:
     A norm is called after the part that it goes into, `attn_norm`, or comes from,
     `attn_post_norm`; else after its stream. What would have one name is numbered.
     """
-    done = [flow_mapped(flow, partial(_beside, f"{name}_norm")) for name, flow in flows]
+    return numbered([flow_mapped(flow, partial(_beside, f"{name}_norm")) for name, flow in flows])
+
+
+def numbered(flows: list[Flow]) -> list[Flow]:
+    """Return flows in which modules of one name are numbered, `ffn_0` and `ffn_1`."""
     modules = [
-        node.module for flow in done for node in flow_nodes(flow) if isinstance(node, Apply | Part)
+        node.module for flow in flows for node in flow_nodes(flow) if isinstance(node, Apply | Part)
     ]
     numbers = {name: count() for name, times in Counter(modules).items() if name and times > 1}
 
-    def numbered(node: Apply | Part) -> Flow:
+    def renamed(node: Apply | Part) -> Flow:
         if node.module not in numbers:
             return node
         return replace(node, module=f"{node.module}_{next(numbers[node.module])}")
 
-    return [flow_mapped(each, numbered) for each in done]
+    return [flow_mapped(each, renamed) for each in flows]
 
 
 def _beside(norm: str, node: Apply | Part) -> Flow:

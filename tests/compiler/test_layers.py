@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -17,6 +19,7 @@ from headloom.compiler.meaning.reference import ReferenceBlock, ReferenceModel, 
 from headloom.compiler.model import Block, Model
 from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.plan import Target
+from headloom.compiler.reports.figure import figure
 from headloom.compiler.verify.verify import verify
 from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse
@@ -162,6 +165,36 @@ def test_none_takes_away_the_term_it_stands_in() -> None:
     )
 
 
+PARTS = {  # feed-forwards and stages with tensors among the pipelines of a block
+    "alike for every head": "q = x | linear | split | dyt; k = x | linear | split | dyt",
+    "a tensor of all heads": "q = x | linear | split | opened",
+    "earlier tokens": "k = x | shifted | linear | split; v = x | shifted | linear | split",
+    "around it": "out = o | merge | dyt | swiglu(1) | linear",
+    "in another": "out = o | merge | doubled | linear",
+}
+STAGES = """
+stage opened { param g[heads, features] = 1;  g * tanh(x) }
+stage doubled { let u = x | linear(3) | dyt | silu;  u | linear(features) }
+"""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_block(name: str) -> None:
+    text = f"{TEXT}{STAGES}block b {{ heads = 2; width = 16; mask = causal; {PARTS[name]} }}"
+    what = check(parse(text)).blocks["b"]
+    assert [each for each in verify(what) if each.ok is False] == []
+    modules = [each.module for each in what.parts]
+    assert len(modules) == len(set(modules))
+
+
+def test_a_stage_that_reads_heads_takes_none() -> None:
+    stage = "stage s { let u = x | conv(2);  u }"
+    text = f"{TEXT}{stage}\nblock b {{ heads = 2; q = x | linear | split | s }}"
+    with pytest.raises(LoomError) as caught:
+        check(parse(text))
+    assert {each.code for each in caught.value.diagnostics} == {"L206"}
+
+
 def test_equal_layers_are_one_class() -> None:
     text = generate(model("layers = [a, d, a, pre(d, none)]"), Target("torch")).text
     classes = [line.split()[1].split("(")[0] for line in text.splitlines() if "Layer(nn" in line]
@@ -301,3 +334,19 @@ def test_layers_that_run_again_share_their_weights() -> None:
     assert [each for each in verify(looped) if each.ok is False] == []
     once = model("let core = once(pre(a, swiglu)); layers = [core, d, core]")
     assert once.steps == (0, 1, 0)
+
+
+def test_the_figure_in_the_docs_is_the_one_that_is_drawn() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "language.md").read_text("utf-8")
+    (shown,) = re.findall(r"```mermaid\n(.*?)\n```", text, re.DOTALL)
+    found = re.findall(r"```loom\n(.*?)```", text, re.DOTALL)
+    (loom,) = (each for each in found if "model wide " in each)
+    assert figure(check(parse(loom)).models["wide"]) == shown
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_every_arrow_of_a_figure_ends_at_a_box(name: str) -> None:
+    drawn = figure(check(parse(f"{TEXT}{DEPTH[name]}")).models["m"])
+    places = [each.strip() for each in re.split(r"-->|\n", drawn) if each.strip()]
+    boxes = {re.split(r"[(\[]", each)[0] for each in places if re.search(r"[(\[]", each)}
+    assert {each for each in places if re.fullmatch(r"\w+", each)} - {"end"} <= boxes
