@@ -157,18 +157,33 @@ Flow = Read | Apply | Mixing | Statistic | Part
 
 
 def flow_nodes(flow: Flow) -> Iterator[Flow]:
-    """Yield every node of a flow, inputs first."""
-    if not isinstance(flow, Read):
-        for each in flow.inputs:
-            yield from flow_nodes(each)
-    yield flow
+    """Yield every node of a flow once, inputs first; what is read twice is one object."""
+    seen: set[int] = set()
+
+    def visit(node: Flow) -> Iterator[Flow]:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if not isinstance(node, Read):
+            for each in node.inputs:
+                yield from visit(each)
+        yield node
+
+    return visit(flow)
 
 
 def flow_mapped(flow: Flow, change: Callable[[Apply | Part], Flow]) -> Flow:
-    """Return a flow with every operation and part changed, inputs before what reads them."""
-    if not isinstance(flow, Apply | Part):
-        return flow
-    return change(replace(flow, inputs=tuple(flow_mapped(each, change) for each in flow.inputs)))
+    """Return a flow with every operation and part changed once, inputs before what reads them."""
+    done: dict[int, Flow] = {}
+
+    def visit(node: Flow) -> Flow:
+        if not isinstance(node, Apply | Part):
+            return node
+        if id(node) not in done:
+            done[id(node)] = change(replace(node, inputs=tuple(map(visit, node.inputs))))
+        return done[id(node)]
+
+    return visit(flow)
 
 
 def is_part(flow: Flow) -> TypeGuard[Part]:

@@ -7,6 +7,7 @@ nobody wrote; then shapes run forward and every stage checks what it is given.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +21,19 @@ from ...grammar.show import show
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Compare, Definition, Expr, Name, Number, Unary
 from ...ops import OPS, UNNAMED, Op, Shape
-from ..model import MAPS, OFFERED, PREVIOUS, Apply, Block, Flow, Part, Read, is_part
+from ..model import (
+    MAPS,
+    OFFERED,
+    PREVIOUS,
+    Apply,
+    Block,
+    Flow,
+    Part,
+    Read,
+    flow_mapped,
+    flow_nodes,
+    is_part,
+)
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
 from .library import put
 from .names import module_name
@@ -440,28 +453,16 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
 
 def name_modules(flow: Flow, target: Target) -> Flow:
     """Name the submodules of a pipeline: `q_proj`; `q_proj_0`, `q_proj_1` where several."""
-    counts: dict[str, int] = {}
+    nodes = (node for node in flow_nodes(flow) if isinstance(node, Apply | Part))
+    counts = Counter(node.module for node in nodes)
+    used: Counter[str] = Counter()
 
-    def count(node: Flow) -> None:
-        if isinstance(node, Apply | Part):
-            for each in node.inputs:
-                count(each)
-            if node.module:
-                counts[node.module] = counts.get(node.module, 0) + 1
-
-    count(flow)
-    used: dict[str, int] = {}
-
-    def visit(node: Flow) -> Flow:
-        if not isinstance(node, Apply | Part):
-            return node
-        inputs = tuple(visit(each) for each in node.inputs)
+    def named(node: Apply | Part) -> Flow:
         module = node.module
-        if module and not is_part(node):
-            at = used.get(module, 0)
-            used[module] = at + 1
-            number = f"_{at}" if counts[module] > 1 else ""
-            module = f"{target.module}_{module}{number}"
-        return replace(node, inputs=inputs, module=module)
+        if not module or is_part(node):
+            return node
+        number = f"_{used[module]}" if counts[module] > 1 else ""
+        used[module] += 1
+        return replace(node, module=f"{target.module}_{module}{number}")
 
-    return visit(flow)
+    return flow_mapped(flow, named)
