@@ -354,12 +354,11 @@ def test_every_arrow_of_a_figure_ends_at_a_box(name: str) -> None:
 
 OF_STREAMS = {  # stages and tensors that meet streams with heads, and the same in plain PyTorch
     "stage t { param w[features] = 0; x * (1 + w) }": lambda x, w: x * (1 + w["y_t.w"]),
-    "stage t = (x - mean(x)) | rms_norm(eps = 1e-5)": lambda x, w: (
-        functional.rms_norm(x - x.mean(-1, keepdim=True), (4,), w["y_t.o_norm.weight"], 1e-5)
+    "stage t = (x - mean(x)) | rms_norm(eps = 1e-5)": lambda x, w: functional.rms_norm(
+        x - x.mean(-1, keepdim=True), (4,), w["y_t.o_norm.weight"], 1e-5
     ),
     "stage t = elu1(x) * gelu_tanh(x - mean(x))": lambda x, w: (
-        (functional.elu(x) + 1)
-        * functional.gelu(x - x.mean(-1, keepdim=True), approximate="tanh")
+        (functional.elu(x) + 1) * functional.gelu(x - x.mean(-1, keepdim=True), approximate="tanh")
     ),
 }
 
