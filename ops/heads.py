@@ -115,7 +115,7 @@ class Repeat(Op):
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
     ) -> str:
         if shapes[0].tokens == "1":
-            one = f"{inputs[0]}.reshape(-1, 1, 1, {shapes[0].dim})"  # it may lack the batch
+            one = f"torch.atleast_2d({inputs[0]}).unsqueeze(-3)"  # a tensor is [dim]
             x = inputs[0] if shapes[0].heads is not None else one
             return f"{x}.repeat_interleave({options['times']}, dim=-3)"
         if shapes[0].heads is None:

@@ -401,10 +401,14 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
 
 def _holds(stage: Definition) -> bool:
     """Say whether a stage is a part: it has tensors or streams, or pipelines in its arithmetic."""
-    value = getattr(stage.body[-1], "value", None)
-    if isinstance(value, syntax.Pipe) and value.head is None:
-        return len(stage.body) > 1
-    return len(stage.body) > 1 or any(isinstance(each, syntax.Pipe) for each in syntax.walk(value))
+    if len(stage.body) > 1:
+        return True
+    (result,) = stage.body
+    if not isinstance(result, syntax.Result):
+        return False
+    value = result.value
+    whole = isinstance(value, syntax.Pipe) and value.head is None
+    return not whole and any(isinstance(each, syntax.Pipe) for each in syntax.walk(value))
 
 
 def _whole(scope: Scope, call: Expr, module: str, definition: Definition | None = None) -> _Whole:
