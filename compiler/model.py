@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeGuard
 
 from ..grammar.diagnostics import Diagnostic
@@ -367,7 +368,7 @@ class Recurrence:
 # ── blocks and models ────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that what follows from it is found out once
 class Block:
     """A block, or what it is a part of: a layer, a feed-forward, a stage, a model's two ends.
 
@@ -407,14 +408,14 @@ class Block:
         """The shape of what comes in."""
         return Shape("n", self.width) if self.given is None else self.given
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Part, ...]:
         """Its parts, in the order in which they are run."""
         return tuple(
             node for flow in self.flows for node in flow_nodes(flow) if isinstance(node, Part)
         )
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         """What of `OFFERED` it reads, or a part of it."""
         own = {each.name for each in self.streams} | {each.name for each in self.tensors}
@@ -462,7 +463,7 @@ class Block:
         """What mixes tokens, by name: `o`, and the branches."""
         return {each.name: each.flow for each in self.streams if isinstance(each.flow, Mixing)}
 
-    @property
+    @cached_property
     def marks(self) -> bool:
         """Whether segments only mark tokens: an expression says itself what documents mean.
 
@@ -543,7 +544,7 @@ class Block:
         return replace(self, streams=tuple(changed(each) for each in self.streams))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
     """A stack of layers between two ends. `vocab` None takes raw features [b, n, width].
 
@@ -574,7 +575,7 @@ class Model:
         """The layers as they are run."""
         return tuple(self.layers[at] for at in self.steps)
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         """What of `OFFERED` its layers read."""
         read = {name for layer in self.layers for name in layer.reads}
@@ -586,7 +587,7 @@ class Model:
         more = () if self.encoder is None else self.encoder.blocks
         return tuple(dict.fromkeys((*self.uses, *more)))
 
-    @property
+    @cached_property
     def uses(self) -> tuple[Block, ...]:
         """The blocks of the layers as they are run, however often each is used."""
         return tuple(block for layer in self.run for block in layer.uses)
@@ -601,7 +602,7 @@ class Model:
         """Whether there is one answer for each row, and not one for each token."""
         return self.head.out.shape.tokens == "1"
 
-    @property
+    @cached_property
     def marks(self) -> bool:
         """Whether segments only mark tokens, as one of the layers says what they mean."""
         return any(block.marks for block in self.layers)

@@ -22,9 +22,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from ..grammar.diagnostics import did_you_mean
 from ..grammar.source import Source
@@ -146,6 +144,9 @@ def _plain(width: int, heads: int) -> Cost:
 
 def show_all(tokens: int, console: Console | None = None) -> None:
     """Print a table of all mechanisms."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
     console = console or Console(highlight=False)
     caption = (
         f"for {tokens:,} tokens, caches in float32; flops: in parts of those of plain "

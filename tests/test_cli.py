@@ -70,7 +70,8 @@ def test_check_reads_the_search_block(tmp_path: Path) -> None:
     assert {"L521", "L523"} <= codes
 
 
-def test_check_is_fast_and_does_not_import_torch() -> None:
+@pytest.mark.parametrize("name", ["gqa.loom", "search_mqar.loom"])
+def test_check_is_fast_and_does_not_import_torch(name: str) -> None:
     command = [
         sys.executable,
         "-X",
@@ -78,12 +79,14 @@ def test_check_is_fast_and_does_not_import_torch() -> None:
         "-m",
         "headloom",
         "check",
-        str(EXAMPLES / "gqa.loom"),
+        str(EXAMPLES / name),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "headloom.compiler.checking.check" in imported
     assert not imported & {"torch", "triton", "numpy", "optuna", "networkx"}
+    graphs = {"headloom.compiler.graph.graph", "headloom.compiler.pipeline", "rich"}
+    assert not imported & graphs
 
 
 def test_check_of_a_missing_file() -> None:

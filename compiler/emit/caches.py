@@ -5,7 +5,8 @@ What is kept, and of what size, is said by `Kept` (`facts/kept.py`), where the b
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
 
 from ...grammar.expr import calls, evaluate
 from ...ops import OPS
@@ -34,7 +35,7 @@ _CLASSES: dict[type[Part], str] = {
 class Caches:
     """The caches of one block, as text."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, facts: Mapping[str, Attention] | None = None) -> None:
         self.graph, self.block, self.roots = graph, graph.block, Roots(graph)
         self.attentions = tuple(graph.of(Attend))
         self.recurrences = tuple(graph.of(Scan))
@@ -42,7 +43,7 @@ class Caches:
         self.obstacle = decoding.obstacle(graph.block)
         self.kept = Kept() if self.obstacle is not None else kept_of(graph)
         self.borrows = frozenset(graph.block.borrows)
-        self._facts = {each.name: Attention(graph, each) for each in self.attentions}
+        self._facts = facts or {}
 
     def facts(self, node: Node[Attend]) -> Attention:
         """Return what is known of an attention."""
@@ -180,6 +181,7 @@ def _size(held: Held) -> str:
     return f'"{ident(held.name)}": {(held.shape.heads, held.shape.dim)}'
 
 
+@lru_cache(maxsize=256)
 def own_rows(block: Block, training: bool = True) -> bool:
     """Say whether sequences of one row must be laid out in rows of their own.
 

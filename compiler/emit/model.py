@@ -133,15 +133,9 @@ def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
     if model.encoder is not None:
         lines.append(f"self.encoder = {encoder}()")
     if model.vocab is not None:
-        lines += [
-            f"self.embed_tokens = nn.Embedding({model.vocab}, {model.width})",
-            "nn.init.normal_(self.embed_tokens.weight, std=0.02)",
-        ]
+        lines += _table("embed_tokens", model.vocab, model.width)
     if model.embed_position == "learned":
-        lines += [
-            f"self.embed_positions = nn.Embedding({model.positions}, {model.width})",
-            "nn.init.normal_(self.embed_positions.weight, std=0.02)",
-        ]
+        lines += _table("embed_positions", model.positions, model.width)
     lines += _End(model.embed, classes).modules()
     layers = []
     for text, same in groupby(made(layer, classes) for layer in model.layers):
@@ -157,6 +151,12 @@ def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
             ")",
         ]
     return [*lines, *listed, *_End(model.head, classes).modules()]
+
+
+def _table(name: str, rows: int, width: int) -> list[str]:
+    """Write an embedding whose values are drawn once: nn.Embedding would draw others first."""
+    drawn = f"torch.empty({rows}, {width}).normal_(std=0.02)"
+    return call(f"self.{name} = nn.Embedding.from_pretrained", [drawn, "freeze=False"])
 
 
 def _forward(model: Model, classes: Classes) -> list[str]:
@@ -182,7 +182,7 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         ]
     args = ["attention_mask", "segments", "cu_seqlens", "positions"]
     args += ["cuts=False"] if model.marks else []
-    args += ["rows=True"] if any(own_rows(layer) for layer in model.layers) else []
+    args += ["rows=True"] if any(map(own_rows, model.layers)) else []
     if cached and not all(map(begins_within, model.layers)):
         args.append("begins=False")
     head = ["self", first, "cache"] if cached else [first, "None"]

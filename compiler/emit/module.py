@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ...kernels import render
 from ..graph.passes import simplest
 from ..lowerings.operators import operators
 from ..model import Block, Model
@@ -134,6 +133,8 @@ class _File:
         body = "\n\n\n".join(self._bodies)
         sections = self._sections
         if sections:
+            from ...kernels import render
+
             sections = [render.skeleton_text(*self._families), *sections]
         read = names_read([body])
         copied = needed_pieces(read)

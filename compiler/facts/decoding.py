@@ -8,6 +8,8 @@ a mask that looks ahead, queries that are not the tokens: cannot decode, and why
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.syntax import Call, Index, Name, walk
@@ -17,6 +19,7 @@ from ..model import OFFERED, PREVIOUS, Apply, Block, Flow, Mixing, Part, Read, R
 from .later import later_read
 
 
+@lru_cache(maxsize=256)
 def obstacle(block: Block) -> str | None:
     """Return why a block cannot decode step by step; None where it can."""
     grown: dict[str, bool] = {"x": True, "context": False}

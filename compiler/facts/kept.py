@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from ...ops import Shape
@@ -128,6 +129,7 @@ class Kept:
         return sum(each.bytes(tokens, size) for each in self.parts)
 
 
+@lru_cache(maxsize=256)
 def kept(block: Block) -> Kept:
     """Return what a block keeps."""
     return kept_of(simplest(block))

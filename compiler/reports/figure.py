@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 from ...grammar.expr import substitute
 from ...grammar.show import show
@@ -58,7 +59,7 @@ def _label(flow: Apply | Part, read: list[str]) -> str:
     if isinstance(flow, Part):
         own = flow.what.name
         return own if flow.module == own else f"{flow.module}: {own}"
-    options = dict(flow.options)
+    options: dict[str, Any] = dict(flow.options)
     if flow.op == "pointwise":
         named = {f"a{at}": Name(each) for at, each in enumerate(read)}
         return show(substitute(options["expr"], named))

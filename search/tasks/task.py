@@ -14,18 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import numpy as np
+if TYPE_CHECKING:
+    from typing import Any
 
-Array = np.ndarray[Any, np.dtype[np.int64]]
+    import numpy as np
+    from torch import Tensor
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 Split = Literal["train", "test"]
 IGNORED = -100  # what torch's cross entropy passes over
 
 _SPLITS = {"train": 0, "test": 1}
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Task:
 
     def batch(self, step: int, batch: int, split: Split = "train") -> tuple[Tensor, Tensor]:
         """Return batch `step` of a split: tokens and targets, int64 [batch, length]."""
+        import numpy as np
         import torch
 
         numbers = np.random.default_rng([self.seed, _SPLITS[split], step])
