@@ -32,6 +32,11 @@ class Row:
     across: bool = False
     stacked: bool = False
 
+    def under(self, theirs: str, ours: str) -> Row:
+        """Return the same of a module of theirs, which is one of ours."""
+        several = tuple(ours + each for each in self.ours)
+        return Row(theirs + self.theirs, several, self.groups, self.across, self.stacked)
+
     def moved(
         self, name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, Tensor] | None:
@@ -46,6 +51,9 @@ class Row:
             return {ours[0]: tensor[None]}
         if len(ours) == 1:
             return {ours[0]: tensor.reshape(shapes[ours[0]])}
+        if tensor.ndim == 3:  # of several heads: each holds its rows of ours
+            parts = tensor.split([shapes[each][1] for each in ours], 1)
+            return dict(zip(ours, parts, strict=True))
         sizes = [shapes[each][0] // self.groups for each in ours]
         parts = tensor.unflatten(0, (self.groups, -1)).split(sizes, 1)
         return {key: part.flatten(0, 1) for key, part in zip(ours, parts, strict=True)}
@@ -278,6 +286,30 @@ MUSE = rows("""
     model.language_model.layers.{i}.post_attention_residual_gate.gate -> layers.{i}.attn_gate
     model.language_model.layers.{i}.post_feedforward_residual_gate.gate -> layers.{i}.ffn_gate
 """)
+MAMBA = rows("""
+    input_layernorm.weight -> mamba_norm.weight
+    mamba.in_proj.weight -> mamba.(u|gate)_proj.weight in 64
+    mamba.conv1d.weight -> mamba.u_conv.weight
+    mamba.conv1d.bias -> mamba.u_conv.bias
+    mamba.x_proj_weight -> mamba.(time_proj_0|k_proj|q_proj).weight
+    mamba.dt_proj_weight -> mamba.time_proj_1.weight
+    mamba.dt_proj_bias -> mamba.shift
+    mamba.A_log -> mamba.rate
+    mamba.D -> mamba.skip
+    mamba.out_proj.weight -> mamba.o_proj.weight
+""")
+ZAMBA = rows("""
+    model.embed_tokens.weight -> embed_tokens.weight
+    model.final_layernorm.weight -> norm.weight
+    model.layers.1.shared_transf.self_attn.{p}_proj.weight -> layers.1.attention.{p}_proj.weight
+    model.layers.1.shared_transf.feed_forward.{p}_proj.weight -> layers.1.geglu.{p}_proj.weight
+    model.layers.1.shared_transf.input_layernorm.weight -> layers.1.attention_norm.weight
+    model.layers.1.shared_transf.pre_ff_layernorm.weight -> layers.1.geglu_norm.weight
+    model.layers.1.linear.weight -> layers.2.t_proj.weight
+    model.layers.3.linear.weight -> layers.4.t_proj.weight
+""")
+for ours, theirs in {0: "0", 2: "1.mamba_decoder", 3: "2", 4: "3.mamba_decoder"}.items():
+    ZAMBA += tuple(each.under(f"model.layers.{theirs}.", f"layers.{ours}.") for each in MAMBA)
 
 MODELS: dict[str, Theirs] = {
     "llama": Theirs("llama", PARTS + BEFORE, NARROW),
@@ -474,5 +506,20 @@ MODELS: dict[str, Theirs] = {
             "projector_hidden_size": 8,
         },
         auto="AutoModelForImageTextToText",
+    ),
+    "zamba": Theirs(
+        "zamba",
+        ZAMBA,
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 4,
+            "n_mamba_heads": 2,
+            "mamba_d_state": 4,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": 3,
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+        },
+        positions=False,
     ),
 }
