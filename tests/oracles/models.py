@@ -310,6 +310,26 @@ ZAMBA = rows("""
 """)
 for ours, theirs in {0: "0", 2: "1.mamba_decoder", 3: "2", 4: "3.mamba_decoder"}.items():
     ZAMBA += tuple(each.under(f"model.layers.{theirs}.", f"layers.{ours}.") for each in MAMBA)
+GLM = rows("""
+    model.layers.{i}.post_self_attn_layernorm.weight -> layers.{i}.attn_post_norm.weight
+    model.layers.{i}.post_mlp_layernorm.weight -> layers.{i}.ffn_post_norm.weight
+""")
+APERTUS = rows("""
+    model.layers.{i}.attention_layernorm.weight -> layers.{i}.attn_norm.weight
+    model.layers.{i}.feedforward_layernorm.weight -> layers.{i}.ffn_norm.weight
+    model.layers.{i}.mlp.act_fn.alpha_p -> layers.{i}.ffn.down_xielu.above
+    model.layers.{i}.mlp.act_fn.alpha_n -> layers.{i}.ffn.down_xielu.below
+    model.layers.{i}.mlp.fc1.weight -> layers.{i}.ffn.up_proj.weight
+    model.layers.{i}.mlp.fc2.weight -> layers.{i}.ffn.down_proj.weight
+""")
+MINICPM = rows("""
+    model.layers.{i}.self_attn.q_a_proj.weight -> layers.{i}.attn.q_proj_0.weight
+    model.layers.{i}.self_attn.q_a_layernorm.weight -> layers.{i}.attn.q_norm.weight
+    model.layers.{i}.self_attn.q_b_proj.weight -> layers.{i}.attn.q_proj_1.weight
+    model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight -> layers.{i}.attn.(c|kr)_proj.weight
+    model.layers.{i}.self_attn.kv_a_layernorm.weight -> layers.{i}.attn.c_norm.weight
+    model.layers.{i}.self_attn.kv_b_proj.weight -> layers.{i}.attn.(k|v)_proj.weight in 4
+""")
 
 MODELS: dict[str, Theirs] = {
     "llama": Theirs("llama", PARTS + BEFORE, NARROW),
@@ -521,5 +541,29 @@ MODELS: dict[str, Theirs] = {
             "layers_block_type": ["mamba", "hybrid"] * 2,
         },
         positions=False,
+    ),
+    "olmo": Theirs("olmo", PARTS, {**NARROW, "clip_qkv": 0.8}),
+    "nanochat": Theirs("nanochat", APERTUS + PARTS, {**NARROW, "final_logit_softcapping": 3.0}),
+    "glm4": Theirs(
+        "glm4",
+        FUSED + GLM + BEFORE + PARTS,
+        {"head_dim": 8, "attention_bias": True, "rope_parameters": PARTLY},
+    ),
+    "apertus": Theirs("apertus", APERTUS + PARTS, {**NARROW, "hidden_act": "xielu"}),
+    "minicpm3": Theirs(
+        "minicpm3",
+        MINICPM + PARTS + BEFORE,
+        {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 9,
+            "q_lora_rank": 11,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 8,
+        },
     ),
 }
