@@ -157,20 +157,16 @@ class Part:
 Flow = Read | Apply | Mixing | Statistic | Part
 
 
-def flow_nodes(flow: Flow) -> Iterator[Flow]:
-    """Yield every node of a flow once, inputs first; what is read twice is one object."""
-    seen: set[int] = set()
-
-    def visit(node: Flow) -> Iterator[Flow]:
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        if not isinstance(node, Read):
-            for each in node.inputs:
-                yield from visit(each)
-        yield node
-
-    return visit(flow)
+def flow_nodes(flow: Flow, seen: set[int] | None = None) -> Iterator[Flow]:
+    """Yield every node of a flow, inputs first, and once where several read the same one."""
+    seen = set() if seen is None else seen
+    if id(flow) in seen:
+        return
+    seen.add(id(flow))
+    if not isinstance(flow, Read):
+        for each in flow.inputs:
+            yield from flow_nodes(each, seen)
+    yield flow
 
 
 def flow_mapped(flow: Flow, change: Callable[[Apply | Part], Flow]) -> Flow:

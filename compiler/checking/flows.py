@@ -97,6 +97,8 @@ def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
             label,
             _repair(flow.shape, target),
         )
+    if target.shape is not None and _stays_wide(scope, flow):
+        flow = applied("pointwise", {"expr": Name("a0")}, (flow,), expr.span)
     if target.shape is not None and not _reads_streams(scope, flow):
         raise error(
             "L208",
@@ -106,6 +108,17 @@ def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
             "begin with a stream; `latents(count)` is a learned list of tokens",
         )
     return flow
+
+
+def _stays_wide(scope: Scope, flow: Flow) -> bool:
+    """Say whether a flow stays float32 where the block is in less."""
+    match flow:
+        case Read(name):
+            own = scope.streams.get(name)
+            return own is not None and _stays_wide(scope, own.flow)
+        case Apply(op):
+            return OPS[op].wide
+    return False
 
 
 def _reads_streams(scope: Scope, flow: Flow) -> bool:
@@ -132,6 +145,8 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
     match expr:
         case Name(id, span):
             shape = scope.shape(id, span) or _tensor(scope, expr)
+            if shape is None and id in OPS and OPS[id].bare:
+                return _pipe(scope, Read("x", scope.inputs["x"], span), (expr,), target)
             if shape is None:
                 if id in LATER:
                     raise error("L221", f"{LATER[id]} not available yet", span)
@@ -447,6 +462,7 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
             options[option.name] = option.default
         elif option.kind == "stream":
             others.append(_flow(scope, value, replace(target, shape=None)))
+            places[option.name] = value.span
         else:
             options[option.name] = option_value(scope, op.name, option, value, places)
     return _Stage(op, options, tuple(others), stage.span, places)
@@ -456,7 +472,10 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
 
 
 def name_modules(flow: Flow, target: Target) -> Flow:
-    """Name the submodules of a pipeline: `q_proj`; `q_proj_0`, `q_proj_1` where several."""
+    """Name the submodules of a pipeline: `q_proj`; `q_proj_0`, `q_proj_1` where several.
+
+    What is read in several places, `x / norm(x)` of a pipeline, stays one.
+    """
     nodes = (node for node in flow_nodes(flow) if isinstance(node, Apply | Part))
     counts = Counter(node.module for node in nodes)
     used: Counter[str] = Counter()

@@ -293,7 +293,8 @@ class _Reader:
             )
         for node in applies(block.out):
             op = OPS[node.op]
-            if op.lookback(dict(node.options)) or op.positional:
+            shapes = [each.shape for each in node.inputs]
+            if op.reads_earlier(shapes, dict(node.options)) or op.positional:
                 raise error(
                     "L226",
                     f"`{node.op}` reads other tokens, which `{kind}` cannot",

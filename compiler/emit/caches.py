@@ -119,6 +119,8 @@ class Caches:
         sizes = ", ".join(map(_size, part.streams))
         ring = [] if part.ring is None else [f"ring={part.ring}"]
         ring += [f"prefix={part.prefix}"] if part.prefix else []
+        wide = "".join(f'"{ident(each.name)}", ' for each in part.streams if each.wide)
+        ring += [f"wide=({wide.rstrip()})"] if wide else []
         return [
             "batch",
             "length",

@@ -50,7 +50,7 @@ class Mixes(Stages):
 
     def _when(self, needs: tuple[str, ...]) -> str:
         """Write the condition of the text before the general one."""
-        truths = ("plain", "counted")
+        truths = ("plain", "counted", "exact")
         return " and ".join(each if each in truths else f"{each} is None" for each in needs)
 
     def takes_all(self, node: Node[Attend]) -> bool:

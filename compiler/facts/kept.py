@@ -18,7 +18,7 @@ from math import prod
 
 from ...ops import Shape
 from ..algebra.masks import extent, remembered, widest
-from ..graph.graph import AnyNode, Graph, Node, made_by, shape_of
+from ..graph.graph import AnyNode, Graph, Node, is_wide, made_by, shape_of
 from ..graph.operations import Attend, Scan, Stage, Whole
 from ..graph.passes import simplest
 from ..graph.roots import Roots
@@ -28,14 +28,16 @@ from ..model import Block
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A stream that is held, by its node."""
+    """A stream that is held, by its node; what is wide takes four bytes a number at least."""
 
     name: str
     shape: Shape
+    wide: bool = False
 
     def bytes(self, tokens: int, size: int) -> int:
         count = self.shape.tokens
         own = int(count) if count.isdecimal() else tokens
+        size = max(4, size) if self.wide else size
         return own * self.shape.features * (8 if self.name == "doc" else size)
 
 
@@ -81,12 +83,17 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Tails:
-    """The inputs of stages at the tokens before the next one: node → how many numbers."""
+    """The inputs of stages at the tokens before the next one: node → how many numbers.
+
+    Of stages that carry, it is what they made of all tokens, in float64.
+    """
 
     stages: tuple[tuple[str, int], ...]
+    carried: tuple[tuple[str, int], ...] = ()
 
     def bytes(self, tokens: int, size: int) -> int:  # noqa: ARG002  room for them is there at once
-        return size * sum(numbers for _, numbers in self.stages)
+        made = sum(numbers for _, numbers in self.carried)
+        return size * sum(numbers for _, numbers in self.stages) + 8 * made
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +191,16 @@ def _context(graph: Graph, roots: Roots) -> Iterator[Context]:
 
 def _tails(graph: Graph) -> Iterator[Tails]:
     """Yield what stages keep that read earlier tokens, where there are such."""
-    stages = [node for node in graph.of(Stage) if lookback(node)]
-    if stages:
-        numbers = (lookback(node) * shape_of(node.dims).features for node in stages)
-        yield Tails(tuple(zip((node.name for node in stages), numbers, strict=True)))
+    stages = [
+        (node.name, lookback(node) * shape_of(graph.node(node.inputs[0]).dims).features)
+        for node in graph.of(Stage)
+        if lookback(node)
+    ]
+    carried = [
+        (node.name, carries(graph, node)) for node in graph.of(Stage) if carries(graph, node)
+    ]
+    if stages or carried:
+        yield Tails(tuple(stages), tuple(carried))
 
 
 def _within(graph: Graph) -> Iterator[Within]:
@@ -203,8 +216,18 @@ def lookback(node: AnyNode) -> int:
     return node.op.definition.lookback(node.op.given)
 
 
+def carries(graph: Graph, node: AnyNode) -> int:
+    """Return how many numbers a node makes of all earlier tokens, of those a cache is for."""
+    if not made_by(node, Stage) or "n" not in node.dims:
+        return 0
+    return node.op.definition.carries(graph.shapes(node), node.op.given)
+
+
 def _held(graph: Graph, names: Iterable[str]) -> tuple[Held, ...]:
     def shape(name: str) -> Shape:
         return Shape("n", 1) if name == "doc" else shape_of(graph.node(name).dims)
 
-    return tuple(Held(name, shape(name)) for name in dict.fromkeys(names))
+    def wide(name: str) -> bool:
+        return name != "doc" and is_wide(graph.node(name))
+
+    return tuple(Held(name, shape(name), wide(name)) for name in dict.fromkeys(names))

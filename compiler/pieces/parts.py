@@ -67,7 +67,7 @@ class KeyValueCache(Part):
     `sizes` says what is kept of each token: name → (heads or None, features). With a `ring`,
     only the first `prefix` tokens of a sequence and the last `ring` are kept. A token stands in
     the slot of its number in its sequence; a new sequence takes the slots of the one before.
-    Without a `length`, room is made as it is needed.
+    Without a `length`, room is made as it is needed. What is `wide` is float32 at least.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class KeyValueCache(Part):
         sizes: dict[str, tuple[int | None, int]],
         ring: int | None = None,
         prefix: int = 0,
+        wide: tuple[str, ...] = (),
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -90,7 +91,11 @@ class KeyValueCache(Part):
                 (batch, self.capacity, dim)
                 if heads is None
                 else (batch, heads, self.capacity, dim),
-                dtype=torch.int64 if name == "doc" else dtype,
+                dtype=torch.int64
+                if name == "doc"
+                else torch.promote_types(dtype, torch.float32)
+                if name in wide
+                else dtype,
                 device=device,
             )
             for name, (heads, dim) in sizes.items()
@@ -360,6 +365,14 @@ class TailCache(Part):
         back = torch.arange(count, 0, -1, device=x.device)
         known = back <= torch.as_tensor(batch.before, device=x.device).expand(len(x))[:, None]
         return old, torch.cat([torch.where(known, 0, -2), batch.run], 1)
+
+    def past(self, name: str) -> Tensor | None:
+        """Return what a stage made of the tokens so far [b, (heads,) 1, d], if there were any."""
+        return self.kept.get(name)
+
+    def carry(self, name: str, made: Tensor, batch: Batch) -> None:
+        """Keep what a stage made of all tokens up to the last one of each row."""
+        self.before(name, made, 1, batch)
 
 
 def by_row(rows: Tensor, x: Tensor) -> Tensor:

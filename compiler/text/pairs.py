@@ -69,7 +69,16 @@ def operand(node: Node[Attend], read: Index) -> str:
     return ""
 
 
-_WHOLE = ("abs", "min", "max", "clip", "where", "floor", "ispow2")  # keep whole numbers whole
+_WHOLE = (
+    "abs",
+    "sign",
+    "min",
+    "max",
+    "clip",
+    "where",
+    "floor",
+    "ispow2",
+)  # keep whole numbers whole
 
 
 def widened(expr: Expr, wide: str) -> Expr:

@@ -240,7 +240,7 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
         return "a recurrence has no mask; causality covers it"
     if mixing.queries != "n" or mixing.keys not in ("n", "m"):
         return "its queries or keys are not the tokens"
-    if any(OPS[node.op].lookback(dict(node.options)) for node in _stages(block)):
+    if any(_reads_earlier(node) for node in _stages(block)):
         return "a stage carries one token's values to another"
     if (why := other_queries(block, mixing)) is not None:
         return why
@@ -265,6 +265,11 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
                 compare(f"rows that do not see key {j}", case, after[hidden], before[hidden], 1e-12)
                 count += int(hidden.any())
     return (count, 0.0) if count else "every query sees every key"
+
+
+def _reads_earlier(node: Apply) -> bool:
+    shapes = [each.shape for each in node.inputs]
+    return OPS[node.op].reads_earlier(shapes, dict(node.options))
 
 
 def _stages(block: Block) -> list[Apply]:

@@ -156,6 +156,13 @@ SETTINGS = {
     "conv_of_state": "heads = 4; mask = causal; mix = gated_delta; "
     "k = x | linear | conv(4) | split",
     "conv_both_ways": "heads = 4; v = x | linear | conv(3, causal = false) | split",
+    "running": f"{CAUSAL}; let c = x | linear(heads) | log_sigmoid | running(sum); "
+    "score = s + c[i, h] - c[j, h]; k = x | running(mean) | linear | split; "
+    "v = x | linear | split | running(max)",
+    "shifted": f"{CAUSAL}; let w = x | linear(3 * heads) | split; "
+    "q = x | shift(2) | linear | split | conv(3, taps = w); "
+    "k = x | linear | conv(2, dilation = 3, groups = 4) | split | rms_norm(scale = false); "
+    "v = x | grouped_linear(4) | split | gate(index / 9 - 1)",
     "head_embeddings": f"{CAUSAL}; param e[heads, head_dim] = normal(1); param g[width] = 1; "
     "let c = x * g | linear(head_dim); q = ((c | repeat(heads)) * (1 + e)); out = (o + e) "
     "| merge | linear",

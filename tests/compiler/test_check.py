@@ -258,6 +258,18 @@ BLOCKS = {
     "a gate of two": ("L209", "out = o | gate(o, o) | merge | linear"),
     "a flag of 2": ("L222", "out = o | merge | linear(bias = 2)"),
     "a convolution of none": ("L203", "q = x | conv(0) | split"),
+    "groups that do not divide": ("L206", "q = x | linear | conv(2, groups = 5) | split"),
+    "taps of another width": (
+        "L206", "let w = x | linear(3); q = x | linear | conv(4, taps = w) | split",
+    ),
+    "taps in groups": (
+        "L206", "let w = x | linear(4); q = x | linear | conv(4, groups = 2, taps = w) | split",
+    ),
+    "a shift of none": ("L203", "q = x | shift(0) | linear | split"),
+    "a running number of no kind": ("L222", "q = x | running(median) | linear | split"),
+    "a running number of none": ("L209", "q = x | running | linear | split"),
+    "groups of unlike parts": ("L206", "q = x | grouped_linear(3) | split"),
+    "an index of two": ("L209", "q = x | index(2) | split"),
     # numbers of rows, and what training adds
     "rows of a stream": ("L228", "out = (o * rows(q, p)) | merge | linear"),
     "rows of a recurrence": ("L228", "mask = causal; mix = linear; out = (o * lse(o)) | merge"),
