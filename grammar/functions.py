@@ -113,11 +113,16 @@ FUNCTIONS: dict[str, Function] = {
 # Functions over whole vectors and matrices: name → number of arguments.
 VECTOR_FUNCTIONS = {"sum": 1, "mean": 1, "norm": 1, "outer": 2, "dot": 2}
 
+# Functions of vectors and matrices that only mixers have: name → number of arguments.
+MIXER_FUNCTIONS = {"diag": 1, "solve": 2, "softmax": 1}
+
 # Functions that look at other pairs than their own, in scores and weights: over the visible keys
-# of a query, the queries that see a key, the heads, the neighbours; and a coin for each pair.
+# of a query, the queries that see a key (all of them, or those up to its own), the heads, the
+# neighbours; and a coin for each pair.
 MAP_FUNCTIONS = {
     "sum_keys": 1, "mean_keys": 1, "max_keys": 1, "rank_keys": 1,
     "sum_queries": 1, "mean_queries": 1, "max_queries": 1,
+    "running_keys": 1, "running_queries": 1,
     "mix_heads": 2, "convolve": 2, "coin": 1,
 }  # fmt: skip
 

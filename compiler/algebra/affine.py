@@ -154,8 +154,10 @@ class Affine:
                 return self.ranks.get(id, 0)
             case Index(Name(id), items):
                 return self.ranks[id] - len(items)
-            case Call("outer"):
+            case Call("outer" | "diag"):
                 return 2
+            case Call("solve"):
+                return 1
             case Call("dot" | "sum" | "mean" | "norm"):
                 return 0
             case Binary("@", left, right):

@@ -12,12 +12,12 @@ It is found in the graph, in which equal things are one node. The emitted caches
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
 from ...ops import Shape
-from ..algebra.masks import extent, remembered, widest
+from ..algebra.masks import extent, in_order, remembered, widest
 from ..graph.graph import AnyNode, Graph, Node, is_wide, made_by, shape_of
 from ..graph.operations import Attend, Scan, Stage, Whole
 from ..graph.passes import simplest
@@ -28,16 +28,21 @@ from ..model import Block
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A stream that is held, by its node; what is wide takes four bytes a number at least."""
+    """A stream that is held, by its node, or a sum of what queries made of the keys.
+
+    What is `wide` takes four bytes a number at least, and so does what is `changing`: later tokens
+    write it anew.
+    """
 
     name: str
     shape: Shape
     wide: bool = False
+    changing: bool = False
 
     def bytes(self, tokens: int, size: int) -> int:
         count = self.shape.tokens
         own = int(count) if count.isdecimal() else tokens
-        size = max(4, size) if self.wide else size
+        size = max(4, size) if self.wide or self.changing else size
         return own * self.shape.features * (8 if self.name == "doc" else size)
 
 
@@ -46,7 +51,8 @@ class Keys:
     """What the attentions `readers` read of each token before.
 
     `early` is that of all keys that are there before anything is mixed; it is the first reader
-    that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone.
+    that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone;
+    `ordered` is whether they are read in the order of the tokens.
     """
 
     readers: tuple[str, ...]
@@ -54,6 +60,7 @@ class Keys:
     streams: tuple[Held, ...]
     ring: int | None
     prefix: int
+    ordered: bool
 
     def bytes(self, tokens: int, size: int) -> int:
         held = tokens if self.ring is None else min(tokens, self.prefix + self.ring)
@@ -159,6 +166,7 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         tokens = node.dims[2] == "n" and not graph.crosses(node)
         if tokens and node.name not in graph.block.borrows:
             late = any(map(roots.late, along_keys(graph, node)))
+            late = late or node.op.mix.in_turn  # what it keeps is known when it is mixed
             groups.setdefault(node.name if late else None, []).append(node)
     for only, nodes in groups.items():
         lent = graph.lent.values() if only is None else ()
@@ -167,7 +175,28 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         reach = widest(map(extent, (*own, *graph.block.serves)))
         ring, prefix = (None, 0) if reach.back is None else (reach.back + 1, reach.prefix)
         readers = tuple(node.name for node in nodes)
-        yield Keys(readers, only is None, _held(graph, (*read, *lent)), ring, prefix)
+        ordered = any(in_order(expr) for node in nodes for expr in node.op.exprs)
+        streams = _held(graph, (*read, *lent))
+        if nodes[0].op.mix.in_turn:
+            streams = _changing(nodes[0], streams)
+        yield Keys(readers, only is None, streams, ring, prefix, ordered)
+
+
+def _changing(node: Node[Attend], streams: tuple[Held, ...]) -> tuple[Held, ...]:
+    """Return what an attention holds whose keys later tokens change, or add to sums of."""
+    mix, heads = node.op.mix, int(node.dims[1])
+    if mix.carry is not None:
+        streams = tuple(replace(each, changing=each.name == node.k) for each in streams)
+    sums = (
+        Held(sums_of(node.name, at), Shape("n", 1, heads), changing=True)
+        for at in range(len(mix.running))
+    )
+    return (*streams, *sums)
+
+
+def sums_of(attention: str, at: int) -> str:
+    """Return what a sum over the queries so far is called, of those of an attention."""
+    return f"{attention}_sums_{at}"
 
 
 def along_keys(graph: Graph, node: Node[Attend]) -> tuple[str, ...]:

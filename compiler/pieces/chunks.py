@@ -112,7 +112,7 @@ def over_chunks(
     A compiler gets the loop as one operator, for any number of chunks: it would unroll it.
     """
     if torch.compiler.is_compiling():
-        state, made = torch._higher_order_ops.scan(step, state, chunks)
+        state, made = torch._higher_order_ops.scan(step, state.contiguous(), chunks)
         return made, state
     parts = []
     for chunk in zip(*(each.unbind(0) for each in chunks), strict=True):

@@ -240,6 +240,8 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
         return "a recurrence has no mask; causality covers it"
     if mixing.queries != "n" or mixing.keys not in ("n", "m"):
         return "its queries or keys are not the tokens"
+    if mixing.mix.in_turn:
+        return "a token reaches others through those between them"
     if any(_reads_earlier(node) for node in _stages(block)):
         return "a stage carries one token's values to another"
     if (why := other_queries(block, mixing)) is not None:
@@ -373,7 +375,7 @@ def _interpreted(subject: Subject) -> Result:
 
 def _tiles(subject: Subject) -> Result:
     """Compare what is made of few queries at a time, as it is where there are many."""
-    if "over_tiles" not in subject.code.text:
+    if not any(each in subject.code.text for each in ("over_tiles", "turn_by_turn")):
         return "no attention is made some queries at a time"
     file = sys.modules[type(subject.module).__module__]
     before, file.TILE = file.TILE, 1  # type: ignore[attr-defined]  # sixteen queries, the least
