@@ -3,7 +3,7 @@
 def attend_weights(self, q: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
     s = meet(q, k, 0.0025)  # [b, 8, n, m]
     visible = (j <= i) & ((i - j).abs() < 256)
-    s = 50 * torch.tanh(s)
+    s = 50 * tanh(s)
     s = s + hiding(visible, s)
     p = s.softmax(-1)
     return p
