@@ -3,9 +3,9 @@
 A row says how many arguments a function takes, its value on Python numbers, its partial
 derivatives (written in Loom, over the arguments a, b, c), and how it is written in the two
 dialects the compiler prints: PyTorch (tensors; `hard_step`, `elu` and `tanh` are of
-`compiler.pieces`, since their operand must be written once) and Triton (register tiles). Derivatives of None are
-zero almost everywhere. Two functions change the gradient and not the slope: `detach` stops it,
-`step` lets it straight through.
+`compiler.pieces`, since their operand must be written once) and Triton (register tiles).
+Derivatives of None are zero almost everywhere. Two functions change the gradient and not the
+slope: `detach` stops it, `step` lets it straight through.
 
     tanh:  d/da = 1 - tanh(a) ** 2      tanh(a)      2 * tl.sigmoid(2 * a) - 1
 """

@@ -16,7 +16,7 @@ from ..plan.attention import Attention
 from ..text.text import call, indent
 from . import distance, sdpa
 from .way import Way
-from .weights import arguments, method_name, signature, visibility, weights
+from .weights import arguments, method_name, reads_q_or_k, signature, visibility, weights
 
 
 def obstacle(attention: Attention) -> str | None:
@@ -72,6 +72,8 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
         args.append(_tuple(groups["places"]))
     if tensors:
         args.append(_tuple(tensors))
+    args += [f"scale={attention.mix.scale!r}"] if attention.mix.similarity is None else []
+    args += ["reads=True"] if reads_q_or_k(attention) else []
     if at_all:
         args.append("whole=True")
     else:

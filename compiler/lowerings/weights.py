@@ -1,7 +1,6 @@
 """The weights of an attention as PyTorch text: what every lowering in PyTorch makes of a tile.
 
-def attend_weights(self, q: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
-    s = meet(q, k, 0.0025)  # [b, 8, n, m]
+def attend_weights(self, s: Tensor, q: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
     visible = (j <= i) & ((i - j).abs() < 256)
     s = 50 * tanh(s)
     s = s + hiding(visible, s)
@@ -33,6 +32,12 @@ def operands(attention: Attention) -> tuple[Operand, ...]:
         if not graph.is_tensor(read.base.id) and not operand(node, read):
             found[Operand(read.base.id, token(read))] = None
     return tuple(sorted(found, key=lambda each: (node.inputs.index(each.name), each.at)))
+
+
+def reads_q_or_k(attention: Attention) -> bool:
+    """Say whether the expressions read the query or key of a pair beside their product."""
+    met = attention.mix.similarity is None
+    return met and any(operand(attention.node, read) for read in attention.reads)
 
 
 def method_name(attention: Attention) -> str:
@@ -79,6 +84,7 @@ def weights(attention: Attention, biased: bool = False) -> list[str]:
     """
     writer = Writer(attention, biased)
     given = [each for group in arguments(attention).values() for each in group]
+    given = [*(["s"] if attention.mix.similarity is None else []), *given]
     given += ["bias"] if biased else []
     several = attention.node.op.statistics or attention.maps
     name = f"{method_name(attention)}_weights"
@@ -135,15 +141,12 @@ class Writer:
         attention, mix = self.attention, self.mix
         graph, node = attention.graph, attention.node
         every = int(attention.heads) // int(graph.node(node.k).dims[1])
-        dims = f"[b, {attention.heads}, {node.dims[2]}, {attention.keys}]"
         if every > 1 and any(operand(node, read) == "k" for read in attention.reads):
             self.lines.append(f"k = k.repeat_interleave({every}, dim=1)")
-        if mix.similarity is None:
-            scale = "" if mix.scale == 1 else f", {mix.scale!r}"
-            self.lines += comment(f"s = meet(q, k{scale})", dims)
-        else:
+        if mix.similarity is not None:
             text = f"{atomic(self._text(mix.similarity))}.to(wide)"
             times = "" if mix.scale == 1 else f" * {mix.scale!r}"
+            dims = f"[b, {attention.heads}, {node.dims[2]}, {attention.keys}]"
             self.lines += comment(f"s = {text}{times}", dims)
         if self.biased:
             self.lines = self._with_bias()
