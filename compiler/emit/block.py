@@ -44,7 +44,7 @@ def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]
         lines += ["", *indent(scan.initial(recurrence, writer.weight()))]
     for attention in graph.of(Attend):
         if not writer.takes_all(attention):
-            made = tiles.methods(writer.facts(attention), plan.target.lowering)
+            made = tiles.methods(writer.facts(attention), plan.target)
             lines += ["", *indent(made)]
         own = way(plan.lowerings[attention.name].path).methods(writer.facts(attention))
         lines += ["", *indent(own)] if own else []

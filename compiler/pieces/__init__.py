@@ -10,6 +10,7 @@ FILES = (
     "stages",
     "maps",
     "tiles",
+    "fused",
     "flex",
     "chunks",
     "levels",

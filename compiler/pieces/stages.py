@@ -57,11 +57,8 @@ class TanhOfMany(torch.autograd.Function):
 
 def tanh(x: Tensor) -> Tensor:
     """Return tanh(x); of many float32 on a CPU in half of PyTorch's time."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.ndim < 4:
-        return torch.tanh(x)
-    if torch.compiler.is_compiling():
-        less = torch.expm1((2 * x).clamp(max=20))
-        return less / (less + 2)
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.tanh(x)  # a compiler's `expm1` has not its digits
     done: Tensor = TanhOfMany.apply(x) if x.numel() >= 2**16 else torch.tanh(x)
     return done
 
