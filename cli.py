@@ -242,16 +242,23 @@ def fmt(files: tuple[str, ...], to: str | None, only_check: bool) -> None:
 @click.argument("what", metavar="FILE[:NAME]")
 @width_option
 @click.option("--tokens", default=4096, show_default=True, help="Length for the costs.")
+@click.option("--figure", is_flag=True, help="Print boxes and arrows, as Mermaid draws them.")
 @json_option
-def show(what: str, width: int | None, tokens: int, json: bool) -> None:
+def show(what: str, width: int | None, tokens: int, figure: bool, json: bool) -> None:
     """Show a block or model: its parts, its graph, its mask as a picture, its cost.
 
-    Example: headloom show examples/gemma_like.loom:local
+    \b
+    Examples: headloom show examples/gemma_like.loom:local
+              headloom show examples/gemma_like.loom:tiny_gemma --figure
     """
     from .compiler.reports import show as view
 
     found = _found(what, width)
-    if json:
+    if figure:
+        from .compiler.reports.figure import figure as drawn
+
+        click.echo(drawn(found))
+    elif json:
         _print_json(view.as_json(found, tokens))
     else:
         view.show(found, tokens)

@@ -72,7 +72,7 @@ def inputs(case: Case, what: Block | Model) -> tuple[Tensor, dict[str, Tensor]]:
 
     n = case.tokens
     draw = torch.Generator().manual_seed(0)
-    blocks = (what,) if isinstance(what, Block) else what.blocks
+    blocks = what.blocks
     if isinstance(what, Model) and what.vocab is not None:
         x = torch.randint(what.vocab, (case.batch, n), generator=draw).to(case.device)
     else:

@@ -53,6 +53,7 @@ def _asked(what: str, case: Case, peer: str, threads: int) -> float:
     """Ask a process of its own. Raises `RuntimeError` with the last line of what it said."""
     path = os.pathsep.join(each for each in sys.path if each)
     env = {**os.environ, **_PARTS, "PYTHONPATH": path}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package comes with its bytecode
     asked = json.dumps({"what": what, "case": asdict(case), "peer": peer, "threads": threads})
     try:
         done = subprocess.run(

@@ -245,6 +245,13 @@ class View(Drawn):
     what: Block | Model
     tokens: int = 4096
 
+    @property
+    def figure(self) -> str:
+        """Boxes and arrows, in Mermaid's words."""
+        from .reports.figure import figure
+
+        return figure(self.what)
+
     def show(self, console: Console | None = None) -> None:
         """Draw it."""
         from .reports.show import show

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeGuard
 
 from ..grammar.diagnostics import Diagnostic
 from ..grammar.expr import TRUE, names
@@ -20,6 +22,9 @@ from ..ops import Shape, Weight
 
 PREVIOUS = "previous."  # what stands before the names of the layer below
 MAPS = ("s", "p")  # the logits and the weights of `o`, which the layer above may read
+# What a model gives to those of its layers that read it, and to their parts: the outputs of all
+# layers below [layer + 1, n, width], one token that meets all, the ids of the tokens [n, 1].
+OFFERED = ("earlier", "condition", "tokens")
 
 # ── streams ──────────────────────────────────────────────────────────────────────────────
 
@@ -135,7 +140,21 @@ class Statistic:
     span: Span = field(default=NOWHERE, compare=False, repr=False)
 
 
-Flow = Read | Apply | Mixing | Statistic
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stage that is a whole by itself: a block, a layer, a feed-forward, a stage with tensors.
+
+    Its tensors live in the submodule `module`. It takes one stream.
+    """
+
+    what: Block
+    inputs: tuple[Flow, ...]
+    shape: Shape
+    module: str = ""
+    span: Span = field(default=NOWHERE, compare=False, repr=False)
+
+
+Flow = Read | Apply | Mixing | Statistic | Part
 
 
 def flow_nodes(flow: Flow) -> Iterator[Flow]:
@@ -144,6 +163,18 @@ def flow_nodes(flow: Flow) -> Iterator[Flow]:
         for each in flow.inputs:
             yield from flow_nodes(each)
     yield flow
+
+
+def flow_mapped(flow: Flow, change: Callable[[Apply | Part], Flow]) -> Flow:
+    """Return a flow with every operation and part changed, inputs before what reads them."""
+    if not isinstance(flow, Apply | Part):
+        return flow
+    return change(replace(flow, inputs=tuple(flow_mapped(each, change) for each in flow.inputs)))
+
+
+def is_part(flow: Flow) -> TypeGuard[Part]:
+    """Say whether a flow is a block, a layer or a feed-forward, with a name of its own."""
+    return isinstance(flow, Part) and flow.what.kind != "stage"
 
 
 def applies(flow: Flow) -> Iterator[Apply]:
@@ -322,11 +353,14 @@ class Recurrence:
 # ── blocks and models ────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that what follows from it is found out once
 class Block:
-    """One attention layer. `streams` come in an order in which each reads earlier ones.
+    """A block, or what it is a part of: a layer, a feed-forward, a stage, a model's two ends.
 
-    The sizes are those of the block itself; a branch may have others, which its streams show.
+    `kind` says which; only in a block tokens mix. `streams` come in an order in which each reads
+    earlier ones. The sizes are those of the block itself; a branch may have others, which its
+    streams show. A stage takes what comes in as it is; `given` is its shape, of all others
+    [n, width].
 
     The last fields are of a layer among others. `shared` is what the layer above reads of this
     one, at the tokens of a call; None where no layer of the model reads another. With a cache,
@@ -351,6 +385,54 @@ class Block:
     borrows: tuple[str, ...] = ()
     lends: tuple[str, ...] = ()
     serves: tuple[Expr, ...] = ()
+    kind: str = "block"
+    given: Shape | None = None
+
+    @property
+    def x(self) -> Shape:
+        """The shape of what comes in."""
+        return Shape("n", self.width) if self.given is None else self.given
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Its parts, in the order in which they are run."""
+        return tuple(
+            node for flow in self.flows for node in flow_nodes(flow) if isinstance(node, Part)
+        )
+
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """What of `OFFERED` it reads, or a part of it."""
+        own = {each.name for each in self.streams} | {each.name for each in self.tensors}
+        nodes = [node for flow in self.flows for node in flow_nodes(flow)]
+        read = {node.name for node in nodes if isinstance(node, Read)} - own
+        read = read.union(*(each.what.reads for each in self.parts))
+        return tuple(name for name in OFFERED if name in read)
+
+    @property
+    def uses(self) -> tuple[Block, ...]:
+        """The blocks in which tokens mix: itself, or those of its parts, in order."""
+        if self.kind == "block":
+            return (self,)
+        return tuple(block for part in self.parts for block in part.what.uses)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The different ones of these."""
+        return tuple(dict.fromkeys(self.uses))
+
+    def using(self, blocks: Iterator[Block]) -> Block:
+        """Return it with other blocks in the places of `uses`, taken in order."""
+        if self.kind == "block":
+            return next(blocks)
+
+        def changed(node: Apply | Part) -> Flow:
+            return replace(node, what=node.what.using(blocks)) if isinstance(node, Part) else node
+
+        streams = tuple(
+            replace(each, flow=flow_mapped(each.flow, changed)) for each in self.streams
+        )
+        return replace(self, streams=streams, out=flow_mapped(self.out, changed))
 
     @property
     def flows(self) -> tuple[Flow, ...]:
@@ -366,12 +448,14 @@ class Block:
         """What mixes tokens, by name: `o`, and the branches."""
         return {each.name: each.flow for each in self.streams if isinstance(each.flow, Mixing)}
 
-    @property
+    @cached_property
     def marks(self) -> bool:
         """Whether segments only mark tokens: an expression says itself what documents mean.
 
         Else each segment of a row is a sequence of its own, that nothing else reaches.
         """
+        if any(each.what.marks for each in self.parts):
+            return True
         read: list[Expr] = []
         for flow in (node for each in self.flows for node in flow_nodes(each)):
             if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
@@ -421,6 +505,11 @@ class Block:
         )
         return (*own, *doc) if own else ()
 
+    @property
+    def stacked(self) -> bool:
+        """Whether it is, or holds, a block of a model in which layers read each other."""
+        return any(each.shared is not None for each in self.uses)
+
     def alone(self) -> Block:
         """Return the block as it is by itself, where no layer stands above it."""
         ends = [self.out] if self.regularize is None else [self.out, self.regularize]
@@ -440,43 +529,65 @@ class Block:
         return replace(self, streams=tuple(changed(each) for each in self.streams))
 
 
-@dataclass(frozen=True, slots=True)
-class FeedForward:
-    """`swiglu`: down(silu(gate x) · up x); `gelu`: down(gelu(up x))."""
-
-    kind: str
-    hidden: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
-    """A stack of pre-norm layers. `vocab` None takes raw features [b, n, width].
+    """A stack of layers between two ends. `vocab` None takes raw features [b, n, width].
 
-    The context passes through the `encoder` first, where there is one.
+    `embed` is done to what the layers are given, `head` to what they give; their tensors are the
+    model's own. With `lanes` the stream between is so many, [lanes, n, width]; it begins as copies.
+    The context passes through the `encoder` first, where there is one. `condition` is the width of
+    the one token that meets all, where a layer reads it. `steps` are the numbers of the layers in
+    the order they run; one that runs again has the same weights, and a cache for each time.
     """
 
     name: str
     vocab: int | None
     width: int
     layers: tuple[Block, ...]
-    ffn: FeedForward | None
-    norm: str  # rms, layer, none
+    embed: Block
+    head: Block
     embed_position: str  # none, learned, sinusoidal
     positions: int  # how many a learned table holds
-    tie: bool
-    head: str  # lm, classify, none
-    classes: int
     dropout: float
     span: Span = field(default=NOWHERE, compare=False, repr=False)
     encoder: Model | None = None
+    lanes: int | None = None
+    condition: int | None = None
+    steps: tuple[int, ...] = ()
+
+    @property
+    def run(self) -> tuple[Block, ...]:
+        """The layers as they are run."""
+        return tuple(self.layers[at] for at in self.steps)
+
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """What of `OFFERED` its layers read."""
+        read = {name for layer in self.layers for name in layer.reads}
+        return tuple(name for name in OFFERED if name in read)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The different blocks: those of the layers, then those of the encoder."""
         more = () if self.encoder is None else self.encoder.blocks
-        return tuple(dict.fromkeys((*self.layers, *more)))
+        return tuple(dict.fromkeys((*self.uses, *more)))
+
+    @cached_property
+    def uses(self) -> tuple[Block, ...]:
+        """The blocks of the layers as they are run, however often each is used."""
+        return tuple(block for layer in self.run for block in layer.uses)
 
     @property
+    def stacked(self) -> bool:
+        """Whether layers read the ones below."""
+        return any(layer.stacked for layer in self.layers)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether there is one answer for each row, and not one for each token."""
+        return self.head.out.shape.tokens == "1"
+
+    @cached_property
     def marks(self) -> bool:
         """Whether segments only mark tokens, as one of the layers says what they mean."""
         return any(block.marks for block in self.layers)

@@ -32,7 +32,7 @@ def lower(block: Block, target: Target) -> Plan:
 
 def plans(what: Block | Model, target: Target) -> list[Plan]:
     """Return the plans of a block, or of every different block of a model, in order."""
-    blocks = (what,) if isinstance(what, Block) else what.blocks
+    blocks = what.blocks
     return [lower(block, target) for block in blocks]
 
 

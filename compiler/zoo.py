@@ -22,9 +22,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from ..grammar.diagnostics import did_you_mean
 from ..grammar.source import Source
@@ -119,7 +117,7 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
     which every token sees all; of a model, its attention layers with as many of those.
     """
     what = each.what()
-    layers = what.layers if isinstance(what, Model) else (what,)
+    layers = what.uses
     plain = sum(_plain(block.width, block.heads).flops(tokens) for block in layers)
     found = cost(what)
     return {
@@ -146,6 +144,9 @@ def _plain(width: int, heads: int) -> Cost:
 
 def show_all(tokens: int, console: Console | None = None) -> None:
     """Print a table of all mechanisms."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
     console = console or Console(highlight=False)
     caption = (
         f"for {tokens:,} tokens, caches in float32; flops: in parts of those of plain "

@@ -22,13 +22,14 @@ AS_YAML = "this is YAML: let the file's name end in `.yaml`"
 APART = "something new begins here"
 
 _STARTS = {
-    "block": "block NAME { … }", "model": "model NAME { … }", "search": "search { … }",
+    "block": "block NAME { … }", "layer": "layer NAME { … }", "ffn": "ffn NAME { … }",
+    "model": "model NAME { … }", "search": "search { … }",
     "mask": "mask NAME = …", "score": "score NAME = …", "normalize": "normalize NAME = …",
     "similarity": "similarity NAME = …", "weights": "weights NAME = …",
     "mix": "mix NAME { … }", "stage": "stage NAME = | …",
     "let": "let NAME = …",
 }  # fmt: skip
-_ITEMS = ("block", "model", "search")
+_ITEMS = ("block", "layer", "ffn", "model", "search")
 _WANTED = (
     ("RBRACE", "close the `{`"), ("RPAR", "close the `(`"), ("RSQB", "close the `[`"),
     ("NUMBER", "an expression belongs here"), ("EQUAL", "write `name = expression`"),
@@ -38,7 +39,7 @@ _OPERATORS = frozenset(("PLUS", "STAR", "SLASH", "SLASHES", "PERCENT", "AT", "PO
 _VALUES = frozenset(("NUMBER", "STRING"))
 _CLOSING = {"RBRACE": "{", "RPAR": "(", "RSQB": "["}
 _BEGINS = re.compile(
-    r"(let|param|const|state|branch|block|model|mask|similarity|score|normalize|weights|mix|stage)"
+    r"(let|param|const|state|branch|block|layer|ffn|model|mask|similarity|score|normalize|weights|mix|stage)"
     r"[ \t]+(?!(?:or|and|not)\b)[A-Za-z_]|search[ \t]*\{|[A-Za-z_]\w*[ \t]*(=(?!=)|<-)"
 )
 _VALUE = re.compile(r"[^\n;{}#]*")  # the rest of a setting

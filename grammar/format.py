@@ -20,7 +20,7 @@ from itertools import pairwise
 
 from . import syntax
 from .comments import Bodied, Node
-from .keys import KINDS, meant
+from .keys import HEADED, KINDS, meant
 from .show import POSTFIX, declared, head, initial, one_result, result, show, statement, within
 from .syntax import Branch, Definition, File, Let, Param, Result, Search, Setting, State
 
@@ -104,7 +104,7 @@ def _header(node: Bodied) -> str:
         case Definition(kind, name, params):
             return f"{kind} {head(name, params)}"
         case _:
-            kind = "block" if isinstance(node, syntax.Block) else "model"
+            kind = node.kind if isinstance(node, syntax.Block) else "model"
             base = "" if node.base is None else f" : {within(node.base, POSTFIX)}"
             return f"{kind} {head(node.name, node.params)}{base}"
 
@@ -182,6 +182,7 @@ def _filled(text: str, indent: int) -> list[str]:
 # ── YAML ─────────────────────────────────────────────────────────────────────────────────
 
 _GROUPS = {kind: group for group, kind in KINDS.items()}
+_HEADED = {kind: group for group, kind in HEADED.items()}
 _UNPLAIN = re.compile(
     r"[\s,\[\]{}#&*!|>'\"%@`]|[-?:](?!\S)"  # what a plain scalar cannot begin with
 )
@@ -246,7 +247,7 @@ def _bodied_entry(node: Bodied) -> _Entry:
             if (only := one_result(node)) is not None:
                 return _Entry(group, key, _pair(key, [_scalar(result(only)) + beside]), above)
         case syntax.Block(name, params):
-            group, key, owner = "blocks", head(name, params), "block"
+            group, key, owner = _HEADED[node.kind], head(name, params), node.kind
         case syntax.Model(name, params):
             group, key, owner = "models", head(name, params), "model"
     entries = [_entry(each, owner) for each in node.body]

@@ -19,13 +19,13 @@ is a list of the language:
         - o <- q @ S
 
 Top-level keys: `let`, `masks`, `similarities`, `scores`, `normalizers`, `weights`, `mixers`,
-`stages`, `blocks`, `models` and `search`. In a body `let`, `param`, `const` and `state` group
-what is declared (`param: {"z[heads]": 0}`), `branches` holds sub-blocks, `base` names what a
-block or model inherits from, `value` is the result of a definition (`value: s - z where …`), and
-every other key is a setting. A mapping is read from top to bottom; where a key would have
-to come twice, the file or body is a list of mappings, read in order. An element of a body's
-list may also be one statement in the words of Loom, which is how a setting that is called
-like one of these keys is said. `format.format_yaml` writes exactly this.
+`stages`, `ffns`, `layers`, `blocks`, `models` and `search`. In a body `let`, `param`, `const` and
+`state` group what is declared (`param: {"z[heads]": 0}`), `branches` holds sub-blocks, `base`
+names what a block, layer or model inherits from, `value` is the result of a definition
+(`value: s - z where …`), and every other key is a setting. A mapping is read from top to bottom;
+where a key would have to come twice, the file or body is a list of mappings, read in order. An
+element of a body's list may also be one statement in the words of Loom, which is how a setting
+that is called like one of these keys is said. `format.format_yaml` writes exactly this.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from . import syntax
 from .comments import Extent, Found, place
 from .comments import Node as SyntaxNode
 from .diagnostics import Diagnostic, LoomError, did_you_mean
-from .keys import GROUPS, KINDS, meant
+from .keys import GROUPS, HEADED, KINDS, meant
 from .parse import MAX_DEPTH, MAX_REPORTED, Part, check_size, parse_piece
 from .source import Source, Span
 from .yaml_tree import Mapping, Node, Scalar, Sequence, load
@@ -118,10 +118,12 @@ class _Reader:
                 body, extent = self._body(value, "definition"), self._opened(key, value)
             definition = syntax.Definition(KINDS[group], *head, body, span=span)
             return self._made(definition, extent)
-        kind = syntax.Block if group == "blocks" else syntax.Model
-        base = self._base(value)
-        body = self._body(value, "block" if group == "blocks" else "model")
-        return self._made(kind(*head, base, body, span=span), self._opened(key, value))
+        base, kind = self._base(value), HEADED.get(group, "model")
+        body = self._body(value, kind)
+        if kind == "model":
+            return self._made(syntax.Model(*head, base, body, span=span), self._opened(key, value))
+        block = syntax.Block(*head, base, body, kind, span=span)
+        return self._made(block, self._opened(key, value))
 
     def _base(self, body: Node) -> syntax.Expr | None:
         bases = [each for each in self._entries(body, "") if _key(each) == "base"]
@@ -313,7 +315,7 @@ class _Reader:
 def _as_mapping(node: Node, otherwise: str) -> str:
     """Return what to write where Loom stands in place of a mapping."""
     text = node.text if isinstance(node, Scalar) else ""
-    if re.match(r"(block|model|search|let|mask)\b[^:=]*[{=]", text):
+    if re.match(r"(block|layer|ffn|model|search|let|mask)\b[^:=]*[{=]", text):
         return "this is Loom: let the file's name end in `.loom`"
     if (setting := re.match(r"(\w+) *=(?!=) *(\S.*)", text)) and "=" not in setting[2]:
         return f"YAML writes `{setting[1]}: {setting[2]}`"

@@ -7,15 +7,15 @@ KINDS = {
     "normalizers": "normalize", "weights": "weights",
     "mixers": "mix", "stages": "stage",
 }  # fmt: skip
-GROUPS = ("let", *KINDS, "blocks", "models", "search")
+HEADED = {"ffns": "ffn", "layers": "layer", "blocks": "block"}  # what is said as a block is
+GROUPS = ("let", *KINDS, *HEADED, "models", "search")
 DECLARATIONS = ("let", "param", "const", "state")
 
 
 def meant(owner: str) -> tuple[str, ...]:
     """Return the keys that are no settings in a body of this kind."""
     own = {
-        "block": ("base",),
-        "model": ("base",),
+        **dict.fromkeys((*HEADED.values(), "model"), ("base",)),
         "definition": ("value", "where"),
     }.get(owner, ())
     return (*DECLARATIONS, "branches", *own)

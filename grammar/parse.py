@@ -13,7 +13,6 @@ the size of a text and the depth of its nesting are bounded here, for every late
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -33,6 +32,7 @@ from .complaints import APART, AS_YAML, END, explain, with_separator, without_st
 from .diagnostics import Diagnostic, LoomError, error
 from .source import Piece, Source, Span
 from .store import folder
+from .tokens import LineEnds, TokenReader, TooDeepError
 
 E = TypeVar("E", bound=syntax.Expr | syntax.Branch)
 H = TypeVar("H", syntax.Block, syntax.Model)
@@ -148,7 +148,7 @@ def _build(piece: Piece, start: str) -> Any:
         return _ToSyntax(piece).transform(tree)
     except VisitError as problem:
         raise problem.orig_exc from None
-    except _TooDeep as problem:
+    except TooDeepError as problem:
         label = f"more than {_MAX_BRACKETS} open brackets"
         at = problem.args[0].start_pos
         span = piece.span(at, at + 1)
@@ -167,45 +167,12 @@ def _lark() -> Lark:
         grammar,
         parser="lalr",
         start=["start", *get_args(Part)],
-        postlex=_LineEnds(),
+        lexer=TokenReader,
+        postlex=LineEnds(_MAX_BRACKETS),
         propagate_positions=True,
         maybe_placeholders=False,
         cache=str(where / f"grammar-{lark.__version__}.pickle") if where else False,
     )
-
-
-class _TooDeep(Exception):
-    """Its argument is the bracket that is one too many."""
-
-
-class _LineEnds:
-    """Drop the line ends that do not end a statement.
-
-    They do not inside ( ) and [ ] and after an operator; the grammar itself passes over those
-    that stand before a `|`, `or`, `and` or `where`.
-    """
-
-    always_accept = ("NEWLINE",)
-    _unfinished = frozenset(
-        {"OR", "AND", "NOT", "COMPARE", "EQUAL", "VBAR", "COMMA", "COLON", "_BECOMES"}
-    ) | {"PLUS", "MINUS", "STAR", "SLASH", "SLASHES", "PERCENT", "AT", "POWER"}
-
-    def process(self, stream: Iterator[Token]) -> Iterator[Token]:
-        depth = 0
-        last = ""
-        for token in stream:
-            if token.type == "NEWLINE":
-                if depth == 0 and last not in self._unfinished:
-                    yield token
-                continue
-            if token.type in ("LPAR", "LSQB"):
-                depth += 1
-                if depth > _MAX_BRACKETS:
-                    raise _TooDeep(token)
-            elif token.type in ("RPAR", "RSQB"):
-                depth = max(0, depth - 1)
-            last = token.type
-            yield token
 
 
 @v_args(meta=True)
@@ -370,13 +337,16 @@ class _ToSyntax(Transformer_NonRecursive[Token, Any]):
     def base(self, meta: Meta, args: list[Any]) -> _Base:
         return _Base(args[0])
 
-    def _headed(self, kind: type[H], meta: Meta, args: list[Any]) -> H:
+    def _headed(self, made: type[H], meta: Meta, args: list[Any]) -> H:
         params = next((tuple(each) for each in args if isinstance(each, _Params)), ())
         base = next((each.expr for each in args if isinstance(each, _Base)), None)
-        return kind(str(args[0]), params, base, args[-1], span=self._span(meta))
+        return made(str(args[0]), params, base, args[-1], span=self._span(meta))
 
     def block(self, meta: Meta, args: list[Any]) -> syntax.Block:
         return self._headed(syntax.Block, meta, args)
+
+    def part(self, meta: Meta, args: list[Any]) -> syntax.Block:
+        return replace(self._headed(syntax.Block, meta, args[1:]), kind=str(args[0]))
 
     def model(self, meta: Meta, args: list[Any]) -> syntax.Model:
         return self._headed(syntax.Model, meta, args)

@@ -307,14 +307,21 @@ class Parameter:
     span: Span = _span()
 
 
+PART_KINDS = ("layer", "ffn")
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`block NAME(params) : BASE { … }`; `closing` are the comments before the brace."""
+    """`block NAME(params) : BASE { … }`; `closing` are the comments before the brace.
+
+    A `layer` and an `ffn` are said as a block is; `kind` tells them apart.
+    """
 
     name: str
     params: tuple[Parameter, ...]
     base: Expr | None
     body: tuple[Statement, ...]
+    kind: str = "block"
     closing: tuple[str, ...] = field(default=(), compare=False, repr=False)
     comments: Comments = _comments()
     span: Span = _span()

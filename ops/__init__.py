@@ -9,11 +9,13 @@ from __future__ import annotations
 from .conv import Conv
 from .draws import Bernoulli, DropHeads, Noise
 from .dropout import Dropout
+from .embed import Embed
 from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .joint import Joint
+from .lanes import Combine, MeanHeads, Pick, Sinkhorn, SumHeads
 from .latents import Latents
-from .linear import HeadLinear, Linear
+from .linear import HeadLinear, Linear, Tied
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
 from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
@@ -26,10 +28,16 @@ OPS: dict[str, Op] = {
     for op in (
         Linear(),
         HeadLinear(),
+        Tied(),
         Split(),
         Merge(),
         Repeat(),
         Concat(),
+        Combine(),
+        Sinkhorn(),
+        Pick(),
+        SumHeads(),
+        MeanHeads(),
         RmsNorm(),
         LayerNorm(),
         L2Norm(),
@@ -40,6 +48,7 @@ OPS: dict[str, Op] = {
         Reduce(),
         Conv(),
         Latents(),
+        Embed(),
         Rope(),
         Dropout(),
         Bernoulli(),
@@ -51,6 +60,7 @@ OPS: dict[str, Op] = {
         Pointwise(),
     )
 }
-UNNAMED = ("pointwise", "reduce", "average", "joint")  # operations that are no stages of a pipeline
+# Operations that are no stages of a pipeline.
+UNNAMED = ("pointwise", "reduce", "average", "joint", "tied")
 
 __all__ = ["OPS", "UNNAMED", "Chosen", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

@@ -14,25 +14,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+OVER = {"features": -1, "heads": -3}
+
+
 class Softmax(Op):
-    """`softmax`: exp(x) / Σ exp(x) over the last dimension."""
+    """`softmax(over = features)`: exp(x) / Σ exp(x) over the last dimension, or over the heads."""
 
     name = "softmax"
+    options = (Option("over", tuple(OVER), "features"),)
 
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        if options["over"] == "heads" and inputs[0].heads is None:
+            raise Mismatch("there are no heads", f"it is {inputs[0]}", "split it first", "over")
         return inputs[0]
 
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        x = wide(inputs[0])
-        x = (x - x.amax(-1, keepdim=True).detach()).exp()
-        return (x / x.sum(-1, keepdim=True)).to(inputs[0].dtype)
+        x, dim = wide(inputs[0]), OVER[options["over"]]
+        x = (x - x.amax(dim, keepdim=True).detach()).exp()
+        return (x / x.sum(dim, keepdim=True)).to(inputs[0].dtype)
 
     def text(
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
     ) -> str:
-        return f"torch.softmax({inputs[0]}, dim=-1)"
+        return f"torch.softmax({inputs[0]}, dim={OVER[options['over']]})"
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         return 4 * inputs[0].features

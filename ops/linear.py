@@ -77,6 +77,20 @@ class Linear(_Linear):
         return f"nn.Linear({sizes}, bias={options['bias']})"
 
 
+class Tied(Linear):
+    """A linear map with the weights of the embedding that its module is."""
+
+    name = "tied"
+
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
+        return f"F.linear({inputs[0]}, self.{module}.weight)"
+
+    def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
+        return ""
+
+
 def _reparametrised(weights: Mapping[str, Tensor], how: str) -> Tensor:
     import torch
 

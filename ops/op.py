@@ -102,6 +102,11 @@ class Op(ABC):
     by_sequence: bool = False  # its text reads `run`, or `context_run`: whose each token is
     whole_rows: bool = False  # it reads all tokens of a row, not to be told apart
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options as they are where none is written."""
+        return {each.name: each.default for each in self.options}
+
     @abstractmethod
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         """Return the output's shape. Raises `Mismatch`."""

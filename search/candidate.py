@@ -12,7 +12,6 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from ..compiler.checking.check import check
-from ..compiler.facts.cost import cost
 from ..compiler.model import Block, Model, Normalizer, Recurrence
 from ..grammar import syntax
 from ..grammar.expr import fold
@@ -30,6 +29,8 @@ def elaborate(file: syntax.File, name: str) -> Model:
 
 
 def costs(model: Model) -> Costs:
+    from ..compiler.facts.cost import cost  # here, so that checking a search does not load it
+
     return cost(model)
 
 

@@ -183,7 +183,9 @@ class _Runner:
             raise _Refused(
                 Violation(f"{reason} ({first.label})" if first.label else reason, 1.0)
             ) from None
-        if reason := self._plan.task.misfit(model.vocab, model.positions, model.head):
+        if reason := self._plan.task.misfit(
+            model.vocab, model.positions, str(model.head.out.shape)
+        ):
             raise _Refused(Violation(reason, 1.0))
         costs = candidate.costs(model)
         if self._plan.require is not None and (broken := violation(self._plan.require, costs)):

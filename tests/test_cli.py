@@ -68,7 +68,8 @@ def test_check_reads_the_search_block(tmp_path: Path) -> None:
     assert {"L521", "L523"} <= codes
 
 
-def test_check_is_fast_and_does_not_import_torch() -> None:
+@pytest.mark.parametrize("name", ["gqa.loom", "search_mqar.loom"])
+def test_check_is_fast_and_does_not_import_torch(name: str) -> None:
     command = [
         sys.executable,
         "-X",
@@ -76,12 +77,14 @@ def test_check_is_fast_and_does_not_import_torch() -> None:
         "-m",
         "headloom",
         "check",
-        str(EXAMPLES / "gqa.loom"),
+        str(EXAMPLES / name),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "headloom.compiler.checking.check" in imported
     assert not imported & {"torch", "triton", "numpy", "optuna", "networkx"}
+    graphs = {"headloom.compiler.graph.graph", "headloom.compiler.pipeline", "rich"}
+    assert not imported & graphs
 
 
 def test_check_of_a_missing_file() -> None:
@@ -134,6 +137,14 @@ def test_build_stops_after_a_stage(stage: str) -> None:
     assert expected[stage] in result.stdout
 
 
+def test_optimize_is_said_and_built(tmp_path: Path) -> None:
+    path = tmp_path / "a.loom"
+    path.write_text("block a { heads = 2; head_dim = 8; normalize = sigmoid }")
+    assert "compiled_tile" in run("build", path, "--optimize", "max").stdout
+    assert "compiled_tile" not in run("build", path).stdout
+    assert "compiled by torch.compile" in run("explain", path, "--optimize", "max").stdout
+
+
 def test_build_of_an_unknown_name() -> None:
     result = run("build", f"{EXAMPLES / 'gqa.loom'}:gqq")
     assert result.exit_code == 1
@@ -152,7 +163,8 @@ def test_show() -> None:
     assert "queries ↓ keys →" in result.stdout
     assert "attend(q, k, v)" in result.stdout
     answer = json.loads(run("show", EXAMPLES / "gemma_like.loom:tiny_gemma", "--json").stdout)
-    assert answer["layers"] == ["local", "local", "global"] * 2
+    layers = ["local", "local", "global"] * 2
+    assert answer["layers"] == [f"pre({each}, swiglu)" for each in layers]
 
 
 def test_explain() -> None:

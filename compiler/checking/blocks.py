@@ -6,8 +6,8 @@ returns a `model.Block`, or raises every finding together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from ...grammar import syntax
 from ...grammar.diagnostics import Diagnostic, error
@@ -32,8 +32,10 @@ from ..model import (
     flow_nodes,
     reaching,
 )
+from ..model import Part as Whole
 from .flows import Target, elaborate
 from .inheritance import Body
+from .layers import numbered, whole
 from .library import Library
 from .mixing import Part
 from .scope import Findings, Scope
@@ -62,6 +64,7 @@ class Sizes:
     depth: int = 1
     below: Scope | None = None  # the layer below
     place: str = "it stands alone"  # said where there is none
+    offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
 
 
 def elaborate_block(
@@ -76,10 +79,10 @@ def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
     findings = Findings()
     body = Body(library, call, findings)
     title = body.block.name
-    scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place)
+    scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place, whole=whole)
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
-    builder = _Builder(scope, body)
+    builder = _Builder(scope, body, sizes.offered)
     out = builder.build()
     if not sized:  # the sizes that were guessed only serve to find further misspelt names
         findings.keep(lambda each: each.code not in _ABOUT_SHAPES)
@@ -178,8 +181,8 @@ def _divides_width(scope: Scope, body: Body) -> None:
 class _Builder:
     """Elaborates the parts of one block."""
 
-    def __init__(self, scope: Scope, body: Body) -> None:
-        self.scope, self.body = scope, body
+    def __init__(self, scope: Scope, body: Body, offered: Mapping[str, Shape]) -> None:
+        self.scope, self.body, self.offered = scope, body, offered
         numbers = {name: int(value) for name, value in scope.numbers.items()}
         scope.inputs = {
             "x": Shape("n", numbers["width"]),
@@ -210,6 +213,7 @@ class _Builder:
         main = Part(scope, body)
         with guard():
             main.declare()
+        scope.offer(self.offered)
         for branch in body.branches.values():
             with guard():
                 self._branch(branch).declare()
@@ -281,11 +285,13 @@ class _Builder:
         for name in shared:
             read = "o" if name in MAPS else name
             needed |= reaching(self.scope.streams, [Read(read, self.scope.streams[read].shape)])
-        streams = tuple(each for name, each in self.scope.streams.items() if name in needed)
-        flows = [*(each.flow for each in streams), *ends]
+        kept = [each for name, each in self.scope.streams.items() if name in needed]
+        flows = numbered([*(each.flow for each in kept), *ends])
+        streams = tuple(replace(each, flow=flow) for each, flow in zip(kept, flows, strict=False))
+        out, *more = flows[len(kept) :]
         nodes = [node for flow in flows for node in flow_nodes(flow)]
         reads_context = any(isinstance(node, Read) and node.name == "context" for node in nodes)
-        modules = {node.module for node in nodes if isinstance(node, Apply)}
+        modules = {node.module for node in nodes if isinstance(node, Apply | Whole)}
         for name in modules & self.scope.tensors.keys():
             statement = self.body.lets.get(name)
             with self.scope.findings.guard():
@@ -309,7 +315,7 @@ class _Builder:
             streams=streams,
             tensors=tuple(self.scope.tensors.values()),
             out=out,
-            regularize=self.regularize,
+            regularize=next(iter(more), None),
             span=self.body.span,
         )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from ...grammar import syntax
 from ...grammar.diagnostics import Diagnostic, LoomError, did_you_mean, error
@@ -19,11 +20,14 @@ from ...grammar.functions import HOLES
 from ...grammar.source import NOWHERE
 from ...grammar.syntax import Expr, File, Name
 from ..model import Architecture, Block, Model
+from .around import Around
 from .blocks import Sizes, elaborate_block
-from .inheritance import find_block
+from .layers import elaborate_part
 from .library import Library
-from .models import elaborate_model
+from .models import NORMS, elaborate_model
 from .scope import Findings
+
+DEFAULT_WIDTH = 64  # of a layer that stands alone
 
 
 def check(file: File) -> Architecture:
@@ -36,12 +40,15 @@ def check(file: File) -> Architecture:
     blocks: dict[str, Block] = {}
     models: dict[str, Model] = {}
     warnings: list[Diagnostic] = []
-    for name, item in library.blocks.items():
+    own = (each for each in file.items if isinstance(each, syntax.Block))
+    for item in own:
+        name = item.name
         if any(param.default is None for param in item.params):
             continue  # it has no sizes until a model calls it
         with findings.guard(), _bounded(item):
             try:
-                blocks[name] = elaborate_block(library, Name(name, item.span), Sizes(), warnings)
+                call = Name(name, item.span)
+                blocks[name] = _alone(library, item.kind, call, Sizes(), warnings)
             except LoomError as problem:
                 _of_a_layer(file, item, problem, warnings)
     for name, each in library.models.items():
@@ -169,8 +176,27 @@ def block(
     """Return a block at a given width. Raises `LoomError` (L218 where there is no such block)."""
     call = Name(name) if isinstance(name, str) else name
     library = Library.of(arch.file)
-    with _bounded(find_block(library, call)):
-        return elaborate_block(library, call, Sizes(width, context_width))
+    item = library.item(call)
+    with _bounded(item):
+        return _alone(library, item.kind, call, Sizes(width, context_width))
+
+
+def _alone(
+    library: Library,
+    kind: str,
+    call: Expr,
+    sizes: Sizes,
+    warnings: list[Diagnostic] | None = None,
+) -> Block:
+    """Return a block, a layer or a feed-forward that is in no model."""
+    if kind == "block":
+        return elaborate_block(library, call, sizes, warnings)
+
+    def block(call: Expr, width: int) -> Block:
+        return elaborate_block(library, call, replace(sizes, width=width))
+
+    width = DEFAULT_WIDTH if sizes.width is None else sizes.width
+    return elaborate_part(library, call, Around(width, block, norm=Name(NORMS["rms"])))
 
 
 def find(
@@ -187,8 +213,8 @@ def find(
     if name in arch.blocks and width is None and context_width is None:
         return arch.blocks[name]
     library = Library.of(arch.file)
-    if name not in library.blocks:
-        known = [*arch.models, *library.blocks]
+    if library.kind_of(Name(name)) is None:
+        known = [*arch.models, *library.blocks, *library.layers, *library.ffns]
         have = ", ".join(f"`{each}`" for each in known) or "nothing"
         raise error(
             "L218",

@@ -234,6 +234,21 @@ OWN: dict[str, Code] = {
             "model m { width = 64; layers = [b]; encoder = e }",
         ),
         Code(
+            "L231",
+            "nothing is left of a layer",
+            "`none` in a part's place takes the term away in which the part stands, and this was "
+            "all there is. Give the part, or leave the layer out.",
+            "block a { heads = 4 }\nlayer only(part) { out = x | part }\n"
+            "model m { width = 64; layers = [a, only(none)] }",
+        ),
+        Code(
+            "L232",
+            "a block cannot be a part of this",
+            "Blocks and layers are stages of a layer's pipelines. In a block's own pipelines there "
+            "may be feed-forwards and stages; tokens mix a second time in a `branch`.",
+            "block a { heads = 4 }\nblock b { heads = 4; q = x | a | split }",
+        ),
+        Code(
             "L230",
             "a state cannot be kept in levels",
             "`state S[…] = 0 by weights` keeps one S for each level of a tree over the tokens. It "

@@ -7,8 +7,9 @@ nobody wrote; then shapes run forward and every stage checks what it is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ...grammar import syntax
@@ -17,16 +18,22 @@ from ...grammar.expr import rebuild
 from ...grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS, VECTOR_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.source import Span
-from ...grammar.syntax import Binary, Call, Compare, Expr, Name, Number, Unary
+from ...grammar.syntax import Binary, Call, Compare, Definition, Expr, Name, Number, Unary
 from ...ops import OPS, UNNAMED, Op, Shape
-from ..model import MAPS, PREVIOUS, Apply, Flow, Read
+from ..model import MAPS, OFFERED, PREVIOUS, Apply, Block, Flow, Part, Read, is_part
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
 from .library import put
+from .names import module_name
 from .options import bound, option_value
 from .scalars import resolve_function, shaped
 from .scope import Scope, body, suggest
 
-# What DESIGN names as a stage and a later version brings.
+OFFERS = {  # where a model gives them
+    "earlier": "a model without `lanes` has it",
+    "condition": "every model has it, given at each call",
+    "tokens": "a model with a `vocab` has it",
+}
+# What a later version brings.
 LATER = {"pool": "pooling is"}
 
 
@@ -54,6 +61,15 @@ class _Stage:
     others: tuple[Flow, ...]
     span: Span
     places: dict[str, Span] = field(default_factory=dict)  # of what was written for an option
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A stage that is a part, made for what it is given; `module` is its own name or a suffix."""
+
+    make: Callable[[Shape], Block]
+    module: str
+    span: Span
 
 
 def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
@@ -85,7 +101,7 @@ def _reads_streams(scope: Scope, flow: Flow) -> bool:
         case Read(name):
             own = scope.streams.get(name)
             return name not in scope.tensors and (own is None or _reads_streams(scope, own.flow))
-        case Apply(_, inputs):
+        case Apply(inputs=inputs) | Part(inputs=inputs):
             return any(_reads_streams(scope, each) for each in inputs)
     return True
 
@@ -106,6 +122,14 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
             if shape is None:
                 if id in LATER:
                     raise error("L221", f"{LATER[id]} not available yet", span)
+                if id in OFFERED:
+                    raise error(
+                        "L224",
+                        f"`{id}` is not here",
+                        span,
+                        "a model gives it to its layers, and this stands in none that has it",
+                        OFFERS[id],
+                    )
                 called = f"write `{id}(…)`" if id in OPS or id in STATISTICS else ""
                 raise error(
                     "L201",
@@ -192,6 +216,15 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
             operands.append(flow)
         return Name(f"a{operands.index(flow)}", expr.span)
 
+    def term(part: Expr) -> Expr:
+        """Take a term of the sum that the whole is: it has the shape that is needed."""
+        if isinstance(part, Binary) and part.op in ("+", "-"):
+            return replace(part, left=term(part.left), right=term(part.right))
+        if isinstance(part, syntax.Pipe) and target.shape is not None:
+            wanted = target.shape if target.shape.heads is None else None
+            return operand(_flow(scope, part, replace(target, shape=wanted)))
+        return visit(part)
+
     def visit(part: Expr) -> Expr:
         if isinstance(part, Number):
             return part
@@ -219,7 +252,7 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
             return rebuild(part, visit)
         return operand(_flow(scope, part, replace(target, shape=None)))
 
-    inside = visit(expr)
+    inside = term(expr)
     free = frozenset(f"a{at}" for at in range(len(operands)))
     body_ = resolve_function(scope, inside, free)
     if not operands:
@@ -235,11 +268,21 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
     wanted: list[Shape | None] = [target.shape] * len(steps)
     for at in range(len(steps) - 1, 0, -1):
         out, step = wanted[at], steps[at]
+        if isinstance(step, _Whole):
+            wanted[at - 1] = out
+            continue
         shapes = [Shape("n", 1), *(each.shape for each in step.others)]
         options = _completed(scope, step, shapes[0], out)
         known = out is not None and not reduces(options.get("expr"))
         wanted[at - 1] = step.op.needs(out, shapes, options) if out and known else None
     for step, out in zip(steps, wanted, strict=True):
+        if isinstance(step, _Whole):
+            what = step.make(head.shape)
+            shape = what.out.shape
+            if what.x.heads is None and head.shape.heads is not None:  # each head alike
+                shape = replace(shape, heads=head.shape.heads)
+            head = Part(what, (head,), shape, step.module, step.span)
+            continue
         head = _apply(replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
 
@@ -250,18 +293,25 @@ def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> d
     targetless = out is None or out.heads is None
     if step.op.name == "split" and options["heads"] is None and targetless:
         options["heads"] = scope.numbers["heads"]
+    if step.op.name == "embed" and options["count"] is None:
+        options["count"] = scope.numbers.get("vocab")
     return step.op.complete(options, given, out)
 
 
 def _apply(step: _Stage, head: Flow | None) -> Flow:
     inputs = step.others if head is None else (head, *step.others)
+    if step.op.name == "embed" and not (isinstance(head, Read) and head.name == "tokens"):
+        raise error("L206", "`embed` takes the ids of `tokens`", step.span, "these are none")
     if step.op.name == "pointwise":
         return composed(step.options["expr"], inputs, step.span)
     return applied(step.op.name, step.options, inputs, step.span, step.places)
 
 
-def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
-    """Return the operations that one written stage stands for."""
+def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list[_Stage | _Whole]:
+    """Return the operations that one written stage stands for.
+
+    `suffix` is what its tensors are called after their stream where it is another's name.
+    """
     if not isinstance(stage, Name | Call):
         raise error(
             "L208",
@@ -272,8 +322,12 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
         )
     name = stage.id if isinstance(stage, Name) else stage.function
     args = () if isinstance(stage, Name) else stage.args
+    if name in scope.parts or (name == "norm" and scope.around is not None):
+        return _named_part(scope, stage, name, target)
     if definition := scope.library.find("stage", name):
         with scope.inside(definition, stage.span):
+            if len(definition.body) > 1:
+                return [_whole(scope, stage, suffix or name, definition)]
             result = body(scope, definition, stage)
             if isinstance(result.value, syntax.Pipe) and result.value.head is None:
                 return [
@@ -290,6 +344,9 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
         value = scope.number(factor, "the factor of `scale`")
         number = Number(value, repr(value), factor.span)
         return [_pointwise(Binary("*", Name("a0"), number), (), stage.span)]
+    whole = scope.library.kind_of(stage) is not None
+    if whole and isinstance(stage, Call) and name in FUNCTIONS:  # `gelu(4)`, where `gelu` is none
+        return [_whole(scope, stage, module_name(name))]
     if name in FUNCTIONS and not FUNCTIONS[name].boolean and name != "where":
         rest = tuple(
             Number(value := scope.number(arg, f"an argument of `{name}`"), repr(value), arg.span)
@@ -300,11 +357,36 @@ def _expand(scope: Scope, stage: Expr, target: Target) -> list[_Stage]:
         return [_operation(scope, OPS[name], stage, target)]
     if name in LATER:
         raise error("L221", f"{LATER[name]} not available yet", stage.span)
-    known = [*(OPS.keys() - UNNAMED), "gate", "scale", *scope.library.known("stage"), *FUNCTIONS]
+    if whole:
+        return [_whole(scope, stage, module_name(name))]
+    library = scope.library
+    parts = [*library.layers, *library.ffns] if scope.around is not None else library.ffns
+    known = [*(OPS.keys() - UNNAMED), "gate", "scale", *library.known("stage"), *FUNCTIONS, *parts]
     called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""
     raise error(
         "L208", f"there is no stage `{name}`", stage.span, "", called or did_you_mean(name, known)
     )
+
+
+def _whole(scope: Scope, call: Expr, module: str, definition: Definition | None = None) -> _Whole:
+    assert scope.whole is not None
+    return _Whole(partial(scope.whole, scope, call, definition), module, call.span)
+
+
+def _named_part(
+    scope: Scope, stage: Name | Call, name: str, target: Target
+) -> list[_Stage | _Whole]:
+    """Return the part that a parameter of a layer is, or the norm of the model."""
+    assert scope.around is not None
+    if not isinstance(stage, Name):
+        raise error("L209", f"`{name}` takes no arguments here", stage.span)
+    if name in scope.parts:
+        return [_whole(scope, scope.parts[name], module_name(name))]
+    norm = scope.around.norm
+    if norm == Name("none"):
+        return []
+    outside = replace(scope, around=None) if norm == Name("norm") else scope
+    return _expand(outside, norm, target, "norm")
 
 
 def _pointwise(expr: Expr, others: tuple[Flow, ...], span: Span) -> _Stage:
@@ -335,7 +417,7 @@ def name_modules(flow: Flow, target: Target) -> Flow:
     counts: dict[str, int] = {}
 
     def count(node: Flow) -> None:
-        if isinstance(node, Apply):
+        if isinstance(node, Apply | Part):
             for each in node.inputs:
                 count(each)
             if node.module:
@@ -345,11 +427,11 @@ def name_modules(flow: Flow, target: Target) -> Flow:
     used: dict[str, int] = {}
 
     def visit(node: Flow) -> Flow:
-        if not isinstance(node, Apply):
+        if not isinstance(node, Apply | Part):
             return node
         inputs = tuple(visit(each) for each in node.inputs)
         module = node.module
-        if module:
+        if module and not is_part(node):
             at = used.get(module, 0)
             used[module] = at + 1
             number = f"_{at}" if counts[module] > 1 else ""

@@ -10,10 +10,10 @@ from copy import copy
 from functools import cache
 
 from ...grammar import syntax
-from ...grammar.diagnostics import did_you_mean, error
+from ...grammar.diagnostics import error
 from ...grammar.expr import names
 from ...grammar.source import Span
-from ...grammar.syntax import Call, Expr, Name, Statement
+from ...grammar.syntax import Call, Expr, Statement
 from .library import Library, bind, parsed, put, substitute_statement
 from .names import taken
 from .scope import Findings
@@ -46,7 +46,7 @@ class Body:
     def __init__(self, library: Library, call: Expr, findings: Findings) -> None:
         self.settings: dict[str, syntax.Setting] = {}
         self.lets: dict[str, syntax.Let | syntax.Param] = {}
-        self.block = find_block(library, call)
+        self.block = library.item(call, "block")
         self.span = self.block.span
         self.branch = ""
         self.overridden: set[str] = set()  # what a branch says itself
@@ -159,26 +159,9 @@ class Body:
         return changed
 
 
-def find_block(library: Library, call: Expr) -> syntax.Block:
-    """Return the block a name or call means (L218)."""
-    name = call.id if isinstance(call, Name) else getattr(call, "function", None)
-    if not isinstance(call, Name | Call) or name is None:
-        raise error("L218", "this is not a block", call.span, "", "name one, or call it")
-    if name not in library.blocks:
-        have = ", ".join(f"`{each}`" for each in library.blocks) or "none"
-        raise error(
-            "L218",
-            f"there is no block `{name}`",
-            call.span,
-            "",
-            did_you_mean(name, library.blocks, f"this file has {have}"),
-        )
-    return library.blocks[name]
-
-
 def _chain(library: Library, call: Expr, open_: list[str]) -> Iterator[tuple[Statement, ...]]:
     """Yield the bodies of a block and its bases, nearest first, parameters in place."""
-    block = find_block(library, call)
+    block = library.item(call, "block")
     if block.name in open_:
         ring = " : ".join([*open_, block.name])
         raise error("L212", f"`{block.name}` inherits from itself", call.span, ring)

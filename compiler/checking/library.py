@@ -24,18 +24,19 @@ from .names import taken
 
 Named = TypeVar("Named", Definition, syntax.Block, syntax.Model)
 
+KINDS_OF_PARTS = ("block", "layer", "ffn")
 MAX_NODES = 20_000  # parts of one expression, and of all the definitions a block uses
 
 
 @cache
-def standard() -> tuple[Definition, ...]:
-    """Return every definition of the standard library; what was parsed is kept on disk."""
+def standard() -> tuple[Definition | syntax.Block, ...]:
+    """Return every item of the standard library; what was parsed is kept on disk."""
     files = sorted((Path(__file__).parents[2] / "grammar" / "std").glob("*.loom"))
     texts = {f"std/{each.name}": each.read_text(encoding="utf-8") for each in files}
 
-    def parsed() -> tuple[Definition, ...]:
+    def parsed() -> tuple[Definition | syntax.Block, ...]:
         items = [item for name, text in texts.items() for item in parse(Source(name, text)).items]
-        return tuple(item for item in items if isinstance(item, Definition))
+        return tuple(item for item in items if isinstance(item, Definition | syntax.Block))
 
     return kept("std", [f"{name}\n{text}".encode() for name, text in texts.items()], parsed)
 
@@ -55,6 +56,8 @@ class Library:
 
     definitions: Mapping[tuple[str, str], Definition]
     blocks: Mapping[str, syntax.Block]
+    layers: Mapping[str, syntax.Block]
+    ffns: Mapping[str, syntax.Block]
     models: Mapping[str, syntax.Model]
     lets: Mapping[str, Expr]
     search: syntax.Search | None = None
@@ -65,10 +68,19 @@ class Library:
         lets = _lets(file)
         own = [_with_lets(item, lets) for item in file.items if isinstance(item, Definition)]
         blocks = [_with_lets(item, lets) for item in file.items if isinstance(item, syntax.Block)]
+        given = standard()
+        every = [*(item for item in given if isinstance(item, syntax.Block)), *blocks]
+        definitions = [*(item for item in given if isinstance(item, Definition)), *own]
+
+        def named(kind: str) -> dict[str, syntax.Block]:
+            return {each.name: each for each in every if each.kind == kind}
+
         models = [_with_lets(item, lets) for item in file.items if isinstance(item, syntax.Model)]
         return Library(
-            {(each.kind, each.name): each for each in (*standard(), *own)},
-            {each.name: each for each in blocks},
+            {(each.kind, each.name): each for each in definitions},
+            named("block"),
+            named("layer"),
+            named("ffn"),
             {each.name: each for each in models},
             lets,
             next((item for item in file.items if isinstance(item, syntax.Search)), None),
@@ -77,6 +89,30 @@ class Library:
 
     def find(self, kind: str, name: str) -> Definition | None:
         return self.definitions.get((kind, name))
+
+    def kind_of(self, call: Expr) -> str | None:
+        """Return whether `name` or `name(args)` is a block, a layer or an ffn; None for others."""
+        name = call.id if isinstance(call, syntax.Name) else getattr(call, "function", None)
+        tables = zip(KINDS_OF_PARTS, (self.blocks, self.layers, self.ffns), strict=True)
+        return next((kind for kind, table in tables if name in table), None)
+
+    def item(self, call: Expr, kind: str | None = None) -> syntax.Block:
+        """Return what a name or call means, of a kind, or the first there is (L218)."""
+        name = call.id if isinstance(call, syntax.Name) else getattr(call, "function", None)
+        if not isinstance(call, syntax.Name | syntax.Call) or name is None:
+            raise error("L218", f"this is not a {kind}", call.span, "", "name one, or call it")
+        kind = kind or self.kind_of(call) or "block"
+        table = {"block": self.blocks, "layer": self.layers, "ffn": self.ffns}[kind]
+        if name not in table:
+            have = ", ".join(f"`{each}`" for each in table) or "none"
+            raise error(
+                "L218",
+                f"there is no {kind} `{name}`",
+                call.span,
+                "",
+                did_you_mean(name, table, f"this file has {have}"),
+            )
+        return table[name]
 
     def is_recursive(self, definition: Definition) -> bool:
         """Say whether a definition's text leads back to it, whatever its arguments."""

@@ -1,36 +1,54 @@
-"""Models: layers as a list of blocks, and what stands around them.
+"""Models: a list of layers, and what stands around them.
 
-layers = ([local] * 5 + [global]) * 2      → twelve blocks, in order
+layers = ([local] * 5 + [global]) * 2      → twelve layers `pre(local, swiglu(8/3))` …, in order
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 
 from ...grammar import syntax
 from ...grammar.diagnostics import Diagnostic, did_you_mean, error
 from ...grammar.syntax import Binary, Call, Expr, ListOf, Name
-from ...ops import Shape
-from ..model import Block, FeedForward, Model
+from ...ops import OPS, Shape
+from ..model import Apply, Block, Flow, Model, Part, applies, flow_mapped, flow_nodes
+from .around import NONE, Around
 from .blocks import Draft, Sizes, draft_block
+from .flows import Target, elaborate
 from .inheritance import SETTINGS as OF_BLOCKS
+from .layers import composed, elaborate_part, whole
 from .library import Library, bind, parsed, put, statement_exprs
 from .previous import stack
 from .scope import Findings, Scope
 from .spellings import instead
 
 SETTINGS = {
-    "vocab": "none", "width": "", "layers": "", "ffn": "swiglu(8/3)", "norm": "rms",
-    "embed_position": "none", "tie": "false", "head": "", "dropout": "0", "patches": "none",
-    "encoder": "none",
+    "vocab": "none", "width": "", "layers": "", "layer": "pre", "ffn": "swiglu(8/3)",
+    "norm": "rms", "embed": "x", "embed_position": "none", "tie": "false", "head": "",
+    "dropout": "0", "patches": "none", "encoder": "none", "lanes": "none",
+    "condition_width": "width",
 }  # fmt: skip
+NORMS = {"rms": "rms_norm", "layer": "layer_norm"}  # what stages are called as a model's norm
+HEADS = {  # the heads that have names, as pipelines
+    "lm": "x | norm | linear(vocab)",
+    "classify": "x | norm | mean_tokens | linear(classes, bias = true)",
+    "none": "x | norm",
+    "mean": "x | mean_heads",  # of the lanes, before each of these
+}
 MAX_LAYERS = 1024
+_Place = tuple[Expr, object]  # a layer of the list, and whose weights it has where not its own
 
 
 @cache
 def _defaults() -> dict[str, Expr]:
     return parsed("model", SETTINGS)
+
+
+@cache
+def _heads() -> dict[str, Expr]:
+    return parsed("heads", HEADS)
 
 
 def elaborate_model(
@@ -55,6 +73,10 @@ class _Reader:
         self.library, self.findings, self.around = library, Findings(), around
         self.syntax = find_model(library, call)
         self.settings: dict[str, Expr] = {}
+        self.dropout, self.condition = 0.0, 1
+        self.lanes: int | None = None
+        self.vocab: int | None = None
+        self.steps: tuple[int, ...] = ()
         self.scope = Scope(library, self.findings)
         values = dict(library.lets)
         self._collect(call, values, [])
@@ -108,52 +130,53 @@ class _Reader:
         self.findings.settle()
         width = self.scope.size(self.get("width"), "`width`")
         self.width = self.scope.numbers["width"] = width
-        vocab, ffn = None, None
         layers: tuple[Block, ...] = ()
         encoder: Model | None = None
-        positions, classes, dropout = 0, 0, 0.0
-        norm = embed_position = head = "none"
-        tie = False
+        embed: Block | None = None
+        head: Block | None = None
+        embed_position, positions = "none", 0
         with guard():
-            vocab = self._vocab()
+            self.vocab = self._vocab()
         with guard():
             encoder = self._encoder(warnings)
         with guard():
+            self.dropout = self._dropout()
+        with guard():
+            self.lanes = self._lanes()
+        with guard():
+            self.condition = self.scope.size(self.get("condition_width"), "`condition_width`")
+        with guard():
             layers = self._layers(width, encoder, warnings)
-        with guard():
-            ffn = self._ffn(width)
-        with guard():
-            norm = self._word("norm", ("rms", "layer", "none"))
         with guard():
             embed_position, positions = self._position()
         with guard():
-            head, classes = self._head(vocab)
+            embed = self._end("embed", self.get("embed"), {})
         with guard():
-            tie = self._word("tie", ("true", "false")) == "true"
-            if tie and head != "lm":
-                raise error("L222", "only a language-model head can be tied", self.get("tie").span)
-        with guard():
-            dropout = float(self.scope.number(self.get("dropout"), "`dropout`"))
-            if not 0 <= dropout < 1:
-                raise error("L219", "a dropout rate lies in 0 <= p < 1", self.get("dropout").span)
+            head = self._head(self.vocab)
         if self.findings.diagnostics:
             return None
+        assert embed is not None
+        assert head is not None
         return Model(
             self.syntax.name,
-            vocab,
+            self.vocab,
             width,
             layers,
-            ffn,
-            norm,
+            embed,
+            head,
             embed_position,
             positions,
-            tie,
-            head,
-            classes,
-            dropout,
+            self.dropout,
             self.syntax.span,
             encoder,
+            self.lanes,
+            self.condition if any("condition" in each.reads for each in layers) else None,
+            self.steps,
         )
+
+    def _lanes(self) -> int | None:
+        lanes = self.get("lanes")
+        return None if lanes == NONE else self.scope.size(lanes, "`lanes`")
 
     def _vocab(self) -> int | None:
         vocab = self.get("vocab")
@@ -198,42 +221,116 @@ class _Reader:
             )
         return head, count
 
-    def _head(self, vocab: int | None) -> tuple[str, int]:
-        if "head" not in self.settings:
-            return ("none" if vocab is None else "lm"), 0
-        head, count, value = self._call("head", ("lm", "classify", "none"))
-        if head == "lm" and vocab is None:
-            raise error("L222", "a language-model head needs a `vocab`", value.span)
-        if head == "classify" and not count:
-            raise error(
-                "L209",
-                "`classify` needs the number of classes",
-                value.span,
-                "",
-                "write `classify(10)`",
-            )
-        return head, count
+    def _dropout(self) -> float:
+        rate = float(self.scope.number(self.get("dropout"), "`dropout`"))
+        if not 0 <= rate < 1:
+            raise error("L219", "a dropout rate lies in 0 <= p < 1", self.get("dropout").span)
+        return rate
 
-    def _ffn(self, width: int) -> FeedForward | None:
-        value = self.get("ffn")
-        if value == Name("none"):
-            return None
-        if not isinstance(value, Call) or value.function not in ("swiglu", "gelu"):
-            given = getattr(value, "function", getattr(value, "id", ""))
+    # the two ends
+
+    def _head(self, vocab: int | None) -> Block:
+        """Return what is done to what the layers give, its last linear map tied where asked."""
+        sizes = {} if vocab is None else {"vocab": vocab}
+        if "head" not in self.settings:
+            pipeline = self._of_lanes(_heads()["none" if vocab is None else "lm"])
+        elif not isinstance(self.get("head"), Name | Call):
+            pipeline = self.get("head")
+        else:
+            name, count, value = self._call("head", ("lm", "classify", "none"))
+            pipeline = self._of_lanes(_heads()[name])
+            if name == "lm" and vocab is None:
+                raise error("L222", "a language-model head needs a `vocab`", value.span)
+            if name == "classify" and not count:
+                raise error(
+                    "L209",
+                    "`classify` needs the number of classes",
+                    value.span,
+                    "",
+                    "write `classify(10)`",
+                )
+            sizes |= {"classes": count}
+        head = _with_own_names(self._end("head", pipeline, sizes))
+        if self._word("tie", ("true", "false")) == "false":
+            return head
+        tied = _tied(head, vocab)
+        if tied == head:
             raise error(
                 "L222",
-                "`ffn` is `swiglu(ratio)`, `gelu(ratio)` or `none`",
-                value.span,
-                "",
-                did_you_mean(given, ("swiglu", "gelu", "none")),
+                "only a language-model head can be tied",
+                self.get("tie").span,
+                "" if vocab is None else f"no `linear({vocab})` without a bias is in `head`",
             )
-        if len(value.args) != 1 or value.keywords:
-            raise error("L209", f"`{value.function}` takes one plain argument", value.span)
-        ratio = float(self.scope.number(value.args[0], "the ratio"))
-        hidden = 8 * max(1, round(ratio * width / 8))
-        if ratio <= 0 or hidden > 1 << 24:
-            raise error("L203", "the hidden width is out of range", value.span, f"ratio = {ratio}")
-        return FeedForward(value.function, hidden)
+        return tied
+
+    def _of_lanes(self, head: Expr) -> Expr:
+        """Return a head that begins with the mean of all lanes, where there are such."""
+        return head if self.lanes is None else put(head, {"x": _heads()["mean"]})
+
+    def _end(self, kind: str, pipeline: Expr, sizes: Mapping[str, int]) -> Block:
+        """Return a pipeline of the model's own, before its layers or after them."""
+        around = self._around(self.width)
+        given = Shape("n", self.width, self.lanes if kind == "head" else None)
+        scope = Scope(
+            self.library,
+            self.findings,
+            numbers={"width": self.width, "features": self.width, **sizes},
+            inputs={"x": given},
+            title=self.syntax.name,
+            around=around,
+            whole=whole,
+        )
+        shape = Shape("n", self.width) if kind == "embed" else None
+        flow = elaborate(scope, pipeline, Target(kind, shape))
+        block = composed(kind, kind, scope, [], flow, pipeline.span)
+        if block.uses:
+            raise error(
+                "L226",
+                f"tokens do not mix in `{kind}`",
+                pipeline.span,
+                f"`{block.uses[0].name}` is a block",
+                "put it into `layers`",
+            )
+        for node in applies(block.out):
+            op = OPS[node.op]
+            if op.lookback(dict(node.options)) or op.positional:
+                raise error(
+                    "L226",
+                    f"`{node.op}` reads other tokens, which `{kind}` cannot",
+                    node.span,
+                    "it takes one token at a time",
+                    "put it into a layer",
+                )
+        return replace(block, given=given) if given.heads is not None else block
+
+    def _around(self, width: int, at: int = 0, depth: int = 1) -> Around:
+        norm = self.get("norm")
+        if isinstance(norm, Name):
+            norm = Name(NORMS.get(norm.id, norm.id), norm.span)
+        return Around(
+            width,
+            self._no_block,
+            at,
+            depth,
+            self.lanes,
+            self._offered(at),
+            norm,
+            self.dropout,
+            self.vocab,
+        )
+
+    def _offered(self, at: int) -> dict[str, Shape]:
+        """Return what a layer may read beside the stream that comes in."""
+        offered = {"condition": Shape("1", self.condition)}
+        if self.lanes is None:
+            offered["earlier"] = Shape("n", self.width, at + 1)
+        if self.get("vocab") != NONE:
+            offered["tokens"] = Shape("n", 1)
+        return offered
+
+    @staticmethod
+    def _no_block(call: Expr, width: int) -> Block:  # noqa: ARG004  where no block can be a part
+        raise error("L226", "tokens mix in `layers` alone", call.span, "", "put it there")
 
     def _encoder(self, warnings: list[Diagnostic] | None) -> Model | None:
         """Return the model that the context passes through first (L227)."""
@@ -246,12 +343,13 @@ class _Reader:
             ring = " → ".join([*around, name])
             raise error("L212", f"`{name}` is its own encoder", call.span, ring)
         encoder = elaborate_model(self.library, call, warnings, around)
-        if encoder.head != "none":
+        gives, features = encoder.head.out.shape, Shape("n", encoder.width)
+        if gives != features:
             raise error(
                 "L227",
                 "an encoder gives features",
                 call.span,
-                f"head = {encoder.head} in `{name}`",
+                f"the head of `{name}` gives {gives}, needed is {features}",
                 f"set `head = none` in `{name}`",
             )
         if any(block.context_width is not None for block in encoder.blocks):
@@ -264,36 +362,103 @@ class _Reader:
         self, width: int, encoder: Model | None, warnings: list[Diagnostic] | None
     ) -> tuple[Block, ...]:
         context_width = None if encoder is None else encoder.width
-        calls = self._list(self.get("layers"))
-        if not calls:
-            raise error("L203", "a model needs at least one layer", self.get("layers").span)
+        calls = self._places()
         place = f"it is layer 0 of `{self.syntax.name}`, the lowest"
-        made: dict[Expr, Draft] = {}
-        drafts: list[Draft] = []
-        reads_layer, reads_below = self._reads_layer(), bool(self.library.read_above)
+        made: dict[Expr, Block] = {}
+        drafts: dict[int, Draft] = {}  # of the blocks in layers, by their identity
+        layers: list[Block] = []
+        below: Draft | None = None  # the block below
+        reads_layer = self._reads("layer", "earlier")
+        reads_below = bool(self.library.read_above)
         for at, call in enumerate(calls):
+
+            def block(part: Expr, width: int, at: int = at, below: Draft | None = below) -> Block:
+                under = None if below is None else below.scope
+                offered = self._offered(at)
+                sizes = Sizes(width, context_width, at, len(calls), under, place, offered)
+                draft = draft_block(self.library, part, sizes)
+                self._one_a_token(draft, part)
+                made = draft.finish()
+                drafts[id(made)] = draft
+                return made
+
             with self.findings.guard():
-                draft = made.get(call)
-                if draft is None or reads_layer or reads_below:
-                    below = drafts[-1].scope if drafts else None
-                    sizes = Sizes(width, context_width, at, len(calls), below, place)
-                    draft = made[call] = draft_block(self.library, call, sizes)
-                    self._one_a_token(draft, call)
-                drafts.append(draft)
-            if reads_below and len(drafts) <= at:
+                layer = made.get(call)
+                if layer is None or reads_layer or reads_below:
+                    around = replace(self._around(width, at, len(calls)), block=block)
+                    layer = made[call] = elaborate_part(self.library, self._standing(call), around)
+                layers.append(layer)
+                if layer.uses:
+                    below = drafts[id(layer.uses[-1])]
+            if reads_below and len(layers) <= at:
                 return ()  # what stands above cannot be checked without it
         self.findings.settle()
-        seen: set[Expr] = set()
+        if reads_below:
+            self._tell_apart(layers, calls)
+        seen: set[int] = set()
 
-        def finish(at: int, shared: tuple[str, ...]) -> Block:
-            quiet = None if calls[at] in seen else warnings
-            seen.add(calls[at])
-            return drafts[at].finish(shared, quiet)
+        def finish(block: Block, shared: tuple[str, ...]) -> Block:
+            quiet = None if id(block) in seen else warnings
+            seen.add(id(block))
+            return drafts[id(block)].finish(shared, quiet)
 
-        layers = stack([partial(finish, at) for at in range(len(calls))])
-        if encoder is not None and not any(block.context_width for block in layers):
+        uses = [block for layer in layers for block in layer.uses]
+        done = stack([partial(finish, block) for block in uses])
+        if encoder is not None and not any(block.context_width for block in done):
             self._unread(warnings)
-        return layers
+        rest = iter(done)
+        return tuple(layer.using(rest) for layer in layers)
+
+    def _places(self) -> list[Expr]:
+        """Return the different layers of the list; `steps` is their order, some of them again."""
+        listed = self._list(self.get("layers"))
+        if not listed:
+            raise error("L203", "a model needs at least one layer", self.get("layers").span)
+        calls: list[Expr] = []
+        numbers: dict[object, int] = {}
+        steps = []
+        for call, key in listed:
+            at = len(calls) if key is None else numbers.setdefault(key, len(calls))
+            if at == len(calls):
+                calls.append(call)
+            steps.append(at)
+        self.steps = tuple(steps)
+        if len(steps) > len(calls) and (self.library.read_above or self._reads("earlier")):
+            raise error(
+                "L224",
+                "a layer that runs again has other layers below it each time",
+                self.get("layers").span,
+                "layers of this file read the ones below",
+                "leave `loop` and `once` out, or `previous` and `earlier`",
+            )
+        return calls
+
+    def _standing(self, call: Expr) -> Expr:
+        """Return the layer that a block or feed-forward of the list stands in."""
+        kind, layer, ffn = self.library.kind_of(call), self.get("layer"), self.get("ffn")
+        if kind == "layer":
+            return call
+        if kind == "ffn":
+            return Call("pre", (NONE, call), (), call.span)
+        item = self.library.item(layer, "layer")
+        self.library.item(call, "block")
+        given = layer.args if isinstance(layer, Call) else ()
+        keywords = layer.keywords if isinstance(layer, Call) else ()
+        open_ = [each for each in item.params if each.default is None][len(given) :]
+        parts = (call, ffn)[: len(open_)]
+        return Call(item.name, (*given, *parts), keywords, call.span)
+
+    def _tell_apart(self, layers: list[Block], calls: list[Expr]) -> None:
+        """Refuse several blocks in one layer where blocks read the one below (L224)."""
+        for layer, call in zip(layers, calls, strict=True):
+            if len(layer.uses) > 1:
+                raise error(
+                    "L224",
+                    "it is not clear which block is below",
+                    call.span,
+                    f"`{layer.name}` has {len(layer.uses)}",
+                    "where `previous` is read, a layer has one block",
+                )
 
     def _one_a_token(self, draft: Draft, call: Expr) -> None:
         """Check that a layer gives one output a token (L226)."""
@@ -319,15 +484,17 @@ class _Reader:
                 )
             )
 
-    def _reads_layer(self) -> bool:
-        """Whether any text of the file reads `layer`; then every layer is elaborated anew."""
+    def _reads(self, *names: str) -> bool:
+        """Say whether any text reads one of some names, so that no layer is like another."""
         library = self.library
         holders: list[syntax.Block | syntax.Definition] = [
             *library.blocks.values(),
+            *library.layers.values(),
+            *library.ffns.values(),
             *library.definitions.values(),
         ]
         defaults = [each.default for holder in holders for each in holder.params]
-        bases = [each.base for each in library.blocks.values()]
+        bases = [each.base for each in holders if isinstance(each, syntax.Block)]
         exprs = [
             expr
             for holder in holders
@@ -335,17 +502,17 @@ class _Reader:
             for expr in statement_exprs(statement)
         ]
         return any(
-            isinstance(node, Name) and node.id == "layer"
+            isinstance(node, Name) and node.id in names
             for expr in (*exprs, *defaults, *bases, *library.lets.values(), self.get("layers"))
             if expr is not None
             for node in syntax.walk(expr)
         )
 
-    def _list(self, expr: Expr) -> list[Expr]:
-        """Return the block calls of a list expression."""
+    def _list(self, expr: Expr) -> list[_Place]:
+        """Return the layers of a list expression."""
         match expr:
             case ListOf(items):
-                done = [call for item in items for call in self._list(item)]
+                done = [place for item in items for place in self._list(item)]
             case Binary("+", left, right):
                 done = self._list(left) + self._list(right)
             case Binary("*", times, ListOf() as items) | Binary("*", items, times):
@@ -354,8 +521,17 @@ class _Reader:
             case Call("each", (times, item), ()):
                 count = self.scope.size(times, "a number of layers")
                 done = self._repeat(expr, self._list(item), count)
+            case Call("loop", (times, item), ()):
+                count = self.scope.size(times, "a number of turns")
+                inner = [
+                    (call, (id(expr), at) if key is None else key)
+                    for at, (call, key) in enumerate(self._list(item))
+                ]
+                done = self._repeat(expr, inner, count)
+            case Call("once", (item,), ()):
+                done = [(item, (item, item.span))]
             case Name() | Call():
-                done = [expr]
+                done = [(expr, None)]
             case _:
                 raise error(
                     "L218",
@@ -367,7 +543,7 @@ class _Reader:
         return self._repeat(expr, done, 1)
 
     @staticmethod
-    def _repeat(expr: Expr, calls: list[Expr], count: int) -> list[Expr]:
+    def _repeat(expr: Expr, calls: list[_Place], count: int) -> list[_Place]:
         if len(calls) * count > MAX_LAYERS:
             raise error(
                 "L203",
@@ -376,6 +552,32 @@ class _Reader:
                 f"{len(calls) * count:,}, the limit is {MAX_LAYERS:,}",
             )
         return calls * count
+
+
+def _tied(head: Block, vocab: int | None) -> Block:
+    """Return a head whose map to the vocabulary is the embedding's; itself where it has none."""
+
+    def change(node: Flow) -> Flow:
+        if isinstance(node, Apply) and node.op == "linear":
+            options = dict(node.options)
+            if options["features"] == vocab and not options["bias"]:
+                return replace(node, op="tied", module="embed_tokens")
+        return node
+
+    return replace(head, out=flow_mapped(head.out, change))
+
+
+def _with_own_names(head: Block) -> Block:
+    """Name the modules of a head `norm` and `lm_head`, or `head` where it tells classes."""
+    names = [node.module for node in flow_nodes(head.out) if isinstance(node, Apply | Part)]
+    maps = [each for each in names if each.startswith("head_proj")]
+    own = {"head_norm": "norm"}
+    own |= {maps[-1]: "lm_head" if head.out.shape.tokens == "n" else "head"} if maps else {}
+
+    def named(node: Apply | Part) -> Flow:
+        return replace(node, module=own.get(node.module, node.module))
+
+    return replace(head, out=flow_mapped(head.out, named))
 
 
 def find_model(library: Library, call: Expr) -> syntax.Model:

@@ -39,6 +39,11 @@ METHODS = frozenset((
 ))  # fmt: skip
 
 
+def module_name(name: str) -> str:
+    """Return what the submodule of a part is called: its name, unless a module cannot have it."""
+    return f"{name}_" if keyword.iskeyword(name) or name in MODULE or name in METHODS else name
+
+
 def taken(name: str, tensor: bool = False) -> str:
     """Return why a name cannot be given to a stream or tensor; "" where it can."""
     if name in MEANINGS:

@@ -15,9 +15,6 @@ from dataclasses import replace
 from ...grammar.syntax import Expr
 from ..algebra.masks import extent, remembered, widest
 from ..facts import decoding
-from ..graph.build import build
-from ..graph.passes.fuse_attend import fuse_attend
-from ..graph.roots import Roots
 from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Read, flow_nodes
 
 Finish = Callable[[tuple[str, ...]], Block]  # the block of a layer that gives these streams
@@ -61,6 +58,10 @@ def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
         if [below.resolved(each.name) for each in other.inputs[1:3]] == there[:2]:
             if name in below.borrows:
                 return all(each == "doc" or each.startswith(PREVIOUS) for each in there)
+            from ..graph.build import build  # here: no other check needs a graph
+            from ..graph.passes.fuse_attend import fuse_attend
+            from ..graph.roots import Roots
+
             roots = Roots(fuse_attend(build(below)))
             streams = {*other.indexed("j"), *there} - {"doc"}
             return not any(map(roots.late, streams))

@@ -21,7 +21,8 @@ from ...grammar.functions import FUNCTIONS
 from ...grammar.source import Span
 from ...grammar.syntax import Call, Definition, Expr, Name
 from ...ops import OPS, Shape, Weight
-from ..model import Stream
+from ..model import Block, Stream
+from .around import Around
 from .library import MAX_NODES, Library, bind, put, size, substitute_statement
 from .names import taken
 
@@ -63,6 +64,7 @@ class Findings:
 
 
 Declared = Callable[[str], Stream]  # the stream of this name in the block
+Whole = Callable[["Scope", Expr, Definition | None, Shape], Block]  # for what it is given
 
 
 @dataclass
@@ -88,6 +90,9 @@ class Scope:
     below: Scope | None = None  # the layer below
     place: str = ""  # where the block stands, if no layer is below it
     renamed: dict[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Expr] = field(default_factory=dict)  # what a layer was given for parts
+    around: Around | None = None  # where a layer stands
+    whole: Whole | None = None  # makes the part that a call, or a stage with tensors, stands for
     _open: list[str] = field(default_factory=list)
     _expanded: dict[tuple[object, ...], dict[str, Expr]] = field(default_factory=dict)
     _spent: list[int] = field(default_factory=lambda: [0])
@@ -247,6 +252,11 @@ class Scope:
             value = evaluate(settle(init), {"h": h} if sizes else {})
             if value == -inf:
                 raise NotConstant(init, "it is minus infinity")
+
+    def offer(self, inputs: Mapping[str, Shape]) -> None:
+        """Let inputs be read by their names, where they are no names of its own."""
+        own = self.declared.keys() | self.tensors.keys()
+        self.inputs |= {name: shape for name, shape in inputs.items() if name not in own}
 
     # definitions
 

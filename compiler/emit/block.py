@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from ...grammar.show import show
-from ..facts.kept import along_keys
+from ..facts.kept import Part, Within, along_keys, lookback
 from ..facts.parameters import constants
-from ..graph.graph import made_by, shape_of
-from ..graph.operations import Attend, Input, Scan, Stage
+from ..graph.graph import Node, made_by
+from ..graph.operations import Attend, Input, Scan, Stage, Whole
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan, tiles
 from ..lowerings.choose import way
@@ -23,17 +23,24 @@ from ..model import MAPS, PREVIOUS, Block, Pairwise
 from ..plan.plan import Plan
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter as parameter_lines
-from ..text.text import LIMIT, braced, call, class_name, comment, ident, indent
+from ..text.text import LIMIT, braced, call, comment, ident, indent
 from .caches import CONTEXT, begins_within, own_rows, part_name, plain_name
+from .layers import Classes, described, given_blocks, modules, offered_line, takes_batch
 from .mixes import Mixes
 
 
-def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]:
-    """Return the lines of a block's class; `kernels` are the functions that it calls."""
-    writer, graph = _Writer(plan, kernels), plan.graph
+def block_class(
+    plan: Plan, name: str, kernels: Sequence[Operator], classes: Classes, alone: bool = False
+) -> list[str]:
+    """Return the lines of a class; `kernels` are the functions that it calls.
+
+    A layer that stands alone makes its blocks itself; else it is given them.
+    """
+    writer, graph = _Writer(plan, kernels, classes, alone), plan.graph
     fixed = constants(plan.block)
     base = "Constants" if fixed else "nn.Module"
-    lines = [f"class {class_name(name)}({base}):", *indent(_docstring(plan.block)), ""]
+    lines = [f"class {name}({base}):", *indent(_docstring(plan.block)), ""]
+    lines += offered_line(plan.block)
     lines += indent(writer.constructor())
     if fixed:
         lines += ["", *indent(constant_lines(fixed))]
@@ -52,6 +59,8 @@ def block_class(plan: Plan, name: str, kernels: Sequence[Operator]) -> list[str]
 
 
 def _docstring(block: Block) -> list[str]:
+    if block.kind != "block":
+        return [f'"""The {described(block)}."""']
     parts = []
     for name, mixing in block.mixings.items():
         heads = f"{mixing.heads} heads of {mixing.shape.dim}"
@@ -78,16 +87,25 @@ def _docstring(block: Block) -> list[str]:
     ]
 
 
+def _is_of(held: Part, node: Node[Whole]) -> bool:
+    """Say whether it is what a part keeps."""
+    return isinstance(held, Within) and held.part == node.module
+
+
 class _Writer(Mixes):
+    def __init__(
+        self, plan: Plan, kernels: Sequence[Operator], classes: Classes, alone: bool
+    ) -> None:
+        super().__init__(plan, kernels)
+        self.classes, self.alone = classes, alone
+
     # constructor
 
     def constructor(self) -> list[str]:
-        lines = ["def __init__(self) -> None:", "    super().__init__()"]
-        for node in self.graph.of(Stage):
-            if node.module:
-                shapes = [shape_of(self.graph.node(name).dims) for name in node.inputs]
-                made = node.op.definition.constructor(shapes, node.op.given)
-                lines.append(f"    self.{node.module} = {made}")
+        given = [] if self.alone else given_blocks(self.block)
+        arguments = ", ".join(["self", *given])
+        lines = [f"def __init__({arguments}) -> None:", "    super().__init__()"]
+        lines += indent(modules(self.graph, self.classes, self.alone))
         for tensor in self.block.tensors:
             lines += indent(parameter_lines(tensor)) if tensor.learned else []
         if constants(self.block):
@@ -111,6 +129,7 @@ class _Writer(Mixes):
             "    segments: Tensor | None = None,",
             "    cu_seqlens: Tensor | None = None,",
             "    positions: Tensor | None = None,",
+            *(f"    {name}: Tensor," for name in self.block.reads),
             *(["    shared: dict[str, Tensor],"] if self.stacked else []),
             "    cache: None = None,"
             if self.obstacle is not None
@@ -132,7 +151,7 @@ class _Writer(Mixes):
             "    `batch` and `far` say how tokens and context stand, where a model says it.",
             '    """',
         ]
-        body = [f'expect("x", x, {width}, self)']
+        body = [f'expect("x", x, {width}, self)'] if self.block.given is None else []
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
         body += self._opened()
@@ -166,7 +185,8 @@ class _Writer(Mixes):
     def _isolates(self) -> bool:
         """Whether sequences of a row are told apart in it, and not laid into rows of their own."""
         tokens = self.block.out.shape.tokens
-        return tokens == "n" and not self.block.marks and not own_rows(self.block)
+        mixes = self.block.kind == "block" or any(map(lookback, self.graph.nodes))
+        return mixes and tokens == "n" and not self.block.marks and not own_rows(self.block)
 
     def _opened(self) -> list[str]:
         """Write the lines that lay the tokens of a call out in sequences."""
@@ -208,7 +228,16 @@ class _Writer(Mixes):
     @property
     def stacked(self) -> bool:
         """Whether the block is a layer of a model in which layers read each other."""
-        return self.block.shared is not None
+        return self.block.stacked
+
+    def handed(self, node: Node[Whole]) -> list[str]:
+        what = node.op.what
+        given = [f"{name}={name}" for name in what.reads]
+        given += ["shared=shared"] if what.stacked else []
+        given += ["context=context", "far=far"] if what.context_width is not None else []
+        given += ["batch=batch"] if takes_batch(what) else []
+        held = next((each for each in self.kept.parts if _is_of(each, node)), None)
+        return given if held is None else [*given, f"cache={self.cache(part_name(held))}"]
 
     def _from_below(self) -> list[str]:
         """Write the streams of the layer below, as far as they are of the tokens of the call."""
@@ -322,7 +351,7 @@ class _Writer(Mixes):
                 lines = self._scanned(node)
             elif made_by(node, Attend):
                 lines = self._attended(node)
-            elif not isinstance(node.op, Stage) or self._inlined(node):
+            elif not isinstance(node.op, Stage | Whole) or self._inlined(node):
                 continue
             else:
                 name = ident(node.name)

@@ -5,20 +5,21 @@ What is kept, and of what size, is said by `Kept` (`facts/kept.py`), where the b
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
 
 from ...grammar.expr import calls, evaluate
 from ...ops import OPS
 from ..algebra.masks import reads_others
 from ..facts import decoding
-from ..facts.kept import Context, Held, Kept, Keys, Part, State, Tails, kept_of
+from ..facts.kept import Context, Held, Kept, Keys, Part, State, Tails, Within, kept_of
 from ..facts.parameters import weights
 from ..graph.graph import AnyNode, Graph, Node, made_by
 from ..graph.operations import Attend, Scan
 from ..graph.roots import Roots
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan
-from ..model import MAPS, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
+from ..model import MAPS, OFFERED, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
 from ..plan.attention import Attention
 from ..text.text import call, ident, indent
 
@@ -34,7 +35,7 @@ _CLASSES: dict[type[Part], str] = {
 class Caches:
     """The caches of one block, as text."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, facts: Mapping[str, Attention] | None = None) -> None:
         self.graph, self.block, self.roots = graph, graph.block, Roots(graph)
         self.attentions = tuple(graph.of(Attend))
         self.recurrences = tuple(graph.of(Scan))
@@ -42,7 +43,7 @@ class Caches:
         self.obstacle = decoding.obstacle(graph.block)
         self.kept = Kept() if self.obstacle is not None else kept_of(graph)
         self.borrows = frozenset(graph.block.borrows)
-        self._facts = {each.name: Attention(graph, each) for each in self.attentions}
+        self._facts = facts or {}
 
     def facts(self, node: Node[Attend]) -> Attention:
         """Return what is known of an attention."""
@@ -101,6 +102,10 @@ class Caches:
             "        batch,",
         ]
         for part in parts:
+            if isinstance(part, Within):
+                made = f"self.{part.part}.init_cache(batch, length)"
+                lines += indent([f"{ident(part_name(part))}={made},"], 2)
+                continue
             head = f"{ident(part_name(part))}={_CLASSES[type(part)]}"
             lines += indent(call(head, self._arguments(part), "),"), 2)
         return [*lines, "    )"]
@@ -146,6 +151,8 @@ def part_name(part: Part) -> str:
             return CONTEXT
         case Tails():
             return TAILS
+        case Within(name):
+            return own_part(name)
 
 
 def own_part(node: str) -> str:
@@ -166,18 +173,23 @@ def _described(part: Part) -> str:
             return "room for the keys and values of a context"
         case Tails():
             return "room for the tokens before the next one"
+        case Within(name):
+            return f"what `{name}` keeps"
 
 
 def _size(held: Held) -> str:
     return f'"{ident(held.name)}": {(held.shape.heads, held.shape.dim)}'
 
 
+@lru_cache(maxsize=256)
 def own_rows(block: Block, training: bool = True) -> bool:
     """Say whether sequences of one row must be laid out in rows of their own.
 
     What reads all tokens of a row at once would else read those of all its sequences; and in
     chunks, a matrix begins at another number than 0 only before the first token.
     """
+    if any(own_rows(each.what, training) for each in block.parts):
+        return True
     flows = block.flows if training else (*(each.flow for each in block.streams), block.out)
     for flow in (node for each in flows for node in flow_nodes(each)):
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
@@ -201,10 +213,10 @@ def begins_within(block: Block) -> bool:
 
     Not where expressions read other keys in order: those of both sequences lie in one cache.
     """
-    exprs = (expr for each in block.mixings.values() for expr in each.mix.exprs)
+    exprs = (expr for use in block.uses for each in use.mixings.values() for expr in each.mix.exprs)
     return not own_rows(block, training=False) and not any(map(reads_others, exprs))
 
 
 def plain_name(name: str) -> str:
     """Return the variable of a node."""
-    return name if name in ("x", "context", "o") else ident(name)
+    return name if name in ("x", "context", "o", *OFFERED) else ident(name)

@@ -31,7 +31,7 @@ class Mixes(Stages):
     """Writes attentions and recurrences, as a plan says."""
 
     def __init__(self, plan: Plan, kernels: Sequence[Operator]) -> None:
-        super().__init__(plan.graph)
+        super().__init__(plan.graph, plan.attentions)
         self.plan = plan
         self.recurrence_kernels = {
             each.spec: each.name for each in kernels if isinstance(each.spec, Recurrence)
@@ -59,14 +59,14 @@ class Mixes(Stages):
 
     def _scanned(self, node: Node[Scan]) -> list[str]:
         """Write a recurrence."""
-        path = self.plan.path(node)
+        path, form = self.plan.path(node), self.plan.recurrences[node.name]
         cache = self.cache(own_part(node.name)) if self.obstacle is None else ""
         if node.name in self.kernels:
             return scan.by_kernel(self.graph, node, cache, self.kernels[node.name])
-        if path == "sequential":
+        if isinstance(form, str):
             return scan.forward(self.graph, node, cache)
         kernels = self.recurrence_kernels if path == "triton" else None
-        return chunk.forward(self.graph, node, cache, kernels)
+        return chunk.forward(self.graph, node, form, cache, kernels)
 
     def _attended(self, node: Node[Attend]) -> list[str]:
         """Write an attention."""

@@ -1,106 +1,77 @@
-"""The model around the blocks: embeddings, pre-norm layers, head."""
+"""The model around the layers: embedding, the layers in order, the head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from itertools import groupby
 
 from ..facts.decoding import obstacle
+from ..graph.graph import Node
+from ..graph.operations import Stage, Whole
+from ..graph.passes import simplest
 from ..model import Block, Model
 from ..text.text import call, indent
 from .caches import begins_within, own_rows
-
-_SWIGLU = '''class {prefix}FeedForward(nn.Module):
-    """down(silu(gate x) * up x), {width} → {hidden} → {width}."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear({width}, {hidden}, bias=False)
-        self.up_proj = nn.Linear({width}, {hidden}, bias=False)
-        self.down_proj = nn.Linear({hidden}, {width}, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))'''
-
-_GELU = '''class {prefix}FeedForward(nn.Module):
-    """down(gelu(up x)), {width} → {hidden} → {width}."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear({width}, {hidden}, bias=False)
-        self.down_proj = nn.Linear({hidden}, {width}, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x)))'''
-
-_NORMS = {"rms": "nn.RMSNorm({width}, eps=1e-06)", "layer": "nn.LayerNorm({width}, eps=1e-05)"}
+from .layers import Classes, made, modules, takes_batch
+from .stages import Stages
 
 
-def classes(
-    model: Model, name: str, which: Mapping[Block, str], encoder: str = "", prefix: str = ""
-) -> list[str]:
-    """Return the text of the classes around the blocks; `which` names each block's class.
-
-    `encoder` is the class of the encoder; an encoder's own classes begin with a `prefix`.
-    """
-    made = []
-    if model.ffn is not None:
-        template = _SWIGLU if model.ffn.kind == "swiglu" else _GELU
-        made.append(template.format(prefix=prefix, width=model.width, hidden=model.ffn.hidden))
-    made.append("\n".join(_layer(model, prefix)))
-    made.append("\n".join(_model(model, name, which, encoder, f"{prefix}Layer")))
-    return made
-
-
-def _norm(model: Model) -> str:
-    return _NORMS[model.norm].format(width=model.width) if model.norm != "none" else ""
-
-
-def _layer(model: Model, prefix: str) -> list[str]:
-    normed = "self.{}(x)" if model.norm != "none" else "x"
-    init = ["super().__init__()"]
-    if model.norm != "none":
-        init.append(f"self.attn_norm = {_norm(model)}")
-    init.append("self.attn = attn")
-    if model.ffn is not None:
-        if model.norm != "none":
-            init.append(f"self.ffn_norm = {_norm(model)}")
-        init.append(f"self.ffn = {prefix}FeedForward()")
-    shares = _shares(model)
-    attended = f"self.attn({normed.format('attn_norm')}, {'shared=shared, ' * shares}**given)"
-    body = [f"y, shared = {attended}"] if shares else []
-    made = f"x + {_dropped(model, 'y' if shares else attended)}"
-    if model.ffn is not None:
-        fed = f"self.ffn({normed.format('ffn_norm')})"
-        body.append(f"x = {made}")
-        made = f"x + {_dropped(model, fed)}"
-    body.append(f"return {made}{', shared' * shares}")
-    what = "attention, then the feed-forward network" if model.ffn is not None else "attention"
+def model_class(model: Model, name: str, classes: Classes, encoder: str = "") -> list[str]:
+    """Return the lines of a model's class; `encoder` is the class of its encoder."""
+    shape = _takes(model, "n")
+    if model.encoder is not None:
+        shape += f", context {_takes(model.encoder, 'm')}"
+    out = model.head.out.shape
+    what = "features" if out.dim == model.width and model.vocab is None else "logits"
+    gives = f"{what} [b, {out.dim}]" if model.classifies else f"{what} [b, n, {out.dim}]"
     return [
-        f"class {prefix}Layer(nn.Module):",
-        f'    """One layer: {what}, each around a residual."""',
+        f"class {name}(nn.Module):",
+        f'    """{shape} → {gives}."""',
         "",
-        "    def __init__(self, attn: nn.Module) -> None:",
-        *indent(init, 2),
+        "    def __init__(self) -> None:",
+        *indent(_constructor(model, classes, encoder), 2),
         "",
-        *(_SHARING if shares else ["    def forward(self, x: Tensor, **given: object) -> Tensor:"]),
-        *indent(body, 2),
+        *indent(_init_cache(model)),
+        "",
+        *indent(_auxiliary(model, classes)),
+        "    def forward(",
+        "        self,",
+        f"        {_first(model)}: Tensor,",
+        "        *,",
+        "        context: Tensor | None = None,",
+        *(["        condition: Tensor | None = None,"] if model.condition else []),
+        "        attention_mask: Tensor | None = None,",
+        "        context_mask: Tensor | None = None,",
+        "        segments: Tensor | None = None,",
+        "        cu_seqlens: Tensor | None = None,",
+        "        positions: Tensor | None = None,",
+        f"        cache: {'Cache | None' if decodes(model) else 'None'} = None,",
+        "        batch: Batch | None = None,",
+        "    ) -> Tensor:",
+        *indent(_forward(model, classes), 2),
     ]
 
 
-_SHARING = [
-    "    def forward(",
-    "        self, x: Tensor, shared: dict[str, Tensor], **given: object",
-    "    ) -> tuple[Tensor, dict[str, Tensor]]:",
-]
+class _End(Stages):
+    """What is done before the layers, or after them, in the model's own forward pass."""
 
+    def __init__(self, block: Block, classes: Classes) -> None:
+        super().__init__(simplest(block))
+        self.classes = classes
 
-def _shares(model: Model) -> bool:
-    """Say whether layers of the model read the ones below."""
-    return any(block.shared is not None for block in model.layers)
+    def modules(self) -> list[str]:
+        return modules(self.graph, self.classes)
 
+    def lines(self) -> list[str]:
+        """Write it: what stood in `x` is made what stands there after it."""
+        end = self.graph.node(self.graph.output)
+        if not isinstance(end.op, Stage | Whole):
+            return []
+        told = any(node.op.definition.by_sequence for node in self.graph.of(Stage))
+        lines = ["run = batch.run"] if told else []
+        return [*lines, *self.assigned(), *self._assign(end, "x =")]
 
-def _dropped(model: Model, text: str) -> str:
-    return f"F.dropout({text}, {model.dropout!r}, self.training)" if model.dropout else text
+    def handed(self, node: Node[Whole]) -> list[str]:
+        return ["batch=batch"] if takes_batch(node.op.what) else []
 
 
 def _takes(model: Model, tokens: str) -> str:
@@ -110,51 +81,13 @@ def _takes(model: Model, tokens: str) -> str:
     return f"features [b, {tokens}, {model.width}]"
 
 
-def _model(
-    model: Model, name: str, which: Mapping[Block, str], encoder: str, layer: str
-) -> list[str]:
-    shape = _takes(model, "n")
-    if model.encoder is not None:
-        shape += f", context {_takes(model.encoder, 'm')}"
-    out = {
-        "lm": f"logits [b, n, {model.vocab}]",
-        "classify": f"logits [b, {model.classes}]",
-        "none": f"features [b, n, {model.width}]",
-    }[model.head]
-    return [
-        f"class {name}(nn.Module):",
-        f'    """{shape} → {out}."""',
-        "",
-        "    def __init__(self) -> None:",
-        *indent(_constructor(model, which, encoder, layer), 2),
-        "",
-        *indent(_init_cache(model)),
-        "",
-        *indent(_auxiliary(model, which)),
-        "    def forward(",
-        "        self,",
-        f"        {_first(model)}: Tensor,",
-        "        *,",
-        "        context: Tensor | None = None,",
-        "        attention_mask: Tensor | None = None,",
-        "        context_mask: Tensor | None = None,",
-        "        segments: Tensor | None = None,",
-        "        cu_seqlens: Tensor | None = None,",
-        "        positions: Tensor | None = None,",
-        f"        cache: {'Cache | None' if decodes(model) else 'None'} = None,",
-        "        batch: Batch | None = None,",
-        "    ) -> Tensor:",
-        *indent(_forward(model), 2),
-    ]
-
-
 def _first(model: Model) -> str:
     return "tokens" if model.vocab is not None else "x"
 
 
 def decodes(model: Model) -> bool:
     """Say whether a model can go on token by token."""
-    return model.head != "classify" and _obstacle(model) is None
+    return not model.classifies and _obstacle(model) is None
 
 
 def _obstacle(model: Model) -> str | None:
@@ -173,63 +106,60 @@ def _init_cache(model: Model) -> list[str]:
     return [
         f"{head}Cache:",
         '    """Return what the layers keep, still empty; without a length it grows."""',
-        "    kept = (layer.attn.init_cache(batch, length) for layer in self.layers)",
+        f"    kept = (layer.init_cache(batch, length) for layer in {_run(model)})",
         "    parts = {str(at): each for at, each in enumerate(kept)}",
         "    return Cache(self, batch, **parts)",
     ]
 
 
-def _auxiliary(model: Model, which: Mapping[Block, str]) -> list[str]:
+def _auxiliary(model: Model, classes: Classes) -> list[str]:
     """Write the method that brings together what layers add to the loss, if any does."""
-    names = dict.fromkeys(which[block] for block in model.layers if block.regularize is not None)
+    names = dict.fromkeys(classes[block] for block in model.uses if block.regularize is not None)
     if not names:
         return []
     kinds = next(iter(names)) if len(names) == 1 else f"({', '.join(names)})"
     return [
         "def auxiliary_loss(self) -> Tensor:",
         '    """Return what the last forward pass in training adds to the loss, once."""',
-        "    attention = (layer.attn for layer in self.layers)",
-        f"    losses = (each.auxiliary_loss() for each in attention if isinstance(each, {kinds}))",
+        f"    adding = (each for each in self.layers.modules() if isinstance(each, {kinds}))",
+        "    losses = (each.auxiliary_loss() for each in adding)",
         "    return torch.stack(list(losses)).sum()",
         "",
     ]
 
 
-def _constructor(model: Model, which: Mapping[Block, str], encoder: str, layer: str) -> list[str]:
+def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
     lines = ["super().__init__()"]
     if model.encoder is not None:
         lines.append(f"self.encoder = {encoder}()")
     if model.vocab is not None:
-        lines += [
-            f"self.embed_tokens = nn.Embedding({model.vocab}, {model.width})",
-            "nn.init.normal_(self.embed_tokens.weight, std=0.02)",
-        ]
+        lines += _table("embed_tokens", model.vocab, model.width)
     if model.embed_position == "learned":
-        lines += [
-            f"self.embed_positions = nn.Embedding({model.positions}, {model.width})",
-            "nn.init.normal_(self.embed_positions.weight, std=0.02)",
-        ]
-    blocks = ", ".join(f"{which[block]}()" for block in model.layers)
-    text = f"self.layers = nn.ModuleList({layer}(attn) for attn in ({blocks},))"
-    if len(text) > 84:
-        lines += [
-            "attention = (",
-            *(f"    {which[block]}()," for block in model.layers),
+        lines += _table("embed_positions", model.positions, model.width)
+    lines += _End(model.embed, classes).modules()
+    layers = []
+    for text, same in groupby(made(layer, classes) for layer in model.layers):
+        times = len(list(same))
+        layers += [text] if times == 1 else [f"*({text} for _ in range({times}))"]
+    listed = call("self.layers = nn.ModuleList", [f"[{', '.join(layers)}]"])
+    if max(map(len, listed)) > 88:
+        listed = [
+            "self.layers = nn.ModuleList(",
+            "    [",
+            *(f"        {each}," for each in layers),
+            "    ]",
             ")",
-            f"self.layers = nn.ModuleList({layer}(attn) for attn in attention)",
         ]
-    else:
-        lines.append(text)
-    if model.norm != "none":
-        lines.append(f"self.norm = {_norm(model)}")
-    if model.head == "lm" and not model.tie:
-        lines.append(f"self.lm_head = nn.Linear({model.width}, {model.vocab}, bias=False)")
-    if model.head == "classify":
-        lines.append(f"self.head = nn.Linear({model.width}, {model.classes})")
-    return lines
+    return [*lines, *listed, *_End(model.head, classes).modules()]
 
 
-def _forward(model: Model) -> list[str]:
+def _table(name: str, rows: int, width: int) -> list[str]:
+    """Write an embedding whose values are drawn once: nn.Embedding would draw others first."""
+    drawn = f"torch.empty({rows}, {width}).normal_(std=0.02)"
+    return call(f"self.{name} = nn.Embedding.from_pretrained", [drawn, "freeze=False"])
+
+
+def _forward(model: Model, classes: Classes) -> list[str]:
     first, cached = _first(model), decodes(model)
     if model.vocab is not None:
         lines = [
@@ -238,7 +168,7 @@ def _forward(model: Model) -> list[str]:
         ]
     else:
         lines = [f'expect("x", x, {model.width}, self)']
-    if model.head == "classify":
+    if model.classifies:
         lines += [
             "if segments is not None or cu_seqlens is not None:",
             '    raise ValueError("a classifier has one answer for each row; "',
@@ -252,12 +182,14 @@ def _forward(model: Model) -> list[str]:
         ]
     args = ["attention_mask", "segments", "cu_seqlens", "positions"]
     args += ["cuts=False"] if model.marks else []
-    args += ["rows=True"] if any(own_rows(block) for block in model.layers) else []
+    args += ["rows=True"] if any(map(own_rows, model.layers)) else []
     if cached and not all(map(begins_within, model.layers)):
         args.append("begins=False")
     head = ["self", first, "cache"] if cached else [first, "None"]
     opened = call(f"batch = {'begin' if cached else 'Batch'}", [*head, *args])
-    lines += ["outer = batch is None"] if model.head != "classify" else []
+    lines += ["outer = batch is None"] if not model.classifies else []
+    if cached and model.condition is not None:
+        opened += ["if cache is not None:", "    cache.also(condition=condition)"]
     lines += ["if batch is None:", *indent([*opened, f"{first} = batch.take({first})"])]
     lines += _context(model, cached)
     if model.vocab is not None:
@@ -266,44 +198,79 @@ def _forward(model: Model) -> list[str]:
         lines.append("x = x + at_positions(self.embed_positions, batch)")
     elif model.embed_position == "sinusoidal":
         lines.append(f"x = x + sinusoidal(batch.positions, {model.width}, x.dtype)")
+    lines += _End(model.embed, classes).lines()
     if model.dropout:
-        lines.append(f"x = {_dropped(model, 'x')}")
-    if _shares(model):
+        lines.append(f"x = F.dropout(x, {model.dropout!r}, self.training)")
+    if model.stacked:
         lines += ["shared: dict[str, Tensor] = {}  # what a layer reads of the one below"]
-    both = ", shared" * _shares(model)
+    if model.lanes is not None:
+        lines.append(f"x = x[:, None].expand(-1, {model.lanes}, -1, -1)  # {_stream(model)}")
+    lines += _offered(model)
+    both = ", shared" * model.stacked
     given = [
         f"x{both}",
         *(["context=context", "far=far"] if _crosses(model) else []),
+        *(["**more"] if model.reads else []),
         "batch=batch",
     ]
     if cached:
         lines += [
-            "caches = [None] * len(self.layers) if cache is None else cache",
-            "for layer, kept in zip(self.layers, caches, strict=True):",
+            f"caches = [None] * {len(model.steps)} if cache is None else cache",
+            f"for layer, kept in zip({_run(model)}, caches, strict=True):",
         ]
         given.append("cache=kept")
     else:
-        lines.append("for layer in self.layers:")
-    lines += indent(call(f"x{both} = layer", given))
-    if model.norm != "none":
-        lines.append("x = self.norm(x)")
-    if model.head == "classify":
-        return [
-            *lines,
-            "x = mean_tokens(x, batch.run)[:, 0]",
-            f"return self.head(x)  # [b, {model.classes}]",
+        lines.append(f"for layer in {_run(model)}:")
+    if "earlier" in model.reads:
+        lines += [
+            '    if "earlier" in getattr(layer, "reads", ()):',
+            '        offered["earlier"] = torch.stack(earlier, 1)',
         ]
-    if model.head == "lm":
-        logits = "F.linear(x, self.embed_tokens.weight)" if model.tie else "self.lm_head(x)"
-        lines.append(f"x = {logits}  # [b, n, {model.vocab}]")
+    if model.reads:
+        lines.append("    more = {name: offered[name] for name in getattr(layer, 'reads', ())}")
+    lines += indent(call(f"x{both} = layer", given))
+    lines += ["    earlier.append(x)"] if "earlier" in model.reads else []
+    lines += _End(model.head, classes).lines()
+    if model.classifies:
+        return [*lines, f"return x[:, 0]  # [b, {model.head.out.shape.dim}]"]
     return [
         *lines,
         f"return {'finish(x, batch, cache)' if cached else 'batch.give(x)'} if outer else x",
     ]
 
 
+def _run(model: Model) -> str:
+    """Return the layers in the order they are run."""
+    if model.steps == tuple(range(len(model.layers))):
+        return "self.layers"
+    return f"[self.layers[at] for at in {model.steps}]"
+
+
+def _stream(model: Model) -> str:
+    return f"[b, {model.lanes}, n, {model.width}]"
+
+
+def _offered(model: Model) -> list[str]:
+    """Write what is given to the layers that read it."""
+    lines = []
+    if model.condition is not None:
+        wanted = f"[b, {model.condition}]"
+        lines += [
+            f"if condition is None or condition.shape[1:] != ({model.condition},):",
+            "    given = None if condition is None else list(condition.shape)",
+            f'    raise ValueError(f"`condition` must be {wanted}, it is {{given}}")',
+        ]
+    texts = {"condition": "batch.of_rows(condition)[:, None]", "tokens": "tokens[..., None]"}
+    if model.reads:
+        named = [f'"{name}": {text}' for name, text in texts.items() if name in model.reads]
+        lines.append(f"offered = {{{', '.join(named)}}}")
+    if "earlier" in model.reads:
+        lines.append("earlier = [x]  # the embedding, and what each layer gave")
+    return lines
+
+
 def _crosses(model: Model) -> bool:
-    return model.encoder is not None or any(b.context_width is not None for b in model.layers)
+    return model.encoder is not None or any(each.context_width is not None for each in model.layers)
 
 
 def _context(model: Model, cached: bool) -> list[str]:

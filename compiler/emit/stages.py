@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ...grammar.syntax import Expr, Name, walk
 from ..facts.kept import lookback
-from ..graph.graph import AnyNode, Node, made_by, shape_of
-from ..graph.operations import Stage, TensorRead
+from ..graph.graph import AnyNode, Node, made_by
+from ..graph.operations import Stage, TensorRead, Whole
 from ..text.text import LIMIT, atomic, call, comment, ident
 from .caches import TAILS, Caches, plain_name
 
@@ -35,12 +35,15 @@ class Stages(Caches):
 
     def _inlined(self, node: AnyNode) -> bool:
         """Whether a node stands inside the only expression that reads it, once."""
-        if "." not in node.name or lookback(node):
+        stacked = made_by(node, Whole) and node.op.what.stacked
+        if "." not in node.name or lookback(node) or stacked:
             return False
         readers = self.graph.readers(node.name)
         if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
             return node.name == self.graph.output
         reader = readers[0]
+        if isinstance(reader.op, Whole):
+            return True
         if not isinstance(reader.op, Stage):
             return False
         if reader.op.name == "pointwise":
@@ -48,37 +51,55 @@ class Stages(Caches):
             return _count(reader.op.given["expr"], slot) == 1
         return True
 
-    def _text(self, node: Node[Stage], given: dict[str, str] | None = None) -> str:
+    def handed(self, node: Node[Whole]) -> list[str]:  # noqa: ARG002  where it takes nothing more
+        """Return what a part is given beside its stream."""
+        return []
+
+    def _text(self, node: Node[Stage] | Node[Whole], given: dict[str, str] | None = None) -> str:
         given = given or {}
         texts = []
         for name in node.inputs:
             made = self.graph.node(name)
             if name in given:
                 texts.append(given[name])
-            elif made_by(made, Stage) and self._inlined(made):
+            elif (made_by(made, Stage) or made_by(made, Whole)) and self._inlined(made):
                 texts.append(self._operand(node, self._text(made)))
             else:
                 tensor = made_by(made, TensorRead)
                 texts.append(_tensor_text(made) if tensor else plain_name(name))
-        shapes = [shape_of(self.graph.node(name).dims) for name in node.inputs]
-        return node.op.definition.text(texts, shapes, node.op.given, node.module)
+        if made_by(node, Whole):
+            return f"self.{node.module}({', '.join([*texts, *self.handed(node)])})"
+        assert made_by(node, Stage)
+        return node.op.definition.text(texts, self.graph.shapes(node), node.op.given, node.module)
 
     @staticmethod
-    def _operand(reader: Node[Stage], text: str) -> str:
+    def _operand(reader: Node[Stage] | Node[Whole], text: str) -> str:
         return text if reader.module or reader.op.name in ("rope", "dropout") else atomic(text)
+
+    def assigned(self) -> list[str]:
+        """Write all stages and parts that have a line of their own, but for the output."""
+        return [
+            line
+            for node in self.graph.nodes
+            if isinstance(node.op, Stage | Whole) and node.name != self.graph.output
+            if not self._inlined(node)
+            for line in self._assign(node, f"{ident(node.name)} =")
+        ]
 
     def _assign(self, node: AnyNode, head: str) -> list[str]:
         """Write `head text  # dims`, the innermost stages on lines of their own if too long."""
-        if not made_by(node, Stage):
+        if not (made_by(node, Stage) or made_by(node, Whole)):
             return [f"{head} {plain_name(node.name)}"]
+        if made_by(node, Whole) and node.op.what.stacked:
+            head = f"{head.removesuffix(' =')}, shared ="
         dims = f"[{', '.join(map(str, node.dims))}]"
-        if lookback(node) and self.obstacle is None:
+        if made_by(node, Stage) and lookback(node) and self.obstacle is None:
             return self._remembered(node, head, dims)
         line = f"{head} {self._text(node)}"
         if len(line) + len(dims) + 4 <= LIMIT - 4 or not node.inputs:
             return comment(line, dims)
         first = self.graph.node(node.inputs[0])
-        if not made_by(first, Stage) or not self._inlined(first):
+        if not isinstance(first.op, Stage | Whole) or not self._inlined(first):
             return comment(line, dims)
         variable = ident(node.name.partition(".")[0])
         lines = self._assign(first, f"{variable} =")

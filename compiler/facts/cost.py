@@ -13,6 +13,7 @@ length of the context as well.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -42,32 +43,15 @@ class Cost:
         if isinstance(self.what, Block):
             return _block_flops(self.what, tokens)
         model = self.what
-        per_layer = 0
-        if model.ffn is not None:
-            matrices = 3 if model.ffn.kind == "swiglu" else 2
-            per_layer = 2 * matrices * model.width * model.ffn.hidden
-        total = sum(
-            count * _block_flops(block, tokens) for block, count in Counter(model.layers).items()
-        )
-        if model.norm != "none":
-            per_layer += 4 * model.width * (2 if model.ffn is not None else 1)
-            total += 4 * model.width * tokens
-        total += per_layer * tokens * len(model.layers)
-        if model.head == "lm":
-            total += 2 * model.width * (model.vocab or 0) * tokens
-        if model.head == "classify":
-            total += 2 * model.width * model.classes
-        if model.encoder is not None:
-            total += Cost(model.encoder).flops(tokens)
-        return total
+        total = sum(count * _block_flops(each, tokens) for each, count in _counted(model))
+        return total if model.encoder is None else total + Cost(model.encoder).flops(tokens)
 
     def cache_bytes(self, tokens: int, dtype: DType = "float32") -> int:
         """Bytes that decoding keeps for one sequence of so many tokens."""
         if isinstance(self.what, Block):
             return kept(self.what).bytes(tokens, size(dtype))
         return sum(
-            count * kept(block).bytes(tokens, size(dtype))
-            for block, count in Counter(self.what.layers).items()
+            count * kept(each).bytes(tokens, size(dtype)) for each, count in _counted(self.what)
         )
 
     def activation_bytes(self, tokens: int, dtype: DType = "float32") -> int:
@@ -78,14 +62,7 @@ class Cost:
         if isinstance(self.what, Block):
             return _activations(self.what) * tokens * size(dtype)
         model = self.what
-        total = sum(count * _activations(block) for block, count in Counter(model.layers).items())
-        each = 2 * model.width  # the two residual sums
-        if model.norm != "none":
-            each += 2 * model.width
-        if model.ffn is not None:
-            each += model.width + (3 if model.ffn.kind == "swiglu" else 2) * model.ffn.hidden
-        total += each * len(model.layers) + model.width
-        total += {"lm": model.vocab or 0, "classify": 0, "none": 0}[model.head]
+        total = sum(count * _activations(each) for each, count in _counted(model))
         more = 0 if model.encoder is None else Cost(model.encoder).activation_bytes(tokens, dtype)
         return total * tokens * size(dtype) + more
 
@@ -99,6 +76,11 @@ def _size(weight: Weight) -> int:
     return prod(weight.shape) if weight.learned else 0
 
 
+def _counted(model: Model) -> Iterable[tuple[Block, int]]:
+    """Return what a model is made of, and how often."""
+    return Counter((model.embed, *model.run, model.head)).items()
+
+
 def _applies(block: Block) -> list[Apply]:
     flows = [*(each.flow for each in block.streams), block.out]
     return [node for flow in flows for node in applies(flow)]
@@ -110,6 +92,7 @@ def _block_flops(block: Block, tokens: int) -> int:
         * OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
         for node in _applies(block)
     )
+    total += sum(_block_flops(each.what, tokens) for each in block.parts)
     return total + sum(_mixing_flops(each, tokens, block) for each in block.mixings.values())
 
 
@@ -192,4 +175,5 @@ def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tupl
 def _activations(block: Block) -> int:
     """Numbers per token that a forward pass makes."""
     total = sum(node.shape.features for node in _applies(block))
+    total += sum(_activations(each.what) for each in block.parts)
     return total + sum(each.heads * (each.shape.dim + 1) for each in block.mixings.values())

@@ -8,15 +8,18 @@ a mask that looks ahead, queries that are not the tokens: cannot decode, and why
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.syntax import Call, Index, Name, walk
 from ...ops import OPS
 from ..algebra.masks import extent
-from ..model import PREVIOUS, Apply, Block, Flow, Mixing, Read, Recurrence, Statistic
+from ..model import OFFERED, PREVIOUS, Apply, Block, Flow, Mixing, Part, Read, Recurrence, Statistic
 from .later import later_read
 
 
+@lru_cache(maxsize=256)
 def obstacle(block: Block) -> str | None:
     """Return why a block cannot decode step by step; None where it can."""
     grown: dict[str, bool] = {"x": True, "context": False}
@@ -42,11 +45,12 @@ def grows(flow: Flow, grown: dict[str, bool]) -> bool:
     """Say whether a flow's values depend on the block's own tokens."""
     match flow:
         case Read(name):
-            below = name.startswith(PREVIOUS) and flow.shape.tokens == "n"
+            below = name.startswith(PREVIOUS) or name in OFFERED
+            below = below and flow.shape.tokens == "n"
             return grown.get(name, below)
         case Apply(op) if OPS[op].starts:
             return False
-        case Apply() | Mixing() | Statistic():
+        case Apply() | Mixing() | Statistic() | Part():
             return any(grows(each, grown) for each in flow.inputs)
 
 
@@ -55,6 +59,8 @@ def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
         return None
     if isinstance(flow, Statistic):
         return "`columns` reads all queries" if flow.kind == "columns" else None
+    if isinstance(flow, Part):
+        return obstacle(flow.what) or _obstacle(flow.inputs[0], grown)
     if isinstance(flow, Apply):
         if OPS[flow.op].looks_ahead(dict(flow.options)) and grows(flow, grown):
             return f"`{flow.op}` reads later tokens"

@@ -4,6 +4,7 @@ Keys      keys and values of all tokens, or of a window; once, however many atte
 State     the states of a recurrence
 Context   what is made of a context, once
 Tails     the tokens before the next one
+Within    what a part of a layer keeps
 
 It is found in the graph, in which equal things are one node. The emitted caches hold this.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from ...ops import Shape
 from ..algebra.masks import extent, remembered, widest
 from ..graph.graph import AnyNode, Graph, Node, made_by, shape_of
-from ..graph.operations import Attend, Scan, Stage
+from ..graph.operations import Attend, Scan, Stage, Whole
 from ..graph.passes import simplest
 from ..graph.roots import Roots
 from ..graph.sides import KEY, read_along
@@ -87,7 +89,18 @@ class Tails:
         return size * sum(numbers for _, numbers in self.stages)
 
 
-Part = Keys | State | Context | Tails
+@dataclass(frozen=True, slots=True)
+class Within:
+    """What a part of a layer keeps, by the part's name."""
+
+    part: str
+    kept: Kept
+
+    def bytes(self, tokens: int, size: int) -> int:
+        return self.kept.bytes(tokens, size)
+
+
+Part = Keys | State | Context | Tails | Within
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +129,7 @@ class Kept:
         return sum(each.bytes(tokens, size) for each in self.parts)
 
 
+@lru_cache(maxsize=256)
 def kept(block: Block) -> Kept:
     """Return what a block keeps."""
     return kept_of(simplest(block))
@@ -125,7 +139,7 @@ def kept_of(graph: Graph) -> Kept:
     """Return what the block of a graph keeps."""
     roots = Roots(graph)
     of_tokens, of_context = _keys(graph, roots), _context(graph, roots)
-    return Kept((*of_tokens, *_states(graph), *of_context, *_tails(graph)))
+    return Kept((*of_tokens, *_states(graph), *of_context, *_tails(graph), *_within(graph)))
 
 
 def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
@@ -174,6 +188,12 @@ def _tails(graph: Graph) -> Iterator[Tails]:
     if stages:
         numbers = (lookback(node) * shape_of(node.dims).features for node in stages)
         yield Tails(tuple(zip((node.name for node in stages), numbers, strict=True)))
+
+
+def _within(graph: Graph) -> Iterator[Within]:
+    for node in graph.of(Whole):
+        if (found := kept(node.op.what)).parts:
+            yield Within(node.module, found)
 
 
 def lookback(node: AnyNode) -> int:

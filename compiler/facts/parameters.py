@@ -13,22 +13,23 @@ buffers outside its state dict. torch is imported only where values are drawn.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...grammar.expr import rebuild
 from ...grammar.syntax import Call, Expr, Name
-from ...ops import OPS, Op, Shape, Weight
-from ..model import Apply, Block, Model, applies
+from ...ops import OPS, Weight
+from ..model import Apply, Block, Flow, Model, Part, flow_nodes
 
 if TYPE_CHECKING:
     import torch
 
-NORMS = {"rms": "rms_norm", "layer": "layer_norm"}  # a model's norm → the operation it is
 
-
-def owned(apply: Apply) -> tuple[Weight, ...]:
-    """Return the tensors of one operation, under their full names in the block."""
+def owned(apply: Apply | Part) -> tuple[Weight, ...]:
+    """Return the tensors of one operation or part, under their full names in the block."""
+    if isinstance(apply, Part):
+        return _prefixed(apply.module, weights(apply.what))
     shapes = [each.shape for each in apply.inputs]
     return tuple(
         replace(each, name=f"{apply.module}.{each.name}")
@@ -40,11 +41,17 @@ def weights(block: Block) -> tuple[Weight, ...]:
     """Return a block's learned tensors: those of its streams, its own, those of `out`."""
     found: dict[str, Weight] = {}
     for flow in [each.flow for each in block.streams]:
-        found.update({each.name: each for node in applies(flow) for each in owned(node)})
+        found.update({each.name: each for each in _of_flow(flow)})
     found.update({each.name: each for each in block.tensors if each.learned})
     for flow in block.flows[len(block.streams) :]:
-        found.update({each.name: each for node in applies(flow) for each in owned(node)})
+        found.update({each.name: each for each in _of_flow(flow)})
     return tuple(found.values())
+
+
+def _of_flow(flow: Flow) -> Iterator[Weight]:
+    for node in flow_nodes(flow):
+        if isinstance(node, Apply | Part):
+            yield from owned(node)
 
 
 def constants(block: Block) -> tuple[Weight, ...]:
@@ -62,41 +69,11 @@ def model_weights(model: Model) -> tuple[Weight, ...]:
         found.append(Weight("embed_tokens.weight", (model.vocab, width), "embedding"))
     if model.embed_position == "learned":
         found.append(Weight("embed_positions.weight", (model.positions, width), "embedding"))
-    for at, block in enumerate(model.layers):
-        layer = f"layers.{at}"
-        found += _prefixed(f"{layer}.attn", weights(block))
-        found += _prefixed(f"{layer}.attn_norm", norm_weights(model))
-        if model.ffn is not None:
-            hidden = model.ffn.hidden
-            if model.ffn.kind == "swiglu":
-                found.append(Weight(f"{layer}.ffn.gate_proj.weight", (hidden, width), "linear"))
-            found.append(Weight(f"{layer}.ffn.up_proj.weight", (hidden, width), "linear"))
-            found.append(Weight(f"{layer}.ffn.down_proj.weight", (width, hidden), "linear"))
-            found += _prefixed(f"{layer}.ffn_norm", norm_weights(model))
-    found += _prefixed("norm", norm_weights(model))
-    if model.head == "lm" and not model.tie:
-        assert model.vocab is not None
-        found.append(Weight("lm_head.weight", (model.vocab, width), "linear"))
-    if model.head == "classify":
-        found.append(Weight("head.weight", (model.classes, width), "linear"))
-        found.append(Weight("head.bias", (model.classes,), "zeros"))
-    return tuple(found)
-
-
-def norm_op(model: Model) -> Op | None:
-    """Return the operation that a model's norms are, if it has any."""
-    return OPS[NORMS[model.norm]] if model.norm in NORMS else None
-
-
-def norm_weights(model: Model) -> tuple[Weight, ...]:
-    """Return the tensors of one of a model's norms."""
-    op = norm_op(model)
-    return () if op is None else op.weights((Shape("n", model.width),), defaults(op))
-
-
-def defaults(op: Op) -> dict[str, object]:
-    """Return an operation's options as they are where none is written."""
-    return {each.name: each.default for each in op.options}
+    found += weights(model.embed)
+    for at, layer in enumerate(model.layers):
+        found += _prefixed(f"layers.{at}", weights(layer))
+    tied = {each.name for each in found}
+    return (*found, *(each for each in weights(model.head) if each.name not in tied))
 
 
 def initial(
@@ -147,5 +124,5 @@ def initial(
     return value.expand(size).clone().to(dtype)
 
 
-def _prefixed(prefix: str, tensors: tuple[Weight, ...]) -> list[Weight]:
-    return [replace(each, name=f"{prefix}.{each.name}") for each in tensors]
+def _prefixed(prefix: str, tensors: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    return tuple(replace(each, name=f"{prefix}.{each.name}") for each in tensors)

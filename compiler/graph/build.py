@@ -11,12 +11,14 @@ from ...grammar.syntax import Expr, Index, Name, walk
 from ...ops import Weight
 from ..model import (
     MAPS,
+    OFFERED,
     PREVIOUS,
     Apply,
     Block,
     Flow,
     Mixing,
     Pairwise,
+    Part,
     Read,
     Recurrence,
     Statistic,
@@ -37,6 +39,7 @@ from .operations import (
     StatisticOf,
     TensorRead,
     Weights,
+    Whole,
 )
 
 
@@ -85,17 +88,17 @@ class _Builder:
             return name
         if name in self.tensors:
             return self.add(name, TensorRead(), (), self.tensors[name].shape)
-        if name.startswith(PREVIOUS):
+        if name.startswith(PREVIOUS) or name in OFFERED:
             return self.add(name, Input(), (), self._below()[name])
         dims: dict[str, Dims] = {
-            "x": ("b", "n", self.block.width),
+            "x": dims_of(self.block.x),
             "context": ("b", "m", self.block.context_width or 0),
             "doc": ("b", "n"),
         }
         return self.add(name, Input(), (), dims[name])
 
     def _below(self) -> dict[str, Dims]:
-        """Return the dimensions of the streams that are read of the layer below."""
+        """Return the dimensions of the streams that are read of the layers below."""
         flows = [*(each.flow for each in self.block.streams), self.block.out]
         nodes = [node for flow in flows for node in flow_nodes(flow)]
         return {node.name: dims_of(node.shape) for node in nodes if isinstance(node, Read)}
@@ -125,8 +128,9 @@ class _Builder:
             if isinstance(node, Statistic):
                 self.add(own, StatisticOf(node.kind, node.expr), inputs, dims_of(node.shape))
                 continue
-            assert isinstance(node, Apply)
-            stage = Stage(node.op, node.options)
+            assert isinstance(node, Apply | Part)
+            stage: Stage | Whole
+            stage = Whole(node.what) if isinstance(node, Part) else Stage(node.op, node.options)
             self.put(Node(own, stage, inputs, dims_of(node.shape), node.module, node.span))
         return name
 

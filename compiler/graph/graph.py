@@ -95,6 +95,10 @@ class Graph:
         """Yield the nodes of one kind of operation."""
         return (each for each in self.nodes if made_by(each, kind))
 
+    def shapes(self, node: AnyNode) -> list[Shape]:
+        """Return the shapes of what a node reads."""
+        return [shape_of(self.node(name).dims) for name in node.inputs]
+
     def mixings(self) -> Iterator[Node[Attend] | Node[Scan]]:
         """Yield the attentions and recurrences."""
         return (each for each in self.nodes if made_by(each, Attend) or made_by(each, Scan))

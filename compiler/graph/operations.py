@@ -17,7 +17,7 @@ from ...grammar.expr import rebuild, substitute
 from ...grammar.syntax import Expr, Index, Name
 from ...ops import OPS
 from ...ops.op import Op
-from ..model import Normalizer, Pairwise, Recurrence
+from ..model import Block, Normalizer, Pairwise, Recurrence
 
 Change = Callable[[Expr], Expr]
 
@@ -54,6 +54,15 @@ class TensorRead(_Operation):
     """A param or const."""
 
     name: ClassVar[str] = "tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class Whole(_Operation):
+    """A part of a layer, or a stage with tensors: a module of its own."""
+
+    what: Block
+    name: ClassVar[str] = "part"
+    roles: ClassVar[tuple[str, ...]] = ("x",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,5 +225,5 @@ class Scan(_Operation):
 
 Operation = (
     Input | TensorRead | Stage | Similarity | Score | Mask | Normalize | Weights | Drop | Combine
-    | StatisticOf | Attend | Scan
+    | StatisticOf | Attend | Scan | Whole
 )  # fmt: skip

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..model import PREVIOUS
+from ..model import OFFERED, PREVIOUS
 from .graph import Graph, made_by
-from .operations import Stage
+from .operations import Stage, Whole
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Roots:
 
     @cached_property
     def _mixed(self) -> frozenset[str]:
-        return frozenset(each.name for each in self.graph.mixings())
+        wholes = (each for each in self.graph.of(Whole) if each.op.what.uses)
+        return frozenset(each.name for each in (*self.graph.mixings(), *wholes))
 
     @cached_property
     def _tokens(self) -> frozenset[str]:
@@ -43,7 +44,8 @@ class Roots:
         return frozenset(
             node.name
             for node in self.graph.nodes
-            if node.name in ("x", "doc") or (node.name.startswith(PREVIOUS) and "n" in node.dims)
+            if node.name in ("x", "doc")
+            or ("n" in node.dims and (node.name.startswith(PREVIOUS) or node.name in OFFERED))
         )
 
     def late(self, name: str) -> bool:

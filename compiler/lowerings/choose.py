@@ -15,7 +15,7 @@ from ..graph.graph import Graph, Node, made_by
 from ..graph.operations import Attend, Scan
 from ..plan.attention import Attention
 from ..plan.plan import Lowering, Plan, Target
-from ..plan.recurrences import described, kernel_obstacle, of_node
+from ..plan.recurrences import Chunked, described, kernel_obstacle, of_node
 from ..plan.sequential_form import scan_of
 from . import flex, kernel, sdpa, tiles
 from .calls import others
@@ -36,22 +36,25 @@ def way(path: str) -> Way:
 
 def choose(graph: Graph, target: Target) -> Plan:
     """Return the graph with a path for every attention and recurrence."""
+    attentions = {node.name: Attention(graph, node) for node in graph.of(Attend)}
+    recurrences = {node.name: of_node(graph, node) for node in graph.of(Scan)}
     lowerings: dict[str, Lowering] = {}
     for node in graph.mixings():
         if made_by(node, Attend):
-            lowerings[node.name] = _attend(graph, node, target)
+            lowerings[node.name] = _attend(attentions[node.name], target)
         elif made_by(node, Scan):
-            lowerings[node.name] = _scan(graph, node, target)
-    return Plan(graph, target, lowerings)
+            lowerings[node.name] = _scan(graph, node, recurrences[node.name], target)
+    return Plan(graph, target, lowerings, attentions, recurrences)
 
 
-def _attend(graph: Graph, node: Node[Attend], target: Target) -> Lowering:
-    attention = Attention(graph, node)
+def _attend(attention: Attention, target: Target) -> Lowering:
+    node = attention.node
     obstacles: list[tuple[str, str]] = []
     for each in WAYS:
-        why_not = each.obstacle(attention)
         if each is kernel.WAY and target.backend != "triton":
-            why_not = ONLY_PYTORCH
+            why_not: str | None = ONLY_PYTORCH
+        else:
+            why_not = each.obstacle(attention)
         if target.lowering is None:
             why_not = why_not or each.slow(attention)
         elif each.name != target.lowering:
@@ -85,8 +88,7 @@ def _optimized(
     return f"{reason}; {'tiles' if beside else 'each'} compiled by torch.compile", None
 
 
-def _scan(graph: Graph, node: Node[Scan], target: Target) -> Lowering:
-    form = of_node(graph, node)
+def _scan(graph: Graph, node: Node[Scan], form: Chunked | str, target: Target) -> Lowering:
     why_not_triton: str | None = ONLY_PYTORCH
     if isinstance(form, str):
         why_not_chunks = ("chunkwise", form)

@@ -19,7 +19,7 @@ from ..algebra.affine import BEFORE
 from ..graph.graph import Graph, Node
 from ..graph.operations import Scan
 from ..model import State
-from ..plan.recurrences import Chunked, Memory, Sum, kernels_of, of_node, ranks_of
+from ..plan.recurrences import Chunked, Memory, Sum, kernels_of, ranks_of
 from ..text.text import atomic, call, ident, indent
 from ..text.values import Text, Values, lifted
 from . import scan
@@ -32,14 +32,16 @@ _PLACES = (
 
 
 def forward(
-    graph: Graph, node: Node[Scan], cache: str, kernels: Mapping[Recurrence, str] | None
+    graph: Graph,
+    node: Node[Scan],
+    form: Chunked,
+    cache: str,
+    kernels: Mapping[Recurrence, str] | None,
 ) -> list[str]:
-    """Return the lines that run the recurrence, from the streams to its output.
+    """Return the lines that run a recurrence of this form, from the streams to its output.
 
     `kernels` are the functions that read matrices, where PyTorch does not.
     """
-    form = of_node(graph, node)
-    assert isinstance(form, Chunked)
     return _Writer(graph, node, form, cache, kernels).lines()
 
 

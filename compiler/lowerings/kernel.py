@@ -17,7 +17,7 @@ from ..graph.graph import Graph, Node
 from ..graph.operations import Attend, TensorRead
 from ..model import PREVIOUS
 from ..plan.attention import Attention, reach
-from ..plan.kernel_form import KernelForm, Side, kernel_form
+from ..plan.kernel_form import KernelForm, Side
 from ..text.pairs import Pairs, operand
 from ..text.text import atomic, call, ident
 from .calls import needed
@@ -30,7 +30,7 @@ _OF_KERNELS = ("lse", "joint", "entropy")  # the statistics that kernels give
 
 def obstacle(attention: Attention) -> str | None:
     """Return why the pairwise kernels cannot carry an attention."""
-    graph, node, mix = attention.graph, attention.node, attention.mix
+    mix = attention.mix
     normalizer = mix.normalize
     if attention.maps:
         return "the layer above reads its map"
@@ -44,21 +44,17 @@ def obstacle(attention: Attention) -> str | None:
         return "weights edited after the normaliser are not fused yet"
     if mix.dropout:
         return "dropout on the weights is not fused yet"
-    for kind in node.op.kinds:
+    for kind in attention.node.op.kinds:
         if kind not in _OF_KERNELS:
             return f"`{kind}` of the map is not computed by the kernels"
-    form = kernel_form(graph, node)
-    return form if isinstance(form, str) else kernel.obstacle(_spec(graph, node, form))
+    form = attention.kernel_form
+    return form if isinstance(form, str) else kernel.obstacle(kernel_spec(attention))
 
 
-def kernel_spec(graph: Graph, node: Node[Attend]) -> kernel.Attend:
-    """Return the node as the kernels' own specification; it must have a form for them."""
-    form = kernel_form(graph, node)
+def kernel_spec(attention: Attention) -> kernel.Attend:
+    """Return an attention as the kernels' own specification; it must have a form for them."""
+    graph, node, form = attention.graph, attention.node, attention.kernel_form
     assert isinstance(form, KernelForm)
-    return _spec(graph, node, form)
-
-
-def _spec(graph: Graph, node: Node[Attend], form: KernelForm) -> kernel.Attend:
     score, exponent = form.score, exponential(form.normalizer)
     asked = set(node.op.kinds)
     if exponent is not None:
@@ -107,7 +103,7 @@ def _tensor(graph: Graph, name: str) -> kernel.Tensor:
 
 def reason(attention: Attention) -> str:
     """Say what the kernel is."""
-    spec = kernel_spec(attention.graph, attention.node)
+    spec = kernel_spec(attention)
     back, ahead = spec.reach.back, spec.reach.ahead
     if back is None and ahead is None:
         tiles = "every tile of keys is visited"
@@ -149,7 +145,7 @@ def made_before(
 
 def invoke(attention: Attention, given: Call) -> list[str]:
     """Return the lines that call the kernel, and those that make what it takes."""
-    form = kernel_form(attention.graph, attention.node)
+    form = attention.kernel_form
     assert isinstance(form, KernelForm)
     lines, args = made_before(attention, form, (given.q, given.k, given.v))
     args += [given.operand(name) for name in kernel_reads(attention.node, form)]

@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ...kernels import recurrence, render, sequential_render
-from ...kernels.aot import Compiled, compile_ahead
 from ...kernels.recurrence import Recurrence
 from ...kernels.sequential import Scan
 from ...kernels.spec import Attend
 from ..graph import operations
-from ..graph.graph import Graph, Node, made_by, shape_of
+from ..graph.graph import Node, made_by
 from ..plan.plan import Plan
-from ..plan.recurrences import Chunked, Memory, kernels_of, of_node
+from ..plan.recurrences import Chunked, Memory, kernels_of
 from ..plan.sequential_form import scan_of
 from .kernel import kernel_spec
 
@@ -39,29 +37,13 @@ class Operator(NamedTuple):
 
     def render(self, namespace: str) -> str:
         """Return the text of its function and of the operators behind it."""
+        from ...kernels import recurrence, render, sequential_render
+
         if isinstance(self.spec, Attend):
             return render.render(self.spec, self.name, namespace)
         if isinstance(self.spec, Scan):
             return sequential_render.render_scan(self.spec, self.name, namespace)
         return recurrence.render(self.spec, self.name, namespace)
-
-    def compiled(self, graph: Graph, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
-        """Compile its kernels ahead of time, with the sizes its tensors have in the graph."""
-        if isinstance(self.spec, Attend):
-            assert made_by(self.node, operations.Attend)
-            operands = (self.node.q, self.node.k, self.node.v)
-            q, k, v = (shape_of(graph.node(name).dims) for name in operands)
-            kv_heads = max(k.heads or 1, v.heads or 1)
-            return compile_ahead(
-                self.spec, targets, q.dim, v.dim, heads=q.heads or 1, kv_heads=kv_heads
-            )
-        if isinstance(self.spec, Scan):
-            return compile_ahead(self.spec, targets)
-        assert made_by(self.node, operations.Scan)
-        states = {each.name: each.shape for each in self.node.op.mix.states}
-        step = next(step for step, spec in _readings(graph, self.node) if spec == self.spec)
-        d, e = reversed(states[step.state]) if step.turned else states[step.state]
-        return compile_ahead(self.spec, targets, d, e, heads=int(self.node.dims[1]))
 
 
 def operators(plan: Plan, name: str) -> tuple[Operator, ...]:
@@ -74,11 +56,15 @@ def operators(plan: Plan, name: str) -> tuple[Operator, ...]:
             continue
         own = name if node.name == "o" else f"{name}_{node.name}"
         if made_by(node, operations.Attend):
-            found.append(Operator(f"{own}_attention", node, kernel_spec(graph, node)))
-        elif made_by(node, operations.Scan) and isinstance(of_node(graph, node), str):
-            found.append(Operator(f"{own}_scan", node, scan_of(graph, node)))
+            found.append(
+                Operator(f"{own}_attention", node, kernel_spec(plan.attentions[node.name]))
+            )
         elif made_by(node, operations.Scan):
-            for _, spec in _readings(graph, node):
+            form = plan.recurrences[node.name]
+            if isinstance(form, str):
+                found.append(Operator(f"{own}_scan", node, scan_of(graph, node)))
+                continue
+            for _, spec in readings(form):
                 if spec not in forms:
                     number = "" if not forms else f"_{len(forms) + 1}"
                     forms[spec] = None
@@ -86,10 +72,8 @@ def operators(plan: Plan, name: str) -> tuple[Operator, ...]:
     return tuple(found)
 
 
-def _readings(graph: Graph, node: Node[operations.Scan]) -> Iterable[tuple[Memory, Recurrence]]:
+def readings(form: Chunked) -> Iterable[tuple[Memory, Recurrence]]:
     """Return the matrices of a recurrence, and the kernel of each of their readings."""
-    form = of_node(graph, node)
-    assert isinstance(form, Chunked)
     for step in form.steps:
         if isinstance(step, Memory):
             for reading in step.readings:

@@ -24,7 +24,8 @@ class Sequence(NamedTuple):
     at: Tensor  # [tokens]
 
 
-Alone = Callable[[Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor]
+Given = Tensor | None
+Alone = Callable[[Tensor, Given, Given, Given, Given], Tensor]
 
 
 def run_alone(
@@ -38,8 +39,9 @@ def run_alone(
     segments: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     positions: Tensor | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
-    """Return alone(x, context, segments, positions) of every sequence, laid out as x is.
+    """Return alone(x, context, segments, positions, condition) of every sequence, as x is laid out.
 
     With `cuts`, a segment is a sequence of its own; else segments are handed on.
     """
@@ -48,7 +50,7 @@ def run_alone(
         segments, attention_mask = _packed(cu_seqlens, x)
     if attention_mask is None and context_mask is None and (segments is None or not cuts):
         every = segments if segments is None else segments.expand(x.shape[:2])
-        return alone(x, context, every, positions)
+        return alone(x, context, every, positions, condition)
     live = x.new_ones(b, n, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     marks = None if segments is None else segments.expand(b, n)
     places = None if positions is None else positions.expand(b, n)
@@ -62,6 +64,7 @@ def run_alone(
             own,
             None if marks is None or cuts else marks[row : row + 1, at],
             None if places is None else places[row : row + 1, at],
+            None if condition is None else condition[row : row + 1],
         )
         by_token = y.ndim == 3 and y.shape[1] == len(at)
         if whole is None:

@@ -20,17 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...ops import OPS, Run
-from ..facts.parameters import (
-    constants,
-    defaults,
-    initial,
-    model_weights,
-    norm_op,
-    norm_weights,
-    owned,
-    weights,
-)
-from ..model import MAPS, PREVIOUS, Block, Flow, Mixing, Model, Pairwise, Read, Statistic
+from ..facts.parameters import constants, initial, model_weights, owned, weights
+from ..model import MAPS, PREVIOUS, Block, Flow, Mixing, Model, Pairwise, Part, Read, Statistic
 from .attend import Given, Places, attend
 from .batch import run_alone
 from .scan import scan
@@ -57,22 +48,27 @@ def reference(
         tensors = model_weights(what)
     for weight in tensors:
         _own(module, weight.name, nn.Parameter(initial(weight, generator, dtype)))
-    for part in module.modules():
+    ends = module.ends if isinstance(module, ReferenceModel) else []
+    for part in (*module.modules(), *ends):
         if isinstance(part, ReferenceBlock):
             for weight in constants(part.architecture):
-                part.register_buffer(
+                part.root[0].register_buffer(
                     weight.name, initial(weight, generator, dtype), persistent=False
                 )
     return module.to(device=device)
 
 
 class ReferenceBlock(nn.Module):
-    """One attention layer: streams, then mixing, then `out`."""
+    """A block, or what it is a part of: streams, mixed or handed through parts, then `out`."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, root: nn.Module | None = None) -> None:
+        """Make it; its tensors are those of `root`, or its own."""
         super().__init__()
         self.architecture = block
+        self.root = [self if root is None else root]  # in a list: it is no submodule
         self.terms: list[tuple[int, Tensor]] = []  # tokens, and what they add to the loss
+        for part in block.parts:
+            self.root[0].add_module(part.module, ReferenceBlock(part.what))
 
     def forward(
         self,
@@ -95,7 +91,7 @@ class ReferenceBlock(nn.Module):
         """
         self.terms.clear()
         return run_alone(
-            lambda *given: self.layer(given[0], {}, *given[1:])[0],
+            lambda *given: self.layer(given[0], {}, *given[1:4])[0],
             x,
             cuts=not self.architecture.marks,
             context=context,
@@ -113,26 +109,36 @@ class ReferenceBlock(nn.Module):
         context: Tensor | None = None,
         segments: Tensor | None = None,
         positions: Tensor | None = None,
+        offered: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the output, and everything that a layer above may read by name.
 
         `below` is the same of the layer below: its streams, and `s` and `p`, the logits and
-        weights of `o` [b, heads, n, m], zero where nothing is seen.
+        weights of `o` [b, heads, n, m], zero where nothing is seen. `offered` is what a model
+        gives to those of its layers that read it.
         """
         block = self.architecture
-        _expect("x", x, block.width)
+        if block.kind != "stage":  # which may do the same to every head
+            _expect("x", x, block)
         if block.context_width is not None:
             if context is None:
                 raise ValueError(f"block `{block.name}` reads a context, and none was given")
-            _expect("context", context, block.context_width)
+            if context.ndim != 3 or context.shape[-1] != block.context_width:
+                raise ValueError(
+                    f"`context` should be [b, tokens, {block.context_width}], "
+                    f"it is {list(context.shape)}"
+                )
         places = Places({"n": _positions(positions, x)})
         streams = {"x": x, **{f"{PREVIOUS}{name}": each for name, each in below.items()}}
+        own = {each.name for each in block.streams} | {each.name for each in block.tensors}
+        streams |= {name: each for name, each in (offered or {}).items() if name not in own}
         if context is not None:
             places["m"] = _positions(None, context)
             streams["context"] = context
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
         pairs = {name: each for name, each in below.items() if name in MAPS}
         given = Given(streams, tensors, places, segments, self.training, {}, pairs)
+        self.below, self.offered, self.made = below, offered, dict[str, Tensor]()
         maps: dict[str, Tensor] = {}
         for stream in block.streams:
             if isinstance(stream.flow, Mixing) and isinstance(stream.flow.mix, Pairwise):
@@ -144,7 +150,8 @@ class ReferenceBlock(nn.Module):
         made = {each.name: streams[each.name] for each in block.streams}
         if block.regularize is not None and self.training:
             self.terms.append((x[..., 0].numel(), self._flow(block.regularize, given)))
-        return self._flow(block.out, given), {**made, **maps}
+        out = self._flow(block.out, given)
+        return out, self.made if block.kind != "block" else {**made, **maps}
 
     def auxiliary_loss(self) -> Tensor:
         """Return what the last forward pass in training adds to the loss: its mean by tokens."""
@@ -161,6 +168,14 @@ class ReferenceBlock(nn.Module):
             return given.mixed[flow.inputs[0].name].statistic(flow)
         if isinstance(flow, Mixing):
             return scan(flow, given)  # an attention is a stream of its own
+        if isinstance(flow, Part):
+            part = self.root[0].get_submodule(flow.module)
+            assert isinstance(part, ReferenceBlock)
+            x, context = self._flow(flow.inputs[0], given), given.streams.get("context")
+            places = given.positions.get("n")
+            y, made = part.layer(x, self.below, context, given.segments, places, self.offered)
+            self.made = made or self.made
+            return y
         inputs = [self._flow(each, given) for each in flow.inputs]
         tensors = {
             each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
@@ -171,11 +186,11 @@ class ReferenceBlock(nn.Module):
         return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
 
     def _tensor(self, name: str) -> Tensor:
-        return _tensor(self, name)
+        return _tensor(self.root[0], name)
 
 
 class ReferenceModel(nn.Module):
-    """A stack of pre-norm layers: x + attn(norm(x)), then x + ffn(norm(x))."""
+    """A stack of layers between what is done to the embedding and the head."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -186,10 +201,8 @@ class ReferenceModel(nn.Module):
             self.embed_tokens = nn.Module()
         if model.embed_position == "learned":
             self.embed_positions = nn.Module()
-        self.layers = nn.Module()
-        for at, block in enumerate(model.layers):
-            self.layers.add_module(str(at), nn.Module())
-            self.layers.get_submodule(str(at)).add_module("attn", ReferenceBlock(block))
+        self.layers = nn.ModuleList(ReferenceBlock(layer) for layer in model.layers)
+        self.ends = [ReferenceBlock(each, self) for each in (model.embed, model.head)]
 
     def forward(
         self,
@@ -201,12 +214,14 @@ class ReferenceModel(nn.Module):
         segments: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return logits [b, n, vocab], classes [b, classes], or features [b, n, width].
 
         x is [b, n] tokens, or [b, n, width] features for a model without a vocabulary; the
         rest is as for a block. The context passes through the encoder first, where there is
-        one: [b, m] tokens, or [b, m, its width].
+        one: [b, m] tokens, or [b, m, its width]. `condition` [b, condition_width] is the one
+        token that meets all, for layers that read it.
         """
         for each in self._blocks():
             each.terms.clear()
@@ -220,6 +235,7 @@ class ReferenceModel(nn.Module):
             segments=segments,
             cu_seqlens=cu_seqlens,
             positions=positions,
+            condition=condition,
         )
 
     def _alone(
@@ -228,40 +244,38 @@ class ReferenceModel(nn.Module):
         context: Tensor | None,
         segments: Tensor | None,
         positions: Tensor | None,
+        condition: Tensor | None,
     ) -> Tensor:
         model = self.architecture
         if model.encoder is not None:
             if context is None:
                 raise ValueError(f"model `{model.name}` reads a context, and none was given")
             context = self.encoder(context)
+        tokens = None
         if model.vocab is None:
-            _expect("x", x, model.width)
+            _expect("x", x, model.embed)
         else:
+            tokens = x[..., None]
             x = functional.embedding(x, _tensor(self, "embed_tokens.weight"))
-        x = self._dropped(self._with_positions(x, _positions(positions, x)))
+        embed, head = (each.train(self.training) for each in self.ends)
+        x = self._with_positions(x, _positions(positions, x))
+        x = self._dropped(embed.layer(x, {}, None, segments, positions)[0])
         below: dict[str, Tensor] = {}
-        for at in range(len(model.layers)):
-            layer = f"layers.{at}"
-            attention = self.get_submodule(f"{layer}.attn")
-            assert isinstance(attention, ReferenceBlock)
-            y, below = attention.layer(
-                self._norm(f"{layer}.attn_norm", x), below, context, segments, positions
-            )
-            x = x + self._dropped(y)
-            if model.ffn is not None:
-                y = self._feed_forward(f"{layer}.ffn", self._norm(f"{layer}.ffn_norm", x))
-                x = x + self._dropped(y)
-        x = self._norm("norm", x)
-        match model.head:
-            case "lm":
-                return (
-                    x @ _tensor(self, "embed_tokens.weight" if model.tie else "lm_head.weight").mT
-                )
-            case "classify":
-                mean = x.sum(1) / max(1, x.shape[1])
-                return mean @ _tensor(self, "head.weight").mT + _tensor(self, "head.bias")
-            case _:
-                return x
+        if model.lanes is not None:
+            x = x[:, None].expand(-1, model.lanes, -1, -1)
+        offered: dict[str, Tensor] = {} if tokens is None else {"tokens": tokens}
+        if condition is not None:
+            offered["condition"] = condition[:, None]
+        earlier = [x]
+        for at in model.steps:
+            layer = self.layers[at]
+            assert isinstance(layer, ReferenceBlock)
+            offered["earlier"] = torch.stack(earlier, 1)
+            x, made = layer.layer(x, below, context, segments, positions, offered)
+            earlier.append(x)
+            below = made or below
+        y = head.layer(x, {}, None, segments, positions)[0]
+        return y[:, 0] if model.classifies else y
 
     def auxiliary_loss(self) -> Tensor:
         """Return what the last forward pass in training adds to the loss, of all layers."""
@@ -286,26 +300,6 @@ class ReferenceModel(nn.Module):
             case _:
                 return x
 
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        op = norm_op(self.architecture)
-        if op is None:
-            return x
-        tensors = {
-            each.name: _tensor(self, f"{name}.{each.name}")
-            for each in norm_weights(self.architecture)
-        }
-        return op.eager([x], defaults(op), tensors, Run({}, self.training))
-
-    def _feed_forward(self, name: str, x: Tensor) -> Tensor:
-        ffn = self.architecture.ffn
-        assert ffn is not None
-        up = x @ _tensor(self, f"{name}.up_proj.weight").mT
-        if ffn.kind == "swiglu":
-            up = functional.silu(x @ _tensor(self, f"{name}.gate_proj.weight").mT) * up
-        else:
-            up = functional.gelu(up)
-        return up @ _tensor(self, f"{name}.down_proj.weight").mT
-
     def _dropped(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.architecture.dropout, self.training)
 
@@ -322,7 +316,7 @@ def sinusoidal(positions: Tensor, width: int) -> Tensor:
 
 def _positions(given: Tensor | None, x: Tensor) -> Tensor:
     """Return every token's position, [b, n]."""
-    batch, tokens = x.shape[:2]
+    batch, tokens = len(x), x.shape[-1 if x.ndim == 2 else -2]
     if given is None:
         given = torch.arange(tokens, device=x.device)
     return given.expand(batch, tokens)
@@ -333,9 +327,12 @@ def _as_stream(tensor: Tensor) -> Tensor:
     return tensor[None, :, None] if tensor.ndim == 2 else tensor.reshape(1, 1, -1)
 
 
-def _expect(name: str, x: Tensor, width: int) -> None:
-    if x.ndim != 3 or x.shape[-1] != width:
-        raise ValueError(f"`{name}` should be [b, tokens, {width}], it is {list(x.shape)}")
+def _expect(name: str, x: Tensor, block: Block) -> None:
+    """Raise `ValueError` where what comes in is not of the shape that a block takes."""
+    sizes = [each for each in (block.x.heads, block.x.dim) if each is not None]
+    if x.ndim != 2 + len(sizes) or [*x.shape[1:-2], x.shape[-1]] != sizes:
+        dims = ", ".join(("b", *map(str, sizes[:-1]), "tokens", str(sizes[-1])))
+        raise ValueError(f"`{name}` should be [{dims}], it is {list(x.shape)}")
 
 
 def _own(root: nn.Module, name: str, tensor: nn.Parameter) -> None:

@@ -258,6 +258,10 @@ class Cache:
         """Remember a call until it is done, and from a mark on."""
         self.call = (module, {k: v for k, v in given.items() if v is not None}, cut)
 
+    def also(self, **given: Any) -> None:
+        """Remember what else a call is given."""
+        self.call[1].update(given)
+
     # elsewhere
 
     def copy(self) -> Any:

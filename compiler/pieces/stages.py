@@ -77,6 +77,21 @@ def top_features(x: Tensor, count: int) -> Tensor:
     return x.masked_fill(rest, 0)
 
 
+def combine(x: Tensor, weights: Tensor) -> Tensor:
+    """Sum the heads of x [b, r, n, d] by weights [b, r, n, e] into e heads."""
+    return (weights.transpose(-3, -2).mT @ x.transpose(-3, -2)).transpose(-3, -2)
+
+
+def sinkhorn(x: Tensor, times: int, eps: float) -> Tensor:
+    """Scale rows and columns of positive matrices x [b, r, n, r] until they sum to about one."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    exact = exact / (exact.sum(-3, keepdim=True) + eps)
+    for _ in range(times - 1):
+        exact = exact / (exact.sum(-1, keepdim=True) + eps)
+        exact = exact / (exact.sum(-3, keepdim=True) + eps)
+    return exact.to(x.dtype)
+
+
 def bernoulli(x: Tensor, rate: float, training: bool) -> Tensor:
     """Draw a number for each token of x, 1 at this rate, else 0; all are 1 out of training."""
     size = (*x.shape[:-1], 1)

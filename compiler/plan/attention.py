@@ -30,6 +30,7 @@ from ..graph.graph import Graph, Node
 from ..graph.operations import Attend
 from ..graph.sides import makes_vectors
 from ..model import MAPS, PREVIOUS, Pairwise, without_document
+from .kernel_form import KernelForm, kernel_form
 
 
 class Added(NamedTuple):
@@ -126,6 +127,11 @@ class Attention:
         """Whether a logit of a visible pair may be minus infinity."""
         s = frozenset({"s"} if infinite(self.mix.score) else ())
         return self.exponential is not None and infinite(self.exponential.logit, s)
+
+    @cached_property
+    def kernel_form(self) -> KernelForm | str:
+        """The expressions as the pairwise kernels take them, or why they do not."""
+        return kernel_form(self.graph, self.node)
 
     # what is read
 

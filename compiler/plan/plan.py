@@ -7,10 +7,12 @@ plan.lowerings["o"]      path `sdpa`: softmax of plain logits under a mask
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..graph.graph import AnyNode, Graph
 from ..model import Block
+from .attention import Attention
+from .recurrences import Chunked
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,17 @@ class Lowering:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is computed, and how: `lowerings` are by the node's name, in the order of the nodes."""
+    """What is computed, and how: `lowerings` are by the node's name, in the order of the nodes.
+
+    With them goes what they were chosen by: the facts of each attention, and how each recurrence
+    runs in chunks, or why it does not.
+    """
 
     graph: Graph
     target: Target
     lowerings: Mapping[str, Lowering]
+    attentions: Mapping[str, Attention] = field(default_factory=dict)
+    recurrences: Mapping[str, Chunked | str] = field(default_factory=dict)
 
     @property
     def block(self) -> Block:

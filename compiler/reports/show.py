@@ -18,6 +18,16 @@ from ..plan.plan import Target
 from .picture import describe, graph_lines, mask_picture
 
 
+def layer_name(layer: Block) -> str:
+    """Return what a layer is made of: `pre(local, swiglu)`."""
+    parts = ", ".join(
+        layer_name(each.what) if each.what.kind == "layer" else each.what.name
+        for each in layer.parts
+        if each.what.kind != "stage"
+    )
+    return f"{layer.name}({parts})"
+
+
 def show(what: Block | Model, tokens: int, console: Console | None = None) -> None:
     """Print a block or model for a person."""
     console = console or Console(highlight=False)
@@ -26,13 +36,13 @@ def show(what: Block | Model, tokens: int, console: Console | None = None) -> No
             f"[bold]{what.name}[/]: {len(what.layers)} layers of width {what.width}"
             + (f", vocabulary {what.vocab}" if what.vocab else "")
         )
-        console.print("layers: " + " ".join(block.name for block in what.layers))
+        console.print("layers: " + " ".join(map(layer_name, what.run)))
         if what.encoder is not None:
             console.print(
                 f"encoder: {what.encoder.name}, "
                 f"{len(what.encoder.layers)} layers of width {what.encoder.width}"
             )
-    blocks = (what,) if isinstance(what, Block) else what.blocks
+    blocks = what.blocks
     for block in blocks:
         _show_block(block, tokens, console)
     console.print(costs(what, tokens))
@@ -90,7 +100,7 @@ def costs(what: Block | Model, tokens: int) -> Table:
 def as_json(what: Block | Model, tokens: int) -> dict[str, Any]:
     """Return the same for a program."""
     found = cost(what)
-    blocks = (what,) if isinstance(what, Block) else what.blocks
+    blocks = what.blocks
     answer: dict[str, Any] = {
         "name": what.name,
         "kind": "model" if isinstance(what, Model) else "block",
@@ -110,6 +120,6 @@ def as_json(what: Block | Model, tokens: int) -> dict[str, Any]:
         ],
     }
     if isinstance(what, Model):
-        answer["layers"] = [block.name for block in what.layers]
+        answer["layers"] = [layer_name(layer) for layer in what.run]
         answer["encoder"] = None if what.encoder is None else what.encoder.name
     return answer

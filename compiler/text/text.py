@@ -9,11 +9,15 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from symtable import symtable
 
 from ..model import PREVIOUS
 from ..pieces import FILES
 
 LIMIT = 96
+_DEFINED = re.compile(  # where a piece begins: it ends before the next
+    r"^(?:def |class |(?=\w+(?:: .+)? = ))(\w+)", re.MULTILINE
+)
 STANDARD = {  # what a file may import, and the names that each line brings
     "import copy": ("copy",),
     "import math": ("math",),
@@ -39,7 +43,6 @@ _OURS = frozenset((
     "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams", "bias",
     "line",
 ))  # fmt: skip
-_CLASSES = frozenset(("FeedForward", "Layer", "EncoderLayer", "EncoderFeedForward"))
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|past|query|read|start|value|written)s?(?:_\d+)?$"
@@ -61,7 +64,7 @@ def class_name(name: str) -> str:
     """Return `tiny_gemma` as `TinyGemma`, away from the classes the text itself uses."""
     made = "".join(part[:1].upper() + part[1:] for part in name.split("_") if part)
     made = made if made[:1].isalpha() else f"Block{made}"
-    taken = made in _CLASSES or made in _IMPORTED or made in pieces()
+    taken = made in _IMPORTED or made in pieces()
     return f"{made}Block" if taken or keyword.iskeyword(made) or hasattr(builtins, made) else made
 
 
@@ -114,31 +117,22 @@ def pieces() -> dict[str, str]:
     found = {}
     for file in FILES:
         source = (Path(__file__).parent.parent / "pieces" / f"{file}.py").read_text("utf-8")
-        lines = source.splitlines()
-        for node in ast.parse(source).body:
-            name = _defines(node)
-            if name:
-                text = lines[node.lineno - 1 : node.end_lineno]
-                found[name] = "\n".join(line.replace("  # fmt: skip", "") for line in text)
+        begun = list(_DEFINED.finditer(source))
+        ends = [*(each.start() for each in begun[1:]), len(source)]
+        for each, end in zip(begun, ends, strict=True):
+            text = source[each.start() : end].rstrip()
+            found[each[1]] = text.replace("  # fmt: skip", "")
     return found
-
-
-def _defines(node: ast.stmt) -> str:
-    """Return the name that a statement defines, "" for none."""
-    match node:
-        case ast.FunctionDef(name) | ast.ClassDef(name) | ast.Assign([ast.Name(name)]):
-            return name
-        case ast.AnnAssign(ast.Name(name)):
-            return name
-    return ""
 
 
 def names_read(lines: Iterable[str]) -> frozenset[str]:
     """Return the names that a text reads: what must be defined or imported before it."""
-    nodes = ast.walk(ast.parse("\n".join(lines)))
-    return frozenset(
-        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    )
+    found: set[str] = set()
+    tables = [symtable("\n".join(lines), "<text>", "exec")]
+    for table in tables:
+        found.update(each.get_name() for each in table.get_symbols() if each.is_referenced())
+        tables += table.get_children()
+    return frozenset(found)
 
 
 @cache

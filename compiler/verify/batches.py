@@ -131,7 +131,7 @@ def rows_of_a_cache(subject: Subject) -> str | tuple[int, float]:
     """Compare rows that are decoded together with each row alone."""
     if subject.obstacle is not None:
         return f"it cannot decode: {subject.obstacle}"
-    if isinstance(subject.what, Model) and subject.what.head == "classify":
+    if isinstance(subject.what, Model) and subject.what.classifies:
         return "a classifier has one answer for the whole sequence"
     mixes = [each.mix for block in subject.blocks for each in block.mixings.values()]
     if any({"n", "m"} & names(expr) for mix in mixes for expr in mix.exprs):
@@ -159,6 +159,7 @@ class _Rows:
         self.case = Case(3, longest, 4, seed=11)
         self.x, self.given = subject.inputs(self.case)
         self.segments = self.given.pop("segments", None)
+        self.condition = self.given.pop("condition", None)  # given at every call
         half = max(1, longest // 2)
         self.lengths = [1, half, max(1, half - 2)]
         self.whole = self._alone(self.x)
@@ -172,7 +173,14 @@ class _Rows:
         return torch.cat([self.module(x[row : row + 1], **self._of(row)) for row in rows])
 
     def _of(self, row: int) -> dict[str, Tensor]:
-        return {name: each[row : row + 1] for name, each in self.given.items()}
+        given = {name: each[row : row + 1] for name, each in self.given.items()}
+        return {**given, **self._each([row])}
+
+    def _each(self, rows: list[int] | None = None) -> dict[str, Tensor]:
+        """Return what some rows are given at every call."""
+        if self.condition is None:
+            return {}
+        return {"condition": self.condition if rows is None else self.condition[rows]}
 
     def _start(self, length: int | None) -> tuple[Any, Tensor]:
         """Prefill prompts of different lengths, padding left; return the cache and what came."""
@@ -183,7 +191,8 @@ class _Rows:
             prompts[row, longest - count :] = self.x[row, :count]
             mask[row, longest - count :] = 1
         cache = self.module.init_cache(len(self.x), length)
-        y = self.module(_filled(prompts, mask), attention_mask=mask, cache=cache, **self.given)
+        given = {**self.given, **self._each()}
+        y = self.module(_filled(prompts, mask), attention_mask=mask, cache=cache, **given)
         for row, count in enumerate(self.lengths):
             self._same("prefill", y[row, longest - count :], self.whole[row, :count])
         return cache, torch.tensor(self.lengths)
@@ -196,7 +205,7 @@ class _Rows:
             part = torch.stack(
                 [self.x[row, t : t + size] for row, t in zip(rows, at.tolist(), strict=True)]
             )
-            y = self.module(part, cache=cache)
+            y = self.module(part, cache=cache, **self._each(rows))
             for own, row, t in zip(y, rows, at.tolist(), strict=True):
                 self._same(f"row {row} decoded with others", own, self.whole[row, t : t + size])
             at = at + size
@@ -240,7 +249,7 @@ class _Rows:
         wrong = self.x.flip(0)[:, : min(3, self._left)]
         if not wrong.shape[1]:
             return
-        self.module(wrong, cache=cache)
+        self.module(wrong, cache=cache, **self._each())
         cache.restore(mark)
         at = self._steps(cache, at, 1)
         cache.mark()
@@ -249,13 +258,13 @@ class _Rows:
             return
         part = torch.stack([self.x[row, t : t + count] for row, t in enumerate(at.tolist())])
         part[:, 1:] = wrong[:, :1] if count > 1 else part[:, 1:]
-        self.module(part, cache=cache)
+        self.module(part, cache=cache, **self._each())
         cache.crop(at + 1)  # the first of them was accepted
         self._steps(cache, at + 1, count - 1)
 
     def packed(self) -> None:
-        if "context" in self.given:
-            return
+        if "context" in self.given or self.condition is not None:
+            return  # one row has one of them
         cache = self.module.init_cache(len(self.x), None)
         parts = [self.x[row, :count] for row, count in enumerate(self.lengths)]
         ends = torch.tensor([0, *self.lengths]).cumsum(0)
@@ -284,7 +293,7 @@ class _Rows:
             ]
         )
         marks = torch.tensor([0] * left + [1] * 3).repeat(len(both), 1)
-        y = self.module(both, segments=marks, cache=cache)
+        y = self.module(both, segments=marks, cache=cache, **self._each())
         for row, t in enumerate(at.tolist()):
             expected = torch.cat([self.whole[row, t : t + left], self.whole[row, :3]])
             self._same("a new sequence in a row", y[row], expected)

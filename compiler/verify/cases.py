@@ -71,7 +71,7 @@ class Subject:
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The block, or the layers of the model."""
-        return (self.what,) if isinstance(self.what, Block) else self.what.layers
+        return self.what.uses
 
     @property
     def obstacle(self) -> str | None:
@@ -88,7 +88,7 @@ class Subject:
     def packs(self) -> bool:
         """Whether a row can hold several sequences: its output is one of each token."""
         if isinstance(self.what, Model):
-            return self.what.head != "classify"
+            return not self.what.classifies
         return self.what.out.shape.tokens == "n"
 
     @property
@@ -142,6 +142,10 @@ class Subject:
                 case.batch, case.context, width, generator=draw, dtype=torch.float64
             )
             given["context"] = context.to(case.dtype)
+        if isinstance(self.what, Model) and self.what.condition is not None:
+            size_ = (case.batch, self.what.condition)
+            condition = torch.randn(*size_, generator=draw, dtype=torch.float64)
+            given["condition"] = condition.to(case.dtype)
         if self.reads_segments and not case.whole:
             steps = torch.rand(size, generator=draw) < 0.3
             given["segments"] = steps.long().cumsum(-1)

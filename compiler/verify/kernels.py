@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..lowerings.operators import operators
+from ...kernels.aot import Compiled, compile_ahead
+from ...kernels.sequential import Scan
+from ...kernels.spec import Attend
+from ..graph import operations
+from ..graph.graph import made_by, shape_of
+from ..lowerings.operators import Operator, operators, readings
 from ..model import Block, Model
 from ..pipeline import generate, lower
 from ..plan.plan import Plan, Target
+from ..plan.recurrences import Chunked
 
 
 def _kernel_plan(block: Block) -> Plan | str:
@@ -103,7 +109,7 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
         return plan
     count = 0
     for operator in operators(plan, what.name):
-        found = operator.compiled(plan.graph, targets)
+        found = _compiled(operator, plan, targets)
         for each in found:
             if not each.ok:
                 raise RuntimeError(
@@ -112,3 +118,22 @@ def ahead_of_time(what: Block | Model, targets: tuple[str, ...]) -> str | tuple[
                 )
         count += len(found)
     return count, 0.0
+
+
+def _compiled(operator: Operator, plan: Plan, targets: tuple[str, ...]) -> tuple[Compiled, ...]:
+    """Compile the kernels of an operator, with the sizes its tensors have in the plan."""
+    node, spec, graph = operator.node, operator.spec, plan.graph
+    if isinstance(spec, Attend):
+        assert made_by(node, operations.Attend)
+        q, k, v = (shape_of(graph.node(name).dims) for name in (node.q, node.k, node.v))
+        kv_heads = max(k.heads or 1, v.heads or 1)
+        return compile_ahead(spec, targets, q.dim, v.dim, heads=q.heads or 1, kv_heads=kv_heads)
+    if isinstance(spec, Scan):
+        return compile_ahead(spec, targets)
+    assert made_by(node, operations.Scan)
+    states = {each.name: each.shape for each in node.op.mix.states}
+    form = plan.recurrences[node.name]
+    assert isinstance(form, Chunked)
+    step = next(step for step, found in readings(form) if found == spec)
+    d, e = reversed(states[step.state]) if step.turned else states[step.state]
+    return compile_ahead(spec, targets, d, e, heads=int(node.dims[1]))

@@ -66,8 +66,10 @@ def subjects(*whats: Block | Model) -> tuple[Block | Model, ...]:
     """
     blocks: dict[Block, None] = {}
     for what in whats:
-        found = (what,) if isinstance(what, Block) else what.blocks
-        blocks |= dict.fromkeys(block.alone() for block in found if not block.previous)
+        found = what.blocks
+        blocks |= dict.fromkeys(
+            block.alone() for block in found if not (block.previous or block.reads)
+        )
     models = [what for what in whats if isinstance(what, Model)][:1]
     return (*blocks, *models)
 
@@ -174,7 +176,7 @@ def _gradients(subject: Subject) -> tuple[int, float]:
 def _decoding(subject: Subject) -> str | tuple[int, float]:
     if subject.obstacle is not None:
         return f"it cannot decode: {subject.obstacle}"
-    if isinstance(subject.what, Model) and subject.what.head == "classify":
+    if isinstance(subject.what, Model) and subject.what.classifies:
         return "a classifier has one answer for the whole sequence"
     worst, count = 0.0, 0
     for case in subject.cases[1:]:
@@ -209,7 +211,7 @@ def _chunks(n: int) -> list[int]:
 def _causality(subject: Subject) -> str | tuple[int, float]:
     if subject.obstacle is not None:
         return subject.obstacle
-    if isinstance(subject.what, Model) and subject.what.head == "classify":
+    if isinstance(subject.what, Model) and subject.what.classifies:
         return "a classifier reads the whole sequence"
     count = 0
     for case in subject.cases[1:]:

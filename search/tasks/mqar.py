@@ -13,9 +13,12 @@ noise too, comes from the seed.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .task import IGNORED, Array, Task
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def mqar(
@@ -47,9 +50,11 @@ def mqar(
     if power <= 0:
         raise ValueError(f"`power` must be more than 0; power = {power}")
     gaps = (length - 2 * pairs) // 2
-    chance = power * np.arange(1, gaps + 1, dtype=np.float64) ** (power - 1)
 
     def sample(numbers: np.random.Generator, batch: int) -> tuple[Array, Array]:
+        import numpy as np  # here, so that the checking of a search does not load it
+
+        chance = power * np.arange(1, gaps + 1, dtype=np.float64) ** (power - 1)
         keys = 1 + _without_replacement(numbers, np.ones(half - 1), batch, pairs)
         values = half + _without_replacement(numbers, np.ones(vocab - half), batch, pairs)
         places = 2 * pairs + 2 * _without_replacement(numbers, chance, batch, pairs)
@@ -77,6 +82,8 @@ def _without_replacement(
 
     The largest of log p + Gumbel noise are such a draw (Yellott 1977), for all rows at once.
     """
+    import numpy as np
+
     keys = np.log(chance) + numbers.gumbel(size=(batch, len(chance)))
     drawn: Array = np.argsort(-keys, axis=1, kind="stable")[:, :count].astype(np.int64)
     return drawn

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import numpy as np
+if TYPE_CHECKING:
+    from typing import Any
 
-Array = np.ndarray[Any, np.dtype[np.int64]]
+    import numpy as np
+    from torch import Tensor
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 Split = Literal["train", "test"]
 IGNORED = -100  # what torch's cross entropy passes over
 
 _SPLITS = {"train": 0, "test": 1}
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Task:
 
     def batch(self, step: int, batch: int, split: Split = "train") -> tuple[Tensor, Tensor]:
         """Return batch `step` of a split: tokens and targets, int64 [batch, length]."""
+        import numpy as np
         import torch
 
         numbers = np.random.default_rng([self.seed, _SPLITS[split], step])
@@ -55,10 +57,13 @@ class Task:
         right = (logits.argmax(-1) == targets) & asked
         return {"accuracy": right.sum().item() / max(1, int(asked.sum().item()))}
 
-    def misfit(self, vocab: int | None, positions: int, head: str) -> str:
-        """Say why a model cannot be trained on the task; empty where it can."""
-        if head != "lm" or vocab is None:
-            return f"`{self.name}` trains a language model, and this one has `head = {head}`"
+    def misfit(self, vocab: int | None, positions: int, gives: str) -> str:
+        """Say why a model cannot be trained on the task; empty where it can.
+
+        `gives` is the shape of what it gives, `[n, vocab]` for a language model.
+        """
+        if vocab is None or gives != f"[n, {vocab}]":
+            return f"`{self.name}` trains a language model; the head of this one gives {gives}"
         if vocab < self.vocab:
             return f"the task has {self.vocab} tokens, the model's `vocab` is {vocab}"
         if 0 < positions < self.length:

@@ -188,7 +188,7 @@ BLOCKS = {
     "a matrix as a similarity": ("L210", "similarity = outer(q, k)"),
     "a pipeline as a similarity": ("L210", "similarity = q | linear"),
     "a similarity that is none": ("L201", "similarity = foo"),
-    "a score as a similarity": ("L201", "similarity = softcap(3)"),
+    "a score as a similarity": ("L201", "similarity = alibi"),
     "whole q in a score": ("L214", "score = s + dot(q, k)"),
     "a large tensor as a value": ("L214", "param w[2, 2, 2] = 0; score = s + sum(w)"),
     "too many indices": ("L214", "param w[heads, 3] = 0; score = s + w[h, i, j]"),
@@ -316,14 +316,14 @@ MIXED = {
     "heads that do not divide": ("L216", "let t = x | linear(6) | split(3); o <- sum(t) * v"),
 }  # fmt: skip
 MODELS = {
-    "a norm of no kind": ("L222", "norm = batch"),
+    "a norm of no kind": ("L208", "norm = batch"),
     "positions of no kind": ("L222", "embed_position = rope"),
     "positions without a number": ("L209", "embed_position = learned"),
     "positions of two": ("L209", "embed_position = learned(8, 8)"),
     "words without a vocabulary": ("L222", "head = lm"),
     "classes without a number": ("L209", "head = classify"),
-    "a network of no kind": ("L222", "ffn = relu(4)"),
-    "a network of two": ("L209", "ffn = gelu(4, 4)"),
+    "a network of no kind": ("L208", "ffn = relux(4)"),
+    "a network of too much": ("L209", "ffn = gelu(4, true, 8)"),
     "a network of nothing": ("L203", "ffn = gelu(0)"),
     "dropout of all": ("L219", "dropout = 1"),
 }  # fmt: skip

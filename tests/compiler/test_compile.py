@@ -189,6 +189,14 @@ def test_the_parameters_are_counted(name):
     assert cost(what).params == sum(each.numel() for each in module.parameters())
 
 
+def test_embeddings_are_drawn_once():
+    module = api.build_module(model("learned"), Target(), seed=3)
+    torch.manual_seed(3)
+    for table in (module.embed_tokens, module.embed_positions):
+        assert table.weight.requires_grad
+        assert torch.equal(table.weight, torch.empty(table.weight.shape).normal_(std=0.02))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_what_it_means(name):
     what = model(name)

@@ -11,8 +11,9 @@ from headloom.compiler.graph.operations import Attend
 from headloom.compiler.lowerings.choose import WAYS
 from headloom.compiler.pieces import tiles
 from headloom.compiler.pieces.tiles import over_tiles, ranges_of, united
-from headloom.compiler.pipeline import lower
+from headloom.compiler.pipeline import generate, lower
 from headloom.compiler.plan.attention import Attention
+from headloom.compiler.plan.kernel_form import kernel_form
 from headloom.compiler.plan.plan import Target
 
 from .battery import block
@@ -33,6 +34,20 @@ CASES = {  # settings: (path, needs, what tiles are given)
     "mask = causal; dropout = 0.1; score = softcap(5)": ("dense", None, {"whole=True"}),
     "score = s + max_queries(s)": ("dense", None, {"whole=True"}),
 }  # fmt: skip
+
+
+def test_the_form_for_kernels_is_worked_out_once(monkeypatch):
+    made = []
+
+    def counted(*given):
+        made.append(given)
+        return kernel_form(*given)
+
+    monkeypatch.setattr("headloom.compiler.plan.attention.kernel_form", counted)
+    for backend, times in (("triton", 1), ("torch", 0)):
+        made.clear()
+        generate(block("block b { heads = 2; mask = causal; score = softcap(5) }"), Target(backend))
+        assert len(made) == times
 
 
 @pytest.mark.parametrize("settings", CASES)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from headloom.compiler.api import build_module
@@ -107,7 +108,7 @@ def found(text: str) -> list[Diagnostic]:
 
 def contexts(what: Model, context: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the context as an argument of a model that reads one."""
-    return {"context": context} if any(each.context_width for each in what.layers) else {}
+    return {"context": context} if any(each.context_width for each in what.uses) else {}
 
 
 def kept(what: Model, length: int) -> int:
@@ -129,7 +130,7 @@ def test_layers_that_read_the_layer_below(name):
         assert finding.ok or finding.check in ("training", "in tiles"), finding
     assert kept(what, 12) == cost(what).cache_bytes(12, "float64")
     assert {each.name for each in subjects(what) if each is not what} == {
-        each.name for each in what.layers if not each.previous
+        each.name for each in what.uses if not each.previous
     }
 
 
@@ -150,7 +151,7 @@ def test_what_only_the_layer_above_reads_is_not_part_of_a_block_alone():
 def test_a_reader_keeps_nothing_of_its_own(name):
     what = model(MODELS[name])
     module = compiled(what)
-    for block, cache in zip(what.layers, module.init_cache(1, 8), strict=True):
+    for block, cache in zip(what.uses, module.init_cache(1, 8), strict=True):
         assert not block.previous or cache.nbytes == 0
 
 
@@ -225,7 +226,7 @@ def test_who_reads_a_map_is_said():
 
 def test_a_block_that_reads_nothing_is_the_same_everywhere():
     what = model("[full, full]")
-    assert what.layers[0] == block_of(check(parse(BLOCKS + MORE)), "full", 16)
+    assert what.uses[0] == block_of(check(parse(BLOCKS + MORE)), "full", 16)
 
 
 # ── identities ───────────────────────────────────────────────────────────────────────────
@@ -237,7 +238,7 @@ def test_readers_compute_with_the_keys_and_values_of_layer_zero():
     theirs.load_state_dict(mine.state_dict(), strict=False)
     lower, upper = (theirs.get_submodule(f"layers.{at}.attn") for at in (0, 1))
     x = torch.randn(2, 9, 16, dtype=torch.float64)
-    _, made = lower.layer(theirs._norm("layers.0.attn_norm", x), {})
+    _, made = lower.layer(functional.rms_norm(x, (16,), eps=1e-6), {})
     plain = upper._flow
 
     def pretending(flow, given):
@@ -311,7 +312,8 @@ WRONG = {
                            "model m { width = 8; layers = [a] }", "L226", "a",
                            "its output is [3, 8], a layer's [n, 8]"),
     "a head": (A + "model e { vocab = 4; width = 8; layers = [a] }\n"
-               "model m { width = 8; layers = [a]; encoder = e }", "L227", "e", "head = lm in `e`"),
+               "model m { width = 8; layers = [a]; encoder = e }", "L227", "e",
+               "the head of `e` gives [n, 4], needed is [n, 8]"),
     "a context": ("block a { heads = 4; source = context }\n"
                   "model e { width = 8; layers = [a] }\n"
                   "model m { width = 8; layers = [a]; encoder = e }", "L227", "e",
@@ -406,7 +408,7 @@ def test_an_encoder_costs_what_it_costs():
     what = encoded("tokens")
     own = encoded("features", "vocab = 7; layers = [self]")
     assert own.encoder is not None
-    assert cost(own).cache_bytes(10) == cost(own.layers[0]).cache_bytes(10)
+    assert cost(own).cache_bytes(10) == cost(own.uses[0]).cache_bytes(10)
     assert what.encoder is not None
     assert cost(what).flops(10) > cost(what.encoder).flops(10)
 

@@ -86,11 +86,11 @@ def test_a_models_parameters() -> None:
     assert [name for name in names if "attn." not in name][2:] == [
         "layers.0.attn_norm.weight",
         "layers.0.attn_norm.bias",
+        "layers.0.ffn_norm.weight",
+        "layers.0.ffn_norm.bias",
         "layers.0.ffn.gate_proj.weight",
         "layers.0.ffn.up_proj.weight",
         "layers.0.ffn.down_proj.weight",
-        "layers.0.ffn_norm.weight",
-        "layers.0.ffn_norm.bias",
         "norm.weight",
         "norm.bias",
         "lm_head.weight",

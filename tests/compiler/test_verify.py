@@ -12,7 +12,6 @@ import torch
 from headloom.compiler import api
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.emit import Code
-from headloom.compiler.emit import module as emit_module
 from headloom.compiler.model import Block, Model, Pairwise
 from headloom.compiler.parse import parse_path
 from headloom.compiler.pipeline import generate
@@ -22,6 +21,7 @@ from headloom.compiler.verify.cases import Difference, Subject, kernel_cases
 from headloom.compiler.verify.export import exported_output
 from headloom.compiler.verify.kernels import repeated
 from headloom.compiler.verify.verify import CHECKS, Finding, checks_of, subjects, verify
+from headloom.kernels import render as kernel_text
 from headloom.search.space import alternatives, has_holes
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -218,9 +218,9 @@ def test_a_text_that_raises_is_found() -> None:
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    render = emit_module.render.render
+    render = kernel_text.render
     monkeypatch.setattr(
-        emit_module.render,
+        kernel_text,
         "render",
         lambda *args: render(*args).replace("scale=0.3535533905932738", "scale=0.36"),
     )

@@ -105,6 +105,7 @@ def files(draw: Any) -> syntax.File:
     body = _several(some | branches, 0, 5)
     params = _several(st.builds(syntax.Parameter, names, st.none() | expr), 0, 2)
     base = st.none() | expr
+    kinds_of_blocks = st.sampled_from(("block", *syntax.PART_KINDS))
     kinds = st.sampled_from(syntax.DEFINITION_KINDS)
     only = st.builds(syntax.Result, expr, st.none() | expr).map(lambda result: (result,))
     items = (
@@ -113,7 +114,16 @@ def files(draw: Any) -> syntax.File:
         | st.builds(
             syntax.Definition, kinds, names, params, body, closing=closings, comments=comments
         )
-        | st.builds(syntax.Block, names, params, base, body, closing=closings, comments=comments)
+        | st.builds(
+            syntax.Block,
+            names,
+            params,
+            base,
+            body,
+            kinds_of_blocks,
+            closing=closings,
+            comments=comments,
+        )
         | st.builds(syntax.Model, names, params, base, body, closing=closings, comments=comments)
         | st.builds(syntax.Search, body, closing=closings, comments=comments)
     )

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from headloom.compiler.facts.parameters import defaults
 from headloom.compiler.pieces import positions
 from headloom.ops import OPS, Chosen, Run, Shape
 from headloom.ops.rope_scaling import SCALINGS, Plain, scaling_of
@@ -51,7 +50,7 @@ POSITIONS = {
 
 
 def options(scaling: Any, **more: Any) -> dict[str, Any]:
-    return ROPE.complete(defaults(ROPE) | {"theta": THETA, "scaling": scaling} | more, SHAPE, None)
+    return ROPE.complete(ROPE.defaults | {"theta": THETA, "scaling": scaling} | more, SHAPE, None)
 
 
 def drawn(n: int) -> Tensor:

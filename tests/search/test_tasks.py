@@ -74,10 +74,10 @@ def test_short_gaps_come_first():
 
 def test_what_cannot_be_trained_says_why():
     task = mqar(vocab=64, length=32)
-    assert task.misfit(64, 32, "lm") == task.misfit(100, 0, "lm") == ""
-    assert "vocab" in task.misfit(32, 0, "lm")
-    assert "16 positions" in task.misfit(64, 16, "lm")
-    assert "head = classify" in task.misfit(64, 0, "classify")
+    assert task.misfit(64, 32, "[n, 64]") == task.misfit(100, 0, "[n, 100]") == ""
+    assert "vocab" in task.misfit(32, 0, "[n, 32]")
+    assert "16 positions" in task.misfit(64, 16, "[n, 64]")
+    assert "the head of this one gives [1, 4]" in task.misfit(64, 0, "[1, 4]")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from ...model import Block
 from ..build import build
@@ -23,6 +24,7 @@ PASSES: tuple[Pass, ...] = (drop_identities, share, fuse_attend, fold_scale, dro
 __all__ = ["PASSES", "Pass", "simplest"]
 
 
+@lru_cache(maxsize=256)
 def simplest(block: Block) -> Graph:
     """Return the graph of a block after all passes."""
     graph = build(block)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..graph import AnyNode, Graph
-from ..operations import Drop, Input, Stage, TensorRead
+from ..operations import Drop, Input, Stage, TensorRead, Whole
 
 
 def share(graph: Graph) -> Graph:
@@ -34,7 +34,7 @@ def share(graph: Graph) -> Graph:
 def _apart(node: AnyNode) -> bool:
     """Say whether a node is itself, however like it others are."""
     match node.op:
-        case Input() | TensorRead() | Drop():
+        case Input() | TensorRead() | Drop() | Whole():
             return True
         case Stage() as stage:
             return bool(node.module) or stage.definition.random
