@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_tiles_are_compiled_once_for_all_sizes(counted, biased):
 def test_blocks_of_one_class_share_what_is_compiled(counted, monkeypatch):
     arch = hl.load(CAPPED, format="loom")
     modules = [hl.compile(arch, optimize="max", backend="torch", seed=each) for each in (0, 1)]
-    emitted = __import__("sys").modules[type(modules[0]).__module__]
+    emitted = sys.modules[type(modules[0]).__module__]
     monkeypatch.setattr(emitted, "TILE", 1)
     emitted.COMPILED_TILES.clear()
     for module in [*modules, copy.deepcopy(modules[0])]:
@@ -140,10 +141,24 @@ def test_steps_are_of_two_at_least():
     [
         "mask = causal; score = softcap(5); position = alibi; kv_heads = 1",
         "mask = causal and (window(4) or sink(2)); normalize = sigmoid",
-        "mask = causal; normalize = entmax(1.5)",
         "similarity = -sum(abs(q - k)); mask = causal and window(7); normalize = relu",
     ],
 )
 def test_compiled_tiles_are_verified(settings):
     arch = hl.load(f"block a {{ width = 16; heads = 2; {settings} }}", format="loom")
     assert hl.verify(arch, optimize="max", strict=True).ok
+
+
+@pytest.mark.sweep
+def test_a_compiled_threshold_is_that_of_plain_tiles(monkeypatch):
+    arch = hl.load(
+        "block a { width = 16; heads = 2; mask = causal; normalize = entmax(1.5) }", format="loom"
+    )
+    found = []
+    for optimize in ("default", "max"):
+        module = hl.compile(arch, optimize=optimize, backend="torch", seed=0)
+        monkeypatch.setattr(sys.modules[type(module).__module__], "TILE", 1)
+        x = torch.randn(2, 37, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = module(x)
+        found.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *module.parameters()])])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
