@@ -17,7 +17,7 @@ from typing import TypeGuard
 from ..grammar.diagnostics import Diagnostic
 from ..grammar.expr import TRUE, names
 from ..grammar.source import NOWHERE, Span
-from ..grammar.syntax import Binary, Compare, Expr, File, Index, Name, walk
+from ..grammar.syntax import Binary, Call, Compare, Expr, File, Index, Name, walk
 from ..ops import Shape, Weight
 
 PREVIOUS = "previous."  # what stands before the names of the layer below
@@ -157,19 +157,29 @@ class Part:
 Flow = Read | Apply | Mixing | Statistic | Part
 
 
-def flow_nodes(flow: Flow) -> Iterator[Flow]:
-    """Yield every node of a flow, inputs first."""
+def flow_nodes(flow: Flow, seen: set[int] | None = None) -> Iterator[Flow]:
+    """Yield every node of a flow, inputs first, and once where several read the same one."""
+    seen = set() if seen is None else seen
+    if id(flow) in seen:
+        return
+    seen.add(id(flow))
     if not isinstance(flow, Read):
         for each in flow.inputs:
-            yield from flow_nodes(each)
+            yield from flow_nodes(each, seen)
     yield flow
 
 
-def flow_mapped(flow: Flow, change: Callable[[Apply | Part], Flow]) -> Flow:
-    """Return a flow with every operation and part changed, inputs before what reads them."""
+def flow_mapped(
+    flow: Flow, change: Callable[[Apply | Part], Flow], done: dict[int, Flow] | None = None
+) -> Flow:
+    """Return a flow with every operation and part changed, once, inputs before what reads them."""
+    done = {} if done is None else done
     if not isinstance(flow, Apply | Part):
         return flow
-    return change(replace(flow, inputs=tuple(flow_mapped(each, change) for each in flow.inputs)))
+    if id(flow) not in done:
+        inputs = tuple(flow_mapped(each, change, done) for each in flow.inputs)
+        done[id(flow)] = change(replace(flow, inputs=inputs))
+    return done[id(flow)]
 
 
 def is_part(flow: Flow) -> TypeGuard[Part]:
@@ -238,7 +248,11 @@ class Normalizer:
 class Pairwise:
     """`mix = attend`: every query against every key.
 
-    `similarity` is an expression in q[h, i] and k[…, j]; None is their product.
+    `similarity` is an expression in q[h, i] and k[…, j]; None is their product. With `again`, an
+    expression over h and j, what is mixed is in the values itself, so many times: the mask shows
+    earlier tokens alone, and v is the values without it. `carry` is what each further token does
+    to the keys before it, linear in `k`, over streams of that token for a key head, as a mixer's
+    statement is; None for nothing.
     """
 
     scale: float
@@ -248,12 +262,34 @@ class Pairwise:
     weights: Expr
     dropout: float = 0.0
     similarity: Expr | None = None
+    again: Expr | None = None
+    carry: Expr | None = None
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether tokens leave more behind than their keys and values, each after the one before.
+
+        What is mixed goes into values, tokens change keys, or queries add to sums over the keys.
+        """
+        return self.again is not None or self.carry is not None or bool(self.running)
+
+    @property
+    def running(self) -> tuple[Expr, ...]:
+        """What its expressions sum over the queries up to one, inner ones first."""
+        found: dict[Expr, None] = {}
+        for expr in (self.score, self.weights):
+            for node in reversed(list(walk(expr))):
+                match node:
+                    case Call("running_queries", (arg,)):
+                        found[arg] = None
+        return tuple(found)
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        """Every expression of it."""
+        """Every expression of a pair."""
         met = () if self.similarity is None else (self.similarity,)
-        return (*met, self.score, self.mask, *self.normalize.exprs, self.weights)
+        again = () if self.again is None else (self.again,)
+        return (*met, self.score, self.mask, *self.normalize.exprs, self.weights, *again)
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Pairwise:
         """Return it with each of these changed."""
@@ -264,6 +300,7 @@ class Pairwise:
             normalize=self.normalize.mapped(change),
             weights=change(self.weights),
             similarity=None if self.similarity is None else change(self.similarity),
+            again=None if self.again is None else change(self.again),
         )
 
 

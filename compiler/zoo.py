@@ -49,8 +49,8 @@ class Entry:
 
     @property
     def number(self) -> str:
-        """Its catalogue number as `#87`; "" where it has none."""
-        found = re.match(r"#\d+", self.catalogue)
+        """Its catalogue number as `#87` or `#D8`; "" where it has none."""
+        found = re.match(r"#D?\d+", self.catalogue)
         return found[0] if found else ""
 
     @property

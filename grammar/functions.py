@@ -44,6 +44,10 @@ def _softplus(a: float) -> float:
     return max(a, 0.0) + math.log1p(math.exp(-abs(a)))
 
 
+def _sign(a: float) -> int:
+    return (a > 0) - (a < 0)
+
+
 def _ispow2(a: float) -> bool:
     return a > 0 and int(a) == a and int(a) & (int(a) - 1) == 0
 
@@ -60,6 +64,8 @@ FUNCTIONS: dict[str, Function] = {
                  "torch.maximum({0}, {1})", "tl.maximum({0}, {1})"),
         Function("abs", 1, abs, ("where(a > 0, 1, where(a < 0, -1, 0))",),
                  "({0}).abs()", "tl.abs({0})"),
+        Function("sign", 1, _sign, (None,), "torch.sign({0})",
+                 "tl.where(({0}) > 0, 1.0, 0.0) - tl.where(({0}) < 0, 1.0, 0.0)"),
         Function("exp", 1, math.exp, ("exp(a)",), "torch.exp({0})", "tl.exp({0})"),
         Function("log", 1, _log, ("1 / a",), "torch.log({0})", "tl.log({0})"),
         Function("log2", 1, _log2, (f"{1 / math.log(2)!r} / a",),
@@ -69,6 +75,9 @@ FUNCTIONS: dict[str, Function] = {
                  "tanh({0})", "2 * tl.sigmoid(2 * ({0})) - 1"),
         Function("sigmoid", 1, _sigmoid, ("sigmoid(a) * (1 - sigmoid(a))",),
                  "torch.sigmoid({0})", "tl.sigmoid({0})"),
+        Function("log_sigmoid", 1, lambda a: -_softplus(-a), ("sigmoid(-a)",),
+                 "F.logsigmoid({0})",
+                 "tl.minimum({0}, 0) - tl.log(1 + tl.exp(-tl.abs({0})))"),
         Function("relu", 1, lambda a: max(a, 0), ("where(a > 0, 1, 0)",),
                  "F.relu({0})", "tl.maximum({0}, 0)"),
         Function("gelu", 1, lambda a: a * 0.5 * (1 + math.erf(a * float(_R2))),
@@ -104,11 +113,16 @@ FUNCTIONS: dict[str, Function] = {
 # Functions over whole vectors and matrices: name → number of arguments.
 VECTOR_FUNCTIONS = {"sum": 1, "mean": 1, "norm": 1, "outer": 2, "dot": 2}
 
+# Functions of vectors and matrices that only mixers have: name → number of arguments.
+MIXER_FUNCTIONS = {"diag": 1, "solve": 2, "softmax": 1}
+
 # Functions that look at other pairs than their own, in scores and weights: over the visible keys
-# of a query, the queries that see a key, the heads, the neighbours; and a coin for each pair.
+# of a query, the queries that see a key (all of them, or those up to its own), the heads, the
+# neighbours; and a coin for each pair.
 MAP_FUNCTIONS = {
     "sum_keys": 1, "mean_keys": 1, "max_keys": 1, "rank_keys": 1,
     "sum_queries": 1, "mean_queries": 1, "max_queries": 1,
+    "running_keys": 1, "running_queries": 1,
     "mix_heads": 2, "convolve": 2, "coin": 1,
 }  # fmt: skip
 

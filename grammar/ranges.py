@@ -21,7 +21,9 @@ from .syntax import Binary, Expr, Name, Number, Unary
 INF = math.inf
 LEAST = 5e-324  # what is positive but may be as small as one likes
 
-RISING = ("exp", "log", "sqrt", "tanh", "sigmoid", "relu", "softplus", "elu", "erf")
+RISING = (
+    "exp", "log", "sqrt", "tanh", "sigmoid", "log_sigmoid", "relu", "softplus", "elu", "erf",
+)  # fmt: skip
 _POSITIVE = ("exp", "sigmoid", "softplus")
 
 

@@ -45,6 +45,7 @@ _FLOAT_ONLY = frozenset(
         "sqrt",
         "tanh",
         "sigmoid",
+        "log_sigmoid",
         "gelu",
         "silu",
         "softplus",

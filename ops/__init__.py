@@ -12,15 +12,18 @@ from .dropout import Dropout
 from .embed import Embed
 from .features import Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
+from .index import Index
 from .joint import Joint
 from .lanes import Combine, MeanHeads, Pick, Sinkhorn, SumHeads
 from .latents import Latents
-from .linear import HeadLinear, Linear, Tied
+from .linear import GroupedLinear, HeadLinear, Linear, Tied
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
 from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
 from .rope import Rope
+from .running import Running
 from .shape import Shape
+from .shift import Shift
 from .tokens import Average, MeanTokens
 
 OPS: dict[str, Op] = {
@@ -28,6 +31,7 @@ OPS: dict[str, Op] = {
     for op in (
         Linear(),
         HeadLinear(),
+        GroupedLinear(),
         Tied(),
         Split(),
         Merge(),
@@ -47,6 +51,9 @@ OPS: dict[str, Op] = {
         Slice(),
         Reduce(),
         Conv(),
+        Shift(),
+        Running(),
+        Index(),
         Latents(),
         Embed(),
         Rope(),

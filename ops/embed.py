@@ -45,4 +45,5 @@ class Embed(Op):
         return f"embedded(self.{module}, {inputs[0]}[..., 0])"
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
-        return f"nn.Embedding({options['count']}, {options['features']})"
+        drawn = f"torch.empty({options['count']}, {options['features']}).normal_(std=0.02)"
+        return f"nn.Embedding.from_pretrained({drawn}, freeze=False)"

@@ -1,7 +1,9 @@
-"""Learned linear maps: `linear`, one weight for all heads, and `head_linear`, one for each.
+"""Learned linear maps: one weight for all heads, one for each, one for each group of features.
 
     linear(features, bias = false, reparam = none)      x @ Wᵀ + b, W [out, in]
     head_linear(features)                               x[head] @ W[head]ᵀ, W [heads, out, in]
+    grouped_linear(groups, features)                    block diagonal, W [groups, out/groups,
+                                                        in/groups]
 
 `reparam` learns how large W is apart from where it points: `spectral` is gain · W / σ(W), σ
 the largest singular value, taken exactly (Zhai et al. 2023 approximate it by power
@@ -132,3 +134,42 @@ class HeadLinear(_Linear):
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
         (x,) = inputs
         return f"HeadLinear({x.heads}, {x.dim}, {options['features']})"
+
+
+class GroupedLinear(_Linear):
+    name = "grouped_linear"
+    options = (Option("groups", "size", required=True), Option("features", "size"))
+
+    def needs(self, out: Shape, inputs: Sequence[Shape], options: Options) -> Shape | None:
+        return None
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        (x,), groups, features = inputs, options["groups"], options["features"]
+        if x.dim % groups or features % groups:
+            raise Mismatch(
+                "`groups` divide what comes in and what goes out",
+                f"groups = {groups}, features = {x.dim} → {features}",
+                at="groups",
+            )
+        return replace(x, dim=features)
+
+    def weights(self, inputs: Sequence[Shape], options: Options) -> tuple[Weight, ...]:
+        (x,), groups = inputs, options["groups"]
+        return (
+            Weight("weight", (groups, options["features"] // groups, x.dim // groups), "linear"),
+        )
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        import torch
+
+        (x,) = inputs
+        x = x.reshape(*x.shape[:-1], options["groups"], x.shape[-1] // options["groups"])
+        return torch.einsum("...gc,gdc->...gd", x, weights["weight"]).flatten(-2)
+
+    def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
+        return f"GroupedLinear({options['groups']}, {inputs[0].dim}, {options['features']})"
+
+    def flops(self, inputs: Sequence[Shape], options: Options) -> int:
+        return super().flops(inputs, options) // int(options["groups"])

@@ -26,29 +26,37 @@ class _Norm(Op):
 
 
 class RmsNorm(_Norm):
-    """`rms_norm(eps = 1e-6)`: x / sqrt(mean(x²) + eps) · w (Zhang & Sennrich 2019)."""
+    """`rms_norm(eps = 1e-6, scale = true)`: x / sqrt(mean(x²) + eps) · w.
+
+    Zhang & Sennrich 2019; without `scale` there is no w.
+    """
 
     name = "rms_norm"
-    options = (Option("eps", "number", 1e-6),)
+    options = (Option("eps", "number", 1e-6), Option("scale", "flag", True))
     suffix = "norm"
 
     def weights(self, inputs: Sequence[Shape], options: Options) -> tuple[Weight, ...]:
-        return (Weight("weight", (inputs[0].dim,), "ones"),)
+        return (Weight("weight", (inputs[0].dim,), "ones"),) if options["scale"] else ()
 
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
         x = wide(inputs[0])
         square = x.pow(2).mean(-1, keepdim=True)
-        y: Tensor = x * (square + options["eps"]).rsqrt() * wide(weights["weight"])
+        y: Tensor = x * (square + options["eps"]).rsqrt()
+        y = y * wide(weights["weight"]) if options["scale"] else y
         return y.to(inputs[0].dtype)
 
     def text(
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
     ) -> str:
+        if not options["scale"]:
+            return f"F.rms_norm({inputs[0]}, ({shapes[0].dim},), eps={options['eps']!r})"
         return f"self.{module}({inputs[0]})"
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
+        if not options["scale"]:
+            return ""
         return f"nn.RMSNorm({inputs[0].dim}, eps={options['eps']!r})"
 
 

@@ -101,6 +101,8 @@ class Op(ABC):
     positional: bool = False  # its text reads `positions`, or `context_positions` along "m"
     by_sequence: bool = False  # its text reads `run`, or `context_run`: whose each token is
     whole_rows: bool = False  # it reads all tokens of a row, not to be told apart
+    bare: bool = False  # its name alone is a stream, that of x
+    wide: bool = False  # what it gives stays float32 where the block is in less
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -144,9 +146,33 @@ class Op(ABC):
         """Return the variable that numbers the sequences of a stream's tokens, or `None`."""
         return {"n": "run", "m": "context_run"}.get(shape.tokens, "None")
 
+    @staticmethod
+    def positions_of(shape: Shape) -> str:
+        """Return the text of the positions of a stream's tokens; a list counts from 0."""
+        if shape.tokens.isdecimal():
+            return f"torch.arange({shape.tokens}, device=x.device)"
+        return "positions" if shape.tokens == "n" else "context_positions"
+
     def lookback(self, options: Options) -> int:
         """Return how many earlier tokens the result for a token reads."""
         return 0
+
+    def carries(self, inputs: Sequence[Shape], options: Options) -> int:
+        """Return how many numbers it makes of all earlier tokens, to go on from, in float64."""
+        return 0
+
+    def reads_earlier(self, inputs: Sequence[Shape], options: Options) -> bool:
+        """Say whether the result for a token reads earlier ones."""
+        return bool(self.lookback(options) or self.carries(inputs, options))
+
+    def resumed(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
+        """Return its text where earlier tokens are `before`, and `known` numbers all of them.
+
+        What carries goes on from `past`, and gives what it made so far too.
+        """
+        raise NotImplementedError
 
     def looks_ahead(self, options: Options) -> bool:
         """Say whether the result for a token reads later ones."""

@@ -181,5 +181,7 @@ def _call(name: str, args: list[Any]) -> Any:
         like = like.double()
     if name == "softplus":  # F.softplus is x from 20 on
         return -functional.logsigmoid(-like)
+    if name == "log_sigmoid":
+        return functional.logsigmoid(like)
     function = getattr(torch, name, None) or getattr(functional, name)
     return function(like)

@@ -83,10 +83,7 @@ class Rope(Op):
     def text(
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
     ) -> str:
-        tokens = shapes[0].tokens
-        where = "positions" if tokens == "n" else "context_positions"
-        if tokens.isdecimal():
-            where = f"torch.arange({tokens}, device=x.device)"
+        where = self.positions_of(shapes[0])
         row, values = scaling_of(options)
         said = [
             f"{each.name}={values[each.name]!r}"

@@ -26,6 +26,7 @@ from headloom.grammar.functions import (
     FUNCTIONS,
     HOLES,
     MAP_FUNCTIONS,
+    MIXER_FUNCTIONS,
     STATISTICS,
     VECTOR_FUNCTIONS,
 )
@@ -267,6 +268,14 @@ def test_functions_take_as_many_arguments() -> None:
     arities = {name: function.arity for name, function in FUNCTIONS.items()} | VECTOR_FUNCTIONS
     shown = dict(map(signature, calls))
     assert {name: len(arguments) for name, arguments in shown.items()} == arities
+
+
+def test_functions_of_mixers_take_as_many_arguments() -> None:
+    calls = [
+        each for row in rows("Recurrent mixers") for each in re.findall(r"`(\w+\([^`]*\))`", row[0])
+    ]
+    arities = {name: len(arguments) for name, arguments in map(signature, calls)}
+    assert arities == VECTOR_FUNCTIONS | MIXER_FUNCTIONS
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ written; sums are multiplied out as far as states stand in them, and no further.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -104,6 +104,21 @@ def product_of(number: float, *factors: Factors) -> Expr:
     return Unary("-", made) if sign < 0 else made
 
 
+def scale_apart(expr: Expr, rank: Callable[[Expr], int]) -> tuple[Expr | None, Expr]:
+    """Return the numbers in a product, None where there are none, and the vector they scale."""
+    match expr:
+        case Unary("-", operand):
+            scale, vector = scale_apart(operand, rank)
+            return Number(-1, "-1") if scale is None else Unary("-", scale), vector
+        case Binary("*", left, right) if rank(left) == 0 and rank(right):
+            scale, vector = scale_apart(right, rank)
+            return left if scale is None else Binary("*", left, scale), vector
+        case Binary("*" | "/" as op, left, right) if rank(left) and rank(right) == 0:
+            scale, vector = scale_apart(left, rank)
+            return Binary(op, Number(1, "1") if scale is None else scale, right), vector
+    return None, expr
+
+
 def total_of(parts: Iterable[Expr]) -> Expr:
     """Write a sum, in one order whatever the order of its parts."""
     ordered = sorted(parts, key=lambda each: (isinstance(each, Unary), show(each)))
@@ -139,8 +154,10 @@ class Affine:
                 return self.ranks.get(id, 0)
             case Index(Name(id), items):
                 return self.ranks[id] - len(items)
-            case Call("outer"):
+            case Call("outer" | "diag"):
                 return 2
+            case Call("solve"):
+                return 1
             case Call("dot" | "sum" | "mean" | "norm"):
                 return 0
             case Binary("@", left, right):

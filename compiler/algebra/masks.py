@@ -153,6 +153,11 @@ def reads_others(expr: Expr) -> bool:
     )
 
 
+def in_order(expr: Expr) -> bool:
+    """Say whether it matters to an expression which of its keys comes first."""
+    return calls(expr, "running_keys") or calls(expr, "rank_keys")
+
+
 def widest(extents: Iterable[Extent]) -> Extent:
     """Return bounds that hold for every one of several masks."""
     first, *others = [each for each in extents if not each.nothing] or [NOTHING]

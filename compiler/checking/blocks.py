@@ -50,6 +50,7 @@ _GUESSES = {
 _ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = (
     "position", "similarity", "score", "normalize", "weights", "scale", "dropout",
+    "carry",
 )  # fmt: skip
 _LATER = {"select": "none"}
 

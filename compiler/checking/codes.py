@@ -263,6 +263,24 @@ OWN: dict[str, Code] = {
             "block a { mix = m; mask = causal }",
         ),
         Code(
+            "L234",
+            "an attention is read by its own values in a way that is not solved",
+            "Where a mask shows earlier tokens alone, `j < i`, the values may read what is mixed "
+            "of them, as each token's turn comes after those it sees. They are then linear in it, "
+            "with a number for each head and token before it, and all else in them has a name.",
+            "block a {\n  heads = 4; mask = causal\n  let w = x | linear | split\n"
+            "  branch u { mask = j < i; v = w - tanh(u) }\n  v = w - u\n}",
+        ),
+        Code(
+            "L235",
+            "keys cannot be carried like this",
+            "`carry` says what each further token does to every key before it, linear in the key "
+            "`k`, with streams of the further token. The mask is causal, and queries meet keys by "
+            "their product.",
+            "block a {\n  heads = 4; mask = causal\n  let w = x | linear | split\n"
+            "  carry = k - w * tanh(dot(w, k))\n}",
+        ),
+        Code(
             "W001",
             "a block depends on the number of tokens",
             "An expression reads `n` or `m`, or the scaling of `rope` depends on how long a "
@@ -280,7 +298,7 @@ OWN: dict[str, Code] = {
         Code(
             "W003",
             "a setting has no effect beside a recurrent mixer",
-            "`similarity`, `score`, `normalize`, `weights`, `scale` and `dropout` belong to "
+            "`similarity`, `score`, `carry`, `normalize`, `weights`, `scale`, `dropout` belong to "
             "pairwise attention; a recurrence does what its statements say. Remove the setting.",
             "block a { mix = linear; mask = causal; score = softcap(5) }",
         ),

@@ -7,6 +7,7 @@ nobody wrote; then shapes run forward and every stage checks what it is given.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +21,18 @@ from ...grammar.show import show
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Compare, Definition, Expr, Name, Number, Unary
 from ...ops import OPS, UNNAMED, Op, Shape
-from ..model import MAPS, OFFERED, PREVIOUS, Apply, Block, Flow, Part, Read, is_part
+from ..model import (
+    MAPS,
+    OFFERED,
+    PREVIOUS,
+    Apply,
+    Block,
+    Flow,
+    Part,
+    Read,
+    flow_nodes,
+    is_part,
+)
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
 from .library import put
 from .names import module_name
@@ -84,6 +96,8 @@ def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
             label,
             _repair(flow.shape, target),
         )
+    if target.shape is not None and _stays_wide(scope, flow):
+        flow = applied("pointwise", {"expr": Name("a0")}, (flow,), expr.span)
     if target.shape is not None and not _reads_streams(scope, flow):
         raise error(
             "L208",
@@ -93,6 +107,17 @@ def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
             "begin with a stream; `latents(count)` is a learned list of tokens",
         )
     return flow
+
+
+def _stays_wide(scope: Scope, flow: Flow) -> bool:
+    """Say whether a flow stays float32 where the block is in less."""
+    match flow:
+        case Read(name):
+            own = scope.streams.get(name)
+            return own is not None and _stays_wide(scope, own.flow)
+        case Apply(op):
+            return OPS[op].wide
+    return False
 
 
 def _reads_streams(scope: Scope, flow: Flow) -> bool:
@@ -119,6 +144,8 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
     match expr:
         case Name(id, span):
             shape = scope.shape(id, span) or _tensor(scope, expr)
+            if shape is None and id in OPS and OPS[id].bare:
+                return _pipe(scope, Read("x", scope.inputs["x"], span), (expr,), target)
             if shape is None:
                 if id in LATER:
                     raise error("L221", f"{LATER[id]} not available yet", span)
@@ -404,6 +431,7 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
             options[option.name] = option.default
         elif option.kind == "stream":
             others.append(_flow(scope, value, replace(target, shape=None)))
+            places[option.name] = value.span
         else:
             options[option.name] = option_value(scope, op.name, option, value, places)
     return _Stage(op, options, tuple(others), stage.span, places)
@@ -413,28 +441,26 @@ def _operation(scope: Scope, op: Op, stage: Name | Call, target: Target) -> _Sta
 
 
 def name_modules(flow: Flow, target: Target) -> Flow:
-    """Name the submodules of a pipeline: `q_proj`; `q_proj_0`, `q_proj_1` where several."""
-    counts: dict[str, int] = {}
+    """Name the submodules of a pipeline: `q_proj`; `q_proj_0`, `q_proj_1` where several.
 
-    def count(node: Flow) -> None:
-        if isinstance(node, Apply | Part):
-            for each in node.inputs:
-                count(each)
-            if node.module:
-                counts[node.module] = counts.get(node.module, 0) + 1
-
-    count(flow)
-    used: dict[str, int] = {}
+    What is read in several places, `x / norm(x)` of a pipeline, stays one.
+    """
+    several = (node for node in flow_nodes(flow) if isinstance(node, Apply | Part))
+    counts = Counter(node.module for node in several if node.module)
+    used: Counter[str] = Counter()
+    done: dict[int, Flow] = {}
 
     def visit(node: Flow) -> Flow:
-        if not isinstance(node, Apply | Part):
-            return node
+        if id(node) not in done:
+            done[id(node)] = named(node) if isinstance(node, Apply | Part) else node
+        return done[id(node)]
+
+    def named(node: Apply | Part) -> Flow:
         inputs = tuple(visit(each) for each in node.inputs)
         module = node.module
         if module and not is_part(node):
-            at = used.get(module, 0)
-            used[module] = at + 1
-            number = f"_{at}" if counts[module] > 1 else ""
+            number = f"_{used[module]}" if counts[module] > 1 else ""
+            used[module] += 1
             module = f"{target.module}_{module}{number}"
         return replace(node, inputs=inputs, module=module)
 

@@ -350,7 +350,8 @@ def _of_heads(statements: list[syntax.Statement]) -> bool:
 def _same_for_heads(node: Apply, heads: int) -> bool:
     """Say whether an operation does to each head what it does to a stream without heads."""
     op, options = OPS[node.op], dict(node.options)
-    if op.lookback(options) or op.by_sequence or op.positional:
+    shapes = [each.shape for each in node.inputs]
+    if op.reads_earlier(shapes, options) or op.by_sequence or op.positional:
         return False
     try:
         made = op.shape([replace(each.shape, heads=heads) for each in node.inputs], options)

@@ -41,6 +41,14 @@ def standard() -> tuple[Definition | syntax.Block, ...]:
     return kept("std", [f"{name}\n{text}".encode() for name, text in texts.items()], parsed)
 
 
+@cache
+def standard_names() -> frozenset[str]:
+    """Return every name that the standard library reads."""
+    exprs = (expr for item in standard() for _, expr in syntax.expressions(item))
+    nodes = (node for expr in exprs for node in syntax.walk(expr))
+    return frozenset(node.id for node in nodes if isinstance(node, syntax.Name))
+
+
 def parsed(name: str, texts: Mapping[str, str]) -> dict[str, Expr]:
     """Return some expressions, without those that are empty; what was parsed is kept on disk."""
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from ...grammar import syntax
 from ...grammar.diagnostics import error
 from ...grammar.expr import names, number
+from ...grammar.functions import MIXER_FUNCTIONS
 from ...grammar.show import show
-from ...grammar.syntax import Binary, Definition, Expr, Index, Name
+from ...grammar.syntax import Binary, Call, Definition, Expr, Index, Name
 from ...ops import Shape
 from ..algebra.levels import MAX_LEVELS, NotAffineError, affine_parts
 from ..model import Recurrence, State, Update
-from .expressions import Dims, Resolver, Value
+from .expressions import Dims, Resolver, Value, plain
 from .library import substitute_statement
 from .scope import Scope, suggest
 from .settled import finite, settled
@@ -35,7 +36,7 @@ def resolve_mixer(scope: Scope, definition: Definition, call: Expr, mask: str) -
             raise error(
                 "L211", f"`{each.name}` is defined twice", call.span, "", "choose another name"
             )
-    visitor = _Mixer(scope, {each.name: each.shape for each in states})
+    visitor = Mixer(scope, {each.name: each.shape for each in states})
     updates: list[Update] = []
     for statement in statements:
         if isinstance(statement, syntax.Update):
@@ -100,7 +101,7 @@ def _state(scope: Scope, state: syntax.State) -> State:
             f"it is {value}",
             "write `= 0 by …`",
         )
-    weights, dims, _ = _Mixer(scope, {}).number(state.weights)
+    weights, dims, _ = Mixer(scope, {}).number(state.weights)
     if len(dims) != 1 or not 1 <= dims[0] <= MAX_LEVELS:
         raise error(
             "L230",
@@ -112,7 +113,7 @@ def _state(scope: Scope, state: syntax.State) -> State:
     return State(state.name, shape, init, finite(settled(weights)), dims[0])
 
 
-def _merges(visitor: _Mixer, state: State, updates: list[Update], states: set[str]) -> None:
+def _merges(visitor: Mixer, state: State, updates: list[Update], states: set[str]) -> None:
     """Check that levels of a state can be merged: each is updated by itself (L230)."""
     from ..algebra.affine import Affine  # the algebra of recurrences, which few checks need
 
@@ -147,7 +148,7 @@ def _merges(visitor: _Mixer, state: State, updates: list[Update], states: set[st
             seen = seen | {update.name} if reads else seen - {update.name}
 
 
-def _update(visitor: _Mixer, update: syntax.Update) -> Update:
+def _update(visitor: Mixer, update: syntax.Update) -> Update:
     value, dims, _ = visitor.number(update.value)
     known = visitor.locals
     needed = (visitor.scope.numbers["value_dim"],) if update.name == "o" else known.get(update.name)
@@ -187,7 +188,7 @@ def _only_adds(definition: Definition, updates: list[Update], states: set[str], 
 
 
 @dataclass(frozen=True)
-class _Mixer(Resolver):
+class Mixer(Resolver):
     """Names are those of the current token, for one query head."""
 
     scope: Scope
@@ -208,6 +209,27 @@ class _Mixer(Resolver):
 
     def other(self, expr: Expr) -> Value:
         raise error("L216", "this has no meaning in a mixer", expr.span)
+
+    def call(self, expr: Call) -> Value | None:
+        """Resolve `diag(a)`, `solve(A, b)` and `softmax(a)`, unless a stage has the name."""
+        name = expr.function
+        if name not in MIXER_FUNCTIONS or self.scope.library.find("stage", name):
+            return None
+        arity = MIXER_FUNCTIONS[name]
+        if len(expr.args) != arity or expr.keywords:
+            given = len(expr.args) + len(expr.keywords)
+            raise error("L209", f"`{name}` takes {plain(arity)}", expr.span, f"{given} given")
+        parts = [self.number(each) for each in expr.args]
+        done = Call(name, tuple(each.expr for each in parts), (), expr.span)
+        match [each.dims for each in parts]:
+            case [(size,)]:
+                return Value(done, (size,) if name == "softmax" else (size, size))
+            case [(rows, columns), (size,)] if rows == columns == size:
+                return Value(done, (size,))
+            case shapes:
+                wanted = "a square matrix and a vector of its size" if arity == 2 else "a vector"
+                shown = " and ".join(str(list(dims)) for dims in shapes)
+                raise error("L216", f"`{name}` takes {wanted}", expr.span, shown)
 
     def index(self, expr: Index) -> Value:
         match expr:

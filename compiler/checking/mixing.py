@@ -14,8 +14,10 @@ from ...grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
 from ...ops import OPS, Shape
 from ..algebra.masks import extent, linear
 from ..model import MAPS, PREVIOUS, Mixing, Pairwise, Read, Recurrence, Stream
+from .carried import carriers, require_fit, resolve_carry
 from .flows import Target, elaborate
 from .inheritance import Body
+from .itself import require_strict, values_apart
 from .mixers import resolve_mixer
 from .scalars import Axes, resolve, resolve_normalizer, streams_read
 from .scope import Scope
@@ -80,6 +82,14 @@ class Part:
             return False
         return all(self.scope.numbers[each] == self.block.numbers[each] for each in sizes)
 
+    @property
+    def _itself(self) -> str:
+        """What the mixed heads are called where the values read them, else ""."""
+        if self.body.branch and self.body.has("out"):
+            return ""
+        name = self.body.branch or "o"
+        return name if self.body.has("v") and name in names(self.body.get("v")) else ""
+
     def _declare(self, name: str, value: Expr, shape: Shape | None) -> None:
         scope = self.scope
         if scope.branch:
@@ -137,6 +147,7 @@ class Part:
             inputs = streams_read(self.scope, resolved.exprs, ())
         else:
             resolved, operands = self._pairwise()
+            operands = (*operands, *carriers(self.scope, resolved.carry))
             shape = Shape(operands[0].shape.tokens, shape.dim, shape.heads)
             inputs = streams_read(self.scope, resolved.exprs, operands)
         return Stream(name, Mixing(resolved, inputs, shape, self.body.span))
@@ -162,8 +173,15 @@ class Part:
     def _pairwise(self) -> tuple[Pairwise, tuple[Read, ...]]:
         scope, body = self.scope, self.body
         operands: list[Read] = []
+        again: Expr | None = None
         for name in _OPERANDS:
             with scope.findings.guard():
+                if name == "v" and self._itself:
+                    value = body.get("v")
+                    apart = values_apart(scope, self._itself, value, self.shape)
+                    operands.append(apart.rest)
+                    again = apart.share
+                    continue
                 shape = scope.shape(name, body.span_of(name))
                 assert shape is not None
                 operands.append(Read(scope.own(name), shape))
@@ -202,11 +220,18 @@ class Part:
             mask = resolve(scope, body.get("mask"), "mask", axes)
             if mask == FALSE:
                 raise error("L210", "this mask lets nothing be seen", body.span_of("mask"))
+            if again is not None:
+                span = body.span_of("mask")
+                require_strict(self._itself, mask, (axes.queries, axes.keys), span)
         with scope.findings.guard():
             where = body.condition("normalize")
             normalize = resolve_normalizer(scope, body.get("normalize"), axes, where, score)
         with scope.findings.guard():
             weights = resolve(scope, body.get("weights"), "weights", axes)
+        carry: Expr | None = None
+        with scope.findings.guard():
+            if len(operands) == len(_OPERANDS):
+                carry = resolve_carry(scope, body.get("carry"), operands[1].shape.dim)
         similarity: Expr | None = None
         with scope.findings.guard():
             if len(operands) == len(_OPERANDS):  # else what it reads has been refused
@@ -218,7 +243,9 @@ class Part:
                 self._same_map(axes, mask)
         scope.findings.settle()
         assert normalize is not None
-        mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity)
+        mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity, again, carry)
+        if carry is not None:
+            require_fit(mix, (axes.queries, axes.keys), operands[1].name, body.span_of("carry"))
         return mix, tuple(operands)
 
     def _same_map(self, axes: Axes, mask: Expr) -> None:

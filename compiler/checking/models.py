@@ -19,7 +19,7 @@ from .blocks import Draft, Sizes, draft_block
 from .flows import Target, elaborate
 from .inheritance import SETTINGS as OF_BLOCKS
 from .layers import composed, elaborate_part, whole
-from .library import Library, bind, parsed, put, statement_exprs
+from .library import Library, bind, parsed, put, standard, standard_names
 from .previous import stack
 from .scope import Findings, Scope
 from .spellings import instead
@@ -293,7 +293,8 @@ class _Reader:
             )
         for node in applies(block.out):
             op = OPS[node.op]
-            if op.lookback(dict(node.options)) or op.positional:
+            shapes = [each.shape for each in node.inputs]
+            if op.reads_earlier(shapes, dict(node.options)) or op.positional:
                 raise error(
                     "L226",
                     f"`{node.op}` reads other tokens, which `{kind}` cannot",
@@ -486,25 +487,13 @@ class _Reader:
 
     def _reads(self, *names: str) -> bool:
         """Say whether any text reads one of some names, so that no layer is like another."""
-        library = self.library
-        holders: list[syntax.Block | syntax.Definition] = [
-            *library.blocks.values(),
-            *library.layers.values(),
-            *library.ffns.values(),
-            *library.definitions.values(),
-        ]
-        defaults = [each.default for holder in holders for each in holder.params]
-        bases = [each.base for each in holders if isinstance(each, syntax.Block)]
-        exprs = [
-            expr
-            for holder in holders
-            for statement in holder.body
-            for expr in statement_exprs(statement)
-        ]
-        return any(
+        library, known = self.library, {id(each) for each in standard()}
+        tables = (library.blocks, library.layers, library.ffns, library.definitions)
+        items = (each for table in tables for each in table.values() if id(each) not in known)
+        exprs = [expr for item in items for _, expr in syntax.expressions(item)]
+        return not standard_names().isdisjoint(names) or any(
             isinstance(node, Name) and node.id in names
-            for expr in (*exprs, *defaults, *bases, *library.lets.values(), self.get("layers"))
-            if expr is not None
+            for expr in (*exprs, *library.lets.values(), self.get("layers"))
             for node in syntax.walk(expr)
         )
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from ...grammar.expr import TRUE
 from ...grammar.syntax import Expr
-from ..algebra.masks import extent, remembered, widest
+from ..algebra.masks import extent, in_order, remembered, widest
 from ..facts import decoding
 from ..model import MAPS, PREVIOUS, Apply, Block, Mixing, Pairwise, Read, flow_nodes
 
@@ -49,13 +50,14 @@ def _borrowing(layers: list[Block]) -> list[Block]:
 def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
     """Say whether all that an attention reads along its keys is kept by the layer below."""
     read = [_below(block, name) for name in mixing.indexed("j")]
-    if None in read[:2]:
+    if None in read[:2] or _in_turn(mixing):
         return False
     there = [each if each == "doc" else below.resolved(each) for each in read if each is not None]
     if len(there) < len(read):
         return False
     for name, other in _of_tokens(below):
-        if [below.resolved(each.name) for each in other.inputs[1:3]] == there[:2]:
+        same = [below.resolved(each.name) for each in other.inputs[1:3]] == there[:2]
+        if same and not _in_turn(other):
             if name in below.borrows:
                 return all(each == "doc" or each.startswith(PREVIOUS) for each in there)
             from ..graph.build import build  # here: no other check needs a graph
@@ -66,6 +68,11 @@ def _borrows(below: Block, block: Block, mixing: Mixing) -> bool:
             streams = {*other.indexed("j"), *there} - {"doc"}
             return not any(map(roots.late, streams))
     return False
+
+
+def _in_turn(mixing: Mixing) -> bool:
+    """Say whether an attention keeps more than the keys and values that it reads at first."""
+    return isinstance(mixing.mix, Pairwise) and mixing.mix.in_turn
 
 
 def _below(block: Block, name: str) -> str | None:
@@ -154,4 +161,5 @@ def _together(layers: list[Block]) -> list[Block]:
 def _masks(block: Block) -> Iterator[Expr]:
     for _, mixing in _of_tokens(block):
         assert isinstance(mixing.mix, Pairwise)
-        yield remembered(mixing.mix.mask, mixing.mix.exprs)
+        ordered = any(map(in_order, mixing.mix.exprs))  # a ring that is borrowed is not
+        yield TRUE if ordered else remembered(mixing.mix.mask, mixing.mix.exprs)

@@ -14,7 +14,13 @@ from dataclasses import dataclass, replace
 from ...grammar import syntax
 from ...grammar.diagnostics import error
 from ...grammar.expr import PLACES, fold, names, number
-from ...grammar.functions import FUNCTIONS, MAP_FUNCTIONS, STATISTICS, VECTOR_FUNCTIONS
+from ...grammar.functions import (
+    FUNCTIONS,
+    MAP_FUNCTIONS,
+    MIXER_FUNCTIONS,
+    STATISTICS,
+    VECTOR_FUNCTIONS,
+)
 from ...grammar.show import show
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number
@@ -442,6 +448,8 @@ def _misplaced(name: str) -> tuple[str, str] | None:
     """Return the label and help for a function that is read in other places only."""
     if name in MAP_FUNCTIONS:
         return "it looks at other pairs", "scores, weights, `rows` and `columns` may"
+    if name in MIXER_FUNCTIONS:
+        return "it is of vectors or matrices", "a mixer may use it"
     if name in STATISTICS or name == "joint":
         return "it is a stream, not a number a pair", "name it with `let` and index it"
     return None

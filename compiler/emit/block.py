@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from ...grammar.show import show
-from ..facts.kept import Part, Within, along_keys, lookback
+from ..facts.kept import Part, Within, along_keys
 from ..facts.parameters import constants
-from ..graph.graph import Node, made_by
+from ..graph.graph import Node, is_wide, made_by
 from ..graph.operations import Attend, Input, Scan, Stage, Whole
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan, tiles
@@ -185,7 +185,7 @@ class _Writer(Mixes):
     def _isolates(self) -> bool:
         """Whether sequences of a row are told apart in it, and not laid into rows of their own."""
         tokens = self.block.out.shape.tokens
-        mixes = self.block.kind == "block" or any(map(lookback, self.graph.nodes))
+        mixes = self.block.kind == "block" or any(map(self._remembers, self.graph.nodes))
         return mixes and tokens == "n" and not self.block.marks and not own_rows(self.block)
 
     def _opened(self) -> list[str]:
@@ -264,7 +264,7 @@ class _Writer(Mixes):
 
     def _given(self) -> dict[str, str]:
         """Return what the layer above reads, by name, as text."""
-        given = {label: plain_name(name) for label, name in self._shared_now.items()}
+        given = {label: self._narrow(name) for label, name in self._shared_now.items()}
         for label, name in self.graph.lent.items():
             keys = next(each for each in self.kept.keys if each.early)
             given[label] = self._seen_as(self._facts[keys.readers[0]].node, name)
@@ -278,6 +278,14 @@ class _Writer(Mixes):
         if any("m" in self.graph.node(name).dims for name in self._shared_now.values()):
             given["context_run"] = "context_run"
         return given | {label: f"shared_{label}" for label, _ in self.graph.shared if label in MAPS}
+
+    def _narrow(self, name: str) -> str:
+        """Write a stream in the precision of the block."""
+        return (
+            f"{plain_name(name)}.to(x.dtype)"
+            if is_wide(self.graph.node(name))
+            else plain_name(name)
+        )
 
     def _positional(self, tokens: str) -> bool:
         """Say whether any stage of a stream along these tokens reads their positions."""
@@ -304,6 +312,7 @@ class _Writer(Mixes):
         lines = []
         needed = [each for node in self.attentions for each in self._needs(node) or ()]
         lines += [f"{each} = batch.{each}" for each in ("plain", "counted") if each in needed]
+        lines += ["exact = x.dtype.itemsize >= 4"] if "exact" in needed else []
         lines += ["positions = batch.positions"] if self._needs_places else []
         lines += ["run = batch.run"] if self._needs_run else []
         lines += ["doc = batch.doc[..., None]"] if self._reads_doc else []

@@ -119,6 +119,10 @@ class Caches:
         sizes = ", ".join(map(_size, part.streams))
         ring = [] if part.ring is None else [f"ring={part.ring}"]
         ring += [f"prefix={part.prefix}"] if part.prefix else []
+        for name in ("wide", "changing"):
+            marked = [f'"{ident(each.name)}",' for each in part.streams if getattr(each, name)]
+            ring += [f"{name}=({' '.join(marked)})"] if marked else []
+        ring += ["ordered=True"] if part.ordered and part.ring is not None else []
         return [
             "batch",
             "length",

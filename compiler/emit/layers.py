@@ -54,13 +54,12 @@ def called(block: Block) -> str:
 def is_local(block: Block) -> bool:
     """Say whether a layer, feed-forward or stage itself looks at one token at a time."""
     graph = simplest(block)
-    stages = [node.op for node in graph.of(Stage)]
     alone = not any(
-        op.definition.lookback(op.given)
-        or op.definition.positional
-        or op.definition.by_sequence
-        or op.definition.whole_rows
-        for op in stages
+        node.op.definition.reads_earlier(graph.shapes(node), node.op.given)
+        or node.op.definition.positional
+        or node.op.definition.by_sequence
+        or node.op.definition.whole_rows
+        for node in graph.of(Stage)
     )
     return block.kind in _CALLED and alone and len(_keeping(block)) <= 1
 

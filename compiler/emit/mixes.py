@@ -9,13 +9,13 @@ else:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ...kernels.recurrence import Recurrence
-from ..facts.kept import along_keys
+from ..facts.kept import Held, along_keys, sums_of
 from ..graph.graph import AnyNode, Node
 from ..graph.operations import Attend, Scan
-from ..lowerings import chunk, scan, tiles, weights
+from ..lowerings import carry, chunk, scan, tiles, weights
 from ..lowerings.choose import way
 from ..lowerings.operators import Operator
 from ..lowerings.way import Call
@@ -50,7 +50,7 @@ class Mixes(Stages):
 
     def _when(self, needs: tuple[str, ...]) -> str:
         """Write the condition of the text before the general one."""
-        truths = ("plain", "counted")
+        truths = ("plain", "counted", "exact")
         return " and ".join(each if each in truths else f"{each} is None" for each in needs)
 
     def takes_all(self, node: Node[Attend]) -> bool:
@@ -94,8 +94,16 @@ class Mixes(Stages):
             **self._standing(node, facts),
             **variables,
         }
+        given |= {
+            carry.variable(each): carry.of_key_heads(facts, each)[0] for each in facts.carriers
+        }
         given |= {f"previous_{name}": f'shared["{name}"]' for name in facts.maps_below}
-        also = [f"shared_{each}" for each in facts.maps]
+        also = [f"{ident(node.name)}_values"] if facts.mix.again is not None else []
+        also += [f"{ident(node.name)}_keys"] if facts.mix.carry is not None else []
+        sums = range(len(facts.running))
+        also += [f"{ident(node.name)}_sums_written_{at}" for at in sums]
+        given |= {weights.sums_before(facts, at): weights.sums_before(facts, at) for at in sums}
+        also += [f"shared_{each}" for each in facts.maps]
         targets = ", ".join([_target(node), *also, *_statistics(node)])
         args = [given[each] for each in tiles.parameters(facts, self.plan.target.lowering)]
         general = call(f"{targets} = self.{weights.method_name(facts)}", args)
@@ -104,9 +112,31 @@ class Mixes(Stages):
         if needs == ():
             return [*lines, *self._plain(node)]
         if needs is None:
-            return [*lines, *comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
+            lines += [*comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
+            return [*lines, *self._taken_up(node)]
         when = f"if {self._when(needs)}:"
         return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
+
+    def _taken_up(self, node: Node[Attend]) -> list[str]:
+        """Write how the cache takes up what is known once it is mixed, where there is such."""
+        held, mix = self.kept.read_by(node.name), self.facts(node).mix
+        if held is None or not mix.in_turn:
+            return []
+        cache, own = self.cache(part_name(held)), ident(node.name)
+        made = {} if mix.again is None else {node.v: f"{own}_values"}
+        made |= {} if mix.carry is None else {node.k: f"{own}_keys"}
+        made |= {
+            sums_of(node.name, at): f"{own}_sums_written_{at}" for at in range(len(mix.running))
+        }
+
+        def written(streams: Iterable[Held]) -> list[str]:
+            named = ((each.name, made.get(each.name, plain_name(each.name))) for each in streams)
+            return [f"{ident(name)}={text}" for name, text in named]
+
+        changing = [each for each in held.streams if each.changing]
+        lines = call(f"{cache}.rewrite", ["batch", *written(changing)]) if changing else []
+        lines += call(f"{cache}.take_up", ["batch", *written(held.streams)])
+        return [f"if {cache} is not None:", *indent(lines)]
 
     def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
         """Return what says where queries and keys stand, and of which sequences they are."""
@@ -125,6 +155,9 @@ class Mixes(Stages):
             "own": f"by_query({'batch.own' if facts.by_rows else 'run'})",
             "other": f"by_key({other})",
             "start": start,
+            "ordered": "batch.given is None",
+            "fresh": "batch.fresh",
+            "idle": "batch.idle",
         }
 
     def _plain(self, node: Node[Attend]) -> list[str]:
@@ -155,10 +188,14 @@ class Mixes(Stages):
         if node.name in self.borrows:
             return []
         if held is None:
+            none = [
+                f"{weights.sums_before(self.facts(node), at)} = None"
+                for at in range(len(self.facts(node).running))
+            ]
             if not places:
-                return []
+                return none
             if self._key_tokens(node) == "n":
-                return ["places = positions"]
+                return [*none, "places = positions"]
             return [f"places = torch.arange({named[node.k]}.shape[-2], device=x.device)"]
         lines: list[str] = []
         if node.name != held.readers[0]:  # the first of them has brought the keys of all
@@ -166,12 +203,18 @@ class Mixes(Stages):
         lends = held.early and bool(self.graph.lent)
         facts = [self._facts[each] for each in held.readers]
         any_places = lends or any(each.reads_places for each in facts)
-        named = {each.name: self._seen_as(node, each.name) for each in held.streams}
+        sums = {
+            sums_of(node.name, at): weights.sums_before(self.facts(node), at)
+            for at in range(len(node.op.mix.running))
+        }
+        streams = [each.name for each in held.streams if each.name not in sums]
+        named = {name: self._seen_as(node, name) for name in streams}
         lines += [
             f"{variable} = {plain_name(name)}"
             for name, variable in named.items()
             if variable != plain_name(name)
         ]
+        lines += [f"{each} = None" for each in sums.values()]
         lines += ["places = positions"] if any_places else []
         lines += ["run_j = run"]
         cache = self.cache(part_name(held))
@@ -179,9 +222,16 @@ class Mixes(Stages):
             start = f"{ident(part_name(held))}_start"
             lines.append(f"{start} = batch.start if {cache} is None else {cache}.start(batch)")
         values = [f"{ident(name)}={plain_name(name)}" for name in named]
-        got = ", ".join([*named.values(), "places" if any_places else "_", "run_j"])
+        none_yet = f"x.new_zeros(x.shape[0], {node.dims[1]}, x.shape[1], 1)"
+        values += [f"{ident(name)}={none_yet}" for name in sums]
+        several = ["*sums_before"] if len(sums) > 1 else [*sums.values()]
+        known = [*named.values(), *several]
+        got = ", ".join([*known, "places" if any_places else "_", "run_j"])
         lines.append(f"if {cache} is not None:")
-        lines += indent(call(f"{got} = {cache}.update", ["batch", *values]))
+        brought = "beside" if node.op.mix.in_turn else "update"
+        lines += indent(call(f"{got} = {cache}.{brought}", ["batch", *values]))
+        if len(sums) > 1:
+            lines += [f"    {', '.join(sums.values())} = sums_before"]
         if lends:
             lines += ["lent_places = places"] if len(self.kept.keys) > 1 else []
             lines += ["lent_run = run_j"]

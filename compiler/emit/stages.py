@@ -7,8 +7,8 @@ while the line stays short.
 from __future__ import annotations
 
 from ...grammar.syntax import Expr, Name, walk
-from ..facts.kept import lookback
-from ..graph.graph import AnyNode, Node, made_by
+from ..facts.kept import carries, lookback
+from ..graph.graph import AnyNode, Node, is_wide, made_by
 from ..graph.operations import Stage, TensorRead, Whole
 from ..text.text import LIMIT, atomic, call, comment, ident
 from .caches import TAILS, Caches, plain_name
@@ -22,21 +22,40 @@ class Stages(Caches):
         first = self.graph.node(node.inputs[0])
         given = plain_name(first.name)
         lines: list[str] = []
-        if made_by(first, Stage) and self._inlined(first):
+        if isinstance(first.op, Stage | Whole) and self._inlined(first):
             given = ident(node.name.partition(".")[0])
             lines = self._assign(first, f"{given} =")
-        cache = self.cache(TAILS)
+        text = self._text(node, {first.name: given}, resumed=True)
+        if carries(self.graph, node):
+            return [*lines, *self._carried(node, head, text, dims)]
+        given, cache = self._read(node, first.name, {first.name: given}), self.cache(TAILS)
         tail = call(
             f"    before, known = {cache}.before",
             [f'"{node.name}"', given, str(lookback(node)), "batch"],
         )
         lines += ["before, known = None, run", f"if {cache} is not None:", *tail]
-        return [*lines, *comment(f"{head} self.{node.module}({given}, known, before)", dims)]
+        return [*lines, *comment(f"{head} {text}", dims)]
+
+    def _carried(self, node: Node[Stage], head: str, text: str, dims: str) -> list[str]:
+        """Write a stage that goes on from what it made of all tokens before."""
+        cache, names = self.cache(TAILS), head.removesuffix(" =")
+        made = "made" if names == head else names  # `return` takes no two names
+        return [
+            f'past = None if {cache} is None else {cache}.past("{node.name}")',
+            *comment(f"{made}, total = {text}", dims),
+            f"if {cache} is not None:",
+            f'    {cache}.carry("{node.name}", total, batch)',
+            *([f"{head} made"] if names == head else []),
+        ]
+
+    def _remembers(self, node: AnyNode) -> bool:
+        """Whether a stage reads earlier tokens, of those a cache is for."""
+        return bool(lookback(node) or carries(self.graph, node))
 
     def _inlined(self, node: AnyNode) -> bool:
         """Whether a node stands inside the only expression that reads it, once."""
         stacked = made_by(node, Whole) and node.op.what.stacked
-        if "." not in node.name or lookback(node) or stacked:
+        if "." not in node.name or self._remembers(node) or stacked:
             return False
         readers = self.graph.readers(node.name)
         if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
@@ -55,22 +74,38 @@ class Stages(Caches):
         """Return what a part is given beside its stream."""
         return []
 
-    def _text(self, node: Node[Stage] | Node[Whole], given: dict[str, str] | None = None) -> str:
-        given = given or {}
-        texts = []
-        for name in node.inputs:
-            made = self.graph.node(name)
-            if name in given:
-                texts.append(given[name])
-            elif (made_by(made, Stage) or made_by(made, Whole)) and self._inlined(made):
-                texts.append(self._operand(node, self._text(made)))
-            else:
-                tensor = made_by(made, TensorRead)
-                texts.append(_tensor_text(made) if tensor else plain_name(name))
+    def _text(
+        self,
+        node: Node[Stage] | Node[Whole],
+        given: dict[str, str] | None = None,
+        *,
+        resumed: bool = False,
+    ) -> str:
+        """Write what a stage or a part computes; what it reads may be `given` as text."""
+        texts = [self._read(node, name, given or {}) for name in node.inputs]
         if made_by(node, Whole):
             return f"self.{node.module}({', '.join([*texts, *self.handed(node)])})"
         assert made_by(node, Stage)
-        return node.op.definition.text(texts, self.graph.shapes(node), node.op.given, node.module)
+        definition = node.op.definition
+        write = definition.resumed if resumed else definition.text
+        text = write(texts, self.graph.shapes(node), node.op.given, node.module)
+        wide = any(is_wide(self.graph.node(name)) for name in node.inputs)
+        return f"{atomic(text)}.to(x.dtype)" if wide and node.op.name == "pointwise" else text
+
+    def _read(self, node: Node[Stage] | Node[Whole], name: str, given: dict[str, str]) -> str:
+        """Write what a stage reads: a name, a tensor, or what stands inside of it.
+
+        Elementwise operations take wide numbers as they are, the others those of the block.
+        """
+        made = self.graph.node(name)
+        if name in given:
+            text = given[name]
+        elif (made_by(made, Stage) or made_by(made, Whole)) and self._inlined(made):
+            text = self._operand(node, self._text(made))
+        else:
+            text = _tensor_text(made) if made_by(made, TensorRead) else plain_name(name)
+        takes = made_by(node, Stage) and (node.op.name == "pointwise" or node.op.definition.wide)
+        return f"{atomic(text)}.to(x.dtype)" if is_wide(made) and not takes else text
 
     @staticmethod
     def _operand(reader: Node[Stage] | Node[Whole], text: str) -> str:
@@ -93,7 +128,8 @@ class Stages(Caches):
         if made_by(node, Whole) and node.op.what.stacked:
             head = f"{head.removesuffix(' =')}, shared ="
         dims = f"[{', '.join(map(str, node.dims))}]"
-        if made_by(node, Stage) and lookback(node) and self.obstacle is None:
+        if self._remembers(node) and self.obstacle is None:
+            assert made_by(node, Stage)
             return self._remembered(node, head, dims)
         line = f"{head} {self._text(node)}"
         if len(line) + len(dims) + 4 <= LIMIT - 4 or not node.inputs:

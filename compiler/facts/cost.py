@@ -108,6 +108,11 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
     mix = mixing.mix
     each = 2 * (mixing.inputs[0].shape.dim + mixing.shape.dim)
     each += sum(_scalar_ops(expr) for expr in mix.exprs if expr != mix.mask)
+    if mix.carry is not None:  # each further token does it to each key that its query sees
+        key = mixing.inputs[1].shape
+        dims = {each.name: each.shape for each in block.tensors}
+        dims |= {**_per_head(mixing, key.heads or 1), "k": (key.dim,)}
+        each += _expr_flops(mix.carry, dims)[0]
     rows, columns = _count(mixing.queries, tokens), _count(mixing.keys, tokens)
     from ..algebra.counting import pairs  # loads numpy, and a search may never ask
 
@@ -124,10 +129,7 @@ def _recurrence_flops(mixing: Mixing, mix: Recurrence, tensors: dict[str, tuple[
     Of a state that is kept in levels, each fades, is corrected and is weighed.
     """
     dims = tensors | {each.name: each.shape for each in mix.states}
-    for stream in mixing.inputs:
-        shape = stream.shape
-        per_head = shape.dim if shape.heads is not None else shape.dim // mixing.heads
-        dims[stream.name] = (per_head,) if shape.heads is not None or per_head > 1 else ()
+    dims |= _per_head(mixing, mixing.heads)
     levels = {each.name: each.levels for each in mix.leveled}
     total = sum(2 * prod(each.kept) for each in mix.leveled)
     for update in mix.updates:
@@ -143,6 +145,16 @@ def _recurrence_flops(mixing: Mixing, mix: Recurrence, tensors: dict[str, tuple[
     return total
 
 
+def _per_head(mixing: Mixing, heads: int) -> dict[str, tuple[int, ...]]:
+    """Return what a head has of each stream, where there are so many."""
+    dims: dict[str, tuple[int, ...]] = {}
+    for stream in mixing.inputs:
+        shape = stream.shape
+        each = shape.dim if shape.heads is not None else shape.dim // heads
+        dims[stream.name] = (each,) if shape.heads is not None or each > 1 else ()
+    return dims
+
+
 def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tuple[int, ...]]:
     match expr:
         case Name(id):
@@ -156,6 +168,12 @@ def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tupl
         case Call("outer", (left, right)):
             (one, a), (two, b) = _expr_flops(left, dims), _expr_flops(right, dims)
             return one + two + prod(a + b), a + b
+        case Call("diag", (operand,)):
+            work, made = _expr_flops(operand, dims)
+            return work, made * 2
+        case Call("solve", (left, right)):
+            (one, _), (two, b) = _expr_flops(left, dims), _expr_flops(right, dims)
+            return one + two + 2 * b[0] ** 3 // 3 + 2 * b[0] ** 2, b
         case Call("sum" | "mean" | "norm" | "dot", args):
             parts = [_expr_flops(arg, dims) for arg in args]
             return sum(work + 2 * prod(made) for work, made in parts), ()

@@ -58,7 +58,7 @@ def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
     if isinstance(flow, Read):
         return None
     if isinstance(flow, Statistic):
-        return "`columns` reads all queries" if flow.kind == "columns" else None
+        return _of_statistic(flow)
     if isinstance(flow, Part):
         return obstacle(flow.what) or _obstacle(flow.inputs[0], grown)
     if isinstance(flow, Apply):
@@ -79,11 +79,27 @@ def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
     return None
 
 
+def _of_statistic(asked: Statistic) -> str | None:
+    """Say why a number of rows or columns is not known token by token."""
+    if asked.kind == "columns":
+        return "`columns` reads all queries"
+    parts = () if asked.expr is None else walk(asked.expr)
+    for node in parts:
+        if isinstance(node, Call) and node.function in MAP_FUNCTIONS:
+            if node.function.endswith("_queries"):
+                return f"`{node.function}` in `{asked.kind}` reads other queries"
+            if node.function == "convolve":
+                return f"`convolve` in `{asked.kind}` may read the queries before"
+    return None
+
+
 def other_queries(block: Block, mixing: Mixing) -> str | None:
     """Say which function of the map reads queries that are not there, or no longer."""
     shapes = {each.name: each.shape for each in block.tensors}
     for node in (node for expr in mixing.mix.exprs for node in walk(expr)):
         match node:
+            case Call("running_queries"):  # of those before, a cache keeps the sum
+                pass
             case Call(name) if name in MAP_FUNCTIONS and name.endswith("_queries"):
                 return f"`{name}` reads all queries"
             case Call("convolve", (_, Index(Name(kernel), ()))) if shapes[kernel][-2] > 1:

@@ -12,13 +12,13 @@ It is found in the graph, in which equal things are one node. The emitted caches
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
 from ...ops import Shape
-from ..algebra.masks import extent, remembered, widest
-from ..graph.graph import AnyNode, Graph, Node, made_by, shape_of
+from ..algebra.masks import extent, in_order, remembered, widest
+from ..graph.graph import AnyNode, Graph, Node, is_wide, made_by, shape_of
 from ..graph.operations import Attend, Scan, Stage, Whole
 from ..graph.passes import simplest
 from ..graph.roots import Roots
@@ -28,14 +28,21 @@ from ..model import Block
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A stream that is held, by its node."""
+    """A stream that is held, by its node, or a sum of what queries made of the keys.
+
+    What is `wide` takes four bytes a number at least, and so does what is `changing`: later tokens
+    write it anew.
+    """
 
     name: str
     shape: Shape
+    wide: bool = False
+    changing: bool = False
 
     def bytes(self, tokens: int, size: int) -> int:
         count = self.shape.tokens
         own = int(count) if count.isdecimal() else tokens
+        size = max(4, size) if self.wide or self.changing else size
         return own * self.shape.features * (8 if self.name == "doc" else size)
 
 
@@ -44,7 +51,8 @@ class Keys:
     """What the attentions `readers` read of each token before.
 
     `early` is that of all keys that are there before anything is mixed; it is the first reader
-    that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone.
+    that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone;
+    `ordered` is whether they are read in the order of the tokens.
     """
 
     readers: tuple[str, ...]
@@ -52,6 +60,7 @@ class Keys:
     streams: tuple[Held, ...]
     ring: int | None
     prefix: int
+    ordered: bool
 
     def bytes(self, tokens: int, size: int) -> int:
         held = tokens if self.ring is None else min(tokens, self.prefix + self.ring)
@@ -81,12 +90,17 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Tails:
-    """The inputs of stages at the tokens before the next one: node → how many numbers."""
+    """The inputs of stages at the tokens before the next one: node → how many numbers.
+
+    Of stages that carry, it is what they made of all tokens, in float64.
+    """
 
     stages: tuple[tuple[str, int], ...]
+    carried: tuple[tuple[str, int], ...] = ()
 
     def bytes(self, tokens: int, size: int) -> int:  # noqa: ARG002  room for them is there at once
-        return size * sum(numbers for _, numbers in self.stages)
+        made = sum(numbers for _, numbers in self.carried)
+        return size * sum(numbers for _, numbers in self.stages) + 8 * made
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +166,7 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         tokens = node.dims[2] == "n" and not graph.crosses(node)
         if tokens and node.name not in graph.block.borrows:
             late = any(map(roots.late, along_keys(graph, node)))
+            late = late or node.op.mix.in_turn  # what it keeps is known when it is mixed
             groups.setdefault(node.name if late else None, []).append(node)
     for only, nodes in groups.items():
         lent = graph.lent.values() if only is None else ()
@@ -160,7 +175,28 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         reach = widest(map(extent, (*own, *graph.block.serves)))
         ring, prefix = (None, 0) if reach.back is None else (reach.back + 1, reach.prefix)
         readers = tuple(node.name for node in nodes)
-        yield Keys(readers, only is None, _held(graph, (*read, *lent)), ring, prefix)
+        ordered = any(in_order(expr) for node in nodes for expr in node.op.exprs)
+        streams = _held(graph, (*read, *lent))
+        if nodes[0].op.mix.in_turn:
+            streams = _changing(nodes[0], streams)
+        yield Keys(readers, only is None, streams, ring, prefix, ordered)
+
+
+def _changing(node: Node[Attend], streams: tuple[Held, ...]) -> tuple[Held, ...]:
+    """Return what an attention holds whose keys later tokens change, or add to sums of."""
+    mix, heads = node.op.mix, int(node.dims[1])
+    if mix.carry is not None:
+        streams = tuple(replace(each, changing=each.name == node.k) for each in streams)
+    sums = (
+        Held(sums_of(node.name, at), Shape("n", 1, heads), changing=True)
+        for at in range(len(mix.running))
+    )
+    return (*streams, *sums)
+
+
+def sums_of(attention: str, at: int) -> str:
+    """Return what a sum over the queries so far is called, of those of an attention."""
+    return f"{attention}_sums_{at}"
 
 
 def along_keys(graph: Graph, node: Node[Attend]) -> tuple[str, ...]:
@@ -184,10 +220,16 @@ def _context(graph: Graph, roots: Roots) -> Iterator[Context]:
 
 def _tails(graph: Graph) -> Iterator[Tails]:
     """Yield what stages keep that read earlier tokens, where there are such."""
-    stages = [node for node in graph.of(Stage) if lookback(node)]
-    if stages:
-        numbers = (lookback(node) * shape_of(node.dims).features for node in stages)
-        yield Tails(tuple(zip((node.name for node in stages), numbers, strict=True)))
+    stages = [
+        (node.name, lookback(node) * shape_of(graph.node(node.inputs[0]).dims).features)
+        for node in graph.of(Stage)
+        if lookback(node)
+    ]
+    carried = [
+        (node.name, carries(graph, node)) for node in graph.of(Stage) if carries(graph, node)
+    ]
+    if stages or carried:
+        yield Tails(tuple(stages), tuple(carried))
 
 
 def _within(graph: Graph) -> Iterator[Within]:
@@ -203,8 +245,18 @@ def lookback(node: AnyNode) -> int:
     return node.op.definition.lookback(node.op.given)
 
 
+def carries(graph: Graph, node: AnyNode) -> int:
+    """Return how many numbers a node makes of all earlier tokens, of those a cache is for."""
+    if not made_by(node, Stage) or "n" not in node.dims:
+        return 0
+    return node.op.definition.carries(graph.shapes(node), node.op.given)
+
+
 def _held(graph: Graph, names: Iterable[str]) -> tuple[Held, ...]:
     def shape(name: str) -> Shape:
         return Shape("n", 1) if name == "doc" else shape_of(graph.node(name).dims)
 
-    return tuple(Held(name, shape(name)) for name in dict.fromkeys(names))
+    def wide(name: str) -> bool:
+        return name != "doc" and is_wide(graph.node(name))
+
+    return tuple(Held(name, shape(name), wide(name)) for name in dict.fromkeys(names))

@@ -81,10 +81,11 @@ def initial(
 ) -> torch.Tensor:
     """Draw a tensor's first value on the CPU.
 
-    Schemes: `linear` is nn.Linear's own (uniform in ±1/√in), `embedding` normal with standard
-    deviation 0.02, `ones`, `zeros`. Otherwise `init` is an expression, evaluated elementwise:
-    `h` is the index along the first dimension, `normal(std)` draws. Everything is drawn in
-    float64 and then cast: one seed gives the same weights in every dtype.
+    Schemes: `linear` is nn.Linear's own (uniform in ±1/√in), `conv` that of nn.Conv1d,
+    `embedding` normal with standard deviation 0.02, `ones`, `zeros`. Otherwise `init` is an
+    expression, evaluated elementwise: `h` is the index along the first dimension, `normal(std)`
+    draws. Everything is drawn in float64 and then cast: one seed gives the same weights in every
+    dtype.
     """
     import torch
 
@@ -95,6 +96,10 @@ def initial(
     match weight.init:
         case "linear":
             bound = 1 / math.sqrt(size[-1])
+            unit = 2 * torch.rand(size, generator=generator, dtype=wide) - 1
+            return (unit * bound).to(dtype)
+        case "conv":
+            bound = 1 / math.sqrt(math.prod(size[1:]))
             unit = 2 * torch.rand(size, generator=generator, dtype=wide) - 1
             return (unit * bound).to(dtype)
         case "embedding":

@@ -6,6 +6,8 @@ block { mask = causal }   →   q, k, v, s = similarity(q, k), visible = mask(),
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ...grammar.expr import TRUE
 from ...grammar.syntax import Expr, Index, Name, walk
 from ...ops import Weight
@@ -161,19 +163,26 @@ class _Builder:
         normal = tuple(self.given(each) for each in tensors_read(*mix.normalize.exprs))
         met = tuple(self.given(each) for each in tensors_read(mix.similarity))
         met = tuple(name for name in met if name not in (q, k))
-        s = self.add(f"{own}s", Similarity(mix.scale, mix.similarity), (q, k, *met), grid)
+        met += () if mix.carry is None else self._named_in(mix.carry, {"k"})
+        op = Similarity(mix.scale, mix.similarity, mix.carry)
+        s = self.add(f"{own}s", op, (q, k, *met), grid)
         s = self.add(f"{own}s.1", Score(mix.score), (s, *read["score"]), grid)
         visible = self.add(f"{own}visible", Mask(mix.mask), read["mask"], grid)
         p = self.add(f"{own}p", Normalize(mix.normalize), (s, visible, *normal), grid)
         p = self.add(f"{own}p.1", Weights(mix.weights), (p, visible, *read["weights"]), grid)
         p = self.add(f"{own}p.2", Drop(mix.dropout), (p,), grid)
-        return self.add(name, Combine(), (p, v), dims)
+        again = tuple(self.given(each) for each in tensors_read(mix.again))
+        return self.add(name, Combine(mix.again), (p, v, *again), dims)
 
     def _recurrence(self, mixing: Mixing, mix: Recurrence, name: str) -> str:
+        read = [each for expr in mix.exprs for each in self._named_in(expr, mix.written)]
+        return self.add(name, Scan(mix), tuple(dict.fromkeys(read)), dims_of(mixing.shape))
+
+    def _named_in(self, expr: Expr, bound: Collection[str]) -> tuple[str, ...]:
+        """Return the streams and tensors that an expression names, but for what is bound in it."""
         read: dict[str, None] = {}
-        for expr in mix.exprs:
-            for node in walk(expr):
-                if isinstance(node, Name) and node.id not in mix.written and node != TRUE:
-                    known = node.id in self.names or node.id in self.tensors
-                    read |= {self.given(node.id): None} if known else {}
-        return self.add(name, Scan(mix), tuple(read), dims_of(mixing.shape))
+        for node in walk(expr):
+            if isinstance(node, Name) and node.id not in bound and node != TRUE:
+                known = node.id in self.names or node.id in self.tensors
+                read |= {self.given(node.id): None} if known else {}
+        return tuple(read)

@@ -153,6 +153,11 @@ def shape_of(dims: Dims) -> Shape:
     return Shape(str(dims[2]), int(dims[3]), int(dims[1]))
 
 
+def is_wide(node: AnyNode) -> bool:
+    """Say whether what a node gives stays float32 where the block is in less."""
+    return made_by(node, Stage) and node.op.definition.wide
+
+
 def dims_of(shape: Shape) -> Dims:
     """Return the dimensions a stream has at run time."""
     if shape.heads is None:

@@ -42,6 +42,14 @@ def _reindexed(expr: Expr, names: Mapping[str, str]) -> Expr:
     return expr
 
 
+def _recarried(carry: Expr | None, names: Mapping[str, str]) -> Expr | None:
+    """Return a `carry` with the streams that it reads under other names; `k` is the key in it."""
+    if carry is None:
+        return None
+    new = {old: Name(to) for old, to in names.items() if old != "k"}
+    return substitute(_reindexed(carry, names), new)
+
+
 @dataclass(frozen=True, slots=True)
 class Input(_Operation):
     """An argument of the module."""
@@ -87,15 +95,23 @@ class Stage(_Operation):
 
 @dataclass(frozen=True, slots=True)
 class Similarity(_Operation):
-    """`scale` times an expression in q[h, i] and k[…, j], None for their product."""
+    """`scale` times an expression in q[h, i] and k[…, j], None for their product.
+
+    `carry` is what further tokens do to the keys before them.
+    """
 
     scale: float
     expr: Expr | None = None
+    carry: Expr | None = None
     name: ClassVar[str] = "similarity"
     roles: ClassVar[tuple[str, ...]] = ("q", "k")
 
     def mapped(self, change: Change) -> Self:
         return self if self.expr is None else replace(self, expr=change(self.expr))
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        done = self.mapped(lambda expr: _reindexed(expr, names))
+        return replace(done, carry=_recarried(done.carry, names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +168,14 @@ class Drop(_Operation):
 
 @dataclass(frozen=True, slots=True)
 class Combine(_Operation):
-    """Σ_j p v."""
+    """Σ_j p v; with `again`, Σ_j p (v + again · itself)."""
 
+    again: Expr | None = None
     name: ClassVar[str] = "combine"
     roles: ClassVar[tuple[str, ...]] = ("p", "v")
+
+    def mapped(self, change: Change) -> Self:
+        return self if self.again is None else replace(self, again=change(self.again))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +225,11 @@ class Attend(_Operation):
             for each in self.statistics
         )
         return replace(self, mix=self.mix.mapped(change), statistics=tuple(asked))
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        done = self.mapped(lambda expr: _reindexed(expr, names))
+        carry = _recarried(done.mix.carry, names)
+        return replace(done, mix=replace(done.mix, carry=carry))
 
 
 @dataclass(frozen=True, slots=True)

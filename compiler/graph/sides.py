@@ -96,10 +96,34 @@ def product(graph: Graph, expr: Expr) -> tuple[Expr, Expr] | None:
     return query, key
 
 
+def of_table(graph: Graph, expr: Expr) -> tuple[Expr, Index] | None:
+    """Return the query's vector and the row of a tensor whose product an expression is, if any.
+
+    Which row, the pair says: `dot(q[h, i], table[clip(i - j, 0, 8)])`, also `table[h, …]`.
+    """
+    match expr:
+        case Call("dot", (left, right)):
+            pass
+        case _:
+            return None
+    for query, row in ((left, right), (right, left)):
+        if not isinstance(row, Index) or not isinstance(row.base, Name) or not row.items:
+            continue
+        if not graph.is_tensor(row.base.id) or sides(query) != {QUERY} or rank(graph, query) != 1:
+            continue
+        *first, at = row.items
+        of_pairs = PAIR in sides(at) or {QUERY, KEY} <= sides(at)
+        if of_pairs and first in ([], [Name("h")]) and rank(graph, row) == 1:
+            return query, row
+    return None
+
+
 def makes_vectors(graph: Graph, expr: Expr) -> bool:
     """Say whether a vector is made for every pair on the way to an expression's value."""
     if product(graph, expr) is not None:
         return False
+    if (met := of_table(graph, expr)) is not None:
+        return makes_vectors(graph, met[1].items[-1])
     if rank(graph, expr) > 0 and {QUERY, KEY} <= sides(expr):
         return True
     return any(makes_vectors(graph, each) for each in children(expr))

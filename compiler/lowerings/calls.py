@@ -3,6 +3,7 @@
 causal, in a kernel                plain: no cache, no positions, one sequence a row
 causal and document, in a kernel   counted: no cache, no positions
 context, in a kernel               context_run: no padding
+a number of each key, by sdpa      exact: float32 at least
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from ..plan.attention import Attention
 _REFUSED = {
     "plain": ("steps with a cache", "calls with positions", "rows of several sequences"),
     "counted": ("steps with a cache", "calls with positions"),
+    "exact": ("half precision",),
     "run": ("batches with padding",),
     "context_run": ("batches with padding",),
 }

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from ...grammar.expr import evaluate, names, rebuild
 from ...grammar.syntax import Expr, Index, Name, Number, walk
 from ...kernels.recurrence import Recurrence
-from ..algebra.affine import BEFORE
+from ..algebra.affine import BEFORE, scale_apart
 from ..graph.graph import Graph, Node
 from ..graph.operations import Scan
 from ..model import State
-from ..plan.recurrences import Chunked, Memory, Sum, kernels_of, ranks_of
+from ..plan.recurrences import Chunked, Memory, Sum, kernels_of, number_in_query, ranks_of
 from ..text.text import atomic, call, ident, indent
 from ..text.values import Text, Values, lifted
 from . import scan
@@ -80,6 +80,7 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.mix = self.node.op.mix
+        self.form = self.form if self.kernels else number_in_query(self.form)
         self.states = {each.name: each for each in self.mix.states}
         self.values = _Values(self.graph, {}, ranks_of(self.graph, self.node))
 
@@ -172,6 +173,16 @@ class _Writer:
         self.known[expr] = Name(label)
         lines.append(f"{name} = {text}")
         return name
+
+    def _vectors(
+        self, name: str, expr: Expr, dim: int, lines: list[str], scales: dict[str, str], of: str
+    ) -> str:
+        """Write an operand of a state; what scales its vectors is put into `scales`, if wanted."""
+        if of not in scales:
+            return self._operand(name, expr, dim, lines)
+        scale, vector = scale_apart(self._short(expr), lambda each: self.values.value(each).rank)
+        scales[of] = "None" if scale is None else self._full(scale, 1)
+        return self._operand(name, vector, dim, lines)
 
     def _decay(self, name: str, decay: Expr | None, lines: list[str]) -> str:
         """Write what a state is multiplied by: nothing of it where a sequence begins."""
@@ -275,7 +286,9 @@ class _Writer:
             weights = self._operand(f"{own}_levels", step.weights, levels, lines)
         decay = self._decay(step.state, step.decay, lines) if self.mix.causal else "None"
         count = len(step.writes)
-        parts = [self._write(step, at, (d, e), lines) for at in range(count)]
+        apart = self.mix.causal and self.kernels is None and count == 1 and not weights
+        scales = dict.fromkeys(("q_scale", "v_scale", "w_scale"), "None") if apart else {}
+        parts = [self._write(step, at, (d, e), lines, scales) for at in range(count)]
         key, value, query = (self._woven([each[at] for each in parts]) for at in range(3))
         if count > 1 and decay != "None":
             woven = self._woven([decay, *[f"torch.ones_like({decay})"] * (count - 1)])
@@ -284,12 +297,11 @@ class _Writer:
             if count > 1:
                 lines.append(f"{own}_{name}s = {text}")
                 key, value = (f"{own}_keys", value) if at == 0 else (key, f"{own}_values")
-        corrected = [query] if any(each.query is not None for each in step.writes) else []
+        corrected = [query] if any(asked for _, _, asked in parts) else []
         for at, reading in enumerate(step.readings):
             variable = f"{own}_read" if at == 0 else f"{own}_read_{at + 1}"
-            asked = self._operand(
-                f"{own}_query" if at == 0 else f"{own}_query_{at + 1}", reading.query, d, lines
-            )
+            name = f"{own}_query" if at == 0 else f"{own}_query_{at + 1}"
+            asked = self._vectors(name, reading.query, d, lines, scales, "q_scale")
             if not reading.after and self.mix.causal:
                 asked = f"zeroed({asked}, fresh)"
             if count > 1:
@@ -309,7 +321,7 @@ class _Writer:
                 ]
                 lines += self._weighed(step, variable, args, at)
             else:
-                lines += self._asked(step, variable, args, at)
+                lines += self._asked(step, variable, args, at, scales)
             if count > 1:
                 first = count - 1 if reading.after else 0
                 lines.append(f"{variable} = {variable}[:, :, {first}::{count}]")
@@ -318,7 +330,9 @@ class _Writer:
             lines.append(f"{own} = {own}.mT")
         return lines
 
-    def _asked(self, step: Memory, variable: str, args: list[str], at: int) -> list[str]:
+    def _asked(
+        self, step: Memory, variable: str, args: list[str], at: int, scales: Mapping[str, str]
+    ) -> list[str]:
         if not self.mix.causal:
             zeros = ["torch.zeros_like(fresh)"] * (len(step.writes) - 1)
             fresh = self._woven(["fresh", *zeros])
@@ -339,7 +353,8 @@ class _Writer:
             undecayed = call(f"{targets} = {plain}", [*vectors, start])
             return [f"if {decay} is None:", *indent(undecayed), "else:", *indent(lines)]
         before = [] if reading.after else ["before=True"]
-        return call(f"{targets} = chunked_linear", [*args, *before])
+        given = [f"{of}={scale}" for of, scale in scales.items() if scale != "None"]
+        return call(f"{targets} = chunked_linear", [*args, *before, *given])
 
     @staticmethod
     def _weighed(step: Memory, variable: str, args: list[str], at: int) -> list[str]:
@@ -359,20 +374,29 @@ class _Writer:
         return ident(next(streams, "x"))
 
     def _write(
-        self, step: Memory, at: int, size: tuple[int, int], lines: list[str]
+        self, step: Memory, at: int, size: tuple[int, int], lines: list[str], scales: dict[str, str]
     ) -> tuple[str, str, str]:
-        """Write the key, value and query of an outer product; zeros for what it has not."""
+        """Write the key, value and query of an outer product; zeros for what it has not.
+
+        A query that is the key, but for its scale, is not written again.
+        """
         each, own, (d, e) = step.writes[at], ident(step.state), size
         number = "" if at == 0 else f"_{at + 1}"
         nothing = Number(0, "0")
-        key = f"zeroed({self._operand(f'{own}_key{number}', each.key, d, lines)}, idle)"
-        value = self._operand(f"{own}_value{number}", each.value or nothing, e, lines)
+        plain = self._operand(f"{own}_key{number}", each.key, d, lines)
+        key = f"zeroed({plain}, idle)"
+        values = f"{own}_value{number}"
+        value = self._vectors(values, each.value or nothing, e, lines, scales, "v_scale")
         if not any(each.query is not None for each in step.writes):
             return key, value, ""
-        query = self._operand(f"{own}_asked{number}", each.query or nothing, d, lines)
-        if each.query is not None:
-            query = f"zeroed({query}, fresh)"
-        return key, value, query
+        asked = f"{own}_asked{number}"
+        query = self._vectors(asked, each.query or nothing, d, lines, scales, "w_scale")
+        if each.query is None:
+            return key, value, query
+        if scales.get("w_scale", "None") != "None":  # fewer numbers than vectors
+            scales["w_scale"] = f"zeroed({scales['w_scale']}, fresh)"
+            return key, value, "" if query == plain else query
+        return key, value, f"zeroed({query}, fresh)"
 
     @staticmethod
     def _woven(parts: list[str]) -> str:

@@ -32,6 +32,8 @@ def obstacle(attention: Attention) -> str | None:
     """Return why the pairwise kernels cannot carry an attention."""
     mix = attention.mix
     normalizer = mix.normalize
+    if attention.in_turn is not None:
+        return attention.in_turn
     if attention.maps:
         return "the layer above reads its map"
     if any(name.startswith(PREVIOUS) for name in attention.names):

@@ -25,6 +25,8 @@ CAUSAL = Compare((Name("j"), Name("i")), ("<=",))
 def obstacle(attention: Attention) -> str | None:
     """Return why scaled_dot_product_attention does not say what an attention means."""
     mix, node = attention.mix, attention.node
+    if attention.in_turn is not None:
+        return attention.in_turn
     if attention.maps:
         return "the layer above reads its map"
     if node.op.statistics:

@@ -16,13 +16,23 @@ from ...grammar.syntax import Name
 from ..plan.attention import Attention
 from ..plan.plan import Target
 from ..text.text import call, indent
-from . import distance, sdpa
+from . import carry, distance, sdpa
 from .way import Way
-from .weights import arguments, method_name, reads_q_or_k, signature, visibility, weights
+from .weights import (
+    arguments,
+    method_name,
+    reads_q_or_k,
+    signature,
+    takes_products,
+    visibility,
+    weights,
+)
 
 
 def obstacle(attention: Attention) -> str | None:
     """Return why not some queries can be attended to without the others."""
+    if attention.in_turn is not None:
+        return attention.in_turn
     if attention.draws:
         return "what is drawn at random is drawn for the whole map"
     if not attention.by_rows:
@@ -58,6 +68,10 @@ def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
     """Return what the method `attend` takes, in order."""
     groups = arguments(attention)
     given = ("v", *(each for key in ("queries", "keys", "places") for each in groups[key]))
+    if attention.in_turn is not None:
+        carried = [carry.variable(each) for each in attention.carriers]
+        carried += ["fresh", "idle"] if attention.mix.carry is not None else []
+        return (*given, *carried, *(["ordered"] if attention.mix.again is not None else []))
     tokens = attention.node.dims[2] == "n" and not attention.crosses
     return (*given, "start") if tokens and not whole(attention, asked) else given
 
@@ -86,6 +100,8 @@ def methods(attention: Attention, target: Target) -> list[str]:
     groups = arguments(attention)
     name, told = method_name(attention), attention.sequences
     given, at_all = parameters(attention, asked), whole(attention, asked)
+    if attention.in_turn is not None:
+        return [*_in_turn(attention, given), "", *weights(attention)]
     biased = not at_all and distance.obstacle(attention) is None
     args = [f"self.{name}_weights", "v", *(_tuple(groups[key]) for key in ("queries", "keys"))]
     tensors = [f"self.{each}" for each in attention.tensors]
@@ -93,7 +109,7 @@ def methods(attention: Attention, target: Target) -> list[str]:
         args.append(_tuple(groups["places"]))
     if tensors:
         args.append(_tuple(tensors))
-    args += [f"scale={attention.mix.scale!r}"] if attention.mix.similarity is None else []
+    args += [f"scale={attention.mix.scale!r}"] if takes_products(attention) else []
     args += ["reads=True"] if reads_q_or_k(attention) else []
     if compiled(attention, target):
         args.append("compiled=compiled_tile")
@@ -115,7 +131,7 @@ def methods(attention: Attention, target: Target) -> list[str]:
         every = [each for key in groups if key != "tensors" for each in groups[key]]
         called = call(f"return self.{name}_at_once", ["v", *every, *tensors])
         return [*signature(name, given, "Tensor"), *indent(called), "", *sdpa.method(attention)]
-    several = bool(attention.node.op.statistics or attention.maps)
+    several = bool(attention.running or attention.node.op.statistics or attention.maps)
     gives = "tuple[Tensor, ...]" if several else "Tensor"
     return [
         *signature(name, given, gives),
@@ -128,6 +144,29 @@ def methods(attention: Attention, target: Target) -> list[str]:
     ]
 
 
+def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
+    """Return the method of an attention that its own values read, or whose keys are carried."""
+    name, groups = method_name(attention), arguments(attention)
+    if attention.by_turns:
+        groups = {**groups, "tensors": tuple(f"self.{each}" for each in attention.tensors)}
+        parts = [f"self.{name}_weights", "v", *map(_tuple, groups.values()), "ordered=ordered"]
+        body = call("return turn_by_turn", parts)
+        return [*signature(name, given, "tuple[Tensor, ...]"), *indent(body)]
+    args = [each for key in groups if key != "tensors" for each in groups[key]]
+    args += [f"self.{each}" for each in attention.tensors]
+    carries, again = attention.mix.carry is not None, attention.mix.again is not None
+    several = bool(again or attention.running or attention.node.op.statistics or attention.maps)
+    made = ["*through_itself(p, share, v, ordered)"] if again else ["mixed(p, v)"]
+    made += [*(["carried_keys"] if carries else []), *(["*more"] if several else [])]
+    target = f"p, {'share, ' * again}*more" if several else "p"
+    return [
+        *signature(name, given, "tuple[Tensor, ...]"),
+        *indent(carry.lines(attention) if carries else []),
+        *indent(call(f"{target} = self.{name}_weights", [*(["s"] if carries else []), *args])),
+        f"    return {', '.join(made)}",
+    ]
+
+
 def _reach(attention: Attention) -> list[str]:
     """Write how far a query sees, as far as there is an end."""
     reach = attention.reach
@@ -135,9 +174,19 @@ def _reach(attention: Attention) -> list[str]:
     return [f"{name}={value}" for name, value in given if value is not None]
 
 
+def _dense(attention: Attention) -> str:
+    """Say what is computed of every pair."""
+    if attention.mix.again is not None:
+        some = "of some queries at a time" if attention.by_turns else "of every pair"
+        return f"{attention.in_turn}: a triangular system {some}"
+    if attention.mix.carry is not None:
+        return f"{attention.in_turn}: its logits are made by chunks of tokens"
+    return "every pair is computed by PyTorch operations"
+
+
 def _tuple(items: tuple[str, ...] | list[str]) -> str:
     return f"({', '.join(items)}{',' * (len(items) == 1)})"
 
 
 WAY = Way("tiles", obstacle, reason)
-DENSE = Way("dense", lambda _: None, lambda _: "every pair is computed by PyTorch operations")
+DENSE = Way("dense", lambda _: None, _dense)

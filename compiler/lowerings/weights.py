@@ -10,16 +10,17 @@ def attend_weights(self, s: Tensor, q: Tensor, i: Tensor, k: Tensor, j: Tensor) 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ...grammar.expr import TRUE
-from ...grammar.syntax import Expr, Name, Number
+from ...grammar.expr import TRUE, calls
+from ...grammar.syntax import Call, Expr, Name, Number
 from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
 from ..plan.attention import Attention
-from ..text.pairs import Operand, Pairs, operand
+from ..text.pairs import Operand, Pairs, of_maps, operand
 from ..text.text import atomic, call, comment, ident, indent, names_read
 
 
@@ -34,10 +35,16 @@ def operands(attention: Attention) -> tuple[Operand, ...]:
     return tuple(sorted(found, key=lambda each: (node.inputs.index(each.name), each.at)))
 
 
+def takes_products(attention: Attention) -> bool:
+    """Say whether the weights are made of products of queries and keys, made before them."""
+    return attention.mix.similarity is None and attention.in_turn is None
+
+
 def reads_q_or_k(attention: Attention) -> bool:
     """Say whether the expressions read the query or key of a pair beside their product."""
-    met = attention.mix.similarity is None
-    return met and any(operand(attention.node, read) for read in attention.reads)
+    return takes_products(attention) and any(
+        operand(attention.node, read) for read in attention.reads
+    )
 
 
 def method_name(attention: Attention) -> str:
@@ -59,10 +66,19 @@ def arguments(attention: Attention) -> dict[str, tuple[str, ...]]:
             *(each.variable for each in seen if each.at == "i"),
             *(f"previous_{name}" for name in attention.maps_below),
         ),
-        "keys": ("k", *(each.variable for each in seen if each.at == "j")),
+        "keys": (
+            "k",
+            *(each.variable for each in seen if each.at == "j"),
+            *(sums_before(attention, at) for at in range(len(attention.running))),
+        ),
         "places": (*places[1:], *(each for each in told if each == "other")),
         "tensors": tuple(ident(name) for name in attention.tensors),
     }
+
+
+def sums_before(attention: Attention, at: int) -> str:
+    """Return the variable of a sum of the queries before those that are attended for."""
+    return f"{ident(attention.node.name)}_sums_before_{at}"
 
 
 def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
@@ -72,7 +88,11 @@ def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
         "other": "Tensor | None",
         "bias": "Tensor | None",
         "start": "int | None",
+        "ordered": "bool",
+        "fresh": "Tensor | None",
+        "idle": "Tensor | None",
     }
+    kinds |= {each: "Tensor | None" for each in given if "_sums_before_" in each}
     args = ["self", *(f"{each}: {kinds.get(each, 'Tensor')}" for each in given)]
     return call(f"def {name}", args, f") -> {gives}:")
 
@@ -84,9 +104,11 @@ def weights(attention: Attention, biased: bool = False) -> list[str]:
     """
     writer = Writer(attention, biased)
     given = [each for group in arguments(attention).values() for each in group]
-    given = [*(["s"] if attention.mix.similarity is None else []), *given]
     given += ["bias"] if biased else []
-    several = attention.node.op.statistics or attention.maps
+    carries = attention.mix.carry is not None
+    given = [*(["s"] if carries or takes_products(attention) else []), *given]
+    several = bool(attention.node.op.statistics or attention.maps or attention.running)
+    several = several or attention.mix.again is not None
     name = f"{method_name(attention)}_weights"
     gives = "tuple[Tensor, ...]" if several else "Tensor"
     return [*signature(name, given, gives), *indent(writer.lines_of_weights())]
@@ -141,12 +163,17 @@ class Writer:
         attention, mix = self.attention, self.mix
         graph, node = attention.graph, attention.node
         every = int(attention.heads) // int(graph.node(node.k).dims[1])
+        dims = f"[b, {attention.heads}, {node.dims[2]}, {attention.keys}]"
         if every > 1 and any(operand(node, read) == "k" for read in attention.reads):
             self.lines.append(f"k = k.repeat_interleave({every}, dim=1)")
-        if mix.similarity is not None:
+        if mix.carry is not None:
+            self.lines += [] if mix.scale == 1 else comment(f"s = s * {mix.scale!r}", dims)
+        elif mix.similarity is None and not takes_products(attention):
+            scale = "" if mix.scale == 1 else f", {mix.scale!r}"
+            self.lines += comment(f"s = meet(q, k{scale})", dims)
+        elif mix.similarity is not None:
             text = f"{atomic(self._text(mix.similarity))}.to(wide)"
             times = "" if mix.scale == 1 else f" * {mix.scale!r}"
-            dims = f"[b, {attention.heads}, {node.dims[2]}, {attention.keys}]"
             self.lines += comment(f"s = {text}{times}", dims)
         if self.biased:
             self.lines = self._with_bias()
@@ -163,6 +190,7 @@ class Writer:
             none = "torch.full_like(s[..., :1], k.shape[-2]).clamp(min=1)"
             self.lines.append(f"seen = {'seen_of(visible, s)' if self.masked else none}")
         if self.mix.score != Name("s"):
+            self._of_maps(self.mix.score)
             self.lines.append(f"s = {self._spread(self.mix.score)}")
 
     def _with_bias(self) -> list[str]:
@@ -209,13 +237,39 @@ class Writer:
         shared = self.attention.maps
         given = [self._statistic(kind, expr) for _, kind, expr in self.attention.node.op.statistics]
         if self.mix.weights != Name("p"):
+            self._of_maps(self.mix.weights)
             self.lines.append(f"p = {self._hidden(self._spread(self.mix.weights))}")
         if "p" in shared:
             self.lines.append("shared_p = p")
         if self.mix.dropout:
             self.lines.append(f"p = F.dropout(p, {self.mix.dropout!r}, self.training)")
-        also = [*(f"shared_{name}" for name in shared), *(f"{each}.to(q.dtype)" for each in given)]
+        if self.mix.again is not None:
+            share = atomic(self._text(self.mix.again))
+            self.lines.append(f"share = s.new_zeros(*s.shape[:2], 1, s.shape[3]) + {share}")
+        also = ["share"] if self.mix.again is not None else []
+        also += [f"sums_written_{at}" for at in range(len(self.attention.running))]
+        also += [*(f"shared_{name}" for name in shared), *(f"{each}.to(q.dtype)" for each in given)]
         return [*self.lines, f"return {', '.join(['p', *also])}"]
+
+    def _of_maps(self, expr: Expr) -> None:
+        """Write what an expression sums over the queries so far, and what it reads repeatedly."""
+        running = self.attention.running
+        count = Counter(of_maps(expr))
+        for part in count:
+            if part in self.pairs.made:
+                continue
+            match part:
+                case Call("running_queries", (arg,)) if arg in running:
+                    at = running.index(arg)
+                    given = f"{self._hidden(self._spread(arg))}, {sums_before(self.attention, at)}"
+                    name = f"sums_read_{at}"
+                    self.lines.append(f"{name}, sums_written_{at} = running_sums({given})")
+                case _ if count[part] > 1 and not calls(part, "coin"):
+                    name = f"map_read_{len(self.pairs.made)}"
+                    self.lines.append(f"{name} = {self._text(part)}")
+                case _:
+                    continue
+            self.pairs = replace(self.pairs, made={**self.pairs.made, part: name})
 
     def sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""

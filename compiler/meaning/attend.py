@@ -6,6 +6,8 @@
     p        = weights(p, h, i, j)
     o[h,i]   = Σ_j p[h,i,j] · v[g,j]
 
+Where v reads o itself, as  v + again · o  in place of v.
+
 The mask picks pairs (batch, head, query, key) out of the dense s; score, normaliser and
 weights are then evaluated on the vector of these pairs alone. What a row may not see is thus
 never computed with: it cannot make a NaN, and a row that sees nothing has no pairs, hence
@@ -23,9 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...grammar.expr import names as names_of
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary, walk
 from ..model import PREVIOUS, Mixing, Normalizer, Pairwise, Statistic
+from .carry import carried_logits
 from .pairs import Groups, Map, Pairs
 from .values import Value, value
 
@@ -78,7 +82,11 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         if isinstance(node, Name) and node.id.startswith(PREVIOUS)
     }
     group = mixing.heads // k.shape[1]
-    if mix.similarity is None:
+    if mix.carry is not None:
+        carriers = {each.name for each in mixing.inputs[3:]} & names_of(mix.carry) - {"k"}
+        streams = {name: wide(given.streams[name]) for name in carriers}
+        s = carried_logits(mix.carry, q, k, streams, given.tensors)[visible]
+    elif mix.similarity is None:
         s = (q @ k.repeat_interleave(group, dim=1).mT)[visible]
     else:
         s = column(mix.similarity, {})
@@ -90,7 +98,13 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
     )
     p = functional.dropout(map_p, mix.dropout, given.training)
     values = v.repeat_interleave(mixing.heads // v.shape[1], dim=1)
-    o = (p @ values).to(given.streams[mixing.inputs[2].name].dtype)
+    o = p @ values
+    if mix.again is not None:  # after a round for each query nothing changes: the mask is strict
+        dense = q.new_zeros(scope.shape).index_put(tuple(pairs), column(mix.again, {}))
+        first, again = o, p * dense
+        for _ in range(scope.shape[2]):
+            o = first + again @ o
+    o = o.to(given.streams[mixing.inputs[2].name].dtype)
 
     def statistic(asked: Statistic) -> Tensor:
         """Return a number for every row or column of the map, [b, heads, tokens, 1]."""
@@ -167,6 +181,7 @@ class _Scope:
                     return self._lookup(node, pairs, names)
                 case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
                     x = torch.as_tensor(self.evaluate(arg, pairs, names))
+                    x = x if x.is_floating_point() else x.double()  # of a number as it is
                     tensor = self._whole(rest[0]) if rest else None
                     return self.map.of(name, x, tensor, self.given.training)
             return None

@@ -82,6 +82,10 @@ class Map:
                 return self.columns.mean(x)
             case "max_queries":
                 return self.columns.max(x)
+            case "running_keys":  # over the visible keys up to this one
+                return self._dense(x).cumsum(-1)[self.pairs]
+            case "running_queries":  # over the queries up to this one that see the key
+                return self._dense(x).cumsum(-2)[self.pairs]
             case "rank_keys":  # how many of the row are larger, or as large and before it
                 dense = self._dense(x, -torch.inf)
                 order = torch.argsort(dense, dim=-1, descending=True, stable=True)

@@ -159,7 +159,14 @@ class ReferenceBlock(nn.Module):
         terms = [term * (tokens / total) for tokens, term in self.terms]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
-    def _flow(self, flow: Flow, given: Given) -> Tensor:
+    def _flow(self, flow: Flow, given: Given, made: dict[int, Tensor] | None = None) -> Tensor:
+        """Return what a flow gives; what several read in it is made once."""
+        made = {} if made is None else made
+        if id(flow) not in made:
+            made[id(flow)] = self._made(flow, given, made)
+        return made[id(flow)]
+
+    def _made(self, flow: Flow, given: Given, made: dict[int, Tensor]) -> Tensor:
         if isinstance(flow, Read):
             if flow.name in given.tensors:
                 return _as_stream(given.tensors[flow.name])
@@ -171,19 +178,23 @@ class ReferenceBlock(nn.Module):
         if isinstance(flow, Part):
             part = self.root[0].get_submodule(flow.module)
             assert isinstance(part, ReferenceBlock)
-            x, context = self._flow(flow.inputs[0], given), given.streams.get("context")
+            x, context = self._flow(flow.inputs[0], given, made), given.streams.get("context")
             places = given.positions.get("n")
-            y, made = part.layer(x, self.below, context, given.segments, places, self.offered)
-            self.made = made or self.made
+            y, below = part.layer(x, self.below, context, given.segments, places, self.offered)
+            self.made = below or self.made
             return y
-        inputs = [self._flow(each, given) for each in flow.inputs]
+        inputs = [self._flow(each, given, made) for each in flow.inputs]
         tensors = {
             each.name.removeprefix(f"{flow.module}."): self._tensor(each.name)
             for each in owned(flow)
         }
         shapes = tuple(each.shape for each in flow.inputs)
         run = Run(given.positions, self.training, flow.shape.tokens, shapes)
-        return OPS[flow.op].eager(inputs, dict(flow.options), tensors, run)
+        op, dtype = OPS[flow.op], given.streams["x"].dtype
+        if not op.wide and op.name != "pointwise":
+            inputs = [each.to(dtype) if each.is_floating_point() else each for each in inputs]
+        result = op.eager(inputs, dict(flow.options), tensors, run)
+        return result if op.wide else result.to(dtype)
 
     def _tensor(self, name: str) -> Tensor:
         return _tensor(self.root[0], name)

@@ -20,7 +20,7 @@ from ...grammar.syntax import Expr, Index, Name
 from ..model import Mixing, Recurrence, State, Update
 from . import values as values
 from .attend import Given, wide
-from .values import Value
+from .values import Value, per_head
 
 Scope = Mapping[str, Value]
 States = dict[str, Tensor]
@@ -37,7 +37,7 @@ def scan(mixing: Mixing, given: Given) -> Tensor:
     if 0 in x.shape[:2]:  # no token at all
         return x.new_zeros(x.shape[0], mixing.heads, x.shape[1], mixing.shape.dim)
     streams = {
-        each.name: _per_head(wide(given.streams[each.name]), mixing.heads) for each in mixing.inputs
+        each.name: per_head(wide(given.streams[each.name]), mixing.heads) for each in mixing.inputs
     }
     fixed = {name: wide(each) for name, each in given.tensors.items()}
     head = wide(x).new_zeros(x.shape[0], mixing.heads)  # what every value begins like
@@ -176,19 +176,6 @@ def _end(resets: list[bool], t: int) -> int:
 
 
 # ── values for each head ─────────────────────────────────────────────────────────────────
-
-
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    """Return a stream as [b, H, n, d].
-
-    With heads it is repeated to the query heads; without, each head gets its own slice, a
-    number [b, H, n] where that is one feature.
-    """
-    if x.ndim == 4:
-        return x.repeat_interleave(heads // x.shape[1], dim=1)
-    b, n, width = x.shape
-    x = x.reshape(b, n, heads, width // heads).transpose(1, 2)
-    return x[..., 0] if x.shape[-1] == 1 else x
 
 
 def _at(streams: Mapping[str, Tensor], t: int) -> dict[str, Tensor]:

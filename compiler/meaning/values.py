@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...grammar.expr import rebuild
-from ...grammar.functions import VECTOR_FUNCTIONS
+from ...grammar.functions import MIXER_FUNCTIONS, VECTOR_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Expr, Name, Number, children
 from ...ops.pointwise import evaluate
 
@@ -31,7 +31,7 @@ def value(expr: Expr, leaf: Leaf, lead: int) -> Value:
             return number
         case Binary("@", left, right):
             return _contracted(value(left, leaf, lead), value(right, leaf, lead), lead)
-        case Call(name, args, ()) if name in VECTOR_FUNCTIONS:
+        case Call(name, args, ()) if name in VECTOR_FUNCTIONS or name in MIXER_FUNCTIONS:
             parts = [torch.as_tensor(value(arg, leaf, lead)) for arg in args]
             return _of_vectors(name, parts, lead)
     # Everything else is elementwise: values for names, brought to as many dimensions.
@@ -46,6 +46,19 @@ def value(expr: Expr, leaf: Leaf, lead: int) -> Value:
     names = iter(values)
     result: Value = evaluate(rebuild(expr, lambda _: Name(next(names))), values)
     return result
+
+
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """Return a stream as [b, heads, n, d].
+
+    With heads it is repeated to so many; without, each head gets its own slice, a number
+    [b, heads, n] where that is one feature.
+    """
+    if x.ndim == 4:
+        return x.repeat_interleave(heads // x.shape[1], dim=1)
+    b, n, width = x.shape
+    x = x.reshape(b, n, heads, width // heads).transpose(1, 2)
+    return x[..., 0] if x.shape[-1] == 1 else x
 
 
 def _contracted(a: Value, b: Value, lead: int) -> Tensor:
@@ -63,13 +76,26 @@ def _contracted(a: Value, b: Value, lead: int) -> Tensor:
     raise TypeError("`@` needs vectors or matrices on both sides")
 
 
+def _solved(a: Tensor, b: Tensor) -> Tensor:
+    """Return the x of a @ x = b, of a matrix and a vector."""
+    b = b + torch.zeros_like(a[..., 0])  # for all that there is a matrix for
+    x: Tensor = torch.linalg.solve(a, b[..., None])
+    return x[..., 0]
+
+
 def _of_vectors(name: str, args: list[Tensor], lead: int) -> Tensor:
-    """Apply `sum`, `mean` or `norm` (over all dimensions there are), `outer` or `dot`."""
+    """Apply `sum`, `mean` or `norm` (over all dimensions there are), or a product or `solve`."""
     match name, args:
         case "outer", [a, b]:
             return a[..., :, None] * b[..., None, :]
         case "dot", [a, b]:
             return (a * b).sum(-1)
+        case "diag", [a]:
+            return torch.diag_embed(a)
+        case "softmax", [a]:
+            return torch.softmax(a, -1)
+        case "solve", [a, b]:
+            return _solved(a, b)
         case "sum" | "mean" | "norm", [a] if a.ndim <= lead:  # of a number
             return a.abs() if name == "norm" else a
         case "sum", [a]:

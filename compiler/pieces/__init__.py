@@ -8,6 +8,7 @@ FILES = (
     "constants",
     "positions",
     "stages",
+    "along",
     "maps",
     "tiles",
     "fused",

@@ -11,59 +11,56 @@ from torch import Tensor
 
 
 def chunked_linear(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    state: Tensor,
-    w: Tensor | None = None,
-    before: bool = False,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, w: Tensor | None = None,
+    before: bool = False, *, q_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return q_i @ S_i [b, h, n, e] of S_i = decay_i S_{i-1} + outer(k_i, u_i), and the last S.
 
     u_i is v_i, or v_i + w_i @ S_{i-1}: the delta rule, with w = -beta k and v = beta v. q, k and
-    w are [b, h, n, d]; decay is None for 1, [b, h or 1, n, 1], or [b, h, n, d] for the rows of
-    S; `state`, the S before the first token, is [b, h, d, e]. With `before`, S_{i-1} is read.
+    w are [b, h, n, d]; q, v and w are times their scales [b, h or 1, n, 1], where those are given,
+    and w is k where its scale alone is. decay is None for 1, [b, h or 1, n, 1], or [b, h, n, d]
+    for the rows of S; `state`, the S before the first token, is [b, h, d, e]. With `before`,
+    S_{i-1} is read.
 
     The tokens of a chunk meet in one product, under a mask that fades; from chunk to chunk the
     state goes on (Sun et al. 2023, Yang et al. 2023, 2024). Decays are multiplied and never
     divided, so that they may be zero.
     """
     b, h, n = q.shape[:3]
-    q, k, v = q.to(state.dtype), k.to(state.dtype), v.to(state.dtype)
-    w = None if w is None else w.to(state.dtype)
+    dtype = state.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    w = None if w is None else w.to(dtype)
     with torch.autocast(q.device.type, enabled=False):
-        if n == 0:
-            return q @ state, state
-        if n == 1:  # a step of decoding
-            u = v if w is None else v + w @ state
+        if n < 2:  # a step of decoding
+            q, v = scaled(q, q_scale), scaled(v, v_scale)
+            if n == 0:
+                return q @ state, state
+            w = k if w is None and w_scale is not None else w
+            u = v if w is None else v + scaled(w, w_scale) @ state
             last = (state if decay is None else decay.mT * state) + k.mT @ u
             return q @ (state if before else last), last
-        size, last, parts = chunk_size(n, 64 if w is None else 32), state.flatten(0, 1), []
-        for some in sections(size, q, k, v, w, decay):
-            part, last = linear_section(*some, last, n, size, before)  # type: ignore[call-arg]
-            parts += part
-        o = torch.cat(parts, dim=1)  # [b h, chunks · size, e]
-    return o.unflatten(0, (b, h))[:, :, :n], last.unflatten(0, (b, h))
+        size, last, parts = chunk_size(n, 32), state.flatten(0, 1), []
+        for some in sections(size, q, k, v, w, decay, q_scale, v_scale, w_scale):
+            made, last = linear_section(*some, last, size, before)  # type: ignore[call-arg]
+            parts.append(made)
+        return of_all_tokens(parts, b, n), last.unflatten(0, (b, h))
 
 
 def linear_section(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    decay: Tensor | None,
-    state: Tensor,
-    n: int,
-    size: int,
-    before: bool,
-) -> tuple[list[Tensor], Tensor]:
-    """Return what the chunks of a size read [b h, tokens, e], and the state [b h, d, e] after them.
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, decay: Tensor | None,
+    q_scale: Tensor | None, v_scale: Tensor | None, w_scale: Tensor | None,
+    state: Tensor, size: int, before: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what the chunks of a size read [chunks, b h, size, e], and the state after them.
 
-    All else has the shapes and the meaning that `chunked_linear` gives it; n are all tokens.
+    All else has the shapes and the meaning that `chunked_linear` gives it.
     """
     q, k, v = (chunks_first(each, size, 0.0) for each in (q, k, v))
-    w = None if w is None else chunks_first(w, size, 0.0)
+    if w is not None or w_scale is not None:
+        w = k if w is None else chunks_first(w, size, 0.0)
+        w = scaled(w, in_chunks_too(w_scale, size))
+    q, v = scaled(q, in_chunks_too(q_scale, size)), scaled(v, in_chunks_too(v_scale, size))
     decay = None if decay is None else chunks_first(decay, size, 1.0)
     since = None if decay is None else decay.cumprod(-2)
     until = None if since is None else one_later(since, 1.0)
@@ -78,42 +75,50 @@ def linear_section(
         seen = earlier_products(q, k, decay) if before else faded_products(q, k, decay)
         met = None if w is None else earlier_products(w, k, decay)
     if w is None or met is None:
-        return over_chunks(read_chunk, n, state, seen @ v, reads, writes @ v, *keeps)
-    solved = unit_inverse(met)
-    own, reach = solved @ v, solved @ scaled(w, until)
-    return over_chunks(corrected_chunk, n, state, own, reach, seen, reads, writes, *keeps)
+        (states,), last = over_chunks(held_and_added, state, writes @ v, *keeps)
+    else:
+        solved = unit_inverse(met)
+        own, reach = solved @ v, solved @ scaled(w, until)
+        (states, v), last = over_chunks(held_and_corrected, state, own, reach, writes, *keeps)
+    read = torch.baddbmm((seen @ v).flatten(0, 1), reads.flatten(0, 1), states.flatten(0, 1))
+    return read.unflatten(0, seen.shape[:2]), last
 
 
-def read_chunk(state: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Return the state after a chunk, and what its tokens read."""
-    done, reads, wrote, *keep = chunk
-    return faded_state(state, wrote, *keep), torch.baddbmm(done, reads, state)
+def held_and_added(state: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+    """Return the state after a chunk, and the one that the chunk finds."""
+    wrote, *keep = chunk
+    return faded_state(state, wrote, *keep), (handed_out(state),)
 
 
-def corrected_chunk(state: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Return the state after a chunk that corrects what it holds, and what its tokens read."""
-    own, reach, seen, reads, writes, *keep = chunk
+def held_and_corrected(
+    state: Tensor, chunk: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the state after a chunk that corrects it; the one it finds, and what it writes."""
+    own, reach, writes, *keep = chunk
     u = torch.baddbmm(own, reach, state)
-    read = torch.baddbmm(seen @ u, reads, state)
-    return faded_state(state, writes @ u, *keep), read
+    return faded_state(state, torch.bmm(writes, u), *keep), (handed_out(state), u)
+
+
+def handed_out(x: Tensor) -> Tensor:
+    """Return x, to a compiler a copy: what its loop hands out is not what it goes on with."""
+    return x.clone() if torch.compiler.is_compiling() else x
 
 
 def over_chunks(
-    step: Callable[..., Any], n: int, state: Tensor, *chunks: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Return what `step` makes of each chunk [b h, tokens, e], and the state after the last.
+    step: Callable[..., Any], state: Tensor, *chunks: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return what `step` makes of the chunks, of all of them together, and the state at the end.
 
-    A compiler gets the loop as one operator, for any number of chunks: it would unroll it. Of
-    what is made it gets the n tokens that there are.
+    A compiler gets the loop as one operator, for any number of chunks: it would unroll it.
     """
     if torch.compiler.is_compiling():
-        state, made = torch._higher_order_ops.scan(step, state, chunks)
-        return [tokens_of_chunks(made.transpose(0, 1), n)], state
+        state, made = torch._higher_order_ops.scan(step, state.contiguous(), chunks)
+        return made, state
     parts = []
     for chunk in zip(*(each.unbind(0) for each in chunks), strict=True):
         state, part = step(state, chunk)
         parts.append(part)
-    return parts, state
+    return tuple(torch.stack(each) for each in zip(*parts, strict=True)), state
 
 
 def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
@@ -140,17 +145,16 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
                     sums = sums + fades * F.pad(sums[..., :-step, :], (0, 0, step, 0))
                     fades = fades * F.pad(fades[..., :-step, :], (0, 0, step, 0), value=1.0)
                     step *= 2
-            made, last = over_chunks(sums_of_chunk, n, last, sums, since)
-            parts += made
-    found: Tensor = torch.cat(parts, dim=1).unflatten(0, (b, h))
-    return found[:, :, :n]
+            (made,), last = over_chunks(sums_of_chunk, last, sums, since)
+            parts.append(made)
+        return of_all_tokens(parts, b, n)
 
 
-def sums_of_chunk(last: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def sums_of_chunk(last: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
     """Return the last sum of a chunk, and all of them, from the last of the chunk before."""
     own, faded = chunk
     sums = torch.addcmul(own, faded, last)
-    return sums[:, -1:].clone(), sums
+    return handed_out(sums[:, -1:]), (sums,)
 
 
 def faded_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
@@ -231,14 +235,15 @@ def faded_state(state: Tensor, wrote: Tensor, keep: Tensor | None = None) -> Ten
 def sections(size: int, *operands: Tensor | None) -> list[tuple[Any, ...]]:
     """Return tensors [b, h, n, d], in chunks of a size, so many tokens of each at a time.
 
-    What is made of some then stays in the cache of a processor; a compiler gets all at once. The
-    first is a tensor, others may be None.
+    What is made of some then stays in the caches of the processors, of each as many as there are
+    threads; a compiler gets all at once. The first is a tensor, others may be None.
     """
     if torch.compiler.is_compiling():
         return [operands]
     first = operands[0]
     assert first is not None
-    each = max(1, 2**18 // max(1, first[:, :, :size].numel())) * size
+    held = 2**17 * torch.get_num_threads()
+    each = max(1, held // max(1, first[:, :, :size].numel())) * size
     count = -(-first.shape[2] // each)
     cut = ([None] * count if x is None else torch.split(x, each, dim=2) for x in operands)
     return [*zip(*cut, strict=True)]
@@ -280,6 +285,24 @@ def tokens_of_chunks(x: Tensor, n: int) -> Tensor:
 def chunks_first(x: Tensor, size: int, fill: float) -> Tensor:
     """Return x [b, h, n, d] as [chunks, b h, size, d], the last chunk filled up."""
     return in_chunks(x, size, fill).flatten(0, 1).transpose(0, 1).contiguous()
+
+
+def in_chunks_too(scale: Tensor | None, size: int) -> Tensor | None:
+    """Return what scales tokens [b, h, n, 1] as what it scales is laid out, if anything does."""
+    return None if scale is None else chunks_first(scale, size, 0.0)
+
+
+def of_all_tokens(parts: list[Tensor], b: int, n: int) -> Tensor:
+    """Return the n tokens [b, h, n, d] of the chunks [chunks, b h, size, d] in some parts.
+
+    They are laid out as projections take them: token by token, the heads of one together.
+    """
+    if torch.compiler.is_compiling():
+        found: Tensor = tokens_of_chunks(parts[0].transpose(0, 1), n).unflatten(0, (b, -1))
+    else:
+        laid = [each.unflatten(1, (b, -1)).permute(1, 0, 3, 2, 4) for each in parts]
+        found = torch.cat(laid, dim=1).flatten(1, 2)[:, :n].transpose(1, 2)
+    return found
 
 
 def whole_linear(

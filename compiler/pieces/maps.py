@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
+
+from .tiles import TILE
 
 
 def by_query(number: Tensor | None) -> Any:
@@ -92,6 +95,30 @@ def max_of_visible(x: Tensor, visible: Tensor, dim: int) -> Tensor:
     return x.amax(dim, keepdim=True).masked_fill(~visible.any(dim, keepdim=True), 0)
 
 
+def of_table(x: Tensor, table: Tensor, at: Tensor) -> Tensor:
+    """Return the products of x [b, h, n, d] and the rows `at` [(b, h,) n, m] of a table [p, d].
+
+    A table of each head is [h, p, d].
+    """
+    met = x @ table.mT.to(x.dtype)
+    lead = torch.broadcast_shapes(met.shape[:-1], at.shape[:-1])
+    return met.expand(*lead, -1).gather(-1, at.expand(*lead, at.shape[-1]))
+
+
+def running_sums(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sums of x [b, h, n, m] over queries up to each, and of all of them [b, h, m, 1].
+
+    `before` is the latter, of the queries before these; None for nothing.
+    """
+    sums, last = x.cumsum(-2), x.sum(-2)[..., None]
+    return (sums, last) if before is None else (sums + before.mT, last + before)
+
+
+def sum_after(x: Tensor) -> Tensor:
+    """Return, for each x [b, h, n, m], the sum of its row over the keys after it."""
+    return F.pad(x, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)
+
+
 def rank_keys(x: Tensor) -> Tensor:
     """Return how many of its row are larger than each x, or as large and before it."""
     order = torch.argsort(x, dim=-1, descending=True, stable=True)
@@ -103,6 +130,144 @@ def coin(s: Tensor, rate: float, training: bool) -> Tensor:
     if not training:
         return torch.ones_like(s)
     return (torch.rand(s.shape, dtype=torch.float32, device=s.device) < rate).to(s.dtype)
+
+
+def through_itself(p: Tensor, share: Tensor, v: Tensor, ordered: bool) -> tuple[Tensor, Tensor]:
+    """Return what weights p [b, h, n, m] mix of values v + share · itself, and these of n tokens.
+
+    The n queries are the last keys, each of which sees only some before it: in their order, where
+    they are `ordered`. share is [b, h, 1, m]; v [b, h, m, e] lacks nothing of the other keys.
+    """
+    n, wide = p.shape[-2], torch.promote_types(p.dtype, torch.float32)
+    with torch.autocast(p.device.type, enabled=False):
+        p, share = p.to(wide), share[..., share.shape[-1] - n :].to(wide)
+        within = torch.eye(n, dtype=wide, device=p.device) - p[..., p.shape[-1] - n :] * share
+        of_others = p @ v.to(wide)
+        if ordered:
+            u = torch.linalg.solve_triangular(within, of_others, upper=False, unitriangular=True)
+        else:
+            u = torch.linalg.solve(within, of_others)
+    return u.to(v.dtype), v[..., v.shape[-2] - n :, :] + (share.mT * u).to(v.dtype)
+
+
+def turn_by_turn(
+    weigh: Callable[..., Any],
+    v: Tensor,
+    queries: tuple[Any, ...],
+    keys: tuple[Any, ...],
+    places: tuple[Any, ...],
+    tensors: tuple[Any, ...],
+    *,
+    ordered: bool,
+) -> tuple[Tensor, ...]:
+    """Return what `through_itself` does, some queries at a time, and what else `weigh` gives.
+
+    weigh(*queries, *keys, *places, *tensors) gives weights and shares. `queries` [..., n, ·] and
+    `keys` [..., m, ·] stand along the tokens, `places` [..., m] along the last dimension. Weights
+    are made again in the backward pass, so that memory grows with the tokens.
+    """
+    (b, heads, n, _), m = queries[0].shape, keys[0].shape[-2]
+    count = max(16, TILE // max(1, b * heads * m) // 16 * 16)
+    if count >= n or not ordered or torch.compiler.is_compiling():
+        return one_turn(weigh, (*queries, *keys, *places, *tensors), [v], ordered)
+    whole, found = [v[..., : m - n, :]], []
+    for a in range(0, n, count):
+        last = m - n + min(a + count, n)
+        operands = (
+            *(x if x is None or x.shape[-2] == 1 else x[..., a : a + count, :] for x in queries),
+            *(x if x is None or x.shape[-2] == 1 else x[..., :last, :] for x in keys),
+            *(x if x is None or x.shape[-1] == 1 else x[..., :last] for x in places),
+            *tensors,
+        )
+        given = [*whole, v[..., m - n + a : last, :]]
+        u, values, *more = torch.utils.checkpoint.checkpoint(
+            one_turn, weigh, operands, given, True, use_reentrant=False
+        )
+        whole.append(values)
+        found.append((u, *more))
+    first, *rest = (torch.cat(parts, -2) for parts in zip(*found, strict=True))
+    return first, torch.cat(whole[1:], -2), *rest
+
+
+def one_turn(
+    weigh: Callable[..., Any], operands: tuple[Any, ...], values: list[Tensor], ordered: bool
+) -> tuple[Tensor, ...]:
+    """Return what `through_itself` does of some queries, and what else `weigh` gives of them."""
+    p, share, *more = weigh(*operands)
+    return *through_itself(p, share, torch.cat(values, -2), ordered), *more
+
+
+def carried(
+    carry: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
+    q: Tensor,
+    k: Tensor,
+    streams: tuple[Tensor, ...],
+    fresh: Tensor | None,
+    idle: Tensor | None,
+    size: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """Return q · k [b, h, n, m] of keys as each query finds them, and the keys after all tokens.
+
+    q is [b, h, n, d], k [b, g, m, d]: m - n keys as they are before the tokens, then those of the
+    tokens. carry(k, streams) is what a token does to keys [..., m, d] before it; its streams are
+    [b, g, n, ...]. At `fresh` tokens [b, 1, n, 1] a sequence begins, to which no key before them
+    belongs; what is `idle` does nothing.
+
+    Chunks of `size` tokens run side by side: what each of their tokens does to the chunk's keys,
+    and to unit vectors, which says what it does to any key from before the chunk.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        return carried_by_chunks(carry, q, k, streams, fresh, idle, size)
+
+
+def carried_by_chunks(
+    carry: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
+    q: Tensor,
+    k: Tensor,
+    streams: tuple[Tensor, ...],
+    fresh: Tensor | None,
+    idle: Tensor | None,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """Return what `carried` does, in the precision of what is given, float32 at least."""
+    (b, heads, n, d), (groups, m) = q.shape, k.shape[1:3]
+    count, more = -(-n // size), -n % size
+    wide = torch.promote_types(q.dtype, torch.float32)
+    old, new = k[..., : m - n, :].to(wide), side_by_side(k[..., m - n :, :].to(wide), size)
+    asked = side_by_side(q.reshape(b, groups, heads // groups, n, d).movedim(3, 2).to(wide), size)
+    every = [side_by_side(x.to(wide), size) for x in streams]
+    live = None
+    if idle is not None or more:
+        none = torch.zeros(b, 1, n, 1, dtype=torch.bool, device=q.device)
+        live = side_by_side(~(none if idle is None else idle), size)  # what is filled up is not
+    first = None if fresh is None else side_by_side(fresh, size)
+    keys = torch.eye(d, dtype=wide, device=q.device).expand(b, groups, count, d, d)
+    rows = []
+    for t in range(size):
+        moved = carry(keys, tuple(x[:, :, :, t : t + 1] for x in every))
+        keys = moved if live is None else torch.where(live[:, :, :, t : t + 1], moved, keys)
+        keys = keys if first is None else keys.masked_fill(first[:, :, :, t : t + 1], 0)
+        keys = torch.cat([keys, new[:, :, :, t : t + 1]], -2)
+        rows.append(F.pad(asked[:, :, :, t] @ keys.mT, (0, size - 1 - t)))
+    found = torch.stack(rows, 3)  # [b, g, chunks, tokens, heads of a group, d + size]
+    before, within = found[..., :d], found[..., d:]
+    parts, whole = [], m + more
+    for at in range(count):
+        met = before[:, :, at] @ old[:, :, None].mT
+        part = torch.cat([met, within[:, :, at]], -1)
+        parts.append(F.pad(part, (0, whole - part.shape[-1])))
+        old = torch.cat([old @ keys[:, :, at, :d], keys[:, :, at, d:]], -2)
+    if not parts:
+        return q.new_zeros(b, heads, n, m, dtype=wide), k
+    s = torch.cat(parts, 2)[:, :, :n, :, :m]
+    return s.movedim(2, 3).reshape(b, heads, n, m), old[..., :m, :].to(k.dtype)
+
+
+def side_by_side(x: Tensor, size: int) -> Tensor:
+    """Return x [b, g, n, ...] as [b, g, chunks, size, ...], filled up with zeros."""
+    pad = [0, 0] * (x.ndim - 3) + [0, -x.shape[2] % size]
+    laid: Tensor = F.pad(x, pad).unflatten(2, (-1, size))
+    return laid
 
 
 def joint(parts: list[Tensor], logs: list[Tensor]) -> Tensor:

@@ -67,7 +67,9 @@ class KeyValueCache(Part):
     `sizes` says what is kept of each token: name → (heads or None, features). With a `ring`,
     only the first `prefix` tokens of a sequence and the last `ring` are kept. A token stands in
     the slot of its number in its sequence; a new sequence takes the slots of the one before.
-    Without a `length`, room is made as it is needed.
+    Without a `length`, room is made as it is needed. An `ordered` ring is read as its tokens
+    came, not as they stand in it. What is `wide` is float32 at least; so is what is `changing`,
+    which later tokens write anew.
     """
 
     def __init__(
@@ -77,6 +79,9 @@ class KeyValueCache(Part):
         sizes: dict[str, tuple[int | None, int]],
         ring: int | None = None,
         prefix: int = 0,
+        wide: tuple[str, ...] = (),
+        ordered: bool = False,
+        changing: tuple[str, ...] = (),
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -84,13 +89,21 @@ class KeyValueCache(Part):
         self.prefix, self.grows = prefix, length is None
         self.is_ring = ring is not None and (length is None or prefix + ring < length)
         self.capacity = prefix + ring if ring is not None and self.is_ring else length or 0
+        self.ordered = ordered and self.is_ring
+        self.changing = changing
+        self.changes = self.is_ring or bool(changing)
+        exact = torch.promote_types(dtype, torch.float32)
         self.marked = False  # whether what is held must outlive a new sequence
         super().__init__(**{
             name: torch.zeros(
                 (batch, self.capacity, dim)
                 if heads is None
                 else (batch, heads, self.capacity, dim),
-                dtype=torch.int64 if name == "doc" else dtype,
+                dtype=torch.int64
+                if name == "doc"
+                else exact
+                if name in wide or name in changing
+                else dtype,
                 device=device,
             )
             for name, (heads, dim) in sizes.items()
@@ -98,7 +111,7 @@ class KeyValueCache(Part):
 
     @property
     def shrinks(self) -> bool:  # type: ignore[override]
-        return not self.is_ring
+        return not self.changes
 
     @property
     def counts(self) -> bool:  # type: ignore[override]
@@ -124,27 +137,65 @@ class KeyValueCache(Part):
         gradients are not kept.
         """
         count, held = batch.place.shape[-1], batch.bound
-        self._make_room(held + count)
-        if batch.given is not None or "positions" in self.kept:
-            self._note_positions()
-            new = {**new, "positions": batch.positions.expand(len(self), count)[..., None]}
+        new = self._prepared(batch, new)
         if batch.cut or (self.is_ring and count > 1 and held + count > self.capacity):
-            first = min(held, self.capacity)
-            places, run = self._slots(batch.before, first)
-            found = {name: torch.cat([each[..., :first, :].to(new[name].dtype), new[name]], dim=-2)
-                     for name, each in self.kept.items()}  # fmt: skip
-            if batch.run is None:
-                places = torch.cat([places, batch.place])
-            else:
-                both = (len(self), -1)
-                places = torch.cat([places.expand(both), batch.place.expand(both)], 1)
-                run = torch.cat([run.expand(both), batch.run], 1)
+            found, places, run = self._and_new(batch, new)
             self._write(batch, new)
         else:
             first = min(held + count, self.capacity)
             found = {name: x[..., :first, :] for name, x in self._write(batch, new).items()}
             places, run = self._slots(batch.after, first)
+            found, places, run = self._as_they_came(found, places, run)
             run = run.expand(len(self), -1)
+        return self._given_back(batch, found, places, run)
+
+    def beside(self, batch: Batch, **new: Tensor) -> tuple[Any, ...]:
+        """Return what `update` does, the new tokens after all that is held; take up nothing."""
+        return self._given_back(batch, *self._and_new(batch, self._prepared(batch, new)))
+
+    def rewrite(self, batch: Batch, **found: Tensor) -> None:
+        """Put the first of what is given in place of what is held of the tokens before."""
+        first = min(batch.bound, self.capacity)
+        for name, x in found.items():
+            self.kept[name][..., :first, :] = x[..., :first, :].detach()
+
+    def take_up(self, batch: Batch, **new: Tensor) -> None:
+        """Take up new tokens, the last of those that are given, and return nothing."""
+        count = batch.place.shape[-1]
+        last = {name: x[..., x.shape[-2] - count :, :] for name, x in new.items()}
+        self._write(batch, self._prepared(batch, last))
+
+    def _prepared(self, batch: Batch, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make room for new tokens; return all that is noted of them."""
+        count = batch.place.shape[-1]
+        self._make_room(batch.bound + count)
+        if batch.given is None and "positions" not in self.kept:
+            return new
+        self._note_positions()
+        return {**new, "positions": batch.positions.expand(len(self), count)[..., None]}
+
+    def _and_new(
+        self, batch: Batch, new: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return what is held and new tokens after it, with their places and runs."""
+        first = min(batch.bound, self.capacity)
+        places, run = self._slots(batch.before, first)
+        held = {name: each[..., :first, :] for name, each in self.kept.items()}
+        held, places, run = self._as_they_came(held, places, run)
+        found = {}
+        for name, each in held.items():
+            dtype = each.dtype if name in self.changing else new[name].dtype
+            found[name] = torch.cat([each.to(dtype), new[name].to(dtype)], dim=-2)
+        if batch.run is None:
+            return found, torch.cat([places, batch.place]), run
+        both = (len(self), -1)
+        places = torch.cat([places.expand(both), batch.place.expand(both)], 1)
+        return found, places, torch.cat([run.expand(both), batch.run], 1)
+
+    def _given_back(
+        self, batch: Batch, found: dict[str, Tensor], places: Tensor, run: Tensor
+    ) -> tuple[Any, ...]:
+        """Return what is held by name, where its keys stand, and of which sequences they are."""
         if "positions" in found:
             places = found.pop("positions")[..., 0]
         return (*found.values(), places, None if batch.run is None else run)
@@ -249,6 +300,21 @@ class KeyValueCache(Part):
         holds = (place < length) & (place >= torch.clamp(slot, max=self.prefix))
         return place, torch.where(holds, 0, -2)
 
+    def _as_they_came(
+        self, found: dict[str, Tensor], places: Tensor, run: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return what slots hold, their numbers and runs [(b,) held], in the order of tokens."""
+        if not self.ordered:
+            return found, places, run
+        order = places.argsort(-1)
+        found = {
+            name: x[..., order, :]
+            if order.ndim == 1
+            else x.gather(-2, by_token(order, x).expand(x.shape))
+            for name, x in found.items()
+        }
+        return found, places.gather(-1, order), run.expand(places.shape).gather(-1, order)
+
     def reset(self, rows: Tensor) -> None:  # noqa: ARG002  slots past a row's length are not read
         if self.marked:
             self._apart()
@@ -258,16 +324,16 @@ class KeyValueCache(Part):
         self.marked = False
 
     def mark(self) -> dict[str, Tensor]:
-        """Return what brings back what is held now: a ring is copied, slots to come are not."""
-        if self.is_ring:
+        """Return what brings back what is held now: what may change is copied."""
+        if self.changes:
             return {name: each.clone() for name, each in self.kept.items()}
         self.marked = True
         return dict(self.kept)
 
     def restore(self, kept: dict[str, Tensor]) -> None:
-        if self.is_ring:
+        if self.changes:
             kept = {name: each.clone() for name, each in kept.items()}
-        self.kept, self.marked = dict(kept), not self.is_ring
+        self.kept, self.marked = dict(kept), not self.changes
         self.capacity = next(iter(kept.values())).shape[-2]
 
     def state(self, count: int) -> dict[str, Tensor]:
@@ -360,6 +426,14 @@ class TailCache(Part):
         back = torch.arange(count, 0, -1, device=x.device)
         known = back <= torch.as_tensor(batch.before, device=x.device).expand(len(x))[:, None]
         return old, torch.cat([torch.where(known, 0, -2), batch.run], 1)
+
+    def past(self, name: str) -> Tensor | None:
+        """Return what a stage made of the tokens so far [b, (heads,) 1, d], if there were any."""
+        return self.kept.get(name)
+
+    def carry(self, name: str, made: Tensor, batch: Batch) -> None:
+        """Keep what a stage made of all tokens up to the last one of each row."""
+        self.before(name, made, 1, batch)
 
 
 def by_row(rows: Tensor, x: Tensor) -> Tensor:

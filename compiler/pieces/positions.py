@@ -151,3 +151,9 @@ def sinusoidal(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     power = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
     angle = positions[..., None].to(torch.float64) * 10_000**-power
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :width].to(dtype)
+
+
+def places_of(positions: Tensor, x: Tensor) -> Tensor:
+    """Return positions [(b,) n] as numbers of the tokens of x [b, (heads,) n, d]: [b, n, 1]."""
+    whole = positions.expand(x.shape[0], x.shape[-2])
+    return whole[..., None].to(torch.promote_types(x.dtype, torch.float32))

@@ -152,61 +152,20 @@ class ReparamLinear(nn.Module):
         return F.linear(x, weight.to(self.weight.dtype), self.bias)
 
 
-class ShortConv(nn.Module):
-    """A convolution along the tokens, each feature with weights of its own."""
+class GroupedLinear(nn.Module):
+    """A linear map whose weight is zero but for one block for each group of features."""
 
-    def __init__(self, features: int, width: int, bias: bool = False, causal: bool = True) -> None:
+    def __init__(self, groups: int, into: int, out: int) -> None:
         super().__init__()
-        self.before = width - 1 if causal else (width - 1) // 2
-        self.weight = nn.Parameter(torch.empty(features, width).uniform_(-1, 1) * width**-0.5)
-        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+        into, out = into // groups, out // groups
+        unit = torch.empty(groups, out, into).uniform_(-1, 1)
+        self.weight = nn.Parameter(unit * into**-0.5)
 
-    def forward(self, x: Tensor, run: Tensor | None = None, before: Tensor | None = None) -> Tensor:
-        """Map x [b, (heads,) n, d] to the same.
-
-        Outside of a sequence there are zeros; `before` are tokens before the first. `run`
-        numbers the sequences of all these tokens [b, n], None where all are of one.
-        """
-        features, width = self.weight.shape
-        if not x.numel():
-            return x
-        given = x if before is None else torch.cat([before, x], dim=-2)
-        rows = given.mT.flatten(1, -2)  # [b, features, n]
-        back, ahead = self.before if before is None else 0, width - 1 - self.before
-        rows = F.pad(rows, (back, ahead))
-        if run is None:
-            y = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
-            return y.reshape(x.mT.shape).mT
-        run = F.pad(run, (back, ahead), value=-3)
-        apart = self.apart_traced if torch.compiler.is_compiling() else self.apart
-        return apart(rows, run).reshape(x.mT.shape).mT
-
-    def apart(self, rows: Tensor, run: Tensor) -> Tensor:
-        """Convolve rows [b, features, n + width - 1] whose tokens are of sequences run [b, …].
-
-        Where a token reads others' tokens, it is made once more from its own.
-        """
-        features, width = self.weight.shape
-        y = F.conv1d(rows, self.weight[:, None], self.bias, groups=features)
-        own = run.unfold(-1, width, 1) == run[:, self.before :][:, : y.shape[-1], None]
-        row, token = (~own.all(-1)).nonzero().unbind(1)
-        at = token[:, None] + torch.arange(width, device=token.device)
-        read = rows.mT[row[:, None], at] * own[row, token, :, None]  # [some, width, features]
-        made = (read * self.weight.mT.to(read.dtype)).sum(1)
-        made = made if self.bias is None else made + self.bias
-        return y.mT.index_put((row, token), made.to(y.dtype)).mT
-
-    def apart_traced(self, rows: Tensor, run: Tensor) -> Tensor:
-        """Return what `apart` does, which tokens it may be."""
-        width = self.weight.shape[1]
-        n, run = rows.shape[-1] - width + 1, run[:, None]
-        own = run[..., self.before : self.before + n]
-        y = torch.zeros_like(rows[..., :n])
-        for at in range(width):
-            weight = self.weight[:, at, None].to(rows.dtype)
-            part = rows[..., at : at + n] * weight
-            y = y + (part if at == self.before else part * (run[..., at : at + n] == own))
-        return y if self.bias is None else y + self.bias[:, None]
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x […, into] to […, out]."""
+        groups = self.weight.shape[0]
+        parts = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).transpose(-3, -2)
+        return (parts @ self.weight.mT).transpose(-3, -2).flatten(-2)
 
 
 class Latents(nn.Module):

@@ -47,6 +47,13 @@ def over_tokens(
     return states, tuple(torch.stack(each, dim=2) for each in zip(*outputs, strict=True))
 
 
+def solved(a: Tensor, b: Tensor) -> Tensor:
+    """Return the x [..., d] of a @ x = b, of matrices a [..., d, d] and vectors b [..., d]."""
+    b = b + torch.zeros_like(a[..., 0])  # for all that there is a matrix for
+    x: Tensor = torch.linalg.solve(a, b[..., None])
+    return x[..., 0]
+
+
 def at_ends(x: Tensor, fresh: Tensor | None) -> Tensor:
     """Return x [b, h, n, …] at the last token of each token's sequence.
 

@@ -568,3 +568,27 @@ def every_pair(line: Tensor, given: list[Any]) -> Tensor:
     n, m = given[0].shape[2], line.shape[1] - given[0].shape[2] + 1
     at = torch.arange(n, device=line.device)[:, None] + torch.arange(m, device=line.device)
     return line[:, at]
+
+
+def with_bias(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v with one more feature: `scale` times the product of q and k has bias in it.
+
+    bias is [b, h or 1, m]. Key and value heads are repeated to those of the queries. A CPU takes
+    any number of features, others multiples of eight; those of v are zero.
+    """
+    heads, d = q.shape[1], q.shape[-1]
+    k, v = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+            for x in (k, v))  # fmt: skip
+    bias = (bias.to(k.dtype) / scale).expand(k.shape[0], heads, -1)[..., None]
+    size = max(d, v.shape[-1]) + 1
+    size += 0 if q.device.type == "cpu" else -size % 8
+    rest = size - d - 1
+    q = torch.cat([q, q.new_ones(1).expand(*q.shape[:-1], 1), *_none(q, rest)], dim=-1)
+    k = torch.cat([k, bias, *_none(k, rest)], dim=-1)
+    return q, k, torch.nn.functional.pad(v, (0, size - v.shape[-1]))
+
+
+def _none(x: Tensor, features: int) -> list[Tensor]:
+    return [x.new_zeros(1).expand(*x.shape[:-1], features)] if features else []

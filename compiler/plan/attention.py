@@ -105,6 +105,41 @@ class Attention:
             return ()
         return ("own", "other") if self.node.dims[2] == self.keys else ("other",)
 
+    # what goes from token to token
+
+    @cached_property
+    def in_turn(self) -> str | None:
+        """Why some tokens are not attended to without those before them, if so."""
+        if self.mix.again is not None:
+            return "its values read what it mixes"
+        return None if self.mix.carry is None else "each token carries the keys before it"
+
+    @cached_property
+    def running(self) -> tuple[Expr, ...]:
+        """What it sums over the queries up to one, where a cache may keep the sums."""
+        own = self.node.dims[2] == "n" and not self.crosses
+        return self.mix.running if own and extent(self.mix.mask).causal else ()
+
+    @cached_property
+    def by_turns(self) -> bool:
+        """Whether values that read what is mixed are made of some queries after the others."""
+        alone = self.by_rows and self.leaves_out and not self.before and not self.draws
+        return alone and self.mix.again is not None and self.mix.carry is None
+
+    @cached_property
+    def key_heads(self) -> int:
+        return int(self.graph.node(self.node.k).dims[1])
+
+    @cached_property
+    def carriers(self) -> tuple[str, ...]:
+        """The streams of a token that say how it carries the keys before it."""
+        if self.mix.carry is None:
+            return ()
+        read = names(self.mix.carry) - {"k"}
+        return tuple(
+            name for name in self.node.others if name in read and not self.graph.is_tensor(name)
+        )
+
     # the normaliser
 
     @cached_property
@@ -171,7 +206,10 @@ class Attention:
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """The params and consts that its expressions read."""
-        return tuple(name for name in self.node.others if self.graph.is_tensor(name))
+        read = tensors_read(*self.exprs)
+        return tuple(
+            name for name in self.node.others if self.graph.is_tensor(name) and name in read
+        )
 
     @cached_property
     def maps(self) -> tuple[str, ...]:

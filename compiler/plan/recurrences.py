@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from ...grammar.expr import evaluate, names
 from ...grammar.show import show
-from ...grammar.syntax import Expr, Name, Number
+from ...grammar.syntax import Binary, Expr, Name, Number
 from ...kernels import recurrence as kernel
 from ..algebra.affine import (
     BEFORE,
@@ -114,6 +114,30 @@ def recognised(mix: Recurrence, ranks: Mapping[str, int]) -> Chunked | str:
 def of_node(graph: Graph, node: Node[Scan]) -> Chunked | str:
     """Return the chunked form of a node's recurrence, or why it has none."""
     return recognised(node.op.mix, ranks_of(graph, node))
+
+
+def number_in_query(form: Chunked) -> Chunked:
+    """Return a form that reads what it gives: a number that scales it scales the query instead.
+
+    Where something else reads the same, nothing is changed.
+    """
+    match form.output:
+        case Binary("*", Number() as number, Name(made)):
+            pass
+        case _:
+            return form
+    if any(made in _read(step) for step in form.steps):
+        return form
+    steps: list[Memory | Sum] = []
+    for step in form.steps:
+        if isinstance(step, Memory):
+            readings = tuple(
+                replace(each, query=Binary("*", number, each.query)) if each.name == made else each
+                for each in step.readings
+            )
+            step = replace(step, readings=readings)
+        steps.append(step)
+    return replace(form, steps=tuple(steps), output=Name(made))
 
 
 def ranks_of(graph: Graph, node: Node[Scan]) -> dict[str, int]:

@@ -10,7 +10,7 @@ is one matrix product:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ...grammar.expr import PLACES, names, rebuild
@@ -30,14 +30,24 @@ from ...grammar.syntax import (
 from ...kernels.places import bounds
 from ..graph.graph import Dims, Graph, Node
 from ..graph.operations import Attend, TensorRead
-from ..graph.sides import KEY, PAIR, QUERY, at_token, product, reduces, sides, token
+from ..graph.sides import (
+    KEY,
+    PAIR,
+    QUERY,
+    at_token,
+    of_table,
+    product,
+    reduces,
+    sides,
+    token,
+)
 from ..model import MAPS, PREVIOUS
 from .text import atomic, ident
 from .values import Text, Values
 
 _ALONG = {(QUERY, 0): "[..., None]", (QUERY, 1): "[..., None, :]",
           (KEY, 0): "[..., None, :]", (KEY, 1): "[..., None, :, :]"}  # fmt: skip
-_WHOLE_MAPS = ("rank", "mix", "convolve", "coin")  # functions of maps that give one
+_WHOLE_MAPS = ("rank", "mix", "convolve", "coin", "running")  # functions of maps that give one
 _WITHOUT_HEADS = {(QUERY, 0): "[:, None, :, None]", (QUERY, 1): "[:, None, :, None, :]",
                   (KEY, 0): "[:, None, None, :]", (KEY, 1): "[:, None, None]"}  # fmt: skip
 
@@ -69,7 +79,16 @@ def operand(node: Node[Attend], read: Index) -> str:
     return ""
 
 
-_WHOLE = ("abs", "min", "max", "clip", "where", "floor", "ispow2")  # keep whole numbers whole
+_WHOLE = (
+    "abs",
+    "sign",
+    "min",
+    "max",
+    "clip",
+    "where",
+    "floor",
+    "ispow2",
+)  # keep whole numbers whole
 
 
 def widened(expr: Expr, wide: str) -> Expr:
@@ -129,6 +148,24 @@ def _spread(expr: Expr) -> bool:
     return any(map(_spread, children(expr)))
 
 
+def of_maps(expr: Expr) -> Iterator[Expr]:
+    """Yield the functions of the map in an expression, those that stand in others first."""
+    after = _summed_after(expr)
+    for each in children(expr) if after is None else (after,):
+        yield from of_maps(each)
+    called = isinstance(expr, Call) and expr.function in MAP_FUNCTIONS
+    if called or after is not None:
+        yield expr
+
+
+def _summed_after(expr: Expr) -> Expr | None:
+    """Return what is summed over the keys after one: a difference of two sums loses digits."""
+    match expr:
+        case Binary("-", Call("sum_keys", (arg,)), Call("running_keys", (same,))) if arg == same:
+            return arg
+    return None
+
+
 @dataclass
 class Pairs(Values):
     """Writes expressions of one attention, laid out along pairs, queries or keys."""
@@ -143,6 +180,7 @@ class Pairs(Values):
     wide: str = ".to(wide)"  # how a place becomes a fraction
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
     whole: Mapping[str, str] = field(default_factory=dict)  # q and k, where they are: for all heads
+    made: Mapping[Expr, str] = field(default_factory=dict)  # variables of functions of the map
 
     @property
     def heads(self) -> int:
@@ -163,19 +201,33 @@ class Pairs(Values):
         if self.layout != PAIR:
             return None
         match expr:
+            case Call() | Binary("-") if expr in self.made:
+                return Text(self.made[expr], 0)
             case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
                 return Text(self._of_map(name, arg, rest), 0)
+            case Binary("-") if (after := _summed_after(expr)) is not None:
+                return Text(f"sum_after({self.hidden(self.spread(after))})", 0)
         if not reduces(expr):
             return None
         if (met := product(self.graph, expr)) is not None:
             query, key = (self.side(at).value(each) for at, each in zip("ij", met, strict=True))
             return Text(f"{atomic(query.text)} @ {atomic(key.text)}.mT", 0)
+        if (looked_up := of_table(self.graph, expr)) is not None:
+            return Text(self._of_table(*looked_up), 0)
         along = sides(expr)
         if along not in ({QUERY}, {KEY}):
             return None
         layout = QUERY if along == {QUERY} else KEY
         text, rank = self.side(layout).value(expr)
         return Text(f"{atomic(text)}{_ALONG[layout, rank]}", rank)
+
+    def _of_table(self, query: Expr, row: Index) -> str:
+        """Write the products of queries and a row of a tensor that each pair picks."""
+        assert isinstance(row.base, Name)
+        name, size = row.base.id, int(self.graph.node(row.base.id).dims[-2])
+        table = ident(name) if self.local else f"self.{name}"
+        at = self._place(row.items[-1], size)
+        return f"of_table({self.side(QUERY).value(query).text}, {table}, {at})"
 
     def _of_map(self, name: str, arg: Expr, rest: list[Expr]) -> str:
         """Write a function of the whole map; what is not visible counts as zero."""
@@ -189,6 +241,8 @@ class Pairs(Values):
                 return f"mix_heads({self.hidden(value)}, {self.value(rest[0]).text})"
             case "convolve":
                 return f"convolve({self.hidden(value)}, {self.value(rest[0]).text})"
+            case "running_keys" | "running_queries":
+                return f"{atomic(self.hidden(value))}.cumsum({dim})"
             case "sum_keys" | "sum_queries":
                 return f"{atomic(self.hidden(value))}.sum({dim}, keepdim=True)"
             case "mean_keys" | "mean_queries" if not self.masked:

@@ -41,7 +41,7 @@ _OURS = frozenset((
     "finite", "tau", "device", "o", "before", "shared", "place", "attention_mask", "context_mask",
     "cu_seqlens", "batch", "far", "outer", "run", "context_run", "own", "other", "idle", "known",
     "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams", "bias",
-    "line",
+    "line", "past", "total", "made", "exact",
 ))  # fmt: skip
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"

@@ -80,6 +80,13 @@ class Values(ABC):
                     below(Text(f"{b}[..., None, :]", 2)),
                 )
                 return Binary("*", rows, columns)
+            case Call("diag", (arg,)):
+                return below(Text(f"torch.diag_embed({self.value(arg).text})", 2))
+            case Call("softmax", (arg,)):
+                return below(Text(f"torch.softmax({self.value(arg).text}, dim=-1)", 1))
+            case Call("solve", (matrix, vector)):
+                a, b = self.value(matrix).text, self.value(vector).text
+                return below(Text(f"solved({a}, {b})", 1))
             case Binary("@", left, right) | Call("dot", (left, right)):
                 return below(contracted(self.value(left), self.value(right)))
             case Call("sum" | "mean" | "norm" as name, (arg,)):

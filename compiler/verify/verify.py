@@ -241,7 +241,9 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
         return "a recurrence has no mask; causality covers it"
     if mixing.queries != "n" or mixing.keys not in ("n", "m"):
         return "its queries or keys are not the tokens"
-    if any(OPS[node.op].lookback(dict(node.options)) for node in _stages(block)):
+    if mixing.mix.in_turn:
+        return "a token reaches others through those between them"
+    if any(_reads_earlier(node) for node in _stages(block)):
         return "a stage carries one token's values to another"
     if (why := other_queries(block, mixing)) is not None:
         return why
@@ -266,6 +268,11 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
                 compare(f"rows that do not see key {j}", case, after[hidden], before[hidden], 1e-12)
                 count += int(hidden.any())
     return (count, 0.0) if count else "every query sees every key"
+
+
+def _reads_earlier(node: Apply) -> bool:
+    shapes = [each.shape for each in node.inputs]
+    return OPS[node.op].reads_earlier(shapes, dict(node.options))
 
 
 def _stages(block: Block) -> list[Apply]:
@@ -369,7 +376,7 @@ def _interpreted(subject: Subject) -> Result:
 
 def _tiles(subject: Subject) -> Result:
     """Compare what is made of few queries at a time, as it is where there are many."""
-    if "over_tiles" not in subject.code.text:
+    if not any(each in subject.code.text for each in ("over_tiles", "turn_by_turn")):
         return "no attention is made some queries at a time"
     file = sys.modules[type(subject.module).__module__]
     before, file.TILE = file.TILE, 1  # type: ignore[attr-defined]  # sixteen queries, the least

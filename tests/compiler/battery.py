@@ -76,6 +76,9 @@ SETTINGS = {
     "score = s * sigmoid(dot(f[i], g[j]))",
     "relative_keys": f"{CAUSAL}; param t[7, head_dim] = normal(1); "
     "score = s + dot(q[h, i], t[clip(i - j, -3, 3) + 3])",
+    "relative_keys_of_heads": f"{CAUSAL}; param t[heads, 7, 3] = normal(1); "
+    "let f = x | linear(3); let g = x | linear(heads); param u[9, 3] = normal(1); "
+    "score = s + dot(t[h, i - j + h - 1], f[i]) * dot(f[i] + g[i, h], u[j - i + 8])",
     "matrix_form": f"{CAUSAL}; param w[heads, head_dim, head_dim] = normal(1); "
     "similarity = q @ (w @ k) - 0.1 * norm(k) + mean(q)",
     "mask_of_vectors": "heads = 4; let f = x | linear(3); "
@@ -100,6 +103,40 @@ SETTINGS = {
     "convolved_window": "heads = 4; mask = causal and (window(3) or sink(2)); "
     "param a[heads, 1, 4] = normal(1); score = convolve(s, a)",
     "convolved_over_keys": f"{CAUSAL}; param a[heads, 1, 4] = normal(1); score = convolve(s, a)",
+    "running_over_keys": f"{CAUSAL}; let g = x | linear(heads); "
+    "score = s + 0.1 * (sum_keys(sigmoid(s)) - running_keys(sigmoid(s))) * g[j, h]; "
+    "weights = p + 0.1 * running_keys(p * g[j, h])",
+    "running_window": "heads = 4; mask = j < i and (window(4) or sink(2)); "
+    "score = -softplus(-s) - running_keys(softplus(s)) / 3; normalize = exp(s)",
+    "running_over_queries": f"{CAUSAL}; let g = x | linear(heads); "
+    "score = s - running_queries(relu(s) * g[i, h]); weights = p - 0.1 * running_queries(p)",
+    "running_twice_over_queries": "heads = 4; mask = causal and (window(4) or sink(1)); "
+    "score = s - running_queries(relu(s - 0.3 * running_queries(s))); "
+    "weights = p * max_keys(p) / (1 + max_keys(p))",
+    "running_over_queries_of_a_window": "heads = 4; mask = window(3); "
+    "score = s + running_queries(s) - 0.2 * running_keys(1)",
+    "ranked_window": "heads = 4; mask = causal and window(4); "
+    "weights = where(rank_keys(floor(8 * p)) < 2, p, 0)",
+    "read_by_its_values": "heads = 4; kv_heads = 2; value_heads = 4; mask = causal; "
+    "let w = x | linear | split; let b = x | linear(heads) | sigmoid; v = w - b * u; "
+    "branch u { mask = j < i; score = softcap(3) }; "
+    "out = (o + 0.1 * rows(u, p * b[j, h]) * u) | merge | linear",
+    "read_by_its_values_in_a_window": "heads = 4; mask = i - 4 < j < i; normalize = sigmoid; "
+    "let w = x | linear | split; param c[heads] = 0.5; const d = 2; v = w - c * o / d + o",
+    "read_by_its_values_of_documents": "heads = 4; mask = j < i and document; "
+    "let g = x | linear(1); let w = x | linear | split; let e = x | linear(heads) | split; "
+    "branch u { v = (w - (g + 1) * u * (e | tanh)) }; out = (u + w) | merge | linear",
+    "carried": "heads = 4; kv_heads = 2; mask = causal; position = rope; "
+    "let w = x | linear(kv_heads * head_dim) | split(kv_heads) | l2_norm; "
+    "let b = x | linear(kv_heads) | sigmoid; "
+    "carry = k - 2 * b * w * dot(w, k)",
+    "carried_in_a_window": "heads = 4; mask = causal and (window(4) or sink(2)); "
+    "let g = x | linear(heads); let e = x | linear(heads * head_dim); score = softcap(3); "
+    "param a[heads, head_dim] = 0.3; param c[head_dim] = 0.2; "
+    "carry = exp(-softplus(g)) * (k - outer(a, c) @ k) + tanh(e) * k / 4",
+    "carried_documents": "heads = 4; mask = j < i and document; let w = x | linear | split; "
+    "let g = x | linear(heads) | sigmoid; let r = x | linear | split | l2_norm; "
+    "v = w - g * o; carry = g * k - r * dot(r, k); out = (o + rows(o, p) * w) | merge | linear",
     # branches
     "branches": f"{CAUSAL}; branch one {{ }}; "
     "branch two { q = x | linear | split; k = x | linear | split }; "
@@ -156,6 +193,13 @@ SETTINGS = {
     "conv_of_state": "heads = 4; mask = causal; mix = gated_delta; "
     "k = x | linear | conv(4) | split",
     "conv_both_ways": "heads = 4; v = x | linear | conv(3, causal = false) | split",
+    "running": f"{CAUSAL}; let c = x | linear(heads) | log_sigmoid | running(sum); "
+    "score = s + c[i, h] - c[j, h]; k = x | running(mean) | linear | split; "
+    "v = x | linear | split | running(max)",
+    "shifted": f"{CAUSAL}; let w = x | linear(3 * heads) | split; "
+    "q = x | shift(2) | linear | split | conv(3, taps = w); "
+    "k = x | linear | conv(2, dilation = 3, groups = 4) | split | rms_norm(scale = false); "
+    "v = x | grouped_linear(4) | split | gate(index / 9 - 1)",
     "head_embeddings": f"{CAUSAL}; param e[heads, head_dim] = normal(1); param g[width] = 1; "
     "let c = x * g | linear(head_dim); q = ((c | repeat(heads)) * (1 + e)); out = (o + e) "
     "| merge | linear",
@@ -245,6 +289,9 @@ SETTINGS = {
               " out = (o - g * two) | merge | linear",
     "leaky": "heads = 4; mix = leaky(0.5); mask = causal",
     "odd_states": "heads = 4; mix = odd; mask = causal",
+    "solved": "heads = 4; kv_heads = 2; value_dim = 3; mix = solved; mask = causal",
+    "solved_documents": "heads = 4; mix = solved; mask = causal and document",
+    "solved_both_ways": "heads = 4; mix = solved_of_all",
 }  # fmt: skip
 MIXERS = """
 mix leaky(c) {
@@ -265,6 +312,23 @@ mix odd {
   n <- last * n + v
   fresh <- 2 * n - fresh / 2
   o <- fresh + clip(n, -1, 1)
+}
+mix solved {
+  let a = x | linear(heads) | sigmoid
+  param ridge[heads, head_dim] = 1
+  state K[head_dim, head_dim] = 0
+  state S[head_dim, value_dim] = 0
+  K <- a * K + outer(k, k)
+  S <- a * S + outer(k, v)
+  o <- solve(K + diag(exp(ridge)), q) @ S
+}
+mix solved_of_all {
+  param ridge[head_dim] = 1
+  state K[head_dim, head_dim] = 0
+  state z[head_dim] = 0
+  K <- K + outer(k, k)
+  z <- z + k
+  o <- solve(diag(2 + ridge * ridge), q) + solve(K + diag(1 + ridge * ridge), z)
 }
 mix in_levels(levels) {
   let lam = x | linear(heads * levels) | softplus | split

@@ -146,6 +146,50 @@ REFUSED = {
     "a stage of two": ("L209", "stage f = 2 * x\nblock a { score = f(s, 1) }"),
     "a pipeline as a function": ("L210", "stage f = | silu\nblock a { score = f(s) }"),
     # functions of the map
+    "a carry that adds": (
+        "L235", "block a { heads = 4; mask = causal; let w = x | linear | split; carry = k + w }"),
+    "a carry of a number": ("L235", "block a { mask = causal; carry = dot(k, k) }"),
+    "a carry under a mask that looks ahead": (
+        "L235", "block a { heads = 4; let b = x | linear(heads); carry = b * k }"),
+    "a carry under a similarity": (
+        "L235", "block a { heads = 4; mask = causal; let b = x | linear(heads); carry = b * k; "
+        "similarity = cosine }"),
+    "a carry beside keys as they were": (
+        "L235", "block a { heads = 4; mask = causal; let b = x | linear(heads); carry = b * k; "
+        "score = s + k[h, j, 0] }"),
+    "a carry of query heads": (
+        "L235", "block a { heads = 4; kv_heads = 2; mask = causal; param b[heads] = 1; "
+        "carry = b * k }"),
+    "values of a branch that sees itself": (
+        "L234", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - u; "
+        "branch u { } }"),
+    "values that a pipeline changes": (
+        "L234", "block a { heads = 4; mask = causal; let w = x | linear | split; "
+        "v = w - (u | rms_norm); branch u { mask = j < i } }"),
+    "values with a share for each feature": (
+        "L234", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - w * u; "
+        "branch u { mask = j < i } }"),
+    "values that are nothing else": (
+        "L234", "block a { heads = 4; mask = causal; let b = x | linear(heads); v = b * u; "
+        "branch u { mask = j < i } }"),
+    "values with a learned stage": (
+        "L234", "block a { heads = 4; mask = causal; v = (x | linear | split) - u; "
+        "branch u { mask = j < i } }"),
+    "values of a branch with an output": (
+        "L212", "block a { heads = 4; mask = causal; let w = x | linear | split; v = w - u; "
+        "branch u { mask = j < i; out = o } }"),
+    "keys that read their branch": (
+        "L212", "block a { heads = 4; mask = causal; k = (x | linear | split) - u; "
+        "branch u { mask = j < i } }"),
+    "a system that is not square": ("L216", "mix f { state S[head_dim, value_dim] = 0; "
+                                    "S <- S + outer(k, v); o <- solve(S, k) }\n"
+                                    "block a { width = 32; heads = 2; value_dim = 3; mix = f; "
+                                    "mask = causal }"),
+    "a diagonal of a matrix": ("L216", "mix f { o <- v @ diag(outer(k, k)) }\n"
+                               "block a { mix = f; mask = causal }"),
+    "a diagonal of two": ("L209", "mix f { o <- v @ diag(k, k) }\n"
+                          "block a { mix = f; mask = causal }"),
+    "a system in a score": ("L201", "block a { score = s + solve(q[h, i], k[h, j]) }"),
     "a function of the map in a mixer": ("L201", "mix f { o <- sum_keys(v) }\nblock a { mix = f }"),
     # branches
     "a branch and an inherited let": (
@@ -258,6 +302,18 @@ BLOCKS = {
     "a gate of two": ("L209", "out = o | gate(o, o) | merge | linear"),
     "a flag of 2": ("L222", "out = o | merge | linear(bias = 2)"),
     "a convolution of none": ("L203", "q = x | conv(0) | split"),
+    "groups that do not divide": ("L206", "q = x | linear | conv(2, groups = 5) | split"),
+    "taps of another width": (
+        "L206", "let w = x | linear(3); q = x | linear | conv(4, taps = w) | split",
+    ),
+    "taps in groups": (
+        "L206", "let w = x | linear(4); q = x | linear | conv(4, groups = 2, taps = w) | split",
+    ),
+    "a shift of none": ("L203", "q = x | shift(0) | linear | split"),
+    "a running number of no kind": ("L222", "q = x | running(median) | linear | split"),
+    "a running number of none": ("L209", "q = x | running | linear | split"),
+    "groups of unlike parts": ("L206", "q = x | grouped_linear(3) | split"),
+    "an index of two": ("L209", "q = x | index(2) | split"),
     # numbers of rows, and what training adds
     "rows of a stream": ("L228", "out = (o * rows(q, p)) | merge | linear"),
     "rows of a recurrence": ("L228", "mask = causal; mix = linear; out = (o * lse(o)) | merge"),

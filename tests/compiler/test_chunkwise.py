@@ -13,7 +13,9 @@ from headloom.compiler.graph.operations import Scan
 from headloom.compiler.lowerings import choose
 from headloom.compiler.model import Block
 from headloom.compiler.pieces.chunks import chunked_linear, faded_sums
-from headloom.compiler.plan.recurrences import Chunked, of_node
+from headloom.compiler.pipeline import generate
+from headloom.compiler.plan.plan import Target
+from headloom.compiler.plan.recurrences import Chunked, number_in_query, of_node
 
 from .battery import block, compiled, inputs, oracle
 from .test_compile import gradients
@@ -238,6 +240,66 @@ def test_single_precision_loses_little(features):
     exact = stepped(*given)
     small = chunks(*(each.float() for each in given))
     torch.testing.assert_close(small.double(), exact, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_scales_are_those_of_the_vectors(n):
+    q, k, v, w = (drawn(n, D, seed=seed) for seed in range(4))
+    decay, state = torch.sigmoid(drawn(n, 1, seed=4)), drawn(D, D, seed=5)
+    of_q, of_v, of_w = drawn(n, 1, seed=6), drawn(n, 1, seed=7)[:, :1], 0.2 * drawn(n, 1, seed=8)
+    given = [each.detach().requires_grad_() for each in (q, k, v, w, of_q, of_v, of_w)]
+    q, k, v, w, of_q, of_v, of_w = given
+    scales = {"q_scale": of_q, "v_scale": of_v, "w_scale": of_w}
+    apart = chunked_linear(q, k, v, decay, state, w, **scales)
+    ahead = chunked_linear(of_q * q, k, of_v * v, decay, state, of_w * w)
+    same = chunked_linear(q, k, v, decay, state, w_scale=of_w)
+    for one, two in zip(same, chunked_linear(q, k, v, decay, state, of_w * k), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    for one, two in zip(apart, ahead, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    if n == N:
+        for one, two in zip(
+            torch.autograd.grad(apart[0].sin().sum(), given),
+            torch.autograd.grad(ahead[0].sin().sum(), given),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("features", [1, D])
+def test_sections_go_on_where_the_last_stopped(features, monkeypatch):
+    decay = torch.sigmoid(drawn(N, features, seed=5))
+    k = nn.functional.normalize(drawn(N, D, seed=1), dim=-1)
+    given = [drawn(N, D), k, drawn(N, E, seed=2), -0.5 * k, decay, drawn(D, E, seed=3)]
+    whole, sums = chunks(*given), faded_sums(k, decay, drawn(D, seed=4))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 0)  # a chunk a section
+    torch.testing.assert_close(chunks(*given), whole, rtol=1e-12, atol=1e-12)
+    again = faded_sums(k, decay, drawn(D, seed=4))
+    torch.testing.assert_close(again, sums, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_read_is_laid_out_as_a_projection_takes_it():
+    o, _ = chunked_linear(drawn(128, D), drawn(128, D), drawn(128, E), None, drawn(D, E))
+    assert o.transpose(1, 2).is_contiguous()
+
+
+def test_numbers_that_scale_vectors_are_left_to_the_chunks():
+    """No line of the text makes a tensor of all tokens' vectors before the chunks."""
+    loom = source("gated_delta").replace("o <- q @ S", "o <- 0.5 * (q @ S)")
+    text = generate(block(loom), Target("torch")).text
+    assert "v_scale=b__h[..., None]" in text
+    assert "w_scale=zeroed((-(a_h * b__h))[..., None], fresh)" in text
+    assert "q_scale=x.new_full((b, 4, n, 1), 0.5, dtype=wide)" in text
+    assert "o = S_read.to(x.dtype)" in text
+    assert "S_asked" not in text
+
+
+def test_a_number_scales_no_query_that_others_read(monkeypatch):
+    statements = "S <- a * S + outer(k, v); y <- b * y + q @ S; o <- 0.5 * (q @ S)"
+    monkeypatch.setitem(MIXERS, "read_twice", statements)
+    what = form(block(source("read_twice")))
+    assert isinstance(what, Chunked)
+    assert number_in_query(what) == what
 
 
 def test_many_tokens_fade_without_overflow():

@@ -101,7 +101,11 @@ def test_what_a_compiler_gets_of_tokens_is_the_same(name, asked, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["adds", *(pytest.param(each, marks=pytest.mark.slow) for each in ("delta", "before"))]
+    "name",
+    [
+        "adds",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("delta", "before", "turned")),
+    ],
 )
 def test_a_recurrence_is_compiled_once_for_all_lengths(name):
     module, count = compiled(block(source(name))), 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headloom.compiler.facts import decoding
 from headloom.compiler.facts.cost import cost
 from headloom.compiler.facts.kept import Keys, State, Tails, kept
 
@@ -64,3 +65,39 @@ def test_what_is_gathered_of_a_context_is_kept():
     cache = module.init_cache(2, 7)
     module(**inputs(what, n=7), cache=cache)
     assert cache.nbytes == 2 * cost(what).cache_bytes(7, "float64") == 2 * 8 * 2 * 3 * 16
+
+
+WIDE = {
+    "carried": ["k"],
+    "running_twice_over_queries": ["o_sums_0", "o_sums_1"],
+    "read_by_its_values": [],
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_what_later_tokens_change_is_kept_in_float32(name):
+    what = block(name)
+    module = compiled(what, torch.bfloat16)
+    cache = module.init_cache(2, 9)
+    x = inputs(what, n=9)["x"].bfloat16()
+    for at in range(9):
+        module(x[:, at : at + 1], cache=cache)
+    wide = [each.name for part in kept(what).keys for each in part.streams if each.changing]
+    assert wide == WIDE[name]
+    found = [each for part in cache for each, x in part.kept.items() if x.dtype == torch.float32]
+    assert found == wide
+    assert cache.nbytes == 2 * cost(what).cache_bytes(9, "bfloat16")
+
+
+OF_ROWS = {
+    "rows(o, p * sum_queries(p))": "`sum_queries` in `rows` reads other queries",
+    "rows(o, running_queries(p))": "`running_queries` in `rows` reads other queries",
+    "rows(o, convolve(p, c))": "`convolve` in `rows` may read the queries before",
+    "rows(o, running_keys(p))": None,
+}
+
+
+@pytest.mark.parametrize("asked", OF_ROWS)
+def test_numbers_of_rows_that_are_not_known_token_by_token(asked):
+    what = of(f"param c[2, 3] = 1; out = (o + {asked}) | merge | linear")
+    assert decoding.obstacle(what) == OF_ROWS[asked]

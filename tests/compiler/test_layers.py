@@ -29,6 +29,7 @@ block a { heads = 2; mask = causal and window(4); position = rope }
 block d { heads = 2; mask = causal; mix = gated_delta; k = x | linear | split | l2_norm }
 stage dyt { param a = 0.5; param g[features] = 1; param b[features] = 0;  g * tanh(a * x) + b }
 ffn shifted { let up = x | conv(2) | linear(24) | silu; out = up | linear }
+ffn summed { let near = x | shift(1); out = ((x | running(mean)) + near) | linear }
 layer both(p, q, ffn) {
   let y = x | norm
   let z = x + (y | p) + 0.5 * (y | q)
@@ -168,6 +169,8 @@ def test_none_takes_away_the_term_it_stands_in() -> None:
 PARTS = {  # feed-forwards and stages with tensors among the pipelines of a block
     "alike for every head": "q = x | linear | split | dyt; k = x | linear | split | dyt",
     "a tensor of all heads": "q = x | linear | split | opened",
+    "all earlier tokens": "k = x | summed | linear | split",
+    "one pipeline read twice": "q = (x | linear) / norm(x | linear) | split",
     "earlier tokens": "k = x | shifted | linear | split; v = x | shifted | linear | split",
     "around it": "out = o | merge | dyt | swiglu(1) | linear",
     "in another": "out = o | merge | doubled | linear",
@@ -213,7 +216,7 @@ def test_a_layer_and_a_feed_forward_stand_alone() -> None:
 
 
 def test_models_of_layers_hold_in_every_way() -> None:
-    what = model("layers = [both(a, d, shifted), sandwich(a, shifted)]; vocab = 11; norm = dyt")
+    what = model("layers = [both(a, d, shifted), sandwich(a, summed)]; vocab = 11; norm = dyt")
     assert [each for each in verify(what) if each.ok is False] == []
 
 

@@ -13,8 +13,13 @@ from headloom.compiler.api import build_module
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.meaning.reference import reference
 from headloom.compiler.model import Pairwise
+from headloom.compiler.pipeline import generate
 from headloom.compiler.plan.plan import Target
+from headloom.compiler.verify.cases import Subject
+from headloom.compiler.verify.verify import CHECKS
 from headloom.grammar.parse import parse
+
+from .battery import block as battery_block
 
 
 def both(text: str) -> tuple[nn.Module, nn.Module]:
@@ -121,3 +126,39 @@ def test_whole_division_has_no_gradient(text: str) -> None:
             found.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-10)
+
+
+def test_a_sum_over_later_keys_keeps_its_digits() -> None:
+    """Next to a large total, the difference of two sums would lose those of what comes last."""
+    far = "where(j < 3, 30000.1 * (j + 1), s)"
+    text = f"mask = causal; score = s - (sum_keys({far}) - running_keys({far}))"
+    module, oracle = both(text)
+    expected = oracle(tokens())
+    torch.testing.assert_close(
+        module.float()(tokens().float()).double(), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_values_that_read_what_is_mixed_of_them_at_any_positions() -> None:
+    """Where tokens do not stand in their order, the system is no triangle."""
+    module, oracle = both("mask = j < i; let w = x | linear | split; v = w - 2 * o")
+    places = torch.tensor([3, 0, 9, 4, 1])
+    found, expected = (each(tokens(), positions=places) for each in (module, oracle))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["read_by_its_values", "read_by_its_values_in_a_window"])
+def test_values_that_read_what_is_mixed_some_queries_at_a_time(name: str) -> None:
+    found = CHECKS["in tiles"](Subject.of(battery_block(name)))
+    assert not isinstance(found, str)
+    assert found[0] > 20
+    assert found[1] < 1e-9
+
+
+def test_functions_of_the_map_are_made_once() -> None:
+    ranks = "where(rank_keys(p) < 2, p, 0)"
+    text = f"mask = causal; weights = {ranks} / sum_keys({ranks}) + coin(1) * coin(1)"
+    block = find(check(parse(f"block a {{ width = 6; heads = 3; {text} }}")), "a")
+    written = generate(block, Target("torch")).text.partition("def attend_weights")[2]
+    assert (written.count("rank_keys("), written.count("coin(")) == (1, 2)
+    same(text)

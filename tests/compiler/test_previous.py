@@ -52,6 +52,10 @@ block half { heads = 4; mask = causal and window(4); k = previous.other_k; v = p
              branch other { k = previous.k; v = previous.v }; out = (o - other) | merge | linear }
 block late { heads = 4; mask = causal; branch other { v = x | linear | split }; v = other
              out = o | merge | linear }
+block sums : near { k = previous.k; v = previous.v; score = s - 0.1 * running_keys(s) }
+block delta { heads = 4; mask = causal; let w = x | linear | split; v = w - u
+              branch u { mask = j < i } }
+block rest { heads = 4; mask = causal; k = previous.k; v = previous.w }
 block state { heads = 4; mix = gated_delta; mask = causal }
 block of_state { heads = 4; mix = gated_delta; mask = causal; k = previous.k | l2_norm
                  v = previous.v }
@@ -82,6 +86,8 @@ MODELS = {
     "branches": "[halves, half]",
     "branches_twice": "[halves, half, reader_of_half]",
     "late": "[full, late, reader_of_late]",
+    "running": "[near, sums]",
+    "values_of_themselves": "[delta, rest]",
     "states": "[state, of_state, state]",
     "conv": "[full, conv, conv]",
     "cross": "[cross, crossed, full]",

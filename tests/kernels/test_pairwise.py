@@ -28,6 +28,8 @@ SCOPE: dict[str, Any] = {
     "abs": torch.abs,
     "clip": torch.clamp,
     "softplus": torch.nn.functional.softplus,
+    "log_sigmoid": torch.nn.functional.logsigmoid,
+    "sign": torch.sign,
     "detach": torch.Tensor.detach,
     "step": hard_step,
     "true": torch.tensor(True),
@@ -141,7 +143,7 @@ CASES = (
     ),
     Case(
         "temperature",
-        score="s * softplus(t[i, h])",
+        score="s * softplus(t[i, h]) + log_sigmoid(t[i, h] - s) * sign(s - 0.1)",
         mask="j <= i",
         reach=CAUSAL,
         tensors=(learned("t", "n", 2, batched=True),),

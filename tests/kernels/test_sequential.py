@@ -44,7 +44,8 @@ MIXERS = {
     "swapped": "last <- y; y <- z2; z2 <- last + v; o <- y * a - z2 + where(y > v, v, 0)",
     "same_vector": "S <- a * S + outer(k, k @ S) + outer(k, v); S <- S + 0.1; "
     "o <- gelu(q @ S) ** 2 + exp(b) ** a",
-    "columns": "S <- outer(g, v) * S + outer(k, v); o <- elu(q @ S) * softplus(v)",
+    "columns": "S <- outer(g, v) * S + outer(k, v); "
+    "o <- elu(q @ S) * softplus(v) + sign(g @ S) * log_sigmoid(v)",
     "step": "n <- step(n + a) + detach(b) * n; o <- n * v + sqrt(abs(n) + 1) * v",
     "padded_lanes": "S <- a * S + outer(1 / abs(k), v); z <- z / 2 + log(abs(k)); "
     "S <- S / norm(S); o <- q @ S + mean(z) * v",

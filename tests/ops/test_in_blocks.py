@@ -93,6 +93,30 @@ def test_a_block_is_what_it_means(name: str, training: bool) -> None:
         torch.testing.assert_close(each, theirs[key], rtol=1e-9, atol=1e-9, msg=key)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_stage_reads_twice_is_one(training: bool) -> None:
+    """Its weights are there once, and it draws once."""
+    text = """
+    stage unit = x / (1 + norm(x))
+    block b { heads = 4; width = 16; mask = causal
+      q = x | linear | noise(0.5) | split | unit | linear
+      k = x | linear | conv(3) | split | unit }
+    """
+    what = block_of(check(parse(text)), "b", 16)
+    module = build_module(what, Target("torch"), dtype=torch.float64, seed=1)
+    meaning = reference(what, dtype=torch.float64)
+    names = ["q_proj_0", "q_proj_1", "k_proj", "k_conv", "v_proj", "o_proj"]
+    assert list(module.state_dict()) == [f"{name}.weight" for name in names]
+    meaning.load_state_dict(module.state_dict())
+    mine, theirs = outcome(module, training), outcome(meaning, training)
+    for key, each in mine.items():
+        torch.testing.assert_close(each, theirs[key], rtol=1e-9, atol=1e-9, msg=key)
+    cache = module.eval().init_cache(2, 7)
+    x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    steps = [module(token, cache=cache) for token in x.split(1, 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), module(x))
+
+
 def test_two_draws_are_two() -> None:
     module, _ = pair("let a = x | noise(1); let b = x | noise(1); v = (a - b) | split")
     assert outcome(module, training=True)["output"].abs().max() > 0.01

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headloom.compiler.facts.parameters import initial
-from headloom.compiler.pieces import maps, positions, stages
+from headloom.compiler.pieces import along, maps, positions, stages
 from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
 from headloom.ops import OPS, Mismatch, Run, Shape
 from headloom.ops.pointwise import evaluate
 
-PIECES = vars(maps) | vars(positions) | vars(stages)
+PIECES = vars(along) | vars(maps) | vars(positions) | vars(stages)
 B, N = 2, 5
 POSITIONS = {"n": torch.arange(N)[None], "m": 10 + torch.arange(N)[None]}
 
@@ -143,6 +143,7 @@ CASES = {
     "concat heads": Case("concat", SPLIT, Shape("n", 2, 4)),
     "rms_norm": Case("rms_norm", FLAT),
     "rms_norm heads": Case("rms_norm", SPLIT, eps=0.1),
+    "rms_norm, no scale": Case("rms_norm", SPLIT, scale=False),
     "layer_norm": Case("layer_norm", FLAT),
     "layer_norm heads": Case("layer_norm", SPLIT, eps=0.1),
     "l2_norm": Case("l2_norm", SPLIT),
@@ -163,6 +164,22 @@ CASES = {
     "conv, biased": Case("conv", SPLIT, width=3, bias=True),
     "conv, both ways": Case("conv", SPLIT, width=4, causal=False),
     "conv, longer than the tokens": Case("conv", Shape("m", 3), width=9, causal=False),
+    "conv, dilated": Case("conv", SPLIT, width=3, dilation=2),
+    "conv, in groups": Case("conv", FLAT, width=3, groups=4, bias=True),
+    "conv, in groups of heads": Case("conv", SPLIT, width=4, groups=3, dilation=2, causal=False),
+    "conv, taps": Case("conv", FLAT, Shape("n", 3), width=3, dilation=2),
+    "conv, taps of heads": Case("conv", SPLIT, Shape("n", 4, 4), width=4, causal=False),
+    "conv, taps for all heads": Case("conv", SPLIT, Shape("n", 2), width=2),
+    "grouped_linear": Case("grouped_linear", FLAT, groups=3, features=6),
+    "grouped_linear of heads": Case("grouped_linear", SPLIT, groups=2, features=8),
+    "shift": Case("shift", SPLIT, count=2),
+    "shift, past all tokens": Case("shift", FLAT, count=9),
+    "running sum": Case("running", SPLIT, by="sum"),
+    "running mean": Case("running", FLAT, by="mean"),
+    "running max": Case("running", SPLIT, by="max"),
+    "index": Case("index", SPLIT),
+    "index of a context": Case("index", Shape("m", 5)),
+    "index of latents": Case("index", Shape("3", 5)),
     "latents": Case("latents", SPLIT, count=3),
     "latents, features": Case("latents", Shape("m", 5), count=1, features=8),
     "rope": Case("rope", SPLIT),
@@ -247,8 +264,9 @@ def test_shapes_are_what_the_operation_says(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_are_kept(name: str, dtype: torch.dtype) -> None:
-    y = CASES[name].eager(dtype)
-    assert y.dtype == dtype
+    case = CASES[name]
+    y = case.eager(dtype)
+    assert y.dtype == (torch.float32 if case.op.wide else dtype)
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), CASES[name].eager(), rtol=tolerance, atol=tolerance)
 
@@ -282,6 +300,8 @@ def expected(name: str) -> Tensor:
             return torch.stack([*x.unbind(-1), *rest[0].unbind(-1)], -1)
         case "rms_norm" | "rms_norm heads":
             return functional.rms_norm(x, size, w["weight"], case.options["eps"])
+        case "rms_norm, no scale":
+            return functional.rms_norm(x, size, None, 1e-6)
         case "layer_norm" | "layer_norm heads":
             return functional.layer_norm(x, size, w["weight"], w["bias"], case.options["eps"])
         case "l2_norm":
@@ -316,8 +336,28 @@ def expected(name: str) -> Tensor:
             return total / (x.shape[-1] if case.options["by"] == "mean" else 1)
         case "norm":
             return x.square().sum(-1, True).sqrt()
-        case "conv" | "conv, biased" | "conv, both ways" | "conv, longer than the tokens":
+        case "conv, in groups" | "conv, in groups of heads":
+            return slid(case)
+        case _ if case.op.name == "conv":
             return by_hand(case)
+        case "grouped_linear" | "grouped_linear of heads":
+            return x @ torch.block_diag(*w["weight"]).T
+        case "shift":
+            return torch.cat([torch.zeros_like(x[..., :2, :]), x[..., :-2, :]], -2)
+        case "shift, past all tokens":
+            return torch.zeros_like(x)
+        case "running sum":
+            return torch.stack([x[..., : t + 1, :].sum(-2) for t in range(N)], -2)
+        case "running mean":
+            return torch.stack([x[..., : t + 1, :].mean(-2) for t in range(N)], -2)
+        case "running max":
+            return torch.stack([x[..., : t + 1, :].amax(-2) for t in range(N)], -2)
+        case "index":
+            return torch.tensor([[[0.0], [1], [2], [3], [4]]] * B).double()
+        case "index of a context":  # whose positions begin at 10
+            return torch.tensor([[[10.0], [11], [12], [13], [14]]] * B).double()
+        case "index of latents":
+            return torch.tensor([[[0.0], [1], [2]]] * B).double()
         case "latents" | "latents, features":
             return torch.stack([w["weight"]] * B)
         case "rope, inverse":
@@ -380,9 +420,9 @@ def expected(name: str) -> Tensor:
 
 def by_hand(case: Case) -> Tensor:
     """A convolution, number by number."""
-    (x,), w = case.inputs, case.weights
-    width, (n, d) = case.options["width"], x.shape[-2:]
-    before = width - 1 if case.options["causal"] else (width - 1) // 2
+    (x, *taps), w = case.inputs, case.weights
+    width, step, (n, d) = case.options["width"], case.options["dilation"], x.shape[-2:]
+    before = (width - 1 if case.options["causal"] else (width - 1) // 2) * step
     y = torch.zeros_like(x)
     flat, out = x.reshape(B, -1, n, d), y.view(B, -1, n, d)
     for h in range(flat.shape[1]):
@@ -391,9 +431,24 @@ def by_hand(case: Case) -> Tensor:
                 if "bias" in w:
                     out[:, h, t, f] += w["bias"][h * d + f]
                 for c in range(width):
-                    if 0 <= t - before + c < n:
-                        out[:, h, t, f] += w["weight"][h * d + f, c] * flat[:, h, t - before + c, f]
+                    at = t - before + c * step
+                    own = taps[0].reshape(B, -1, n, width) if taps else None
+                    weight = (
+                        w["weight"][h * d + f, c] if own is None else own[:, h % own.shape[1], t, c]
+                    )
+                    if 0 <= at < n:
+                        out[:, h, t, f] += weight * flat[:, h, at, f]
     return y
+
+
+def slid(case: Case) -> Tensor:
+    """A convolution in groups as torch has it, heads side by side as its channels."""
+    (x,), w, options = case.inputs, case.weights, case.options
+    span = (options["width"] - 1) * options["dilation"]
+    before = span if options["causal"] else (options["width"] - 1) // 2 * options["dilation"]
+    channels = functional.pad(x.mT.flatten(1, -2), (before, span - before))
+    more = {"dilation": options["dilation"], "groups": options["groups"]}
+    return functional.conv1d(channels, w["weight"], w.get("bias"), **more).view(x.mT.shape).mT
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -460,7 +515,15 @@ def test_spectral_weights_have_the_gain_for_their_norm() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["linear, spectral", "linear, weight_norm", "head_linear", "conv, biased", "latents"],
+    [
+        "linear, spectral",
+        "linear, weight_norm",
+        "head_linear",
+        "grouped_linear",
+        "conv, biased",
+        "conv, in groups",
+        "latents",
+    ],
 )
 def test_modules_are_copied_and_saved(name: str) -> None:
     case = CASES[name]
@@ -476,7 +539,8 @@ def test_modules_are_copied_and_saved(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [("linear", {"reparam": "spectral", "bias": True}), ("linear", {"reparam": "weight_norm"}),
-     ("head_linear", {}), ("conv", {"width": 9, "bias": True}), ("latents", {"count": 50})],
+     ("head_linear", {}), ("conv", {"width": 9, "bias": True}), ("latents", {"count": 50}),
+     ("conv", {"width": 3, "groups": 20}), ("grouped_linear", {"groups": 5, "features": 40})],
 )  # fmt: skip
 def test_modules_begin_as_the_weights_say(name: str, options: dict[str, Any]) -> None:
     case = Case(name, Shape("n", 50, 8), **options)
@@ -498,7 +562,7 @@ def test_how_far_a_convolution_reads() -> None:
     conv = OPS["conv"]
     reach = {}
     for width, causal in [(1, True), (4, True), (1, False), (2, False), (4, False), (5, False)]:
-        options = {"width": width, "causal": causal}
+        options = {"width": width, "causal": causal, "dilation": 1}
         reach[width, causal] = (conv.lookback(options), conv.looks_ahead(options))
         case = Case("conv", FLAT, **options)
         case.inputs[0].requires_grad_()
@@ -515,6 +579,8 @@ def test_how_far_a_convolution_reads() -> None:
         (5, False): (2, True),
     }
     assert (OPS["rope"].lookback({}), OPS["rope"].looks_ahead({})) == (0, False)
+    far = {"width": 4, "causal": False, "dilation": 3}
+    assert (conv.lookback(far), conv.looks_ahead(far)) == (3, True)
 
 
 def test_draws_have_their_rates() -> None:
@@ -638,6 +704,14 @@ def test_expressions(text: str) -> None:
         ("drop_heads", [SPLIT], {"count": 4}),
         ("drop_heads", [SPLIT], {"count": 0.5}),
         ("noise", [FLAT], {"std": -1}),
+        ("grouped_linear", [FLAT], {"groups": 5, "features": 10}),
+        ("grouped_linear", [FLAT], {"groups": 6, "features": 10}),
+        ("conv", [FLAT], {"width": 2, "groups": 5}),
+        ("conv", [FLAT, Shape("n", 3)], {"width": 2, "groups": None, "bias": False}),
+        ("conv", [FLAT, Shape("n", 2, 4)], {"width": 2, "groups": None, "bias": False}),
+        ("conv", [SPLIT, Shape("m", 2)], {"width": 2, "groups": None, "bias": False}),
+        ("conv", [SPLIT, Shape("n", 2)], {"width": 2, "groups": 2, "bias": False}),
+        ("conv", [SPLIT, Shape("n", 2)], {"width": 2, "groups": None, "bias": True}),
         ("pointwise", [FLAT, Shape("m", 12)], {}),
         ("pointwise", [ONE, FLAT, Shape("m", 12)], {}),
         ("pointwise", [Shape("3", 12), FLAT], {}),

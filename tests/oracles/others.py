@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from types import ModuleType
@@ -31,6 +35,31 @@ def file_of(package: str, path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@cache
+def file_beside(package: str, folder: str, name: str) -> ModuleType:
+    """Load a file of a distribution that reads its neighbours, and nothing of what is above it."""
+    try:
+        found = distribution(package).locate_file(folder)
+    except PackageNotFoundError:
+        pytest.skip(f"needs {package}", allow_module_level=True)
+    alias = f"{package}/{folder}".replace("/", "_").replace("-", "_")
+    sys.modules[alias] = ModuleType(alias)
+    sys.modules[alias].__path__ = [str(found)]
+    return importlib.import_module(f"{alias}.{name}")
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Let their code keep all digits, also of tensors that it makes itself."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Widened():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Widened(TorchFunctionMode):

@@ -253,6 +253,13 @@ MOMENTUM = Rule(
     {"g": "number", "mu": "number", "kp": "rows", "beta": "number", "eta": "number"},
     {"S": "head_dim, value_dim", "M": "head_dim, value_dim"},
 )
+MESA = Rule(
+    "K <- exp(g) * K + beta * outer(k, k); S <- exp(g) * S + beta * outer(k, v); "
+    "o <- solve(K + diag(4 + exp(ridge)), q) @ S",
+    {"g": "number", "beta": "number"},
+    {"K": "head_dim, head_dim", "S": "head_dim, value_dim"},
+    parameters={"ridge": "rows"},
+)
 
 
 def fla(path: str, function: str, *, heads_first: bool = False, **more: Any) -> Oracle:
@@ -328,6 +335,22 @@ def momentum(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
     return o, {"S": last[0], "M": last[1]}
 
 
+def mesa(given: Tensors, first: Tensors | None) -> tuple[Tensor, Tensors]:
+    """Theirs has values as wide as keys, and holds states in the dtype that is the default."""
+    call = file_of("fla-core", "fla/ops/mesa_net/naive.py").naive_mesa_net_exact
+    more = (0, KEY - VALUE)
+    q, k, v, g, beta = (given[name] for name in ("q", "k", "v", "g", "beta"))
+    start = (first["K"], functional.pad(first["S"], more)) if first else (None, None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(q.dtype)
+    try:
+        v, ridge = functional.pad(v, more), 4 + given["ridge"].exp()
+        o, last, sums = call(q, k, v, g, ridge, beta, *start)
+    finally:
+        torch.set_default_dtype(before)
+    return o[..., :VALUE], {"K": last, "S": sums[..., :VALUE]}
+
+
 FLA: dict[str, tuple[Rule, Oracle]] = {
     "linear_attn": (LINEAR, fla("linear_attn/naive", "naive_recurrent_linear_attn")),
     "linear_attn_normalised": (NORMALISED, normalised),
@@ -354,6 +377,7 @@ FLA: dict[str, tuple[Rule, Oracle]] = {
     "comba": (COMBA, fla("comba/naive", "naive_recurrent_comba", names={"kp": "p"})),
     "gdn2": (GDN2, fla("gdn2/naive", "naive_recurrent_gdn2")),
     "momentum_delta_rule": (MOMENTUM, momentum),
+    "mesa_net": (MESA, mesa),
 }  # fmt: skip
 
 
@@ -387,7 +411,7 @@ def test_fla_in_double(name: str) -> None:
     )
 
 
-BY_TOKEN = ("gated_delta_product", "momentum_delta_rule")  # which no chunk takes
+BY_TOKEN = ("gated_delta_product", "momentum_delta_rule", "mesa_net")  # which no chunk takes
 
 
 @pytest.mark.parametrize("name", FLA)

@@ -75,9 +75,11 @@ def _fused(
         weights=Name("p") if weights is None else weights.op.expr,
         dropout=0.0 if drop is None else drop.op.rate,
         similarity=similarity.op.expr,
+        again=combine.op.again,
+        carry=similarity.op.carry,
     )
     chain.insert(chain.index(normalize), mask)
-    read = dict.fromkeys(name for step in (*chain, *asked) for name in step.others)
+    read = dict.fromkeys(name for step in (*chain, combine, *asked) for name in step.others)
     inputs = (*similarity.inputs[:2], combine.inputs[1], *read)
     wanted = tuple(Statistic(each.name, each.op.kind, each.op.expr) for each in asked)
     return Node(combine.name, Attend(mix, wanted), inputs, combine.dims, span=combine.span)
