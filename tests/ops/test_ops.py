@@ -738,6 +738,22 @@ def test_a_step_is_exact_where_its_operand_is_infinite(of: str) -> None:
     assert a.grad.tolist() == [1, 1, 1, 1, 1]
 
 
+def test_tanh_of_many_has_the_digits_and_the_derivatives_of_pytorchs_own() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 64, 512, generator=draw) * torch.logspace(-6, 2, 512)
+    x[..., :4] = torch.tensor([torch.inf, -torch.inf, 0.0, 44.0])
+    x.requires_grad_()
+    y, exact = stages.tanh(x), torch.tanh(x.double())
+    assert not torch.equal(y, torch.tanh(x))  # else it is PyTorch's own
+    torch.testing.assert_close(y.double(), exact, rtol=3e-7, atol=0)
+    weigh = torch.randn(x.shape, generator=draw)
+    found, wanted = [], []
+    for into, made in ((found, y), (wanted, exact)):
+        (grad,) = torch.autograd.grad((made * weigh).sum(), x, create_graph=True)
+        into += [grad, *torch.autograd.grad(grad.sum(), x)]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=5e-6)  # 1 - y² next to 1
+
+
 def test_a_step_is_compiled_and_exported() -> None:
     class Gated(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
