@@ -90,6 +90,14 @@ backend_option = click.option(
     help="PyTorch operations alone, or Triton kernels where they can carry a block.",
 )
 
+optimize_option = click.option(
+    "--optimize",
+    type=click.Choice(["default", "max"]),
+    default="default",
+    show_default=True,
+    help="With max, torch.compile compiles tiles of attention at the first call.",
+)
+
 
 def _split(what: str) -> tuple[str, str | None]:
     """Split FILE[:NAME]."""
@@ -260,8 +268,9 @@ def show(what: str, width: int | None, tokens: int, figure: bool, json: bool) ->
 @click.argument("what", metavar="FILE[:NAME] | CODE")
 @width_option
 @backend_option
+@optimize_option
 @json_option
-def explain(what: str, width: int | None, backend: str, json: bool) -> None:
+def explain(what: str, width: int | None, backend: str, optimize: str, json: bool) -> None:
     """Say how everything is computed and why, or what an error code means.
 
     \b
@@ -273,7 +282,7 @@ def explain(what: str, width: int | None, backend: str, json: bool) -> None:
         return
     from .compiler.api import explained, target
 
-    report = explained(_found(what, width), target(backend))
+    report = explained(_found(what, width), target(backend, optimize=optimize))
     if json:
         _print_json(
             [
@@ -313,6 +322,7 @@ def _explain_code(code: str) -> None:
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="Where to write the file.")
 @width_option
 @backend_option
+@optimize_option
 @click.option(
     "--emit",
     "stage",
@@ -321,7 +331,9 @@ def _explain_code(code: str) -> None:
     show_default=True,
     help="Stop after a stage, print it.",
 )
-def build(what: str, out: str | None, width: int | None, backend: str, stage: str) -> None:
+def build(
+    what: str, out: str | None, width: int | None, backend: str, optimize: str, stage: str
+) -> None:
     """Compile a block or model to a standalone Python file.
 
     Example: headloom build examples/gqa.loom -o gqa.py
@@ -329,7 +341,7 @@ def build(what: str, out: str | None, width: int | None, backend: str, stage: st
     from .compiler.reports.stages import stage_text
 
     path, name = _split(what)
-    text = stage_text(_parsed(path), name, width, backend, stage)
+    text = stage_text(_parsed(path), name, width, backend, stage, optimize)
     if out is None:
         click.echo(text, nl=False)
     else:
@@ -352,9 +364,15 @@ def build(what: str, out: str | None, width: int | None, backend: str, stage: st
     type=click.Path(exists=True, dir_okay=False),
     help="Verify this built file instead of a new one.",
 )
+@optimize_option
 @json_option
 def verify(
-    what: str, width: int | None, targets: tuple[str, ...], module: str | None, json: bool
+    what: str,
+    width: int | None,
+    targets: tuple[str, ...],
+    module: str | None,
+    optimize: str,
+    json: bool,
 ) -> None:
     """Verify a compiled block or model against its meaning; exit 3 if something does not hold.
 
@@ -368,7 +386,7 @@ def verify(
     path, name = _split(what)
     found = [find(arch, name, width) for arch in _checked(path)]
     try:
-        result = certificate.make(found, targets, module)
+        result = certificate.make(found, targets, module, optimize)
     except ValueError as problem:
         raise click.UsageError(str(problem)) from None
     if json:
@@ -438,6 +456,7 @@ def _was_given(option: str) -> bool:
 @click.option("--decode", is_flag=True, help="Measure a token decoded after so many.")
 @click.option("--documents", type=click.IntRange(0), default=0, help="Pack so many into a row.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
+@optimize_option
 @click.option("--device", help="Where to run [default: a GPU where there is one].")
 @click.option("--threads", type=click.IntRange(1), help="Of the CPU [default: PyTorch's].")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Samples.")

@@ -35,7 +35,7 @@ class Case:
     """A block or model at a length; `run` is one of `SHOWN`.
 
     `tokens` are those of a row, or of the cache before the decoded token. `documents` packs
-    so many equal ones into a row (as `segments`); 0 gives none.
+    so many equal ones into a row (as `segments`); 0 gives none. `optimize` is for ours alone.
     """
 
     text: str
@@ -47,6 +47,7 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     documents: int = 0
+    optimize: str = "default"
 
     @property
     def what(self) -> Block | Model:

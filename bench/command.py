@@ -19,7 +19,7 @@ from .run import measure
 from .suite import SUITES, Entry, Standing, measured, read_suite
 
 OF_A_FILE = ("width", "against", "tokens", "dtype", "backward", "decode", "documents", "batch",
-             "device", "memory")  # fmt: skip
+             "optimize", "device", "memory")  # fmt: skip
 OF_A_SUITE = ("budget", "fresh", "out")
 
 
@@ -35,6 +35,7 @@ def file(
     decode: bool,
     documents: int,
     batch: int,
+    optimize: str,
     device: str | None,
     threads: int | None,
     repeats: int,
@@ -58,7 +59,7 @@ def file(
     rows: list[Row] = []
     with shown(quiet) as (doing, _done):
         for each in lengths:
-            case = Case(text, name, each, run, width, batch, dtype, device, documents)
+            case = Case(text, name, each, run, width, batch, dtype, device, documents, optimize)
             rows.append(
                 measure(
                     case, names, repeats=repeats, weigh=memory, says=_at(doing, f"{each:,} tokens")

@@ -121,7 +121,7 @@ def _qwen3_next(case: Case) -> nn.Module:
     return Recurrent(case.what, call)
 
 
-OURSELVES = Peer("what headloom compiles", _compiled)
+OURSELVES = Peer("what headloom compiles", lambda case: _compiled(case, optimize=case.optimize))
 PEERS: dict[str, Peer] = {
     "sdpa": Peer("the same block, a dense mask given to scaled_dot_product_attention",
                  _lowered("sdpa"), maps=1),

@@ -44,7 +44,8 @@ class Entry:
 
     @property
     def key(self) -> str:
-        return f"{self.title}; {self.case.tokens:,} tokens, {SHOWN[self.case.run]}"
+        most = ", optimize max" if self.case.optimize == "max" else ""
+        return f"{self.title}; {self.case.tokens:,} tokens, {SHOWN[self.case.run]}{most}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,8 @@ def _json(each: Measured, machine: Machine) -> dict[str, Any]:
 
 _SUITE = {"about", "threads", "block", "settings", "groups", "rows"}
 _ROW = {"title", "define", "block", "text", "tokens", "run", "against", "instead", "number",
-        "target", "group", "weigh", "documents", "batch", "dtype", "device", "width"}  # fmt: skip
+        "target", "group", "weigh", "documents", "batch", "dtype", "device", "width",
+        "optimize"}  # fmt: skip
 
 
 def read_suite(name: str, path: Path | None = None) -> Suite:
@@ -177,7 +179,7 @@ def _entries(row: dict[str, Any], suite: dict[str, Any]) -> list[Entry]:
     instead = _block(suite["block"], row["instead"], define) if "instead" in row else ""
     sizes = {
         name: row[name]
-        for name in ("documents", "batch", "dtype", "device", "width")
+        for name in ("documents", "batch", "dtype", "device", "width", "optimize")
         if name in row
     }
     return [

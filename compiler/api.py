@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 BACKENDS = ("auto", "torch", "triton")
+OPTIMIZE = ("default", "max")
 What = Architecture | str | Path
 
 
@@ -43,16 +44,22 @@ def architecture(what: What) -> Architecture:
     return what if isinstance(what, Architecture) else load(what)
 
 
-def target(backend: str = "auto", device: str | torch.device | None = None) -> Target:
+def target(
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    optimize: str = "default",
+) -> Target:
     """Return what to compile for. `auto` takes Triton where a CUDA device is used."""
+    if optimize not in OPTIMIZE:
+        raise ValueError(f"optimize is one of {', '.join(OPTIMIZE)}, not {optimize!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend != "auto":
-        return Target(backend)
+        return Target(backend, optimize=optimize)
     import torch
 
     on_gpu = torch.device(device).type == "cuda" if device else torch.cuda.is_available()
-    return Target("triton" if on_gpu else "torch")
+    return Target("triton" if on_gpu else "torch", optimize=optimize)
 
 
 def compile(
@@ -66,18 +73,20 @@ def compile(
     dtype: DType | None = None,
     seed: int | None = None,
     lowering: str | None = None,
+    optimize: str = "default",
 ) -> nn.Module:
     """Compile a block or model to a module; without a name, the only model or block.
 
     `width` is the block's input width (by default the one it says, or heads · head_dim);
     `dtype` is a name, "bfloat16", or torch's own; `seed` fixes the first weights. All attentions
     take one `lowering` where it is named, as `explain` names them; the fastest that fits is taken
-    otherwise. Raises `LoomError` where the sizes do not fit, `ValueError` for another dtype, and
-    where the lowering does not fit.
+    otherwise. `optimize` "max" has tiles of attention compiled by `torch.compile` at the first
+    call that makes some, which takes a C++ compiler and half a minute. Raises `LoomError` where
+    the sizes do not fit, `ValueError` for another dtype, and where the lowering does not fit.
     """
     return build_module(
         find(architecture(arch), name, width, context_width),
-        replace(target(backend, device), lowering=lowering),
+        replace(target(backend, device, optimize), lowering=lowering),
         device=device,
         dtype=dtype,
         seed=seed,
@@ -147,10 +156,11 @@ def emit(
     width: int | None = None,
     context_width: int | None = None,
     backend: str = "auto",
+    optimize: str = "default",
 ) -> str:
     """Return the standalone Python file of a block or model."""
     what = find(architecture(arch), name, width, context_width)
-    return generate(what, target(backend)).text
+    return generate(what, target(backend, optimize=optimize)).text
 
 
 @dataclass(frozen=True, repr=False)
@@ -204,9 +214,11 @@ def explain(
     width: int | None = None,
     context_width: int | None = None,
     backend: str = "auto",
+    optimize: str = "default",
 ) -> Report:
     """Say which path every attention and recurrence takes, why, and what stands in the way."""
-    return explained(find(architecture(arch), name, width, context_width), target(backend))
+    what = find(architecture(arch), name, width, context_width)
+    return explained(what, target(backend, optimize=optimize))
 
 
 def _called(plan: Plan, chosen: Lowering) -> str:

@@ -129,7 +129,8 @@ class _Writer:
         template = getattr(FUNCTIONS[name], self.dialect)
         inner = [self.write(arg)[0] for arg in args]
         text = template.format(*inner)
-        whole = text.startswith(("torch.", "F.", "tl.", "hard_step(", "elu(", f"({inner[0]})"))
+        called = ("torch.", "F.", "tl.", "hard_step(", "elu(", "tanh(")
+        whole = text.startswith((*called, f"({inner[0]})"))
         return text, _ATOM if whole and template.count("{0}") == 1 else 0
 
 

@@ -2,12 +2,12 @@
 
 A row says how many arguments a function takes, its value on Python numbers, its partial
 derivatives (written in Loom, over the arguments a, b, c), and how it is written in the two
-dialects the compiler prints: PyTorch (tensors; `hard_step` and `elu` are of `compiler.pieces`,
-since their operand must be written once) and Triton (register tiles). Derivatives of None are
-zero almost everywhere. Two functions change the gradient and not the slope: `detach` stops it,
-`step` lets it straight through.
+dialects the compiler prints: PyTorch (tensors; `hard_step`, `elu` and `tanh` are of
+`compiler.pieces`, since their operand must be written once) and Triton (register tiles).
+Derivatives of None are zero almost everywhere. Two functions change the gradient and not the
+slope: `detach` stops it, `step` lets it straight through.
 
-    tanh:  d/da = 1 - tanh(a) ** 2      torch.tanh(a)      2 * tl.sigmoid(2 * a) - 1
+    tanh:  d/da = 1 - tanh(a) ** 2      tanh(a)      2 * tl.sigmoid(2 * a) - 1
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ FUNCTIONS: dict[str, Function] = {
                  "torch.log2({0})", "tl.log2({0})"),
         Function("sqrt", 1, math.sqrt, ("0.5 / sqrt(a)",), "torch.sqrt({0})", "tl.sqrt({0})"),
         Function("tanh", 1, math.tanh, ("1 - tanh(a) ** 2",),
-                 "torch.tanh({0})", "2 * tl.sigmoid(2 * ({0})) - 1"),
+                 "tanh({0})", "2 * tl.sigmoid(2 * ({0})) - 1"),
         Function("sigmoid", 1, _sigmoid, ("sigmoid(a) * (1 - sigmoid(a))",),
                  "torch.sigmoid({0})", "tl.sigmoid({0})"),
         Function("log_sigmoid", 1, lambda a: -_softplus(-a), ("sigmoid(-a)",),

@@ -108,14 +108,15 @@ class Repeat(Op):
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
         (x,) = inputs
-        x = x if run.has_heads(0, x) else x.unsqueeze(-3)
+        x = x if run.has_heads(0, x) else x.reshape(*x.shape[:-2], 1, -1, x.shape[-1])
         return x.repeat_interleave(options["times"], dim=-3)
 
     def text(
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
     ) -> str:
         if shapes[0].tokens == "1":
-            x = inputs[0] if shapes[0].heads is not None else f"{inputs[0]}.unsqueeze(-3)"
+            one = f"torch.atleast_2d({inputs[0]}).unsqueeze(-3)"  # a tensor is [dim]
+            x = inputs[0] if shapes[0].heads is not None else one
             return f"{x}.repeat_interleave({options['times']}, dim=-3)"
         if shapes[0].heads is None:
             return f"{inputs[0]}[:, None].expand(-1, {options['times']}, -1, -1)"
@@ -123,17 +124,33 @@ class Repeat(Op):
 
 
 class Concat(Op):
-    """`concat(stream)`: side by side along the last dimension."""
+    """`concat(stream, over = features)`: side by side along the last dimension, or as more heads.
+
+    A stream without heads is one head more.
+    """
 
     name = "concat"
-    options = (Option("stream", "stream", required=True),)
+    options = (
+        Option("stream", "stream", required=True),
+        Option("over", ("features", "heads"), "features"),
+    )
 
     def needs(self, out: Shape, inputs: Sequence[Shape], options: Options) -> Shape | None:
+        if options["over"] == "heads":
+            return None
         rest = out.dim - inputs[1].dim
         return replace(out, dim=rest) if rest > 0 else None
 
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         x, y = inputs
+        if options["over"] == "heads":
+            if (x.dim, x.tokens) != (y.dim, y.tokens):
+                raise Mismatch(
+                    "`concat` over heads needs streams of the same features and tokens",
+                    f"{x} and {y}",
+                    "bring them together with `linear`",
+                )
+            return replace(x, heads=(x.heads or 1) + (y.heads or 1))
         if (x.heads, x.tokens) != (y.heads, y.tokens):
             help = "bring them together with `split` or `repeat`"
             raise Mismatch(
@@ -146,9 +163,16 @@ class Concat(Op):
     ) -> Tensor:
         import torch
 
-        return torch.cat(list(inputs), dim=-1)
+        if options["over"] == "features":
+            return torch.cat(list(inputs), dim=-1)
+        parts = [x if run.has_heads(at, x) else x.unsqueeze(-3) for at, x in enumerate(inputs)]
+        return torch.cat(parts, dim=-3)
 
     def text(
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
     ) -> str:
-        return f"torch.cat([{', '.join(inputs)}], dim=-1)"
+        if options["over"] == "features":
+            return f"torch.cat([{', '.join(inputs)}], dim=-1)"
+        pairs = zip(inputs, shapes, strict=True)
+        parts = (x if shape.heads is not None else f"{x}.unsqueeze(-3)" for x, shape in pairs)
+        return f"torch.cat([{', '.join(parts)}], dim=-3)"

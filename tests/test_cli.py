@@ -43,7 +43,9 @@ def test_examples_check(path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.loom")))
+@pytest.mark.parametrize(
+    "path", [*sorted(EXAMPLES.glob("*.loom")), *sorted(EXAMPLES.glob("models/*.loom"))]
+)
 def test_examples_are_formatted(path: Path) -> None:
     assert run("fmt", "--check", path).exit_code == 0
 
@@ -135,6 +137,14 @@ def test_build_stops_after_a_stage(stage: str) -> None:
         "kernels": "@triton.jit",
     }
     assert expected[stage] in result.stdout
+
+
+def test_optimize_is_said_and_built(tmp_path: Path) -> None:
+    path = tmp_path / "a.loom"
+    path.write_text("block a { heads = 2; head_dim = 8; normalize = sigmoid }")
+    assert "compiled_tile" in run("build", path, "--optimize", "max").stdout
+    assert "compiled_tile" not in run("build", path).stdout
+    assert "compiled by torch.compile" in run("explain", path, "--optimize", "max").stdout
 
 
 def test_build_of_an_unknown_name() -> None:

@@ -53,7 +53,7 @@ from headloom.search.training import Training
 ROOT = Path(__file__).parent.parent
 TEXTS = {
     name: (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("language.md", "python.md", "architecture.md")
+    for name in ("language.md", "python.md", "models.md", "architecture.md")
 }
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"\b[LW]\d{3}\b")
@@ -187,6 +187,12 @@ def test_paths_exist(document: str) -> None:
     paths = [each for each in spans(TEXTS[document]) if ours.fullmatch(each)]
     assert [each for each in paths if not (ROOT / each).exists()] == []
     assert len(paths) > 30 or document != "architecture.md"
+
+
+def test_every_model_has_a_row() -> None:
+    shown = re.findall(r"^\| `(examples/models/\w+\.loom)` \|", TEXTS["models.md"], re.M)
+    there = (each.relative_to(ROOT).as_posix() for each in ROOT.glob("examples/models/*.loom"))
+    assert sorted(shown) == sorted(there)
 
 
 def test_links_lead_somewhere() -> None:

@@ -63,7 +63,12 @@ def check(file: File) -> Architecture:
 def _of_a_layer(
     file: File, item: syntax.Block, problem: LoomError, warnings: list[Diagnostic]
 ) -> None:
-    """Pass over a block that reads the layer below: it is checked where a model uses it (W004)."""
+    """Pass over what only a model can check, in which it is checked (W004).
+
+    A layer takes lanes where its model has them, and a block may read the layer below.
+    """
+    if item.kind == "layer" and item.name in _used(file):
+        return
     if not any(each.code == "L224" for each in problem.diagnostics):
         raise problem
     if item.name in _used(file):

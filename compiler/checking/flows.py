@@ -30,6 +30,7 @@ from ..model import (
     Flow,
     Part,
     Read,
+    flow_mapped,
     flow_nodes,
     is_part,
 )
@@ -38,7 +39,7 @@ from .library import put
 from .names import module_name
 from .options import bound, option_value
 from .scalars import resolve_function, shaped
-from .scope import Scope, body, suggest
+from .scope import Scope, body, inline_stage, suggest
 
 OFFERS = {  # where a model gives them
     "earlier": "a model without `lanes` has it",
@@ -266,6 +267,10 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
             flow = _flow(scope, arg, Target("regularize"))
             return operand(applied("average", {}, (flow,), part.span))
         if isinstance(part, Call) and part.function not in {**FUNCTIONS, **VECTOR_FUNCTIONS}:
+            stage = scope.library.find("stage", part.function)
+            if stage is not None and not _holds(stage):
+                with scope.inside(stage, part.span):
+                    return visit(inline_stage(scope, stage, part))
             of_maps = part.function in MAP_FUNCTIONS
             label = "it is read in scores, weights, `rows` and `columns`" if of_maps else ""
             raise error(
@@ -284,7 +289,21 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
     body_ = resolve_function(scope, inside, free)
     if not operands:
         raise error("L208", "this is a number, not a stream", expr.span)
-    return composed(body_, tuple(operands), expr.span)
+    return composed(body_, _for_heads(scope, operands), expr.span)
+
+
+def _for_heads(scope: Scope, operands: Sequence[Flow]) -> tuple[Flow, ...]:
+    """Give every head the features of a tensor [dim] that is not written `t[heads]`."""
+    whole = next((each.shape for each in operands if each.shape.heads is not None), None)
+
+    def given(flow: Flow) -> Flow:
+        if whole is None or not isinstance(flow, Read) or flow.name not in scope.tensors:
+            return flow
+        if scope.tensors[flow.name].shape != (whole.dim,) or flow.name in scope.per_head:
+            return flow
+        return applied("repeat", {"times": whole.heads}, (flow,), flow.span)
+
+    return tuple(map(given, operands))
 
 
 # ── stages ───────────────────────────────────────────────────────────────────────────────
@@ -310,7 +329,7 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
                 shape = replace(shape, heads=head.shape.heads)
             head = Part(what, (head,), shape, step.module, step.span)
             continue
-        head = _apply(replace(step, options=_completed(scope, step, head.shape, out)), head)
+        head = _apply(scope, replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
 
 
@@ -325,12 +344,12 @@ def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> d
     return step.op.complete(options, given, out)
 
 
-def _apply(step: _Stage, head: Flow | None) -> Flow:
+def _apply(scope: Scope, step: _Stage, head: Flow | None) -> Flow:
     inputs = step.others if head is None else (head, *step.others)
     if step.op.name == "embed" and not (isinstance(head, Read) and head.name == "tokens"):
         raise error("L206", "`embed` takes the ids of `tokens`", step.span, "these are none")
     if step.op.name == "pointwise":
-        return composed(step.options["expr"], inputs, step.span)
+        return composed(step.options["expr"], _for_heads(scope, inputs), step.span)
     return applied(step.op.name, step.options, inputs, step.span, step.places)
 
 
@@ -353,7 +372,7 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         return _named_part(scope, stage, name, target)
     if definition := scope.library.find("stage", name):
         with scope.inside(definition, stage.span):
-            if len(definition.body) > 1:
+            if _holds(definition):
                 return [_whole(scope, stage, suffix or name, definition)]
             result = body(scope, definition, stage)
             if isinstance(result.value, syntax.Pipe) and result.value.head is None:
@@ -393,6 +412,18 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
     raise error(
         "L208", f"there is no stage `{name}`", stage.span, "", called or did_you_mean(name, known)
     )
+
+
+def _holds(stage: Definition) -> bool:
+    """Say whether a stage is a part: it has tensors or streams, or pipelines in its arithmetic."""
+    if len(stage.body) > 1:
+        return True
+    (result,) = stage.body
+    if not isinstance(result, syntax.Result):
+        return False
+    value = result.value
+    whole = isinstance(value, syntax.Pipe) and value.head is None
+    return not whole and any(isinstance(each, syntax.Pipe) for each in syntax.walk(value))
 
 
 def _whole(scope: Scope, call: Expr, module: str, definition: Definition | None = None) -> _Whole:
@@ -445,23 +476,16 @@ def name_modules(flow: Flow, target: Target) -> Flow:
 
     What is read in several places, `x / norm(x)` of a pipeline, stays one.
     """
-    several = (node for node in flow_nodes(flow) if isinstance(node, Apply | Part))
-    counts = Counter(node.module for node in several if node.module)
+    nodes = (node for node in flow_nodes(flow) if isinstance(node, Apply | Part))
+    counts = Counter(node.module for node in nodes)
     used: Counter[str] = Counter()
-    done: dict[int, Flow] = {}
-
-    def visit(node: Flow) -> Flow:
-        if id(node) not in done:
-            done[id(node)] = named(node) if isinstance(node, Apply | Part) else node
-        return done[id(node)]
 
     def named(node: Apply | Part) -> Flow:
-        inputs = tuple(visit(each) for each in node.inputs)
         module = node.module
-        if module and not is_part(node):
-            number = f"_{used[module]}" if counts[module] > 1 else ""
-            used[module] += 1
-            module = f"{target.module}_{module}{number}"
-        return replace(node, inputs=inputs, module=module)
+        if not module or is_part(node):
+            return node
+        number = f"_{used[module]}" if counts[module] > 1 else ""
+        used[module] += 1
+        return replace(node, module=f"{target.module}_{module}{number}")
 
-    return visit(flow)
+    return flow_mapped(flow, named)

@@ -37,7 +37,7 @@ from ..model import (
 from .arithmetic import applied
 from .around import NONE, Around
 from .flows import Target, elaborate
-from .library import Library, bind, put, statement_exprs, substitute_statement
+from .library import Library, bind, put, substitute_statement
 from .scope import Findings, Scope
 
 
@@ -125,19 +125,6 @@ class _Layer:
             return put(expr, self.parts)
         return rebuild(expr, self._handed)
 
-    def _has_lanes(self, statement: syntax.Statement) -> None:
-        """Check that there are lanes where their number is read (L224)."""
-        nodes = (node for each in statement_exprs(statement) for node in syntax.walk(each))
-        read = next((node for node in nodes if node == Name("lanes")), None)
-        if read is not None and self.around.lanes is None:
-            raise error(
-                "L224",
-                "`lanes` is not here",
-                read.span,
-                "a model says how many, and this stands in none that does",
-                "write `lanes = 4` in the model",
-            )
-
     def _take(self, statement: syntax.Statement, seen: set[str]) -> None:
         name = getattr(statement, "name", "")
         if name and name in seen:
@@ -149,7 +136,6 @@ class _Layer:
                 "keep one of them",
             )
         seen.add(name)
-        self._has_lanes(statement)
         match statement:
             case syntax.Let(_, value):
                 self.lets[name] = replace(statement, value=self._handed(value))

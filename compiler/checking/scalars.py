@@ -187,7 +187,7 @@ class _Resolver(Resolver):
         definition = self.scope.library.find(self.what, name)
         function = is_function(expr) or name in VECTOR_FUNCTIONS
         function |= self.what == "normalize" and name in FUNCTIONS  # a part of a normaliser
-        if definition is not None and not function:
+        if definition is not None and not function and self.what != "stage":  # stages: functions
             return self._definition(definition, expr)
         if name in ("row", "col") and len(expr.args) == 1 and not expr.keywords:
             if self.scope.grid is None:

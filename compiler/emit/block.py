@@ -51,7 +51,7 @@ def block_class(
         lines += ["", *indent(scan.initial(recurrence, writer.weight()))]
     for attention in graph.of(Attend):
         if not writer.takes_all(attention):
-            made = tiles.methods(writer.facts(attention), plan.target.lowering)
+            made = tiles.methods(writer.facts(attention), plan.target)
             lines += ["", *indent(made)]
         own = way(plan.lowerings[attention.name].path).methods(writer.facts(attention))
         lines += ["", *indent(own)] if own else []

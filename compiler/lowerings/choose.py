@@ -65,14 +65,27 @@ def _attend(attention: Attention, target: Target) -> Lowering:
             if needs:
                 rest = tiles.DENSE.name if tiles.obstacle(attention) else tiles.WAY.name
                 beside = rest, others(needs)
-            return Lowering(
-                node.name, each.name, each.reason(attention), tuple(obstacles), needs, beside
-            )
+            reason, why_not = _optimized(attention, target, each, beside is not None)
+            obstacles += [] if why_not is None else [("compiled tiles", why_not)]
+            return Lowering(node.name, each.name, reason, tuple(obstacles), needs, beside)
         obstacles.append((each.name, why_not))
     if not obstacles:
         names = ", ".join(each.name for each in WAYS)
         raise ValueError(f"a lowering is one of {names}, not {target.lowering!r}")
     raise ValueError(f"`{node.name}` does not take `{target.lowering}`: {obstacles[0][1]}")
+
+
+def _optimized(
+    attention: Attention, target: Target, way: Way, beside: bool
+) -> tuple[str, str | None]:
+    """Return why a way is taken, and why what can be compiled of others is not."""
+    reason = way.reason(attention)
+    general = way.needs(attention) is None and way.name not in (sdpa.WAY.name, tiles.DENSE.name)
+    if target.optimize != "max" or not (general or beside):
+        return reason, None
+    if not tiles.compiled(attention, target):
+        return reason, tiles.uncompiled(attention)
+    return f"{reason}; {'tiles' if beside else 'each'} compiled by torch.compile", None
 
 
 def _scan(graph: Graph, node: Node[Scan], form: Chunked | str, target: Target) -> Lowering:

@@ -12,11 +12,21 @@ by how far the mask reaches, and by where the sequences of a row begin and end.
 
 from __future__ import annotations
 
+from ...grammar.syntax import Name
 from ..plan.attention import Attention
+from ..plan.plan import Target
 from ..text.text import call, indent
 from . import carry, distance, sdpa
 from .way import Way
-from .weights import arguments, method_name, signature, visibility, weights
+from .weights import (
+    arguments,
+    method_name,
+    reads_q_or_k,
+    signature,
+    takes_products,
+    visibility,
+    weights,
+)
 
 
 def obstacle(attention: Attention) -> str | None:
@@ -66,8 +76,27 @@ def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
     return (*given, "start") if tokens and not whole(attention, asked) else given
 
 
-def methods(attention: Attention, asked: str | None) -> list[str]:
+def uncompiled(attention: Attention) -> str | None:
+    """Return why a tile cannot be compiled once for all tiles."""
+    if (why := obstacle(attention)) is not None:
+        return why
+    if attention.before:
+        return "its rows read the queries before them"
+    added = attention.distance
+    if not isinstance(added, str) and added.logit == Name("s"):
+        return "a softmax of products is one pass already"
+    return None
+
+
+def compiled(attention: Attention, target: Target) -> bool:
+    """Say whether its tiles are to be compiled, and can be."""
+    asked = target.optimize == "max" and not whole(attention, target.lowering)
+    return asked and uncompiled(attention) is None
+
+
+def methods(attention: Attention, target: Target) -> list[str]:
     """Return the methods `attend` and `attend_weights`, and what they call."""
+    asked = target.lowering
     groups = arguments(attention)
     name, told = method_name(attention), attention.sequences
     given, at_all = parameters(attention, asked), whole(attention, asked)
@@ -80,6 +109,10 @@ def methods(attention: Attention, asked: str | None) -> list[str]:
         args.append(_tuple(groups["places"]))
     if tensors:
         args.append(_tuple(tensors))
+    args += [f"scale={attention.mix.scale!r}"] if takes_products(attention) else []
+    args += ["reads=True"] if reads_q_or_k(attention) else []
+    if compiled(attention, target):
+        args.append("compiled=compiled_tile")
     if at_all:
         args.append("whole=True")
     else:

@@ -1,9 +1,8 @@
 """The weights of an attention as PyTorch text: what every lowering in PyTorch makes of a tile.
 
-def attend_weights(self, q: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
-    s = meet(q, k, 0.0025)  # [b, 8, n, m]
+def attend_weights(self, s: Tensor, q: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
     visible = (j <= i) & ((i - j).abs() < 256)
-    s = 50 * torch.tanh(s)
+    s = 50 * tanh(s)
     s = s + hiding(visible, s)
     p = s.softmax(-1)
     return p
@@ -34,6 +33,18 @@ def operands(attention: Attention) -> tuple[Operand, ...]:
         if not graph.is_tensor(read.base.id) and not operand(node, read):
             found[Operand(read.base.id, token(read))] = None
     return tuple(sorted(found, key=lambda each: (node.inputs.index(each.name), each.at)))
+
+
+def takes_products(attention: Attention) -> bool:
+    """Say whether the weights are made of products of queries and keys, made before them."""
+    return attention.mix.similarity is None and attention.in_turn is None
+
+
+def reads_q_or_k(attention: Attention) -> bool:
+    """Say whether the expressions read the query or key of a pair beside their product."""
+    return takes_products(attention) and any(
+        operand(attention.node, read) for read in attention.reads
+    )
 
 
 def method_name(attention: Attention) -> str:
@@ -94,7 +105,8 @@ def weights(attention: Attention, biased: bool = False) -> list[str]:
     writer = Writer(attention, biased)
     given = [each for group in arguments(attention).values() for each in group]
     given += ["bias"] if biased else []
-    given = [*(["s"] if attention.mix.carry is not None else []), *given]
+    carries = attention.mix.carry is not None
+    given = [*(["s"] if carries or takes_products(attention) else []), *given]
     several = bool(attention.node.op.statistics or attention.maps or attention.running)
     several = several or attention.mix.again is not None
     name = f"{method_name(attention)}_weights"
@@ -156,10 +168,10 @@ class Writer:
             self.lines.append(f"k = k.repeat_interleave({every}, dim=1)")
         if mix.carry is not None:
             self.lines += [] if mix.scale == 1 else comment(f"s = s * {mix.scale!r}", dims)
-        elif mix.similarity is None:
+        elif mix.similarity is None and not takes_products(attention):
             scale = "" if mix.scale == 1 else f", {mix.scale!r}"
             self.lines += comment(f"s = meet(q, k{scale})", dims)
-        else:
+        elif mix.similarity is not None:
             text = f"{atomic(self._text(mix.similarity))}.to(wide)"
             times = "" if mix.scale == 1 else f" * {mix.scale!r}"
             self.lines += comment(f"s = {text}{times}", dims)

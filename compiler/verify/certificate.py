@@ -15,12 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ...kernels.aot import SHARED_LIMIT
-from ..api import What, architecture
+from ..api import What, architecture, target
 from ..checking.check import find
 from ..emit import Code
 from ..model import Block, Model
 from ..pipeline import generate
-from ..plan.plan import Target
 from ..reports.drawn import Drawn
 from .kernels import can_run_kernels, repeated
 from .verify import Finding, checks_of, subjects
@@ -98,7 +97,10 @@ class Certificate(Drawn):
 
 
 def make(
-    whats: Sequence[Block | Model], targets: tuple[str, ...] = (), module: str | None = None
+    whats: Sequence[Block | Model],
+    targets: tuple[str, ...] = (),
+    module: str | None = None,
+    optimize: str = "default",
 ) -> Certificate:
     """Run every check, with a progress bar on a terminal. Raises `ValueError` on bad arguments.
 
@@ -110,7 +112,7 @@ def make(
         raise ValueError(f"no such target: {', '.join(sorted(unknown))}; there are {known}")
     can_run_kernels()
     main = whats[-1]
-    generated = generate(main, Target("torch"))
+    generated = generate(main, target("torch", optimize=optimize))
     code = None
     if module is not None:
         code = Code(Path(module).read_text(encoding="utf-8"), generated.name)
@@ -126,7 +128,7 @@ def make(
         task = bar.add_task(f"verifying {main.name}", total=total)
         torch.set_num_threads(1)  # the cases are small: waking a core takes longer than they do
         try:
-            for each in _findings(parts, code, targets):
+            for each in _findings(parts, code, targets, optimize):
                 findings.append(each)
                 bar.update(task, advance=1, description=f"{each.subject}: {each.check}")
         finally:
@@ -135,7 +137,7 @@ def make(
 
 
 def _findings(
-    parts: Sequence[Block | Model], code: Code | None, targets: tuple[str, ...]
+    parts: Sequence[Block | Model], code: Code | None, targets: tuple[str, ...], optimize: str
 ) -> Iterator[Finding]:
     """Yield what all checks find; what two parts have in common is checked once."""
     whole = [part.name for part in parts if isinstance(part, Model)]
@@ -147,7 +149,7 @@ def _findings(
         if isinstance(part, Block) and part in again:
             note = f"as in `{again[part]}` above, but for fractions"
             covered |= {"kernels in the interpreter": note, "kernels ahead of time": note}
-        yield from run_checks(part, code, targets, covered)
+        yield from run_checks(part, code, targets, covered, optimize)
 
 
 def verify(
@@ -158,13 +160,15 @@ def verify(
     context_width: int | None = None,
     targets: Sequence[str] = (),
     module: str | Path | None = None,
+    optimize: str = "default",
     strict: bool = False,
 ) -> Certificate:
     """Prove the compiled block or model against its meaning, and return what was found.
 
     `targets` are GPUs ("sm_90") that the kernels are compiled for too; `module` is a built file
-    to verify instead of a new one. With `strict`, raises `NotVerifiedError` where a check fails.
+    to verify instead of a new one, which `optimize` is for. With `strict`, raises
+    `NotVerifiedError` where a check fails.
     """
     what = find(architecture(arch), name, width, context_width)
-    found = make([what], tuple(targets), None if module is None else str(module))
+    found = make([what], tuple(targets), None if module is None else str(module), optimize)
     return found.demanded() if strict else found

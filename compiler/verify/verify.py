@@ -79,6 +79,7 @@ def verify(
     code: Code | None = None,
     targets: tuple[str, ...] = (),
     covered: Mapping[str, str] = MappingProxyType({}),
+    optimize: str = "default",
 ) -> Iterator[Finding]:
     """Yield what every check of one block or model finds.
 
@@ -86,7 +87,7 @@ def verify(
     ("sm_90") that the kernels are compiled for ahead of time. `covered` are checks that another
     subject makes as well, and which.
     """
-    subject = Subject.of(what, code)
+    subject = Subject.of(what, code, optimize)
     for name in checks_of(what, code):
         if name in covered:
             yield Finding(what.name, name, None, note=covered[name])

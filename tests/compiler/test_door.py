@@ -79,8 +79,8 @@ def test_a_certificate_raises_when_asked_alone(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(hl.NotVerifiedError, match="1 of 2 checks hold") as problem:
         hl.verify(ARCH, "local", strict=True)
     assert problem.value.certificate is not None
-    (whats, targets, module), _ = asked
-    assert (whats[0].width, targets, module) == (32, ("sm_90",), None)
+    (whats, targets, module, optimize), _ = asked
+    assert (whats[0].width, targets, module, optimize) == (32, ("sm_90",), None, "default")
 
 
 def test_a_certificate_that_holds() -> None:

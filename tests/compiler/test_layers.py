@@ -314,20 +314,15 @@ def test_layers_that_read_more_than_what_comes_in(name: str) -> None:
     assert [each for each in verify(what) if each.ok is False] == []
 
 
-ALONE = """
-layer first { const kept[lanes, 1] = 1 - h; out = kept * x }
-layer last { out = (earlier * (earlier | linear(1))) | sum_heads }
-"""
+FIRST = "layer first { const kept[lanes, 1] = 1 - h; out = kept * x }\n"
+LAST = "layer last { out = (earlier * (earlier | linear(1))) | sum_heads }\n"
 
 
 def test_layers_without_parts_may_read_what_a_model_alone_has() -> None:
     wide = "model m { width = 16; lanes = 2; layers = [first] }"
-    agree(check(parse(f"{TEXT}{ALONE}{wide}")).models["m"], X)
+    agree(check(parse(f"{TEXT}{FIRST}{wide}")).models["m"], X)
     deep = "model m { width = 16; layers = [a, last] }"
-    agree(check(parse(f"{TEXT}{ALONE}{deep}")).models["m"], X)
-    with pytest.raises(LoomError) as caught:
-        check(parse(f"{TEXT}{ALONE}model m {{ width = 16; layers = [first, a] }}"))
-    assert {each.code for each in caught.value.diagnostics} == {"L224"}
+    agree(check(parse(f"{TEXT}{LAST}{deep}")).models["m"], X)
 
 
 @pytest.mark.parametrize("read", ["earlier | pick(0)", "condition | linear(16)"])
@@ -389,3 +384,50 @@ def test_every_arrow_of_a_figure_ends_at_a_box(name: str) -> None:
     places = [each.strip() for each in re.split(r"-->|\n", drawn) if each.strip()]
     boxes = {re.split(r"[(\[]", each)[0] for each in places if re.search(r"[(\[]", each)}
     assert {each for each in places if re.fullmatch(r"\w+", each)} - {"end"} <= boxes
+
+
+OF_STREAMS = {  # stages and tensors that meet streams with heads, and the same in plain PyTorch
+    "stage t { param w[features] = 0; x * (1 + w) }": lambda x, w: x * (1 + w["y_t.w"]),
+    "stage t = (x - mean(x)) | rms_norm(eps = 1e-5)": lambda x, w: functional.rms_norm(
+        x - x.mean(-1, keepdim=True), (4,), w["y_t.o_norm.weight"], 1e-5
+    ),
+    "stage t = elu1(x) * gelu_tanh(x - mean(x))": lambda x, w: (
+        (functional.elu(x) + 1) * functional.gelu(x - x.mean(-1, keepdim=True), approximate="tanh")
+    ),
+}
+
+
+@pytest.mark.parametrize("text", OF_STREAMS)
+def test_stages_of_streams_with_heads(text: str) -> None:
+    """There are as many heads as features, so that one can be taken for the other."""
+    end = "let y = x | linear(heads * 4) | split | t; out = y | merge | linear"
+    block = find(check(parse(f"{text}\nblock b {{ heads = 4; {end} }}")), "b", width=16)
+    agree(block, X)
+    module, meaning = pair(block)
+    weights = dict(module.named_parameters())
+    q = functional.linear(X, weights["y_proj.weight"]).unflatten(-1, (4, 4)).transpose(1, 2)
+    q = OF_STREAMS[text](q, weights).transpose(1, 2).flatten(2)
+    wanted = functional.linear(q, weights["o_proj.weight"])
+    torch.testing.assert_close(module(X), wanted)
+    torch.testing.assert_close(meaning(X), wanted)
+
+
+@pytest.mark.parametrize(("dims", "along"), [("head_dim", -1), ("heads", -3)])
+def test_a_tensor_meets_heads_by_what_it_is_written_for(dims: str, along: int) -> None:
+    text = f"param w[{dims}] = h + 1; let y = (x | split) * w; out = y | gate(w) | merge"
+    block = find(check(parse(f"block b {{ heads = 4; {text} }}")), "b", width=16)
+    module, meaning = pair(block)
+    scale = dict(module.named_parameters())["w"]
+    scale = scale if along == -1 else scale[:, None, None]
+    y = X.unflatten(-1, (4, 4)).transpose(1, 2)
+    wanted = (y * scale**2).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(module(X), wanted)
+    torch.testing.assert_close(meaning(X), wanted)
+
+
+def test_a_layer_of_lanes_is_checked_where_a_model_has_them() -> None:
+    text = "layer one { out = x | merge | linear(lanes * width) | split(lanes) }"
+    found = check(parse(f"{text}\nmodel m {{ width = 4; lanes = 3; layers = [one] }}"))
+    assert found.models["m"].layers[0].out.shape.heads == 3
+    with pytest.raises(LoomError):
+        check(parse(text))

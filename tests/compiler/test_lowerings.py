@@ -154,6 +154,37 @@ def test_keys_that_nobody_sees_are_left_out():
     assert tiles.seen_ranges(visible, row, standing, given)[-1] == (slice(0, 1),)  # a key at least
 
 
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("apart", [False, True])
+def test_products_made_before_the_weights_have_their_gradients(monkeypatch, apart, dtype, reads):
+    monkeypatch.setattr(tiles, "TILE", 1)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 8, generator=draw, dtype=torch.float64).to(dtype)
+               .requires_grad_() for h, n in ((4, 40), (2, 33), (2, 33)))  # fmt: skip
+
+    def weigh(s: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        more = q.sum(-1, keepdim=True) * k.repeat_interleave(2, 1).sum(-1)[..., None, :]
+        return (s + 0.1 * more if reads else s).softmax(-1)
+
+    def results(*given: Tensor) -> tuple[Tensor, ...]:
+        found = over_tiles(weigh, given[2], given[:1], given[1:2], scale=0.3, reads=reads,
+                           apart=apart and not reads)  # fmt: skip
+        return found.detach(), *torch.autograd.grad(found.square().sum(), given)
+
+    def dense(*given: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = given
+        s = 0.3 * q @ k.repeat_interleave(2, 1).mT
+        found = weigh(s, q, k) @ v.repeat_interleave(2, 1)
+        return found.detach(), *torch.autograd.grad(found.square().sum(), given)
+
+    exact = dtype == torch.float64
+    expected = dense(*(each.detach().double().requires_grad_() for each in (q, k, v)))
+    for got, wanted in zip(results(q, k, v), expected, strict=True):
+        near = 1e-10 if exact else 0.05 * wanted.abs().max().item()
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=near)
+
+
 def test_a_tile_holds_no_more_pairs_than_it_may(monkeypatch):
     monkeypatch.setattr(tiles, "TILE", 2**12)
     most = []

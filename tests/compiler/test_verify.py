@@ -185,7 +185,11 @@ def test_a_certificate_makes_equal_checks_once(monkeypatch: pytest.MonkeyPatch) 
     asked: list[tuple[str, Mapping[str, str]]] = []
 
     def run(
-        part: Block | Model, _code: Code | None, _targets: object, covered: Mapping[str, str]
+        part: Block | Model,
+        _code: Code | None,
+        _targets: object,
+        covered: Mapping[str, str],
+        _optimize: str,
     ) -> Iterator[Finding]:
         asked.append((part.name, covered))
         yield Finding(part.name, "forward", True)

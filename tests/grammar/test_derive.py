@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from headloom.compiler.pieces.stages import hard_step
+from headloom.compiler.pieces.stages import hard_step, tanh
 from headloom.grammar.derive import derivative
 from headloom.grammar.dialect import write
 from headloom.grammar.expr import NotConstant, evaluate, fold, substitute
@@ -124,7 +124,7 @@ def in_torch(expr, s, t):
     text = write(expr, "torch", lambda leaf: leaf.id)
     values = {name: torch.tensor([at], dtype=torch.float64) for name, at in (("s", s), ("t", t))}
     return text, eval(
-        text, {"torch": torch, "F": F, "hard_step": hard_step, "elu": F.elu, **values}
+        text, {"torch": torch, "F": F, "hard_step": hard_step, "elu": F.elu, "tanh": tanh, **values}
     )
 
 

@@ -141,6 +141,8 @@ CASES = {
     "softmax over heads": Case("softmax", SPLIT, over="heads"),
     "concat": Case("concat", FLAT, Shape("n", 5)),
     "concat heads": Case("concat", SPLIT, Shape("n", 2, 4)),
+    "concat over heads": Case("concat", SPLIT, Shape("n", 6), over="heads"),
+    "concat over heads, none before": Case("concat", Shape("n", 6), SPLIT, over="heads"),
     "rms_norm": Case("rms_norm", FLAT),
     "rms_norm heads": Case("rms_norm", SPLIT, eps=0.1),
     "rms_norm, no scale": Case("rms_norm", SPLIT, scale=False),
@@ -296,6 +298,10 @@ def expected(name: str) -> Tensor:
             return torch.stack([x] * 3, 1)
         case "repeat heads" | "repeat heads of one token":
             return torch.stack([x[:, h // 3] for h in range(12)], 1)
+        case "concat over heads":
+            return torch.stack([*x.unbind(1), rest[0]], 1)
+        case "concat over heads, none before":
+            return torch.stack([x, *rest[0].unbind(1)], 1)
         case "concat" | "concat heads":
             return torch.stack([*x.unbind(-1), *rest[0].unbind(-1)], -1)
         case "rms_norm" | "rms_norm heads":
@@ -689,7 +695,8 @@ def test_expressions(text: str) -> None:
         ("split", [SPLIT], {"heads": 2}),
         ("split", [FLAT], {"heads": 5}),
         ("merge", [FLAT], {}),
-        ("concat", [FLAT, SPLIT], {}),
+        ("concat", [FLAT, SPLIT], {"over": "features"}),
+        ("concat", [FLAT, SPLIT], {"over": "heads"}),
         ("rope", [FLAT], {"theta": 1e4, "dims": 5, "scaling": 1}),
         ("rope", [FLAT], {"theta": -1, "dims": 4, "scaling": 1}),
         ("dropout", [FLAT], {"p": 1}),
@@ -736,6 +743,22 @@ def test_a_step_is_exact_where_its_operand_is_infinite(of: str) -> None:
     y.sum().backward()
     assert a.grad is not None
     assert a.grad.tolist() == [1, 1, 1, 1, 1]
+
+
+def test_tanh_of_many_has_the_digits_and_the_derivatives_of_pytorchs_own() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 64, 512, generator=draw) * torch.logspace(-6, 2, 512)
+    x[..., :4] = torch.tensor([torch.inf, -torch.inf, 0.0, 44.0])
+    x.requires_grad_()
+    y, exact = stages.tanh(x), torch.tanh(x.double())
+    assert not torch.equal(y, torch.tanh(x))  # else it is PyTorch's own
+    torch.testing.assert_close(y.double(), exact, rtol=3e-7, atol=0)
+    weigh = torch.randn(x.shape, generator=draw)
+    found, wanted = [], []
+    for into, made in ((found, y), (wanted, exact)):
+        (grad,) = torch.autograd.grad((made * weigh).sum(), x, create_graph=True)
+        into += [grad, *torch.autograd.grad(grad.sum(), x)]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=5e-6)  # 1 - y² next to 1
 
 
 def test_a_step_is_compiled_and_exported() -> None:

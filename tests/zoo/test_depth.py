@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear, rms_norm, silu
+from torch.nn.functional import (
+    gelu,
+    layer_norm,
+    linear,
+    rms_norm,
+    scaled_dot_product_attention,
+    silu,
+)
 
 from ..oracles.others import Widened, file_of
 from .layers import Joined, Place, X, given
@@ -24,6 +31,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4HyperHead,
 )
 from transformers.models.hy_v4.modeling_hy_v4 import HYV4HyperConnection, HYV4HyperHead
+from transformers.models.inkling2.modeling_inkling2 import Inkling2BlockAttentionResidual
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkResidualGate
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextGatedResidual
 from transformers.models.zaya.modeling_zaya import ZayaResidualScaling
@@ -389,6 +397,28 @@ def test_D209_attention_over_depth_is_that_of_fla():
     joined.agrees(whole)
 
 
+def test_D209_parts_read_the_blocks_below_as_in_inkling_2():
+    joined = Joined("blocks_over_depth")
+
+    def whole(x):
+        outs = [x]
+        for p in joined.places:
+            made: list[Tensor] = []
+            for name, part in (("first", "one"), ("second", "two"), ("third", "three")):
+                config = SimpleNamespace(hidden_size=32)
+                query = {"query": p[f"{name}_proj.weight"][0]}
+                own = given(Inkling2BlockAttentionResidual(config), query)
+                *blocks, newest = [*outs, sum(made)] if made else outs
+                below = torch.stack(blocks, -2) if blocks else newest[..., None, :][..., :0, :]
+                with Widened():
+                    (read,) = own(below, newest)
+                made.append(p.after(part, read))
+            outs.append(sum(made))
+        return outs[-1]
+
+    joined.agrees(whole)
+
+
 def test_D209_the_newest_asks_as_in_x_transformers():
     joined = Joined("newest_over_depth")
 
@@ -486,17 +516,21 @@ def test_D210_views_are_those_of_x_transformers():
     joined.agrees(whole)
 
 
-def attended(p: Place, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention with rotary positions, of normed streams."""
-    heads = {
-        name: linear(p.normed(f"{name}_norm", x), p[f"{name}_proj.weight"])
-        .unflatten(-1, (4, -1))
-        .transpose(1, 2)
-        for name, x in (("q", q), ("k", k), ("v", v))
-    }
-    o = torch.nn.functional.scaled_dot_product_attention(
-        turned(heads["q"]), turned(heads["k"]), heads["v"], is_causal=True
-    )
+def attended(p: Place, **streams: Tensor) -> Tensor:
+    """Return causal attention with rotary positions, of streams q, k and v that are normed."""
+    return mixed(p, *(
+        heads(linear(p.normed(f"{name}_norm", x), p[f"{name}_proj.weight"]))
+        for name, x in streams.items()
+    ))  # fmt: skip
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (4, -1)).transpose(1, 2)
+
+
+def mixed(p: Place, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return what causal attention with rotary positions makes of heads."""
+    o = scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True)
     return linear(o.transpose(1, 2).flatten(2), p["o_proj.weight"])
 
 
@@ -529,6 +563,28 @@ def test_D211_a_map_that_reads_what_comes_in_alone_is_no_skip():
     for p in joined.places[2:]:
         p["y_proj.weight"].data.copy_(torch.cat([torch.zeros(32, 32), torch.eye(32)], 1))
     assert_close(joined(X), through(joined, plain_residual)(X))
+
+
+def test_D212_values_are_a_mean_of_each_token_and_head():
+    joined = Joined("value_residual")
+
+    def whole(x):
+        first = None
+        for place in joined.places:
+            p = Place(place.layer.get_submodule("attn"))
+            y = place.normed("attn_norm", x)
+            if first is None:
+                first = v = heads(linear(y, p["own_proj.weight"]))
+            else:
+                share = linear(y, p["share_proj.weight"], p["share_proj.bias"]).sigmoid()
+                share = share.mT[..., None]
+                v = share * heads(linear(y, p["v_proj.weight"])) + (1 - share) * first
+            q, k = (heads(linear(y, p[f"{name}_proj.weight"])) for name in "qk")
+            x = x + mixed(p, q, k, v)
+            x = x + place.after("ffn", x)
+        return x
+
+    joined.agrees(whole)
 
 
 @pytest.mark.parametrize("share", [0, 1])
