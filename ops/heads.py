@@ -107,8 +107,10 @@ class Repeat(Op):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
+        import torch
+
         (x,) = inputs
-        x = x if run.has_heads(0, x) else x.reshape(*x.shape[:-2], 1, -1, x.shape[-1])
+        x = x if run.has_heads(0, x) else torch.atleast_2d(x).unsqueeze(-3)
         return x.repeat_interleave(options["times"], dim=-3)
 
     def text(
@@ -165,7 +167,10 @@ class Concat(Op):
 
         if options["over"] == "features":
             return torch.cat(list(inputs), dim=-1)
-        parts = [x if run.has_heads(at, x) else x.unsqueeze(-3) for at, x in enumerate(inputs)]
+        parts = [
+            x if run.has_heads(at, x) else torch.atleast_2d(x).unsqueeze(-3)
+            for at, x in enumerate(inputs)
+        ]
         return torch.cat(parts, dim=-3)
 
     def text(
@@ -174,5 +179,8 @@ class Concat(Op):
         if options["over"] == "features":
             return f"torch.cat([{', '.join(inputs)}], dim=-1)"
         pairs = zip(inputs, shapes, strict=True)
-        parts = (x if shape.heads is not None else f"{x}.unsqueeze(-3)" for x, shape in pairs)
+        parts = (
+            x if shape.heads is not None else f"torch.atleast_2d({x}).unsqueeze(-3)"
+            for x, shape in pairs
+        )
         return f"torch.cat([{', '.join(parts)}], dim=-3)"
