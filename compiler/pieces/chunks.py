@@ -44,7 +44,7 @@ def chunked_linear(
         for some in sections(size, q, k, v, w, decay, q_scale, v_scale, w_scale):
             made, last = linear_section(*some, last, size, before)  # type: ignore[call-arg]
             parts.append(made)
-        return of_all_tokens(parts, b, n), last.unflatten(0, (b, h))
+        return of_all_tokens(parts, b, h, n), last.unflatten(0, (b, h))
 
 
 def linear_section(
@@ -147,7 +147,7 @@ def faded_sums(x: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
                     step *= 2
             (made,), last = over_chunks(sums_of_chunk, last, sums, since)
             parts.append(made)
-        return of_all_tokens(parts, b, n)
+        return of_all_tokens(parts, b, h, n)
 
 
 def sums_of_chunk(last: Tensor, chunk: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
@@ -292,15 +292,15 @@ def in_chunks_too(scale: Tensor | None, size: int) -> Tensor | None:
     return None if scale is None else chunks_first(scale, size, 0.0)
 
 
-def of_all_tokens(parts: list[Tensor], b: int, n: int) -> Tensor:
+def of_all_tokens(parts: list[Tensor], b: int, h: int, n: int) -> Tensor:
     """Return the n tokens [b, h, n, d] of the chunks [chunks, b h, size, d] in some parts.
 
     They are laid out as projections take them: token by token, the heads of one together.
     """
     if torch.compiler.is_compiling():
-        found: Tensor = tokens_of_chunks(parts[0].transpose(0, 1), n).unflatten(0, (b, -1))
+        found: Tensor = tokens_of_chunks(parts[0].transpose(0, 1), n).unflatten(0, (b, h))
     else:
-        laid = [each.unflatten(1, (b, -1)).permute(1, 0, 3, 2, 4) for each in parts]
+        laid = [each.unflatten(1, (b, h)).permute(1, 0, 3, 2, 4) for each in parts]
         found = torch.cat(laid, dim=1).flatten(1, 2)[:, :n].transpose(1, 2)
     return found
 

@@ -22,11 +22,11 @@ class Constants(nn.Module):
         """Return every constant, in float64."""
         raise NotImplementedError
 
-    def set_constants(self, *_: object) -> None:
+    def set_constants(self, *loaded: object) -> None:
         """Make the constants, where they are and in their dtype."""
         like = next(self.buffers(recurse=False), torch.empty(0))
-        if like.is_meta:  # of weights that were assigned to it, if they are there
-            like = next(self.parameters(), like)
+        if like.is_meta and loaded:  # of weights that were assigned to it, if they are there
+            like = next(self.parameters(), torch.empty(0))
         for name, value in self.constants(like.device).items():
             self.register_buffer(name, value.to(like.dtype), persistent=False)
 

@@ -16,7 +16,8 @@ from headloom.compiler.pieces.constants import Constants
 from headloom.compiler.pipeline import generate, load
 from headloom.compiler.plan.plan import Target
 
-NAMES = [each.name for each in zoo.entries() if re.search(r"\bconst\b|alibi", each.text)]
+SAID = re.compile(r"^[^#\n]*(?:\bconst\b|alibi)", re.MULTILINE)
+NAMES = [each.name for each in zoo.entries() if SAID.search(each.text)]
 
 
 def inputs(what: Block | Model, n: int = 9) -> dict[str, torch.Tensor]:
