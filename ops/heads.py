@@ -32,6 +32,12 @@ def _swapped(shape: Shape) -> str:
     return "(-3, -2)" if shape.tokens == "1" else "(1, 2)"
 
 
+def _one_head(x: Tensor) -> Tensor:
+    """Return [.., n, d] as [.., 1, n, d]; a tensor is [d] or []."""
+    whole = x if x.ndim > 1 else x.reshape(1, -1)
+    return whole.unsqueeze(-3)
+
+
 class Split(Op):
     """`split(heads)`: [n, heads · d] → [heads, n, d]."""
 
@@ -107,10 +113,8 @@ class Repeat(Op):
     def eager(
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
-        import torch
-
         (x,) = inputs
-        x = x if run.has_heads(0, x) else torch.atleast_2d(x).unsqueeze(-3)
+        x = x if run.has_heads(0, x) else _one_head(x)
         return x.repeat_interleave(options["times"], dim=-3)
 
     def text(
@@ -167,10 +171,7 @@ class Concat(Op):
 
         if options["over"] == "features":
             return torch.cat(list(inputs), dim=-1)
-        parts = [
-            x if run.has_heads(at, x) else torch.atleast_2d(x).unsqueeze(-3)
-            for at, x in enumerate(inputs)
-        ]
+        parts = [x if run.has_heads(at, x) else _one_head(x) for at, x in enumerate(inputs)]
         return torch.cat(parts, dim=-3)
 
     def text(
