@@ -120,6 +120,9 @@ class Data:
 Structure = Band | Blocks | Distance | Heads | Documents | Tiles | Data
 
 
+MOST_SIZES = 8  # of blocks, that are tried
+
+
 @lru_cache(maxsize=1024)
 def structure(mask: Expr, heads: int) -> Structure:
     """Return what a checked mask is, for so many heads."""
@@ -257,7 +260,10 @@ def _existing(box: Box) -> Box:
 
 
 def _blocks(mask: Expr) -> Blocks | None:
-    """Return the band of blocks that a mask of i and j is, of one of the sizes it divides by."""
+    """Return the band of blocks that a mask of i and j is, of one of the sizes it divides by.
+
+    One that divides by many sizes is none, and is not looked at for each of them.
+    """
     sizes = {
         node.right.value
         for node in walk(mask)
@@ -266,7 +272,7 @@ def _blocks(mask: Expr) -> Blocks | None:
         and isinstance(node.right, Number)
         and node.right.value >= 2
     }
-    for size in sorted(sizes):
+    for size in sorted(sizes) if len(sizes) <= MOST_SIZES else ():
         if float(size).is_integer() and (found := _blocks_of(mask, int(size))) is not None:
             return found
     return None
