@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 import headloom as hl
 
@@ -44,7 +45,7 @@ def live_tensors() -> int:
     storages = {
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
         for each in tensors
-        if each.layout == torch.strided
+        if each.layout == torch.strided and not is_functorch_wrapped_tensor(each)
     }
     return sum(storages.values())
 
