@@ -49,6 +49,29 @@ def drawn(file, chooser=None) -> str:
 # ── drawing ──────────────────────────────────────────────────────────────────────────────
 
 
+LAYERED = parse("""
+block a { heads = 2; mask = causal }
+stage opened(c) { param g[features] = 1;  g * tanh(c * x) }
+layer mine(attn, ffn) { param g = uniform(0.1..1)
+  out = x + g * (x | norm | choose(attn, ffn)) + (x | norm | ffn) }
+model m {
+  width = 16; lanes = none
+  layer  = choose(pre, sandwich, parallel, mine)
+  ffn    = choose(swiglu(2), gelu(integer(1..3)), none)
+  norm   = choose(rms, layer, opened(uniform(0.5..2)))
+  layers = each(2, choose(a, pre(a, none), maybe(gelu(2)))) + loop(integer(1..3), [a])
+}
+""")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_layers_and_what_they_are_made_of_are_drawn(seed):
+    file = draw(LAYERED, Random(seed))
+    assert not has_holes(file)
+    assert parse(format_loom(file)) == file
+    assert 1 <= len(check(file).models["m"].layers) <= 3
+
+
 @given(st.integers(0, 10**9))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_every_draw_prints_parses_and_checks(seed):
