@@ -45,5 +45,6 @@ class Embed(Op):
         return f"embedded(self.{module}, {inputs[0]}[..., 0])"
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
+        # Its values are drawn once: nn.Embedding by itself would draw others first.
         drawn = f"torch.empty({options['count']}, {options['features']}).normal_(std=0.02)"
         return f"nn.Embedding.from_pretrained({drawn}, freeze=False)"

@@ -23,8 +23,8 @@ from ...grammar.syntax import Definition, Expr, File, Statement
 from .names import taken
 
 Named = TypeVar("Named", Definition, syntax.Block, syntax.Model)
+Found = TypeVar("Found", syntax.Block, syntax.Model)
 
-KINDS_OF_PARTS = ("block", "layer", "ffn")
 MAX_NODES = 20_000  # parts of one expression, and of all the definitions a block uses
 
 
@@ -80,15 +80,15 @@ class Library:
         every = [*(item for item in given if isinstance(item, syntax.Block)), *blocks]
         definitions = [*(item for item in given if isinstance(item, Definition)), *own]
 
-        def named(kind: str) -> dict[str, syntax.Block]:
+        def of(kind: str) -> dict[str, syntax.Block]:
             return {each.name: each for each in every if each.kind == kind}
 
         models = [_with_lets(item, lets) for item in file.items if isinstance(item, syntax.Model)]
         return Library(
             {(each.kind, each.name): each for each in definitions},
-            named("block"),
-            named("layer"),
-            named("ffn"),
+            of("block"),
+            of("layer"),
+            of("ffn"),
             {each.name: each for each in models},
             lets,
             next((item for item in file.items if isinstance(item, syntax.Search)), None),
@@ -101,26 +101,17 @@ class Library:
     def kind_of(self, call: Expr) -> str | None:
         """Return whether `name` or `name(args)` is a block, a layer or an ffn; None for others."""
         name = call.id if isinstance(call, syntax.Name) else getattr(call, "function", None)
-        tables = zip(KINDS_OF_PARTS, (self.blocks, self.layers, self.ffns), strict=True)
-        return next((kind for kind, table in tables if name in table), None)
+        return next((kind for kind, table in self.parts.items() if name in table), None)
+
+    @property
+    def parts(self) -> dict[str, Mapping[str, syntax.Block]]:
+        """What a layer may be made of, by its kind."""
+        return {"block": self.blocks, "layer": self.layers, "ffn": self.ffns}
 
     def item(self, call: Expr, kind: str | None = None) -> syntax.Block:
         """Return what a name or call means, of a kind, or the first there is (L218)."""
-        name = call.id if isinstance(call, syntax.Name) else getattr(call, "function", None)
-        if not isinstance(call, syntax.Name | syntax.Call) or name is None:
-            raise error("L218", f"this is not a {kind}", call.span, "", "name one, or call it")
         kind = kind or self.kind_of(call) or "block"
-        table = {"block": self.blocks, "layer": self.layers, "ffn": self.ffns}[kind]
-        if name not in table:
-            have = ", ".join(f"`{each}`" for each in table) or "none"
-            raise error(
-                "L218",
-                f"there is no {kind} `{name}`",
-                call.span,
-                "",
-                did_you_mean(name, table, f"this file has {have}"),
-            )
-        return table[name]
+        return named(self.parts[kind], kind, call)
 
     def is_recursive(self, definition: Definition) -> bool:
         """Say whether a definition's text leads back to it, whatever its arguments."""
@@ -189,6 +180,23 @@ def _with_lets(item: Named, lets: Mapping[str, Expr]) -> Named:
         seen.pop(name, None)
     body = tuple(substitute_statement(each, seen) for each in item.body)
     return replace(item, params=tuple(params), body=body)
+
+
+def named(table: Mapping[str, Found], kind: str, call: Expr) -> Found:
+    """Return what a name or call means, of those there are of a kind (L218)."""
+    name = call.id if isinstance(call, syntax.Name) else getattr(call, "function", None)
+    if not isinstance(call, syntax.Name | syntax.Call) or name is None:
+        raise error("L218", f"this is not a {kind}", call.span, "", "name one, or call it")
+    if name not in table:
+        have = ", ".join(f"`{each}`" for each in table) or "none"
+        raise error(
+            "L218",
+            f"there is no {kind} `{name}`",
+            call.span,
+            "",
+            did_you_mean(name, table, f"this file has {have}"),
+        )
+    return table[name]
 
 
 def put(expr: Expr, values: Mapping[str, Expr]) -> Expr:

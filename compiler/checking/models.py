@@ -19,7 +19,7 @@ from .blocks import Draft, Sizes, draft_block
 from .flows import Target, elaborate
 from .inheritance import SETTINGS as OF_BLOCKS
 from .layers import composed, elaborate_part, whole
-from .library import Library, bind, parsed, put, standard, standard_names
+from .library import Library, bind, named, parsed, put, standard, standard_names
 from .previous import stack
 from .scope import Findings, Scope
 from .spellings import instead
@@ -35,8 +35,8 @@ HEADS = {  # the heads that have names, as pipelines
     "lm": "x | norm | linear(vocab)",
     "classify": "x | norm | mean_tokens | linear(classes, bias = true)",
     "none": "x | norm",
-    "mean": "x | mean_heads",  # of the lanes, before each of these
 }
+OF_LANES = {"x": "x | mean_heads"}  # what each of these begins with where there are lanes
 MAX_LAYERS = 1024
 _Place = tuple[Expr, object]  # a layer of the list, and whose weights it has where not its own
 
@@ -49,6 +49,11 @@ def _defaults() -> dict[str, Expr]:
 @cache
 def _heads() -> dict[str, Expr]:
     return parsed("heads", HEADS)
+
+
+@cache
+def _of_lanes() -> dict[str, Expr]:
+    return parsed("lanes", OF_LANES)
 
 
 def elaborate_model(
@@ -237,7 +242,7 @@ class _Reader:
         elif not isinstance(self.get("head"), Name | Call):
             pipeline = self.get("head")
         else:
-            name, count, value = self._call("head", ("lm", "classify", "none"))
+            name, count, value = self._call("head", tuple(HEADS))
             pipeline = self._of_lanes(_heads()[name])
             if name == "lm" and vocab is None:
                 raise error("L222", "a language-model head needs a `vocab`", value.span)
@@ -265,7 +270,7 @@ class _Reader:
 
     def _of_lanes(self, head: Expr) -> Expr:
         """Return a head that begins with the mean of all lanes, where there are such."""
-        return head if self.lanes is None else put(head, {"x": _heads()["mean"]})
+        return head if self.lanes is None else put(head, _of_lanes())
 
     def _end(self, kind: str, pipeline: Expr, sizes: Mapping[str, int]) -> Block:
         """Return a pipeline of the model's own, before its layers or after them."""
@@ -571,14 +576,4 @@ def _with_own_names(head: Block) -> Block:
 
 def find_model(library: Library, call: Expr) -> syntax.Model:
     """Return the model a name or call means (L218)."""
-    name = call.id if isinstance(call, Name) else getattr(call, "function", "")
-    if name not in library.models:
-        have = ", ".join(f"`{each}`" for each in library.models) or "none"
-        raise error(
-            "L218",
-            f"there is no model `{name}`",
-            call.span,
-            "",
-            did_you_mean(str(name), library.models, f"this file has {have}"),
-        )
-    return library.models[name]
+    return named(library.models, "model", call)

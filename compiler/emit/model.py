@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from ...ops import OPS
 from ..facts.decoding import obstacle
 from ..graph.graph import Node
 from ..graph.operations import Stage, Whole
@@ -154,9 +155,9 @@ def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
 
 
 def _table(name: str, rows: int, width: int) -> list[str]:
-    """Write an embedding whose values are drawn once: nn.Embedding would draw others first."""
-    drawn = f"torch.empty({rows}, {width}).normal_(std=0.02)"
-    return call(f"self.{name} = nn.Embedding.from_pretrained", [drawn, "freeze=False"])
+    """Write an embedding as the stage `embed` makes it."""
+    made = OPS["embed"].constructor((), {"count": rows, "features": width})
+    return [f"self.{name} = {made}"]
 
 
 def _forward(model: Model, classes: Classes) -> list[str]:
