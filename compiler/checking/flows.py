@@ -406,7 +406,9 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
     if whole:
         return [_whole(scope, stage, module_name(name))]
     library = scope.library
-    parts = [*library.layers, *library.ffns] if scope.around is not None else library.ffns
+    parts = [*library.ffns]
+    if scope.around is not None:
+        parts += ["norm", *scope.parts, *library.layers]
     known = [*(OPS.keys() - UNNAMED), "gate", "scale", *library.known("stage"), *FUNCTIONS, *parts]
     called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""
     raise error(

@@ -431,3 +431,11 @@ def test_a_layer_of_lanes_is_checked_where_a_model_has_them() -> None:
     assert found.models["m"].layers[0].out.shape.heads == 3
     with pytest.raises(LoomError):
         check(parse(text))
+
+
+def test_a_misspelt_norm_is_known() -> None:
+    layer = "layer l(p) { out = x + (x | nrm | p) }"
+    with pytest.raises(LoomError) as caught:
+        check(parse(f"{TEXT}{layer}\nmodel m {{ width = 16; layers = [l(a)] }}"))
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.help) == ("L208", "did you mean `norm` or `l2_norm`?")
