@@ -168,6 +168,8 @@ SETTINGS = {
     "out = joint(one, two) | merge | linear",
     "statistics": f"{CAUSAL}; let g = x | linear(1) | sigmoid; param c[heads] = 1; "
     "out = (o * entropy(o) + c * lse(o) + rows(o, p * g[j])) | merge | linear",
+    "statistics_of_tables": f"{CAUSAL}; param c[heads, 9] = 0.2 + h; param d[9] = 0.3; "
+    "out = (o * rows(o, p * c[h, clip(i - j, 0, 8)]) + rows(o, p * d[j])) | merge | linear",
     "statistics_of_sinks": "heads = 4; mask = j < i; normalize = sink; "
     "out = (o * entropy(o) + tanh(lse(o))) | merge | linear",
     "columns": "heads = 4; let g = x | linear(1) | sigmoid; "

@@ -14,7 +14,9 @@ from torch.nn.functional import (
     conv1d,
     elu,
     gelu,
+    layer_norm,
     linear,
+    normalize,
     pad,
     scaled_dot_product_attention,
     silu,
@@ -233,10 +235,15 @@ def fit_by_groups(mechanism: Mechanism, x: Tensor) -> Tensor:
         )
         return mapped(mechanism, f"{name}_proj", attended(*streams, **options))
 
-    groups = x.unflatten(1, (-1, 4))
+    def network(inner: str, outer: str, x: Tensor) -> Tensor:
+        hidden = gelu(mapped(mechanism, f"{inner}_proj", normed(mechanism, f"{inner}_norm", x)))
+        return x + mapped(mechanism, f"{outer}_proj", hidden)
+
+    groups = x.unflatten(1, (-1, 4)) + mechanism.parameter("place_v_latents.weight")
     count, shape = groups.shape[1], groups.shape
     local = normed(mechanism, "local_own__norm", groups.flatten(0, 1))
-    y = groups + attend("local_", "y", local, local, is_causal=True).view(shape)
+    near = groups + attend("local_", "near", local, local, is_causal=True).view(shape)
+    y = network("inner", "y", near)
     latents = mechanism.parameter("empty_latents.weight").unflatten(0, (8, 2))[:count]
     latents = latents.expand(2, -1, -1, -1)
     read = attend(
@@ -248,10 +255,11 @@ def fit_by_groups(mechanism: Mechanism, x: Tensor) -> Tensor:
     latents = (latents + read.view(latents.shape)).flatten(1, 2)
     own = normed(mechanism, "global_own__norm", latents)
     chunks = torch.arange(2 * count) // 2
-    told = attend("global_", "told", own, own, attn_mask=chunks[:, None] >= chunks)
-    told = normed(mechanism, "told_norm", latents + told).unflatten(1, (count, 2))[:, :-1]
-    back = attend("", "o", normed(mechanism, "q_norm", y[:, 1:]).flatten(0, 1), told.flatten(0, 1))
-    return (y + pad(back.view(2, count - 1, 4, 32), (0, 0, 0, 0, 1, 0))).flatten(1, 2)
+    met = latents + attend("global_", "met", own, own, attn_mask=chunks[:, None] >= chunks)
+    told = network("deep", "told", met)
+    told = normed(mechanism, "told_norm", pad(told, (0, 0, 2, 0))[:, :-2]).unflatten(1, (count, 2))
+    back = attend("", "o", normed(mechanism, "q_norm", y).flatten(0, 1), told.flatten(0, 1))
+    return (y + back.view(shape)).flatten(1, 2)
 
 
 def test_248_is_attention_of_folded_groups():
@@ -270,11 +278,11 @@ def test_248_groups_meet_through_latents_alone():
     mechanism = Mechanism("fit").set(o_proj_weight=0)
     x = tokens(24)
     assert moved(mechanism(x), mechanism(changed(x, 9))) == [9, 10, 11]
-    assert_close(mechanism(x)[:, 4:8], mechanism(x[:, 4:8]))
+    assert_close(mechanism(x)[:, 4:8], mechanism(x[:, 4:8]))  # places are those in the group
 
 
 def test_248_latents_that_do_not_meet_tell_of_one_group():
-    mechanism = Mechanism("fit").set(told_proj_weight=0)
+    mechanism = Mechanism("fit").set(met_proj_weight=0)
     x = tokens(24)
     assert moved(mechanism(x), mechanism(changed(x, 9))) == list(range(9, 16))
 
@@ -602,13 +610,13 @@ def test_differential_without_the_second_map_it_is_attention_and_a_norm():
 
 
 def test_14_the_identity_mixes_nothing():
-    mechanism = Mechanism("super_attention").set(mixing=torch.eye(32))
+    mechanism = Mechanism("super_attention").set(mixing=torch.eye(32), shift=0)
     assert_close(mechanism(X), Mechanism("efficient_slices", like=mechanism)(X))
 
 
 def test_14_the_map_is_between_attention_and_slices():
     mechanism = Mechanism("super_attention")
-    v = split(mechanism.parameter("mixing")[:N, :N] @ X)
+    v = split(mechanism.parameter("mixing")[:N, :N] @ X + mechanism.parameter("shift")[:N, None])
     a = (8**-0.5 * split(mapped(mechanism, "q_proj", X)) @ split(X).mT).softmax(-1)
     assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(a @ v)))
 
@@ -717,10 +725,8 @@ CONDITION = tokens(1, width=6, seed=5)
 
 def test_90_all_tokens_are_told_the_same():
     mechanism = Mechanism("conditional_cross")
-    told = mechanism(X, context=CONDITION) - X
+    told = mechanism.streams(X, context=CONDITION)["told"] - X
     assert_close(told, told[:, :1].expand_as(told))
-    p = mechanism.weights(X, context=CONDITION)
-    assert_close(p, p[:, :, :1].expand_as(p))
 
 
 def test_90_the_attribute_asks():
@@ -733,7 +739,10 @@ def test_90_the_attribute_asks():
             for name, each in zip("qkv", (asked, image, image), strict=True)
         )
     )
-    assert_close(mechanism(X, context=CONDITION), X + mapped(mechanism, "o_proj", o))
+    told = X + mapped(mechanism, "told_proj", o)
+    inner = gelu(mapped(mechanism, "inner_proj", normed(mechanism, "inner_norm", told)))
+    embedding = normalize(told + mapped(mechanism, "o_proj", inner), dim=-1)
+    assert_close(mechanism(X, context=CONDITION), embedding, atol=1e-6)  # of the length's eps
 
 
 def test_90_attributes_do_not_meet():
@@ -1099,7 +1108,7 @@ def test_173_the_first_token_sees_itself_alone():
 def test_201_is_torchs_attention_twice():
     mechanism = Mechanism("gcog_cross")
     z = torch.zeros(2, 1, 32, dtype=torch.float64)
-    for part, out, norm, source in (("rules", "ruled", "ruled", X), ("seen_", "o", "o", OTHER)):
+    for part, out, source in (("rules", "ruled", X), ("seen_", "o", OTHER)):
         theirs = nn.MultiheadAttention(32, 1, batch_first=True, dtype=torch.float64)
         p = dict(mechanism.meaning.named_parameters())
         with torch.no_grad():
@@ -1112,7 +1121,12 @@ def test_201_is_torchs_attention_twice():
                 theirs.in_proj_bias[:32] = p["rules_q_latents.weight"][0]
             theirs.out_proj.weight.copy_(p[f"{out}_proj.weight"])
             theirs.out_proj.bias.copy_(p[f"{out}_proj.bias"])
-        z = normed(mechanism, f"{norm}_norm", z + found(theirs, z, source, source))
+        z = layer_norm(
+            z + found(theirs, z, source, source),
+            (32,),
+            mechanism.parameter("gain"),
+            mechanism.parameter("shift"),
+        )
     assert_close(mechanism(X, context=OTHER), z)
 
 
