@@ -660,64 +660,7 @@ def test_75_without_relations_symbols_are_the_values():
 LAYERS = tokens(9, width=96, seed=5)
 
 
-def test_20_masked_positions_do_not_see_each_other():
-    mechanism = Mechanism("crossmae")
-    y = mechanism(X, context=LAYERS)
-    some = torch.tensor([7, 2, 5])
-    assert_close(mechanism(X[:, some], context=LAYERS), y[:, some])
-    assert_close(mechanism(X, context=LAYERS[:, ORDER]), y)
-
-
-def test_20_one_layer_alone_reads_that_layer():
-    mechanism = Mechanism("crossmae").set(first=0, middle=0, last=1)
-    other = torch.cat([tokens(9, width=64, seed=6), LAYERS[..., 64:]], -1)
-    assert_close(mechanism(X, context=other), mechanism(X, context=LAYERS))
-
-
-def test_20_is_a_block_of_cross_attention_and_a_network():
-    mechanism = Mechanism("crossmae")
-    layers = torch.stack(LAYERS.chunk(3, -1), -1)
-    mixture = torch.stack([mechanism.parameter(name) for name in ("first", "middle", "last")])
-    y = normed(mechanism, "y_norm", layers @ mixture)
-    q = normed(mechanism, "q_norm", X)
-    o = attended(
-        *(
-            mapped(mechanism, f"{name}_proj", each)
-            for name, each in zip("qkv", (q, y, y), strict=True)
-        )
-    )
-    x = X + mapped(mechanism, "seen__proj", o)
-    inner = gelu(mapped(mechanism, "inner_proj", normed(mechanism, "inner_norm", x)))
-    assert_close(mechanism(X, context=LAYERS), x + mapped(mechanism, "o_proj", inner))
-
-
 KINDS = torch.tensor([[0] * 5 + [1] * 6] * 2)
-
-
-def test_42_closed_gates_leave_the_model_as_it_was():
-    mechanism = Mechanism("crosslmm").set(visual_gate=0, text_gate=0)
-    assert_close(mechanism(X, context=OTHER, segments=KINDS), X)
-
-
-def test_42_vision_and_text_read_with_weights_of_their_own():
-    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=-0.4)
-    parts = []
-    for name, part in (("visual", X[:, :5]), ("text", X[:, 5:])):
-        q, k, v = (
-            mapped(mechanism, f"{name}_{at}_proj", each)
-            for at, each in zip("qkv", (part, OTHER, OTHER), strict=True)
-        )
-        gate = mechanism.parameter(f"{name}_gate").tanh()
-        parts.append(part + gate * attended(q, k, v))
-    assert_close(mechanism(X, context=OTHER, segments=KINDS), torch.cat(parts, 1))
-
-
-def test_42_a_video_of_one_token_adds_its_value():
-    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=0)
-    one = tokens(1, seed=5)
-    added = math.tanh(0.7) * mapped(mechanism, "visual_v_proj", one)
-    expected = torch.where(KINDS[..., None] == 0, X + added, X)
-    assert_close(mechanism(X, context=one, segments=KINDS), expected)
 
 
 CONDITION = tokens(1, width=6, seed=5)

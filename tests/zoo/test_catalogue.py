@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import (
     fold,
-    gelu,
-    layer_norm,
     linear,
     one_hot,
     pad,
@@ -19,10 +17,9 @@ from torch.nn.functional import (
     unfold,
 )
 
-from headloom.compiler import api
 from headloom.compiler.meaning.attend import Given, Places, attend
 
-from .mechanisms import MHA, Mechanism, assert_close, causal, softmax, text_of, tokens, visible
+from .mechanisms import MHA, Mechanism, assert_close, causal, softmax, tokens, visible
 
 FULL = MHA.replace("; mask = causal", "")
 N = 24
@@ -149,7 +146,6 @@ DENSE: dict[str, tuple[tuple[str, str], ...]] = {
             ("clip(i - j, 0, 15)", "15")),
     "a_shape": (("where(h < 2, 1, 4)", "40"), ("position = rope", "position = none")),
     "parallel_context": (("position = rope", "position = none"),),
-    "layerboost": (("position = rope", "position = none"),),
 }  # fmt: skip
 
 
@@ -407,53 +403,6 @@ def test_59_values_and_keys_are_read_within_the_window():
     changed[:, 3] = 1
     moved = (mechanism(x) - mechanism(changed)).abs().amax((0, 2)) > 1e-12
     assert moved.tolist() == [3 <= i < 11 for i in range(N)]
-
-
-def boosted(*changes: tuple[str, str]) -> torch.nn.Module:
-    text = text_of("layerboost", *changes)
-    text += "model m { width = 32; layers = [layerboost] * 3 }\n"
-    return api.compile(api.load(text, format="loom"), "m", dtype=torch.float64, seed=0).eval()
-
-
-def test_249_layers_by_their_number():
-    model = boosted()
-    parts = """
-    block full { width = 32; heads = 4; position = rope; mask = causal }
-    block near : full { mask = causal and window(8) }
-    block gone : full { weights = 0 * p }
-    model m { width = 32; layers = [full, near, gone] }
-    """
-    apart = api.compile(api.load(parts, format="loom"), "m", dtype=torch.float64).eval()
-    apart.load_state_dict(model.state_dict())
-    x = tokens(N)
-    with torch.no_grad():
-        assert_close(model(x), apart(x))
-
-
-def test_249_of_softmax_layers_alone_it_is_the_model_as_it_was():
-    changes = (("layer % 3 == 2", "layer % 3 == 7"), ("window(8)", "window(40)"))
-    model = boosted(*changes)
-    plain = """
-    block full { width = 32; heads = 4; position = rope; mask = causal }
-    model m { width = 32; layers = [full] * 3 }
-    """
-    whole = api.compile(api.load(plain, format="loom"), "m", dtype=torch.float64).eval()
-    whole.load_state_dict(model.state_dict())
-    x = tokens(N)
-    with torch.no_grad():
-        assert_close(model(x), whole(x))
-    assert not torch.allclose(boosted()(x), whole(x))
-
-
-def test_249_what_a_removed_layer_weighs_makes_no_difference():
-    model = boosted()
-    x = tokens(N)
-    with torch.no_grad():
-        y = model(x)
-        for name, each in model.named_parameters():
-            if "layers.2" in name and "_proj" in name and "ffn" not in name:
-                each += 1
-        assert_close(model(x), y)
 
 
 def test_236_no_head_overruled_is_attention():
@@ -759,38 +708,6 @@ def test_180_independent_priors_multiply():
 IMAGE, OTHER = tokens(64), tokens(64, seed=5)
 
 
-def message(mechanism: Mechanism, found: Tensor) -> Tensor:
-    """What follows the attention: a norm, then two layers on the message and the pixel."""
-    w = {name: each.detach() for name, each in mechanism.meaning.named_parameters()}
-    norms = [(w[f"o_norm_{at}.weight"], w[f"o_norm_{at}.bias"]) for at in range(2)]
-    y = layer_norm(linear(found, w["o_proj_0.weight"]), (32,), *norms[0])
-    y = gelu(linear(torch.cat([y, IMAGE], -1), w["o_proj_1.weight"]))
-    return layer_norm(linear(y, w["o_proj_2.weight"]), (32,), *norms[1])
-
-
-def test_110_one_window_is_cross_attention():
-    wide = Mechanism("unimatch_cross", ("windows(4, 2)", "windows(8, 0)"))
-    streams = wide.streams(IMAGE, context=OTHER)
-    found = scaled_dot_product_attention(*(streams[name] for name in "qkv"))
-    assert_close(wide(IMAGE, context=OTHER), message(wide, found[:, 0]))
-
-
-def test_110_windows_of_both_images_are_shifted():
-    mechanism = Mechanism("unimatch_cross")
-    streams = mechanism.streams(IMAGE, context=OTHER)
-    at = (torch.arange(8) + 2) // 4
-    ids = torch.cartesian_prod(at, at)
-    seen = (ids[:, None] == ids).all(-1)
-    found = scaled_dot_product_attention(*(streams[name] for name in "qkv"), attn_mask=seen)
-    assert_close(mechanism(IMAGE, context=OTHER), message(mechanism, found[:, 0]))
-
-
-def test_110_of_one_image_it_is_attention_to_itself():
-    cross = Mechanism("unimatch_cross")
-    alone = Mechanism("unimatch_cross", ("  source = context\n", ""), like=cross)
-    assert_close(cross(IMAGE, context=IMAGE), alone(IMAGE))
-
-
 GUIDE, COARSE = tokens(192), tokens(48, seed=5)
 
 
@@ -959,46 +876,6 @@ def test_49_no_image_token_is_preferred_where_all_are_the_same():
     image = tokens(1, seed=5).expand(-1, 9, -1)
     y = mechanism(tokens(N), context=image)
     assert_close(y, mechanism(tokens(N), context=image[:, :4]))
-
-
-def test_65_is_lxmerts_cross_attention():
-    from transformers import LxmertConfig
-    from transformers.models.lxmert.modeling_lxmert import LxmertCrossAttentionLayer
-
-    config = LxmertConfig(hidden_size=32, num_attention_heads=4)
-    theirs = LxmertCrossAttentionLayer(config).double().eval()
-    mechanism = Mechanism("lxmert_cross")
-    pairs = {
-        "q_proj": theirs.att.query,
-        "k_proj": theirs.att.key,
-        "v_proj": theirs.att.value,
-        "o_proj": theirs.output.dense,
-        "o_norm": theirs.output.LayerNorm,
-    }
-    words, boxes = tokens(N), tokens(9, seed=5)
-    with torch.no_grad():
-        for name, each in pairs.items():
-            each.weight.copy_(mechanism.parameter(f"{name}.weight"))
-            each.bias.copy_(mechanism.parameter(f"{name}.bias"))
-        for one, other in ((words, boxes), (boxes, words)):
-            assert_close(mechanism(one, context=other), theirs(one, other)[0])
-
-
-def test_65_boxes_have_no_order():
-    mechanism = Mechanism("lxmert_cross")
-    words, boxes = tokens(N), tokens(9, seed=5)
-    order = torch.tensor([3, 0, 6, 8, 1, 5, 2, 4, 7])
-    assert_close(mechanism(words, context=boxes), mechanism(words, context=boxes[:, order]))
-    assert_close(
-        mechanism(boxes, context=words)[:, order], mechanism(boxes[:, order], context=words)
-    )
-
-
-def test_65_without_an_output_it_is_a_norm():
-    mechanism = Mechanism("lxmert_cross").set(o_proj_weight=0, o_proj_bias=0)
-    mechanism.set(o_norm_weight=1, o_norm_bias=0)
-    words = tokens(N)
-    assert_close(mechanism(words, context=tokens(9, seed=5)), layer_norm(words, (32,), eps=1e-12))
 
 
 def unit(x: Tensor, weight: Tensor, bias: Tensor | float = 0.0) -> Tensor:

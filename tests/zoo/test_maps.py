@@ -560,16 +560,6 @@ def test_93_gates_learn_through_their_steps():
 # ── several sets of keys in one softmax ──────────────────────────────────────────────────
 
 
-def test_33_one_softmax_over_the_text_and_itself():
-    mechanism = Mechanism("mixencoder")
-    x = tokens(3)
-    text_k, text_v = (split(mapped(mechanism, f"text_{name}_proj", FAR)) for name in "kv")
-    q, k, v = (split(mapped(mechanism, f"{name}_proj", x)) for name in "qkv")
-    p = (8**-0.5 * q @ torch.cat([text_k, k], 2).mT).softmax(-1)
-    y = mapped(mechanism, "o_proj", merge(p @ torch.cat([text_v, v], 2)))
-    assert_close(mechanism(x, context=FAR), normed(mechanism, "o_norm", x + y))
-
-
 def test_33_candidates_do_not_see_each_other():
     mechanism = Mechanism("mixencoder")
     x = tokens(6)
@@ -577,17 +567,6 @@ def test_33_candidates_do_not_see_each_other():
     together = mechanism(x, context=FAR, segments=who)
     alone = [mechanism(x[:, who[0] == each], context=FAR) for each in range(3)]
     assert_close(together, torch.cat(alone, 1))
-
-
-def test_33_a_self_that_is_not_alike_leaves_cross_attention():
-    mechanism = Mechanism("mixencoder").set(k_proj_weight=0, v_proj_weight=0, v_proj_bias=0)
-    q = mapped(mechanism, "q_proj", X)
-    mechanism.set(k_proj_bias=0)
-    text = [mapped(mechanism, f"text_{name}_proj", FAR) for name in "kv"]
-    s = 8**-0.5 * split(q) @ split(text[0]).mT
-    p = s.exp() / (s.exp().sum(-1, keepdim=True) + N)  # as many logits of zero as tokens
-    y = mapped(mechanism, "o_proj", merge(p @ split(text[1])))
-    assert_close(mechanism(X, context=FAR), normed(mechanism, "o_norm", X + y))
 
 
 @pytest.mark.parametrize("name", ["leaky_attention", "kv_bias"])
@@ -975,7 +954,8 @@ def test_119_an_even_map_has_the_least_loss():
 
 
 def test_121_rows_outside_the_margin_are_penalised():
-    mechanism = Mechanism("entropy_guided", ("lambda = 1e-5", "lambda = 1")).set(temper=1.5)
+    one = ("lambda = 1e-5", "lambda = 1")
+    mechanism = Mechanism("entropy_guided", one, part="guided").set(temper=1.5)
     q, k = parts(mechanism, X, *"qk")
     p = softmax(8**-0.5 * q @ k.mT / 1.5)
     off = entropy(p) - mechanism.parameter("share")[:, None] * math.log(64)
@@ -986,7 +966,8 @@ def test_121_rows_outside_the_margin_are_penalised():
 
 
 def test_121_without_a_temperature_or_within_the_margin_it_is_attention():
-    mechanism = Mechanism("entropy_guided", ("margin = 0.2", "margin = 1")).set(temper=1, share=0.5)
+    wide = ("margin = 0.2", "margin = 1")
+    mechanism = Mechanism("entropy_guided", wide, part="guided").set(temper=1, share=0.5)
     assert_close(mechanism(X), Mechanism(MHA, like=mechanism)(X))
     assert loss_of(mechanism, X) == 0
 

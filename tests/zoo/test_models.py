@@ -1,0 +1,371 @@
+"""Mechanisms that are more than one attention: whole layers and models, written out by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, rms_norm, silu
+
+from headloom.compiler.api import build_module
+from headloom.compiler.plan.plan import Target
+
+from .mechanisms import (
+    Mechanism,
+    assert_close,
+    attended,
+    causal,
+    mapped,
+    merge,
+    softmax,
+    split,
+    tokens,
+)
+
+X = tokens()
+N = X.shape[1]
+
+
+def build(mechanism: Mechanism) -> torch.nn.Module:
+    """Return a new module, as it begins."""
+    return build_module(mechanism.what, Target("torch"), dtype=torch.float64, seed=0)
+
+
+class Part:
+    """The weights below one name of a mechanism, applied by their own names."""
+
+    def __init__(self, mechanism: Mechanism, name: str = "") -> None:
+        self.mechanism, self.name = mechanism, name and f"{name}."
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.mechanism.parameter(self.name + name)
+
+    def map(self, name: str, x: Tensor) -> Tensor:
+        """A linear map: `q` is `q_proj`, `o_proj_1` is that."""
+        return mapped(self.mechanism, self.name + (name if "_proj" in name else f"{name}_proj"), x)
+
+    def norm(self, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+        """A layer norm: `y` is `y_norm`, `o_norm_1` is that."""
+        name = name if "_norm" in name else f"{name}_norm"
+        weight, bias = self[f"{name}.weight"], self[f"{name}.bias"]
+        return layer_norm(x, weight.shape, weight, bias, eps)
+
+    def rms(self, name: str, x: Tensor) -> Tensor:
+        return rms_norm(x, x.shape[-1:], self[f"{name}_norm.weight"], 1e-6)
+
+    def three(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Return queries, keys and values of streams."""
+        return [self.map(f"{name}{at}", each) for at, each in zip("qkv", (q, k, v), strict=True)]
+
+
+def layers(mechanism: Mechanism, part: str) -> list[Part]:
+    """Return the weights of a part in every layer that has it."""
+    names = dict(mechanism.meaning.named_parameters())
+    count = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("layers."))
+    found = [f"layers.{at}.{part}" for at in range(count)]
+    return [
+        Part(mechanism, each)
+        for each in found
+        if any(name.startswith(f"{each}.") for name in names)
+    ]
+
+
+# ── masked patches ───────────────────────────────────────────────────────────────────────
+
+LAYERS = tokens(9, width=96, seed=5)
+MASKED = torch.tensor([[4, 1, 12, 7, 30, 8, 2]]).expand(2, -1)
+MASKS = torch.zeros_like(MASKED)
+
+
+def coded(positions: Tensor, width: int = 32) -> Tensor:
+    """Sines and cosines of positions, side by side in pairs."""
+    power = 10_000 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = positions[..., None] * power
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+def test_20_is_a_decoder_of_cross_attention_and_networks():
+    mechanism = Mechanism("crossmae")
+    whole = Part(mechanism)
+    x = whole["embed_tokens.weight"][0] + coded(MASKED)
+    found = torch.stack(LAYERS.chunk(3, -1), -1)
+    attentions, networks = layers(mechanism, "attn"), layers(mechanism, "ffn")
+    for at, (attn, ffn) in enumerate(zip(attentions, networks, strict=True)):
+        own = Part(mechanism, f"layers.{at}")
+        y = attn.norm("y", found @ torch.stack([attn[it] for it in ("first", "middle", "last")]))
+        x = x + attn.map("o", attended(*attn.three("", own.norm("attn", x), y, y)))
+        x = x + ffn.map("down", gelu(ffn.map("up", own.norm("ffn", x))))
+    pixels = layer_norm(x, (32,), whole["norm.weight"], whole["norm.bias"])
+    pixels = pixels @ whole["lm_head.weight"].mT + whole["lm_head.bias"]
+    assert_close(mechanism(MASKS, context=LAYERS, positions=MASKED), pixels)
+
+
+def test_20_masked_patches_do_not_see_each_other():
+    mechanism = Mechanism("crossmae")
+    y = mechanism(MASKS, context=LAYERS, positions=MASKED)
+    some = torch.tensor([5, 2, 3])
+    found = mechanism(MASKS[:, some], context=LAYERS, positions=MASKED[:, some])
+    assert_close(found, y[:, some])
+    order = torch.tensor([3, 0, 6, 8, 1, 5, 2, 4, 7])
+    assert_close(mechanism(MASKS, context=LAYERS[:, order], positions=MASKED), y)
+
+
+def test_20_one_layer_alone_reads_that_layer():
+    only = {f"layers_{at}_attn_{it}": it == "last" for at in (0, 1) for it in ("first", "middle")}
+    only |= {f"layers_{at}_attn_last": 1 for at in (0, 1)}
+    mechanism = Mechanism("crossmae").set(**only)
+    other = torch.cat([tokens(9, width=64, seed=6), LAYERS[..., 64:]], -1)
+    assert_close(mechanism(MASKS, context=other), mechanism(MASKS, context=LAYERS))
+
+
+# ── two kinds of tokens in one row ───────────────────────────────────────────────────────
+
+KINDS = torch.tensor([[0] * 5 + [1] * 6]).expand(2, -1)
+VIDEO = tokens(9, seed=5)
+
+
+def test_42_vision_and_text_read_with_weights_of_their_own():
+    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=-0.4)
+    layer = Part(mechanism)
+    own = attended(*layer.three("", X, X, X), is_causal=True)
+    met = layer.norm("met", X + layer.map("met", own))
+    sides = []
+    for name, part in (("visual", met[:, :5]), ("text", met[:, 5:])):
+        read = attended(*layer.three(f"{name}_", part, VIDEO, VIDEO))
+        sides.append(part + layer[f"{name}_gate"].tanh() * read)
+    told = torch.cat(sides, 1)
+    y = told + layer.map("o", gelu(layer.map("inner", told)))
+    assert_close(mechanism(X, context=VIDEO, segments=KINDS), y)
+
+
+def test_42_closed_gates_leave_the_model_as_it_was():
+    mechanism = Mechanism("crosslmm").set(visual_gate=0, text_gate=0)
+    one = mechanism(X, context=VIDEO, segments=KINDS)
+    assert_close(one, mechanism(X, context=2 * VIDEO, segments=KINDS))
+
+
+def test_42_a_video_of_one_token_adds_its_value():
+    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=0, o_proj_weight=0)
+    one = tokens(1, seed=5)
+    added = mechanism(X, context=one, segments=KINDS) - mechanism(
+        X, context=0 * one, segments=KINDS
+    )
+    value = math.tanh(0.7) * mapped(mechanism, "visual_v_proj", one)
+    assert_close(added, torch.where(KINDS[..., None] == 0, value, 0))
+
+
+def test_65_is_lxmerts_layer():
+    from transformers import LxmertConfig
+    from transformers.models.lxmert.modeling_lxmert import LxmertXLayer
+
+    theirs = LxmertXLayer(
+        LxmertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=128)
+    )
+    theirs = theirs.double().eval()
+    mechanism = Mechanism("lxmert_cross")
+    pairs = {
+        "visual_attention.output.dense": "met_proj",
+        "visual_attention.output.LayerNorm": "met_norm",
+    }
+    for name, it in (("query", "q"), ("key", "k"), ("value", "v")):
+        pairs[f"visual_attention.att.{name}"] = f"cross_{it}_proj"
+        pairs[f"lang_self_att.self.{name}"] = f"words_{it}_proj"
+        pairs[f"visn_self_att.self.{name}"] = f"objects_{it}_proj"
+    for side, own, inner, last in (
+        ("lang", "word", "named", "said"),
+        ("visn", "object", "seen_", "shown"),
+    ):
+        pairs[f"{side}_self_att.output.dense"] = f"{own}_proj"
+        pairs[f"{side}_self_att.output.LayerNorm"] = f"{own}_norm"
+        pairs[f"{side}_inter.dense"] = f"{inner}_proj_0"
+        pairs[f"{side}_output.dense"] = f"{inner}_proj_1"
+        pairs[f"{side}_output.LayerNorm"] = f"{last}_norm"
+    with torch.no_grad():
+        for name, mine in pairs.items():
+            layer = theirs.get_submodule(name)
+            layer.weight.copy_(mechanism.parameter(f"{mine}.weight"))
+            layer.bias.copy_(mechanism.parameter(f"{mine}.bias"))
+        words, boxes = theirs(X[:, :5], None, X[:, 5:], None)[:2]
+    assert_close(mechanism(X, segments=KINDS), torch.cat([words, boxes], 1))
+
+
+def test_65_objects_have_no_order_and_sides_may_change_places():
+    mechanism = Mechanism("lxmert_cross")
+    order = torch.tensor([0, 1, 2, 3, 4, 9, 6, 10, 5, 8, 7])
+    y = mechanism(X, segments=KINDS)
+    assert_close(mechanism(X[:, order], segments=KINDS), y[:, order])
+    turned = torch.arange(N).roll(6)
+    assert_close(mechanism(X[:, turned], segments=KINDS[:, turned]), y[:, turned])
+
+
+def test_65_without_what_was_read_sides_do_not_meet():
+    mechanism = Mechanism("lxmert_cross").set(met_proj_weight=0)
+    other = torch.cat([X[:, :5], tokens(6, seed=7)], 1)
+    y = mechanism(X, segments=KINDS)
+    assert_close(mechanism(other, segments=KINDS)[:, :5], y[:, :5])
+
+
+IMAGES = tokens(128)
+
+
+def windowed(shift: int) -> Tensor:
+    """Return which pixels lie in the same window, [64, 64]."""
+    at = (torch.arange(8) + shift) // 4
+    ids = torch.cartesian_prod(at, at)
+    return (ids[:, None] == ids).all(-1)
+
+
+def two_images(mechanism: Mechanism, x: Tensor) -> Tensor:
+    """The authors' way: both directions as one batch, whose halves are exchanged."""
+    x = torch.cat(x.chunk(2, 1))  # [2 b, 64, 32]
+    for at, part in enumerate(layers(mechanism, "part")):
+        shift, cross = (0, 2)[at // 2], at % 2
+        far = x.roll(len(x) // 2, 0) if cross else x
+        found = attended(*part.three("", x, far, far), heads=1, attn_mask=windowed(shift))
+        if not cross:
+            x = x + part.norm("o", part.map("o", found))
+            continue
+        y = part.norm("o_norm_0", part.map("o_proj_0", found))
+        y = part.map("o_proj_2", gelu(part.map("o_proj_1", torch.cat([y, x], -1))))
+        x = x + part.norm("o_norm_1", y)
+    far = x.roll(len(x) // 2, 0)
+    grid = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)).double()
+    flow = (32**-0.5 * x @ far.mT).softmax(-1) @ grid - grid
+    return torch.cat(flow.chunk(2), 1)
+
+
+def test_110_is_both_directions_as_one_batch():
+    mechanism = Mechanism("unimatch_cross")
+    assert_close(mechanism(IMAGES), two_images(mechanism, IMAGES))
+
+
+def test_110_exchanged_images_exchange_their_flows():
+    mechanism = Mechanism("unimatch_cross")
+    there, back = mechanism(IMAGES).chunk(2, 1)
+    assert_close(mechanism(IMAGES.roll(64, 1)), torch.cat([back, there], 1))
+
+
+def test_110_equal_images_with_sharp_features_do_not_move():
+    """Layers that add nothing leave the features as they are."""
+    mechanism = Mechanism("unimatch_cross")
+    silent = {
+        name.replace(".", "_"): 0
+        for name, _ in mechanism.meaning.named_parameters()
+        if re.search(r"o_norm(_1)?\.(weight|bias)", name)
+    }
+    one = 100 * torch.eye(64, dtype=torch.float64)[None, :, :32]
+    one = torch.cat([one[:, :32], -one[:, :32]], 1)
+    assert_close(mechanism.set(**silent)(torch.cat([one, one], 1)), torch.zeros(1, 128, 2).double())
+    even = torch.zeros(1, 128, 32, dtype=torch.float64)
+    grid = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)).double()
+    assert_close(mechanism(even)[0, :64], 3.5 - grid)
+
+
+# ── candidates ───────────────────────────────────────────────────────────────────────────
+
+FAR = tokens(9, width=24, seed=5)
+
+
+def test_33_one_softmax_over_the_text_and_itself_then_a_network():
+    mechanism = Mechanism("mixencoder")
+    x, layer = tokens(3), Part(mechanism)
+    q, k, v = layer.three("", x, x, x)
+    k = torch.cat([layer.map("text_k", FAR), k], 1)
+    v = torch.cat([layer.map("text_v", FAR), v], 1)
+    told = layer.norm("told", x + layer.map("told", attended(q, k, v)))
+    y = layer.norm("o", told + layer.map("o", gelu(layer.map("inner", told))))
+    assert_close(mechanism(x, context=FAR), y)
+
+
+# ── models ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_121_is_attention_and_linear_maps_of_bounded_norm():
+    mechanism = Mechanism("entropy_guided")
+    x = X
+    for at, (attn, ffn) in enumerate(
+        zip(layers(mechanism, "attn"), layers(mechanism, "ffn"), strict=True)
+    ):
+        q, k, v = (split(each) for each in attn.three("", x, x, x))
+        s = 8**-0.5 * q @ k.mT / attn["temper"][:, None, None]
+        y = x + attn.map("o", merge(softmax(s) @ v))
+        both = torch.eye(32, dtype=torch.float64)
+        for name in ("up_proj", "o_proj"):
+            weight = ffn[f"{name}.weight"]
+            both = ffn[f"{name}.gain"] * weight / torch.linalg.matrix_norm(weight, 2) @ both
+        own = Part(mechanism, f"layers.{at}")
+        x = own["beta"] * y + own["alpha"] * y @ both.mT
+    assert_close(mechanism(X), x)
+
+
+def test_249_layers_see_all_or_a_window_or_nothing():
+    mechanism = Mechanism("layerboost", ("position = rope", "position = none"))
+    x = X
+    near = causal() & (torch.arange(N)[:, None] - torch.arange(N) < 8)
+    for at, ffn in enumerate(layers(mechanism, "ffn")):
+        own = Part(mechanism, f"layers.{at}")
+        if at < 2:
+            attn, y = Part(mechanism, f"layers.{at}.attn"), own.rms("attn", x)
+            seen = (causal(), near)[at]
+            x = x + attn.map("o", attended(*attn.three("", y, y, y), attn_mask=seen))
+        y = own.rms("ffn", x)
+        x = x + ffn.map("down", silu(ffn.map("gate", y)) * ffn.map("up", y))
+    assert_close(mechanism(X), rms_norm(x, (32,), mechanism.parameter("norm.weight"), 1e-6))
+
+
+def test_249_a_wide_window_is_softmax_over_all():
+    wide = Mechanism("layerboost", ("w = 8", "w = 40"))
+    plain = Mechanism("layerboost", ("[full, near,", "[full, full,"), like=wide)
+    assert_close(wide(X), plain(X))
+    assert not torch.allclose(Mechanism("layerboost", like=wide)(X), plain(X))
+
+
+def test_249_a_layer_without_attention_has_fewer_weights():
+    def count(*changes: tuple[str, str]) -> int:
+        module = Mechanism("layerboost", *changes).module
+        return sum(each.numel() for each in module.parameters())
+
+    assert count(("swiglu(8 / 3)]", "full]")) - count() == 4 * 32**2 + 32  # and a norm
+
+
+def plain_rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def test_17_is_the_parallel_form():
+    mechanism = Mechanism("transnormer")
+    x = X
+    gap = torch.arange(N)[:, None] - torch.arange(N)
+    for at, (attn, ffn) in enumerate(
+        zip(layers(mechanism, "attn"), layers(mechanism, "ffn"), strict=True)
+    ):
+        y = plain_rms(x)
+        q, k = (split(silu(attn.map(name, y))) for name in ("ask", "told"))
+        turn = torch.ones(4, 1, N, N, dtype=torch.float64)  # cosines of every feature
+        if at == 0:
+            theta = attn["theta"].unflatten(0, (4, 8))
+            turn = (gap * theta[..., None, None]).cos()
+        s = torch.einsum("bhic,bhjc,hcij->bhij", q, k, turn.expand(4, 8, N, N))
+        decay = (-2 * torch.arange(4).double() * (1 - at / 3)).exp()[:, None, None]
+        o = plain_rms(merge(s * decay ** gap.clip(min=0) * causal() @ split(attn.map("v", y))))
+        x = x + attn.map("o", o * attn.map("u", y))
+        y = plain_rms(x)
+        x = x + ffn.map("o", ffn.map("one", y) * ffn.map("two", y))
+    assert_close(mechanism(X), plain_rms(x))
+
+
+def test_17_rates_begin_as_those_of_rope_and_at_zero_turn_nothing():
+    mechanism = Mechanism("transnormer")
+    first = dict(mechanism.module.named_parameters())
+    theta = build(mechanism).get_parameter("layers.0.attn.theta")
+    assert first.keys() == dict(build(mechanism).named_parameters()).keys()
+    assert_close(theta, 10_000 ** (-torch.arange(0, 64, 2) / 32).double())
+    still = mechanism.set(layers_0_attn_theta=0)
+    streams = Mechanism("transnormer", part="lowest")
+    names = {f"layers.0.attn.{name}": name for name, _ in streams.meaning.named_parameters()}
+    streams.set(**{mine.replace(".", "_"): still.parameter(it) for it, mine in names.items()})
+    found = streams.streams(X)
+    plain = [split(silu(mapped(streams, f"{name}_proj", X))) for name in ("ask", "told")]
+    assert_close(found["q"] @ found["k"].mT, plain[0] @ plain[1].mT)
