@@ -209,7 +209,8 @@ def _forward(model: Model, classes: Classes) -> list[str]:
     lines += _offered(model)
     both = ", shared" * model.stacked
     given = [
-        f"x{both}",
+        "x",
+        *(["shared=shared"] if model.stacked else []),
         *(["context=context", "far=far"] if _crosses(model) else []),
         *(["**more"] if model.reads else []),
         "batch=batch",

@@ -179,7 +179,7 @@ class ReferenceBlock(nn.Module):
             part = self.root[0].get_submodule(flow.module)
             assert isinstance(part, ReferenceBlock)
             x, context = self._flow(flow.inputs[0], given, made), given.streams.get("context")
-            places = given.positions.get("n")
+            places = given.positions.get(flow.inputs[0].shape.tokens)
             y, below = part.layer(x, self.below, context, given.segments, places, self.offered)
             self.made = below or self.made
             return y

@@ -174,9 +174,11 @@ PARTS = {  # feed-forwards and stages with tensors among the pipelines of a bloc
     "earlier tokens": "k = x | shifted | linear | split; v = x | shifted | linear | split",
     "around it": "out = o | merge | dyt | swiglu(1) | linear",
     "in another": "out = o | merge | doubled | linear",
+    "of one token": "out = o | merge | gate(x | mean_tokens | drawn) | linear",
 }
 STAGES = """
 stage opened { param g[heads, features] = 1;  g * tanh(x) }
+stage drawn { let u = (x | noise(0.1)) * x;  sigmoid(u) }
 stage doubled { let u = x | linear(3) | dyt | silu;  u | linear(features) }
 """
 
@@ -290,6 +292,15 @@ DEPTH = {  # layers that read more than what comes in
         block reading { heads = 2; mask = causal; v = (earlier | pick(0)) + x | linear | split }
         layer again(part) { out = x + (x | norm | part) + (earlier | pick(0) | linear) }
         model m { width = 16; layers = [reading, again(a), again(reading)] }""",
+    "first and below": """
+        block lent { heads = 2; mask = causal; let f = x | linear(4) }
+        block read : lent {
+          let f = (earlier | pick(0) | linear(4)) + previous.f
+          v     = f | linear | split
+        }
+        layer anew(part) { let y = earlier | pick(0);  out = y + (y | norm | part) }
+        layer moved(part) { let y = x | shift(1);  out = y + (y | norm | part) }
+        model m { width = 16; layers = [lent, anew(read), moved(read)] }""",
     "tokens": """
         layer named(part) {
           let e = tokens | embed(6) | rms_norm

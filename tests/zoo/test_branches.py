@@ -201,13 +201,57 @@ def test_172_concatenated_features_add_to_the_energy():
     assert_close(mechanism(X), mapped(mechanism, "o_proj", pooled))
 
 
+def gated_map(mechanism: Mechanism) -> Tensor:
+    gated = mapped(mechanism, "k_proj", X).tanh() * mapped(mechanism, "open__proj", X).sigmoid()
+    return (gated @ mechanism.parameter("q_latents.weight").mT).mT.softmax(-1)
+
+
+def trained_map(mechanism: Mechanism, seed: int = 0) -> Tensor:
+    """Return the map of a pass in training [b, branches, n]."""
+    mechanism(X)
+    mechanism.module.train()
+    torch.manual_seed(seed)
+    try:
+        with torch.no_grad():
+            y = mechanism.module(X)
+    finally:
+        mechanism.module.eval()
+    return torch.linalg.lstsq(X.mT, y.mT).solution.mT  # 11 tokens of 32 features
+
+
 def test_224_is_gated_pooling():
     mechanism = Mechanism("acmil")
-    gated = mapped(mechanism, "k_proj", X).tanh() * mapped(mechanism, "open__proj", X).sigmoid()
-    a = (gated @ mechanism.parameter("q_latents.weight").mT).mT.softmax(-1)
+    a = gated_map(mechanism)
     assert_close(mechanism(X), a @ X)
     assert_close(mechanism.weights(X)[:, 0].sum(-1), torch.ones(2, 5).double())
     assert_close(mechanism(X).mean(1), (a.mean(1, keepdim=True) @ X)[:, 0])
+
+
+def test_224_some_of_the_largest_energies_are_taken_away_in_training():
+    """Of the ten largest of eleven six, at random: of the smallest, and four others."""
+    mechanism = Mechanism("acmil")
+    a = trained_map(mechanism)
+    full = gated_map(mechanism)
+    assert (a > 1e-6).sum(-1).eq(N - 6).all()
+    smallest = full.argmin(-1, keepdim=True)
+    assert a.gather(-1, smallest).gt(1e-9).all()
+    shared = full * (a > 1e-6)
+    assert_close(a, shared / shared.sum(-1, keepdim=True))
+    assert not torch.equal(a > 1e-6, trained_map(mechanism, seed=1) > 1e-6)
+    for change in (("rate = 0.6", "rate = 0"), ("top = 10", "top = 0")):
+        assert_close(trained_map(Mechanism("acmil", change, like=mechanism)), full)
+
+
+def test_224_branches_are_kept_apart():
+    mechanism = Mechanism("acmil", ("rate = 0.6", "rate = 0"))
+    a = gated_map(mechanism)
+    a = a / a.norm(dim=-1, keepdim=True)
+    likeness = [(a[:, i] * a[:, j]).sum(-1) for i, j in combinations(range(5), 2)]
+    trained_map(mechanism)
+    assert_close(mechanism.module.auxiliary_loss(), torch.stack(likeness).mean())
+    equal = mechanism.set(q_latents_weight=mechanism.parameter("q_latents.weight")[:1])
+    trained_map(equal)
+    assert_close(equal.module.auxiliary_loss(), torch.tensor(1.0).double())
 
 
 def test_224_equal_branches_find_the_same():
@@ -799,8 +843,10 @@ def fading(mechanism: Mechanism, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("wide", [False, True])
 def test_139_is_the_mean_of_two(wide):
     mechanism = Mechanism("lln_diag", ("size = 4", f"size = {N if wide else 4}"))
-    q, k, v = (mechanism.streams(X)[name] for name in "qkv")
-    p = (1.25 * q).exp() @ (0.75 * k).exp().mT
+    q, k, v = (mechanism.streams(X)[name] for name in ("ask", "told", "v"))
+    wide_q, wide_k = (each.std((2, 3), correction=0, keepdim=True) for each in (q, k))
+    wanted = (((wide_q * wide_k).square() + 0.25) / 0.15).sqrt()
+    p = (wanted / (2**0.5 * wide_q) * q).exp() @ (wanted / (2**0.5 * wide_k) * k).exp().mT
     blocks = torch.arange(N) // (N if wide else 4)
     near = softmax(8**-0.5 * q @ k.mT, blocks[:, None] == blocks)
     o = (p / p.sum(-1, keepdim=True) @ v + near @ v) / 2
@@ -809,12 +855,15 @@ def test_139_is_the_mean_of_two(wide):
 
 def test_139_a_block_as_long_as_the_row_is_full_attention():
     mechanism = Mechanism("lln_diag", ("size = 4", "size = 64"))
-    lln = Mechanism("lln", ("  mask  = causal\n", ""), like=mechanism)
-    assert_close(mechanism(X), (lln(X) + Mechanism(FULL, like=mechanism)(X)) / 2)
+    q, k = (mechanism.parameter(f"{name}_proj.weight") for name in ("ask", "told"))
+    full = Mechanism(FULL, like=mechanism).set(q_proj_weight=q, k_proj_weight=k)
+    linear_ = Mechanism("lln_diag", ("(o + diagonal)", "(o + o)"), like=mechanism)
+    assert_close(mechanism(X), (linear_(X) + full(X)) / 2)
 
 
 def test_139_blocks_of_one_without_factors_are_the_value_and_the_mean():
-    mechanism = Mechanism("lln_diag", ("size = 4", "size = 1"), ("1.25", "0"), ("0.75", "0"))
+    nothing = ("sqrt(((wide_q * wide_k) ** 2 - base) / slope / 2)", "0 * wide_q")
+    mechanism = Mechanism("lln_diag", ("size = 4", "size = 1"), nothing)
     v = mechanism.streams(X)["v"]
     o = (v + v.mean(2, keepdim=True)) / 2
     assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(o)))
@@ -1006,6 +1055,7 @@ def averages(mechanism: Mechanism, x: Tensor) -> Tensor:
     p, a = delta.sigmoid(), alpha.sigmoid()
     q = 1 - p * a
     lags = torch.arange(N, dtype=torch.float64)
+    beta = beta + torch.tensor([1, -1, 1, -1])
     kernel = (gamma * 4**-0.5 * p * beta * q ** lags[:, None, None]).sum(-1).T
     return conv1d(pad(x.mT, (N - 1, 0)), kernel.flip(-1)[:, None], groups=32).mT
 

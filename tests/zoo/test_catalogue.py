@@ -125,7 +125,7 @@ SETS: dict[str, tuple[Tensor, Sees]] = {
 def test_who_sees_whom(name):
     segments, sees = SETS[name]
     ids = segments[0].tolist()
-    mechanism = Mechanism(name)
+    mechanism = Mechanism(name, part="own" if name == "seem_decoder" else None)
     x = tokens(len(ids))
     expected = torch.tensor(
         [
@@ -158,7 +158,7 @@ def test_of_one_document_it_is_causal_attention(name):
 
 @pytest.mark.parametrize("name", ["seem_decoder", "pka"])
 def test_of_one_kind_it_is_full_attention(name):
-    mechanism = Mechanism(name)
+    mechanism = Mechanism(name, part="own" if name == "seem_decoder" else None)
     x = tokens(N)
     assert_close(mechanism(x), Mechanism(FULL, like=mechanism)(x))
 
@@ -244,7 +244,7 @@ def test_122_without_a_prefix_pieces_are_documents():
 
 
 def test_206_what_objects_see_does_not_depend_on_prompts():
-    mechanism = Mechanism("seem_decoder")
+    mechanism = Mechanism("seem_decoder", part="own")
     segments, _ = SETS["seem_decoder"]
     assert all(0 in unmoved(mechanism, segments, each) for each in range(1, 6))
     x = tokens(N)
@@ -254,7 +254,7 @@ def test_206_what_objects_see_does_not_depend_on_prompts():
 
 
 def test_206_memory_reaches_spatial_queries_alone():
-    mechanism = Mechanism("seem_decoder")
+    mechanism = Mechanism("seem_decoder", part="own")
     assert unmoved(mechanism, SETS["seem_decoder"][0], 5) == [0, 1, 2, 4]
 
 
@@ -957,46 +957,6 @@ def test_73_exchanged_sides_transpose_the_map():
     p = mechanism.weights(x)
     q, k = (mechanism.parameter(f"{name}_proj.weight").clone() for name in "qk")
     assert_close(mechanism.set(q_proj_weight=k, k_proj_weight=q).weights(x), p.mT)
-
-
-def test_88_a_word_is_not_seen_where_it_is_predicted():
-    mechanism = Mechanism("mask_align")
-    x, words = tokens(), tokens(seed=5)
-    changed = words.clone()
-    changed[:, 4] = 1
-    moved = (mechanism(x, context=words) - mechanism(x, context=changed)).abs().amax((0, 2))
-    assert [i for i, each in enumerate(moved) if each < 1e-12] == [4]
-
-
-def test_88_is_attention_to_static_keys_off_the_diagonal():
-    mechanism = Mechanism("mask_align")
-    x, words = tokens(), tokens(seed=5)
-    streams = mechanism.streams(x, context=words)
-    found = scaled_dot_product_attention(
-        *(streams[name] for name in "qkv"), attn_mask=~torch.eye(11, dtype=torch.bool)
-    )
-    assert_close(mechanism(x, context=words), through(mechanism, found))
-
-
-CHOSEN = row((0, 5), (1, 6), (0, 3), (1, 8), (0, 2))
-
-
-def test_18_all_patches_chosen_are_full_attention():
-    mechanism = Mechanism("faithful_mask")
-    x = tokens(N)
-    assert_close(mechanism(x), Mechanism(FULL, like=mechanism)(x))
-
-
-def test_18_patches_may_be_left_out_of_the_sequence():
-    mechanism = Mechanism("faithful_mask")
-    x = tokens(N)
-    kept = CHOSEN[0] == 0
-    alone = Mechanism(FULL, like=mechanism)(x[:, kept])
-    assert_close(mechanism(x, segments=CHOSEN)[:, kept], alone)
-
-
-def test_18_nothing_of_what_is_left_out_is_in_the_answer():
-    assert unmoved(Mechanism("faithful_mask"), CHOSEN, 1) == [0]
 
 
 def test_139_the_state_is_a_map_of_exponentials():

@@ -21,6 +21,7 @@ from .mechanisms import (
     merge,
     softmax,
     split,
+    text_of,
     tokens,
 )
 
@@ -369,3 +370,226 @@ def test_17_rates_begin_as_those_of_rope_and_at_zero_turn_nothing():
     found = streams.streams(X)
     plain = [split(silu(mapped(streams, f"{name}_proj", X))) for name in ("ask", "told")]
     assert_close(found["q"] @ found["k"].mT, plain[0] @ plain[1].mT)
+
+
+# ── one language before the other ────────────────────────────────────────────────────────
+
+IDS = torch.randint(64, (2, N), generator=torch.Generator().manual_seed(0))
+
+
+def aligned(mechanism: Mechanism, ids: Tensor, other: Tensor) -> Tensor:
+    whole = Part(mechanism)
+    words = whole["embed_tokens.weight"][ids] + coded(torch.arange(N))
+    x = coded(torch.arange(N)).expand_as(words)
+    off = ~torch.eye(N, dtype=torch.bool)
+    for at, (attn, ffn) in enumerate(
+        zip(layers(mechanism, "attn"), layers(mechanism, "ffn"), strict=True)
+    ):
+        own = Part(mechanism, f"layers.{at}")
+        streams = attn.three("", own.norm("attn", x), words, words)
+        x = x + attn.map("o", attended(*streams, attn_mask=off))
+        if at == 2:
+            read = Part(mechanism, "layers.2.read")
+            q, k, v = read.three("", own.norm("read", x), other, other)
+            null = (read[f"null_{name}_latents.weight"].expand(2, -1, -1) for name in "kv")
+            k, v = (torch.cat([one, each], 1) for one, each in zip(null, (k, v), strict=True))
+            x = x + read.map("o", attended(q, k, v))
+        x = x + ffn.map("down", ffn.map("up", own.norm("ffn", x)).relu())
+    return (
+        layer_norm(x, (32,), whole["norm.weight"], whole["norm.bias"]) @ whole["lm_head.weight"].mT
+    )
+
+
+def test_88_is_attention_to_words_as_they_are():
+    mechanism = Mechanism("mask_align")
+    assert_close(mechanism(IDS, context=VIDEO), aligned(mechanism, IDS, VIDEO))
+
+
+def test_88_a_word_is_not_seen_where_it_is_predicted():
+    mechanism = Mechanism("mask_align")
+    other = IDS.clone()
+    other[:, 4] = (other[:, 4] + 1) % 64
+    moved = (mechanism(IDS, context=VIDEO) - mechanism(other, context=VIDEO)).abs().amax((0, 2))
+    assert [at for at, each in enumerate(moved) if each < 1e-12] == [4]
+
+
+# ── what one layer says of another ───────────────────────────────────────────────────────
+
+
+def second_look(mechanism: Mechanism, x: Tensor, seen: Tensor) -> Tensor:
+    """Return what the second look makes of an image of which some patches are seen, [b, n]."""
+    mask = seen[:, None, None].expand(-1, 4, N, -1)
+    for at in (2, 3):
+        own, attn = Part(mechanism, f"layers.{at}"), Part(mechanism, f"layers.{at}.attn")
+        ffn, y = Part(mechanism, f"layers.{at}.ffn"), own.norm("attn", x)
+        q, k, v = (split(each) for each in attn.three("", y, y, y))
+        s = (8**-0.5 * q @ k.mT).masked_fill(~mask, -torch.inf)
+        x = x + attn.map("o", merge(s.softmax(-1) @ v))
+        x = x + ffn.map("down", gelu(ffn.map("up", own.norm("ffn", x))))
+    return layer_norm(
+        x, (32,), mechanism.parameter("norm.weight"), mechanism.parameter("norm.bias")
+    )
+
+
+def belonging(mechanism: Mechanism, x: Tensor) -> Tensor:
+    """Return what the first look says of the parts of every patch, [b, n, parts + 1]."""
+    for at in (0, 1):
+        own, attn = Part(mechanism, f"layers.{at}"), Part(mechanism, f"layers.{at}.attn")
+        ffn, y = Part(mechanism, f"layers.{at}.ffn"), own.norm("attn", x)
+        x = x + attn.map("o", attended(*attn.three("", y, y, y)))
+        x = x + ffn.map("down", gelu(ffn.map("up", own.norm("ffn", x))))
+    return Part(mechanism, "layers.2.attn").map("belongs", x)
+
+
+def test_18_the_second_look_sees_what_the_first_chose():
+    mechanism = Mechanism("faithful_mask")
+    seen = belonging(mechanism, X).argmax(-1) < 3
+    seen[:, 0] = True
+    assert 0 < seen.sum() < seen.numel()
+    # a logit of what is left out is lower by log(1e-10) alone
+    assert_close(mechanism(X), second_look(mechanism, X, seen), atol=1e-6)
+
+
+def test_18_without_background_all_is_seen():
+    mechanism = Mechanism("faithful_mask")
+    bias = torch.tensor([0.0, 0, 0, -1e3])
+    mechanism.set(layers_2_attn_belongs_proj_bias=bias)
+    assert_close(mechanism(X), second_look(mechanism, X, torch.ones(2, N).bool()))
+
+
+def test_18_parts_are_drawn_in_training_and_learn_through_the_draw():
+    mechanism = Mechanism("faithful_mask")
+    mechanism(X)
+    module = mechanism.module.train()
+    torch.manual_seed(0)
+    one, other = module(X), module(X)
+    module.eval()
+    assert not torch.allclose(one, other)
+    one.sin().sum().backward()
+    assert module.get_parameter("layers.2.attn.belongs_proj.weight").grad.abs().max() > 0
+
+
+def test_18_a_draw_is_that_of_gumbel():
+    """Of two parts with odds of three to one the first is drawn so often."""
+    (stage,) = re.findall(r"^stage gumbel.*$", text_of("faithful_mask"), re.MULTILINE)
+    drawn = "block b { width = 2; heads = 1; out = step(x + (x | gumbel) | softmax | top(1)) }"
+    text = f"{stage}\n{drawn}"
+    module = Mechanism(text).module.train()
+    torch.manual_seed(0)
+    logits = torch.tensor([math.log(3.0), 0.0]).double().expand(1, 40_000, 2)
+    with torch.no_grad():
+        assert abs(module(logits)[..., 0].mean() - 0.75) < 0.01
+    module.eval()
+
+
+def routed(mechanism: Mechanism, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return what comes of a text without rotary positions, and for whom layers see all, [b]."""
+    who = []
+    gap = torch.arange(N)[:, None] - torch.arange(N)
+    near = causal() & ((gap < 4) | (torch.arange(N) < 2))
+    for at in range(3):
+        own, attn = Part(mechanism, f"layers.{at}"), Part(mechanism, f"layers.{at}.attn")
+        ffn, y = Part(mechanism, f"layers.{at}.ffn"), own.rms("attn", x)
+        q, k, v = attn.map("own", y), attn.map("k", y), attn.map("v", y)
+        read = split(torch.cat([q[:, :2], q[:, -2:]], 1)).mean((1, 2))
+        for name in ("inner", "deep"):
+            read = attn.map(f"{name}_proj_1", silu(attn.map(f"{name}_proj_0", read)))
+        full = attn.map("logit", read).argmax(-1)
+        who.append(full)
+        o = [attended(q, k, v, attn_mask=each) for each in (near, causal())]
+        x = x + attn.map("o", torch.where(full[:, None, None] > 0, o[1], o[0]))
+        y = own.rms("ffn", x)
+        x = x + ffn.map("down", silu(ffn.map("gate", y)) * ffn.map("up", y))
+    return rms_norm(x, (32,), mechanism.parameter("norm.weight"), 1e-6), who
+
+
+FLUX = ("position = rope", "position = none")
+
+
+def test_231_a_router_chooses_for_a_whole_text():
+    mechanism = Mechanism("flux_attention", FLUX)
+    seen = set()
+    for shift in (-1, 0, 1):
+        bias = torch.tensor([0.0, shift])
+        mechanism.set(**{f"layers_{at}_attn_logit_proj_bias": bias for at in range(3)})
+        y, who = routed(mechanism, X)
+        seen |= {int(each) for one in who for each in one}
+        assert_close(mechanism(X), y)
+    assert seen == {0, 1}
+
+
+def test_231_of_few_tokens_both_are_the_same():
+    mechanism = Mechanism("flux_attention")
+    found = []
+    for shift in (-99, 99):
+        bias = torch.tensor([0.0, shift])
+        mechanism.set(**{f"layers_{at}_attn_logit_proj_bias": bias for at in range(3)})
+        found.append(mechanism(tokens(6)))
+    assert_close(*found)
+
+
+def test_231_routers_are_held_to_a_share_and_how_hard_is_learned_against_them():
+    mechanism = Mechanism("flux_attention")
+    biases = {f"layers_{at}_attn_logit_proj_bias": [0.0, 99.0] for at in (0, 1)}
+    mechanism.set(layers_2_attn_logit_proj_bias=[0.0, -99.0], **biases)
+    mechanism.set(layers_2_attn_one=0.7, layers_2_attn_two=0.2)
+    mechanism(X)
+    module = mechanism.module.train()
+    torch.manual_seed(0)
+    module(X)
+    module.eval()
+    loss = module.auxiliary_loss()
+    off = 1 - 2 / 3 - 0.5
+    assert_close(loss, torch.tensor(0.7 * abs(off) + 0.2 * off**2, dtype=torch.float64))
+    loss.backward()
+    attn = module.get_submodule("layers.2.attn")
+    assert_close(attn.one.grad, torch.tensor(-abs(off), dtype=torch.float64))
+    assert_close(attn.two.grad, torch.tensor(-(off**2), dtype=torch.float64))
+    weight = module.get_parameter("layers.0.attn.inner_proj_0.weight")
+    assert weight.grad is not None
+
+
+SIX = torch.tensor([[0] * 2 + [1] * 2 + [2] + [3] * 2 + [4] * 2 + [5] * 2]).expand(2, -1)
+
+
+def test_206_queries_look_where_their_masks_are_open():
+    mechanism = Mechanism("seem_decoder", part="look")
+    layer = Part(mechanism)
+    far = tokens(9, seed=5)
+    e = layer.norm("asked", X)
+    for at in range(3):
+        e = layer.map(f"asked_proj_{at}", e)
+        e = e.relu() if at < 2 else e
+    open_ = e @ layer.map("f", far).mT >= 0
+    open_ |= ~open_.any(-1, keepdim=True)
+    assert not open_.all()
+    read = attended(*layer.three("", X, far, far), attn_mask=open_[:, None])
+    looks = (SIX != 2) & (SIX != 4)
+    expected = layer.map("o", read) * looks[..., None]
+    assert_close(mechanism(X, context=far, segments=SIX), expected)
+
+
+def test_206_a_closed_mask_opens():
+    mechanism = Mechanism("seem_decoder", part="look")
+    mechanism.set(asked_proj_2_weight=0, asked_proj_2_bias=-1, f_proj_weight=0, f_proj_bias=1)
+    layer, far = Part(mechanism), tokens(9, seed=5)
+    expected = layer.map("o", attended(*layer.three("", X, far, far)))
+    assert_close(mechanism(X, context=far), expected)
+
+
+def test_206_a_layer_reads_the_image_then_the_row():
+    mechanism = Mechanism("seem_decoder")
+    far, own = tokens(9, seed=5), Part(mechanism, "layers.0")
+    parts = {"read": "look", "attn": "own"}
+    found = {name: Mechanism("seem_decoder", part=part) for name, part in parts.items()}
+    for name, each in found.items():
+        mine = [it for it, _ in each.meaning.named_parameters()]
+        each.set(**{it.replace(".", "_"): own[f"{name}.{it}"] for it in mine})
+    y = own.norm("y", X + found["read"](X, context=far, segments=SIX))
+    z = own.norm("z", y + found["attn"](y, segments=SIX))
+    ffn = Part(mechanism, "layers.0.ffn")
+    z = own.norm("o", z + ffn.map("down", ffn.map("up", z).relu()))
+    last = layer_norm(
+        z, (32,), mechanism.parameter("norm.weight"), mechanism.parameter("norm.bias")
+    )
+    assert_close(mechanism(X, context=far, segments=SIX), last)

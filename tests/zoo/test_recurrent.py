@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -265,15 +267,35 @@ def test_mlstm_is_its_stable_form():
 
 def test_241_hedgehog_has_a_map():
     mechanism = Mechanism("hedgehog")
-    q, k, v = qkv(mechanism)
-    a = q.softmax(-1) @ k.softmax(-1).mT + (-q).softmax(-1) @ (-k).softmax(-1).mT
-    assert_close(mechanism.mixed(X), shared_out(a * causal()) @ v)
+    q, k, v, one, two = (mechanism.streams(X)[name] for name in ("ask", "told", "v", "one", "two"))
+    a = one.softmax(-1) @ two.softmax(-1).mT + (-one).softmax(-1) @ (-two).softmax(-1).mT
+    a = shared_out(a * causal())
+    assert_close(mechanism.mixed(X), a @ v)
+    teacher = (8**-0.5 * q @ k.mT).masked_fill(~causal(), -torch.inf).softmax(-1)
+    mechanism.module.train()
+    mechanism(X)
+    mechanism.module.eval()
+    apart = -(teacher * a.where(a > 0, 1).log()).sum(-1).mean()
+    assert_close(mechanism.module.auxiliary_loss(), apart)
+
+
+def test_241_features_of_the_teacher_itself_leave_its_entropy():
+    """The loss is the teacher's entropy where both maps are one, here even."""
+    mechanism = Mechanism("hedgehog").set(ask_proj_weight=0, one_proj_weight=0, asked_bias=0)
+    mechanism.set(told_bias=0, two_proj_weight=0)
+    mechanism.module.train()
+    mechanism(X)
+    mechanism.module.eval()
+    even = torch.arange(1, N + 1).double().log().mean()
+    assert_close(mechanism.module.auxiliary_loss(), even)
 
 
 def test_241_the_two_halves_swap_with_the_sign():
     mechanism = Mechanism("hedgehog")
-    q, k, _ = qkv(mechanism)
-    assert_close(mechanism.mixed(X, q=-q, k=-k), mechanism.mixed(X))
+    y = mechanism(X)
+    names = ("one_proj_weight", "two_proj_weight", "asked_bias", "told_bias")
+    turned = {name: -mechanism.parameter(re.sub("_w", ".w", name)) for name in names}
+    assert_close(mechanism.set(**turned)(X), y)
 
 
 def test_aft_is_a_softmax_for_each_channel():
