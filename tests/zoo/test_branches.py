@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import (
     adaptive_avg_pool2d,
     conv1d,
+    conv2d,
     elu,
     gelu,
+    interpolate,
     layer_norm,
     linear,
     normalize,
@@ -767,7 +769,11 @@ def test_210_equal_weights_divide_by_the_channels():
 
 
 GRID = tokens(64)
-BIASES = ("gather_rows", "gather_cols", "read_rows", "read_cols")
+BIASES = tuple(
+    f"{'gathered_gathering_' * (read == 'gather')}{read}_{what}"
+    for read in ("gather", "read")
+    for what in ("rows", "cols", "map")
+)
 
 
 def agent_maps(mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
@@ -775,9 +781,14 @@ def agent_maps(mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (split(mapped(mechanism, f"{name}_proj", GRID)) for name in ("own", "keys", "values"))
     plane = merge(q).mT.unflatten(-1, (8, 8))
     agents = split(adaptive_avg_pool2d(plane, (2, 2)).flatten(2).mT)
-    rows, cols, back_rows, back_cols = (mechanism.parameter(name) for name in BIASES)
-    first = (rows[..., :, None] + cols[..., None, :]).flatten(2)
+    rows, cols, map_, back_rows, back_cols, back_map = map(mechanism.parameter, BIASES)
+    map_, back_map = (
+        interpolate(each, size=(8, 8), mode="bilinear", align_corners=False)
+        for each in (map_, back_map)
+    )
+    first = (rows[..., :, None] + cols[..., None, :] + map_).flatten(2)
     second = (back_rows[:, :, None] + back_cols[:, None]).flatten(1, 2)
+    second = second + back_map.flatten(2).mT
     return (
         (8**-0.5 * agents @ k.mT + first).softmax(-1),
         (8**-0.5 * q @ agents.mT + second).softmax(-1),
@@ -788,7 +799,13 @@ def agent_maps(mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
 def test_240_agents_gather_and_queries_read_them():
     mechanism = Mechanism("agent_attention")
     gather, read, v = agent_maps(mechanism)
-    assert_close(mechanism(GRID), mapped(mechanism, "o_proj", merge(read @ (gather @ v))))
+    plane = merge(v).mT.unflatten(-1, (8, 8))
+    near = conv2d(
+        plane, mechanism.parameter("taps")[:, None], mechanism.parameter("taps_bias"), padding=1,
+        groups=32,
+    )  # fmt: skip
+    o = merge(read @ (gather @ v)) + near.flatten(2).mT
+    assert_close(mechanism(GRID), mapped(mechanism, "o_proj", o))
 
 
 def test_240_both_maps_are_one_of_low_rank():
@@ -801,7 +818,7 @@ def test_240_both_maps_are_one_of_low_rank():
 
 
 def test_240_without_biases_parts_of_the_grid_may_be_exchanged():
-    mechanism = Mechanism("agent_attention").set(**dict.fromkeys(BIASES, 0))
+    mechanism = Mechanism("agent_attention").set(**dict.fromkeys(BIASES, 0), taps=0)
     places = torch.arange(64).unflatten(0, (2, 4, 2, 4)).permute(0, 2, 1, 3).flatten(2)
     y = mechanism(GRID)
     for order in list(permutations(range(4)))[::7]:

@@ -590,17 +590,10 @@ def test_207_windows_may_be_cut_out_and_padded():
     overlapped(mechanism, lambda q: 4**-0.5 * torch.einsum("bhwqd,qkd->bhwqk", q, turn))
 
 
-def test_194_keys_are_cut_out_of_padded_maps():
-    mechanism = Mechanism("hat_ocab")
-    table = mechanism.parameter("table")
-    bias = table[:, offsets(0) + 4, offsets(1) + 4][None, :, None]
-    overlapped(mechanism, lambda q: bias)
-
-
 def test_207_without_a_halo_blocks_are_windows():
     bare = Mechanism("halo", ("halo(4, 1)", "halo(4, 0)"), ("[10, 10]", "[8, 8]"))
     bare.set(across=0, down=0)
-    windows = Mechanism("crossformer_sda", ("score = relative(4)\n", "head_dim = 4\n"), like=bare)
+    windows = Mechanism("crossformer_sda", ("score = relative\n", "head_dim = 4\n"), like=bare)
     x = tokens(64)
     assert_close(bare(x), windows(x))
 
@@ -616,22 +609,6 @@ def test_207_a_block_as_large_as_the_image_is_global():
     x = tokens(64)
     full = Mechanism("block full { width = 32; heads = 4; head_dim = 4 }", like=wide)
     assert_close(wide(x), full(x))
-
-
-def test_194_without_overlap_it_is_swins_window():
-    changes = (("relative(4, 6)", "relative(4, 4)"), ("overlapping(4, 1)", "overlapping(4, 0)"))
-    bare = Mechanism("hat_ocab", ("[10, 10]", "[8, 8]"), *changes)
-    swin = Mechanism("swin", like=bare).set(table=bare.parameter("table").flip(1, 2))
-    x = tokens(64)
-    assert_close(bare(x), swin(x))
-
-
-def test_194_a_window_over_the_image_is_full_attention():
-    changes = (("relative(4, 6)", "relative(8, 8)"), ("overlapping(4, 1)", "overlapping(8, 0)"))
-    wide = Mechanism("hat_ocab", ("[10, 10]", "[8, 8]"), *changes)
-    wide.set(table=0)
-    x = tokens(64)
-    assert_close(wide(x), Mechanism(FULL, like=wide)(x))
 
 
 def sphere(*shape: int, seed: int = 0) -> Tensor:
@@ -1012,36 +989,3 @@ def test_230_the_running_sum_is_the_divided_form():
     )
     s = (streams["q"] @ streams["k"].mT).masked_fill(~causal(), 0).sum(-1)
     assert_close(mechanism.mixed(x, level=s.mT), divided.mixed(x))
-
-
-def split_by_sign(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    n = q.norm(dim=-1, keepdim=True)
-    power = 3 * (0.5 + n.tanh())
-    return (
-        torch.cat([(q.relu() / n) ** power, ((-q).relu() / n) ** power], -1),
-        torch.cat([k.relu() ** 3, (-k).relu() ** 3], -1),
-    )
-
-
-def test_151_the_state_is_a_map_of_features():
-    mechanism = Mechanism("norm_aware")
-    x = tokens()
-    q, k, v = (mechanism.streams(x)[name] for name in "qkv")
-    a, b = split_by_sign(q, k)
-    found = (a @ b.mT @ v / 11) / ((a @ b.mT).mean(-1, keepdim=True) + 1e-6)
-    assert_close(mechanism.mixed(x), found)
-
-
-def test_151_a_query_and_its_negative_meet_the_other_half():
-    mechanism = Mechanism("norm_aware")
-    x = tokens()
-    q, k = (mechanism.streams(x)[name] for name in "qk")
-    assert_close(mechanism.mixed(x, q=-q), mechanism.mixed(x, k=-k))
-
-
-def test_151_rows_sum_to_one_and_know_the_length_of_the_query():
-    mechanism = Mechanism("norm_aware")
-    x = tokens()
-    q, v = (mechanism.streams(x)[name] for name in "qv")
-    assert_close(mechanism.mixed(x, v=torch.ones_like(v)), torch.ones_like(v), 1e-3)
-    assert not torch.allclose(mechanism.mixed(x, q=2 * q), mechanism.mixed(x))

@@ -7,7 +7,7 @@ import re
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, rms_norm, silu
+from torch.nn.functional import conv1d, conv2d, fold, gelu, layer_norm, rms_norm, silu, unfold
 
 from headloom.compiler.api import build_module
 from headloom.compiler.plan.plan import Target
@@ -19,6 +19,7 @@ from .mechanisms import (
     causal,
     mapped,
     merge,
+    normed,
     softmax,
     split,
     text_of,
@@ -593,3 +594,212 @@ def test_206_a_layer_reads_the_image_then_the_row():
         z, (32,), mechanism.parameter("norm.weight"), mechanism.parameter("norm.bias")
     )
     assert_close(mechanism(X, context=far, segments=SIX), last)
+
+
+# ── pixels ───────────────────────────────────────────────────────────────────────────────
+
+PIXELS = tokens(64)
+
+
+def plane(x: Tensor) -> Tensor:
+    """[b, 64, c] → [b, c, 8, 8]"""
+    return x.mT.unflatten(-1, (8, 8))
+
+
+def pixels(x: Tensor) -> Tensor:
+    """[b, c, 8, 8] → [b, 64, c]"""
+    return x.flatten(2).mT
+
+
+def around(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """Every channel's convolution with taps [c, size, size] of its own."""
+    size = taps.shape[-1]
+    return pixels(conv2d(plane(x), taps[:, None], bias, padding=size // 2, groups=len(taps)))
+
+
+def test_211_beside_it_channels_read_pixels_with_weights_of_the_image():
+    """The authors' way: a kernel for each channel and image, in one convolution by groups."""
+    mechanism = Mechanism("inline")
+    layer = Part(mechanism)
+    v = layer.map("whole", PIXELS)
+    inner = PIXELS.mean(1, keepdim=True).mT
+    weight = layer["inner_proj.weight"].flatten(0, 1)[..., None]
+    inner = gelu(conv1d(inner, weight, layer["inner_bias"], groups=4))
+    weight = layer["said_proj.weight"].flatten(0, 1)[..., None]
+    kernels = conv1d(inner, weight, layer["taps_bias"], groups=4).reshape(64, 1, 3, 3)
+    near = conv2d(plane(v).reshape(1, 64, 8, 8), kernels, padding=1, groups=64)
+    near = pixels(near.reshape(2, 32, 8, 8))
+    o = merge(mechanism.mixed(PIXELS)) + near
+    assert_close(mechanism(PIXELS), layer.map("o", o))
+
+
+def test_211_without_weights_of_pixels_it_is_its_map_alone():
+    mechanism = Mechanism("inline").set(said_proj_weight=0, taps_bias=0)
+    o = merge(mechanism.mixed(PIXELS))
+    assert_close(mechanism(PIXELS), mapped(mechanism, "o_proj", o))
+
+
+def turned(x: Tensor) -> Tensor:
+    """Turn pairs (c, c + 4) of eight features: two by the row of a pixel, two by its column."""
+    rate = torch.tensor([1.0, 1e-4], dtype=torch.float64)
+    at = torch.arange(64)
+    angle = torch.cat([(at // 8)[:, None] * rate, (at % 8)[:, None] * rate], -1)
+    first, second = x[..., :4], x[..., 4:]
+    return torch.cat(
+        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1
+    )
+
+
+def features(mechanism: Mechanism, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the halves of the features of queries and of keys."""
+    q, k = (split(mapped(mechanism, f"{name}_proj", x)) for name in ("asked", "held"))
+    n = q.norm(dim=-1, keepdim=True)
+    power = 3 * (0.5 + n.tanh())
+    return [(each.relu() / n) ** power for each in (q, -q)], [each.relu() ** 3 for each in (k, -k)]
+
+
+def test_151_features_turn_in_the_numerator_alone():
+    mechanism = Mechanism("norm_aware")
+    layer = Part(mechanism)
+    v = layer.map("values", PIXELS)
+    q, k = features(mechanism, PIXELS)
+    above = sum(turned(a) @ turned(b).mT for a, b in zip(q, k, strict=True))
+    below = sum(a @ b.mT for a, b in zip(q, k, strict=True))
+    o = (above @ split(v) / 64) / (below.mean(-1, keepdim=True) + 1e-6)
+    o = merge(o) + around(v, layer["taps"], layer["taps_bias"])
+    o = layer.norm("o", o) * silu(layer.map("g", PIXELS))
+    assert_close(mechanism(PIXELS), layer.map("o", o))
+
+
+def test_151_without_turns_rows_sum_to_one_and_know_the_length_of_the_query():
+    still = (("where(h < 2, 10_000 ** -h, 0)", "0"), ("where(h < 2, 0, 10_000 ** (-h + 2))", "0"))
+    mechanism = Mechanism("norm_aware", *still)
+    v = torch.ones_like(mechanism.streams(PIXELS)["v"])
+    assert_close(mechanism.mixed(PIXELS, v=v), v, 1e-3)
+    q, k = features(mechanism, PIXELS)
+    longer, _ = features(mechanism, 2 * PIXELS)
+    p, other = (sum(a @ b.mT for a, b in zip(each, k, strict=True)) for each in (q, longer))
+    p, other = (each / each.sum(-1, keepdim=True) for each in (p, other))
+    assert (p >= 0).all()
+    assert not torch.allclose(p, other)
+
+
+def test_234_layers_of_windows_and_of_linear_attention():
+    mechanism = Mechanism("l2vit")
+    x = PIXELS
+    one, two = Part(mechanism, "layers.0"), Part(mechanism, "layers.1")
+
+    def near(part: str, x: Tensor) -> Tensor:
+        conv = Part(mechanism, part)
+        return around(x, conv["taps"], conv["taps_bias"])
+
+    def network(layer: Part, x: Tensor) -> Tensor:
+        hidden = gelu(layer.map("ffn.up", layer.norm("ffn", x)))
+        return x + layer.map("ffn.down", hidden)
+
+    x = x + near("layers.0.conv", x)
+    attn, y = Part(mechanism, "layers.0.attn"), one.norm("attn", x)
+    x = x + attn.map("o", attended(*attn.three("", y, y, y), attn_mask=windowed(0)))
+    x = network(one, x + near("layers.0.again", x))
+    x = x + near("layers.1.conv", x)
+    attn, y = Part(mechanism, "layers.1.attn"), two.norm("attn", x)
+    q, k, v = (split(each) for each in attn.three("", y, y, y))
+    a = q.relu() @ k.relu().mT
+    o = attn["factor"][:, None, None] * (a @ v) / a.sum(-1, keepdim=True).clip(min=100)
+    x = x + attn.map("o", merge(o))
+    y = gelu(near("layers.1.wide", two.norm("wide", x)))
+    y = two["c_batch_normed.gain"] * y + two["c_batch_normed.shift"]
+    x = network(two, x + near("layers.1.wider", y))
+    assert_close(mechanism(PIXELS), normed(mechanism, "norm", x))
+
+
+def test_234_a_window_over_the_image_is_full_attention():
+    wide = Mechanism("l2vit", ("near(size = 4)", "near(size = 8)"), part="near")
+    full = Mechanism("block full { width = 32; heads = 4 }", like=wide)
+    assert_close(wide(PIXELS), full(PIXELS))
+
+
+def patches(x: Tensor, size: int, edge: int) -> Tensor:
+    """[b, 64, c] → [b, 4 windows, size², c], a window every four pixels, and the edge beyond."""
+    parts = unfold(plane(x), size, stride=4, padding=edge)
+    return parts.unflatten(1, (x.shape[-1], size**2)).permute(0, 3, 2, 1)
+
+
+def places(w: int, edge: int) -> tuple[Tensor, Tensor]:
+    """Key minus query along both axes, [16, (w + 2 edge)²]."""
+    query = torch.cartesian_prod(torch.arange(w), torch.arange(w))
+    keys = torch.arange(w + 2 * edge) - edge
+    off = torch.cartesian_prod(keys, keys) - query[:, None]
+    return off[..., 0], off[..., 1]
+
+
+def of_windows(part: Part, x: Tensor, edge: int) -> Tensor:
+    """Attention of windows of 4 x 4, whose keys reach `edge` pixels beyond, as HAT computes it."""
+    q, k, v = part.three("", x, x, x)
+    q = patches(q, 4, 0)
+    k, v = (patches(each, 4 + 2 * edge, edge) for each in (k, v))
+    q, k, v = (each.unflatten(-1, (4, 8)).transpose(2, 3) for each in (q, k, v))
+    down, across = places(4, edge)
+    bias = part["table"][:, down + 3 + edge, across + 3 + edge]
+    o = ((8**-0.5 * q @ k.mT + bias).softmax(-1) @ v).transpose(2, 3).flatten(3)
+    return pixels(fold(o.permute(0, 3, 2, 1).flatten(1, 2), 8, 4, stride=4))
+
+
+def unfolded(weight: Tensor) -> Tensor:
+    """[out, 9 · in] → [out, in, 3, 3]: what a linear map of nine neighbours is as a convolution."""
+    return weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+
+
+def grid_conv(part: Part, name: str, x: Tensor) -> Tensor:
+    weight, bias = part[f"{name}_proj.weight"], part[f"{name}_proj.bias"]
+    return pixels(conv2d(plane(x), unfolded(weight), bias, padding=1))
+
+
+def hybrid(part: Part, x: Tensor, shift: int, alpha: float = 0.01) -> Tensor:
+    y = part.norm("normed", x)
+    rolled = pixels(plane(y).roll((-shift, -shift), (2, 3)))
+    if shift:  # windows that a shift cuts in two do not see their other half
+        q, k, v = (split(each) for each in part.three("", y, y, y))
+        at = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+        off = at - at[:, None] + 3
+        bias = part["table"][:, off[..., 0].clip(0, 6), off[..., 1].clip(0, 6)]
+        s = (8**-0.5 * q @ k.mT + bias).masked_fill(~windowed(shift), -torch.inf)
+        o = merge(s.softmax(-1) @ v)
+    else:
+        o = of_windows(part, rolled, 0)
+    found = grid_conv(part, "found", gelu(grid_conv(part, "inner", y)))
+    few = part.map("few", found.mean(1, keepdim=True)).relu()
+    found = found * part.map("open_", few).sigmoid()
+    x = x + part.map("y", o) + alpha * found
+    return x + part.map("o", gelu(part.map("wide", part.norm("wide", x))))
+
+
+def overlapping(part: Part, x: Tensor) -> Tensor:
+    y = part.norm("normed", x)
+    x = x + part.map("y", of_windows(part, y, 1))
+    return x + part.map("o", gelu(part.map("wide", part.norm("wide", x))))
+
+
+def test_194_a_group_of_blocks_is_that_of_unfolded_windows():
+    mechanism = Mechanism("hat")
+    one, two, three, last = layers(mechanism, "part")
+    x = overlapping(three, hybrid(two, hybrid(one, PIXELS, 0), 2))
+    assert_close(mechanism(PIXELS), PIXELS + grid_conv(last, "o", x))
+
+
+def test_194_without_overlap_it_is_attention_of_windows():
+    """With keys of the window alone, and with one window over the image: full attention."""
+    part = Mechanism("hat", ("4, 1)", "4, 0)"), part="overlapping")
+    y = Part(part).norm("normed", PIXELS)
+    o = of_windows(Bare(part), y, 0)
+    x = PIXELS + Part(part).map("y", o)
+    x = x + Part(part).map("o", gelu(Part(part).map("wide", Part(part).norm("wide", x))))
+    assert_close(part(PIXELS), x)
+
+
+class Bare(Part):
+    """An overlapping block's weights, with the table that its windows alone read."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = super().__getitem__(name)
+        return found[:, 1:-1, 1:-1] if name == "table" else found

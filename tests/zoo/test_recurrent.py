@@ -337,7 +337,7 @@ def test_211_a_query_of_zero_takes_the_mean():
 
 
 def test_234_small_denominators_are_clamped():
-    mechanism = Mechanism("l2vit").set(factor=0.5)
+    mechanism = Mechanism("l2vit", part="linear_").set(factor=0.5)
     q, k, v = qkv(mechanism, X / 2)
     a = relu(q) @ relu(k).mT
     assert a.sum(-1).max() < 100
@@ -345,6 +345,6 @@ def test_234_small_denominators_are_clamped():
 
 
 def test_234_large_ones_share_out_the_factor():
-    mechanism = Mechanism("l2vit").set(factor=0.5)
+    mechanism = Mechanism("l2vit", part="linear_").set(factor=0.5)
     q, k, v = (50 * each.abs() for each in qkv(mechanism))
     assert_close(mechanism.mixed(X, q=q, k=k, v=v), 0.5 * shared_out(q @ k.mT) @ v)
