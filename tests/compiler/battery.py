@@ -296,6 +296,8 @@ SETTINGS = {
     "solved": "heads = 4; kv_heads = 2; value_dim = 3; mix = solved; mask = causal",
     "solved_documents": "heads = 4; mix = solved; mask = causal and document",
     "solved_both_ways": "heads = 4; mix = solved_of_all",
+    "delta_after_attention": f"{CAUSAL}; branch side {{ k = o; v = o; mix = gated_delta }}; "
+    "out = (o - 0.5 * side) | merge | linear",
     "solved_after_attention": f"{CAUSAL}; branch side {{ k = o; v = o; mix = solved }}; "
     "out = (o - 0.5 * side) | merge | linear",
 }  # fmt: skip
