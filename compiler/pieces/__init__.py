@@ -12,6 +12,7 @@ FILES = (
     "groups",
     "maps",
     "tiles",
+    "gathered",
     "fused",
     "flex",
     "chunks",
