@@ -143,7 +143,7 @@ class Drawing:
         taken = productions[self._chooser.category(path, names, weights)]
         self.kinds.add(path)
         below = f"{path}.{taken.name}"
-        value = _within(taken.value, hole)
+        value = within(taken.value, hole)
         if taken.item is not None:
             name = self._make(deeper(taken.item, hole), below)
             value = substitute(value, {MADE: Name(name, hole.span)})
@@ -341,17 +341,17 @@ class Drawing:
 # ── productions ──────────────────────────────────────────────────────────────────────────
 
 
-def _within(expr: Expr, hole: Call) -> Expr:
+def within(expr: Expr, hole: Call) -> Expr:
     """Return the text of a production where a hole stands, its own holes one less deep."""
     if isinstance(expr, Call) and expr.function == "any":
         return inner(expr, hole)
-    return replace(rebuild(expr, lambda each: _within(each, hole)), span=hole.span)
+    return replace(rebuild(expr, lambda each: within(each, hole)), span=hole.span)
 
 
 def deeper(item: Made, hole: Call) -> Made:
     """Return an item of a production with its holes one less deep."""
     params = tuple(
-        replace(each, default=None if each.default is None else _within(each.default, hole))
+        replace(each, default=None if each.default is None else within(each.default, hole))
         for each in item.params
     )
     body = tuple(_within_statement(each, hole) for each in item.body)
@@ -361,7 +361,7 @@ def deeper(item: Made, hole: Call) -> Made:
 def _within_statement(statement: syntax.Statement, hole: Call) -> syntax.Statement:
     match statement:
         case syntax.Setting(_, value) | syntax.Let(_, value) | syntax.Update(_, value):
-            return replace(statement, value=_within(value, hole))
+            return replace(statement, value=within(value, hole))
         case _:
             return statement
 

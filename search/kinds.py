@@ -1,7 +1,7 @@
 """Holes of a grammatical kind: which productions there are at a place of a file.
 
     grammar = Grammar(file, draw)
-    grammar.opened(hole, grammar.place(block))    the table's, the definitions', `t[i, h]` of a `let`
+    grammar.opened(hole, grammar.place(block))    those of the table, definitions, what can be read
 
 What is a production depends on the text alone, never on what else is drawn: the choices that a
 hole has are the same in every draw. A definition that fits some places alone is tried in a small
@@ -11,7 +11,7 @@ block, with a few draws of its arguments.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
@@ -22,19 +22,20 @@ from ..compiler.facts.decoding import obstacle
 from ..compiler.model import Block, Mixing, Pairwise
 from ..grammar import syntax
 from ..grammar.diagnostics import LoomError, did_you_mean, error
-from ..grammar.expr import NotConstant, evaluate, number, rebuild, substitute
+from ..grammar.expr import NotConstant, evaluate, number, rebuild
 from ..grammar.syntax import Binary, Call, Expr, File, Index, Name, Number, Pipe
-from .holes import contains_hole, depth_of, favoured, kind_of, open_kinds
 from .arguments import called
 from .choosers import Chooser, Random
-from .productions import DEFINED, INCLUDED, Production, written
+from .holes import contains_hole, depth_of, favoured, kind_of, open_kinds
+from .productions import DEFINED, INCLUDED, Production, usual, written
 from .reads import Body, reads
 
 Named = syntax.Block | syntax.Model | syntax.Definition
 Draw = Callable[[File, Chooser], File]
 _DRAWS = 4  # with how many draws of its holes a production is tried
 _TOKENS = range(0, 70, 3)  # at which a mask is tried
-_SMALL = {"heads": 2, "head_dim": 8}  # the block in which it is tried
+_ALL = Name("all")  # the mask of a block that has none
+_SMALL = {"heads": 2, "head_dim": 8, "value_dim": 6}  # the block in which it is tried
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Place:
     reads: tuple[tuple[str, Production], ...] = ()
     causal: bool = True
     alone: bool = False
-    mask: Expr = Name("all")
+    mask: Expr = _ALL
 
 
 class Grammar:
@@ -76,7 +77,7 @@ class Grammar:
                 return Place(item, causal=_tells_tokens(bodies), alone=True)
             case syntax.Block(kind="block"):
                 bodies = self._lineage(item)
-                return Place(item, reads(bodies), mask=_setting(bodies, "mask") or Name("all"))
+                return Place(item, reads(bodies), mask=_setting(bodies, "mask") or _ALL)
             case syntax.Definition("score" | "weights" | "normalize" | "mask"):
                 return Place(item, reads((item.body,)))
             case _:
@@ -137,7 +138,8 @@ class Grammar:
         key = (id(place), kind)
         if key not in self._known:
             found: dict[str, Production] = {}
-            for each in self._productions(kind, place):
+            # those without parts first, so that the first draw is the smallest
+            for each in sorted(self._productions(kind, place), key=lambda each: any(parts(each))):
                 name = each.name
                 while name in found:
                     name += "_"
@@ -166,7 +168,7 @@ class Grammar:
             if isinstance(item, syntax.Model):
                 continue
             reach = self._reach(item) if name in own else ()
-            production = Production(name, called(item))
+            production = Production(name, called(item), usual(kind, name))
             if not _ring(reach, place) and self._fits(kind, item, production, reach, place):
                 yield production
 
@@ -193,13 +195,13 @@ class Grammar:
     ) -> bool:
         match kind:
             case "mask" | "keys":
-                found = self._tried(reach, "mask", production.value)
+                found = self._tried(reach, {"mask": production.value})
                 return all(map(_shows_itself, found)) == (kind == "mask")
             case "activation" | "along":
                 if _pointwise(item) != (kind == "activation"):
                     return False
                 stage = Pipe(Name("x"), (Name("linear"), Name("split"), production.value))
-                return all(self._tried(reach, "q", stage))
+                return all(self._tried(reach, {"q": stage, "v": stage}))
             case "recurrence":
                 return self._recurs(production, reach, place)
             case "block":
@@ -212,26 +214,23 @@ class Grammar:
         if contains_hole(place.mask):
             return False
         more = () if production.item is None else (production.item,)
-        return all(self._tried((*reach, *more), "mix", production.value, place.mask))
+        settings = {"mask": place.mask, "mix": production.value}
+        return all(self._tried((*reach, *more), settings))
 
     def _stands(self, item: syntax.Block, reach: tuple[Named, ...], place: Place) -> bool:
         """Say whether a block can be a layer; where tokens are told, it decodes in every draw."""
-        mask = _setting(self._lineage(item), "mask") or Name("all")
+        mask = _setting(self._lineage(item), "mask") or _ALL
         if place.causal and contains_hole(mask) and Name("causal") not in _met(mask):
             return False
-        blocks = self._tried(reach, "", called(item))
+        blocks = self._tried(reach, {}, called(item))
         return all(each and not (place.causal and obstacle(each)) for each in blocks)
 
     def _tried(
-        self, reach: tuple[Named, ...], setting: str, value: Expr, mask: Expr | None = None
+        self, reach: tuple[Named, ...], settings: Mapping[str, Expr], base: Expr | None = None
     ) -> tuple[Block | None, ...]:
-        """Return draws of a small block with a setting, or based on a value; None where wrong."""
-        settings = {} if mask is None else {"mask": mask}
-        base = None if setting else value
-        if setting:
-            sizes = {name: Number(size) for name, size in _SMALL.items()}
-            settings = {**sizes, **settings, setting: value}
-        body = tuple(syntax.Setting(name, each) for name, each in settings.items())
+        """Return draws of a small block with some settings, or of a base; None where wrong."""
+        sizes = {name: Number(size) for name, size in _SMALL.items()} if base is None else {}
+        body = tuple(syntax.Setting(name, each) for name, each in {**sizes, **settings}.items())
         probe = syntax.Block("probe", (), base, body)
         return _tried(self._draw, (*self._lets, *reach, probe))
 
@@ -281,7 +280,9 @@ def _ring(reach: tuple[Named, ...], place: Place) -> bool:
     """
     if place.item is None or isinstance(place.item, syntax.Model):
         return False
-    return place.item in reach or any(any(open_kinds(expr)) for each in reach for expr in _exprs(each))
+    return place.item in reach or any(
+        any(open_kinds(expr)) for each in reach for expr in _exprs(each)
+    )
 
 
 def _pointwise(item: Named) -> bool:

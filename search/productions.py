@@ -165,7 +165,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
             k = x | linear | split | maybe(any(stage))
             v = x | linear | split | maybe(any(activation))
             position = any(position)
-            similarity = choose(dot, any(similarity), weights = [4, 1])
+            similarity = any(similarity)
             score = maybe(any(score))
             mask = any(sight)
             normalize = any(normalize)
@@ -216,10 +216,15 @@ DEFINED: Mapping[str, str] = {
 
 # how often a production is drawn where that is not 1; what reads itself is rarer
 USUAL: Mapping[tuple[str, str], float] = {
+    ("keys", "sink"): 2,
+    ("keys", "other"): 0.5,
+    ("keys", "meet"): 0.25,
+    ("keys", "join"): 0.25,
+    ("bias", "total"): 0.5,
+    ("bias", "outside"): 0.5,
+    ("similarity", "dot"): 4,
     ("similarity", "mean"): 0.5,
     ("weights", "times"): 0.5,
-    ("stage", "then"): 2,
-    ("score", "then"): 2,
     ("block", "plain"): 0.5,
     ("block", "attention"): 2,
 }
@@ -255,8 +260,13 @@ def _all() -> dict[str, tuple[Production, ...]]:
     return kept("productions", [repr((TEXTS, USUAL)).encode()], made)
 
 
+def usual(kind: str, name: str) -> float:
+    """Return how often a production is drawn, next to others of its kind."""
+    return USUAL.get((kind, name), 1.0)
+
+
 def _production(kind: str, name: str, text: str) -> Production:
-    weight = USUAL.get((kind, name), 1.0)
+    weight = usual(kind, name)
     source = Source(f"any({kind})", text)
     if f" {MADE}" not in text:
         return Production(name, parse_expression(text, source), weight)

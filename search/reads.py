@@ -1,8 +1,8 @@
 """What expressions of a pair can read of a block: streams and tensors whose shape its text shows.
 
-    let t = x | linear(heads) | sigmoid        t[i, h] and t[j, h], numbers of a pair
-    let keep = (x | linear(1)) > 0             keep[j], a mask
-    param table[heads, 9] = 0                  table[h, clip(abs(i - j), 0, 9 - 1)]
+let t = x | linear(heads) | sigmoid        t[i, h] and t[j, h], numbers of a pair
+let keep = (x | linear(1)) > 0             keep[j], a mask
+param table[heads, 9] = 0                  table[h, clip(abs(i - j), 0, 9 - 1)]
 """
 
 from __future__ import annotations

@@ -81,14 +81,15 @@ def size(file: syntax.File) -> int | None:
     """
     if found := problems(file):
         raise LoomError(found)
-    return sizing.size(Scoping(file), _roots(file))
+    return sizing.size(Scoping(file), _roots(file), grammar_of(file))
 
 
 def alternatives(file: syntax.File) -> Iterator[syntax.File]:
     """Yield plain files in which every alternative of every hole occurs at least once.
 
-    They are as many as the alternatives added up, not multiplied; of a range come both ends,
-    of `pow2` every power, of a kind every production with the first of all that it leaves open. Each differs from the first in what leads to one alternative.
+    They are as many as the alternatives added up, not multiplied; of a range come both ends, of
+    `pow2` every power, of a kind every production, with the first of all that it leaves open.
+    Each differs from the first in what leads to one alternative.
     Raises `LoomError` (L501 to L512) for holes that cannot be filled.
     """
     seen: set[syntax.File] = set()
@@ -142,7 +143,8 @@ def _cover(file: syntax.File, *, keep_search: bool) -> Iterator[tuple[syntax.Fil
 
 
 @lru_cache(64)
-def _grammar(file: syntax.File) -> Grammar:
+def grammar_of(file: syntax.File) -> Grammar:
+    """Return the productions of a file, for its holes of a kind."""
     return Grammar(file, draw)
 
 
@@ -153,7 +155,7 @@ class _Filling:
         self._file = file
         self._scoping = Scoping(file)
         named = {each.name: tuple(p.name for p in each.params) for each in self._scoping.items}
-        self._drawing = Drawing(chooser, named, _grammar(file))
+        self._drawing = Drawing(chooser, named, grammar_of(file))
 
     def in_production(self, name: str) -> bool:
         """Say whether a hole stands within what a hole of a kind has become."""
