@@ -122,11 +122,12 @@ class _Process:
     def expected(self, hole: Call) -> float:
         """Return the mean number of productions that a draw takes, its depth counted."""
         if hole not in self._known:
-            self._known[hole] = 1.0 + sum(
+            inner = [
                 share * times * self.expected(part)
                 for share, parts in self._shares(hole)
                 for part, times in parts
-            )
+            ]
+            self._known[hole] = 1 + sum(inner)
         return self._known[hole]
 
     def _shares(self, hole: Call) -> Iterator[tuple[float, list[tuple[Call, float]]]]:

@@ -281,6 +281,16 @@ OWN: dict[str, Code] = {
             "  carry = k - w * tanh(dot(w, k))\n}",
         ),
         Code(
+            "L238",
+            "a model's images do not fit its patches",
+            "`patches(size, channels = 3, image)` cuts images into patches, one token each; a side "
+            "of an `image` is a multiple of a patch's, learned positions are as many as patches, "
+            "and there is no `vocab` beside it.",
+            "block a { heads = 2 }\n"
+            "model m { width = 8; layers = [a]; patches = patches(16, image = 40); "
+            "head = classify(10) }",
+        ),
+        Code(
             "L241",
             "this selection does not say which groups",
             "`select` is `top(count, e)`, `above(threshold, e)`, `mass(share, e)` or "

@@ -103,10 +103,10 @@ def test_thousands_of_draws_are_plain_valid_texts(name):
 def test_draws_are_what_they_mean(name):
     import headloom as hl
 
-    for seed in range(3):
+    for seed in range(2):
         arch = check(valid(name, seed))
         for each in arch.models or list(arch.blocks)[:1]:
-            certificate = hl.verify(arch, each, backend="torch")
+            certificate = hl.verify(arch, each)
             assert certificate.ok, f"{format_loom(arch.file)}\n{certificate}"
 
 
