@@ -174,7 +174,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "recurrent": """block made {
             heads = choose(2, 4, 8); head_dim = pow2(8..32)
             q = x | linear | split | maybe(any(stage))
-            k = x | linear | split | any(norm)
+            k = x | linear | split | l2_norm
             v = x | linear | split | maybe(any(activation))
             mask = causal
             mix = any(recurrence)

@@ -230,9 +230,9 @@ class ReferenceModel(nn.Module):
         """Return logits [b, n, vocab], classes [b, classes], or features [b, n, width].
 
         x is [b, n] tokens, or [b, n, width] features for a model without a vocabulary, or images
-        [b, channels, height, width] where it has patches; the rest is as for a block. The context passes through the encoder first, where there is
-        one: [b, m] tokens, or [b, m, its width]. `condition` [b, condition_width] is the one
-        token that meets all, for layers that read it.
+        [b, channels, height, width] where it has patches, or those cut already; the rest is as for
+        a block. The context passes through the encoder first, where there is one: what that takes.
+        `condition` [b, condition_width] is the one token that meets all, for layers that read it.
         """
         for each in self._blocks():
             each.terms.clear()

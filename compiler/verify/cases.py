@@ -147,7 +147,8 @@ class Subject:
             size_ = (case.batch, self.what.condition)
             condition = torch.randn(*size_, generator=draw, dtype=torch.float64)
             given["condition"] = condition.to(case.dtype)
-        if self.reads_segments and not case.whole:
+        one_answer = isinstance(self.what, Model) and self.what.classifies
+        if self.reads_segments and not case.whole and not one_answer:
             steps = torch.rand(size, generator=draw) < 0.3
             given["segments"] = steps.long().cumsum(-1)
         return x, given
