@@ -10,7 +10,6 @@ themselves; `depth` ends them in any case.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from .productions import Production
 from .scoping import Scoping
 from .space import Hole, grammar_of, holes, size
 
-_Parts = Counter[str]  # kind → how many holes of it, on average
+_Parts = dict[str, float]  # kind → how many holes of it, on average
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +101,11 @@ class _Process:
 
     def offspring(self, hole: Call) -> _Parts:
         """Return the mean number of holes of each kind in one production."""
-        found: _Parts = Counter()
+        found: _Parts = {}
         for share, holes_ in self._shares(hole):
             for each, times in holes_:
-                found[kind_of(each)] += share * times
+                kind = kind_of(each)
+                found[kind] = found.get(kind, 0.0) + share * times
         return found
 
     def reached(self, hole: Call) -> dict[str, Call]:
