@@ -163,13 +163,6 @@ OWN: dict[str, Code] = {
             "block a { normalize = exp(s) * sum }",
         ),
         Code(
-            "L221",
-            "this is not available yet",
-            "The language has it, but this version does not compile it. Leave it out, or follow "
-            "the changelog.",
-            "block a { heads = 4 }\nmodel m { width = 64; patches = 4; layers = [a] }",
-        ),
-        Code(
             "L222",
             "this setting takes certain words",
             "The setting or argument is one of a few words or forms, which the message lists.",
