@@ -151,7 +151,9 @@ class ReferenceBlock(nn.Module):
         if block.regularize is not None and self.training:
             self.terms.append((x[..., 0].numel(), self._flow(block.regularize, given)))
         out = self._flow(block.out, given)
-        return out, self.made if block.kind != "block" else {**made, **maps}
+        handed = self.made if block.kind != "block" else {**made, **maps}
+        self.below, self.offered, self.made = {}, {}, {}  # a copy takes no gradients with it
+        return out, handed
 
     def auxiliary_loss(self) -> Tensor:
         """Return what the last forward pass in training adds to the loss: its mean by tokens."""

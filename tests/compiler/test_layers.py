@@ -192,6 +192,14 @@ def test_parts_of_a_block(name: str) -> None:
     assert len(modules) == len(set(modules))
 
 
+def test_a_model_that_adds_to_the_loss_is_proved_in_training_too() -> None:
+    text = "block r { heads = 2; mask = causal; regularize = mean(entropy(o)) }\n"
+    text += "model m { width = 8; layers = [r]; ffn = none }"
+    what = check(parse(text)).models["m"]
+    found = {each.check: each.ok for each in verify(what)}
+    assert found["training"] is True
+
+
 def test_a_stage_that_reads_heads_takes_none() -> None:
     stage = "stage s { let u = x | conv(2);  u }"
     text = f"{TEXT}{stage}\nblock b {{ heads = 2; q = x | linear | split | s }}"
