@@ -79,6 +79,8 @@ SETTINGS = {
     "relative_keys_of_heads": f"{CAUSAL}; param t[heads, 7, 3] = normal(1); "
     "let f = x | linear(3); let g = x | linear(heads); param u[9, 3] = normal(1); "
     "score = s + dot(t[h, i - j + h - 1], f[i]) * dot(f[i] + g[i, h], u[j - i + 8])",
+    "matrix_of_places": f"{CAUSAL}; param w[3, 3] = normal(0.3); param a[3] = normal(0.3); "
+    "score = s + sum(w @ tanh((i - j) * a)) + dot(a, tanh(j * a))",
     "rows_of_a_table": f"{CAUSAL}; param t[3, 6] = normal(1); param u[heads, 2, 6] = normal(1); "
     "score = s + dot(t[0] + u[h, 1], tanh((i - j) * t[2] + t[1])) / norm(u[0])",
     "matrix_form": f"{CAUSAL}; param w[heads, head_dim, head_dim] = normal(1); "
