@@ -33,6 +33,7 @@ from ..model import (
     reaching,
 )
 from ..model import Part as Whole
+from .depth import Depth
 from .flows import Target, elaborate
 from .inheritance import Body
 from .layers import numbered, whole
@@ -63,8 +64,7 @@ class Sizes:
     context_width: int | None = None
     layer: int = 0
     depth: int = 1
-    below: Scope | None = None  # the layer below
-    place: str = "it stands alone"  # said where there is none
+    below: Depth | None = None  # the layers below, in a model
     offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
 
 
@@ -80,7 +80,7 @@ def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
     findings = Findings()
     body = Body(library, call, findings)
     title = body.block.name
-    scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place, whole=whole)
+    scope = Scope(library, findings, title=title, depth=sizes.below, whole=whole)
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
     builder = _Builder(scope, body, sizes.offered)

@@ -24,7 +24,6 @@ from ...ops import OPS, UNNAMED, Op, Shape
 from ..model import (
     MAPS,
     OFFERED,
-    PREVIOUS,
     Apply,
     Block,
     Flow,
@@ -187,17 +186,17 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
                     f"write `{show(_around(expr, stages[-1]))}`",
                 )
             return _pipe(scope, first, stages, target)
-        case syntax.Attribute(Name("previous"), name) if name in MAPS:
-            where = {"s": "score", "p": "weights"}[name]
-            raise error(
-                "L208",
-                f"`previous.{name}` is a number a pair, not a stream",
-                expr.span,
-                "",
-                f"read it in `{where}`",
-            )
-        case syntax.Attribute(Name("previous"), name, span):
-            return Read(f"{PREVIOUS}{name}", scope.previous(name, span), span)
+        case syntax.Attribute(_, name, span) if (found := scope.elsewhere(expr)) is not None:
+            if name in MAPS:
+                where = {"s": "score", "p": "weights"}[name]
+                raise error(
+                    "L208",
+                    f"`{show(expr)}` is a number a pair, not a stream",
+                    span,
+                    "",
+                    f"read it in `{where}`",
+                )
+            return Read(found.name, found.shape, span)
         case Call(name) if name in OPS and OPS[name].starts:
             return _pipe(scope, Read("x", scope.inputs["x"], expr.span), (expr,), target)
         case Unary() | Binary() | Compare() | Call():

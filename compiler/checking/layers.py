@@ -27,6 +27,7 @@ from ..model import (
     Block,
     Flow,
     Part,
+    Read,
     Stream,
     applies,
     flow_mapped,
@@ -83,6 +84,7 @@ class _Layer:
             parts=self.parts,
             around=around,
             whole=whole,
+            depth=around.below,
         )
         self._gather(self.syntax, call, [])
         self.findings.settle()
@@ -184,7 +186,12 @@ class _Layer:
             made = elaborate(scope, out, Target("out", shape))
         self.findings.settle()
         assert made is not None
-        kept = reaching(scope.streams, [made])
+        above = [
+            Read(name, scope.streams[name].shape)
+            for name in scope.streams
+            if name in self.library.read_above
+        ]
+        kept = reaching(scope.streams, [made, *above])
         streams = [each for name, each in scope.streams.items() if name in kept]
         block = composed(self.syntax.name, self.kind, scope, streams, made, self.syntax.span)
         return block if shape.heads is None else replace(block, given=shape)
@@ -301,6 +308,7 @@ def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> 
         title=stage.name,
         around=scope.around,
         whole=whole,
+        depth=scope.depth,
     )
     inner.elaborate = lambda let, own, name: Stream(name, elaborate(own, let.value, Target(name)))
     for each in declared:

@@ -13,8 +13,9 @@ from ...grammar.show import show
 from ...grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
 from ...ops import OPS, Shape
 from ..algebra.masks import extent, linear
-from ..model import MAPS, PREVIOUS, Mixing, Pairwise, Read, Recurrence, Stream
+from ..model import Mixing, Pairwise, Read, Recurrence, Stream, is_map_elsewhere
 from .carried import carriers, require_fit, resolve_carry
+from .depth import Found, place_of
 from .flows import Target, elaborate
 from .inheritance import Body
 from .itself import require_strict, values_apart
@@ -239,8 +240,8 @@ class Part:
                 if similarity == resolve(scope, _PRODUCT, "similarity", axes):
                     similarity = None
         with scope.findings.guard():
-            if any(f"{PREVIOUS}{each}" in names(score) | names(weights) for each in MAPS):
-                self._same_map(axes, mask)
+            for name in sorted(filter(is_map_elsewhere, names(score) | names(weights))):
+                self._same_map(axes, mask, scope.maps_read[name])
         scope.findings.settle()
         assert normalize is not None
         mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity, again, carry)
@@ -248,11 +249,11 @@ class Part:
             require_fit(mix, (axes.queries, axes.keys), operands[1].name, body.span_of("carry"))
         return mix, tuple(operands)
 
-    def _same_map(self, axes: Axes, mask: Expr) -> None:
-        """Check that the layer below has a map of the same pairs (L225)."""
+    def _same_map(self, axes: Axes, mask: Expr, found: Found) -> None:
+        """Check that another layer has a map of the same pairs (L225)."""
         span = self.body.span_of("weights" if self.body.has("weights") else "score")
-        below = self.scope.layer_below(span)
-        below.shape("o", span)
+        below = found.scope
+        assert below is not None
         there = below.streams["o"].flow if "o" in below.streams else None
         heads = int(self.scope.numbers["heads"])
         help = "heads, tokens and masks of both layers must be the same"
@@ -271,7 +272,7 @@ class Part:
             why = "the mask reads streams or tensors, of which each layer has its own"
         else:
             return
-        raise error("L225", "the layer below has a map of other pairs", span, why, help)
+        raise error("L225", "a layer below has a map of other pairs", span, why, help)
 
     def _score(self) -> Expr:
         """The score, after the position where that is a score too."""
@@ -283,8 +284,8 @@ class Part:
 
 
 def _is_below(value: Expr) -> bool:
-    """Say whether a pipeline is a stream of the layer below as it is, its position included."""
-    return isinstance(value, syntax.Attribute) and value.base == Name("previous")
+    """Say whether a pipeline is a stream of a layer below as it is, its position included."""
+    return place_of(value) is not None
 
 
 def _reads_own(mask: Expr) -> bool:

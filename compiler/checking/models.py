@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 from ...grammar import syntax
 from ...grammar.diagnostics import Diagnostic, did_you_mean, error
 from ...grammar.syntax import Binary, Call, Expr, ListOf, Name
 from ...ops import OPS, Shape
-from ..model import Apply, Block, Flow, Model, Part, applies, flow_mapped, flow_nodes
+from ..model import MAPS, Apply, Block, Flow, Model, Part, applies, flow_mapped, flow_nodes
 from .around import NONE, Around
 from .blocks import Draft, Sizes, draft_block
+from .depth import Depth, Layer
 from .flows import Target, elaborate
+from .handed import stack
 from .inheritance import SETTINGS as OF_BLOCKS
 from .layers import composed, elaborate_part, whole
 from .library import Library, bind, named, parsed, put, standard, standard_names
-from .previous import stack
 from .scope import Findings, Scope
 from .spellings import instead
 
@@ -369,19 +370,18 @@ class _Reader:
     ) -> tuple[Block, ...]:
         context_width = None if encoder is None else encoder.width
         calls = self._places()
-        place = f"it is layer 0 of `{self.syntax.name}`, the lowest"
         made: dict[Expr, Block] = {}
         drafts: dict[int, Draft] = {}  # of the blocks in layers, by their identity
         layers: list[Block] = []
-        below: Draft | None = None  # the block below
+        below: list[Layer] = []
         reads_layer = self._reads("layer", "earlier")
         reads_below = bool(self.library.read_above)
         for at, call in enumerate(calls):
+            under = Depth(self.syntax.name, at, below, self.steps)
 
-            def block(part: Expr, width: int, at: int = at, below: Draft | None = below) -> Block:
-                under = None if below is None else below.scope
+            def block(part: Expr, width: int, at: int = at, under: Depth = under) -> Block:
                 offered = self._offered(at)
-                sizes = Sizes(width, context_width, at, len(calls), under, place, offered)
+                sizes = Sizes(width, context_width, at, len(calls), under, offered)
                 draft = draft_block(self.library, part, sizes)
                 self._one_a_token(draft, part)
                 made = draft.finish()
@@ -391,16 +391,15 @@ class _Reader:
             with self.findings.guard():
                 layer = made.get(call)
                 if layer is None or reads_layer or reads_below:
-                    around = replace(self._around(width, at, len(calls)), block=block)
+                    around = self._around(width, at, len(calls))
+                    around = replace(around, block=block, below=under)
                     layer = made[call] = elaborate_part(self.library, self._standing(call), around)
                 layers.append(layer)
-                if layer.uses:
-                    below = drafts[id(layer.uses[-1])]
+                scopes = {id(each): drafts[id(each)].scope for each in layer.uses}
+                below.append(Layer(layer, scopes))
             if reads_below and len(layers) <= at:
                 return ()  # what stands above cannot be checked without it
         self.findings.settle()
-        if reads_below:
-            self._tell_apart(layers, calls)
         seen: set[int] = set()
 
         def finish(block: Block, shared: tuple[str, ...]) -> Block:
@@ -408,12 +407,13 @@ class _Reader:
             seen.add(id(block))
             return drafts[id(block)].finish(shared, quiet)
 
-        uses = [block for layer in layers for block in layer.uses]
-        done = stack([partial(finish, block) for block in uses])
-        if encoder is not None and not any(block.context_width for block in done):
+        def has(block: Block, name: str) -> bool:
+            return name in MAPS or name in drafts[id(block)].scope.streams
+
+        done = stack(layers, self.steps, finish, has)
+        if encoder is not None and not any(layer.context_width for layer in done):
             self._unread(warnings)
-        rest = iter(done)
-        return tuple(layer.using(rest) for layer in layers)
+        return done
 
     def _places(self) -> list[Expr]:
         """Return the different layers of the list; `steps` is their order, some of them again."""
@@ -429,13 +429,13 @@ class _Reader:
                 calls.append(call)
             steps.append(at)
         self.steps = tuple(steps)
-        if len(steps) > len(calls) and (self.library.read_above or self._reads("earlier")):
+        if len(steps) > len(calls) and self._reads("earlier"):
             raise error(
                 "L224",
                 "a layer that runs again has other layers below it each time",
                 self.get("layers").span,
-                "layers of this file read the ones below",
-                "leave `loop` and `once` out, or `previous` and `earlier`",
+                "layers of this file read `earlier`",
+                "leave `loop` and `once` out, or read a layer: `at(0).out`",
             )
         return calls
 
@@ -453,18 +453,6 @@ class _Reader:
         open_ = [each for each in item.params if each.default is None][len(given) :]
         parts = (call, ffn)[: len(open_)]
         return Call(item.name, (*given, *parts), keywords, call.span)
-
-    def _tell_apart(self, layers: list[Block], calls: list[Expr]) -> None:
-        """Refuse several blocks in one layer where blocks read the one below (L224)."""
-        for layer, call in zip(layers, calls, strict=True):
-            if len(layer.uses) > 1:
-                raise error(
-                    "L224",
-                    "it is not clear which block is below",
-                    call.span,
-                    f"`{layer.name}` has {len(layer.uses)}",
-                    "where `previous` is read, a layer has one block",
-                )
 
     def _one_a_token(self, draft: Draft, call: Expr) -> None:
         """Check that a layer gives one output a token (L226)."""

@@ -21,7 +21,7 @@ from ..graph.passes import simplest
 from ..model import Block
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter
-from ..text.text import call, indent
+from ..text.text import braced, call, indent
 from .stages import Stages
 
 Classes = Mapping[Block, str]  # the class that each block, layer, feed-forward and stage is
@@ -153,17 +153,18 @@ class _Local(Stages):
     def _forward(self) -> list[str]:
         block = self.block
         told = takes_batch(block)
-        stacked = block.stacked
+        stacked, gives_more = block.stacked, block.shared is not None
         given = ["self", "x: Tensor", *(f"{name}: Tensor" for name in block.reads)]
-        given += ["shared: dict[str, Tensor]"] if stacked else []
+        given += ["shared: tuple[dict[str, Tensor], ...]"] if stacked else []
         given += ["**given: object"] if told else []
-        gives = "tuple[Tensor, dict[str, Tensor]]" if stacked else "Tensor"
+        gives = "tuple[Tensor, dict[str, Tensor]]" if gives_more else "Tensor"
         lines = call("def forward", given, f") -> {gives}:")
-        lines += indent(self.assigned())
+        lines += indent([*self.from_below(), *self.assigned()])
         end = self.graph.node(self.graph.output)
-        if not stacked:
+        if not gives_more:
             return [*lines, *indent(self._assign(end, "return"))]
-        return [*lines, *indent(self._assign(end, "out =")), "    return out, shared"]
+        handed = braced("return out, ", self.handed_on())
+        return [*lines, *indent([*self._assign(end, "out ="), *handed])]
 
     def handed(self, node: Node[Whole]) -> list[str]:
         what = node.op.what

@@ -203,13 +203,13 @@ def _forward(model: Model, classes: Classes) -> list[str]:
     if model.dropout:
         lines.append(f"x = F.dropout(x, {model.dropout!r}, self.training)")
     if model.stacked:
-        lines += ["shared: dict[str, Tensor] = {}  # what a layer reads of the one below"]
+        lines += ["shared: tuple[dict[str, Tensor], ...] = ()  # what each gives to those above"]
     if model.lanes is not None:
         lines.append(f"x = x[:, None].expand(-1, {model.lanes}, -1, -1)  # {_stream(model)}")
     lines += _offered(model)
-    both = ", shared" * model.stacked
     given = [
-        f"x{both}",
+        "x",
+        *(["shared=shared"] if model.stacked else []),
         *(["context=context", "far=far"] if _crosses(model) else []),
         *(["**more"] if model.reads else []),
         "batch=batch",
@@ -229,7 +229,8 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         ]
     if model.reads:
         lines.append("    more = {name: offered[name] for name in getattr(layer, 'reads', ())}")
-    lines += indent(call(f"x{both} = layer", given))
+    lines += indent(call(f"x{', handed' * model.stacked} = layer", given))
+    lines += ["    shared = (*shared, handed)"] if model.stacked else []
     lines += ["    earlier.append(x)"] if "earlier" in model.reads else []
     lines += _End(model.head, classes).lines()
     if model.classifies:

@@ -15,7 +15,18 @@ from ...grammar.show import show
 from ...grammar.syntax import Call, Index, Name, walk
 from ...ops import OPS
 from ..algebra.masks import extent
-from ..model import OFFERED, PREVIOUS, Apply, Block, Flow, Mixing, Part, Read, Recurrence, Statistic
+from ..model import (
+    OFFERED,
+    Apply,
+    Block,
+    Flow,
+    Mixing,
+    Part,
+    Read,
+    Recurrence,
+    Statistic,
+    elsewhere,
+)
 from .later import later_read
 
 
@@ -45,7 +56,7 @@ def grows(flow: Flow, grown: dict[str, bool]) -> bool:
     """Say whether a flow's values depend on the block's own tokens."""
     match flow:
         case Read(name):
-            below = name.startswith(PREVIOUS) or name in OFFERED
+            below = elsewhere(name) is not None or name in OFFERED
             below = below and flow.shape.tokens == "n"
             return grown.get(name, below)
         case Apply(op) if OPS[op].starts:

@@ -28,7 +28,7 @@ from torch.nn import functional
 from ...grammar.expr import names as names_of
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary, walk
-from ..model import PREVIOUS, Mixing, Normalizer, Pairwise, Statistic
+from ..model import Mixing, Normalizer, Pairwise, Statistic, is_map_elsewhere
 from .carry import carried_logits
 from .pairs import Groups, Map, Pairs
 from .values import Value, value
@@ -50,7 +50,7 @@ class Given(NamedTuple):
     segments: Tensor | None  # [b, n]; None: one document
     training: bool
     mixed: dict[str, Mixed]  # what has been attended to so far
-    below: Mapping[str, Tensor] = MappingProxyType({})  # the map below: s, p [b, heads, n, m]
+    below: Mapping[str, Tensor] = MappingProxyType({})  # maps of other layers [b, heads, n, m]
 
 
 def attend(mixing: Mixing, given: Given) -> Mixed:
@@ -76,10 +76,10 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         return torch.as_tensor(read(expr, more)).to(q).expand(pairs.key.shape)
 
     names |= {
-        node.id: given.below[node.id.removeprefix(PREVIOUS)][visible]
+        node.id: given.below[node.id][visible]
         for expr in (mix.score, mix.weights)
         for node in walk(expr)
-        if isinstance(node, Name) and node.id.startswith(PREVIOUS)
+        if isinstance(node, Name) and is_map_elsewhere(node.id)
     }
     group = mixing.heads // k.shape[1]
     if mix.carry is not None:

@@ -13,7 +13,7 @@ of sequences means is `reference_batch`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,18 @@ from torch.nn import functional
 
 from ...ops import OPS, Run
 from ..facts.parameters import constants, initial, model_weights, owned, weights
-from ..model import MAPS, PREVIOUS, Block, Flow, Mixing, Model, Pairwise, Part, Read, Statistic
+from ..model import (
+    Block,
+    Flow,
+    Mixing,
+    Model,
+    Pairwise,
+    Part,
+    Read,
+    Statistic,
+    elsewhere,
+    is_map_elsewhere,
+)
 from .attend import Given, Places, attend
 from .batch import run_alone
 from .scan import scan
@@ -91,7 +102,7 @@ class ReferenceBlock(nn.Module):
         """
         self.terms.clear()
         return run_alone(
-            lambda *given: self.layer(given[0], {}, *given[1:4])[0],
+            lambda *given: self.layer(given[0], (), *given[1:4])[0],
             x,
             cuts=not self.architecture.marks,
             context=context,
@@ -105,17 +116,17 @@ class ReferenceBlock(nn.Module):
     def layer(
         self,
         x: Tensor,
-        below: Mapping[str, Tensor],
+        below: Sequence[Mapping[str, Tensor]],
         context: Tensor | None = None,
         segments: Tensor | None = None,
         positions: Tensor | None = None,
         offered: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the output, and everything that a layer above may read by name.
+        """Return the output, and everything that layers above may read by name.
 
-        `below` is the same of the layer below: its streams, and `s` and `p`, the logits and
-        weights of `o` [b, heads, n, m], zero where nothing is seen. `offered` is what a model
-        gives to those of its layers that read it.
+        `below` is the same of all layers that ran before: their streams, and `s` and `p`, the
+        logits and weights of `o` [b, heads, n, m], zero where nothing is seen. `offered` is what a
+        model gives to those of its layers that read it.
         """
         block = self.architecture
         if block.kind != "stage":  # which may do the same to every head
@@ -129,16 +140,18 @@ class ReferenceBlock(nn.Module):
                     f"it is {list(context.shape)}"
                 )
         places = Places({"n": _positions(positions, x)})
-        streams = {"x": x, **{f"{PREVIOUS}{name}": each for name, each in below.items()}}
+        others = {name: _found(name, below) for name in block.below}
+        streams = {"x": x, **others}
         own = {each.name for each in block.streams} | {each.name for each in block.tensors}
         streams |= {name: each for name, each in (offered or {}).items() if name not in own}
         if context is not None:
             places["m"] = _positions(None, context)
             streams["context"] = context
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
-        pairs = {name: each for name, each in below.items() if name in MAPS}
+        pairs = {name: each for name, each in others.items() if is_map_elsewhere(name)}
         given = Given(streams, tensors, places, segments, self.training, {}, pairs)
         self.below, self.offered, self.made = below, offered, dict[str, Tensor]()
+        self.several = len(block.uses) > 1
         maps: dict[str, Tensor] = {}
         for stream in block.streams:
             if isinstance(stream.flow, Mixing) and isinstance(stream.flow.mix, Pairwise):
@@ -151,7 +164,9 @@ class ReferenceBlock(nn.Module):
         if block.regularize is not None and self.training:
             self.terms.append((x[..., 0].numel(), self._flow(block.regularize, given)))
         out = self._flow(block.out, given)
-        return out, self.made if block.kind != "block" else {**made, **maps}
+        if block.kind == "block":
+            return out, {**made, **maps}
+        return out, {**made, **self.made, "x": x, "out": out}
 
     def auxiliary_loss(self) -> Tensor:
         """Return what the last forward pass in training adds to the loss: its mean by tokens."""
@@ -180,8 +195,10 @@ class ReferenceBlock(nn.Module):
             assert isinstance(part, ReferenceBlock)
             x, context = self._flow(flow.inputs[0], given, made), given.streams.get("context")
             places = given.positions.get("n")
-            y, below = part.layer(x, self.below, context, given.segments, places, self.offered)
-            self.made = below or self.made
+            y, own = part.layer(x, self.below, context, given.segments, places, self.offered)
+            if part.architecture.uses:  # what has no blocks has nothing that is named in it
+                before = f"{flow.module}." if self.several else ""
+                self.made |= {f"{before}{name}": each for name, each in own.items()}
             return y
         inputs = [self._flow(each, given, made) for each in flow.inputs]
         tensors = {
@@ -270,8 +287,8 @@ class ReferenceModel(nn.Module):
             x = functional.embedding(x, _tensor(self, "embed_tokens.weight"))
         embed, head = (each.train(self.training) for each in self.ends)
         x = self._with_positions(x, _positions(positions, x))
-        x = self._dropped(embed.layer(x, {}, None, segments, positions)[0])
-        below: dict[str, Tensor] = {}
+        x = self._dropped(embed.layer(x, (), None, segments, positions)[0])
+        below: list[Mapping[str, Tensor]] = []
         if model.lanes is not None:
             x = x[:, None].expand(-1, model.lanes, -1, -1)
         offered: dict[str, Tensor] = {} if tokens is None else {"tokens": tokens}
@@ -284,8 +301,8 @@ class ReferenceModel(nn.Module):
             offered["earlier"] = torch.stack(earlier, 1)
             x, made = layer.layer(x, below, context, segments, positions, offered)
             earlier.append(x)
-            below = made or below
-        y = head.layer(x, {}, None, segments, positions)[0]
+            below.append(made)
+        y = head.layer(x, (), None, segments, positions)[0]
         return y[:, 0] if model.classifies else y
 
     def auxiliary_loss(self) -> Tensor:
@@ -331,6 +348,13 @@ def _positions(given: Tensor | None, x: Tensor) -> Tensor:
     if given is None:
         given = torch.arange(tokens, device=x.device)
     return given.expand(batch, tokens)
+
+
+def _found(name: str, below: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Return a stream of another layer."""
+    place = elsewhere(name)
+    assert place is not None
+    return below[place[0]][place[1]]
 
 
 def _as_stream(tensor: Tensor) -> Tensor:

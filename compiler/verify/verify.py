@@ -62,13 +62,13 @@ class Finding:
 def subjects(*whats: Block | Model) -> tuple[Block | Model, ...]:
     """Return what there is to verify: every different block, then the first model around them.
 
-    A block that reads the layer below is verified in a model alone.
+    A block that reads layers below is verified in a model alone.
     """
     blocks: dict[Block, None] = {}
     for what in whats:
         found = what.blocks
         blocks |= dict.fromkeys(
-            block.alone() for block in found if not (block.previous or block.reads)
+            block.alone() for block in found if not (block.below or block.reads)
         )
     models = [what for what in whats if isinstance(what, Model)][:1]
     return (*blocks, *models)
