@@ -7,20 +7,34 @@ previous.out         →  at(layer - 1).out      what the layer itself gave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from ...grammar.diagnostics import error
+from ...grammar.diagnostics import did_you_mean, error
 from ...grammar.source import Span
 from ...grammar.syntax import Attribute, Binary, Call, Expr, Name, Number
 from ...ops import Shape
-from ..model import MAPS, Block, there
-
-if TYPE_CHECKING:
-    from .scope import Scope
+from ..model import MAPS, Block, Stream, there
 
 _OF_LAYER = ("x", "out")  # what every layer has
+
+
+class Streams(Protocol):
+    """What a block knows of its streams."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def inputs(self) -> Mapping[str, Shape]: ...
+    @property
+    def streams(self) -> Mapping[str, Stream]: ...
+    @property
+    def declared(self) -> Iterable[str]: ...
+
+    def shape(self, name: str, span: Span) -> Shape | None:
+        """Return the shape of a stream; None if there is none."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +42,7 @@ class Layer:
     """A layer that is checked, as those above see it; `scopes` are those of its blocks."""
 
     block: Block
-    scopes: dict[int, Scope]  # by the identity of the block
+    scopes: Mapping[int, Streams]  # by the identity of the block
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +51,7 @@ class Found:
 
     name: str
     shape: Shape
-    scope: Scope | None
+    scope: Streams | None
 
 
 def place_of(expr: Expr) -> tuple[Expr, tuple[str, ...]] | None:
@@ -121,7 +135,7 @@ class Depth:
 
     def _scope(
         self, layer: Layer, block: Block, name: str, parts: list[str], e: int, span: Span
-    ) -> Scope | None:
+    ) -> Streams | None:
         """Return the block that has a stream; None where it is the layer's own (L201, L224)."""
         own = {each.name for each in block.streams} if block.kind != "block" else set()
         own |= set() if parts else set(_OF_LAYER)
@@ -146,8 +160,6 @@ class Depth:
         return None
 
     def _refuse(self, layer: Layer, block: Block, name: str, e: int, span: Span) -> None:
-        from .scope import suggest
-
         known = [*_OF_LAYER, *(each.name for each in block.streams)]
         known += [name for each in block.uses for name in layer.scopes[id(each)].declared]
         title = layer.scopes[id(block.uses[0])].title if block.uses else block.name
@@ -157,7 +169,7 @@ class Depth:
             f"{which} has no stream `{name}`",
             span,
             f"it is `{title}`",
-            suggest(name, known),
+            did_you_mean(name, known),
         )
 
     def _step(self, e: int, counted: bool, span: Span) -> int:
