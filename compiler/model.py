@@ -170,7 +170,8 @@ class Statistic:
 class Part:
     """A stage that is a whole by itself: a block, a layer, a feed-forward, a stage with tensors.
 
-    Its tensors live in the submodule `module`. It takes one stream.
+    Its tensors live in the submodule `module`. It takes one stream. Parts with one `once`, the
+    place of a text, have the same tensors: those of the first of them.
     """
 
     what: Block
@@ -178,6 +179,7 @@ class Part:
     shape: Shape
     module: str = ""
     span: Span = field(default=NOWHERE, compare=False, repr=False)
+    once: Span | None = None
 
 
 Flow = Read | Apply | Mixing | Statistic | Part
@@ -511,6 +513,15 @@ class Block:
         read = {node.name for node in nodes if isinstance(node, Read)} - own
         read = read.union(*(each.what.reads for each in self.parts))
         return tuple(name for name in OFFERED if name in read)
+
+    @cached_property
+    def shares(self) -> tuple[Span, ...]:
+        """The `once` of its parts, and of theirs, in the order in which they are run."""
+        found: dict[Span, None] = {}
+        for part in self.parts:
+            found |= dict.fromkeys(part.what.shares)
+            found |= {} if part.once is None else {part.once: None}
+        return tuple(found)
 
     @property
     def uses(self) -> tuple[Block, ...]:

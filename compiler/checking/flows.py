@@ -34,7 +34,7 @@ from ..model import (
     is_part,
 )
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
-from .library import put
+from .library import is_once, put
 from .names import module_name
 from .options import bound, option_value
 from .scalars import resolve_function, shaped
@@ -80,6 +80,7 @@ class _Whole:
     make: Callable[[Shape], Block]
     module: str
     span: Span
+    once: Span | None = None  # where the text is that its tensors belong to, if shared
 
 
 def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
@@ -322,7 +323,7 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
             shape = what.out.shape
             if what.x.heads is None and head.shape.heads is not None:  # each head alike
                 shape = replace(shape, heads=head.shape.heads)
-            head = Part(what, (head,), shape, step.module, step.span)
+            head = Part(what, (head,), shape, step.module, step.span, step.once)
             continue
         head = _apply(scope, replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
@@ -376,6 +377,8 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
                 ]
             inside = resolve_function(scope, result.value, frozenset("x"))
             return [_pointwise(put(inside, {"x": Name("a0")}), (), stage.span)]
+    if name == "once":
+        return [_once(scope, stage, target, suffix)]
     if name == "gate":
         (other,) = exactly(stage, args, 1)
         gate = _flow(scope, other, replace(target, shape=None))
@@ -426,6 +429,23 @@ def _whole(scope: Scope, call: Expr, module: str, definition: Definition | None 
     return _Whole(partial(scope.whole, scope, call, definition), module, call.span)
 
 
+def _once(scope: Scope, call: Expr, target: Target, module: str = "") -> _Whole:
+    """Return the part of `once(stage)`: all that mentions this place of the text shares it."""
+    assert isinstance(call, Call)
+    (inner,) = exactly(call, call.args, 1)
+    if not isinstance(inner, Name | Call):
+        raise error("L208", "this is not a stage", inner.span, "", "give `once` one stage or part")
+    name = inner.id if isinstance(inner, Name) else inner.function
+    if scope.library.kind_of(inner) is not None:
+        return replace(_whole(scope, inner, module_name(module or name)), once=call.span)
+    _expand(scope, inner, target)  # what is wrong with it is said here
+    wrapped = Definition(
+        "stage", name, (), (syntax.Result(syntax.Pipe(None, (inner,), inner.span)),)
+    )
+    whole = _whole(scope, Name(name, inner.span), module_name(module or name), wrapped)
+    return replace(whole, once=call.span)
+
+
 def _named_part(
     scope: Scope, stage: Name | Call, name: str, target: Target
 ) -> list[_Stage | _Whole]:
@@ -434,7 +454,10 @@ def _named_part(
     if not isinstance(stage, Name):
         raise error("L209", f"`{name}` takes no arguments here", stage.span)
     if name in scope.parts:
-        return [_whole(scope, scope.parts[name], module_name(name))]
+        part = scope.parts[name]
+        if is_once(part):
+            return [_once(scope, part, target, name)]
+        return [_whole(scope, part, module_name(name))]
     norm = scope.around.norm
     if norm == Name("none"):
         return []

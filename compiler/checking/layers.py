@@ -38,7 +38,7 @@ from ..model import (
 from .arithmetic import applied
 from .around import NONE, Around
 from .flows import Target, elaborate
-from .library import Library, bind, put, substitute_statement
+from .library import Library, bind, is_once, put, substitute_statement
 from .scope import Findings, Scope
 
 
@@ -119,7 +119,8 @@ class _Layer:
             return value
         if isinstance(value, Name) and value.id in self.parts:
             return self.parts[value.id]
-        return value if self.library.kind_of(value) is not None else None
+        known = is_once(value) or self.library.kind_of(value) is not None
+        return value if known else None
 
     def _handed(self, expr: Expr) -> Expr:
         """Put parts into the layers that they are handed to: `pre(attn, ffn)`, in a layer."""

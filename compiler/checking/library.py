@@ -136,6 +136,11 @@ class Library:
         return (name for each, name in self.definitions if each == kind)
 
 
+def is_once(expr: Expr) -> bool:
+    """Say whether an expression is a part that all its mentions share: `once(e)`."""
+    return isinstance(expr, syntax.Call) and expr.function == "once"
+
+
 def _read_above(file: File) -> Iterator[str]:
     """Yield the names of streams that something reads of layers below it."""
     for item in file.items:

@@ -5,12 +5,14 @@ layers = ([local] * 5 + [global]) * 2      → twelve layers `pre(local, swiglu(
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 
 from ...grammar import syntax
 from ...grammar.diagnostics import Diagnostic, did_you_mean, error
+from ...grammar.expr import rebuild
+from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Expr, ListOf, Name
 from ...ops import OPS, Shape
 from ..model import MAPS, Apply, Block, Flow, Model, Part, applies, flow_mapped, flow_nodes
@@ -21,7 +23,7 @@ from .flows import Target, elaborate
 from .handed import stack
 from .inheritance import SETTINGS as OF_BLOCKS
 from .layers import composed, elaborate_part, whole
-from .library import Library, bind, named, parsed, put, standard, standard_names
+from .library import Library, bind, is_once, named, parsed, put, standard, standard_names
 from .scope import Findings, Scope
 from .spellings import instead
 
@@ -83,6 +85,7 @@ class _Reader:
         self.lanes: int | None = None
         self.vocab: int | None = None
         self.steps: tuple[int, ...] = ()
+        self.shared: set[Span] = set()  # the places of `once` that are layers of the list
         self.scope = Scope(library, self.findings)
         values = dict(library.lets)
         self._collect(call, values, [])
@@ -312,8 +315,9 @@ class _Reader:
 
     def _around(self, width: int, at: int = 0, depth: int = 1) -> Around:
         norm = self.get("norm")
-        if isinstance(norm, Name):
-            norm = Name(NORMS.get(norm.id, norm.id), norm.span)
+        if is_once(norm):
+            norm = rebuild(norm, _named_norm)
+        norm = _named_norm(norm)
         return Around(
             width,
             self._no_block,
@@ -411,6 +415,7 @@ class _Reader:
             return name in MAPS or name in drafts[id(block)].scope.streams
 
         done = stack(layers, self.steps, finish, has)
+        self._require_one(done)
         if encoder is not None and not any(layer.context_width for layer in done):
             self._unread(warnings)
         return done
@@ -429,6 +434,7 @@ class _Reader:
                 calls.append(call)
             steps.append(at)
         self.steps = tuple(steps)
+        self.shared = {key for _, key in listed if isinstance(key, Span)}
         if len(steps) > len(calls) and self._reads("earlier"):
             raise error(
                 "L224",
@@ -438,6 +444,31 @@ class _Reader:
                 "leave `loop` and `once` out, or read a layer: `at(0).out`",
             )
         return calls
+
+    def _require_one(self, layers: tuple[Block, ...]) -> None:
+        """Check that what places share is the same in all of them (L238)."""
+        found: dict[Span, Block] = {}
+        for part in (part for layer in layers for part in _parts(layer)):
+            if part.once is None:
+                continue
+            if part.once in self.shared:
+                raise error(
+                    "L238",
+                    "this is a layer and a part of one",
+                    part.once,
+                    "",
+                    "write `once` for each of them",
+                )
+            first = found.setdefault(part.once, part.what)
+            if first != part.what:
+                raise error(
+                    "L238",
+                    "what is shared is not the same everywhere",
+                    part.once,
+                    _apart(first, part.what),
+                    "it takes streams of one width, and reads neither `layer` nor what other "
+                    "layers do not share with it",
+                )
 
     def _standing(self, call: Expr) -> Expr:
         """Return the layer that a block or feed-forward of the list stands in."""
@@ -511,7 +542,7 @@ class _Reader:
                 ]
                 done = self._repeat(expr, inner, count)
             case Call("once", (item,), ()):
-                done = [(item, (item, item.span))]
+                done = [(item, expr.span)]
             case Name() | Call():
                 done = [(expr, None)]
             case _:
@@ -534,6 +565,28 @@ class _Reader:
                 f"{len(calls) * count:,}, the limit is {MAX_LAYERS:,}",
             )
         return calls * count
+
+
+def _named_norm(norm: Expr) -> Expr:
+    """Return the stage that a norm's name stands for."""
+    return Name(NORMS.get(norm.id, norm.id), norm.span) if isinstance(norm, Name) else norm
+
+
+def _parts(block: Block) -> Iterator[Part]:
+    """Yield the parts of a block, and theirs."""
+    for part in block.parts:
+        yield part
+        yield from _parts(part.what)
+
+
+def _apart(one: Block, other: Block) -> str:
+    """Say what is another in two blocks of one text."""
+    if one.x != other.x:
+        return f"`{one.name}` takes {one.x}, and {other.x} elsewhere"
+    for name in ("shared", "borrows", "lends", "serves"):
+        if getattr(one, name) != getattr(other, name):
+            return f"layers above read other streams of `{one.name}` in one place than in another"
+    return f"`{one.name}` reads where it stands"
 
 
 def _tied(head: Block, vocab: int | None) -> Block:

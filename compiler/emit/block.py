@@ -26,7 +26,7 @@ from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter as parameter_lines
 from ..text.text import LIMIT, braced, call, ident, indent, shared_name, shared_text
 from .caches import CONTEXT, all_of, begins_within, own_rows, part_name, plain_name
-from .layers import Classes, described, given_blocks, modules, offered_line, takes_batch
+from .layers import Classes, Once, described, given_parts, modules, offered_line, takes_batch
 from .mixes import Mixes
 
 
@@ -117,10 +117,11 @@ class _Writer(Mixes):
     # constructor
 
     def constructor(self) -> list[str]:
-        given = [] if self.alone else given_blocks(self.block)
+        given = [] if self.alone else given_parts(self.block)
+        making = "all" if self.alone else "missing" if self.block.kind == "block" else ""
         arguments = ", ".join(["self", *given])
         lines = [f"def __init__({arguments}) -> None:", "    super().__init__()"]
-        lines += indent(modules(self.graph, self.classes, self.alone))
+        lines += indent(modules(self.graph, Once(self.classes), making))
         for tensor in self.block.tensors:
             lines += indent(parameter_lines(tensor)) if tensor.learned else []
         if constants(self.block):

@@ -12,7 +12,7 @@ from ..graph.passes import simplest
 from ..model import Block, Model
 from ..text.text import call, indent
 from .caches import begins_within, own_rows
-from .layers import Classes, made, modules, takes_batch
+from .layers import Classes, Once, modules, takes_batch
 from .stages import Stages
 
 
@@ -59,8 +59,8 @@ class _End(Stages):
         super().__init__(simplest(block))
         self.classes = classes
 
-    def modules(self) -> list[str]:
-        return modules(self.graph, self.classes)
+    def modules(self, once: Once) -> list[str]:
+        return modules(self.graph, once, "all")
 
     def lines(self) -> list[str]:
         """Write it: what stood in `x` is made what stands there after it."""
@@ -137,9 +137,9 @@ def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
         lines += _table("embed_tokens", model.vocab, model.width)
     if model.embed_position == "learned":
         lines += _table("embed_positions", model.positions, model.width)
-    lines += _End(model.embed, classes).modules()
-    layers = []
-    for text, same in groupby(made(layer, classes) for layer in model.layers):
+    layers, once = [], Once(classes)
+    lines += _End(model.embed, classes).modules(once)
+    for text, same in groupby([once.made(layer) for layer in model.layers]):
         times = len(list(same))
         layers += [text] if times == 1 else [f"*({text} for _ in range({times}))"]
     listed = call("self.layers = nn.ModuleList", [f"[{', '.join(layers)}]"])
@@ -151,7 +151,7 @@ def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
             "    ]",
             ")",
         ]
-    return [*lines, *listed, *_End(model.head, classes).modules()]
+    return [*lines, *once.flushed(), *listed, *_End(model.head, classes).modules(once)]
 
 
 def _table(name: str, rows: int, width: int) -> list[str]:

@@ -133,7 +133,11 @@ class _Builder:
                 continue
             assert isinstance(node, Apply | Part)
             stage: Stage | Whole
-            stage = Whole(node.what) if isinstance(node, Part) else Stage(node.op, node.options)
+            stage = (
+                Whole(node.what, node.once)
+                if isinstance(node, Part)
+                else Stage(node.op, node.options)
+            )
             self.put(Node(own, stage, inputs, dims_of(node.shape), node.module, node.span))
         return name
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...grammar.source import Span
 from ...ops import OPS, Run
 from ..facts.parameters import constants, initial, model_weights, owned, weights
 from ..model import (
@@ -72,14 +73,27 @@ def reference(
 class ReferenceBlock(nn.Module):
     """A block, or what it is a part of: streams, mixed or handed through parts, then `out`."""
 
-    def __init__(self, block: Block, root: nn.Module | None = None) -> None:
-        """Make it; its tensors are those of `root`, or its own."""
+    def __init__(
+        self,
+        block: Block,
+        root: nn.Module | None = None,
+        once: dict[Span, ReferenceBlock] | None = None,
+    ) -> None:
+        """Make it; its tensors are those of `root`, or its own. `once` are parts with one home."""
         super().__init__()
         self.architecture = block
         self.root = [self if root is None else root]  # in a list: it is no submodule
         self.terms: list[tuple[int, Tensor]] = []  # tokens, and what they add to the loss
+        self.again: dict[str, ReferenceBlock] = {}  # parts whose home is elsewhere
+        once = {} if once is None else once
         for part in block.parts:
-            self.root[0].add_module(part.module, ReferenceBlock(part.what))
+            if part.once in once:
+                self.again[part.module] = once[part.once]
+                continue
+            made = ReferenceBlock(part.what, None, once)
+            self.root[0].add_module(part.module, made)
+            if part.once is not None:
+                once[part.once] = made
 
     def forward(
         self,
@@ -191,7 +205,8 @@ class ReferenceBlock(nn.Module):
         if isinstance(flow, Mixing):
             return scan(flow, given)  # an attention is a stream of its own
         if isinstance(flow, Part):
-            part = self.root[0].get_submodule(flow.module)
+            home = self.again.get(flow.module)
+            part = self.root[0].get_submodule(flow.module) if home is None else home
             assert isinstance(part, ReferenceBlock)
             x, context = self._flow(flow.inputs[0], given, made), given.streams.get("context")
             places = given.positions.get("n")
@@ -229,8 +244,10 @@ class ReferenceModel(nn.Module):
             self.embed_tokens = nn.Module()
         if model.embed_position == "learned":
             self.embed_positions = nn.Module()
-        self.layers = nn.ModuleList(ReferenceBlock(layer) for layer in model.layers)
-        self.ends = [ReferenceBlock(each, self) for each in (model.embed, model.head)]
+        once: dict[Span, ReferenceBlock] = {}
+        embed = ReferenceBlock(model.embed, self, once)
+        self.layers = nn.ModuleList(ReferenceBlock(each, None, once) for each in model.layers)
+        self.ends = [embed, ReferenceBlock(model.head, self, once)]
 
     def forward(
         self,
