@@ -23,8 +23,9 @@ from ..ops import Shape, Weight
 
 MAPS = ("s", "p")  # the logits and the weights of `o`, which layers above may read
 # What a model gives to those of its layers that read it, and to their parts: the outputs of all
-# layers below [layer + 1, n, width], one token that meets all, the ids of the tokens [n, 1].
-OFFERED = ("earlier", "condition", "tokens")
+# layers below [layer + 1, n, width], one token that meets all, the ids of the tokens [n, 1], how
+# often the layer has run before, one number.
+OFFERED = ("earlier", "condition", "tokens", "turn")
 
 # ── names of streams in other layers ─────────────────────────────────────────────────────
 
@@ -699,6 +700,11 @@ class Model:
     lanes: int | None = None
     condition: int | None = None
     steps: tuple[int, ...] = ()
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """How often the layer of each step has run before."""
+        return tuple(self.steps[:at].count(place) for at, place in enumerate(self.steps))
 
     @property
     def run(self) -> tuple[Block, ...]:

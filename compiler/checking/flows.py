@@ -44,6 +44,7 @@ OFFERS = {  # where a model gives them
     "earlier": "a model without `lanes` has it",
     "condition": "every model has it, given at each call",
     "tokens": "a model with a `vocab` has it",
+    "turn": "every model has it: how often the layer has run before",
 }
 
 

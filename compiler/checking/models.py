@@ -332,7 +332,7 @@ class _Reader:
 
     def _offered(self, at: int) -> dict[str, Shape]:
         """Return what a layer may read beside the stream that comes in."""
-        offered = {"condition": Shape("1", self.condition)}
+        offered = {"condition": Shape("1", self.condition), "turn": Shape("1", 1)}
         if self.lanes is None:
             offered["earlier"] = Shape("n", self.width, at + 1)
         if self.get("vocab") != NONE:

@@ -215,13 +215,17 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         "batch=batch",
     ]
     if cached:
-        lines += [
-            f"caches = [None] * {len(model.steps)} if cache is None else cache",
-            f"for layer, kept in zip({_run(model)}, caches, strict=True):",
-        ]
+        lines.append(f"caches = [None] * {len(model.steps)} if cache is None else cache")
         given.append("cache=kept")
-    else:
+    along = {"layer": _run(model)}
+    along |= {"kept": "caches"} if cached else {}
+    along |= {"turn": str(model.turns)} if "turn" in model.reads else {}
+    if len(along) == 1:
         lines.append(f"for layer in {_run(model)}:")
+    else:
+        lines += call(f"for {', '.join(along)} in zip", [*along.values(), "strict=True"], "):")
+    if "turn" in model.reads:
+        lines.append('    offered["turn"] = x.new_full((x.shape[0], 1, 1), turn)')
     if "earlier" in model.reads:
         lines += [
             '    if "earlier" in getattr(layer, "reads", ()):',

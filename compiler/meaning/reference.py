@@ -312,10 +312,11 @@ class ReferenceModel(nn.Module):
         if condition is not None:
             offered["condition"] = condition[:, None]
         earlier = [x]
-        for at in model.steps:
+        for at, turn in zip(model.steps, model.turns, strict=True):
             layer = self.layers[at]
             assert isinstance(layer, ReferenceBlock)
             offered["earlier"] = torch.stack(earlier, 1)
+            offered["turn"] = x.new_full((len(x), 1, 1), turn)
             x, made = layer.layer(x, below, context, segments, positions, offered)
             earlier.append(x)
             below.append(made)
