@@ -343,11 +343,24 @@ def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> d
 
 def _apply(scope: Scope, step: _Stage, head: Flow | None) -> Flow:
     inputs = step.others if head is None else (head, *step.others)
-    if step.op.name == "embed" and not (isinstance(head, Read) and head.name == "tokens"):
-        raise error("L206", "`embed` takes the ids of `tokens`", step.span, "these are none")
+    if step.op.name in ("embed", "bucket") and not _are_ids(scope, head, step.op.name):
+        label = "these are none"
+        raise error("L206", f"`{step.op.name}` takes the ids of `tokens`", step.span, label)
     if step.op.name == "pointwise":
         return composed(step.options["expr"], _for_heads(scope, inputs), step.span)
     return applied(step.op.name, step.options, inputs, step.span, step.places)
+
+
+def _are_ids(scope: Scope, flow: Flow | None, taker: str) -> bool:
+    """Say whether a stream holds ids: those of the tokens, or of buckets, to be embedded."""
+    match flow:
+        case Read("tokens"):
+            return "tokens" in scope.inputs
+        case Read(name) if name in scope.streams:
+            return _are_ids(scope, scope.streams[name].flow, taker)
+        case Apply("bucket"):
+            return taker == "embed"
+    return False
 
 
 def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list[_Stage | _Whole]:

@@ -178,9 +178,11 @@ class ReferenceBlock(nn.Module):
         if block.regularize is not None and self.training:
             self.terms.append((x[..., 0].numel(), self._flow(block.regularize, given)))
         out = self._flow(block.out, given)
+        within = self.made
+        self.below, self.offered, self.made = (), None, {}  # nothing outlives a call
         if block.kind == "block":
             return out, {**made, **maps}
-        return out, {**made, **self.made, "x": x, "out": out}
+        return out, {**made, **within, "x": x, "out": out}
 
     def auxiliary_loss(self) -> Tensor:
         """Return what the last forward pass in training adds to the loss: its mean by tokens."""
@@ -226,7 +228,7 @@ class ReferenceBlock(nn.Module):
         if not op.wide and op.name != "pointwise":
             inputs = [each.to(dtype) if each.is_floating_point() else each for each in inputs]
         result = op.eager(inputs, dict(flow.options), tensors, run)
-        return result if op.wide else result.to(dtype)
+        return result.to(dtype) if result.is_floating_point() and not op.wide else result
 
     def _tensor(self, name: str) -> Tensor:
         return _tensor(self.root[0], name)

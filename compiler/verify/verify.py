@@ -280,6 +280,13 @@ def _stages(block: Block) -> list[Apply]:
     return [node for flow in block.flows for node in applies(flow)]
 
 
+def _wholes(what: Block | Model) -> list[Block]:
+    """Return all that has a text in a block or model: it, its layers, their parts."""
+    if isinstance(what, Model):
+        return [each for top in (what.embed, *what.layers, what.head) for each in _wholes(top)]
+    return [what, *(each for part in what.parts for each in _wholes(part.what))]
+
+
 def _pairwise(block: Block) -> bool:
     return any(isinstance(each.mix, Pairwise) for each in block.mixings.values())
 
@@ -323,7 +330,7 @@ def _extreme(subject: Subject) -> tuple[int, float]:
 
 
 def _training(subject: Subject) -> str | tuple[int, float]:
-    stages = [node for block in subject.blocks for node in _stages(block)]
+    stages = [node for block in _wholes(subject.what) for node in _stages(block)]
     mixes = [each.mix for block in subject.blocks for each in block.mixings.values()]
     if any(isinstance(mix, Pairwise) and mix.dropout for mix in mixes):
         return "the weights are dropped by other draws than those of the meaning"
