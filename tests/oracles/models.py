@@ -51,12 +51,17 @@ class Row:
             return {ours[0]: tensor[None]}
         if len(ours) == 1:
             return {ours[0]: tensor.reshape(shapes[ours[0]])}
-        if tensor.ndim == 3:  # of several heads: each holds its rows of ours
+        if (
+            tensor.ndim == 3 and tensor.shape[1] > 1
+        ):  # of several heads: each holds its rows of ours
             parts = tensor.split([shapes[each][1] for each in ours], 1)
             return dict(zip(ours, parts, strict=True))
         sizes = [shapes[each][0] // self.groups for each in ours]
         parts = tensor.unflatten(0, (self.groups, -1)).split(sizes, 1)
-        return {key: part.flatten(0, 1) for key, part in zip(ours, parts, strict=True)}
+        return {
+            key: part.flatten(0, 1).reshape(shapes[key])
+            for key, part in zip(ours, parts, strict=True)
+        }
 
 
 @cache
@@ -310,6 +315,52 @@ ZAMBA = rows("""
 """)
 for ours, theirs in {0: "0", 2: "1.mamba_decoder", 3: "2", 4: "3.mamba_decoder"}.items():
     ZAMBA += tuple(each.under(f"model.layers.{theirs}.", f"layers.{ours}.") for each in MAMBA)
+ZAMBA2 = rows("""
+    model.embed_tokens.weight -> embed_tokens.weight
+    model.final_layernorm.weight -> norm.weight
+    model.layers.{i}.linear.weight -> layers.{i}.t_proj.weight
+""")
+MAMBA2 = rows("""
+    mamba.dt_bias -> {part}.shift
+    mamba.A_log -> {part}.rate
+    mamba.D -> {part}.skip
+    mamba.conv1d.weight -> {part}.(v|k|q)_conv.weight
+    mamba.conv1d.bias -> {part}.(v|k|q)_conv.bias
+    mamba.in_proj.weight -> {part}.(gate_|v|k|q|time)_proj.weight
+    mamba.norm.weight -> {part}.o_norm.weight
+    mamba.out_proj.weight -> {part}.o_proj.weight
+    input_layernorm.weight -> {part}_norm.weight
+""")
+SHARED = rows("""
+    self_attn.o_proj.weight -> attention.o_linear.o_proj.weight
+    self_attn.{p}_proj.weight -> attention.{p}_linear.o_proj.weight
+    feed_forward.gate_up_proj.weight -> adapted.(gate|up)_linear.o_proj.weight
+    feed_forward.down_proj.weight -> adapted.o_linear.o_proj.weight
+    input_layernorm.weight -> y_rms_norm.o_norm.weight
+    pre_ff_layernorm.weight -> t_rms_norm.o_norm.weight
+""")
+ADAPTED = rows("""
+    self_attn.linear_{p}_adapter_list.at.{j}.weight -> attention.low_{p}_proj_{j}.weight
+    feed_forward.gate_up_proj_adapter_list.at.0.weight -> adapted.low_proj.weight
+    feed_forward.gate_up_proj_adapter_list.at.1.weight -> adapted.(gate|up)_proj.weight
+""")
+
+
+def _at(row: Row, theirs: str, ours: str) -> Row:
+    """Return a row of a part that is called otherwise in each place."""
+    several = tuple(each.replace("{part}", ours) for each in row.ours)
+    return Row(row.theirs.replace(".at.", f".{theirs}."), several, row.groups)
+
+
+for at in range(6):
+    own, part = ("", "attn") if at % 2 == 0 else ("mamba_decoder.", "mamba")
+    ZAMBA2 += tuple(
+        _at(each, "", part).under(f"model.layers.{at}.{own}", f"layers.{at}.") for each in MAMBA2
+    )
+    shared = "model.layers.1.shared_transformer."
+    rows_ = SHARED if at == 1 else ()
+    rows_ += tuple(_at(each, str(at // 2), "") for each in ADAPTED) if at % 2 else ()
+    ZAMBA2 += tuple(each.under(shared, f"layers.{at}.") for each in rows_)
 GLM = rows("""
     model.layers.{i}.post_self_attn_layernorm.weight -> layers.{i}.attn_post_norm.weight
     model.layers.{i}.post_mlp_layernorm.weight -> layers.{i}.ffn_post_norm.weight
@@ -541,6 +592,22 @@ MODELS: dict[str, Theirs] = {
             "layers_block_type": ["mamba", "hybrid"] * 2,
         },
         positions=False,
+    ),
+    "zamba2": Theirs(
+        "zamba2",
+        ZAMBA2,
+        {
+            "num_hidden_layers": 6,
+            "num_key_value_heads": 4,
+            "n_mamba_heads": 4,
+            "mamba_d_state": 4,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "layers_block_type": ["mamba", "hybrid"] * 3,
+            "use_shared_attention_adapter": True,
+            "adapter_rank": 3,
+            "use_mem_rope": True,
+        },
     ),
     "olmo": Theirs("olmo", PARTS, {**NARROW, "clip_qkv": 0.8}),
     "nanochat": Theirs("nanochat", APERTUS + PARTS, {**NARROW, "final_logit_softcapping": 3.0}),
