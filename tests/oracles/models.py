@@ -4,7 +4,8 @@ A model in `examples/models` and one of theirs have the same tensors under other
 which: `theirs -> ours`, in which `{i}` and `{j}` are numbers, `{any}` is anything and any other
 name a word; the first line that fits counts. What holds several of ours names them in brackets,
 `(q|k|v)_proj`, its rows one after the other; with `in 4` they are laid so in each of four groups.
-`across` is a matrix transposed, `stacked` a row of ours, and `-` what has no place in ours.
+`across` is a matrix transposed, `stacked` a row of ours, `beside` columns of ours one after the
+other, and `-` what has no place in ours.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ class Row:
     groups: int = 1
     across: bool = False
     stacked: bool = False
+    beside: bool = False
 
     def under(self, theirs: str, ours: str) -> Row:
         """Return the same of a module of theirs, which is one of ours."""
         several = tuple(ours + each for each in self.ours)
-        return Row(theirs + self.theirs, several, self.groups, self.across, self.stacked)
+        rest = (self.groups, self.across, self.stacked, self.beside)
+        return Row(theirs + self.theirs, several, *rest)
 
     def moved(
         self, name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]
@@ -51,9 +54,10 @@ class Row:
             return {ours[0]: tensor[None]}
         if len(ours) == 1:
             return {ours[0]: tensor.reshape(shapes[ours[0]])}
-        if (
-            tensor.ndim == 3 and tensor.shape[1] > 1
-        ):  # of several heads: each holds its rows of ours
+        if self.beside:
+            parts = tensor.split([shapes[each][1] for each in ours], 1)
+            return dict(zip(ours, parts, strict=True))
+        if tensor.ndim == 3 and tensor.shape[1] > 1:  # each head holds its rows of ours
             parts = tensor.split([shapes[each][1] for each in ours], 1)
             return dict(zip(ours, parts, strict=True))
         sizes = [shapes[each][0] // self.groups for each in ours]
@@ -82,7 +86,8 @@ def rows(text: str) -> tuple[Row, ...]:
             before, *names, after = re.split(r"[(|)]", ours) if "(" in ours else (ours, "", "")
             groups = int(rest[rest.index("in") + 1]) if "in" in rest else 1
             several = tuple(f"{before}{name}{after}" for name in names)
-            done.append(Row(theirs, several, groups, "across" in rest, "stacked" in rest))
+            words = (each in rest for each in ("across", "stacked", "beside"))
+            done.append(Row(theirs, several, groups, *words))
     return tuple(done)
 
 
@@ -274,6 +279,16 @@ HRM = rows("""
 """)
 GEMMA4 = rows("""
     model.layers.2.self_attn.k_proj.weight -> layers.2.attn.kv_proj.weight
+    model.layers.{i}.pre_feedforward_layernorm.weight -> layers.{i}.ffn_norm.weight
+    model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.weight
+""")
+GEMMA4_E2B = rows("""
+    model.embed_tokens_per_layer.weight -> layers.(0|1|2|3|4).e_embed.weight beside
+    model.per_layer_model_projection.weight -> layers.(0|1|2|3|4).c_proj.weight
+    model.per_layer_projection_norm.weight -> layers.0.c_rms_norm.o_norm.weight
+    model.layers.{i}.per_layer_input_gate.weight -> layers.{i}.g_proj.weight
+    model.layers.{i}.per_layer_projection.weight -> layers.{i}.o_proj.weight
+    model.layers.{i}.post_per_layer_input_norm.weight -> layers.{i}.o_norm.weight
     model.layers.{i}.pre_feedforward_layernorm.weight -> layers.{i}.ffn_norm.weight
     model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.weight
 """)
@@ -532,6 +547,30 @@ MODELS: dict[str, Theirs] = {
             "final_logit_softcapping": 3.0,
             "sliding_window": 5,
             "layer_types": [LOCAL, LOCAL, FULL],
+            "rope_parameters": {
+                LOCAL: turning(1e4),
+                FULL: {
+                    "rope_type": "proportional",
+                    "rope_theta": 1e6,
+                    "partial_rotary_factor": 0.5,
+                },
+            },
+        },
+    ),
+    "gemma4_e2b": Theirs(
+        "gemma4_text",
+        GEMMA4_E2B + AFTER + PARTS,
+        {
+            **NARROW,
+            "hidden_size": 36,
+            "num_hidden_layers": 5,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": 61,
+            "num_kv_shared_layers": 2,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 5,
+            "layer_types": [LOCAL, FULL, LOCAL, LOCAL, FULL],
             "rope_parameters": {
                 LOCAL: turning(1e4),
                 FULL: {
