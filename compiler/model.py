@@ -684,6 +684,7 @@ class Model:
     The context passes through the `encoder` first, where there is one. `condition` is the width of
     the one token that meets all, where a layer reads it. `steps` are the numbers of the layers in
     the order they run; one that runs again has the same weights, and a cache for each time.
+    `memory` is how many learned tokens stand before those of each sequence, between the two ends.
     """
 
     name: str
@@ -700,6 +701,7 @@ class Model:
     lanes: int | None = None
     condition: int | None = None
     steps: tuple[int, ...] = ()
+    memory: int | None = None
 
     @property
     def turns(self) -> tuple[int, ...]:

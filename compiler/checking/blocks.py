@@ -65,6 +65,7 @@ class Sizes:
     depth: int = 1
     below: Depth | None = None  # the layers below, in a model
     offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
+    memory: int = 0  # how many learned tokens stand in front
 
 
 def elaborate_block(
@@ -79,7 +80,9 @@ def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
     findings = Findings()
     body = Body(library, call, findings)
     title = body.block.name
-    scope = Scope(library, findings, title=title, depth=sizes.below, whole=whole)
+    scope = Scope(
+        library, findings, title=title, depth=sizes.below, whole=whole, memory=sizes.memory
+    )
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
     builder = _Builder(scope, body, sizes.offered)
@@ -246,6 +249,14 @@ class _Builder:
     def _grid(self) -> None:
         if not self.body.has("grid"):
             return
+        if self.scope.memory:
+            raise error(
+                "L226",
+                "a grid counts from the first token",
+                self.body.span_of("grid"),
+                f"{self.scope.memory} learned tokens stand in front of it",
+                "leave `memory` out of the model",
+            )
         match self.body.get("grid"):
             case syntax.ListOf((rows, cols)):
                 self.scope.grid = (self.scope.size(rows, "rows"), self.scope.size(cols, "cols"))

@@ -43,7 +43,7 @@ from .scope import Scope, body, inline_stage, suggest
 OFFERS = {  # where a model gives them
     "earlier": "a model without `lanes` has it",
     "condition": "every model has it, given at each call",
-    "tokens": "a model with a `vocab` has it",
+    "tokens": "a model with a `vocab` has it, unless learned tokens stand in front (`memory`)",
     "turn": "every model has it: how often the layer has run before",
 }
 

@@ -10,10 +10,20 @@ from ...grammar import syntax
 from ...grammar.diagnostics import did_you_mean, error
 from ...grammar.expr import FALSE, TRUE, names
 from ...grammar.show import show
-from ...grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
+from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Pipe, walk
 from ...ops import OPS, Shape
 from ..algebra.masks import extent, linear
-from ..model import Mixing, Pairwise, Read, Recurrence, Select, Stream, is_map_elsewhere
+from ..model import (
+    SAME_DOCUMENT,
+    Mixing,
+    Pairwise,
+    Read,
+    Recurrence,
+    Select,
+    Stream,
+    is_map_elsewhere,
+    without_document,
+)
 from .carried import carriers, require_fit, resolve_carry
 from .depth import Found, place_of
 from .flows import Target, elaborate
@@ -223,6 +233,8 @@ class Part:
             if again is not None:
                 span = body.span_of("mask")
                 require_strict(self._itself, mask, (axes.queries, axes.keys), span)
+            if scope.memory and axes.queries == axes.keys == "n":
+                mask = with_memory(mask, scope.memory)
         select: Select | None = None
         with scope.findings.guard():
             select = resolve_select(scope, body.get("select"), axes, mask)
@@ -293,6 +305,20 @@ class Part:
 def _is_below(value: Expr) -> bool:
     """Say whether a pipeline is a stream of a layer below as it is, its position included."""
     return place_of(value) is not None
+
+
+def with_memory(mask: Expr, count: int) -> Expr:
+    """Return a mask that shows the first tokens of a sequence too, to those after them."""
+    rest = without_document(mask)
+    reach = extent(rest)
+    front: Expr = Compare((Name("j"), Number(count, str(count))), ("<",))
+    if reach.causal:
+        order = "<" if reach.low > 0 else "<="
+        front = Binary("and", front, Compare((Name("j"), Name("i")), (order,)))
+    if rest == TRUE or _is_causal(rest):
+        return mask
+    seen = Binary("or", rest, front)
+    return seen if rest == mask else Binary("and", seen, SAME_DOCUMENT[0])
 
 
 def _reads_own(mask: Expr) -> bool:

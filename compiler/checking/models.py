@@ -31,7 +31,7 @@ SETTINGS = {
     "vocab": "none", "width": "", "layers": "", "layer": "pre", "ffn": "swiglu(8/3)",
     "norm": "rms", "embed": "x", "embed_position": "none", "tie": "false", "head": "",
     "dropout": "0", "patches": "none", "encoder": "none", "lanes": "none",
-    "condition_width": "width",
+    "condition_width": "width", "memory": "none",
 }  # fmt: skip
 NORMS = {"rms": "rms_norm", "layer": "layer_norm"}  # what stages are called as a model's norm
 HEADS = {  # the heads that have names, as pipelines
@@ -83,6 +83,7 @@ class _Reader:
         self.settings: dict[str, Expr] = {}
         self.dropout, self.condition = 0.0, 1
         self.lanes: int | None = None
+        self.memory: int | None = None
         self.vocab: int | None = None
         self.steps: tuple[int, ...] = ()
         self.shared: set[Span] = set()  # the places of `once` that are layers of the list
@@ -153,6 +154,9 @@ class _Reader:
         with guard():
             self.lanes = self._lanes()
         with guard():
+            memory = self.get("memory")
+            self.memory = None if memory == NONE else self.scope.size(memory, "`memory`")
+        with guard():
             self.condition = self.scope.size(self.get("condition_width"), "`condition_width`")
         with guard():
             layers = self._layers(width, encoder, warnings)
@@ -181,6 +185,7 @@ class _Reader:
             self.lanes,
             self.condition if any("condition" in each.reads for each in layers) else None,
             self.steps,
+            self.memory,
         )
 
     def _lanes(self) -> int | None:
@@ -335,7 +340,7 @@ class _Reader:
         offered = {"condition": Shape("1", self.condition), "turn": Shape("1", 1)}
         if self.lanes is None:
             offered["earlier"] = Shape("n", self.width, at + 1)
-        if self.get("vocab") != NONE:
+        if self.get("vocab") != NONE and self.memory is None:
             offered["tokens"] = Shape("n", 1)
         return offered
 
@@ -385,7 +390,8 @@ class _Reader:
 
             def block(part: Expr, width: int, at: int = at, under: Depth = under) -> Block:
                 offered = self._offered(at)
-                sizes = Sizes(width, context_width, at, len(calls), under, offered)
+                front = self.memory or 0
+                sizes = Sizes(width, context_width, at, len(calls), under, offered, front)
                 draft = draft_block(self.library, part, sizes)
                 self._one_a_token(draft, part)
                 made = draft.finish()

@@ -89,6 +89,7 @@ class Scope:
     branch: str = ""
     title: str = ""  # the name of the block
     depth: Depth | None = None  # the layers below, in a model
+    memory: int = 0  # how many learned tokens stand in front
     maps_read: dict[str, Found] = field(default_factory=dict)  # those of other layers, by name
     renamed: dict[str, str] = field(default_factory=dict)
     parts: Mapping[str, Expr] = field(default_factory=dict)  # what a layer was given for parts

@@ -104,6 +104,17 @@ def _init_cache(model: Model) -> list[str]:
             f'    """Raise `ValueError`: {why}."""',
             f'    raise ValueError("this model cannot decode: {why}")',
         ]
+    if model.memory is not None:
+        return [
+            f"{head}Cache:",
+            '    """Return what the layers keep, still empty; without a length it grows."""',
+            f"    room = None if length is None else length + {model.memory}",
+            f"    kept = (layer.init_cache(batch, room) for layer in {_run(model)})",
+            "    parts = {str(at): each for at, each in enumerate(kept)}",
+            "    cache = Cache(self, batch, **parts)",
+            f"    cache.front = {model.memory}",
+            "    return cache",
+        ]
     return [
         f"{head}Cache:",
         '    """Return what the layers keep, still empty; without a length it grows."""',
@@ -139,6 +150,9 @@ def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
         lines += _table("embed_positions", model.positions, model.width)
     layers, once = [], Once(classes)
     lines += _End(model.embed, classes).modules(once)
+    if model.memory is not None:
+        size = f"{model.memory}, {model.width}"
+        lines.append(f"self.memory = nn.Parameter(torch.empty({size}).normal_(std=0.02))")
     for text, same in groupby([once.made(layer) for layer in model.layers]):
         times = len(list(same))
         layers += [text] if times == 1 else [f"*({text} for _ in range({times}))"]
@@ -183,8 +197,9 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         ]
     args = ["attention_mask", "segments", "cu_seqlens", "positions"]
     args += ["cuts=False"] if model.marks else []
-    args += ["rows=True"] if any(map(own_rows, model.layers)) else []
-    if cached and not all(map(begins_within, model.layers)):
+    apart = model.memory is not None  # each sequence has learned tokens of its own
+    args += ["rows=True"] if apart or any(map(own_rows, model.layers)) else []
+    if cached and (apart or not all(map(begins_within, model.layers))):
         args.append("begins=False")
     head = ["self", first, "cache"] if cached else [first, "None"]
     opened = call(f"batch = {'begin' if cached else 'Batch'}", [*head, *args])
@@ -202,6 +217,10 @@ def _forward(model: Model, classes: Classes) -> list[str]:
     lines += _End(model.embed, classes).lines()
     if model.dropout:
         lines.append(f"x = F.dropout(x, {model.dropout!r}, self.training)")
+    if apart:
+        lines.append("x, within = in_front(self.memory, x, batch)")
+    if apart and _crosses(model):
+        lines += ["if far is not None:", "    context, far = by_rows(context, far, batch)"]
     if model.stacked:
         lines += ["shared: tuple[dict[str, Tensor], ...] = ()  # what each gives to those above"]
     if model.lanes is not None:
@@ -212,7 +231,7 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         *(["shared=shared"] if model.stacked else []),
         *(["context=context", "far=far"] if _crosses(model) else []),
         *(["**more"] if model.reads else []),
-        "batch=batch",
+        "batch=within" if apart else "batch=batch",
     ]
     if cached:
         lines.append(f"caches = [None] * {len(model.steps)} if cache is None else cache")
@@ -236,6 +255,8 @@ def _forward(model: Model, classes: Classes) -> list[str]:
     lines += indent(call(f"x{', handed' * model.stacked} = layer", given))
     lines += ["    shared = (*shared, handed)"] if model.stacked else []
     lines += ["    earlier.append(x)"] if "earlier" in model.reads else []
+    if apart:
+        lines.append("x = behind(x, within, batch)")
     lines += _End(model.head, classes).lines()
     if model.classifies:
         return [*lines, f"return x[:, 0]  # [b, {model.head.out.shape.dim}]"]

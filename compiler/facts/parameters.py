@@ -81,6 +81,8 @@ def model_weights(model: Model) -> tuple[Weight, ...]:
         found.append(Weight("embed_positions.weight", (model.positions, width), "embedding"))
     seen: set[Span] = set()
     found += weights(model.embed, seen)
+    if model.memory is not None:
+        found.append(Weight("memory", (model.memory, width), "embedding"))
     for at, layer in enumerate(model.layers):
         found += _prefixed(f"layers.{at}", weights(layer, seen))
     tied = {each.name for each in found}

@@ -308,6 +308,10 @@ class ReferenceModel(nn.Module):
         x = self._with_positions(x, _positions(positions, x))
         x = self._dropped(embed.layer(x, (), None, segments, positions)[0])
         below: list[Mapping[str, Tensor]] = []
+        front = model.memory or 0
+        if front:
+            x = torch.cat([_tensor(self, "memory").expand(len(x), -1, -1), x], 1)
+            positions, segments = _after(front, positions, len(x)), _repeated(front, segments)
         if model.lanes is not None:
             x = x[:, None].expand(-1, model.lanes, -1, -1)
         offered: dict[str, Tensor] = {} if tokens is None else {"tokens": tokens}
@@ -322,7 +326,9 @@ class ReferenceModel(nn.Module):
             x, made = layer.layer(x, below, context, segments, positions, offered)
             earlier.append(x)
             below.append(made)
-        y = head.layer(x, (), None, segments, positions)[0]
+        segments = None if segments is None else segments[:, front:]
+        positions = None if positions is None else positions[:, front:] - front
+        y = head.layer(x[..., front:, :], (), None, segments, positions)[0]
         return y[:, 0] if model.classifies else y
 
     def auxiliary_loss(self) -> Tensor:
@@ -375,6 +381,21 @@ def _found(name: str, below: Sequence[Mapping[str, Tensor]]) -> Tensor:
     place = elsewhere(name)
     assert place is not None
     return below[place[0]][place[1]]
+
+
+def _after(count: int, positions: Tensor | None, batch: int) -> Tensor | None:
+    """Return the positions of `count` tokens from 0 on, and of those after them."""
+    if positions is None:
+        return None
+    first = torch.arange(count, device=positions.device).expand(batch, -1)
+    return torch.cat([first, positions.expand(batch, -1) + count], 1)
+
+
+def _repeated(count: int, segments: Tensor | None) -> Tensor | None:
+    """Return segments with `count` of the first one before them."""
+    if segments is None:
+        return None
+    return torch.cat([segments[:, :1].expand(-1, count), segments], 1)
 
 
 def _as_stream(tensor: Tensor) -> Tensor:
