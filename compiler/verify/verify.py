@@ -179,8 +179,9 @@ def _decoding(subject: Subject) -> str | tuple[int, float]:
     if isinstance(subject.what, Model) and subject.what.classifies:
         return "a classifier has one answer for the whole sequence"
     worst, count = 0.0, 0
+    whole_rows = subject.whole_rows and not subject.what.marks
     for case in subject.cases[1:]:
-        x, given = subject.inputs(case)
+        x, given = subject.inputs(replace(case, whole=True) if whole_rows else case)
         n = case.tokens
         with torch.no_grad():
             whole = subject.module(x, **given)
