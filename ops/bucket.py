@@ -63,7 +63,8 @@ class Bucket(Op):
         for back, factor in enumerate(factors(int(options["seed"]), last)):
             earlier = functional.pad(ids, (0, 0, back, 0))[..., :n, :]
             mixed = mixed ^ (earlier * factor)
-        return mixed % options["count"]
+        count: int = options["count"]
+        return mixed % count
 
     def text(
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str

@@ -105,7 +105,8 @@ class DropSequence(Op):
     ) -> Tensor:
         import torch
 
-        (x,), rate = inputs, options["rate"]
+        (x,) = inputs
+        rate: float = options["rate"]
         if not run.training:
             return x
         drawn = torch.rand(len(x), dtype=torch.float32, device=x.device)
