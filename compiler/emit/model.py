@@ -256,7 +256,7 @@ def _forward(model: Model, classes: Classes) -> list[str]:
     lines += ["    shared = (*shared, handed)"] if model.stacked else []
     lines += ["    earlier.append(x)"] if "earlier" in model.reads else []
     if apart:
-        lines.append("x = behind(x, within, batch)")
+        lines.append("x = without_front(x, within, batch)")
     lines += _End(model.head, classes).lines()
     if model.classifies:
         return [*lines, f"return x[:, 0]  # [b, {model.head.out.shape.dim}]"]

@@ -244,7 +244,7 @@ class Batch:
 def in_front(memory: Tensor, x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
     """Put learned tokens [count, d] before each sequence of x [rows, n, d] that begins.
 
-    Each sequence has a row. Returns x and how all of it stands; `behind` takes the tokens away.
+    Each sequence has a row. Returns x and how all of it stands; `without_front` takes them away.
     """
     rows, n = x.shape[:2]
     count, since = len(memory), batch.before
@@ -286,7 +286,7 @@ def by_rows(context: Tensor, far: Batch, batch: Batch) -> tuple[Tensor, Batch]:
     return context, Batch(context, None, None if far.live is None else far.live[batch.owner])
 
 
-def behind(y: Tensor, within: Batch, batch: Batch) -> Tensor:
+def without_front(y: Tensor, within: Batch, batch: Batch) -> Tensor:
     """Return y [rows, (heads,) tokens, d] without what `in_front` put before it."""
     n = batch.place.shape[-1]
     if within.back is None:
