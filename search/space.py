@@ -154,12 +154,19 @@ class _Filling:
             item = todo.pop(0)
             if id(item) not in drawn:
                 drawn[id(item)] = self._item(item)
-                todo.extend(self._scoping.called(names_in(drawn[id(item)])))
+                found = [drawn[id(item)], *self._lets("")]
+                names = set[str]().union(*map(names_in, found))
+                todo.extend(self._scoping.called(names))
         if search is not None:
             body = self._drawing.body(search.body, "search", self._scoping.ties)
             drawn[id(search)] = replace(search, body=body)
-        items = tuple(drawn[id(item)] for item in self._file.items if id(item) in drawn)
-        return replace(self._file, items=items)
+        items = (drawn[id(item)] for item in self._file.items if id(item) in drawn)
+        return replace(self._file, items=(*self._lets(""), *items))
+
+    def _lets(self, item: str) -> list[syntax.Let]:
+        """Return the `let`s that stay, of a model or of the file: of what `once` makes one."""
+        shared = self._drawing.shared.items()
+        return [let for path, let in shared if path.rpartition(".")[0] == item]
 
     def _item(self, item: Named) -> syntax.Item:
         draw = self._drawing
@@ -168,11 +175,12 @@ class _Filling:
                 flat = self._scoping.flat(
                     item, lambda base, scope: draw.whole(base, f"{name}.base", scope)
                 )
+                body = draw.body(flat.body, name, flat.scope)
                 return replace(
                     item,
                     params=tuple(each for each in params if each.default is None),
                     base=flat.base,
-                    body=draw.body(flat.body, name, flat.scope),
+                    body=(*self._lets(name), *body),
                 )
             case syntax.Block(name, params, base, body):
                 scope = self._scoping.of(item)

@@ -418,7 +418,11 @@ class _Writer(Mixes):
             return []
         loss = self.graph.node(self.graph.auxiliary)
         assert made_by(loss, Stage)
-        added = [f"self.auxiliary = {self._text(loss)}"]
+        added = [
+            f"loss = {self._text(loss)}",
+            "again = not outer and self.auxiliary is not None",
+            "self.auxiliary = loss if not again else self.auxiliary + loss",
+        ]
         return ["if self.training:", *indent([*lines, *added])]
 
     def auxiliary_loss(self) -> list[str]:

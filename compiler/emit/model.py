@@ -126,10 +126,9 @@ def _init_cache(model: Model) -> list[str]:
 
 def _auxiliary(model: Model, classes: Classes) -> list[str]:
     """Write the method that brings together what layers add to the loss, if any does."""
-    names = dict.fromkeys(classes[block] for block in model.uses if block.regularize is not None)
-    if not names:
+    kinds = _adding(model, classes)
+    if not kinds:
         return []
-    kinds = next(iter(names)) if len(names) == 1 else f"({', '.join(names)})"
     return [
         "def auxiliary_loss(self) -> Tensor:",
         '    """Return what the last forward pass in training adds to the loss, once."""',
@@ -138,6 +137,12 @@ def _auxiliary(model: Model, classes: Classes) -> list[str]:
         "    return torch.stack(list(losses)).sum()",
         "",
     ]
+
+
+def _adding(model: Model, classes: Classes) -> str:
+    """Return the classes of the blocks that add to the loss, "" where there are none."""
+    names = dict.fromkeys(classes[block] for block in model.uses if block.regularize is not None)
+    return next(iter(names), "") if len(names) <= 1 else f"({', '.join(names)})"
 
 
 def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
@@ -194,6 +199,12 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         lines += [
             "if cache is not None:",
             f'    raise ValueError("this model cannot decode: {why}")',
+        ]
+    if kinds := _adding(model, classes):
+        lines += [
+            "for each in self.layers.modules():",
+            f"    if isinstance(each, {kinds}):",
+            "        each.auxiliary = None",
         ]
     args = ["attention_mask", "segments", "cu_seqlens", "positions"]
     args += ["cuts=False"] if model.marks else []

@@ -13,6 +13,7 @@ of sequences means is `reference_batch`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -83,7 +84,8 @@ class ReferenceBlock(nn.Module):
         super().__init__()
         self.architecture = block
         self.root = [self if root is None else root]  # in a list: it is no submodule
-        self.terms: list[tuple[int, Tensor]] = []  # tokens, and what they add to the loss
+        self.terms: list[tuple[int, int, Tensor]] = []  # which use, tokens, what they add
+        self.uses = 0  # how often it has run for these tokens
         self.again: dict[str, ReferenceBlock] = {}  # parts whose home is elsewhere
         once = {} if once is None else once
         for part in block.parts:
@@ -116,7 +118,7 @@ class ReferenceBlock(nn.Module):
         """
         self.terms.clear()
         return run_alone(
-            lambda *given: self.layer(given[0], (), *given[1:4])[0],
+            self._alone,
             x,
             cuts=not self.architecture.marks,
             context=context,
@@ -126,6 +128,11 @@ class ReferenceBlock(nn.Module):
             cu_seqlens=cu_seqlens,
             positions=positions,
         )
+
+    def _alone(self, x: Tensor, *given: Tensor | None) -> Tensor:
+        for each in (each for each in self.modules() if isinstance(each, ReferenceBlock)):
+            each.uses = 0
+        return self.layer(x, (), *given[:3])[0]
 
     def layer(
         self,
@@ -176,7 +183,9 @@ class ReferenceBlock(nn.Module):
                 streams[stream.name] = self._flow(stream.flow, given)
         made = {each.name: streams[each.name] for each in block.streams}
         if block.regularize is not None and self.training:
-            self.terms.append((x[..., 0].numel(), self._flow(block.regularize, given)))
+            term = self._flow(block.regularize, given)
+            self.terms.append((self.uses, x[..., 0].numel(), term))
+        self.uses += 1
         out = self._flow(block.out, given)
         within = self.made
         self.below, self.offered, self.made = (), None, {}  # nothing outlives a call
@@ -185,9 +194,14 @@ class ReferenceBlock(nn.Module):
         return out, {**made, **within, "x": x, "out": out}
 
     def auxiliary_loss(self) -> Tensor:
-        """Return what the last forward pass in training adds to the loss: its mean by tokens."""
-        total = max(1, sum(tokens for tokens, _ in self.terms))
-        terms = [term * (tokens / total) for tokens, term in self.terms]
+        """Return what the last forward pass in training adds to the loss: its mean by tokens.
+
+        A block that runs several times adds that of each.
+        """
+        totals = Counter[int]()
+        for use, tokens, _ in self.terms:
+            totals[use] += tokens
+        terms = [term * (tokens / max(1, totals[use])) for use, tokens, term in self.terms]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def _flow(self, flow: Flow, given: Given, made: dict[int, Tensor] | None = None) -> Tensor:
@@ -294,6 +308,8 @@ class ReferenceModel(nn.Module):
         condition: Tensor | None,
     ) -> Tensor:
         model = self.architecture
+        for each in self._blocks():
+            each.uses = 0
         if model.encoder is not None:
             if context is None:
                 raise ValueError(f"model `{model.name}` reads a context, and none was given")

@@ -27,6 +27,7 @@ block turning { heads = 2; mask = causal; v = x * (1 + turn) | linear | split
                 out = o * sigmoid(turn) | merge | linear }
 block hashed { heads = 2; mask = causal; let e = tokens | bucket(9, last = 1) | embed(16, 9)
                k = x + e | linear | split | drop_sequence(0.5, scaled = true) }
+block spread { heads = 2; mask = causal; regularize = 0.1 * mean(entropy(o)) }
 layer two(p, q, n) { let y = x + (x | n | p); out = y + (y | n | q) + (x | p) }
 layer grams(part) { let e = (tokens | bucket(50) | embed(8, 50)) +
                             (tokens | bucket(31, 3, last = 3) | embed(8, 31))
@@ -47,6 +48,8 @@ MODELS = {
     "buckets": "vocab = 40; layers = [a, grams(a), grams(swiglu)]",
     "sequences": "layers = [dropping(a), dropping(swiglu)]",
     "both in a block": "vocab = 40; layers = [hashed]",
+    "terms of a part": "let core = once(spread); layers = [pre(core, none), pre(core, gelu(2))]",
+    "terms of turns": "layers = loop(3, [spread])",
     "dropout": "dropout = 0.2; layers = [a, a]",
 }  # fmt: skip
 
@@ -59,7 +62,7 @@ def model(settings: str) -> Model:
 def test_every_form_of_a_model_is_its_meaning(name: str) -> None:
     what = model(MODELS[name])
     findings = {each.check: each for each in verify(what)}
-    trains = name in ("sequences", "both in a block", "dropout")
+    trains = name in ("sequences", "both in a block", "dropout") or name.startswith("terms")
     wrong = [each for each in findings.values() if not each.ok and each.check != "training"]
     assert wrong == []
     assert findings["training"].ok is (True if trains else None)
@@ -97,6 +100,20 @@ def test_shared_is_copied() -> None:
     )
     x = torch.randn(2, 6, 16, dtype=torch.float64)
     torch.testing.assert_close(one(x), other(x))
+
+
+def test_what_runs_again_adds_to_the_loss_each_time() -> None:
+    one, other = tied(
+        model("layers = loop(2, [pre(spread, none)])"),
+        model("layers = [pre(spread, none)] * 2"),
+        "layers.0.",
+        ["layers.1."],
+    )
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    for each in (one, other):
+        each.train()
+        each(x)
+    torch.testing.assert_close(one.auxiliary_loss(), other.auxiliary_loss())
 
 
 def test_turns_count() -> None:
