@@ -6,7 +6,7 @@ from headloom.compiler.checking.check import check
 from headloom.compiler.facts.cost import cost
 from headloom.grammar.format import format_loom
 from headloom.grammar.parse import parse
-from headloom.search.choosers import Chooser
+from headloom.search.choosers import First
 from headloom.search.space import draw
 
 SPACE = """
@@ -18,19 +18,6 @@ model probe {
   layers = [pre(core, wide), pre(core, none)] + each(2, a(integer(2..9)))
 }
 """
-
-
-class First(Chooser):
-    """Takes the first of all that there is."""
-
-    def category(self, name: str, choices: object, weights: object) -> int:  # noqa: ARG002
-        return 0
-
-    def integer(self, name: str, low: int, high: int) -> int:  # noqa: ARG002
-        return low
-
-    def real(self, name: str, low: float, high: float, log: bool) -> float:  # noqa: ARG002
-        return low
 
 
 def test_a_drawn_text_says_once_where_the_space_does() -> None:
