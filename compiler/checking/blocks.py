@@ -66,6 +66,7 @@ class Sizes:
     below: Depth | None = None  # the layers below, in a model
     offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
     memory: int = 0  # how many learned tokens stand in front
+    grid: tuple[int, int] | None = None  # the rows and columns of a model's patches
 
 
 def elaborate_block(
@@ -85,7 +86,7 @@ def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
     )
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
-    builder = _Builder(scope, body, sizes.offered)
+    builder = _Builder(scope, body, sizes)
     out = builder.build()
     if not sized:  # the sizes that were guessed only serve to find further misspelt names
         findings.keep(lambda each: each.code not in _ABOUT_SHAPES)
@@ -184,8 +185,9 @@ def _divides_width(scope: Scope, body: Body) -> None:
 class _Builder:
     """Elaborates the parts of one block."""
 
-    def __init__(self, scope: Scope, body: Body, offered: Mapping[str, Shape]) -> None:
-        self.scope, self.body, self.offered = scope, body, offered
+    def __init__(self, scope: Scope, body: Body, sizes: Sizes) -> None:
+        self.scope, self.body = scope, body
+        self.offered, self.grid = sizes.offered, sizes.grid
         numbers = {name: int(value) for name, value in scope.numbers.items()}
         scope.inputs = {
             "x": Shape("n", numbers["width"]),
@@ -248,6 +250,7 @@ class _Builder:
 
     def _grid(self) -> None:
         if not self.body.has("grid"):
+            self.scope.grid = None if self.scope.memory else self.grid
             return
         if self.scope.memory:
             raise error(

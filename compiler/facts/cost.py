@@ -85,7 +85,7 @@ def _size(weight: Weight) -> int:
 def _counted(model: Model) -> Iterable[tuple[Block, int, int]]:
     """Yield what a model is made of, how many tokens are put in front of it, and how often."""
     front = model.memory or 0
-    yield from ((model.embed, 0, 1), (model.head, 0, 1))
+    yield from ((each, 0, 1) for each in model.ends)
     yield from ((each, front, count) for each, count in Counter(model.run).items())
 
 

@@ -73,13 +73,15 @@ def model_weights(model: Model) -> tuple[Weight, ...]:
     """Return a model's learned tensors, the input's first and the head's last."""
     width = model.width
     found: list[Weight] = []
+    seen: set[Span] = set()
     if model.encoder is not None:
         found += _prefixed("encoder", model_weights(model.encoder))
     if model.vocab is not None:
         found.append(Weight("embed_tokens.weight", (model.vocab, width), "embedding"))
+    if model.patches is not None:
+        found += weights(model.patches.embed, seen)
     if model.embed_position == "learned":
         found.append(Weight("embed_positions.weight", (model.positions, width), "embedding"))
-    seen: set[Span] = set()
     found += weights(model.embed, seen)
     if model.memory is not None:
         found.append(Weight("memory", (model.memory, width), "embedding"))

@@ -166,9 +166,9 @@ def test_a_bucket_is_the_hash() -> None:
 
 WRONG = {
     "where it stands": ("let core = once(scaled); layers = [pre(core, none), pre(core, none)]",
-                        "L238", "once(scaled)", "`scaled` reads where it stands"),
+                        "L240", "once(scaled)", "`scaled` reads where it stands"),
     "a layer of the list": ("let core = once(a); layers = [core, pre(core, none)]",
-                            "L238", "once(a)", ""),
+                            "L240", "once(a)", ""),
     "no stage": ("let core = once(a + 1); layers = [pre(core, none)]", "L208", "a + 1", ""),
     "no such stage": ("let core = once(lineer(3)); layers = [pre(core, none)]", "L208",
                       "lineer(3)", ""),
