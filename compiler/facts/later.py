@@ -119,7 +119,8 @@ def _incomplete(block: Block, mixing: Mixing) -> Index | None:
             Binary("and", mix.mask, mix.select.among),
             Unary("not", mix.select.always),
         )
-        if found := incomplete(mix.select.score, free, streams):
+        asked = not mix.select.elsewhere  # else that layer says it of the same pairs
+        if asked and (found := incomplete(mix.select.score, free, streams)):
             return found
     exprs = (mix.mask, mix.score, mix.weights, *mix.normalize.exprs)
     met = () if mix.similarity is None else (mix.similarity,)

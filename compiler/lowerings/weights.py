@@ -66,7 +66,7 @@ def arguments(attention: Attention) -> dict[str, tuple[str, ...]]:
             *places[:1],
             *(each for each in told if each == "own"),
             *(each.variable for each in seen if each.at == "i"),
-            *(f"previous_{name}" for name in attention.maps_below),
+            *map(ident, attention.maps_below),
         ),
         "keys": (
             "k",

@@ -30,7 +30,7 @@ from ..graph.build import tensors_read
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend
 from ..graph.sides import is_pooled, makes_vectors
-from ..model import MAPS, PREVIOUS, Pairwise, without_document
+from ..model import MAPS, Pairwise, is_map_elsewhere, without_document
 from .kernel_form import KernelForm, kernel_form
 
 CHOOSES = "which keys a query reads depends on what they hold"
@@ -225,15 +225,15 @@ class Attention:
 
     @cached_property
     def maps(self) -> tuple[str, ...]:
-        """What of its map the layer above reads: its logits `s`, its weights `p`."""
+        """What of its map layers above read: its logits `s`, its weights `p`."""
         return tuple(
             label for label, name in self.graph.shared if label in MAPS and name == self.node.name
         )
 
     @cached_property
     def maps_below(self) -> tuple[str, ...]:
-        """What it reads of the map of the layer below."""
-        return tuple(name for name in MAPS if f"{PREVIOUS}{name}" in self.names)
+        """What it reads of the maps of layers below."""
+        return tuple(sorted(filter(is_map_elsewhere, self.names), reverse=True))
 
     @cached_property
     def breadth(self) -> int:
