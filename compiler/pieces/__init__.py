@@ -11,6 +11,7 @@ FILES = (
     "along",
     "maps",
     "tiles",
+    "turns",
     "fused",
     "flex",
     "chunks",

@@ -21,6 +21,8 @@ from ...grammar.derive import derivative
 from ...grammar.expr import TRUE, calls, fold, names, substitute
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from ...kernels.spec import Reach
+from ..algebra.affine import RefusedError
+from ..algebra.carries import one_product
 from ..algebra.masks import Extent, extent, of_distance, reads_others
 from ..algebra.normalizers import Exponential, exponential
 from ..algebra.structure import Band, Distance, Documents, Structure, structure
@@ -125,6 +127,32 @@ class Attention:
         """Whether values that read what is mixed are made of some queries after the others."""
         alone = self.by_rows and self.leaves_out and not self.before and not self.draws
         return alone and self.mix.again is not None and self.mix.carry is None
+
+    @cached_property
+    def products(self) -> tuple[Expr, Expr] | str | None:
+        """What a token adds to each key before it, `along` times `by` · key, or why it does not.
+
+        None where it carries none.
+        """
+        if self.mix.carry is None:
+            return None
+        if self.mix.again is not None:
+            return "its values read what it mixes"
+        if not self.by_rows or self.before or self.draws or not self.leaves_out:
+            return "its expressions read other queries or keys"
+        try:
+            return one_product(self.mix.carry)
+        except RefusedError as refused:
+            return str(refused)
+
+    @cached_property
+    def summed(self) -> bool:
+        """Whether tiles of queries wait for nothing but sums over the queries before them."""
+        others = {each for each in self.called if each.endswith("_queries")}
+        read = self.maps or self.maps_below or self.before or self.draws
+        read = read or any(map(reads_others, self.exprs)) or {"n", "m"} & self.names
+        alone = others == {"running_queries"} and "columns" not in self.node.op.kinds
+        return bool(self.running) and alone and not read and self.in_turn is None
 
     @cached_property
     def key_heads(self) -> int:
