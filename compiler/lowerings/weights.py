@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ...grammar.expr import TRUE, calls
-from ...grammar.syntax import Call, Expr, Name, Number
+from ...grammar.functions import FUNCTIONS
+from ...grammar.syntax import Call, Expr, Name, Number, walk
 from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
@@ -190,6 +191,7 @@ class Writer:
             none = "torch.full_like(s[..., :1], k.shape[-2]).clamp(min=1)"
             self.lines.append(f"seen = {'seen_of(visible, s)' if self.masked else none}")
         if self.mix.score != Name("s"):
+            self._repeated(self.mix.score)
             self._of_maps(self.mix.score)
             self.lines.append(f"s = {self._spread(self.mix.score)}")
 
@@ -270,6 +272,19 @@ class Writer:
                 case _:
                     continue
             self.pairs = replace(self.pairs, made={**self.pairs.made, part: name})
+
+    def _repeated(self, expr: Expr) -> None:
+        """Write what an expression makes of the logits more than once, functions of them."""
+        count = Counter(
+            part
+            for part in walk(expr)
+            if isinstance(part, Call) and part.args == (Name("s"),) and part.function in FUNCTIONS
+        )
+        made = [part for part, times in count.items() if times > 1]
+        for at, part in enumerate(made):
+            self.lines.append(f"repeated_{at} = {self._text(part)}")
+        named = {part: f"repeated_{at}" for at, part in enumerate(made)}
+        self.pairs = replace(self.pairs, made={**self.pairs.made, **named})
 
     def sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""
@@ -400,14 +415,21 @@ class Writer:
     def _ratio(self) -> None:
         below = self.normalizer.denominator
         if below is None:
-            self.lines.append(f"p = {self._hidden(self._spread(self.normalizer.numerator))}")
+            self.lines.append(f"p = {self._hidden(self._numerator())}")
             return
         self.lines += [
-            f"f = {self._hidden(self._spread(self.normalizer.numerator))}",
+            f"f = {self._hidden(self._numerator())}",
             "rows = f.sum(-1, keepdim=True)",
             *([] if below == Name("sum") else [f"rows = {self._text(below)}"]),
             "p = f / rows.masked_fill(rows == 0, 1)",
         ]
+
+    def _numerator(self) -> str:
+        match self.normalizer.numerator:
+            case Call("exp", (power,)):
+                return f"normal_exp({self._spread(power)})"
+            case other:
+                return self._spread(other)
 
     def _threshold(self) -> None:
         form = threshold(self.normalizer)
