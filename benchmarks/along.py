@@ -46,7 +46,8 @@ def attended(name: str, tokens: int) -> tuple[Run, list[Tensor]]:
     """Return what an attention computes on what its block hands to it, and its leaves."""
     module: Any = hl.compile(hl.load(text_of(name), format="loom"), name, backend="torch", seed=0)
     found: dict[str, Any] = {}
-    path = "attend_keyed" if hasattr(module, "attend_keyed") else "attend"
+    paths = ("attend_keyed", "attend_faded", "attend")
+    path = next(each for each in paths if hasattr(module, each))
     method = getattr(module, path)
 
     def recorded(*given: Any) -> Any:

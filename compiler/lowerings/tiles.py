@@ -124,12 +124,12 @@ def methods(attention: Attention, target: Target) -> list[str]:
     if attention.in_turn is not None:
         return [*_in_turn(attention, given), "", *weights(attention)]
     biased = not at_all and distance.obstacle(attention) is None
-    args = [f"self.{name}_weights", "v", *(_tuple(groups[key]) for key in ("queries", "keys"))]
+    args = [f"self.{name}_weights", "v", *(tupled(groups[key]) for key in ("queries", "keys"))]
     tensors = [f"self.{each}" for each in attention.tensors]
     if groups["places"] or tensors:
-        args.append(_tuple(groups["places"]))
+        args.append(tupled(groups["places"]))
     if tensors:
-        args.append(_tuple(tensors))
+        args.append(tupled(tensors))
     args += [f"scale={attention.mix.scale!r}"] if takes_products(attention) else []
     args += ["reads=True"] if reads_q_or_k(attention) else []
     if compiled(attention, target):
@@ -170,7 +170,7 @@ def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
     name, groups = method_name(attention), arguments(attention)
     if attention.by_turns:
         groups = {**groups, "tensors": tuple(f"self.{each}" for each in attention.tensors)}
-        parts = [f"self.{name}_weights", "v", *map(_tuple, groups.values()), "ordered=ordered"]
+        parts = [f"self.{name}_weights", "v", *map(tupled, groups.values()), "ordered=ordered"]
         body = call("return turn_by_turn", parts)
         return [*signature(name, given, "tuple[Tensor, ...]"), *indent(body)]
     args = [each for key in groups if key != "tensors" for each in groups[key]]
@@ -195,7 +195,7 @@ def _summed(attention: Attention, given: tuple[str, ...]) -> list[str]:
     keys = tuple(each for each in groups["keys"] if each not in sums)
     tensors = tuple(f"self.{each}" for each in attention.tensors)
     given_groups = (groups["queries"], keys, groups["places"], tensors, sums)
-    args = [f"self.{name}_weights", "v", *map(_tuple, given_groups)]
+    args = [f"self.{name}_weights", "v", *map(tupled, given_groups)]
     args += [f"scale={attention.mix.scale!r}"] if takes_products(attention) else []
     body = call("return summed_tiles", [*args, "ordered=ordered"])
     return [*signature(name, given, "tuple[Tensor, ...]"), *indent(body)]
@@ -206,7 +206,7 @@ def _carried(attention: Attention, given: tuple[str, ...]) -> list[str]:
     name, groups = method_name(attention), arguments(attention)
     tensors = tuple(f"self.{each}" for each in attention.tensors)
     given_groups = (groups["queries"], groups["keys"], groups["places"], tensors)
-    args = [f"self.{name}_weights", "v", *map(_tuple, given_groups), "(along, by)"]
+    args = [f"self.{name}_weights", "v", *map(tupled, given_groups), "(along, by)"]
     body = call("return carried_tiles", [*args, "fresh", "idle", "ordered=ordered"])
     lines = [*carry.products(attention), *body]
     return [*signature(name, given, "tuple[Tensor, ...]"), *indent(lines)]
@@ -229,7 +229,8 @@ def _dense(attention: Attention) -> str:
     return "every pair is computed by PyTorch operations"
 
 
-def _tuple(items: tuple[str, ...] | list[str]) -> str:
+def tupled(items: tuple[str, ...] | list[str]) -> str:
+    """Write a tuple."""
     return f"({', '.join(items)}{',' * (len(items) == 1)})"
 
 

@@ -98,19 +98,20 @@ def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
     return call(f"def {name}", args, f") -> {gives}:")
 
 
-def weights(attention: Attention, biased: bool = False) -> list[str]:
+def weights(attention: Attention, biased: bool = False, met: list[str] | None = None) -> list[str]:
     """Return the method that makes the weights [b, h, n, m] of a tile, and numbers of its rows.
 
-    Where it is `biased`, a tile may come with all that depends on the distance of its pairs.
+    Where it is `biased`, a tile may come with all that depends on the distance of its pairs. The
+    lines `met` make the logits of keys that fade.
     """
-    writer = Writer(attention, biased)
+    writer = Writer(attention, biased, met)
     given = [each for group in arguments(attention).values() for each in group]
     given += ["bias"] if biased else []
     carries = attention.mix.carry is not None
     given = [*(["s"] if carries or takes_products(attention) else []), *given]
     several = bool(attention.node.op.statistics or attention.maps or attention.running)
     several = several or attention.mix.again is not None
-    name = f"{method_name(attention)}_weights"
+    name = f"{method_name(attention)}_weights{'' if met is None else '_of_faded'}"
     gives = "tuple[Tensor, ...]" if several else "Tensor"
     return [*signature(name, given, gives), *indent(writer.lines_of_weights())]
 
@@ -127,8 +128,10 @@ def visibility(attention: Attention) -> list[str]:
 class Writer:
     """Writes the weights of one attention, line after line."""
 
-    def __init__(self, attention: Attention, biased: bool = False) -> None:
-        self.attention, self.biased = attention, biased
+    def __init__(
+        self, attention: Attention, biased: bool = False, met: list[str] | None = None
+    ) -> None:
+        self.attention, self.biased, self.met = attention, biased, met
         self.mix = attention.mix
         self.normalizer, self.mask = self.mix.normalize, self.mix.mask
         self.told = attention.sequences
@@ -172,6 +175,8 @@ class Writer:
         elif mix.similarity is None and not takes_products(attention):
             scale = "" if mix.scale == 1 else f", {mix.scale!r}"
             self.lines += comment(f"s = meet(q, k{scale})", dims)
+        elif self.met is not None:
+            self.lines += [*self.met, *([] if mix.scale == 1 else [f"s = s * {mix.scale!r}"])]
         elif mix.similarity is not None:
             text = f"{atomic(self._text(mix.similarity))}.to(wide)"
             times = "" if mix.scale == 1 else f" * {mix.scale!r}"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
+from .maps import normal_exp
 from .tiles import TILE, meet, mixed, several
 
 
@@ -310,7 +311,7 @@ def summed_tiles(
     there is a `scale`, weigh takes products times that.
     """
     (b, heads, n, _), m = queries[0].shape, keys[0].shape[-2]
-    count = max(16, TILE // max(1, b * heads * m) // 16 * 16)
+    count = max(16, min(256, 4 * TILE // max(1, b * heads * m) // 16 * 16))
     if count >= n or not ordered or torch.compiler.is_compiling():
         count = max(1, n)
     written, found = list(sums), []
@@ -343,3 +344,41 @@ def summed_tile(
     met = () if scale is None else (meet(operands[0], operands[queries], scale),)
     p, *more = several(weigh(*met, *operands))
     return mixed(p, v), *more
+
+
+def fading_products(q: Tensor, k: Tensor, late: Tensor, early: Tensor) -> Tensor:
+    """Return Σ_c q_ic k_jc exp(late_ic - early_jc) [b, h, n, m] of keys up to each query.
+
+    The n queries are the last keys; late [b, h, n, d] and early [b, h, m, d] are sums of numbers
+    below zero, so that they fall from token to token. All factors are one at most; other pairs
+    have some finite number.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    n, m, each = q.shape[-2], k.shape[-2], q.shape[1] // k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, late, early = q.to(wide), k.to(wide), late.to(wide), early.to(wide)
+        k = k.repeat_interleave(each, 1) if each > 1 else k
+        size = 1 << max(0, n - 1).bit_length()
+        rows = [F.pad(x, (0, 0, 0, size - n)) for x in (q, k[..., m - n :, :], late)]
+        before = fading_halves(q, k[..., : m - n, :], late, early[..., : m - n, :])
+        s = (rows[0] * rows[1]).sum(-1)[..., None, None]  # of [b, h, size] blocks of one token
+        half = 1
+        while half < size:
+            asked, seen, faded = (x.unflatten(-2, (-1, 2, half)) for x in rows)
+            met = fading_halves(
+                asked[..., 1, :, :], seen[..., 0, :, :], faded[..., 1, :, :], faded[..., 0, :, :]
+            )
+            first, last = s.unflatten(-3, (-1, 2)).unbind(-3)
+            s = torch.cat([F.pad(first, (0, half)), torch.cat([met, last], -1)], -2)
+            half *= 2
+        return torch.cat([before, s[..., 0, :n, :n]], -1)
+
+
+def fading_halves(q: Tensor, k: Tensor, late: Tensor, early: Tensor) -> Tensor:
+    """Return products of queries and keys before all of them, which fade as `fading_products` says.
+
+    What has faded where the queries begin scales both, and changes nothing.
+    """
+    begun = late[..., :1, :].detach()
+    after = normal_exp((late - begun).clamp(max=0))
+    return (q * after) @ (k * normal_exp((begun - early).clamp(max=0))).mT
