@@ -420,21 +420,23 @@ class Writer:
     def _ratio(self) -> None:
         below = self.normalizer.denominator
         if below is None:
-            self.lines.append(f"p = {self._hidden(self._numerator())}")
+            self.lines.append(f"p = {self._numerator()}")
             return
         self.lines += [
-            f"f = {self._hidden(self._numerator())}",
+            f"f = {self._numerator()}",
             "rows = f.sum(-1, keepdim=True)",
             *([] if below == Name("sum") else [f"rows = {self._text(below)}"]),
             "p = f / rows.masked_fill(rows == 0, 1)",
         ]
 
     def _numerator(self) -> str:
-        match self.normalizer.numerator:
-            case Call("exp", (power,)):
-                return f"normal_exp({self._spread(power)})"
-            case other:
-                return self._spread(other)
+        power = self.attention.power
+        if power is None:
+            return self._hidden(self._spread(self.normalizer.numerator))
+        text = self._spread(power)
+        if self.masked and self.attention.tame:
+            return f"normal_exp({text} + hiding(visible, s))"
+        return self._hidden(f"normal_exp({text})")
 
     def _threshold(self) -> None:
         form = threshold(self.normalizer)

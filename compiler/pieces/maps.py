@@ -108,19 +108,78 @@ def running_sums(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
 
     `before` is the latter, of the queries before these; None for nothing.
     """
-    sums, last = x.cumsum(-2), x.sum(-2)[..., None]
+    sums, last = sums_of_rows(x), x.sum(-2)[..., None]
     return (sums, last) if before is None else (sums + before.mT, last + before)
+
+
+def sums_of_rows(x: Tensor, size: int = 32) -> Tensor:
+    """Return x.cumsum(-2) of x [b, h, n, m]: products of blocks, which read memory in order."""
+    n = x.shape[-2]
+    if n < 2:
+        return x
+    size = min(n, size)
+    blocks = F.pad(x, (0, 0, 0, -n % size)).unflatten(-2, (-1, size))
+    with torch.autocast(x.device.type, enabled=False):
+        sums = torch.ones(size, size, dtype=x.dtype, device=x.device).tril() @ blocks
+    if n > size:
+        before = blocks.sum(-2, keepdim=True).cumsum(-3)
+        sums = sums + F.pad(before[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
+    return sums.flatten(-3, -2)[..., :n, :]
 
 
 def sum_after(x: Tensor) -> Tensor:
     """Return, for each x [b, h, n, m], the sum of its row over the keys after it."""
-    return F.pad(x, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)
+    done: Tensor = SumAfter.apply(x)
+    return done
+
+
+class SumAfter(torch.autograd.Function):
+    """`sum_after`; its gradient is the sum over the keys before, without turning rows around."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """Sum from the last key back."""
+        return F.pad(x[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, min(1, x.shape[-1])))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        """Sum from the first key on."""
+        return F.pad(grad[..., :-1].cumsum(-1), (min(1, grad.shape[-1]), 0))
 
 
 def normal_exp(x: Tensor) -> Tensor:
     """Return exp(x), and 0 where it has no leading digit: a CPU takes long for such numbers."""
-    least = torch.finfo(x.dtype).tiny
-    return F.threshold(x.clamp(min=math.log(least) + 0.01).exp(), 1.02 * least, 0.0)
+    done: Tensor = NormalExp.apply(x)
+    return done
+
+
+class NormalExp(torch.autograd.Function):
+    """`normal_exp`; its gradient is a product with itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """Take none but powers that have a leading digit."""
+        least = torch.finfo(x.dtype).tiny
+        return F.threshold(x.clamp(min=math.log(least) + 0.01).exp_(), 1.02 * least, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        """Keep what is given."""
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Multiply."""
+        (output,) = ctx.saved_tensors
+        return grad * output
 
 
 def rank_keys(x: Tensor) -> Tensor:

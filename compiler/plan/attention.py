@@ -308,11 +308,19 @@ class Attention:
     def tame(self) -> bool:
         """Whether what is made of a finite logit is finite, for every pair, visible or not."""
         mix = self.mix
-        exprs = [mix.score, mix.weights, *mix.normalize.exprs[:1]]
+        exprs = [mix.score, mix.weights, self.power or mix.normalize.numerator]
         if self.exponential is not None:
             exprs = [mix.score, mix.weights, self.exponential.logit]
         plain = mix.similarity is None and not self.maps_below
         return plain and all(map(tame, exprs))
+
+    @cached_property
+    def power(self) -> Expr | None:
+        """Of what weights are exponentials, in s, where they are no shares of a softmax."""
+        match self.mix.normalize.numerator:
+            case Call("exp", (power,)) if self.exponential is None:
+                return power
+        return None
 
     @cached_property
     def scattered(self) -> bool:
@@ -360,7 +368,7 @@ class Attention:
 # Functions that are finite and smooth enough wherever their arguments are finite.
 _TAME = frozenset((
     "abs", "min", "max", "clip", "relu", "tanh", "sigmoid", "log_sigmoid", "softplus", "silu",
-    "gelu", "erf", "sin", "cos", "floor", "detach", "step",
+    "gelu", "erf", "sin", "cos", "floor", "detach", "step", "sum_keys", "running_keys",
 ))  # fmt: skip
 
 
