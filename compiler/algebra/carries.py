@@ -5,13 +5,14 @@ carry = k - 2 * b * w * dot(w, k)    →    along = -(2 * b * w),  by = w:  k + 
 
 from __future__ import annotations
 
-from ...grammar.expr import names
+from collections.abc import Callable
+
+from ...grammar.expr import fold, names
 from ...grammar.show import show
-from ...grammar.syntax import Binary, Call, Expr, Name, Unary
+from ...grammar.syntax import Binary, Call, Expr, Name, Number, Unary
 from .affine import RefusedError
 
 KEY = "k"
-Products = tuple[Expr | None, Expr]  # what `dot(by, k)` is multiplied by, None for nothing; by
 
 
 def one_product(carry: Expr) -> tuple[Expr, Expr]:
@@ -31,9 +32,7 @@ def one_product(carry: Expr) -> tuple[Expr, Expr]:
         if found is not None:
             raise RefusedError(f"`{show(carry)}` adds several products to a key")
         along, by = made
-        if along is None:
-            raise RefusedError(f"`{show(term)}` is a number, and no vector")
-        found = (along if sign == "+" else Unary("-", along)), by
+        found = (fold(along) if sign == "+" else Unary("-", fold(along))), by
     if not kept or found is None:
         raise RefusedError(f"`{show(carry)}` is not `k + a * dot(c, k)`")
     return found
@@ -49,34 +48,24 @@ def _terms(expr: Expr, sign: str) -> list[tuple[str, Expr]]:
     return [(sign, expr)]
 
 
-def _product(expr: Expr) -> Products | None:
-    """Return a term as a product with `dot(by, k)`, None where it is none."""
+def _product(expr: Expr) -> tuple[Expr, Expr] | None:
+    """Return a term as a product with `dot(by, k)`, and `by`; None where it is none."""
+
+    def mapped(change: Callable[[Expr], Expr], inner: Expr) -> tuple[Expr, Expr] | None:
+        made = _product(inner)
+        return None if made is None else (change(made[0]), made[1])
+
     match expr:
         case Call("dot", (Name("k"), by)) | Call("dot", (by, Name("k"))) if KEY not in names(by):
-            return None, by
-        case Binary("@", Call("outer", (along, by)), Name("k")) if not _reads_key(along, by):
+            return Number(1, "1"), by
+        case Call("outer", (along, by)) if not {KEY} & (names(along) | names(by)):
             return along, by
-        case Binary("*", left, right) if KEY not in names(left):
-            return _times(left, _product(right))
-        case Binary("*", left, right) if KEY not in names(right):
-            return _times(right, _product(left))
-        case Binary("/", left, right) if KEY not in names(right):
-            made = _product(left)
-            return (
-                None if made is None or made[0] is None else (Binary("/", made[0], right), made[1])
-            )
+        case Binary("@", matrix, Name("k")):
+            return _product(matrix)
+        case Binary("*", left, right) if KEY not in names(left) and _product(right):
+            return mapped(lambda each: Binary("*", left, each), right)
+        case Binary("*" | "/" as op, left, right) if KEY not in names(right):
+            return mapped(lambda each: Binary(op, each, right), left)
         case Unary("-", inner):
-            made = _product(inner)
-            return None if made is None or made[0] is None else (Unary("-", made[0]), made[1])
+            return mapped(lambda each: Unary("-", each), inner)
     return None
-
-
-def _times(factor: Expr, made: Products | None) -> Products | None:
-    if made is None:
-        return None
-    along, by = made
-    return (factor if along is None else Binary("*", factor, along)), by
-
-
-def _reads_key(*exprs: Expr) -> bool:
-    return any(KEY in names(each) for each in exprs)
