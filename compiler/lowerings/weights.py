@@ -288,7 +288,7 @@ class Writer:
         made = [part for part, times in count.items() if times > 1]
         for at, part in enumerate(made):
             self.lines.append(f"repeated_{at} = {self._text(part)}")
-        named = {part: f"repeated_{at}" for at, part in enumerate(made)}
+        named: dict[Expr, str] = {part: f"repeated_{at}" for at, part in enumerate(made)}
         self.pairs = replace(self.pairs, made={**self.pairs.made, **named})
 
     def sized(self) -> list[str]:

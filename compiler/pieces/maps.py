@@ -124,7 +124,8 @@ def sums_of_rows(x: Tensor, size: int = 32) -> Tensor:
     if n > size:
         before = blocks.sum(-2, keepdim=True).cumsum(-3)
         sums = sums + F.pad(before[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
-    return sums.flatten(-3, -2)[..., :n, :]
+    done: Tensor = sums.flatten(-3, -2)
+    return done[..., :n, :]
 
 
 def sum_after(x: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ class NormalExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Multiply."""
-        (output,) = ctx.saved_tensors
+        output: Tensor = ctx.saved_tensors[0]
         return grad * output
 
 

@@ -312,11 +312,12 @@ def summed_tiles(
     """
     (b, heads, n, _), m = queries[0].shape, keys[0].shape[-2]
     count = max(16, min(256, 4 * TILE // max(1, b * heads * m) // 16 * 16))
-    if count >= n or not ordered or torch.compiler.is_compiling():
-        count = max(1, n)
+    if not ordered or torch.compiler.is_compiling() or count >= n:
+        operands = (*queries, *keys, *sums, *places, *tensors)
+        return summed_tile(weigh, operands, len(queries), v, scale)
     written, found = list(sums), []
-    for a in range(0, max(1, n), count):
-        last = m - n + min(a + count, n) if ordered else m
+    for a in range(0, n, count):
+        last = m - n + min(a + count, n)
         grown = [None if x is None else more_keys(x, last) for x in written]
         operands = (*up_to(queries, (*keys, *grown), places, a, count, last), *tensors)
         made = torch.utils.checkpoint.checkpoint(
@@ -325,7 +326,7 @@ def summed_tiles(
         written = list(made[1 : 1 + len(sums)])
         found.append((made[0], *made[1 + len(sums) :]))
     o, *more = (torch.cat(parts, -2) for parts in zip(*found, strict=True))
-    return o, *written, *more
+    return o, *made[1 : 1 + len(sums)], *more
 
 
 def more_keys(x: Tensor, count: int) -> Tensor:
@@ -358,6 +359,9 @@ def fading_products(q: Tensor, k: Tensor, late: Tensor, early: Tensor) -> Tensor
     with torch.autocast(q.device.type, enabled=False):
         q, k, late, early = q.to(wide), k.to(wide), late.to(wide), early.to(wide)
         k = k.repeat_interleave(each, 1) if each > 1 else k
+        if torch.compiler.is_compiling():  # which would count the halves of one length
+            gap = late[..., :, None, :] - early[..., None, :, :]
+            return (q[..., :, None, :] * k[..., None, :, :] * gap.clamp(max=0).exp()).sum(-1)
         size = 1 << max(0, n - 1).bit_length()
         rows = [F.pad(x, (0, 0, 0, size - n)) for x in (q, k[..., m - n :, :], late)]
         before = fading_halves(q, k[..., : m - n, :], late, early[..., : m - n, :])

@@ -149,8 +149,8 @@ class Attention:
     def summed(self) -> bool:
         """Whether tiles of queries wait for nothing but sums over the queries before them."""
         others = {each for each in self.called if each.endswith("_queries")}
-        read = self.maps or self.maps_below or self.before or self.draws
-        read = read or any(map(reads_others, self.exprs)) or {"n", "m"} & self.names
+        read = bool(self.maps or self.maps_below or self.before or self.draws)
+        read = read or any(map(reads_others, self.exprs)) or bool({"n", "m"} & self.names)
         alone = others == {"running_queries"} and "columns" not in self.node.op.kinds
         return bool(self.running) and alone and not read and self.in_turn is None
 
