@@ -114,6 +114,8 @@ def running_sums(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def sums_of_rows(x: Tensor, size: int = 32) -> Tensor:
     """Return x.cumsum(-2) of x [b, h, n, m]: products of blocks, which read memory in order."""
+    if torch.compiler.is_compiling():  # for every length
+        return x.cumsum(-2)
     n = x.shape[-2]
     if n < 2:
         return x

@@ -196,7 +196,9 @@ def carried_tiles(
     if n == 0:
         p, *more = several(weigh(meet(q, k), *queries, *keys, *places, *tensors))
         return mixed(p, v), k, *more
-    size = min(n, max(16, min(128, 8 * TILE // max(1, b * heads * m) // 16 * 16)))
+    size = 128  # where it is compiled, for every length of so many chunks
+    if not torch.compiler.is_compiling():
+        size = min(n, max(16, min(size, 8 * TILE // max(1, b * heads * m) // 16 * 16)))
     along, by = (x.to(wide) for x in streams)
     along = along if idle is None else along.masked_fill(idle, 0)
     with torch.autocast(q.device.type, enabled=False):
@@ -275,7 +277,7 @@ def carried_tile(
             parts.append(pulled @ keys.mT)
             pulled = pulled @ passed
         parts.append(pulled @ before[0][0].mT)
-        met = torch.cat(parts[::-1], -1).view(*asked.shape[:3], -1)
+        met = torch.cat(parts[::-1], -1).unflatten(2, (-1, asked.shape[2])).flatten(1, 2)
         s = torch.cat([met, within], -1)[:, :, :count]
         s = F.pad(s, (0, v.shape[-2] - s.shape[-1]))
     p, *more = several(weigh(s, *operands))
