@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TypeGuard
 
 from ..grammar.diagnostics import Diagnostic
-from ..grammar.expr import TRUE, names
+from ..grammar.expr import FALSE, TRUE, names
 from ..grammar.source import NOWHERE, Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, File, Index, Name, walk
 from ..ops import Shape, Weight
@@ -245,6 +245,43 @@ class Normalizer:
 
 
 @dataclass(frozen=True, slots=True)
+class Select:
+    """Which of the visible keys a query reads, by content: groups of them, by a score.
+
+    `kind` is top (the `amount` best), above (a threshold) or mass (the fewest whose softmax reaches
+    a share). `size` keys that stand together are a group, `rows` queries choose together, and so do
+    `share` heads that stand together. A group is free to be chosen where one of them sees a key of
+    it that is `among` and not `always`; what is always is read whatever is chosen, and with
+    `counted` the groups of such keys count as chosen. A score is the same all over a group, or a
+    group has the maximum, sum or mean `within` it, of its pairs that are free; of heads that share
+    it is the sum. Of equal scores the first is better. A score may read `s`, before `score`;
+    it is another for each head, or not `by_heads`, and then it is no sum.
+    """
+
+    kind: str
+    amount: float
+    score: Expr
+    size: int = 1
+    rows: int = 1
+    share: int = 1
+    always: Expr = FALSE
+    counted: bool = False
+    among: Expr = TRUE
+    within: str = ""
+    by_heads: bool = True
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        """Every expression of a pair."""
+        return (self.score, self.always, self.among)
+
+    def mapped(self, change: Callable[[Expr], Expr]) -> Select:
+        """Return it with each of these changed."""
+        score, always, among = map(change, self.exprs)
+        return replace(self, score=score, always=always, among=among)
+
+
+@dataclass(frozen=True, slots=True)
 class Pairwise:
     """`mix = attend`: every query against every key.
 
@@ -264,6 +301,7 @@ class Pairwise:
     similarity: Expr | None = None
     again: Expr | None = None
     carry: Expr | None = None
+    select: Select | None = None
 
     @property
     def in_turn(self) -> bool:
@@ -289,7 +327,8 @@ class Pairwise:
         """Every expression of a pair."""
         met = () if self.similarity is None else (self.similarity,)
         again = () if self.again is None else (self.again,)
-        return (*met, self.score, self.mask, *self.normalize.exprs, self.weights, *again)
+        chosen = () if self.select is None else self.select.exprs
+        return (*met, self.score, self.mask, *chosen, *self.normalize.exprs, self.weights, *again)
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Pairwise:
         """Return it with each of these changed."""
@@ -301,6 +340,7 @@ class Pairwise:
             weights=change(self.weights),
             similarity=None if self.similarity is None else change(self.similarity),
             again=None if self.again is None else change(self.again),
+            select=None if self.select is None else self.select.mapped(change),
         )
 
 

@@ -50,9 +50,8 @@ _GUESSES = {
 _ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = (
     "position", "similarity", "score", "normalize", "weights", "scale", "dropout",
-    "carry",
+    "carry", "select",
 )  # fmt: skip
-_LATER = {"select": "none"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,16 +195,6 @@ class _Builder:
     def build(self) -> Flow | None:
         """Elaborate every stream; return `out`."""
         scope, body, guard = self.scope, self.body, self.scope.findings.guard
-        for name, expected in _LATER.items():
-            with guard():
-                if body.get(name) != Name(expected):
-                    raise error(
-                        "L221",
-                        f"`{name}` is not available yet",
-                        body.span_of(name),
-                        "",
-                        f"leave it at `{expected}`",
-                    )
         with guard():
             self._grid()
         for statement in body.lets.values():
@@ -417,4 +406,6 @@ def sees_something(mixing: Mixing) -> bool:
     if isinstance(mixing.mix, Recurrence):
         return True
     mask = mixing.mix.mask
+    if mixing.mix.select is not None:
+        return False
     return mask == TRUE or (not mixing.crosses and sees_itself(mask))

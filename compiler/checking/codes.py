@@ -167,7 +167,7 @@ OWN: dict[str, Code] = {
             "this is not available yet",
             "The language has it, but this version does not compile it. Leave it out, or follow "
             "the changelog.",
-            "block a { select = top(8) }",
+            "block a { heads = 4 }\nmodel m { width = 64; patches = 4; layers = [a] }",
         ),
         Code(
             "L222",
@@ -279,6 +279,24 @@ OWN: dict[str, Code] = {
             "their product.",
             "block a {\n  heads = 4; mask = causal\n  let w = x | linear | split\n"
             "  carry = k - w * tanh(dot(w, k))\n}",
+        ),
+        Code(
+            "L241",
+            "this selection does not say which groups",
+            "`select` is `top(count, e)`, `above(threshold, e)`, `mass(share, e)` or "
+            "`random(count)`. With `size` or `rows` over 1, the score e is the same at all tokens "
+            "of a group: it reads what is pooled of them, or `within` says how a group's score is "
+            "made of theirs.",
+            "block a { mask = causal; select = top(4, i - j, size = 8) }",
+        ),
+        Code(
+            "L242",
+            "a selection would look ahead",
+            "Under a causal mask a query chooses by what it has seen. A pooled group is complete "
+            "only after its last token: until then it may be forced in by `always`, which leaves "
+            "it out of the choice, or left out by `among`.",
+            "block a {\n  heads = 4; mask = causal\n  let kb = k | pool(mean, size = 8)\n"
+            "  select = top(2, dot(q[h, i], kb[h, j // 8]), size = 8)\n}",
         ),
         Code(
             "W001",

@@ -19,6 +19,7 @@ from math import prod
 
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
 from ...ops import OPS, Weight
+from ...ops.shape import axis_size
 from ..algebra.levels import affine_parts
 from ..model import Apply, Block, Mixing, Model, Recurrence, applies
 from .dtypes import DType, size
@@ -88,17 +89,12 @@ def _applies(block: Block) -> list[Apply]:
 
 def _block_flops(block: Block, tokens: int) -> int:
     total = sum(
-        _count(node.shape.tokens, tokens)
+        axis_size(node.shape.tokens, tokens)
         * OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
         for node in _applies(block)
     )
     total += sum(_block_flops(each.what, tokens) for each in block.parts)
     return total + sum(_mixing_flops(each, tokens, block) for each in block.mixings.values())
-
-
-def _count(axis: str, tokens: int) -> int:
-    """Return how many tokens an axis has, where x and the context have so many."""
-    return int(axis) if axis.isdecimal() else tokens
 
 
 def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
@@ -113,7 +109,7 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
         dims = {each.name: each.shape for each in block.tensors}
         dims |= {**_per_head(mixing, key.heads or 1), "k": (key.dim,)}
         each += _expr_flops(mix.carry, dims)[0]
-    rows, columns = _count(mixing.queries, tokens), _count(mixing.keys, tokens)
+    rows, columns = axis_size(mixing.queries, tokens), axis_size(mixing.keys, tokens)
     from ..algebra.counting import pairs  # loads numpy, and a search may never ask
 
     return each * pairs(mix.mask, rows, columns, mixing.heads)

@@ -8,6 +8,7 @@ a number of each key, by sdpa      exact: float32 at least
 
 from __future__ import annotations
 
+from ...ops.shape import pooling
 from ..algebra.masks import extent
 from ..plan.attention import Attention
 
@@ -33,8 +34,9 @@ def needed(attention: Attention, *, documents: bool) -> tuple[str, ...]:
     if own or (attention.node.dims[2] == "n" and attention.reads_places):
         needs.append("plain")
     causal = not attention.crosses and extent(attention.mix.mask).causal
-    if attention.keys in ("n", "m") and not causal:
-        needs.append("run" if attention.keys == "n" else "context_run")
+    of = pooling(str(attention.keys))[0]
+    if of in ("n", "m") and not causal:
+        needs.append("run" if of == "n" else "context_run")
     return tuple(needs)
 
 

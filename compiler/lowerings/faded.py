@@ -47,6 +47,8 @@ def obstacle(attention: Attention) -> str | None:
         return f"its mask reaches {reach.back} tokens back, and tiles leave the others out"
     if attention.node.op.statistics or attention.maps or not attention.leaves_out:
         return "its map is read"
+    if attention.tables or attention.mix.select is not None:
+        return "its expressions read tables, or choose keys"
     if attention.before or attention.running:
         return "its rows read the queries before them"
     return None

@@ -9,6 +9,7 @@ FILES = (
     "positions",
     "stages",
     "along",
+    "groups",
     "maps",
     "tiles",
     "turns",

@@ -21,6 +21,7 @@ from ...grammar.derive import derivative
 from ...grammar.expr import TRUE, calls, fold, names, substitute
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from ...kernels.spec import Reach
+from ...ops.shape import pooling
 from ..algebra.affine import RefusedError
 from ..algebra.carries import one_product
 from ..algebra.masks import Extent, extent, of_distance, reads_others
@@ -30,9 +31,11 @@ from ..checking.blocks import sees_something
 from ..graph.build import tensors_read
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend
-from ..graph.sides import makes_vectors
+from ..graph.sides import is_pooled, makes_vectors
 from ..model import MAPS, PREVIOUS, Pairwise, without_document
 from .kernel_form import KernelForm, kernel_form
+
+CHOOSES = "which keys a query reads depends on what they hold"
 
 
 class Added(NamedTuple):
@@ -103,7 +106,7 @@ class Attention:
 
         `own` along the queries, `other` along the keys.
         """
-        if self.keys not in ("n", "m"):
+        if pooling(str(self.keys))[0] not in ("n", "m"):
             return ()
         return ("own", "other") if self.node.dims[2] == self.keys else ("other",)
 
@@ -126,6 +129,7 @@ class Attention:
     def by_turns(self) -> bool:
         """Whether values that read what is mixed are made of some queries after the others."""
         alone = self.by_rows and self.leaves_out and not self.before and not self.draws
+        alone = alone and not self.tables
         return alone and self.mix.again is not None and self.mix.carry is None
 
     @cached_property
@@ -138,6 +142,8 @@ class Attention:
             return None
         if self.mix.again is not None:
             return "its values read what it mixes"
+        if self.tables or self.mix.select is not None:
+            return "its expressions read tables, or choose keys"
         if not self.by_rows or self.before or self.draws or not self.leaves_out:
             return "its expressions read other queries or keys"
         try:
@@ -149,7 +155,14 @@ class Attention:
     def summed(self) -> bool:
         """Whether tiles of queries wait for nothing but sums over the queries before them."""
         others = {each for each in self.called if each.endswith("_queries")}
-        read = bool(self.maps or self.maps_below or self.before or self.draws)
+        read = bool(
+            self.tables
+            or self.mix.select is not None
+            or self.maps
+            or self.maps_below
+            or self.before
+            or self.draws
+        )
         read = read or any(map(reads_others, self.exprs)) or bool({"n", "m"} & self.names)
         alone = others == {"running_queries"} and "columns" not in self.node.op.kinds
         return bool(self.running) and alone and not read and self.in_turn is None
@@ -210,7 +223,9 @@ class Attention:
                 return any(reads(each) for each in rows)
             return expr in (Name("i"), Name("j")) or any(reads(each) for each in children(expr))
 
-        return any(reads(expr) for expr in self.exprs)
+        select = self.mix.select
+        grouped = select is not None and max(select.size, select.rows) > 1
+        return grouped or any(reads(expr) for expr in self.exprs)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -238,6 +253,12 @@ class Attention:
         return tuple(
             name for name in self.node.others if self.graph.is_tensor(name) and name in read
         )
+
+    @cached_property
+    def tables(self) -> tuple[str, ...]:
+        """The pooled streams that its expressions read, at any of their tokens."""
+        read = {each.base for each in self.reads if is_pooled(each)}
+        return tuple(name for name in self.node.others if Name(name) in read)
 
     @cached_property
     def maps(self) -> tuple[str, ...]:
@@ -281,7 +302,8 @@ class Attention:
         """Whether some queries can be attended to without the others, but those just before."""
         columns = "columns" in self.node.op.kinds
         columns = columns or any(each.endswith("_queries") for each in self.called)
-        return "n" not in self.names and not columns
+        together = self.mix.select is not None and self.mix.select.rows > 1
+        return "n" not in self.names and not columns and not together
 
     @cached_property
     def apart(self) -> bool:
@@ -292,7 +314,7 @@ class Attention:
             more = () if form is None else (form.extra, form.held)
             exprs = [self.distance.logit, *(each for each in more if each is not None)]
         read = {"h"} | set(self.node.inputs)
-        several = {"mix_heads", "coin"} & self.called
+        several = {"mix_heads", "coin"} & self.called or self.mix.select is not None
         return not (several or self.maps or self.maps_below or self.mix.similarity) and not any(
             names(each) & read for each in exprs
         )
@@ -328,6 +350,8 @@ class Attention:
         kind = self.structure
         if isinstance(kind, Documents) and not self.graph.block.marks:
             kind = kind.inner
+        if self.mix.select is not None:  # which says more than the mask, but not before it is made
+            return False
         return self.leaves_out and not isinstance(kind, Band | Distance)
 
     @cached_property
@@ -355,6 +379,8 @@ class Attention:
             return "its mask reads more than the distance of a pair"
         if "seen" in self.names:
             return "it counts what a query sees"
+        if self.mix.select is not None:
+            return CHOOSES
         if added == Number(0) and mask == TRUE:
             return "nothing is added to its logits"
         return Added(rest, added, mask)

@@ -272,7 +272,8 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
 
 def _reads_earlier(node: Apply) -> bool:
     shapes = [each.shape for each in node.inputs]
-    return OPS[node.op].reads_earlier(shapes, dict(node.options))
+    op = OPS[node.op]
+    return op.groups or op.reads_earlier(shapes, dict(node.options))
 
 
 def _stages(block: Block) -> list[Apply]:

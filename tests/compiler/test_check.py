@@ -284,7 +284,7 @@ BLOCKS = {
     "tokens of another list": (
         "L214", "source = latents(3); let g = x | linear(1); score = s + g[j]",
     ),
-    "pooling as a stream": ("L221", "source = pool"),
+    "pooling as a stream": ("L201", "source = pool"),
     "a source of heads": ("L206", "source = q"),
     "a recurrence along latents": ("L216", "mask = causal; mix = linear; source = latents(3)"),
     # pipelines
