@@ -6,6 +6,7 @@ may use anything but math, torch and other pieces.
 
 FILES = (
     "constants",
+    "patches",
     "positions",
     "stages",
     "along",
@@ -13,6 +14,7 @@ FILES = (
     "maps",
     "tiles",
     "turns",
+    "gathered",
     "fused",
     "flex",
     "chunks",
