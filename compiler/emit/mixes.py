@@ -110,12 +110,12 @@ class Mixes(Stages):
         dims = f"[{', '.join(map(str, node.dims))}]"
         needs = self._needs(node)
         if needs == ():
-            return [*lines, *self._plain(node)]
+            return [*lines, *self._plain(node, given)]
         if needs is None:
             lines += [*comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
             return [*lines, *self._taken_up(node)]
         when = f"if {self._when(needs)}:"
-        return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
+        return [*lines, when, *indent(self._plain(node, given)), "else:", *indent(general)]
 
     def _lent(self, node: Node[Attend], name: str) -> str:
         """Write what a layer below keeps of a stream along the keys."""
@@ -166,7 +166,7 @@ class Mixes(Stages):
             "idle": "batch.idle",
         }
 
-    def _plain(self, node: Node[Attend]) -> list[str]:
+    def _plain(self, node: Node[Attend], general: Mapping[str, str]) -> list[str]:
         """Write the call of the lowering that the plan names."""
         q, k, v = (self._kernel_operand(node, name) for name in (node.q, node.k, node.v))
         asked = {kind: ident(name) for name, kind, _ in node.op.statistics}
@@ -178,6 +178,7 @@ class Mixes(Stages):
             lambda name: self._kernel_operand(node, name),
             self.kernels.get(node.name, ""),
             asked,
+            general,
         )
         return way(self.plan.lowerings[node.name].path).invoke(self.facts(node), given)
 

@@ -383,9 +383,12 @@ def _interpreted(subject: Subject) -> Result:
     return count + batches, max(worst, error), note
 
 
+_BY_TILES = ("over_tiles", "turn_by_turn", "carried_tiles", "summed_tiles")
+
+
 def _tiles(subject: Subject) -> Result:
     """Compare what is made of few queries at a time, as it is where there are many."""
-    if not any(each in subject.code.text for each in ("over_tiles", "turn_by_turn")):
+    if not any(f"return {each}(" in subject.code.text for each in _BY_TILES):
         return "no attention is made some queries at a time"
     file = sys.modules[type(subject.module).__module__]
     before, file.TILE = file.TILE, 1  # type: ignore[attr-defined]  # sixteen queries, the least
