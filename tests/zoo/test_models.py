@@ -700,7 +700,7 @@ def test_234_layers_of_windows_and_of_linear_attention():
     x = x + near("layers.0.conv", x)
     attn, y = Part(mechanism, "layers.0.attn"), one.norm("attn", x)
     x = x + attn.map("o", attended(*attn.three("", y, y, y), attn_mask=windowed(0)))
-    x = network(one, x + near("layers.0.again", x))
+    x = network(one, x + near("layers.0.beside", x))
     x = x + near("layers.1.conv", x)
     attn, y = Part(mechanism, "layers.1.attn"), two.norm("attn", x)
     q, k, v = (split(each) for each in attn.three("", y, y, y))
