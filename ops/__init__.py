@@ -21,10 +21,11 @@ from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
 from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
 from .rope import Rope
+from .routing import Bucket, Largest, LargestTokens, OneHot
 from .running import Running
 from .shape import Shape
 from .shift import Shift
-from .tokens import Average, MeanTokens
+from .tokens import Average, AverageEach, MeanTokens
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -48,6 +49,10 @@ OPS: dict[str, Op] = {
         L1Norm(),
         Softmax(),
         Top(),
+        Largest(),
+        LargestTokens(),
+        Bucket(),
+        OneHot(),
         Slice(),
         Reduce(),
         Conv(),
@@ -63,11 +68,12 @@ OPS: dict[str, Op] = {
         Noise(),
         MeanTokens(),
         Average(),
+        AverageEach(),
         Joint(),
         Pointwise(),
     )
 }
 # Operations that are no stages of a pipeline.
-UNNAMED = ("pointwise", "reduce", "average", "joint", "tied")
+UNNAMED = ("pointwise", "reduce", "average", "average_each", "joint", "tied")
 
 __all__ = ["OPS", "UNNAMED", "Chosen", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

@@ -12,7 +12,7 @@ from ..graph.passes import simplest
 from ..model import Block, Model
 from ..text.text import call, indent
 from .caches import begins_within, own_rows
-from .layers import Classes, made, modules, takes_batch
+from .layers import Classes, made, modules, takes_batch, wholes
 from .stages import Stages
 
 
@@ -115,7 +115,8 @@ def _init_cache(model: Model) -> list[str]:
 
 def _auxiliary(model: Model, classes: Classes) -> list[str]:
     """Write the method that brings together what layers add to the loss, if any does."""
-    names = dict.fromkeys(classes[block] for block in model.uses if block.regularize is not None)
+    parts = [*model.uses, *wholes(model.run)]
+    names = dict.fromkeys(classes[each] for each in parts if each.regularize is not None)
     if not names:
         return []
     kinds = next(iter(names)) if len(names) == 1 else f"({', '.join(names)})"

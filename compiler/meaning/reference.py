@@ -21,7 +21,20 @@ from torch.nn import functional
 
 from ...ops import OPS, Run
 from ..facts.parameters import constants, initial, model_weights, owned, weights
-from ..model import MAPS, PREVIOUS, Block, Flow, Mixing, Model, Pairwise, Part, Read, Statistic
+from ..model import (
+    MAPS,
+    PREVIOUS,
+    Apply,
+    Block,
+    Flow,
+    Mixing,
+    Model,
+    Pairwise,
+    Part,
+    Read,
+    Statistic,
+    applies,
+)
 from .attend import Given, Places, attend
 from .batch import run_alone
 from .scan import scan
@@ -66,7 +79,8 @@ class ReferenceBlock(nn.Module):
         super().__init__()
         self.architecture = block
         self.root = [self if root is None else root]  # in a list: it is no submodule
-        self.terms: list[tuple[int, Tensor]] = []  # tokens, and what they add to the loss
+        self._added: list[tuple[Given, dict[int, Tensor]]] = []  # what training averages of each
+        self._expert = 0  # which one is run, of experts
         for part in block.parts:
             self.root[0].add_module(part.module, ReferenceBlock(part.what))
 
@@ -89,7 +103,7 @@ class ReferenceBlock(nn.Module):
         where they begin and end; positions [n] or [b, n] where every token stands (default:
         counted from 0 in each sequence). A context's count from 0.
         """
-        self.terms.clear()
+        self._added.clear()
         return run_alone(
             lambda *given: self.layer(given[0], {}, *given[1:4])[0],
             x,
@@ -149,15 +163,31 @@ class ReferenceBlock(nn.Module):
                 streams[stream.name] = self._flow(stream.flow, given)
         made = {each.name: streams[each.name] for each in block.streams}
         if block.regularize is not None and self.training:
-            self.terms.append((x[..., 0].numel(), self._flow(block.regularize, given)))
+            parts = {id(each): self._flow(each.inputs[0], given) for each in self._averages()}
+            self._added.append((given, parts))
         out = self._flow(block.out, given)
         return out, self.made if block.kind != "block" else {**made, **maps}
 
     def auxiliary_loss(self) -> Tensor:
-        """Return what the last forward pass in training adds to the loss: its mean by tokens."""
-        total = max(1, sum(tokens for tokens, _ in self.terms))
-        terms = [term * (tokens / total) for tokens, term in self.terms]
-        return torch.stack(terms).sum() if terms else torch.zeros(())
+        """Return what the last forward pass in training adds to the loss.
+
+        Means in it are over the tokens of all sequences of the batch.
+        """
+        flow = self.architecture.regularize
+        if flow is None or not self._added:
+            return torch.zeros(())
+        made: dict[int, Tensor] = {}
+        for each in self._averages():
+            every = [_in_one_row(parts[id(each)]) for _, parts in self._added]
+            run = Run({}, True, shapes=(each.inputs[0].shape,))
+            made[id(each)] = OPS[each.op].eager([torch.cat(every, -2)], {}, {}, run)
+        return self._flow(flow, self._added[0][0], made).sum()
+
+    def _averages(self) -> list[Apply]:
+        """Return the means over the batch that are added to the loss."""
+        flow = self.architecture.regularize
+        found = () if flow is None else applies(flow)
+        return [each for each in found if each.op in ("average", "average_each")]
 
     def _flow(self, flow: Flow, given: Given, made: dict[int, Tensor] | None = None) -> Tensor:
         """Return what a flow gives; what several read in it is made once."""
@@ -178,6 +208,9 @@ class ReferenceBlock(nn.Module):
         if isinstance(flow, Part):
             part = self.root[0].get_submodule(flow.module)
             assert isinstance(part, ReferenceBlock)
+            if flow.what.experts is not None:
+                x, weights = (self._flow(each, given, made) for each in flow.inputs)
+                return part.mixed(x, weights)
             x, context = self._flow(flow.inputs[0], given, made), given.streams.get("context")
             places = given.positions.get("n")
             y, below = part.layer(x, self.below, context, given.segments, places, self.offered)
@@ -196,8 +229,21 @@ class ReferenceBlock(nn.Module):
         result = op.eager(inputs, dict(flow.options), tensors, run)
         return result if op.wide else result.to(dtype)
 
+    def mixed(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Return what all experts give, each times its weight [b, n, experts] where that is not 0.
+
+        Every one is run on every token.
+        """
+        total = x.new_zeros(())
+        for at in range(weights.shape[-1]):
+            self._expert, weight = at, weights[..., at : at + 1]
+            total = total + torch.where(weight != 0, weight * self.layer(x, {})[0], 0)
+        return total
+
     def _tensor(self, name: str) -> Tensor:
-        return _tensor(self.root[0], name)
+        """Return a tensor; of experts, that of the one which is run."""
+        tensor = _tensor(self.root[0], name)
+        return tensor if self.architecture.experts is None else tensor[self._expert]
 
 
 class ReferenceModel(nn.Module):
@@ -235,7 +281,7 @@ class ReferenceModel(nn.Module):
         token that meets all, for layers that read it.
         """
         for each in self._blocks():
-            each.terms.clear()
+            each._added.clear()
         return run_alone(
             self._alone,
             x,
@@ -331,6 +377,11 @@ def _positions(given: Tensor | None, x: Tensor) -> Tensor:
     if given is None:
         given = torch.arange(tokens, device=x.device)
     return given.expand(batch, tokens)
+
+
+def _in_one_row(x: Tensor) -> Tensor:
+    """Return a stream [b, (heads,) n, d] with all its tokens after one another, b = 1."""
+    return x.movedim(-2, 1).flatten(0, 1)[None].movedim(1, -2)
 
 
 def _as_stream(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ FILES = (
     "positions",
     "stages",
     "along",
+    "experts",
     "maps",
     "tiles",
     "fused",
