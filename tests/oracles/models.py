@@ -4,7 +4,8 @@ A model in `examples/models` and one of theirs have the same tensors under other
 which: `theirs -> ours`, in which `{i}` and `{j}` are numbers, `{any}` is anything and any other
 name a word; the first line that fits counts. What holds several of ours names them in brackets,
 `(q|k|v)_proj`, its rows one after the other; with `in 4` they are laid so in each of four groups.
-`across` is a matrix transposed, `stacked` a row of ours, and `-` what has no place in ours.
+`across` is a matrix transposed, `stacked` a row of ours, and `-` what has no place in ours. Tensors
+of `experts` begin with how many there are.
 """
 
 from __future__ import annotations
@@ -45,18 +46,16 @@ class Row:
         if found is None or self.ours == ("-",):
             return None if found is None else {}
         ours = [each.format(**found.groupdict()) for each in self.ours]
-        if self.across and tensor.ndim == 2:
+        if self.across and tensor.ndim > 1:
             tensor = tensor.mT
         if self.stacked:
             return {ours[0]: tensor[None]}
         if len(ours) == 1:
             return {ours[0]: tensor.reshape(shapes[ours[0]])}
-        if tensor.ndim == 3:  # of several heads: each holds its rows of ours
-            parts = tensor.split([shapes[each][1] for each in ours], 1)
-            return dict(zip(ours, parts, strict=True))
-        sizes = [shapes[each][0] // self.groups for each in ours]
-        parts = tensor.unflatten(0, (self.groups, -1)).split(sizes, 1)
-        return {key: part.flatten(0, 1) for key, part in zip(ours, parts, strict=True)}
+        at = int(tensor.ndim == 3 or ".experts." in ours[0])  # each head or expert holds its rows
+        sizes = [shapes[each][at] // self.groups for each in ours]
+        parts = tensor.unflatten(at, (self.groups, -1)).split(sizes, at + 1)
+        return {key: part.flatten(at, at + 1) for key, part in zip(ours, parts, strict=True)}
 
 
 @cache
@@ -331,6 +330,32 @@ MINICPM = rows("""
     model.layers.{i}.self_attn.kv_b_proj.weight -> layers.{i}.attn.(k|v)_proj.weight in 4
 """)
 
+MOE = rows("""
+    model.layers.{i}.mlp.gate.weight -> layers.{i}.ffn.route_proj.weight
+    model.layers.{i}.mlp.gate.e_score_correction_bias -> layers.{i}.ffn.bias
+    model.layers.{i}.mlp.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight
+    model.layers.{i}.mlp.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight
+    model.layers.{i}.mlp.shared_experts.{p}_proj.weight -> layers.{i}.ffn.shared.{p}_proj.weight
+""")
+GPT_OSS = rows("""
+    model.layers.{i}.self_attn.sinks -> layers.{i}.attn.z
+    model.layers.{i}.mlp.router.{t} -> layers.{i}.ffn.route_proj.{t}
+    model.layers.{i}.mlp.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight across in 12
+    model.layers.{i}.mlp.experts.gate_up_proj_bias -> layers.{i}.ffn.experts.(gate|up)_proj.bias in 12
+    model.layers.{i}.mlp.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight across
+    model.layers.{i}.mlp.experts.down_proj_bias -> layers.{i}.ffn.experts.down_proj.bias
+""")
+SMALL = {"moe_intermediate_size": 12, "experts_implementation": "eager"}
+CHOSEN = {
+    **SMALL,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "mlp_layer_types": ["dense", "sparse"],
+    "norm_topk_prob": True,
+}
 MODELS: dict[str, Theirs] = {
     "llama": Theirs("llama", PARTS + BEFORE, NARROW),
     "mistral": Theirs("mistral", PARTS + BEFORE, {**NARROW, "sliding_window": 5}),
@@ -564,6 +589,89 @@ MODELS: dict[str, Theirs] = {
             "scale_emb": 12,
             "scale_depth": 1.4,
             "dim_model_base": 8,
+        },
+    ),
+    "mixtral": Theirs(
+        "mixtral",
+        MOE + PARTS + BEFORE,
+        {
+            **NARROW,
+            "intermediate_size": 12,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "eager",
+        },
+    ),
+    "qwen3_moe": Theirs(
+        "qwen3_moe",
+        MOE + PARTS + BEFORE,
+        {
+            **NARROW,
+            **SMALL,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "olmoe": Theirs(
+        "olmoe",
+        MOE + PARTS + BEFORE,
+        {
+            "intermediate_size": 12,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "experts_implementation": "eager",
+        },
+    ),
+    "gpt_oss": Theirs(
+        "gpt_oss",
+        GPT_OSS + PARTS + BEFORE,
+        {
+            **NARROW,
+            "intermediate_size": 12,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "layer_types": [LOCAL, FULL],
+            "experts_implementation": "eager",
+        },
+    ),
+    "glm4_moe": Theirs(
+        "glm4_moe",
+        MOE + PARTS + BEFORE,
+        {
+            **CHOSEN,
+            "head_dim": 8,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": PARTLY,
+        },
+    ),
+    "dots1": Theirs(
+        "dots1",
+        MOE + PARTS + BEFORE,
+        {**CHOSEN, **NARROW, "n_shared_experts": 2, "routed_scaling_factor": 2.5},
+    ),
+    "deepseek_v3": Theirs(
+        "deepseek_v3",
+        MINICPM + MOE + PARTS + BEFORE,
+        {
+            **CHOSEN,
+            "num_key_value_heads": 4,
+            "num_local_experts": 12,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 9,
+            "q_lora_rank": 11,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+            "rope_interleave": True,
         },
     ),
 }
