@@ -52,10 +52,12 @@ class Row:
             return {ours[0]: tensor[None]}
         if len(ours) == 1:
             return {ours[0]: tensor.reshape(shapes[ours[0]])}
-        at = int(tensor.ndim == 3 or ".experts." in ours[0])  # each head or expert holds its rows
+        lists = tensor.ndim == 3 and tensor.shape[1] > 1  # which a convolution has not
+        at = int(lists or ".experts." in ours[0])  # each head or expert holds its rows
         sizes = [shapes[each][at] // self.groups for each in ours]
         parts = tensor.unflatten(at, (self.groups, -1)).split(sizes, at + 1)
-        return {key: part.flatten(at, at + 1) for key, part in zip(ours, parts, strict=True)}
+        whole = (part.flatten(at, at + 1) for part in parts)
+        return {key: each.reshape(shapes[key]) for key, each in zip(ours, whole, strict=True)}
 
 
 @cache
@@ -344,6 +346,33 @@ GPT_OSS = rows("""
     model.layers.{i}.mlp.experts.gate_up_proj_bias -> layers.{i}.ffn.experts.(gate|up)_proj.bias in 12
     model.layers.{i}.mlp.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight across
     model.layers.{i}.mlp.experts.down_proj_bias -> layers.{i}.ffn.experts.down_proj.bias
+""")
+QWEN3_NEXT = rows("""
+    model.norm.weight -> norm.w
+    model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.w
+    model.layers.{i}.post_attention_layernorm.weight -> layers.{i}.ffn_norm.w
+    model.layers.{i}.self_attn.q_norm.weight -> layers.{i}.attn.q_unit_rms.w
+    model.layers.{i}.self_attn.k_norm.weight -> layers.{i}.attn.k_unit_rms.w
+    model.layers.{i}.self_attn.q_proj.weight -> layers.{i}.attn.(q|g)_proj.weight in 4
+    model.layers.{i}.linear_attn.in_proj_qkvz.weight -> layers.{i}.attn.(q|k|v|g)_proj.weight in 2
+    model.layers.{i}.linear_attn.in_proj_ba.weight -> layers.{i}.attn.(beta|time)_proj.weight in 2
+    model.layers.{i}.linear_attn.conv1d.weight -> layers.{i}.attn.(q|k|v)_conv.weight
+    model.layers.{i}.linear_attn.dt_bias -> layers.{i}.attn.time_proj.bias
+    model.layers.{i}.linear_attn.A_log -> layers.{i}.attn.rate
+    model.layers.{i}.linear_attn.norm.weight -> layers.{i}.attn.o_norm.weight
+    model.layers.{i}.linear_attn.out_proj.weight -> layers.{i}.attn.o_proj.weight
+    model.layers.{i}.mlp.shared_expert.{p}_proj.weight -> layers.{i}.ffn.shared.{p}_proj.weight
+    model.layers.{i}.mlp.shared_expert_gate.weight -> layers.{i}.ffn.open_proj.weight
+""")
+KIMI = rows("""
+    model.layers.{i}.self_attn.conv1d.weight -> layers.{i}.attn.(q|k|v)_conv.weight
+    model.layers.{i}.self_attn.forget_gate.f_a_proj.weight -> layers.{i}.attn.time_proj_0.weight
+    model.layers.{i}.self_attn.forget_gate.f_b_proj.weight -> layers.{i}.attn.time_proj_1.weight
+    model.layers.{i}.self_attn.forget_gate.dt_bias -> layers.{i}.attn.time_proj_1.bias
+    model.layers.{i}.self_attn.forget_gate.A_log -> layers.{i}.attn.rate
+    model.layers.{i}.self_attn.b_proj.weight -> layers.{i}.attn.beta_proj.weight
+    model.layers.{i}.self_attn.g_a_proj.weight -> layers.{i}.attn.g_proj_0.weight
+    model.layers.{i}.self_attn.g_b_proj.weight -> layers.{i}.attn.g_proj_1.weight
 """)
 SMALL = {"moe_intermediate_size": 12, "experts_implementation": "eager"}
 CHOSEN = {
@@ -672,6 +701,43 @@ MODELS: dict[str, Theirs] = {
             "qk_rope_head_dim": 4,
             "v_head_dim": 5,
             "rope_interleave": True,
+        },
+    ),
+    "qwen3_next": Theirs(
+        "qwen3_next",
+        QWEN3_NEXT + MOE + PARTS,
+        {
+            **SMALL,
+            "head_dim": 8,
+            "num_hidden_layers": 4,
+            "shared_expert_intermediate_size": 14,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 6,
+            "rope_parameters": PARTLY,
+        },
+    ),
+    "kimi_linear": Theirs(
+        "kimi_linear",
+        KIMI + MINICPM + MOE + PARTS + BEFORE,
+        {
+            **CHOSEN,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "layer_types": ["linear_attention", "linear_attention", FULL],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 9,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+            "linear_num_heads": 4,
+            "linear_head_dim": 6,
         },
     ),
 }
