@@ -102,6 +102,7 @@ class Op(ABC):
     by_sequence: bool = False  # its text reads `run`, or `context_run`: whose each token is
     whole_rows: bool = False  # it reads all tokens of a row, not to be told apart
     bare: bool = False  # its name alone is a stream, that of x
+    instead: str = ""  # how to say without later tokens what reads them, if that can be said
     wide: bool = False  # what it gives stays float32 where the block is in less
 
     @property

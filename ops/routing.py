@@ -64,6 +64,7 @@ class LargestTokens(Op):
     name = "largest_tokens"
     options = (Option("count", "size"), Option("share", "positive"))
     by_sequence = True
+    instead = "a comparison, `score > 0.5`, chooses without them"
 
     def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
         count, share = options["count"], options["share"]

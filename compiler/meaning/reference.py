@@ -165,8 +165,9 @@ class ReferenceBlock(nn.Module):
         if block.regularize is not None and self.training:
             parts = {id(each): self._flow(each.inputs[0], given) for each in self._averages()}
             self._added.append((given, parts))
-        out = self._flow(block.out, given)
-        return out, self.made if block.kind != "block" else {**made, **maps}
+        out, below = self._flow(block.out, given), self.made
+        self.below, self.offered, self.made = {}, {}, {}
+        return out, below if block.kind != "block" else {**made, **maps}
 
     def auxiliary_loss(self) -> Tensor:
         """Return what the last forward pass in training adds to the loss.

@@ -77,6 +77,7 @@ class Sent:
             self.weight = flat.gather(1, chosen)
         self.owner = owner
         every = torch.arange(experts, device=owner.device)
+        self.sizes: list[int] | None = None
         self.ends = torch.searchsorted(owner, every, right=True).to(torch.int32)
 
     def take(self, x: Tensor) -> Tensor:
@@ -86,6 +87,22 @@ class Sent:
     def each(self, tensor: Tensor) -> Tensor:
         """Return what each row [1, rows, …] reads of a tensor [experts, …]."""
         return tensor.index_select(0, self.owner)[None]
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Map rows x [rows, into] by the weights [experts, out, into] of their experts.
+
+        PyTorch's own product of groups takes rows of a multiple of 16 bytes; a compiler, bfloat16.
+        """
+        narrow = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+        fits = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+        if narrow and fits and x.dtype != torch.float64 and hasattr(F, "grouped_mm"):
+            return F.grouped_mm(x, weight.mT, offs=self.ends)
+        if self.sizes is None:  # once, however many products there are
+            self.sizes = torch.diff(self.ends, prepend=self.ends.new_zeros(1)).tolist()
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                torch._check(sum(self.sizes) == len(self.token))  # a compiler has to be told
+        parts = zip(x.split(self.sizes), weight.unbind(), strict=True)
+        return torch.cat([F.linear(rows, each) for rows, each in parts])
 
     def put(self, y: Tensor) -> Tensor:
         """Return the sum [b, n, e] of rows y [1, rows, e] at their tokens, each times its weight.
@@ -113,18 +130,5 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, sent: Sent) -> Tensor:
         """Map rows x [1, rows, into] to [1, rows, out]."""
-        y = grouped_product(x[0], self.weight.to(x.dtype), sent.ends)[None]
+        y = sent.product(x[0], self.weight.to(x.dtype))[None]
         return y if self.bias is None else y + sent.each(self.bias)
-
-
-def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Map rows x [rows, into] by weight [experts, out, into]; those of an expert end at `ends`.
-
-    PyTorch's own product of groups takes rows of a multiple of 16 bytes, in float32 or less.
-    """
-    whole = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if x.dtype != torch.float64 and whole and hasattr(F, "grouped_mm"):
-        return F.grouped_mm(x, weight.mT, offs=ends)
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    parts = zip(x.split(sizes), weight.unbind(), strict=True)
-    return torch.cat([F.linear(rows, each) for rows, each in parts])
