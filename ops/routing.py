@@ -1,8 +1,8 @@
 """Choices: `largest`, `largest_tokens`, `bucket`, `one_hot`. They are 1 where chosen, else 0.
 
     largest(2)                          of each token, the two largest features
-    largest(4, over = heads)            of each feature of a token, the four heads where it is largest
-    largest_tokens(share = 1 / 8)       of each feature, the tokens of the sequence where it is largest
+    largest(4, over = heads)            of each feature, the four heads where it is largest
+    largest_tokens(share = 1 / 8)       of each feature, the tokens of the sequence where it is
     tokens | bucket(8) | one_hot(8)     by a hash of the id
 
 Of equal numbers the first is taken. A choice gives no gradient; a number times a choice does.
@@ -35,9 +35,8 @@ class Largest(Op):
             raise Mismatch("there are no heads", f"it is {x}", "split it first", "over")
         there = x.dim if over == "features" else x.heads or 1
         if count > there:
-            raise Mismatch(
-                f"`largest` takes at most the {over} there are", f"count = {count}, {over} = {there}"
-            )
+            label = f"count = {count}, {over} = {there}"
+            raise Mismatch(f"`largest` takes at most the {over} there are", label)
         return x
 
     def eager(
@@ -128,7 +127,8 @@ class Bucket(Op):
         self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
     ) -> Tensor:
         mixed = inputs[0] * 2654435761 + options["seed"] * 40503
-        return mixed % 2**32 // 2**8 % int(options["count"])
+        found: Tensor = mixed % 2**32 // 2**8 % int(options["count"])
+        return found
 
     def text(
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str

@@ -428,7 +428,15 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
     parts = [*library.ffns]
     if scope.around is not None:
         parts += ["norm", *scope.parts, *library.layers]
-    known = [*(OPS.keys() - UNNAMED), "gate", "mixture", "scale", *library.known("stage"), *FUNCTIONS, *parts]
+    known = [
+        *(OPS.keys() - UNNAMED),
+        "gate",
+        "mixture",
+        "scale",
+        *library.known("stage"),
+        *FUNCTIONS,
+        *parts,
+    ]
     called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""
     raise error(
         "L208", f"there is no stage `{name}`", stage.span, "", called or did_you_mean(name, known)
@@ -452,7 +460,7 @@ def _whole(scope: Scope, call: Expr, module: str, definition: Definition | None 
     return _Whole(partial(scope.whole, scope, call, definition), module, call.span)
 
 
-def _mixture(scope: Scope, stage: Name | Call, args: Sequence[Expr]) -> _Whole:
+def _mixture(scope: Scope, stage: Name | Call, args: tuple[Expr, ...]) -> _Whole:
     """Return `mixture(part, weights)`: as many feed-forwards as there are weights, sent tokens."""
     part, weighing = exactly(stage, args, 2)
     call = scope.parts.get(part.id, part) if isinstance(part, Name) else part

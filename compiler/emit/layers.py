@@ -36,7 +36,7 @@ def described(block: Block) -> str:
     """Say what a layer, feed-forward or stage is."""
     if block.experts is not None:
         sizes = f"{block.x.dim} → {block.out.shape.dim} features"
-        return f"{block.experts.count} feed-forwards `{block.name}`, {sizes}, for tokens sent to them"
+        return f"{block.experts.count} feed-forwards `{block.name}`, {sizes}, each for its tokens"
     return f"{KINDS[block.kind]} `{block.name}`, {block.x.dim} → {block.out.shape.dim} features"
 
 

@@ -25,8 +25,8 @@ def _path(whole: Block, part: Block) -> Lowering:
     count, most = part.experts.count, part.experts.most
     rows = f"at most {most} for each token" if most is not None else "as many as are chosen"
     reason = (
-        f"rows, {rows}, lie expert by expert: one product of groups for each map, or in float64 and "
-        "where a width is no multiple of 16 bytes one expert after another"
+        f"rows, {rows}, lie expert by expert: one product of groups for each map, or in float64 "
+        "and where a width is no multiple of 16 bytes one expert after another"
     )
     obstacles = []
     if most is None:

@@ -29,7 +29,7 @@ def largest_tokens(x: Tensor, count: int | None, share: float | None, run: Tenso
     x, n = x.detach(), x.shape[-2]
     order = x.argsort(dim=-2, descending=True, stable=True)
     if run is None:
-        taken = max(1, math.floor(share * n)) if share is not None else count
+        taken = (n if count is None else count) if share is None else max(1, math.floor(share * n))
         return (order.argsort(dim=-2) < taken).to(x.dtype)
     ordered = run.sort(dim=-1)[0]
     first = torch.searchsorted(ordered, run)  # how many tokens come before those of a sequence
@@ -114,7 +114,7 @@ class Sent:
             sums = y.new_zeros(b * n, y.shape[-1])
             sums = sums.index_add(0, self.token, self.weight[:, None].to(y.dtype) * y[0])
             return sums.view(b, n, -1)
-        rows = y[0].index_select(0, self.back).view(b * n, self.most, -1)
+        rows = y[0].index_select(0, self.back).view(*self.weight.shape, -1)
         weight = self.weight[..., None].to(y.dtype)
         return torch.where(weight != 0, weight * rows, 0).sum(1).view(b, n, -1)
 

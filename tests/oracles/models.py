@@ -342,11 +342,15 @@ MOE = rows("""
 GPT_OSS = rows("""
     model.layers.{i}.self_attn.sinks -> layers.{i}.attn.z
     model.layers.{i}.mlp.router.{t} -> layers.{i}.ffn.route_proj.{t}
-    model.layers.{i}.mlp.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight across in 12
-    model.layers.{i}.mlp.experts.gate_up_proj_bias -> layers.{i}.ffn.experts.(gate|up)_proj.bias in 12
-    model.layers.{i}.mlp.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight across
-    model.layers.{i}.mlp.experts.down_proj_bias -> layers.{i}.ffn.experts.down_proj.bias
-""")
+""") + tuple(
+    each.under("model.layers.{i}.mlp.experts.", "layers.{i}.ffn.experts.")
+    for each in rows("""
+        gate_up_proj -> (gate|up)_proj.weight across in 12
+        gate_up_proj_bias -> (gate|up)_proj.bias in 12
+        down_proj -> down_proj.weight across
+        down_proj_bias -> down_proj.bias
+    """)
+)
 QWEN3_NEXT = rows("""
     model.norm.weight -> norm.w
     model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.w
