@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TypeGuard
 
 from ..grammar.diagnostics import Diagnostic
-from ..grammar.expr import TRUE, names
+from ..grammar.expr import FALSE, TRUE, names
 from ..grammar.source import NOWHERE, Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, File, Index, Name, walk
 from ..ops import Shape, Weight
@@ -246,6 +246,43 @@ class Normalizer:
 
 
 @dataclass(frozen=True, slots=True)
+class Select:
+    """Which of the visible keys a query reads, by content: groups of them, by a score.
+
+    `kind` is top (the `amount` best), above (a threshold) or mass (the fewest whose softmax reaches
+    a share). `size` keys that stand together are a group, `rows` queries choose together, and so do
+    `share` heads that stand together. A group is free to be chosen where one of them sees a key of
+    it that is `among` and not `always`; what is always is read whatever is chosen, and with
+    `counted` the groups of such keys count as chosen. A score is the same all over a group, or a
+    group has the maximum, sum or mean `within` it, of its pairs that are free; of heads that share
+    it is the sum. Of equal scores the first is better. A score may read `s`, before `score`;
+    it is another for each head, or not `by_heads`, and then it is no sum.
+    """
+
+    kind: str
+    amount: float
+    score: Expr
+    size: int = 1
+    rows: int = 1
+    share: int = 1
+    always: Expr = FALSE
+    counted: bool = False
+    among: Expr = TRUE
+    within: str = ""
+    by_heads: bool = True
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        """Every expression of a pair."""
+        return (self.score, self.always, self.among)
+
+    def mapped(self, change: Callable[[Expr], Expr]) -> Select:
+        """Return it with each of these changed."""
+        score, always, among = map(change, self.exprs)
+        return replace(self, score=score, always=always, among=among)
+
+
+@dataclass(frozen=True, slots=True)
 class Pairwise:
     """`mix = attend`: every query against every key.
 
@@ -265,6 +302,7 @@ class Pairwise:
     similarity: Expr | None = None
     again: Expr | None = None
     carry: Expr | None = None
+    select: Select | None = None
 
     @property
     def in_turn(self) -> bool:
@@ -290,7 +328,8 @@ class Pairwise:
         """Every expression of a pair."""
         met = () if self.similarity is None else (self.similarity,)
         again = () if self.again is None else (self.again,)
-        return (*met, self.score, self.mask, *self.normalize.exprs, self.weights, *again)
+        chosen = () if self.select is None else self.select.exprs
+        return (*met, self.score, self.mask, *chosen, *self.normalize.exprs, self.weights, *again)
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Pairwise:
         """Return it with each of these changed."""
@@ -302,6 +341,7 @@ class Pairwise:
             weights=change(self.weights),
             similarity=None if self.similarity is None else change(self.similarity),
             again=None if self.again is None else change(self.again),
+            select=None if self.select is None else self.select.mapped(change),
         )
 
 
@@ -581,8 +621,35 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Patches:
+    """What cuts images [b, channels, rows · height, cols · width] into patches, row by row.
+
+    `size` is (height, width) of one, which becomes the token of a linear map, `embed`. Where it is
+    known, `image` is that of the images.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    embed: Block
+    image: tuple[int, int] | None = None
+
+    @property
+    def dim(self) -> int:
+        """The numbers of one patch."""
+        return self.channels * self.size[0] * self.size[1]
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """The rows and columns of patches, where the size of images is known."""
+        if self.image is None:
+            return None
+        return self.image[0] // self.size[0], self.image[1] // self.size[1]
+
+
+@dataclass(frozen=True)
 class Model:
-    """A stack of layers between two ends. `vocab` None takes raw features [b, n, width].
+    """A stack of layers between two ends. `vocab` None takes raw features [b, n, width], or, with
+    `patches`, images [b, channels, height, width] or patches that are cut already [b, n, dim].
 
     `embed` is done to what the layers are given, `head` to what they give; their tensors are the
     model's own. With `lanes` the stream between is so many, [lanes, n, width]; it begins as copies.
@@ -605,6 +672,18 @@ class Model:
     lanes: int | None = None
     condition: int | None = None
     steps: tuple[int, ...] = ()
+    patches: Patches | None = None
+
+    @property
+    def taken(self) -> int:
+        """The features of a token that comes in, where it is none of a vocabulary."""
+        return self.width if self.patches is None else self.patches.dim
+
+    @property
+    def ends(self) -> tuple[Block, ...]:
+        """What is done before and after the layers, in order."""
+        first = () if self.patches is None else (self.patches.embed,)
+        return (*first, self.embed, self.head)
 
     @property
     def run(self) -> tuple[Block, ...]:

@@ -68,6 +68,8 @@ def _shown(expr: Expr) -> tuple[str, int]:
 
 def _postfix(expr: Expr) -> str:
     match expr:
+        case syntax.Call(syntax.POOLED, (place,)):
+            return show(place)
         case syntax.Call(function, args, keywords):
             named = [f"{each.name} = {show(each.value)}" for each in keywords]
             return f"{function}({', '.join([*map(show, args), *named])})"

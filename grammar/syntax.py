@@ -82,6 +82,9 @@ class Keyword:
     span: Span = _span()
 
 
+POOLED = "[pooled]"  # a call around the place at which a pooled stream is read; nobody writes it
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     function: str

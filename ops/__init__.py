@@ -20,6 +20,7 @@ from .linear import GroupedLinear, HeadLinear, Linear, Tied
 from .norms import L1Norm, L2Norm, LayerNorm, RmsNorm
 from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
+from .pool import Pool, Windows
 from .rope import Rope
 from .routing import Bucket, Largest, LargestTokens, OneHot
 from .running import Running
@@ -57,6 +58,8 @@ OPS: dict[str, Op] = {
         Reduce(),
         Conv(),
         Shift(),
+        Pool(),
+        Windows(),
         Running(),
         Index(),
         Latents(),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..grammar.syntax import Expr
-from .shape import Shape
+from .shape import Shape, pooling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,10 @@ class Run:
 
         if self.tokens.isdecimal():
             return torch.arange(int(self.tokens), device=x.device)[None]
-        return self.positions[self.tokens]
+        of, stride = pooling(self.tokens)
+        if stride > 1:  # a pooled token stands where its group begins
+            return stride * torch.arange(x.shape[-2], device=x.device)[None]
+        return self.positions[of]
 
 
 class Op(ABC):
@@ -101,6 +104,7 @@ class Op(ABC):
     positional: bool = False  # its text reads `positions`, or `context_positions` along "m"
     by_sequence: bool = False  # its text reads `run`, or `context_run`: whose each token is
     whole_rows: bool = False  # it reads all tokens of a row, not to be told apart
+    groups: bool = False  # it makes one token of each group of tokens
     bare: bool = False  # its name alone is a stream, that of x
     instead: str = ""  # how to say without later tokens what reads them, if that can be said
     wide: bool = False  # what it gives stays float32 where the block is in less
@@ -145,13 +149,18 @@ class Op(ABC):
     @staticmethod
     def run_of(shape: Shape) -> str:
         """Return the variable that numbers the sequences of a stream's tokens, or `None`."""
-        return {"n": "run", "m": "context_run"}.get(shape.tokens, "None")
+        of, stride = pooling(shape.tokens)
+        run = {"n": "run", "m": "context_run"}.get(of, "None")
+        return run if stride == 1 or run == "None" else f"{run}_{stride}"
 
     @staticmethod
     def positions_of(shape: Shape) -> str:
         """Return the text of the positions of a stream's tokens; a list counts from 0."""
         if shape.tokens.isdecimal():
             return f"torch.arange({shape.tokens}, device=x.device)"
+        of, stride = pooling(shape.tokens)
+        if stride > 1:
+            return f"{'context_' * (of == 'm')}starts_{stride}"
         return "positions" if shape.tokens == "n" else "context_positions"
 
     def lookback(self, options: Options) -> int:
@@ -173,6 +182,10 @@ class Op(ABC):
 
         What carries goes on from `past`, and gives what it made so far too.
         """
+        raise NotImplementedError
+
+    def reaches(self, options: Options) -> tuple[int, int]:
+        """Return the last token of the first group it makes, and how far that of the next is."""
         raise NotImplementedError
 
     def looks_ahead(self, options: Options) -> bool:

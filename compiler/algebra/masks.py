@@ -19,6 +19,7 @@ from math import ceil, floor, inf, isfinite
 from ...grammar.domain import Domain, interpret
 from ...grammar.expr import FALSE, PLACES, TRUE, calls, fold, names, number, rebuild, substitute
 from ...grammar.syntax import (
+    POOLED,
     Binary,
     Call,
     Compare,
@@ -148,7 +149,10 @@ def reads_others(expr: Expr) -> bool:
         return True
     return any(
         isinstance(node, Index)
-        and any(names(item) == {"j"} and item != Name("j") for item in node.items)
+        and any(
+            names(item) == {"j"} and item != Name("j") and not calls(item, POOLED)
+            for item in node.items
+        )
         for node in walk(expr)
     )
 

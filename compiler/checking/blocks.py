@@ -50,9 +50,8 @@ _GUESSES = {
 _ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = (
     "position", "similarity", "score", "normalize", "weights", "scale", "dropout",
-    "carry",
+    "carry", "select",
 )  # fmt: skip
-_LATER = {"select": "none"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +65,7 @@ class Sizes:
     below: Scope | None = None  # the layer below
     place: str = "it stands alone"  # said where there is none
     offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
+    grid: tuple[int, int] | None = None  # the rows and columns of a model's patches
 
 
 def elaborate_block(
@@ -83,7 +83,7 @@ def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
     scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place, whole=whole)
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
-    builder = _Builder(scope, body, sizes.offered)
+    builder = _Builder(scope, body, sizes)
     out = builder.build()
     if not sized:  # the sizes that were guessed only serve to find further misspelt names
         findings.keep(lambda each: each.code not in _ABOUT_SHAPES)
@@ -182,8 +182,9 @@ def _divides_width(scope: Scope, body: Body) -> None:
 class _Builder:
     """Elaborates the parts of one block."""
 
-    def __init__(self, scope: Scope, body: Body, offered: Mapping[str, Shape]) -> None:
-        self.scope, self.body, self.offered = scope, body, offered
+    def __init__(self, scope: Scope, body: Body, sizes: Sizes) -> None:
+        self.scope, self.body = scope, body
+        self.offered, self.grid = sizes.offered, sizes.grid
         numbers = {name: int(value) for name, value in scope.numbers.items()}
         scope.inputs = {
             "x": Shape("n", numbers["width"]),
@@ -196,16 +197,6 @@ class _Builder:
     def build(self) -> Flow | None:
         """Elaborate every stream; return `out`."""
         scope, body, guard = self.scope, self.body, self.scope.findings.guard
-        for name, expected in _LATER.items():
-            with guard():
-                if body.get(name) != Name(expected):
-                    raise error(
-                        "L221",
-                        f"`{name}` is not available yet",
-                        body.span_of(name),
-                        "",
-                        f"leave it at `{expected}`",
-                    )
         with guard():
             self._grid()
         for statement in body.lets.values():
@@ -245,6 +236,7 @@ class _Builder:
 
     def _grid(self) -> None:
         if not self.body.has("grid"):
+            self.scope.grid = self.grid
             return
         match self.body.get("grid"):
             case syntax.ListOf((rows, cols)):
@@ -406,4 +398,6 @@ def sees_something(mixing: Mixing) -> bool:
     if isinstance(mixing.mix, Recurrence):
         return True
     mask = mixing.mix.mask
+    if mixing.mix.select is not None:
+        return False
     return mask == TRUE or (not mixing.crosses and sees_itself(mask))

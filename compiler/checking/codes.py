@@ -163,13 +163,6 @@ OWN: dict[str, Code] = {
             "block a { normalize = exp(s) * sum }",
         ),
         Code(
-            "L221",
-            "this is not available yet",
-            "The language has it, but this version does not compile it. Leave it out, or follow "
-            "the changelog.",
-            "block a { select = top(8) }",
-        ),
-        Code(
             "L222",
             "this setting takes certain words",
             "The setting or argument is one of a few words or forms, which the message lists.",
@@ -290,6 +283,34 @@ OWN: dict[str, Code] = {
             "ffn mixed { let w = x | linear(4) | softmax; out = x | mixture(near, w) }\n"
             "ffn near  { out = x | conv(4) | linear }\n"
             "block a { heads = 4 }\nmodel m { width = 32; layers = [a]; ffn = mixed }",
+        ),
+        Code(
+            "L238",
+            "a model's images do not fit its patches",
+            "`patches(size, channels = 3, image)` cuts images into patches, one token each; a side "
+            "of an `image` is a multiple of a patch's, learned positions are as many as patches, "
+            "and there is no `vocab` beside it.",
+            "block a { heads = 2 }\n"
+            "model m { width = 8; layers = [a]; patches = patches(16, image = 40); "
+            "head = classify(10) }",
+        ),
+        Code(
+            "L241",
+            "this selection does not say which groups",
+            "`select` is `top(count, e)`, `above(threshold, e)`, `mass(share, e)` or "
+            "`random(count)`. With `size` or `rows` over 1, the score e is the same at all tokens "
+            "of a group: it reads what is pooled of them, or `within` says how a group's score is "
+            "made of theirs.",
+            "block a { mask = causal; select = top(4, i - j, size = 8) }",
+        ),
+        Code(
+            "L242",
+            "a selection would look ahead",
+            "Under a causal mask a query chooses by what it has seen. A pooled group is complete "
+            "only after its last token: until then it may be forced in by `always`, which leaves "
+            "it out of the choice, or left out by `among`.",
+            "block a {\n  heads = 4; mask = causal\n  let kb = k | pool(mean, size = 8)\n"
+            "  select = top(2, dot(q[h, i], kb[h, j // 8]), size = 8)\n}",
         ),
         Code(
             "W001",

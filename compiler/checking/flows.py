@@ -48,8 +48,6 @@ OFFERS = {  # where a model gives them
     "tokens": "a model with a `vocab` has it",
 }
 MEANS = {"mean": "average", "mean_each": "average_each"}  # over a batch, in `regularize`
-# What a later version brings.
-LATER = {"pool": "pooling is"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +163,6 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
             if shape is None and id in OPS and OPS[id].bare:
                 return _pipe(scope, Read("x", scope.inputs["x"], span), (expr,), target)
             if shape is None:
-                if id in LATER:
-                    raise error("L221", f"{LATER[id]} not available yet", span)
                 if id in OFFERED:
                     raise error(
                         "L224",
@@ -420,8 +416,6 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         return [_pointwise(Call(name, (Name("a0"), *rest)), (), stage.span)]
     if name in OPS and name not in UNNAMED:
         return [_operation(scope, OPS[name], stage, target)]
-    if name in LATER:
-        raise error("L221", f"{LATER[name]} not available yet", stage.span)
     if whole:
         return [_whole(scope, stage, module_name(name))]
     library = scope.library

@@ -13,7 +13,7 @@ from ...grammar.show import show
 from ...grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
 from ...ops import OPS, Shape
 from ..algebra.masks import extent, linear
-from ..model import MAPS, PREVIOUS, Mixing, Pairwise, Read, Recurrence, Stream
+from ..model import MAPS, PREVIOUS, Mixing, Pairwise, Read, Recurrence, Select, Stream
 from .carried import carriers, require_fit, resolve_carry
 from .flows import Target, elaborate
 from .inheritance import Body
@@ -21,6 +21,7 @@ from .itself import require_strict, values_apart
 from .mixers import resolve_mixer
 from .scalars import Axes, resolve, resolve_normalizer, streams_read
 from .scope import Scope
+from .selecting import resolve_select
 
 _OPERANDS = {
     "q": ("heads", "head_dim"),
@@ -215,19 +216,23 @@ class Part:
                     f"it is {dropout}",
                 )
         with scope.findings.guard():
-            score = resolve(scope, self._score(), "score", axes)
-        with scope.findings.guard():
             mask = resolve(scope, body.get("mask"), "mask", axes)
             if mask == FALSE:
                 raise error("L210", "this mask lets nothing be seen", body.span_of("mask"))
             if again is not None:
                 span = body.span_of("mask")
                 require_strict(self._itself, mask, (axes.queries, axes.keys), span)
+        select: Select | None = None
+        with scope.findings.guard():
+            select = resolve_select(scope, body.get("select"), axes, mask)
+        chosen = None if select is None else select.score
+        with scope.findings.guard():
+            score = resolve(scope, self._score(), "score", axes, chosen)
         with scope.findings.guard():
             where = body.condition("normalize")
             normalize = resolve_normalizer(scope, body.get("normalize"), axes, where, score)
         with scope.findings.guard():
-            weights = resolve(scope, body.get("weights"), "weights", axes)
+            weights = resolve(scope, body.get("weights"), "weights", axes, chosen)
         carry: Expr | None = None
         with scope.findings.guard():
             if len(operands) == len(_OPERANDS):
@@ -243,7 +248,9 @@ class Part:
                 self._same_map(axes, mask)
         scope.findings.settle()
         assert normalize is not None
-        mix = Pairwise(scale, score, mask, normalize, weights, dropout, similarity, again, carry)
+        mix = Pairwise(
+            scale, score, mask, normalize, weights, dropout, similarity, again, carry, select
+        )
         if carry is not None:
             require_fit(mix, (axes.queries, axes.keys), operands[1].name, body.span_of("carry"))
         return mix, tuple(operands)

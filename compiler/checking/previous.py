@@ -162,4 +162,5 @@ def _masks(block: Block) -> Iterator[Expr]:
     for _, mixing in _of_tokens(block):
         assert isinstance(mixing.mix, Pairwise)
         ordered = any(map(in_order, mixing.mix.exprs))  # a ring that is borrowed is not
+        ordered = ordered or mixing.mix.select is not None
         yield TRUE if ordered else remembered(mixing.mix.mask, mixing.mix.exprs)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ...grammar import syntax
 from ...grammar.diagnostics import error
-from ...grammar.expr import PLACES, fold, names, number
+from ...grammar.expr import PLACES, fold, names, number, rebuild
 from ...grammar.functions import (
     FUNCTIONS,
     MAP_FUNCTIONS,
@@ -23,8 +23,20 @@ from ...grammar.functions import (
 )
 from ...grammar.show import show
 from ...grammar.source import Span
-from ...grammar.syntax import Binary, Call, Compare, Definition, Expr, Index, Name, Number
+from ...grammar.syntax import (
+    POOLED,
+    Binary,
+    Call,
+    Compare,
+    Definition,
+    Expr,
+    Index,
+    Name,
+    Number,
+    walk,
+)
 from ...ops import Shape
+from ...ops.shape import pooling
 from ..algebra.thresholds import require
 from ..algebra.trends import Unclear
 from ..model import MAPS, PREVIOUS, Apply, Normalizer, Read
@@ -39,9 +51,10 @@ FREE = {
     "score": PLACES | {"s", "seen"},
     "normalize": PLACES | {"s", "seen", "sum", "tau"},
     "weights": PLACES | {"p", "seen"},
+    "select": PLACES | {"s"},
     "statistic": PLACES | {"p", "seen"},
 }
-_OF_MAPS = ("score", "weights", "statistic")  # what may look at other pairs
+_OF_MAPS = ("score", "weights", "statistic", "select")  # what may look at other pairs
 _CALLED = {"normalize": "a normaliser", "weights": "`weights`", "statistic": "`rows` or `columns`",
            "stage": "a function of streams"}  # fmt: skip
 
@@ -180,8 +193,57 @@ class _Resolver(Resolver):
         self.scope.layer_below(span)
         return Name(f"{PREVIOUS}{name}", span)
 
+    def _sum_streams(self, expr: Call) -> Expr:
+        """Return the sum of an expression over the heads of streams that tokens alone index (L216).
+
+        `sum_streams(w[i] * relu(dot(a[i], c[j])))`: a has heads of its own, w a number for each.
+        """
+        if len(expr.args) != 1 or expr.keywords:
+            given = len(expr.args) + len(expr.keywords)
+            raise error("L209", "`sum_streams` takes one argument", expr.span, f"{given} given")
+        counts: dict[int, str] = {}
+
+        def headed(node: Index) -> int | None:
+            if not isinstance(node.base, Name) or len(node.items) != 1:
+                return None
+            shape = self.scope.shape(node.base.id, node.base.span)
+            return None if shape is None else shape.heads
+
+        for node in walk(expr.args[0]):
+            if isinstance(node, Index) and (heads := headed(node)) is not None:
+                assert isinstance(node.base, Name)
+                counts[heads] = node.base.id
+        if len(counts) != 1:
+            found = ", ".join(f"`{name}` has {count}" for count, name in counts.items())
+            raise error(
+                "L216",
+                "`sum_streams` sums over the heads of streams, all of the same number",
+                expr.span,
+                found or "none of these has heads",
+                "index a stream with heads by its token alone: `a[i]`",
+            )
+        (count,) = counts
+
+        def of(head: int, node: Expr, inside: bool) -> Expr:
+            if isinstance(node, Index):
+                place = Number(head, str(head), node.span)
+                if headed(node) is not None:
+                    return replace(node, items=(place, *node.items))
+                return node if inside or len(node.items) != 1 else replace(
+                    node, items=(*node.items, place)
+                )  # fmt: skip
+            inside = inside or (isinstance(node, Call) and node.function in VECTOR_FUNCTIONS)
+            return rebuild(node, lambda each: of(head, each, inside))
+
+        total, *rest = (of(head, expr.args[0], False) for head in range(count))
+        for each in rest:
+            total = Binary("+", total, each, expr.span)
+        return total
+
     def call(self, expr: Call) -> Value | None:
         name = expr.function
+        if name == "sum_streams" and "j" in self.free:
+            return self.number(self._sum_streams(expr))
         if self.what == "stage" and name in VECTOR_FUNCTIONS:
             return self._of_features(expr)
         definition = self.scope.library.find(self.what, name)
@@ -196,7 +258,7 @@ class _Resolver(Resolver):
                     f"`{name}` needs a grid",
                     expr.span,
                     "",
-                    "set `grid = (rows, cols)` in the block",
+                    "set `grid = (rows, cols)` in the block, or `image` in the model's `patches`",
                 )
             cols = number(self.scope.grid[1], expr)
             op = "//" if name == "row" else "%"
@@ -348,7 +410,8 @@ class _Resolver(Resolver):
             )
         for at, (axis, item, size) in enumerate(zip(axes, items, sizes, strict=False)):
             if axis == "token":
-                self._token(name, item)
+                if self._token(name, item):
+                    items = (*items[:at], Call(POOLED, (item,), (), item.span), *items[at + 1 :])
             else:
                 self._place(name, item, size, only_numbers=at == 2)
         dims = self._vector(expr, sizes[len(items) :])
@@ -390,17 +453,23 @@ class _Resolver(Resolver):
                 "a `param` can be read anywhere",
             )
 
-    def _token(self, name: str, item: Expr) -> None:
+    def _token(self, name: str, item: Expr) -> bool:
+        """Check where a stream is read; say whether it is pooled, and read at any of its tokens."""
         shape = self.scope.shape(name, item.span)
         tokens = "n" if shape is None else shape.tokens  # doc runs along x
         counted = {"i": self.axes.queries, "j": self.axes.keys}
         allowed = {each for each, along in counted.items() if along == tokens}
         if item in [Name(each) for each in allowed]:
-            return
+            return False
+        of, stride = pooling(tokens)
+        sides = {each for each, along in counted.items() if pooling(along)[0] == of}
+        one_side = len(names(item) & {"i", "j"}) == 1 and names(item) <= sides
+        if stride > 1 and one_side and not any(isinstance(each, Index) for each in walk(item)):
+            return True
         indexed = any(isinstance(each, Index) for each in syntax.walk(item))
         fits = name != "doc" and not name.startswith(PREVIOUS) and not indexed
         if fits and "j" in allowed and names(item) == {"j"}:  # another key's token
-            return
+            return False
         shown = " or ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"
         raise error(
             "L214",
@@ -460,10 +529,18 @@ def _elsewhere(scope: Scope, name: str) -> str:
     return f"there is a {kinds[0]} of this name" if kinds else ""
 
 
-def resolve(scope: Scope, expr: Expr, kind: str, axes: Axes = Axes()) -> Expr:
-    """Return a mask, score or weights expression with every name resolved, folded."""
-    visitor = _Resolver(scope, kind, FREE[kind], axes)
+def resolve(
+    scope: Scope, expr: Expr, kind: str, axes: Axes = Axes(), selected: Expr | None = None
+) -> Expr:
+    """Return a mask, score or weights expression with every name resolved, folded.
+
+    `selected` is what that name stands for in it: the score of a selection.
+    """
+    free = FREE[kind] if selected is None else FREE[kind] | {"selected"}
+    visitor = _Resolver(scope, kind, free, axes)
     done = settled(visitor.scalar(expr, truth=kind == "mask"), int(scope.numbers["heads"]))
+    if selected is not None:
+        done = put(done, {"selected": selected})
     if kind == "score":
         weighs_nothing(done)
         return done

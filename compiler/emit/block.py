@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from ...grammar.show import show
-from ..facts.kept import Part, Within, along_keys
+from ...ops.shape import pooling
+from ..facts.kept import Groups, Part, Within, along_keys
 from ..facts.parameters import constants
 from ..graph.graph import Node, is_wide, made_by
 from ..graph.operations import Attend, Input, Scan, Stage, Whole
@@ -24,7 +25,7 @@ from ..plan.plan import Plan
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter as parameter_lines
 from ..text.text import LIMIT, braced, call, comment, ident, indent
-from .caches import CONTEXT, begins_within, own_rows, part_name, plain_name
+from .caches import CONTEXT, all_of, begins_within, own_rows, part_name, plain_name
 from .layers import Classes, described, given_blocks, modules, offered_line, takes_batch
 from .mixes import Mixes
 
@@ -84,6 +85,20 @@ def _docstring(block: Block) -> list[str]:
         "",
         *(f"{heads}; {how}" for heads, how in parts),
         '"""',
+    ]
+
+
+def _is_room_for(held: Part, name: str) -> bool:
+    """Say whether it is what is kept of a stream that is pooled."""
+    return isinstance(held, Groups) and held.stream.name == name
+
+
+def _stands(stride: int, variable: str, of: str = "") -> list[str]:
+    """Write where pooled tokens stand, and which of them are padding."""
+    run = "context_run" if of else "run_all"
+    return [
+        f"{of}starts_{stride} = group_starts({variable}, {stride})",
+        f"{of}run_{stride} = run_of_groups({run}, {stride})",
     ]
 
 
@@ -356,15 +371,18 @@ class _Writer(Mixes):
         for node in graph.nodes:
             if node.name in (graph.output, graph.auxiliary):
                 continue
+            lines = []
             if made_by(node, Scan):
                 lines = self._scanned(node)
             elif made_by(node, Attend):
                 lines = self._attended(node)
-            elif not isinstance(node.op, Stage | Whole) or self._inlined(node):
-                continue
-            else:
+            elif isinstance(node.op, Stage | Whole) and not self._inlined(node):
                 name = ident(node.name)
                 lines = self._assign(node, f"{'o' if node.name == 'o' else name} =")
+            if node.name in self.pooled:
+                lines = [*lines, *self._with_all(node.name)]
+            if not lines:
+                continue
             if node.name not in needed and isinstance(node.op, Stage):
                 extra += lines
             elif self.roots.far(node.name):
@@ -376,6 +394,27 @@ class _Writer(Mixes):
         if self.crosses:
             early += self._context(far)
         return [*early, *rest, *self._training(extra)]
+
+    def _with_all(self, name: str) -> list[str]:
+        """Write a stream that is pooled with the tokens that a cache brings."""
+        variable, new = all_of(name), plain_name(name)
+        done = [f"{variable}, run_all = {new}, run"]
+        held = next((each for each in self.kept.parts if _is_room_for(each, name)), None)
+        if held is not None:
+            cache = self.cache(part_name(held))
+            got = f"{variable}, _, run_all"
+            done += [
+                f"if {cache} is not None:",
+                f"    {got} = {cache}.update(batch, {ident(name)}={new})",
+            ]
+        if name == self.pooled[0]:
+            done += [line for each in self._pooled_axes("n") for line in _stands(each, variable)]
+        return done
+
+    def _pooled_axes(self, of: str) -> list[int]:
+        """Return of how many tokens of an axis a pooled token is, of those that stand anywhere."""
+        axes = {str(node.dims[-2]) for node in self.graph.nodes if len(node.dims) > 2}
+        return sorted(stride for at, stride in map(pooling, axes) if at == of and stride > 1)
 
     def _training(self, lines: list[str]) -> list[str]:
         """Write what training adds to the loss, and what only that needs."""
@@ -402,6 +441,10 @@ class _Writer(Mixes):
                 "context = batch.of_rows(context)",
                 "context_run = None if far.run is None else batch.of_rows(far.run)",
             ]
+        axes = self._pooled_axes("m")
+        starts = [line for each in axes for line in _stands(each, "context", "context_")]
+        far = [*starts[::2], *far]
+        after = starts[1::2]
         if self._positional("m"):
             far = ["context_positions = torch.arange(context.shape[1], device=x.device)", *far]
         needed = [
@@ -410,7 +453,8 @@ class _Writer(Mixes):
             *laid,
         ]
         if self.obstacle is not None:
-            return [*needed, *far]
+            return [*needed, *after, *far]
+        needed += after
         cache = self.cache(CONTEXT)
         names = [plain_name(each.name) for each in self.kept.context]
         got = ", ".join([*names, "context_run"])

@@ -12,7 +12,19 @@ from ...grammar.expr import calls, evaluate
 from ...ops import OPS
 from ..algebra.masks import reads_others
 from ..facts import decoding
-from ..facts.kept import Context, Held, Kept, Keys, Part, State, Tails, Within, kept_of
+from ..facts.kept import (
+    Context,
+    Groups,
+    Held,
+    Kept,
+    Keys,
+    Part,
+    State,
+    Tails,
+    Within,
+    kept_of,
+    pooled,
+)
 from ..facts.parameters import weights
 from ..graph.graph import AnyNode, Graph, Node, made_by
 from ..graph.operations import Attend, Scan
@@ -29,6 +41,7 @@ _CLASSES: dict[type[Part], str] = {
     State: "StateCache",
     Context: "ContextCache",
     Tails: "TailCache",
+    Groups: "KeyValueCache",
 }
 
 
@@ -43,6 +56,7 @@ class Caches:
         self.obstacle = decoding.obstacle(graph.block)
         self.kept = Kept() if self.obstacle is not None else kept_of(graph)
         self.borrows = frozenset(graph.block.borrows)
+        self.pooled = pooled(graph)
         self._facts = facts or {}
 
     def facts(self, node: Node[Attend]) -> Attention:
@@ -96,7 +110,7 @@ class Caches:
         lines = [
             head,
             f'    """Return {what}; without a length, it grows."""',
-            *([f"    {self.weight()}"] if self.kept.keys else []),
+            *([f"    {self.weight()}"] if self.kept.of_tokens else []),
             "    return Cache(",
             "        self,",
             "        batch,",
@@ -114,6 +128,8 @@ class Caches:
         """Return what makes a cache."""
         if isinstance(part, State):
             return [f"**self.{scan.method_name(self.graph.node(part.recurrence))}(batch)"]
+        if isinstance(part, Groups):
+            part = Keys((), False, (part.stream,), None, 0, False)
         if not isinstance(part, Keys):
             return []
         sizes = ", ".join(map(_size, part.streams))
@@ -155,6 +171,8 @@ def part_name(part: Part) -> str:
             return CONTEXT
         case Tails():
             return TAILS
+        case Groups(stream):
+            return f"{ident(stream.name)}_groups"
         case Within(name):
             return own_part(name)
 
@@ -177,6 +195,8 @@ def _described(part: Part) -> str:
             return "room for the keys and values of a context"
         case Tails():
             return "room for the tokens before the next one"
+        case Groups(stream):
+            return f"room for `{stream.name}` of so many tokens, of which groups are pooled"
         case Within(name):
             return f"what `{name}` keeps"
 
@@ -201,6 +221,9 @@ def own_rows(block: Block, training: bool = True) -> bool:
                 return True
             if any(calls(expr, "convolve") for expr in flow.mix.exprs):
                 return True
+            select = flow.mix.select
+            if select is not None and max(select.size, select.rows) > 1:
+                return True
         elif isinstance(flow, Mixing) and isinstance(flow.mix, Recurrence) and not flow.mix.resets:
             matrices = [each for each in flow.mix.states if len(each.shape) == 2]
             if any(float(evaluate(each.init, {})) for each in matrices):
@@ -224,3 +247,8 @@ def begins_within(block: Block) -> bool:
 def plain_name(name: str) -> str:
     """Return the variable of a node."""
     return name if name in ("x", "context", "o", *OFFERED) else ident(name)
+
+
+def all_of(name: str) -> str:
+    """Return the variable of a stream that is pooled, with the tokens that a cache brings."""
+    return f"{plain_name(name)}_all"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...kernels.recurrence import Recurrence
+from ...ops.shape import pooling
 from ..facts.kept import Held, along_keys, sums_of
 from ..graph.graph import AnyNode, Node
 from ..graph.operations import Attend, Scan
@@ -22,6 +23,7 @@ from ..lowerings.way import Call
 from ..model import PREVIOUS
 from ..plan.attention import Attention
 from ..plan.plan import Plan
+from ..text.pairs import table_name
 from ..text.text import call, comment, ident, indent
 from .caches import own_part, part_name, plain_name
 from .stages import Stages
@@ -51,7 +53,8 @@ class Mixes(Stages):
     def _when(self, needs: tuple[str, ...]) -> str:
         """Write the condition of the text before the general one."""
         truths = ("plain", "counted", "exact")
-        return " and ".join(each if each in truths else f"{each} is None" for each in needs)
+        asked = (each if each in truths or "(" in each else f"{each} is None" for each in needs)
+        return " and ".join(asked)
 
     def takes_all(self, node: Node[Attend]) -> bool:
         """Whether there is no general text."""
@@ -97,6 +100,7 @@ class Mixes(Stages):
         given |= {
             carry.variable(each): carry.of_key_heads(facts, each)[0] for each in facts.carriers
         }
+        given |= {table_name(name): plain_name(name) for name in facts.tables}
         given |= {f"previous_{name}": f'shared["{name}"]' for name in facts.maps_below}
         also = [f"{ident(node.name)}_values"] if facts.mix.again is not None else []
         also += [f"{ident(node.name)}_keys"] if facts.mix.carry is not None else []
@@ -141,9 +145,11 @@ class Mixes(Stages):
     def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
         """Return what says where queries and keys stand, and of which sequences they are."""
         borrowed, held = node.name in self.borrows, self.kept.read_by(node.name)
-        at = f"torch.arange({node.dims[2]}, device=x.device)"
+        at = f"torch.arange({plain_name(node.q)}.shape[-2], device=x.device)"
         own = """shared["run"]""" if borrowed else "run_j" if held else "run"
-        other = own if self._key_tokens(node) == "n" else "context_run"
+        other = own if self._key_tokens(node) == "n" else _run_of(self._key_tokens(node))
+        queries = str(node.dims[2])
+        mine = "batch.own" if facts.by_rows else "run"
         start = "batch.start"
         if borrowed and self.obstacle is None:
             start = "batch.start if cache is None else None"
@@ -152,7 +158,7 @@ class Mixes(Stages):
         return {
             "i": f"by_query({'positions' if node.dims[2] == 'n' else at})",
             "j": f"""by_key({'shared["places"]' if borrowed else "places"})""",
-            "own": f"by_query({'batch.own' if facts.by_rows else 'run'})",
+            "own": f"by_query({mine if queries == 'n' else _run_of(queries)})",
             "other": f"by_key({other})",
             "start": start,
             "ordered": "batch.given is None",
@@ -245,3 +251,10 @@ def _target(node: AnyNode) -> str:
 def _statistics(node: Node[Attend]) -> list[str]:
     """Return the variables of what an attention gives besides the mixed heads."""
     return [ident(name) for name, _, _ in node.op.statistics]
+
+
+def _run_of(axis: str) -> str:
+    """Return what says which tokens of a context, or which pooled tokens, are padding."""
+    of, stride = pooling(axis)
+    run = "run" if of == "n" else "context_run"
+    return run if stride == 1 else f"{run}_{stride}"

@@ -7,11 +7,11 @@ while the line stays short.
 from __future__ import annotations
 
 from ...grammar.syntax import Expr, Name, walk
-from ..facts.kept import carries, lookback
+from ..facts.kept import carries, lookback, pools
 from ..graph.graph import AnyNode, Node, is_wide, made_by
 from ..graph.operations import Stage, TensorRead, Whole
 from ..text.text import LIMIT, atomic, call, comment, ident
-from .caches import TAILS, Caches, plain_name
+from .caches import TAILS, Caches, all_of, plain_name
 
 
 class Stages(Caches):
@@ -55,7 +55,7 @@ class Stages(Caches):
     def _inlined(self, node: AnyNode) -> bool:
         """Whether a node stands inside the only expression that reads it, once."""
         stacked = made_by(node, Whole) and node.op.what.stacked
-        if "." not in node.name or self._remembers(node) or stacked:
+        if "." not in node.name or self._remembers(node) or stacked or node.name in self.pooled:
             return False
         readers = self.graph.readers(node.name)
         if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
@@ -98,6 +98,8 @@ class Stages(Caches):
         Elementwise operations take wide numbers as they are, the others those of the block.
         """
         made = self.graph.node(name)
+        if pools(self.graph, node):
+            return all_of(name)
         if name in given:
             text = given[name]
         elif (made_by(made, Stage) or made_by(made, Whole)) and self._inlined(made):

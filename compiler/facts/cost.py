@@ -19,6 +19,7 @@ from math import prod
 
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
 from ...ops import OPS, Weight
+from ...ops.shape import axis_size
 from ..algebra.levels import affine_parts
 from ..model import Apply, Block, Mixing, Model, Recurrence, applies
 from .dtypes import DType, size
@@ -78,7 +79,7 @@ def _size(weight: Weight) -> int:
 
 def _counted(model: Model) -> Iterable[tuple[Block, int]]:
     """Return what a model is made of, and how often."""
-    return Counter((model.embed, *model.run, model.head)).items()
+    return Counter((*model.ends, *model.run)).items()
 
 
 def _applies(block: Block) -> list[Apply]:
@@ -88,7 +89,7 @@ def _applies(block: Block) -> list[Apply]:
 
 def _block_flops(block: Block, tokens: int) -> int:
     total = sum(
-        _count(node.shape.tokens, tokens)
+        axis_size(node.shape.tokens, tokens)
         * OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
         for node in _applies(block)
     )
@@ -103,11 +104,6 @@ def _times(part: Block) -> int:
     return part.experts.count if part.experts.most is None else part.experts.most
 
 
-def _count(axis: str, tokens: int) -> int:
-    """Return how many tokens an axis has, where x and the context have so many."""
-    return int(axis) if axis.isdecimal() else tokens
-
-
 def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
     if isinstance(mixing.mix, Recurrence):
         dims = {each.name: each.shape for each in block.tensors}
@@ -120,7 +116,7 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
         dims = {each.name: each.shape for each in block.tensors}
         dims |= {**_per_head(mixing, key.heads or 1), "k": (key.dim,)}
         each += _expr_flops(mix.carry, dims)[0]
-    rows, columns = _count(mixing.queries, tokens), _count(mixing.keys, tokens)
+    rows, columns = axis_size(mixing.queries, tokens), axis_size(mixing.keys, tokens)
     from ..algebra.counting import pairs  # loads numpy, and a search may never ask
 
     return each * pairs(mix.mask, rows, columns, mixing.heads)

@@ -14,6 +14,7 @@ from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.syntax import Call, Index, Name, walk
 from ...ops import OPS
+from ...ops.shape import pooling
 from ..algebra.masks import extent
 from ..model import OFFERED, PREVIOUS, Apply, Block, Flow, Mixing, Part, Read, Recurrence, Statistic
 from .later import later_read
@@ -73,9 +74,13 @@ def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
     q, *others = (grows(each, grown) for each in flow.inputs)
     if flow.queries != "n":
         return "what it gathers depends on all tokens" if q or any(others) else None
+    if flow.mix.select is not None and flow.mix.select.rows > 1:
+        return "`rows` of its `select` let a query choose with later ones"
     if flow.keys == "n":
         causal = extent(flow.mix.mask).causal
         return None if causal else "its mask lets a query see later keys"
+    if pooling(flow.keys)[0] == "n":  # of groups, of which `later_read` says if they are complete
+        return None
     far = [each for each in flow.inputs if each.shape.tokens == flow.keys]
     if any(grows(each, grown) for each in far):
         return "its keys depend on all tokens"

@@ -3,6 +3,7 @@
 Keys      keys and values of all tokens, or of a window; once, however many attentions read them
 State     the states of a recurrence
 Context   what is made of a context, once
+Groups    a stream of which groups of tokens are pooled
 Tails     the tokens before the next one
 Within    what a part of a layer keeps
 
@@ -17,6 +18,7 @@ from functools import lru_cache
 from math import prod
 
 from ...ops import Shape
+from ...ops.shape import axis_size
 from ..algebra.masks import extent, in_order, remembered, widest
 from ..graph.graph import AnyNode, Graph, Node, is_wide, made_by, shape_of
 from ..graph.operations import Attend, Scan, Stage, Whole
@@ -41,7 +43,7 @@ class Held:
 
     def bytes(self, tokens: int, size: int) -> int:
         count = self.shape.tokens
-        own = int(count) if count.isdecimal() else tokens
+        own = axis_size(count, tokens)
         size = max(4, size) if self.wide or self.changing else size
         return own * self.shape.features * (8 if self.name == "doc" else size)
 
@@ -104,6 +106,16 @@ class Tails:
 
 
 @dataclass(frozen=True, slots=True)
+class Groups:
+    """A stream whose tokens are pooled, of all tokens."""
+
+    stream: Held
+
+    def bytes(self, tokens: int, size: int) -> int:
+        return self.stream.bytes(tokens, size)
+
+
+@dataclass(frozen=True, slots=True)
 class Within:
     """What a part of a layer keeps, by the part's name."""
 
@@ -114,7 +126,7 @@ class Within:
         return self.kept.bytes(tokens, size)
 
 
-Part = Keys | State | Context | Tails | Within
+Part = Keys | State | Context | Groups | Tails | Within
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +139,11 @@ class Kept:
     def keys(self) -> tuple[Keys, ...]:
         """The caches of keys and values."""
         return tuple(each for each in self.parts if isinstance(each, Keys))
+
+    @property
+    def of_tokens(self) -> tuple[Keys | Groups, ...]:
+        """The caches that have room for so many tokens."""
+        return tuple(each for each in self.parts if isinstance(each, Keys | Groups))
 
     @property
     def context(self) -> tuple[Held, ...]:
@@ -153,7 +170,21 @@ def kept_of(graph: Graph) -> Kept:
     """Return what the block of a graph keeps."""
     roots = Roots(graph)
     of_tokens, of_context = _keys(graph, roots), _context(graph, roots)
-    return Kept((*of_tokens, *_states(graph), *of_context, *_tails(graph), *_within(graph)))
+    groups = tuple(map(Groups, _held(graph, pooled(graph))))
+    return Kept(
+        (*of_tokens, *_states(graph), *of_context, *groups, *_tails(graph), *_within(graph))
+    )
+
+
+def pools(graph: Graph, node: AnyNode) -> bool:
+    """Say whether a node makes groups of the tokens of a call."""
+    groups = made_by(node, Stage) and node.op.definition.groups
+    return groups and "n" in graph.node(node.inputs[0]).dims
+
+
+def pooled(graph: Graph) -> tuple[str, ...]:
+    """Return the streams whose tokens are pooled."""
+    return tuple(dict.fromkeys(each.inputs[0] for each in graph.nodes if pools(graph, each)))
 
 
 def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
@@ -176,6 +207,7 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         ring, prefix = (None, 0) if reach.back is None else (reach.back + 1, reach.prefix)
         readers = tuple(node.name for node in nodes)
         ordered = any(in_order(expr) for node in nodes for expr in node.op.exprs)
+        ordered = ordered or any(node.op.mix.select is not None for node in nodes)
         streams = _held(graph, (*read, *lent))
         if nodes[0].op.mix.in_turn:
             streams = _changing(nodes[0], streams)

@@ -14,14 +14,15 @@ multiples and sums of its constants.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import floor, inf
 
-from ...grammar.expr import TRUE, names
+from ...grammar.expr import TRUE, calls, fold, names, number
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import (
+    POOLED,
     Binary,
     Call,
     Compare,
@@ -33,17 +34,105 @@ from ...grammar.syntax import (
     children,
     walk,
 )
+from ...ops import OPS
+from ...ops.shape import pooling
 from ..algebra.masks import bound, extent
-from ..model import Block, Flow, Mixing, Pairwise, Statistic, flow_nodes
+from ..model import Apply, Block, Flow, Mixing, Pairwise, Part, Read, Statistic, Stream, flow_nodes
 
 _FIRST = 64  # positions that are tried one by one
 _LARGEST = 1 << 24  # constants beyond it are no positions
 _MOST = 2048  # positions that are tried at most; where there are more, nothing is certain
 
 
+Streams = Mapping[str, Stream]
+
+
+def last_token(flow: Flow, streams: Streams) -> tuple[float, float]:
+    """Return a and b, where what a flow has at its token g is made of tokens up to a · g + b.
+
+    They are those that its axis is pooled of; a is 1 and b is 0 where it is not.
+    """
+    stride = pooling(flow.shape.tokens)[1]
+    if isinstance(flow, Read):
+        known = streams.get(flow.name)
+        return (1, 0) if stride == 1 else (stride, inf) if known is None else (
+            last_token(known.flow, streams)
+        )  # fmt: skip
+    if stride == 1:
+        return 1, 0
+    if isinstance(flow, Apply) and OPS[flow.op].groups:
+        last, step = OPS[flow.op].reaches(dict(flow.options))
+        a, b = last_token(flow.inputs[0], streams)
+        return a * step, a * last + b
+    ahead = isinstance(flow, Apply) and OPS[flow.op].looks_ahead(dict(flow.options))
+    if isinstance(flow, Apply | Part) and not ahead:
+        made = [last_token(each, streams) for each in flow.inputs if each.shape.tokens != "1"]
+        return stride, max((b for _, b in made), default=0)
+    return stride, inf
+
+
+def incomplete(
+    expr: Expr, known: Expr, streams: Streams, sides: tuple[str, ...] = ("i", "j")
+) -> Index | None:
+    """Return what an expression reads of a group that may not be complete at its query, if any.
+
+    `known` holds of all pairs that count; only what stands on these sides is asked for.
+    """
+    tried = bound(known, _is_tried, most=True)
+    for node in walk(expr):
+        if not isinstance(node, Index) or not isinstance(node.base, Name):
+            continue
+        for item in node.items:
+            if isinstance(item, Call) and item.function == POOLED and names(item) & {*sides}:
+                stream = streams.get(node.base.id)
+                a, b = (1, inf) if stream is None else last_token(stream.flow, streams)
+                if group_may_be_later(item.args[0], a, b, tried):
+                    return node
+    return None
+
+
+def group_may_be_later(place: Expr, a: float, b: float, known: Expr) -> bool:
+    """Say whether token a · place + b may lie after the query, where `known` holds."""
+    if b == inf:
+        return True
+    last = fold(Binary("+", Binary("*", place, number(int(a), place)), number(int(b), place)))
+    return _may_be_later(last, known)
+
+
+def _incomplete(block: Block, mixing: Mixing) -> Index | None:
+    """Return what an attention reads of groups that may not be complete at its query."""
+    assert isinstance(mixing.mix, Pairwise)
+    if mixing.queries != "n" or pooling(mixing.keys)[0] != "n":
+        return None
+    mix, streams = mixing.mix, {each.name: each for each in block.streams}
+    for read in mixing.inputs:  # keys that are pooled themselves
+        if read.shape.tokens == mixing.keys != "n":
+            a, b = last_token(read, streams)
+            tried = bound(mix.mask, _is_tried, most=True)
+            if group_may_be_later(Name("j"), a, b, tried):
+                return Index(Name(read.name), (Name("j"),), read.span)
+    if mix.select is not None:
+        free = Binary(
+            "and",
+            Binary("and", mix.mask, mix.select.among),
+            Unary("not", mix.select.always),
+        )
+        if found := incomplete(mix.select.score, free, streams):
+            return found
+    exprs = (mix.mask, mix.score, mix.weights, *mix.normalize.exprs)
+    met = () if mix.similarity is None else (mix.similarity,)
+    more = () if mix.select is None else (mix.select.always, mix.select.among)
+    for expr in (*exprs, *met, *more):
+        if found := incomplete(expr, mix.mask, streams):
+            return found
+    return None
+
+
 def later_read(block: Block, flow: Flow) -> Index | None:
     """Return what a flow reads at a token that may lie after its query, if anything."""
     if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
+        if found := _incomplete(block, flow):
+            return found
         mix = flow.mix
         exprs = (
             mix.mask,
@@ -88,7 +177,7 @@ def _reads(expr: Expr, known: Expr, visible: Expr) -> Iterator[tuple[Index, Expr
     match expr:
         case Index(Name(), items):
             for item in items:
-                if names(item) == {"j"} and item != Name("j"):
+                if names(item) == {"j"} and item != Name("j") and not calls(item, POOLED):
                     yield expr, item, known
         case Binary("and" | "or" as op, left, right):
             for one, other in ((left, right), (right, left)):
@@ -126,7 +215,7 @@ def _may_be_later(place: Expr, known: Expr) -> bool:
         return True
     i, j = at[:, None], at[None, :]
     with np.errstate(all="ignore"):
-        later = np.floor(numbers(place, {"j": j})) > i
+        later = np.floor(numbers(place, {"i": i, "j": j})) > i
         holds = numbers(known, {"i": i, "j": j})
     return bool(np.any(later & holds))
 

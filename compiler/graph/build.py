@@ -153,11 +153,11 @@ class _Builder:
         q, k, v = (each.name for each in mixing.inputs[:3])
         own = "" if name == "o" else f"{name}."
         read = {
-            part: tuple(self.given(each) for each in tensors_read(expr))
-            for part, expr in (
-                ("score", mix.score),
-                ("mask", mix.mask),
-                ("weights", mix.weights),
+            part: tuple(self.given(each) for each in tensors_read(*exprs))
+            for part, exprs in (
+                ("score", (mix.score,)),
+                ("mask", (mix.mask, *(() if mix.select is None else mix.select.exprs))),
+                ("weights", (mix.weights,)),
             )
         }
         normal = tuple(self.given(each) for each in tensors_read(*mix.normalize.exprs))
@@ -167,7 +167,7 @@ class _Builder:
         op = Similarity(mix.scale, mix.similarity, mix.carry)
         s = self.add(f"{own}s", op, (q, k, *met), grid)
         s = self.add(f"{own}s.1", Score(mix.score), (s, *read["score"]), grid)
-        visible = self.add(f"{own}visible", Mask(mix.mask), read["mask"], grid)
+        visible = self.add(f"{own}visible", Mask(mix.mask, mix.select), read["mask"], grid)
         p = self.add(f"{own}p", Normalize(mix.normalize), (s, visible, *normal), grid)
         p = self.add(f"{own}p.1", Weights(mix.weights), (p, visible, *read["weights"]), grid)
         p = self.add(f"{own}p.2", Drop(mix.dropout), (p,), grid)

@@ -17,7 +17,7 @@ from ...grammar.expr import rebuild, substitute
 from ...grammar.syntax import Expr, Index, Name
 from ...ops import OPS
 from ...ops.op import Op
-from ..model import Block, Normalizer, Pairwise, Recurrence
+from ..model import Block, Normalizer, Pairwise, Recurrence, Select
 
 Change = Callable[[Expr], Expr]
 
@@ -132,9 +132,14 @@ class Score(_Formula):
 
 @dataclass(frozen=True, slots=True)
 class Mask(_Formula):
-    """Who sees whom."""
+    """Who sees whom, and which of those it reads."""
 
+    select: Select | None = None
     name: ClassVar[str] = "mask"
+
+    def mapped(self, change: Change) -> Self:
+        select = None if self.select is None else self.select.mapped(change)
+        return replace(self, expr=change(self.expr), select=select)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ...grammar.expr import names
 from ...grammar.functions import MAP_FUNCTIONS
-from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
+from ...grammar.syntax import POOLED, Binary, Call, Expr, Index, Name, Number, children, walk
 from .graph import Graph, Node
 from .operations import Attend, TensorRead
 
@@ -30,6 +30,11 @@ def sides(expr: Expr) -> frozenset[str]:
     return frozenset(found)
 
 
+def is_pooled(read: Index) -> bool:
+    """Say whether an index reads a pooled stream, at a token that the pair's place makes."""
+    return any(isinstance(item, Call) and item.function == POOLED for item in read.items)
+
+
 def at_token(read: Index) -> Expr:
     """Return where the tokens of a stream are read: `i`, `j`, or an expression of `j`."""
     return next(item for item in read.items if names(item) & {QUERY, KEY})
@@ -37,7 +42,7 @@ def at_token(read: Index) -> Expr:
 
 def token(read: Index) -> str:
     """Return on which side a stream is read, i or j."""
-    return QUERY if at_token(read) == Name("i") else KEY
+    return QUERY if QUERY in names(at_token(read)) else KEY
 
 
 def read_along(graph: Graph, node: Node[Attend], side: str) -> tuple[str, ...]:
@@ -47,7 +52,7 @@ def read_along(graph: Graph, node: Node[Attend], side: str) -> tuple[str, ...]:
         for expr in node.op.exprs
         for each in walk(expr)
         if isinstance(each, Index) and isinstance(each.base, Name)
-        if not graph.is_tensor(each.base.id) and token(each) == side
+        if not graph.is_tensor(each.base.id) and not is_pooled(each) and token(each) == side
     }
     return tuple(name for name in node.inputs if name in read)
 

@@ -8,6 +8,7 @@ a number of each key, by sdpa      exact: float32 at least
 
 from __future__ import annotations
 
+from ...ops.shape import pooling
 from ..algebra.masks import extent
 from ..plan.attention import Attention
 
@@ -33,12 +34,14 @@ def needed(attention: Attention, *, documents: bool) -> tuple[str, ...]:
     if own or (attention.node.dims[2] == "n" and attention.reads_places):
         needs.append("plain")
     causal = not attention.crosses and extent(attention.mix.mask).causal
-    if attention.keys in ("n", "m") and not causal:
-        needs.append("run" if attention.keys == "n" else "context_run")
+    of = pooling(str(attention.keys))[0]
+    if of in ("n", "m") and not causal:
+        needs.append("run" if of == "n" else "context_run")
     return tuple(needs)
 
 
 def others(needs: tuple[str, ...]) -> str:
     """Say which calls do not fulfil some needs, "" where all do."""
-    found = [each for need in needs for each in _REFUSED[need]]
+    few = ("sequences of few tokens",)
+    found = [each for need in needs for each in _REFUSED.get(need, few)]
     return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))

@@ -24,7 +24,7 @@ from ..graph.build import tensors_read
 from ..graph.graph import Graph
 from ..graph.operations import Attend
 from ..graph.sides import rank
-from ..plan.attention import Attention
+from ..plan.attention import CHOOSES, Attention
 from ..text.pairs import widened
 from ..text.text import atomic, call, indent
 from ..text.values import Text, Values
@@ -43,6 +43,8 @@ def obstacle(attention: Attention) -> str | None:
         return why
     if attention.crosses or node.dims[2] != "n":
         return "its queries and keys are different tokens"
+    if mix.select is not None:
+        return CHOOSES
     if mix.dropout:
         return "it has no dropout"
     read = set(tensors_read(*attention.exprs))

@@ -16,7 +16,7 @@ from ..facts.parameters import weights
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend, TensorRead
 from ..model import PREVIOUS
-from ..plan.attention import Attention, reach
+from ..plan.attention import CHOOSES, Attention, reach
 from ..plan.kernel_form import KernelForm, Side
 from ..text.pairs import Pairs, operand
 from ..text.text import atomic, call, ident
@@ -32,6 +32,8 @@ def obstacle(attention: Attention) -> str | None:
     """Return why the pairwise kernels cannot carry an attention."""
     mix = attention.mix
     normalizer = mix.normalize
+    if mix.select is not None:
+        return CHOOSES
     if attention.in_turn is not None:
         return attention.in_turn
     if attention.maps:

@@ -22,7 +22,7 @@ from ...grammar.show import show
 from ...grammar.syntax import Binary, Expr, Index, Name, Number, Unary, children
 from ..graph.build import tensors_read
 from ..graph.sides import KEY, PAIR, QUERY, at_token, rank, sides
-from ..plan.attention import Attention
+from ..plan.attention import CHOOSES, Attention
 from ..text.pairs import Operand, operand
 from ..text.text import call, indent
 from . import sdpa
@@ -43,6 +43,8 @@ def of_keys(attention: Attention) -> Expr | str:
     bare = replace(node, op=replace(node.op, mix=replace(mix, score=Name("s"))))
     if why := sdpa.obstacle(Attention(attention.graph, bare)):
         return why
+    if mix.select is not None:
+        return CHOOSES
     if mix.mask not in (TRUE, sdpa.CAUSAL):
         return f"it takes `causal` and `all`, here `{show(mix.mask)}`"
     if derivative(mix.score, Name("s")) != Number(1):

@@ -8,12 +8,12 @@ where that is small, on a GPU, or in a graph that is compiled.
 
 from __future__ import annotations
 
-from ...grammar.expr import TRUE
+from ...grammar.expr import TRUE, names
 from ...grammar.show import show
 from ...grammar.syntax import Binary, Compare, Name
 from ..graph.graph import shape_of
 from ..model import Normalizer
-from ..plan.attention import Attention
+from ..plan.attention import CHOOSES, Attention
 from ..text.text import call, indent
 from .calls import needed
 from .way import Call, Way
@@ -35,6 +35,8 @@ def obstacle(attention: Attention) -> str | None:
         return f"queries meet keys by a product only, here by `{show(mix.similarity)}`"
     if mix.score != Name("s"):
         return f"it has no score function, here `{show(mix.score)}`"
+    if mix.select is not None and "s" in names(mix.select.score):
+        return "which keys a query reads depends on its logits"
     form = attention.exponential
     if form is None or not form.is_softmax:
         return f"it normalises by softmax only, here by `{_shown(mix.normalize)}`"
@@ -45,6 +47,8 @@ def obstacle(attention: Attention) -> str | None:
 
 def slow(attention: Attention) -> str | None:
     """Return why it would be slow where it fits: a mask that it takes as n × m numbers."""
+    if attention.mix.select is not None:
+        return f"{CHOOSES}: it takes that as a number for every pair"
     if attention.mix.mask in (TRUE, CAUSAL):
         return None
     return f"it takes `{show(attention.mix.mask)}` as a number for every pair"

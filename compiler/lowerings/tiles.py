@@ -13,7 +13,7 @@ by how far the mask reaches, and by where the sequences of a row begin and end.
 from __future__ import annotations
 
 from ...grammar.syntax import Name
-from ..plan.attention import Attention
+from ..plan.attention import CHOOSES, Attention
 from ..plan.plan import Target
 from ..text.text import call, indent
 from . import carry, distance, sdpa
@@ -67,7 +67,8 @@ def whole(attention: Attention, asked: str | None) -> bool:
 def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
     """Return what the method `attend` takes, in order."""
     groups = arguments(attention)
-    given = ("v", *(each for key in ("queries", "keys", "places") for each in groups[key]))
+    kinds = ("queries", "keys", "places", "tables")
+    given = ("v", *(each for key in kinds for each in groups[key]))
     if attention.in_turn is not None:
         carried = [carry.variable(each) for each in attention.carriers]
         carried += ["fresh", "idle"] if attention.mix.carry is not None else []
@@ -82,6 +83,8 @@ def uncompiled(attention: Attention) -> str | None:
         return why
     if attention.before:
         return "its rows read the queries before them"
+    if attention.mix.select is not None:
+        return CHOOSES
     added = attention.distance
     if not isinstance(added, str) and added.logit == Name("s"):
         return "a softmax of products is one pass already"
@@ -109,6 +112,7 @@ def methods(attention: Attention, target: Target) -> list[str]:
         args.append(_tuple(groups["places"]))
     if tensors:
         args.append(_tuple(tensors))
+    args += [f"tables={_tuple(groups['tables'])}"] if groups["tables"] else []
     args += [f"scale={attention.mix.scale!r}"] if takes_products(attention) else []
     args += ["reads=True"] if reads_q_or_k(attention) else []
     if compiled(attention, target):
@@ -149,7 +153,8 @@ def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
     name, groups = method_name(attention), arguments(attention)
     if attention.by_turns:
         groups = {**groups, "tensors": tuple(f"self.{each}" for each in attention.tensors)}
-        parts = [f"self.{name}_weights", "v", *map(_tuple, groups.values()), "ordered=ordered"]
+        stand = (_tuple(groups[key]) for key in groups if key != "tables")
+        parts = [f"self.{name}_weights", "v", *stand, "ordered=ordered"]
         body = call("return turn_by_turn", parts)
         return [*signature(name, given, "tuple[Tensor, ...]"), *indent(body)]
     args = [each for key in groups if key != "tensors" for each in groups[key]]

@@ -20,8 +20,9 @@ from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
 from ..plan.attention import Attention
-from ..text.pairs import Operand, Pairs, of_maps, operand
+from ..text.pairs import Operand, Pairs, of_maps, operand, table_name
 from ..text.text import atomic, call, comment, ident, indent, names_read
+from . import choosing
 
 
 def operands(attention: Attention) -> tuple[Operand, ...]:
@@ -30,7 +31,8 @@ def operands(attention: Attention) -> tuple[Operand, ...]:
     found: dict[Operand, None] = {}
     for read in attention.reads:
         assert isinstance(read.base, Name)
-        if not graph.is_tensor(read.base.id) and not operand(node, read):
+        apart = graph.is_tensor(read.base.id) or read.base.id in attention.tables
+        if not apart and not operand(node, read):
             found[Operand(read.base.id, token(read))] = None
     return tuple(sorted(found, key=lambda each: (node.inputs.index(each.name), each.at)))
 
@@ -72,6 +74,7 @@ def arguments(attention: Attention) -> dict[str, tuple[str, ...]]:
             *(sums_before(attention, at) for at in range(len(attention.running))),
         ),
         "places": (*places[1:], *(each for each in told if each == "other")),
+        "tables": tuple(map(table_name, attention.tables)),
         "tensors": tuple(ident(name) for name in attention.tensors),
     }
 
@@ -131,7 +134,7 @@ class Writer:
         self.mix = attention.mix
         self.normalizer, self.mask = self.mix.normalize, self.mix.mask
         self.told = attention.sequences
-        self.masked = self.mask != TRUE or bool(self.told)
+        self.masked = self.mask != TRUE or bool(self.told) or self.mix.select is not None
         self.pairs = Pairs(
             attention.graph,
             attention.node,
@@ -295,24 +298,26 @@ class Writer:
 
     def visibility(self) -> str:
         """Write who sees whom, and return the text of it; "" where all see all."""
-        if self.mask == TRUE:
+        if self.mask == TRUE and self.mix.select is None:
             return self._together if self.told else ""
         self._visible()
         return "visible"
 
     def _visible(self) -> None:
-        """Write who sees whom: what the mask says, of the query's own sequence."""
-        if self.mask == TRUE:
-            self.lines += [
-                f"visible = {self._together}",
-                "if visible is None:",
-                "    visible = torch.ones(1, 1, 1, k.shape[-2], dtype=torch.bool, device=q.device)",
-            ]
-            return
-        text = replace(self.pairs, wide=".double()").value(self.mask).text
-        self.lines.append(f"visible = {text}")
-        if self.told:
-            self.lines += ["if other is not None:", f"    visible = visible & {self._together}"]
+        """Write who sees whom, of the query's own sequence, and which of those it reads."""
+        every = "visible = torch.ones(1, 1, 1, k.shape[-2], dtype=torch.bool, device=q.device)"
+        if self.mask != TRUE:
+            text = replace(self.pairs, wide=".double()").value(self.mask).text
+            self.lines.append(f"visible = {text}")
+            together = f"visible = visible & {self._together}"
+            self.lines += ["if other is not None:", f"    {together}"] if self.told else []
+        elif self.told:
+            told = f"visible = {self._together}"
+            self.lines += [told, "if visible is None:", f"    {every}"]
+        else:
+            self.lines.append(every)
+        if self.mix.select is not None:
+            self.lines += choosing.lines(self.attention, self.pairs)
 
     def _hidden(self, text: str, by: str = "0") -> str:
         return self.pairs.hidden(text, by)

@@ -27,10 +27,12 @@ from torch.nn import functional
 
 from ...grammar.expr import names as names_of
 from ...grammar.functions import MAP_FUNCTIONS
-from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Unary, walk
-from ..model import PREVIOUS, Mixing, Normalizer, Pairwise, Statistic
+from ...grammar.syntax import POOLED, Binary, Call, Compare, Expr, Index, Name, Unary, walk
+from ...ops.shape import pooling
+from ..model import PREVIOUS, Mixing, Normalizer, Pairwise, Select, Statistic
 from .carry import carried_logits
 from .pairs import Groups, Map, Pairs
+from .select import selected
 from .values import Value, value
 
 
@@ -38,6 +40,10 @@ class Places(dict[str, Tensor]):
     """The position of every token, by what the tokens are: n, m, or a fixed number of them."""
 
     def __missing__(self, tokens: str) -> Tensor:
+        of, stride = pooling(tokens)
+        if stride > 1:
+            count = -(-self[of].shape[1] // stride)
+            return torch.arange(count, device=self["n"].device).expand(len(self["n"]), -1)
         return torch.arange(int(tokens), device=self["n"].device).expand(len(self["n"]), -1)
 
 
@@ -63,6 +69,8 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
     q, k, v = (wide(given.streams[each.name]) for each in mixing.inputs[:3])
     scope = _Scope(mixing, given, torch.Size((*q.shape[:3], k.shape[2])))
     visible = scope.dense(mix.mask)
+    if mix.select is not None:
+        visible = _read_of(mix.select, mix, scope, visible, (q, k), mixing.heads // k.shape[1])
     pairs = Pairs(*visible.nonzero(as_tuple=True))
     scope.map = Map(pairs, scope.shape)
     rows = scope.map.rows
@@ -121,6 +129,31 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         return dense.sum(-2 if kind == "columns" else -1)[..., None].to(o.dtype)
 
     return Mixed(o, map_s, map_p, statistic)
+
+
+def _read_of(
+    select: Select,
+    mix: Pairwise,
+    scope: _Scope,
+    visible: Tensor,
+    met: tuple[Tensor, Tensor],
+    group: int,
+) -> Tensor:
+    """Return which of the visible pairs are read. No gradient comes of it."""
+    with torch.no_grad():
+        pairs = Pairs(*visible.nonzero(as_tuple=True))
+        scope.map, names = Map(pairs, scope.shape), scope.names(pairs)
+        if "s" in names_of(select.score):
+            q, k = met
+            s = (q @ k.repeat_interleave(group, dim=1).mT)[visible]
+            if mix.similarity is not None:
+                s = torch.as_tensor(scope.evaluate(mix.similarity, pairs, names))
+            names["s"] = mix.scale * s
+        score = torch.as_tensor(scope.evaluate(select.score, pairs, names)).to(met[0])
+        dense = met[0].new_zeros(scope.shape)
+        dense = dense.index_put(tuple(pairs), score.expand(pairs.key.shape))
+        always, among = scope.dense(select.always), scope.dense(select.among)
+        return selected(select, visible, dense, always, among, select.by_heads)
 
 
 class Mixed(NamedTuple):
@@ -197,7 +230,11 @@ class _Scope:
         """Return t[…]. What points past an end reads the element at that end."""
         assert isinstance(node.base, Name)
         name = node.base.id
-        items = [self.evaluate(each, pairs, names) for each in node.items]
+        pooled = [isinstance(each, Call) and each.function == POOLED for each in node.items]
+        items = [
+            self.evaluate(each.args[0] if isinstance(each, Call) and found else each, pairs, names)
+            for each, found in zip(node.items, pooled, strict=True)
+        ]
         if name in self.given.tensors:
             tensor = self.given.tensors[name]
             if not items:  # all of it, the same for every pair
@@ -211,6 +248,8 @@ class _Scope:
             return _take(segments, (pairs.batch,), [own])
         shape = self.axes[name]
         at = 0 if shape.heads is None else 1
+        if any(pooled):
+            return _take(self.given.streams[name], (pairs.batch,), items)
         places = names["i"] if node.items[at] == Name("i") else names["j"]
         own = pairs.query if node.items[at] == Name("i") else pairs.key
         items[at] = own + (items[at] - places)  # so many tokens from its own

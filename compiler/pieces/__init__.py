@@ -6,12 +6,15 @@ may use anything but math, torch and other pieces.
 
 FILES = (
     "constants",
+    "patches",
     "positions",
     "stages",
     "along",
     "experts",
+    "groups",
     "maps",
     "tiles",
+    "gathered",
     "fused",
     "flex",
     "chunks",

@@ -34,13 +34,15 @@ class Tile(NamedTuple):
 class Standing(NamedTuple):
     """How many operands stand along queries, along keys, and along keys in the last dimension.
 
-    The first of the former are q and k; the last operand of all is a line where it is `biased`.
+    After them, `tables` are of rows of the batch, but of no key or query. The first of the former
+    are q and k; the last operand of all is a line where it is `biased`.
     """
 
     queries: int
     keys: int
     places: int
     biased: bool
+    tables: int = 0
 
     def along(self, at: int) -> int:
         """Return the dimension in which operand number `at` stands along the tokens."""
@@ -125,6 +127,7 @@ def over_tiles(
     places: tuple[Any, ...] = (),
     tensors: tuple[Any, ...] = (),
     *,
+    tables: tuple[Any, ...] = (),
     scale: float | None = None,
     reads: bool = False,
     compiled: Callable[..., Any] | None = None,
@@ -143,9 +146,10 @@ def over_tiles(
 ) -> Any:
     """Return the mixed values [b, h, n, e], and what else `weigh` gives of each query.
 
-    weigh(*queries, *keys, *places, *tensors) gives the weights [b, h, n, m], or these and
-    numbers [b, h, n, ·]. `queries` [..., n, ·] and `keys` [..., m, ·] stand along the tokens,
-    `places` [..., m] along the last dimension; the first of them are q and k. Where there is a
+    weigh(*queries, *keys, *places, *tables, *tensors) gives the weights [b, h, n, m], or these
+    and numbers [b, h, n, ·]. `queries` [..., n, ·] and `keys` [..., m, ·] stand along the tokens,
+    `places` [..., m] along the last dimension; the first of them are q and k. `tables` [b, …] are
+    read at any place. Where there is a
     `scale`, `weigh` takes their products times that before all else; it may `read` them as well.
 
     Query `a` is key `start + a`, None where that is not known; then it sees keys up to `back`
@@ -158,7 +162,7 @@ def over_tiles(
     """
     q, k = queries[0], keys[0]
     (b, heads, n, _), m = q.shape, k.shape[2]
-    operands = (*queries, *keys, *places, *tensors)
+    operands = (*queries, *keys, *places, *tables, *tensors)
     none = () if line is None else (None,)
     how = Weighing(weigh, scale, reads, None)
     few = whole or torch.compiler.is_compiling() or b * heads * n * m * width <= TILE
@@ -171,7 +175,7 @@ def over_tiles(
         return done if len(done) > 1 else done[0]
     alike = compiled is not None and n > 1  # a single query is compiled for by itself
     how = how._replace(compiled=compiled(weigh)) if compiled is not None and alike else how
-    standing = Standing(len(queries), len(keys), len(places), False)
+    standing = Standing(len(queries), len(keys), len(places), False, len(tables))
     rows = ranges_of(q, m, start, back, ahead, prefix, own, max(128, 4 * before))
     turned = line is not None and start is not None
     if line is not None and start is not None:  # from the last key back, as the line goes
@@ -180,7 +184,7 @@ def over_tiles(
         keys = tuple(None if x is None else x.flip(-2) for x in keys)
         places = tuple(None if x is None else x.flip(-1) for x in places)
         v = v.flip(-2)
-        given = (*queries, *keys, *places, *tensors, found.reshape(-1, found.shape[-1]))
+        given = (*queries, *keys, *places, *tables, *tensors, found.reshape(-1, found.shape[-1]))
     else:
         given = (*operands, *none)
         if visible is not None:
@@ -356,10 +360,12 @@ def along_keys(x: Tensor, tile: Tile, dim: int) -> list[Tensor]:
 
 def parts_of(x: Tensor, at: int, standing: Standing, tile: Tile) -> list[Tensor]:
     """Return the parts of operand number `at` that a tile is made of; what is no batch is whole."""
-    queries, keys, places, _ = standing
-    if at >= queries + keys + places:
+    queries, keys, places, _, tables = standing
+    if at >= queries + keys + places + tables:
         return [x]
     x = x[tile.rows] if x.ndim > 2 and x.shape[0] > 1 else x
+    if at >= queries + keys + places:
+        return [x]
     if at < queries:
         x = x[:, tile.heads] if at == 0 else x
         return [x[..., tile.queries, :] if x.shape[-2] > 1 else x]

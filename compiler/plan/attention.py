@@ -21,6 +21,7 @@ from ...grammar.derive import derivative
 from ...grammar.expr import TRUE, calls, fold, names, substitute
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from ...kernels.spec import Reach
+from ...ops.shape import pooling
 from ..algebra.masks import Extent, extent, of_distance, reads_others
 from ..algebra.normalizers import Exponential, exponential
 from ..algebra.structure import Band, Distance, Documents, Structure, structure
@@ -28,9 +29,11 @@ from ..checking.blocks import sees_something
 from ..graph.build import tensors_read
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend
-from ..graph.sides import makes_vectors
+from ..graph.sides import is_pooled, makes_vectors
 from ..model import MAPS, PREVIOUS, Pairwise, without_document
 from .kernel_form import KernelForm, kernel_form
+
+CHOOSES = "which keys a query reads depends on what they hold"
 
 
 class Added(NamedTuple):
@@ -101,7 +104,7 @@ class Attention:
 
         `own` along the queries, `other` along the keys.
         """
-        if self.keys not in ("n", "m"):
+        if pooling(str(self.keys))[0] not in ("n", "m"):
             return ()
         return ("own", "other") if self.node.dims[2] == self.keys else ("other",)
 
@@ -124,6 +127,7 @@ class Attention:
     def by_turns(self) -> bool:
         """Whether values that read what is mixed are made of some queries after the others."""
         alone = self.by_rows and self.leaves_out and not self.before and not self.draws
+        alone = alone and not self.tables
         return alone and self.mix.again is not None and self.mix.carry is None
 
     @cached_property
@@ -182,7 +186,9 @@ class Attention:
                 return any(reads(each) for each in rows)
             return expr in (Name("i"), Name("j")) or any(reads(each) for each in children(expr))
 
-        return any(reads(expr) for expr in self.exprs)
+        select = self.mix.select
+        grouped = select is not None and max(select.size, select.rows) > 1
+        return grouped or any(reads(expr) for expr in self.exprs)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -210,6 +216,12 @@ class Attention:
         return tuple(
             name for name in self.node.others if self.graph.is_tensor(name) and name in read
         )
+
+    @cached_property
+    def tables(self) -> tuple[str, ...]:
+        """The pooled streams that its expressions read, at any of their tokens."""
+        read = {each.base for each in self.reads if is_pooled(each)}
+        return tuple(name for name in self.node.others if Name(name) in read)
 
     @cached_property
     def maps(self) -> tuple[str, ...]:
@@ -253,7 +265,8 @@ class Attention:
         """Whether some queries can be attended to without the others, but those just before."""
         columns = "columns" in self.node.op.kinds
         columns = columns or any(each.endswith("_queries") for each in self.called)
-        return "n" not in self.names and not columns
+        together = self.mix.select is not None and self.mix.select.rows > 1
+        return "n" not in self.names and not columns and not together
 
     @cached_property
     def apart(self) -> bool:
@@ -264,7 +277,7 @@ class Attention:
             more = () if form is None else (form.extra, form.held)
             exprs = [self.distance.logit, *(each for each in more if each is not None)]
         read = {"h"} | set(self.node.inputs)
-        several = {"mix_heads", "coin"} & self.called
+        several = {"mix_heads", "coin"} & self.called or self.mix.select is not None
         return not (several or self.maps or self.maps_below or self.mix.similarity) and not any(
             names(each) & read for each in exprs
         )
@@ -292,6 +305,8 @@ class Attention:
         kind = self.structure
         if isinstance(kind, Documents) and not self.graph.block.marks:
             kind = kind.inner
+        if self.mix.select is not None:  # which says more than the mask, but not before it is made
+            return False
         return self.leaves_out and not isinstance(kind, Band | Distance)
 
     @cached_property
@@ -319,6 +334,8 @@ class Attention:
             return "its mask reads more than the distance of a pair"
         if "seen" in self.names:
             return "it counts what a query sees"
+        if self.mix.select is not None:
+            return CHOOSES
         if added == Number(0) and mask == TRUE:
             return "nothing is added to its logits"
         return Added(rest, added, mask)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from ...grammar.expr import PLACES, names, rebuild
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import (
+    POOLED,
     Binary,
     Call,
     Compare,
@@ -62,6 +63,11 @@ class Operand:
     @property
     def variable(self) -> str:
         return f"{ident(self.name)}_{self.at}"
+
+
+def table_name(name: str) -> str:
+    """Return the variable of a pooled stream that expressions read at any of its tokens."""
+    return f"{ident(name)}_g"
 
 
 def operand(node: Node[Attend], read: Index) -> str:
@@ -310,7 +316,11 @@ class Pairs(Values):
         seen = Operand(read.base.id, token(read))
         variable = self.variables.get(seen, seen.variable)
         at = at_token(read)
-        if at not in (Name("i"), Name("j")):
+        if isinstance(at, Call) and at.function == POOLED:
+            place = self.side(PAIR).value(at.args[0]).text
+            place = f"{atomic(place)}.mT" if seen.at == QUERY else place
+            variable = f"rows_at({table_name(seen.name)}, {place})"
+        elif at not in (Name("i"), Name("j")):
             steps = self.side(KEY).value(Binary("-", at, Name("j"))).text
             variable = f"steps_on({variable}, {steps}{', other' * self.told})"
         items = [item for item in read.items if item is not at]

@@ -44,7 +44,7 @@ _OURS = frozenset((
     "line", "past", "total", "made", "exact",
 ))  # fmt: skip
 _MADE = re.compile(  # what the text calls its own
-    r"_$|__\d+$|_[hijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
+    r"_$|__\d+$|_[ghijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|past|query|read|start|value|written)s?(?:_\d+)?$"
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ....grammar.expr import rebuild
+from ....grammar.expr import names, rebuild
 from ....grammar.syntax import Binary, Expr, Name, Number
 from ...model import MAPS
 from ..graph import AnyNode, Graph, made_by
@@ -29,6 +29,8 @@ def _folded(node: AnyNode) -> AnyNode:
     if not made_by(node, Attend) or node.op.mix.similarity is not None:
         return node
     mix = node.op.mix
+    if mix.select is not None and "s" in names(mix.select.score):  # which is the s before `score`
+        return node
     found: set[float] = set()
     bare = _without(mix.score, found)
     if len(found) != 1 or found & {0.0, 1.0} or bare == S:

@@ -1,0 +1,229 @@
+"""Groups of tokens: what is pooled of them, and which of them a query chooses."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def groups_in(
+    x: Tensor, size: int, stride: int, start: int, run: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens of each group of x [b, (heads,) n, d], [b, (heads,) groups, size, d].
+
+    Group g holds `size` tokens from start + stride · g on. Beside them which there are
+    [b or 1, (1,) groups, size, 1]: those of the sequence, where run [b, n] is no padding.
+    """
+    n = x.shape[-2]
+    count = (n + stride - 1) // stride
+    after = start + stride * (count - 1) + size - n
+    tokens = F.pad(x, (0, 0, -start, after)).unfold(-2, size, stride)[..., :count, :, :].mT
+    at = stride * torch.arange(count, device=x.device)[:, None]
+    at = at + torch.arange(start, start + size, device=x.device)
+    held = torch.tensor([n], device=x.device) if run is None else (run >= 0).sum(1)
+    inside = (at >= 0) & (at < held[:, None, None])
+    inside = inside[..., None]
+    return tokens, inside[:, None] if x.ndim == 4 else inside
+
+
+def pooled_sum(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+    """Return the sum of each group."""
+    tokens, inside = groups_in(x, size, stride, start, run)
+    return tokens.masked_fill(~inside, 0).sum(-2)
+
+
+def pooled_mean(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+    """Return the mean of each group, of the tokens that there are."""
+    tokens, inside = groups_in(x, size, stride, start, run)
+    return tokens.masked_fill(~inside, 0).sum(-2) / inside.sum(-2).clamp(min=1)
+
+
+def pooled_max(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+    """Return the maxima of each group, 0 of one without any token."""
+    tokens, inside = groups_in(x, size, stride, start, run)
+    most = tokens.masked_fill(~inside, -torch.inf).amax(-2)
+    return most.masked_fill(~inside.any(-2), 0)
+
+
+def pooled_min(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+    """Return the minima of each group, 0 of one without any token."""
+    return -pooled_max(-x, size, stride, start, run)
+
+
+def pooled_first(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+    """Return the first token of each group, 0 where it has none."""
+    tokens, inside = groups_in(x, size, stride, start, run)
+    earlier = F.pad(inside, (0, 0, 1, 0))[..., :-1, :]
+    return tokens.masked_fill(~inside | earlier, 0).sum(-2)
+
+
+def pooled_last(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+    """Return the last token of each group, 0 where it has none."""
+    tokens, inside = groups_in(x, size, stride, start, run)
+    later = F.pad(inside, (0, 0, 0, 1))[..., 1:, :]
+    return tokens.masked_fill(~inside | later, 0).sum(-2)
+
+
+def pooled_linear(
+    x: Tensor, size: int, stride: int, start: int, run: Tensor | None, weight: Tensor
+) -> Tensor:
+    """Return a linear map, weight [d, size · d], of the tokens of each group, one after another."""
+    tokens, inside = groups_in(x, size, stride, start, run)
+    return F.linear(tokens.masked_fill(~inside, 0).flatten(-2), weight)
+
+
+def pooled_attention(
+    x: Tensor, size: int, stride: int, start: int, run: Tensor | None, weight: Tensor
+) -> Tensor:
+    """Return the mean of each group by the softmax of its tokens' products with weight [1, d]."""
+    tokens, inside = groups_in(x, size, stride, start, run)
+    tokens = tokens.masked_fill(~inside, 0)
+    lowest = torch.finfo(tokens.dtype).min
+    share = F.linear(tokens, weight).masked_fill(~inside, lowest).softmax(-2)
+    return (share * tokens).sum(-2)
+
+
+def windows_of(
+    x: Tensor, size: int, stride: int, start: int, run: Tensor | None, fill: float = 0
+) -> Tensor:
+    """Return the tokens of each group [b, (heads,) groups, size, d], `fill` where there is none."""
+    tokens, inside = groups_in(x, size, stride, start, run)
+    return tokens.masked_fill(~inside, fill)
+
+
+def group_starts(x: Tensor, stride: int) -> Tensor:
+    """Return the number of the first of each `stride` tokens of x [b, (heads,) n, d]."""
+    return torch.arange(0, x.shape[-2], stride, device=x.device)
+
+
+def run_of_groups(run: Tensor | None, stride: int) -> Tensor | None:
+    """Return of each `stride` tokens 0 where they are begun, -1 for padding; run is [b, n]."""
+    return None if run is None else run[:, ::stride].clamp(max=0)
+
+
+def rows_at(x: Tensor, at: Tensor) -> Tensor:
+    """Return the tokens of x [b, (heads,) groups, d] at numbers [b or 1, 1, 1, m].
+
+    What lies past an end is the token at that end.
+    """
+    at = at.long().clamp(0, max(0, x.shape[-2] - 1))
+    if at.shape[0] == 1:
+        return x.index_select(-2, at.flatten())
+    at = at[:, 0, 0, :, None] if x.ndim == 3 else at[:, 0, :, :, None].expand(-1, x.shape[1], -1, 1)
+    return x.gather(-2, at.expand(*at.shape[:-1], x.shape[-1]))
+
+
+def groups_of_keys(j: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the group of `size` tokens of each key, as its rank, and where the groups begin.
+
+    Keys stand in order at j [b or 1, 1, 1, m]; so do the ranks. The beginnings are
+    [b or 1, 1, 1, groups], 0 for more groups than there are.
+    """
+    group = j.long() // size
+    rank = F.pad(group[..., 1:] != group[..., :-1], (1, 0)).cumsum(-1)
+    rank = rank[..., : group.shape[-1]]
+    count = j.shape[-1] // size + 4  # of two ranges of keys, each begins and ends within a group
+    rank = rank.clamp(max=count - 1)
+    first = group.new_zeros(*group.shape[:-1], count)
+    return rank, first.scatter(-1, rank, group * size)
+
+
+def any_of_groups(x: Tensor, group: Tensor, count: int) -> Tensor:
+    """Say which of `count` groups have a key of x [b, h, n, m], by the group of each key."""
+    found = torch.zeros(*x.shape[:-1], count, dtype=torch.int8, device=x.device)
+    return found.scatter_reduce(-1, group.expand(x.shape), x.to(torch.int8), "amax").bool()
+
+
+def at_groups(x: Tensor, group: Tensor) -> Tensor:
+    """Return what is known of groups, x [b, h, n, groups], at the group of each key."""
+    if group.shape[0] == 1:
+        return x.index_select(-1, group.flatten())
+    return x.gather(-1, group.expand(*x.shape[:-1], -1))
+
+
+def best_of_groups(e: Tensor, free: Tensor, group: Tensor, count: int, by: str) -> Tensor:
+    """Return the max or sum of scores e [b, h, n, m] over the keys of each group that are free."""
+    group = group.expand(e.shape)
+    if by == "max":
+        none = e.new_full((*e.shape[:-1], count), -torch.inf)
+        return none.scatter_reduce(-1, group, e.masked_fill(~free, -torch.inf), "amax")
+    none = e.new_zeros(*e.shape[:-1], count)
+    return none.scatter_add(-1, group, e.masked_fill(~free, 0))
+
+
+def score_within(
+    e: Tensor, free: Tensor, group: Tensor, count: int, by: str, rows: tuple[Tensor, int] | None
+) -> Tensor:
+    """Return the score of each group of keys, for `rows` of queries together: max, sum or mean.
+
+    e and free are [b, h, n, m]; what it gives is [b, h, n, groups].
+    """
+    kind = "max" if by == "max" else "sum"
+    found = best_of_groups(e, free, group, count, kind)
+    number = best_of_groups(torch.ones_like(e), free, group, count, "sum")
+    if rows is not None:
+        some = number > 0
+        found = over_rows(found, some, rows, kind)
+        number = over_rows(number, some, rows, "sum")
+    return found / number.clamp(min=1) if by == "mean" else found
+
+
+def over_rows(x: Tensor, free: Tensor, rows: tuple[Tensor, int], by: str) -> Tensor:
+    """Return the max or sum of x [b, h, n, groups] over the queries that choose together."""
+    row, count = rows
+    return at_groups(best_of_groups(x.mT, free.mT, row, count, by), row).mT
+
+
+def any_of_rows(x: Tensor, rows: tuple[Tensor, int]) -> Tensor:
+    """Say of which groups, x [b, h, n, groups], something holds for any query of each row's."""
+    row, count = rows
+    return at_groups(any_of_groups(x.mT, row, count), row).mT
+
+
+def of_heads(x: Tensor, share: int, heads: int) -> Tensor:
+    """Return x [b, h or 1, n, m] with the heads that share in a dimension: [b, h / share, …]."""
+    x = x.expand(-1, heads, -1, -1)
+    return x.view(len(x), heads // share, share, *x.shape[2:])
+
+
+def top_groups(e: Tensor, free: Tensor, count: Tensor | int) -> Tensor:
+    """Choose the `count` best of scores e [b, h, n, groups] that are free; of equals the first.
+
+    `count` is a number, or one of each row [b, h, n, 1].
+    """
+    groups, fixed = e.shape[-1], isinstance(count, int)
+    room = torch.as_tensor(count, device=e.device)
+    most = count if isinstance(count, int) else int(room.max()) if room.numel() else 0
+    if fixed and groups <= most:
+        return free
+    e = torch.where(free, e, -torch.inf)
+    if torch.compiler.is_compiling() or bool(e.sum().isnan()):
+        e = e.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    best = e.topk(min(max(most, 1), groups), -1, sorted=not fixed).values
+    if fixed:
+        chosen = free & (e >= (least := best.amin(-1, keepdim=True)))
+    else:
+        at = (room - 1).clamp(0, best.shape[-1] - 1).expand(*e.shape[:-1], 1)
+        chosen = free & (e >= (least := best.gather(-1, at))) & (room > 0)
+    if torch.compiler.is_compiling() or bool((chosen.sum(-1, keepdim=True) > room).any()):
+        above = chosen & (e > least)  # of those that are as good as the last, the first ones
+        equal = chosen & ~above
+        left = room - above.sum(-1, keepdim=True)
+        chosen = above | (equal & (equal.cumsum(-1) <= left))
+    return chosen
+
+
+def groups_above(e: Tensor, free: Tensor, threshold: float) -> Tensor:
+    """Choose all of the scores that are free and above a threshold."""
+    return free & (e > threshold)
+
+
+def groups_of_mass(e: Tensor, free: Tensor, share: float) -> Tensor:
+    """Choose the fewest of the free scores whose softmax reaches a share; of equals the first."""
+    e = e.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    p = e.masked_fill(~free, torch.finfo(e.dtype).min).softmax(-1) * free
+    p, order = torch.sort(p, dim=-1, descending=True, stable=True)
+    before = p.cumsum(-1) - p
+    chosen = torch.zeros_like(p, dtype=torch.bool)
+    return free & chosen.scatter(-1, order, before < share)
