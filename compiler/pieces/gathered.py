@@ -255,8 +255,9 @@ class OverGroups(torch.autograd.Function):
         total = queries.new_zeros(len(queries), each)
         room = Room(queries)
         for group, rows, shown in steps_of(given, layout, b, n, m, q.device):
-            p = room.product(0, in_rows(queries, rows, b * units), keys[group]).exp_()
-            p = p if shown is None else p.mul_(shown)
+            p = room.product(0, in_rows(queries, rows, b * units), keys[group])
+            p = p if shown is None else p.masked_fill_(~shown, -torch.inf)
+            p.exp_()
             total.index_add_(0, rows, p.sum(-1).view(-1, each))
             part = room.product(1, p, values[group])
             mixed.index_add_(0, rows, part.view(len(rows), each, -1))
@@ -287,8 +288,9 @@ class OverGroups(torch.autograd.Function):
         room = Room(queries)
         for group, rows, shown in steps_of(ctx.given, layout, b, n, m, q.device):
             x, y = (in_rows(z, rows, b * units) for z in (queries, given))
-            p = room.product(0, x, turned[group]).exp_()
-            p = p if shown is None else p.mul_(shown)
+            p = room.product(0, x, turned[group])
+            p = p if shown is None else p.masked_fill_(~shown, -torch.inf)
+            p.exp_()
             of_v[group] += p.mT @ y[..., :-1]
             s = room.product(1, y, of_values[group]).mul_(p)
             of_k[group] += s.mT @ x[..., :-1]
