@@ -6,8 +6,9 @@ Shape(tokens='n', dim=64, heads=8)
 
 from __future__ import annotations
 
+from .bucket import Bucket
 from .conv import Conv
-from .draws import Bernoulli, DropHeads, Noise
+from .draws import Bernoulli, DropHeads, DropSequence, Noise
 from .dropout import Dropout
 from .embed import Embed
 from .features import Reduce, Slice, Softmax, Top
@@ -22,7 +23,7 @@ from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
 from .pool import Pool, Windows
 from .rope import Rope
-from .routing import Bucket, Largest, LargestTokens, OneHot
+from .routing import Largest, LargestTokens, OneHot
 from .running import Running
 from .shape import Shape
 from .shift import Shift
@@ -52,7 +53,6 @@ OPS: dict[str, Op] = {
         Top(),
         Largest(),
         LargestTokens(),
-        Bucket(),
         OneHot(),
         Slice(),
         Reduce(),
@@ -64,10 +64,12 @@ OPS: dict[str, Op] = {
         Index(),
         Latents(),
         Embed(),
+        Bucket(),
         Rope(),
         Dropout(),
         Bernoulli(),
         DropHeads(),
+        DropSequence(),
         Noise(),
         MeanTokens(),
         Average(),

@@ -1,9 +1,9 @@
-"""Choices: `largest`, `largest_tokens`, `bucket`, `one_hot`. They are 1 where chosen, else 0.
+"""Choices: `largest`, `largest_tokens`, `one_hot`. They are 1 where chosen, else 0.
 
     largest(2)                          of each token, the two largest features
     largest(4, over = heads)            of each feature, the four heads where it is largest
     largest_tokens(share = 1 / 8)       of each feature, the tokens of the sequence where it is
-    tokens | bucket(8) | one_hot(8)     by a hash of the id
+    tokens | bucket(8, last = 1) | one_hot(8)   by a hash of the id
 
 Of equal numbers the first is taken. A choice gives no gradient; a number times a choice does.
 """
@@ -100,40 +100,6 @@ def _first(x: Tensor, dim: int, count: int) -> Tensor:
 
     order = x.sort(dim=dim, descending=True, stable=True).indices
     return torch.zeros_like(x).scatter(dim, order.narrow(dim, 0, count), 1)
-
-
-class Bucket(Op):
-    """`tokens | bucket(count, seed = 0)`: a number below `count`, by a hash of the token's id.
-
-    It is ((2654435761 id + 40503 seed) mod 2^32) // 2^8 mod count (Knuth's multiplicative hash).
-    """
-
-    name = "bucket"
-    options = (Option("count", "size", required=True), Option("seed", "number", 0))
-
-    def needs(self, out: Shape, inputs: Sequence[Shape], options: Options) -> Shape | None:
-        return replace(out, dim=1)
-
-    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
-        (x,) = inputs
-        if x.dim != 1 or x.heads is not None:
-            raise Mismatch("`bucket` takes the ids of `tokens`", f"it is {x}")
-        seed = options["seed"]
-        if not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise Mismatch("a seed is a whole number from 0", f"seed = {seed}", at="seed")
-        return x
-
-    def eager(
-        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
-    ) -> Tensor:
-        mixed = inputs[0] * 2654435761 + options["seed"] * 40503
-        found: Tensor = mixed % 2**32 // 2**8 % int(options["count"])
-        return found
-
-    def text(
-        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
-    ) -> str:
-        return f"bucket({inputs[0]}, {options['count']}, {options['seed']})"
 
 
 class OneHot(Op):

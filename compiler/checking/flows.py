@@ -24,7 +24,6 @@ from ...ops import OPS, UNNAMED, Op, Shape
 from ..model import (
     MAPS,
     OFFERED,
-    PREVIOUS,
     Apply,
     Block,
     Flow,
@@ -35,7 +34,7 @@ from ..model import (
     is_part,
 )
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
-from .library import put
+from .library import is_once, put
 from .names import module_name
 from .options import bound, option_value
 from .routing import as_experts
@@ -45,7 +44,8 @@ from .scope import Scope, body, inline_stage, suggest
 OFFERS = {  # where a model gives them
     "earlier": "a model without `lanes` has it",
     "condition": "every model has it, given at each call",
-    "tokens": "a model with a `vocab` has it",
+    "tokens": "a model with a `vocab` has it, unless learned tokens stand in front (`memory`)",
+    "turn": "every model has it: how often the layer has run before",
 }
 MEANS = {"mean": "average", "mean_each": "average_each"}  # over a batch, in `regularize`
 
@@ -84,6 +84,7 @@ class _Whole:
     module: str
     span: Span
     others: tuple[Flow, ...] = ()
+    once: Span | None = None  # where the text is that its tensors belong to, if shared
 
 
 def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
@@ -200,17 +201,17 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
                     f"write `{show(_around(expr, stages[-1]))}`",
                 )
             return _pipe(scope, first, stages, target)
-        case syntax.Attribute(Name("previous"), name) if name in MAPS:
-            where = {"s": "score", "p": "weights"}[name]
-            raise error(
-                "L208",
-                f"`previous.{name}` is a number a pair, not a stream",
-                expr.span,
-                "",
-                f"read it in `{where}`",
-            )
-        case syntax.Attribute(Name("previous"), name, span):
-            return Read(f"{PREVIOUS}{name}", scope.previous(name, span), span)
+        case syntax.Attribute(_, name, span) if (found := scope.elsewhere(expr)) is not None:
+            if name in MAPS:
+                where = {"s": "score", "p": "weights"}[name]
+                raise error(
+                    "L208",
+                    f"`{show(expr)}` is a number a pair, not a stream",
+                    span,
+                    "",
+                    f"read it in `{where}`",
+                )
+            return Read(found.name, found.shape, span)
         case Call(name) if name in OPS and OPS[name].starts:
             return _pipe(scope, Read("x", scope.inputs["x"], expr.span), (expr,), target)
         case Unary() | Binary() | Compare() | Call():
@@ -340,7 +341,8 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
             shape = what.out.shape
             if what.x.heads is None and head.shape.heads is not None:  # each head alike
                 shape = replace(shape, heads=head.shape.heads)
-            head = Part(what, (head, *step.others), shape, step.module, step.span)
+            inputs = (head, *step.others)
+            head = Part(what, inputs, shape, step.module, step.span, step.once)
             continue
         head = _apply(scope, replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
@@ -359,11 +361,24 @@ def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> d
 
 def _apply(scope: Scope, step: _Stage, head: Flow | None) -> Flow:
     inputs = step.others if head is None else (head, *step.others)
-    if step.op.name == "embed" and not (isinstance(head, Read) and head.name == "tokens"):
-        raise error("L206", "`embed` takes the ids of `tokens`", step.span, "these are none")
+    if step.op.name in ("embed", "bucket") and not _are_ids(scope, head, step.op.name):
+        label = "these are none"
+        raise error("L206", f"`{step.op.name}` takes the ids of `tokens`", step.span, label)
     if step.op.name == "pointwise":
         return composed(step.options["expr"], _for_heads(scope, inputs), step.span)
     return applied(step.op.name, step.options, inputs, step.span, step.places)
+
+
+def _are_ids(scope: Scope, flow: Flow | None, taker: str) -> bool:
+    """Say whether a stream holds ids: those of the tokens, or of buckets, to be embedded."""
+    match flow:
+        case Read("tokens"):
+            return "tokens" in scope.inputs
+        case Read(name) if name in scope.streams:
+            return _are_ids(scope, scope.streams[name].flow, taker)
+        case Apply("bucket"):
+            return taker == "embed"
+    return False
 
 
 def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list[_Stage | _Whole]:
@@ -394,6 +409,8 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
                 ]
             inside = resolve_function(scope, result.value, frozenset("x"))
             return [_pointwise(put(inside, {"x": Name("a0")}), (), stage.span)]
+    if name == "once":
+        return [_once(scope, stage, target, suffix)]
     if name == "gate":
         (other,) = exactly(stage, args, 1)
         gate = _flow(scope, other, replace(target, shape=None))
@@ -458,6 +475,9 @@ def _mixture(scope: Scope, stage: Name | Call, args: tuple[Expr, ...]) -> _Whole
     """Return `mixture(part, weights)`: as many feed-forwards as there are weights, sent tokens."""
     part, weighing = exactly(stage, args, 2)
     call = scope.parts.get(part.id, part) if isinstance(part, Name) else part
+    once = call.span if is_once(call) else None
+    if isinstance(call, Call) and once is not None:
+        (call,) = exactly(call, call.args, 1)
     weights = _flow(scope, weighing, Target("weights"))
     flows = {name: each.flow for name, each in scope.streams.items()}
     assert scope.whole is not None
@@ -466,7 +486,24 @@ def _mixture(scope: Scope, stage: Name | Call, args: tuple[Expr, ...]) -> _Whole
     def experts(given: Shape) -> Block:
         return as_experts(make(given), given, weights, flows, stage.span)
 
-    return _Whole(experts, "experts", stage.span, (weights,))
+    return _Whole(experts, "experts", stage.span, (weights,), once)
+
+
+def _once(scope: Scope, call: Expr, target: Target, module: str = "") -> _Whole:
+    """Return the part of `once(stage)`: all that mentions this place of the text shares it."""
+    assert isinstance(call, Call)
+    (inner,) = exactly(call, call.args, 1)
+    if not isinstance(inner, Name | Call):
+        raise error("L208", "this is not a stage", inner.span, "", "give `once` one stage or part")
+    name = inner.id if isinstance(inner, Name) else inner.function
+    if scope.library.kind_of(inner) is not None:
+        return replace(_whole(scope, inner, module_name(module or name)), once=call.span)
+    _expand(scope, inner, target)  # what is wrong with it is said here
+    wrapped = Definition(
+        "stage", name, (), (syntax.Result(syntax.Pipe(None, (inner,), inner.span)),)
+    )
+    whole = _whole(scope, Name(name, inner.span), module_name(module or name), wrapped)
+    return replace(whole, once=call.span)
 
 
 def _named_part(
@@ -477,7 +514,10 @@ def _named_part(
     if not isinstance(stage, Name):
         raise error("L209", f"`{name}` takes no arguments here", stage.span)
     if name in scope.parts:
-        return [_whole(scope, scope.parts[name], module_name(name))]
+        part = scope.parts[name]
+        if is_once(part):
+            return [_once(scope, part, target, name)]
+        return [_whole(scope, part, module_name(name))]
     norm = scope.around.norm
     if norm == Name("none"):
         return []

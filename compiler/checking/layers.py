@@ -28,6 +28,7 @@ from ..model import (
     Block,
     Flow,
     Part,
+    Read,
     Stream,
     applies,
     flow_mapped,
@@ -38,7 +39,7 @@ from ..model import (
 from .arithmetic import applied
 from .around import NONE, Around
 from .flows import Target, elaborate, regularizing
-from .library import Library, bind, put, substitute_statement
+from .library import Library, bind, is_once, put, substitute_statement
 from .scope import Findings, Scope
 
 
@@ -85,6 +86,7 @@ class _Layer:
             parts=self.parts,
             around=around,
             whole=whole,
+            depth=around.below,
         )
         self._gather(self.syntax, call, [])
         self.findings.settle()
@@ -120,8 +122,8 @@ class _Layer:
         if isinstance(value, Name) and value.id in self.parts:
             return self.parts[value.id]
         kind = self.library.kind_of(value)
-        if self.kind == "layer":
-            return value if kind is not None else None
+        if self.kind == "layer" or is_once(value):
+            return value if kind is not None or is_once(value) else None
         return value if kind == "ffn" and not self._is_function(value) else None
 
     def _is_function(self, value: Expr) -> bool:
@@ -200,7 +202,12 @@ class _Layer:
                 added = regularizing(scope, more)
         self.findings.settle()
         assert made is not None
-        kept = reaching(scope.streams, [made] if added is None else [made, added])
+        above = [
+            Read(name, scope.streams[name].shape)
+            for name in scope.streams
+            if name in self.library.read_above
+        ]
+        kept = reaching(scope.streams, [made, *above, *([] if added is None else [added])])
         streams = [each for name, each in scope.streams.items() if name in kept]
         block = composed(self.syntax.name, self.kind, scope, streams, made, self.syntax.span)
         block = replace(block, regularize=added)
@@ -319,6 +326,7 @@ def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> 
         title=stage.name,
         around=scope.around,
         whole=whole,
+        depth=scope.depth,
     )
     inner.elaborate = lambda let, own, name: Stream(name, elaborate(own, let.value, Target(name)))
     for each in declared:

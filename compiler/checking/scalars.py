@@ -22,7 +22,6 @@ from ...grammar.functions import (
     VECTOR_FUNCTIONS,
 )
 from ...grammar.show import show
-from ...grammar.source import Span
 from ...grammar.syntax import (
     POOLED,
     Binary,
@@ -39,7 +38,8 @@ from ...ops import Shape
 from ...ops.shape import pooling
 from ..algebra.thresholds import require
 from ..algebra.trends import Unclear
-from ..model import MAPS, PREVIOUS, Apply, Normalizer, Read
+from ..model import MAPS, Apply, Mixing, Normalizer, Pairwise, Read, Statistic, Stream, elsewhere
+from .depth import place_of
 from .expressions import Dims, Resolver, Value, plain
 from .library import put
 from .scope import Scope, body, suggest
@@ -108,8 +108,8 @@ class _Resolver(Resolver):
 
     def other(self, expr: Expr) -> Value:
         match expr:
-            case syntax.Attribute(Name("previous"), name):
-                return Value(self._previous(name, expr.span))
+            case syntax.Attribute() if place_of(expr) is not None:
+                return Value(self._elsewhere(expr))
         if isinstance(expr, syntax.Pipe) and self.what == "score":
             return Value(self._compose(expr.head, expr.stages))
         raise error(
@@ -179,19 +179,22 @@ class _Resolver(Resolver):
             )
         return dims
 
-    def _previous(self, name: str, span: Span) -> Expr:
-        """`previous.s` in a score, `previous.p` in weights: the map of the layer below (L214)."""
-        if (self.what, name) not in (("score", "s"), ("weights", "p")):
-            named = f"give the stream a name first: `let below = previous.{name}`"
+    def _elsewhere(self, expr: syntax.Attribute) -> Expr:
+        """`previous.s` in a score, `previous.p` in weights: the map of another layer (L214)."""
+        if (self.what, expr.name) not in (("score", "s"), ("weights", "p")):
+            named = f"give the stream a name first: `let below = {show(expr)}`"
+            maps = "a score reads `previous.s`, weights read `previous.p`"
             raise error(
                 "L214",
-                f"`previous.{name}` cannot be read here",
-                span,
+                f"`{show(expr)}` cannot be read here",
+                expr.span,
                 "",
-                "a score reads `previous.s`, weights read `previous.p`" if name in MAPS else named,
+                maps if expr.name in MAPS else named,
             )
-        self.scope.layer_below(span)
-        return Name(f"{PREVIOUS}{name}", span)
+        found = self.scope.elsewhere(expr)
+        assert found is not None
+        self.scope.maps_read[found.name] = found
+        return Name(found.name, expr.span)
 
     def _sum_streams(self, expr: Call) -> Expr:
         """Return the sum of an expression over the heads of streams that tokens alone index (L216).
@@ -381,7 +384,47 @@ class _Resolver(Resolver):
             done = put(self.scalar(stage), {"s": done})
         return done
 
+    def _of_map_beside(self, expr: Index, base: syntax.Attribute) -> Value:
+        """`near.p[h, i, j // 16]`: the weights of a branch, at any of its keys (L214)."""
+        scope, branch = self.scope, base.base
+        name = scope.own(branch.id) if isinstance(branch, Name) else ""
+        if name:
+            scope.shape(name, base.span)
+        stream = scope.streams.get(name)
+        mixing = stream.flow if stream is not None else None
+        if self.what != "select" or base.name != "p" or not isinstance(mixing, Mixing) or not (
+            isinstance(mixing.mix, Pairwise)
+        ):  # fmt: skip
+            raise error(
+                "L214",
+                f"`{show(base)}` cannot be read here",
+                expr.span,
+                "",
+                "the score of a `select` reads the weights of a branch that attends: "
+                "`near.p[h, i, j]`",
+            )
+        items = tuple(self.scalar(each) for each in expr.items)
+        shape = Shape(mixing.queries, 1, mixing.heads)
+        along = len(items) == 3 and items[1] == Name("i") and mixing.queries == self.axes.queries
+        if not along or not names(items[2]) <= {"j"}:
+            raise error(
+                "L214",
+                f"`{show(base)}` is read at a head, at `i`, and at a number made of `j`",
+                expr.span,
+                "",
+                f"write `{show(base)}[h, i, j // 16]`",
+            )
+        own = f"{name}.weights"
+        if own not in scope.streams:
+            read = Read(name, mixing.shape, base.span)
+            scope.streams[own] = Stream(own, Statistic("map", None, (read,), shape, base.span))
+        self._place(own, items[0], mixing.heads, only_numbers=False)
+        place = Call(POOLED, (items[2],), (), items[2].span)
+        return Value(Index(Name(own, base.span), (*items[:2], place), expr.span))
+
     def index(self, expr: Index) -> Value:
+        if isinstance(expr.base, syntax.Attribute):
+            return self._of_map_beside(expr, expr.base)
         if not isinstance(expr.base, Name):
             raise error("L214", "only a stream or a tensor can be indexed", expr.base.span)
         name = self.scope.own(expr.base.id)
@@ -467,7 +510,7 @@ class _Resolver(Resolver):
         if stride > 1 and one_side and not any(isinstance(each, Index) for each in walk(item)):
             return True
         indexed = any(isinstance(each, Index) for each in syntax.walk(item))
-        fits = name != "doc" and not name.startswith(PREVIOUS) and not indexed
+        fits = name != "doc" and elsewhere(name) is None and not indexed
         if fits and "j" in allowed and names(item) == {"j"}:  # another key's token
             return False
         shown = " or ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"

@@ -85,6 +85,8 @@ def incomplete(
         for item in node.items:
             if isinstance(item, Call) and item.function == POOLED and names(item) & {*sides}:
                 stream = streams.get(node.base.id)
+                if stream is not None and isinstance(stream.flow, Statistic):
+                    continue  # of a map, whose rows know what they see
                 a, b = (1, inf) if stream is None else last_token(stream.flow, streams)
                 if group_may_be_later(item.args[0], a, b, tried):
                     return node
@@ -117,7 +119,8 @@ def _incomplete(block: Block, mixing: Mixing) -> Index | None:
             Binary("and", mix.mask, mix.select.among),
             Unary("not", mix.select.always),
         )
-        if found := incomplete(mix.select.score, free, streams):
+        asked = not mix.select.elsewhere  # else that layer says it of the same pairs
+        if asked and (found := incomplete(mix.select.score, free, streams)):
             return found
     exprs = (mix.mask, mix.score, mix.weights, *mix.normalize.exprs)
     met = () if mix.similarity is None else (mix.similarity,)

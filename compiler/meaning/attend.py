@@ -29,7 +29,7 @@ from ...grammar.expr import names as names_of
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import POOLED, Binary, Call, Compare, Expr, Index, Name, Unary, walk
 from ...ops.shape import pooling
-from ..model import PREVIOUS, Mixing, Normalizer, Pairwise, Select, Statistic
+from ..model import Mixing, Normalizer, Pairwise, Select, Statistic, is_map_elsewhere
 from .carry import carried_logits
 from .pairs import Groups, Map, Pairs
 from .select import selected
@@ -56,7 +56,7 @@ class Given(NamedTuple):
     segments: Tensor | None  # [b, n]; None: one document
     training: bool
     mixed: dict[str, Mixed]  # what has been attended to so far
-    below: Mapping[str, Tensor] = MappingProxyType({})  # the map below: s, p [b, heads, n, m]
+    below: Mapping[str, Tensor] = MappingProxyType({})  # maps of other layers [b, heads, n, m]
 
 
 def attend(mixing: Mixing, given: Given) -> Mixed:
@@ -84,10 +84,10 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         return torch.as_tensor(read(expr, more)).to(q).expand(pairs.key.shape)
 
     names |= {
-        node.id: given.below[node.id.removeprefix(PREVIOUS)][visible]
+        node.id: given.below[node.id][visible]
         for expr in (mix.score, mix.weights)
         for node in walk(expr)
-        if isinstance(node, Name) and node.id.startswith(PREVIOUS)
+        if isinstance(node, Name) and is_map_elsewhere(node.id)
     }
     group = mixing.heads // k.shape[1]
     if mix.carry is not None:
@@ -117,6 +117,8 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
     def statistic(asked: Statistic) -> Tensor:
         """Return a number for every row or column of the map, [b, heads, tokens, 1]."""
         kind, expr = asked.kind, asked.expr
+        if kind == "map":
+            return map_p.detach()
         scope.axes |= {each.name: each.shape for each in asked.inputs}
         if kind in ("lse", "joint"):
             nothing = 0 if kind == "lse" else -torch.inf
@@ -249,6 +251,8 @@ class _Scope:
         shape = self.axes[name]
         at = 0 if shape.heads is None else 1
         if any(pooled):
+            if not pooled[at := len(items) - 2] and node.items[at] == Name("i"):
+                items[at] = pairs.query  # of a map beside
             return _take(self.given.streams[name], (pairs.batch,), items)
         places = names["i"] if node.items[at] == Name("i") else names["j"]
         own = pairs.query if node.items[at] == Name("i") else pairs.key

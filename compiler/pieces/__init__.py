@@ -14,6 +14,7 @@ FILES = (
     "groups",
     "maps",
     "tiles",
+    "turns",
     "gathered",
     "fused",
     "flex",

@@ -45,11 +45,6 @@ def largest_tokens(x: Tensor, count: int | None, share: float | None, run: Tenso
     return ((place < limit) & (run >= 0)).to(x.dtype)
 
 
-def bucket(ids: Tensor, count: int, seed: int) -> Tensor:
-    """Return a number below `count` for each id, by its hash."""
-    return (ids * 2654435761 + seed * 40503) % 2**32 // 2**8 % count
-
-
 def one_hot(ids: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Return 1 at the feature that each of ids [..., 1] names, 0 at the others."""
     return (ids.detach() == torch.arange(count, device=ids.device)).to(dtype)

@@ -42,7 +42,7 @@ from ..graph.sides import (
     sides,
     token,
 )
-from ..model import MAPS, PREVIOUS
+from ..model import MAPS, elsewhere, is_map_elsewhere
 from .text import atomic, ident
 from .values import Text, Values
 
@@ -146,7 +146,7 @@ def _spread(expr: Expr) -> bool:
     """Say whether an expression is a fraction for every pair by itself."""
     match expr:
         case Name(id):
-            return id.removeprefix(PREVIOUS) in MAPS
+            return id in MAPS or is_map_elsewhere(id)
         case Call(name) if name in MAP_FUNCTIONS and not name.startswith(_WHOLE_MAPS):
             return False
         case Index() | Compare():
@@ -275,8 +275,8 @@ class Pairs(Values):
     def leaf(self, expr: Name | Index) -> Text:
         if isinstance(expr, Name):
             name = "rows" if expr.id == "sum" else expr.id
-            if name.startswith(PREVIOUS):
-                return Text(name.replace(".", "_"), 0)
+            if elsewhere(name) is not None:
+                return Text(ident(name), 0)
             place = name.partition(".")[0]  # `j`, or `j.to(wide)`
             if self.layout == PAIR or place not in ("i", "j", "h"):
                 return Text(name, 0)
@@ -324,6 +324,14 @@ class Pairs(Values):
             steps = self.side(KEY).value(Binary("-", at, Name("j"))).text
             variable = f"steps_on({variable}, {steps}{', other' * self.told})"
         items = [item for item in read.items if item is not at]
+        if len(items) == 2 and isinstance(items[1], Call):  # a map beside, at any of its keys
+            head, place = items[0], self.side(PAIR).value(items[1].args[0]).text
+            if isinstance(head, Number):
+                variable = f"{variable}[:, {head.value} : {head.value + 1}]"
+            elif head != Name("h") or int(dims[1]) != self.heads:
+                picked = f"({self.side(PAIR)._place(head, int(dims[1]))}).flatten()"
+                variable = f"{variable}[:, {picked}]"
+            return Text(f"columns_at({variable}, {place})", 0)
         if len(dims) == 4:
             head, feature = items[0], items[1] if len(items) > 1 else None
             rank = 0 if feature is not None else 1

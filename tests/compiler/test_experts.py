@@ -20,7 +20,7 @@ from headloom.grammar.parse import parse
 TEXT = """
 block a { heads = 2; mask = causal; position = rope }
 ffn fired { let w = x | linear(4) | relu; out = x | mixture(geglu(1), w) }
-ffn hashed { out = x | mixture(swiglu(1), tokens | bucket(4, 3) | one_hot(4)) }
+ffn hashed { out = x | mixture(swiglu(1), tokens | bucket(4, 3, last = 1) | one_hot(4)) }
 ffn taking { let t = x | linear(4) | sigmoid; let w = t * (t | largest_tokens(2))
   out = x | mixture(gelu(1), w) }
 ffn shared_out { let t = x | linear(4) | sigmoid; let w = t * (t | largest_tokens(share = 0.5))
@@ -32,13 +32,15 @@ ffn own(hidden) {
 }
 ffn skipping { let w = x | linear(5) | softmax | top(2)
   out = (x | mixture(own(16), w | slice(0, 4))) + (w | slice(4)) * x }
+ffn sharing { let w = x | linear(4) | softmax | top(2); out = x | mixture(once(gelu(1)), w) }
 ffn grouped : moe(8, 2, 1, router = sigmoid, balance = none) {
   let open   = sum(score | split(4) | top(2)) | largest(2, over = heads)
   let chosen = where(open > 0, score | split(4), -1) | merge | largest(2)
 }
 """
 FEED_FORWARDS = ("moe(8, 2, 1)", "moe(4, 1, 1, shared = swiglu, router = sigmoid)", "fired",
-                 "hashed", "taking", "shared_out", "skipping", "grouped")  # fmt: skip
+                 "hashed", "taking", "shared_out", "skipping", "grouped", "sharing",
+                 "once(moe(4, 2, 1))")  # fmt: skip
 TOKENS = torch.randint(31, (3, 9), generator=torch.Generator().manual_seed(0))
 
 

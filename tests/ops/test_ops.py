@@ -16,6 +16,7 @@ from headloom.compiler.pieces import along, experts, groups, maps, positions, st
 from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
 from headloom.ops import OPS, Mismatch, Run, Shape, pool
+from headloom.ops.bucket import factors
 from headloom.ops.pointwise import evaluate
 from headloom.ops.shape import axis_size
 
@@ -206,6 +207,8 @@ CASES = {
     "dropout": Case("dropout", FLAT, p=0.5),
     "bernoulli": Case("bernoulli", SPLIT, rate=0.3),
     "drop_heads": Case("drop_heads", SPLIT, count=3),
+    "drop_sequence": Case("drop_sequence", SPLIT, rate=0.4),
+    "drop_sequence, scaled": Case("drop_sequence", FLAT, rate=0.4, scaled=True),
     "noise": Case("noise", SPLIT, std=0.5),
     "activation": Case("pointwise", FLAT, expr=parse_expression("silu(a0)")),
     "arithmetic": Case(
@@ -447,7 +450,7 @@ def expected(name: str) -> Tensor:
             z = torch.view_as_complex(x[..., 2:].unflatten(-1, (2, 2)).contiguous())
             z = torch.view_as_real(z * torch.exp(1j * turn)).flatten(-2)
             return torch.cat([x[..., :2], z], -1)
-        case "dropout" | "drop_heads" | "noise":
+        case "dropout" | "drop_heads" | "drop_sequence" | "drop_sequence, scaled" | "noise":
             return x
         case "activation":
             return x / (1 + (-x).exp())
@@ -525,7 +528,7 @@ def test_the_eager_meaning_is_torchs_own(name: str) -> None:
 
 
 def test_every_operation_has_a_case() -> None:
-    in_models = {"embed", "tied", "bucket"}  # of ids, and of a model's embedding: test_layers.py
+    in_models = {"bucket", "embed", "tied"}  # of ids, of a model's embedding: test_layers.py
     assert {case.op.name for case in CASES.values()} == set(OPS) - in_models
 
 
@@ -664,6 +667,11 @@ def test_draws_have_their_rates() -> None:
     assert torch.equal(y, torch.where(zero[..., None, None], 0, x))
     assert len({tuple(each.tolist()) for each in zero}) > 20
     assert (zero.float().mean(0) - 3 / 8).abs().max() < 0.2
+    left = OPS["drop_sequence"].eager([x], {"rate": 0.3, "scaled": True}, {}, run)
+    gone = (left == 0).flatten(1)
+    assert torch.equal(gone.all(1), gone.any(1))
+    assert 9 <= gone.all(1).sum() <= 30
+    torch.testing.assert_close(left[~gone.all(1)].unique(), torch.tensor([10.0]))
     noise = OPS["noise"].eager([x], {"std": 2}, {}, run) - x
     assert abs(noise.std().item() - 2) < 0.02
     assert abs(noise.mean().item()) < 0.02
@@ -838,10 +846,11 @@ def test_a_step_is_compiled_and_exported() -> None:
 
 def test_buckets_of_ids_are_even_and_depend_on_the_seed() -> None:
     op, ids = OPS["bucket"], torch.arange(4000)[None, :, None]
-    found = {seed: op.eager([ids], {"count": 8, "seed": seed}, {}, Run({})) for seed in (0, 1)}
+    options = {"count": 8, "last": 1}
+    found = {seed: op.eager([ids], {**options, "seed": seed}, {}, Run({})) for seed in (0, 1)}
     for each in found.values():
         counts = each.flatten().bincount(minlength=8)
         assert len(counts) == 8
         assert counts.min() > 400
     assert not torch.equal(found[0], found[1])
-    assert torch.equal(experts.bucket(ids, 8, 1), found[1])
+    assert torch.equal(along.buckets(ids, 8, factors(1, 1)), found[1])
