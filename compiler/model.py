@@ -244,6 +244,16 @@ class Normalizer:
         return replace(self, numerator=numerator, denominator=rest[0] if rest else None)
 
 
+def _running(*exprs: Expr) -> tuple[Expr, ...]:
+    found: dict[Expr, None] = {}
+    for expr in exprs:
+        for node in reversed(list(walk(expr))):
+            match node:
+                case Call("running_queries", (arg,)):
+                    found[arg] = None
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Select:
     """Which of the visible keys a query reads, by content: groups of them, by a score.
@@ -274,6 +284,11 @@ class Select:
     def exprs(self) -> tuple[Expr, ...]:
         """Every expression of a pair."""
         return (self.score, self.always, self.among)
+
+    @property
+    def running(self) -> tuple[Expr, ...]:
+        """What its score sums over the queries up to one, inner ones first."""
+        return _running(self.score)
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Select:
         """Return it with each of these changed."""
@@ -313,14 +328,12 @@ class Pairwise:
 
     @property
     def running(self) -> tuple[Expr, ...]:
-        """What its expressions sum over the queries up to one, inner ones first."""
-        found: dict[Expr, None] = {}
-        for expr in (self.score, self.weights):
-            for node in reversed(list(walk(expr))):
-                match node:
-                    case Call("running_queries", (arg,)):
-                        found[arg] = None
-        return tuple(found)
+        """What its expressions sum over the queries up to one, inner ones first.
+
+        What a selection sums comes first: it sees what is not chosen too.
+        """
+        chosen = () if self.select is None else self.select.running
+        return (*chosen, *_running(self.score, self.weights))
 
     @property
     def exprs(self) -> tuple[Expr, ...]:

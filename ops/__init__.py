@@ -10,7 +10,7 @@ from .conv import Conv
 from .draws import Bernoulli, DropHeads, Noise
 from .dropout import Dropout
 from .embed import Embed
-from .features import Reduce, Slice, Softmax, Top
+from .features import Argmax, Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .index import Index
 from .joint import Joint
@@ -49,6 +49,7 @@ OPS: dict[str, Op] = {
         L1Norm(),
         Softmax(),
         Top(),
+        Argmax(),
         Slice(),
         Reduce(),
         Conv(),

@@ -385,7 +385,7 @@ class _Resolver(Resolver):
         if not isinstance(expr.base, Name):
             raise error("L214", "only a stream or a tensor can be indexed", expr.base.span)
         name = self.scope.own(expr.base.id)
-        items = tuple(self.scalar(each) for each in expr.items)
+        items = tuple(map(_plain, map(self.scalar, expr.items)))
         axes: tuple[str, ...]
         sizes: tuple[int, ...]
         if name == "doc":
@@ -478,6 +478,12 @@ class _Resolver(Resolver):
             "",
             "`i` are the queries' tokens, `j` the keys', `j // 4 * 4` another key's",
         )
+
+
+def _plain(item: Expr) -> Expr:
+    """Return `i` for what is only written another way, `i // 1`; any other index as it is."""
+    folded = fold(item)
+    return folded if isinstance(folded, Name) else item
 
 
 def _is_whole(expr: Expr) -> bool:

@@ -24,13 +24,16 @@ from ..plan.attention import Attention
 from ..text.pairs import Pairs
 from ..text.text import atomic, indent
 
+ZEROS = "torch.zeros(pairs, dtype=wide, device=q.device)"  # of every pair
 
-def lines(attention: Attention, pairs: Pairs) -> list[str]:
-    """Return the lines that leave in `visible` what is chosen."""
+
+def lines(attention: Attention, pairs: Pairs, made: list[str]) -> list[str]:
+    """Return the lines that leave in `visible` what is chosen; `made` are those of its maps."""
     select = attention.mix.select
     assert select is not None
     writer = _Writer(attention, pairs, select)
-    return ["with torch.no_grad():", *indent(writer.lines())]
+    shape = "pairs = (*q.shape[:3], k.shape[-2])"
+    return ["with torch.no_grad():", *indent([shape, *made, *writer.lines()])]
 
 
 class _Writer:
@@ -42,8 +45,7 @@ class _Writer:
     def lines(self) -> list[str]:
         """Return all of them."""
         select = self.select
-        done = ["pairs = (*q.shape[:3], k.shape[-2])"]
-        free = "visible"
+        done, free = [], "visible"
         if select.always != FALSE:
             done.append(f"always = visible & {atomic(self._truth('always'))}")
             free += " & ~always"
@@ -94,11 +96,12 @@ class _Writer:
             *self._rows(),
         ]
         every = "free.expand(pairs)"
-        if select.within:
+        if select.within or select.size == 1:
             rows = "rows" if select.rows > 1 else "None"
+            within = select.within or "max"
             done += [
                 f"e = {atomic(self._score())}.to(wide).expand(pairs)",
-                f'e = score_within(e, {every}, group, count, "{select.within}", {rows})',
+                f'e = score_within(e, {every}, group, count, "{within}", {rows})',
             ]
         else:
             done += [

@@ -184,6 +184,7 @@ class Pairs(Values):
     tame: bool = False  # whether all pairs, visible or not, have finite numbers
     local: bool = False  # whether params and consts are variables, not the module's
     wide: str = ".to(wide)"  # how a place becomes a fraction
+    zeros: str = "torch.zeros_like(s)"  # of every pair
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
     whole: Mapping[str, str] = field(default_factory=dict)  # q and k, where they are: for all heads
     made: Mapping[Expr, str] = field(default_factory=dict)  # variables of functions of the map
@@ -260,7 +261,7 @@ class Pairs(Values):
     def spread(self, expr: Expr) -> str:
         """Return the text of a number for every pair, also where it does not read the logits."""
         text = self.value(expr).text
-        return text if _spread(expr) else f"torch.zeros_like(s) + {atomic(text)}"
+        return text if _spread(expr) else f"{self.zeros} + {atomic(text)}"
 
     def hidden(self, text: str, by: str = "0") -> str:
         """Return a text with what is not visible replaced."""

@@ -1,0 +1,69 @@
+"""Lines of a selection, beside the reference: each case was wrong, or did not run."""
+
+from __future__ import annotations
+
+import pytest
+
+from headloom.compiler.checking.check import check, find
+from headloom.compiler.model import Block
+from headloom.compiler.verify.cases import Subject
+from headloom.compiler.verify.verify import CHECKS
+from headloom.grammar.parse import parse
+
+P = "exp(s - max_keys(s)) / sum_keys(exp(s - max_keys(s)))"
+SELECTIONS = {
+    "the key of a pair, of heads that share it": "kv_heads = 2;"
+        " select = top(2, dot(q[h, i], k[h // 2, j]))",
+    "the key of a pair, in a mask": "kv_heads = 2; mask = dot(q[h, i], k[h // 2, j]) > 0",
+    "the key of a pair, under a score": "kv_heads = 2; score = softcap(5);"
+        " select = top(2, dot(q[h, i], k[h // 2, j]))",
+    "a key by itself, for all rows": "let r = x | linear(4);"
+        " select = top(2, r[j, h], rows = 64)",
+    "a map of what no logit is read in": "let r = x | linear(4);"
+        " select = top(2, r[j, h] / (1 + sum_keys(where(j < 3, r[j, h] ** 2, 0))))",
+    "blocks of one": "mask = causal; let g = k | pool(mean, size = 1);"
+        " select = top(2, dot(q[h, i], g[h, j // 1]))",
+    "sums over the queries so far": "mask = causal;"
+        f" select = top(2, running_queries({P}), always = window(2))",
+    "the same sums of what is chosen": "mask = causal; score = s - running_queries(sigmoid(s));"
+        " select = top(3, running_queries(sigmoid(s)), always = window(2))",
+    "sums over the queries without a logit": "mask = causal; let r = x | linear(4);"
+        " select = top(2, running_queries(sigmoid(r[i, h])) * r[j, h], always = window(2))",
+    "the maximum of more keys than are chosen": "mask = causal; score = s - max_keys(s);"
+        " select = top(2, where(s < max_keys(s), s - max_keys(s), -9))",
+}  # fmt: skip
+
+
+def subject(settings: str) -> Subject:
+    block = find(check(parse(f"block a {{ width = 16; heads = 4; {settings} }}")), "a")
+    assert isinstance(block, Block)
+    return Subject.of(block)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("check", ["forward", "gradients", "in tiles"])
+def test_it_is_what_it_means(name, check):
+    found = CHECKS[check](subject(SELECTIONS[name]))
+    assert isinstance(found, str) or found[1] < 1e-9
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTIONS if "so far" in name])
+@pytest.mark.parametrize("check", ["decoding", "causality", "rows of a cache"])
+def test_a_cache_keeps_the_sums_that_choose(name, check):
+    assert CHECKS[check](subject(SELECTIONS[name]))[1] < 1e-9
+
+
+@pytest.mark.parametrize("start", [0, -3])
+def test_a_group_for_each_token_is_not_made_of_a_cache(start):
+    """It was brought to a cache as all groups so far."""
+    each = (
+        f"mask = causal; k = x | linear | split | pool(mean, size = 4, stride = 1, start = {start})"
+    )
+    assert CHECKS["forward"](subject(each))[1] < 1e-9
+    assert "reads later" in CHECKS["decoding"](subject(each))
+
+
+def test_a_group_of_one_is_its_token():
+    one = subject("mask = causal; k = x | linear | split | pool(mean, size = 1, stride = 1)")
+    assert CHECKS["decoding"](one)[1] < 1e-9
+    assert CHECKS["rows of a cache"](one)[1] < 1e-9

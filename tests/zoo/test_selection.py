@@ -1,0 +1,414 @@
+"""Mechanisms that choose by content: what they read, worked out pair by pair."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from math import exp
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, linear
+
+from .mechanisms import (
+    Mechanism,
+    assert_close,
+    causal,
+    merge,
+    softmax,
+    split,
+    text_of,
+    tokens,
+)
+
+N = 22
+
+
+def best(scores: dict[int, float], count: int) -> set[int]:
+    """Return the keys of the largest values, of equal ones the first."""
+    return set(sorted(scores, key=lambda at: (-scores[at], at))[: max(count, 0)])
+
+
+def pooled(x: Tensor, size: int, group: int) -> Tensor:
+    """Return the tokens of one group of x [n, d], as many as there are."""
+    return x[group * size : (group + 1) * size]
+
+
+@torch.no_grad()
+def streams_of(mechanism: Mechanism, x: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = mechanism.meaning.layer(x, {})[1]
+    return found
+
+
+class Row:
+    """One batch element and head of a mechanism: its q, k, logits and further streams."""
+
+    def __init__(self, mechanism: Mechanism, streams: dict[str, Tensor], b: int, h: int) -> None:
+        block = mechanism.block
+        self.streams, self.b, self.h = streams, b, h
+        self.group = block.heads // streams["k"].shape[1]
+        self.q, self.k = streams["q"][b, h], streams["k"][b, h // self.group]
+        self.s = next(iter(block.mixings.values())).mix.scale * self.q @ self.k.mT
+        self.p = softmax(self.s)
+        self.n = len(self.q)
+        self.parameter = mechanism.parameter
+
+    def mates(self) -> range:
+        """Return the query heads that share its key head."""
+        first = self.h // self.group * self.group
+        return range(first, first + self.group)
+
+
+Chooses = Callable[[Row, int], set[int]]
+
+
+def moba(row: Row, i: int) -> set[int]:
+    own = i // 4
+    gate = {g: float(row.q[i] @ pooled(row.k, 4, g).mean(0)) for g in range(own)}
+    blocks = {own, *best(gate, 2 - 1)}
+    return {j for j in range(i + 1) if j // 4 in blocks}
+
+
+def quest(row: Row, i: int) -> set[int]:
+    own, score = i // 4, {}
+    for page in range(own):
+        keys = pooled(row.k, 4, page)
+        low, high = keys.amin(0), keys.amax(0)
+        queries = [row.streams["q"][row.b, h, i] for h in row.mates()]
+        score[page] = float(sum(torch.maximum(q * low, q * high).sum() for q in queries))
+    pages = {own, *best(score, 3 - 1)}
+    return {j for j in range(i + 1) if j // 4 in pages}
+
+
+def block_sparse(row: Row, i: int) -> set[int]:
+    own = i // 4
+    query = pooled(row.q, 4, own).mean(0)
+    forced = {0, own, max(own - 1, 0)}
+    others = {g: float(query @ pooled(row.k, 4, g).mean(0)) for g in range(own)}
+    free = {g: e for g, e in others.items() if g not in forced}
+    blocks = forced | best(free, 3 - len(forced))
+    return {j for j in range(i + 1) if j // 4 in blocks}
+
+
+def loki(row: Row, i: int) -> set[int]:
+    basis = row.parameter("basis")[row.h]
+    near = (row.q[i] @ basis) @ (row.k @ basis).mT
+    return best({j: float(near[j]) for j in range(i + 1)}, 5)
+
+
+def dma(row: Row, i: int) -> set[int]:
+    gate = row.streams["gate"][row.b, :, row.h // 2]
+    return best({j: float(gate[j]) for j in range(i + 1)}, 5)
+
+
+def routing_transformer(row: Row, i: int) -> set[int]:
+    near = row.q @ row.parameter("cluster_proj.weight")[row.h].mT
+    cluster = near.argmax(-1)
+    return {j for j in range(i + 1) if cluster[j] == cluster[i]}
+
+
+def reformer(row: Row, i: int) -> set[int]:
+    rounds = [row.q @ row.parameter(f"{name}_proj.weight").mT for name in ("one", "two")]
+    buckets = [torch.cat([each, -each], -1).argmax(-1) for each in rounds]
+    return {j for j in range(i + 1) if any(each[j] == each[i] for each in buckets)}
+
+
+def recycled_attention(row: Row, i: int) -> set[int]:
+    full = i // 4 * 4
+    if i == full:
+        return set(range(i + 1))
+    kept = best({j: float(row.s[full, j]) for j in range(full + 1)}, 3)
+    return kept | set(range(full + 1, i + 1))
+
+
+def sparse_dllm(row: Row, i: int) -> set[int]:
+    block = set(range(i // 4 * 4, min(i // 4 * 4 + 4, row.n)))
+    raw = torch.zeros(row.n, dtype=row.k.dtype)
+    for h in range(4):
+        query = pooled(row.streams["q"][row.b, h], 4, i // 4).mean(0)
+        keys = row.streams["k"][row.b, h // row.group]
+        raw += torch.max_pool1d((keys @ query)[None], 3, 1, 1)[0]
+    return block | best({j: float(raw[j]) for j in range(row.n) if j not in block}, 6)
+
+
+def biformer(row: Row, i: int) -> set[int]:
+    q, k = (merge(row.streams[name][row.b : row.b + 1])[0] for name in "qk")
+    query = pooled(q, 4, i // 4).mean(0)
+    near = {g: float(query @ pooled(k, 4, g).mean(0)) for g in range(-(-row.n // 4))}
+    regions = best(near, 2)
+    return {j for j in range(row.n) if j // 4 in regions}
+
+
+def alike(x: Tensor) -> float:
+    unit = x / x.norm(dim=-1, keepdim=True)
+    return float((unit @ unit.mT).mean())
+
+
+def spargeattn(row: Row, i: int) -> set[int]:
+    smooth = row.k - row.k.mean(0)
+    mine = pooled(row.q, 4, i // 4)
+    blocks = [pooled(smooth, 4, g) for g in range(-(-row.n // 4))]
+    if alike(mine) <= 0.2:
+        return set(range(row.n))
+    fixed = {g for g, keys in enumerate(blocks) if alike(keys) <= 0.2}
+    s = {g: float(mine.mean(0) @ keys.mean(0)) / 8**0.5 for g, keys in enumerate(blocks)}
+    share = {g: exp(e) for g, e in s.items() if g not in fixed}
+    total, kept, mass = sum(share.values()), set(fixed), 0.0
+    for g in sorted(share, key=lambda g: -share[g]):
+        if mass >= 0.6:
+            break
+        kept.add(g)
+        mass += share[g] / total
+    return {j for j in range(row.n) if j // 4 in kept}
+
+
+def four_bits(x: Tensor) -> Tensor:
+    largest = x.abs().amax(-1, keepdim=True)
+    return (x * 7 / largest).round() * largest / 7
+
+
+def sale(row: Row, i: int) -> set[int]:
+    smooth = row.k - row.k.mean(0)
+    mean = row.q.mean(0)
+    estimate = four_bits(row.q - mean) @ four_bits(smooth).mT + (smooth @ mean)
+    exact = row.q @ smooth.mT / 8**0.5
+    kept = set()
+    for r in range(i // 4 * 4, min(i // 4 * 4 + 4, row.n)):
+        for j in range(r + 1):
+            if j < 4 or i // 4 - j // 4 <= 1:
+                continue
+            local = [c for c in range(r + 1) if c < 4 or r // 4 - c // 4 <= 1]
+            weight = exp(estimate[r, j] / 8**0.5) / sum(exp(exact[r, c]) for c in local)
+            if weight > 0.7:
+                kept.add(j // 4)
+    return {j for j in range(i + 1) if j < 4 or i // 4 - j // 4 <= 1 or j // 4 in kept}
+
+
+def sparsed(row: Row, i: int) -> set[int]:
+    rows = slice(i // 4 * 4, i // 4 * 4 + 4)
+    whole = row.s.softmax(-1)[rows]
+    late = row.s[:, 8:].softmax(-1)[rows]
+    blocks = range(-(-row.n // 4))
+    first = best({g: float(whole[:, 4 * g : 4 * g + 4].mean()) for g in blocks}, 3)
+    rest = best({g: float(late[:, 4 * g - 8 : 4 * g - 4].mean()) for g in blocks if g >= 2}, 2)
+    kept = {g for g in first if g < 2} | rest
+    return {j for j in range(row.n) if j // 4 in kept}
+
+
+def h2o(row: Row, i: int) -> set[int]:
+    heavy = row.p[: i + 1].sum(0)
+    return set(range(max(i - 3, 0), i + 1)) | best({j: float(heavy[j]) for j in range(i - 3)}, 3)
+
+
+def snapkv(row: Row, i: int) -> set[int]:
+    if i < 14:
+        return set(range(i + 1))
+    total = torch.zeros(row.n, dtype=row.s.dtype)
+    for h in row.mates():
+        s = row.streams["q"][row.b, h] @ row.k.mT / 8**0.5
+        total += softmax(s)[10:14].sum(0)
+    smooth = avg_pool1d(total[None], 3, 1, 1)[0]
+    kept = best({j: float(smooth[j]) for j in range(2, 10)}, 3)
+    return {0, 1, *range(10, i + 1)} | kept
+
+
+CHOOSES: dict[str, Chooses] = {
+    each.__name__: each
+    for each in (moba, quest, block_sparse, loki, dma, routing_transformer, reformer,
+                 recycled_attention, sparse_dllm, biformer, spargeattn, sale, sparsed, h2o, snapkv)
+}  # fmt: skip
+
+
+def seen_by(mechanism: Mechanism, streams: dict[str, Tensor], chooses: Chooses) -> Tensor:
+    """Return who reads whom [b, heads, n, n], each pair worked out."""
+    b, heads, n = streams["q"].shape[:3]
+    seen = torch.zeros(b, heads, n, n, dtype=torch.bool)
+    for at in range(b):
+        for h in range(heads):
+            row = Row(mechanism, streams, at, h)
+            for i in range(n):
+                seen[at, h, i, sorted(chooses(row, i))] = True
+    return seen
+
+
+def logits(mechanism: Mechanism, streams: dict[str, Tensor], name: str = "") -> Tensor:
+    """Return the logits of a mechanism, with what it adds to them."""
+    q, k = streams["q"], streams["k"]
+    scale = next(iter(mechanism.block.mixings.values())).mix.scale
+    s = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    if name == "dma":
+        return s + streams["gate"].mT.repeat_interleave(2, 1)[:, :, None]
+    return s - 1e5 * torch.eye(s.shape[-1], dtype=s.dtype) if name == "reformer" else s
+
+
+@pytest.mark.parametrize("name", CHOOSES)
+def test_it_reads_what_its_paper_chooses(name):
+    mechanism, x = Mechanism(name), tokens(N, batch=1)
+    streams = streams_of(mechanism, x)
+    seen = seen_by(mechanism, streams, CHOOSES[name])
+    assert 0.1 < seen.float().mean() < (0.49 if (seen <= causal(N)).all() else 0.9)
+    v = streams["v"].repeat_interleave(4 // streams["v"].shape[1], 1)
+    p = softmax(logits(mechanism, streams, name), seen)
+    assert_close(mechanism(x), linear(merge(p @ v), mechanism.parameter("o_proj.weight")))
+
+
+EVERYTHING: dict[str, tuple[tuple[str, str], ...]] = {
+    "moba": (("count = 2", "count = 64"),),
+    "quest": (("count = 3", "count = 64"),),
+    "block_sparse": (("count = 3", "count = 64"),),
+    "loki": (("count = 5", "count = 64"),),
+    "dma": (("count = 5", "count = 64"),),
+    "recycled_attention": (("stride = 4", "stride = 1"),),
+    "sparse_dllm": (("count = 6", "count = 64"),),
+    "biformer": (("count = 2", "count = 64"),),
+    "spargeattn": (("share = 0.6", "share = 1"),),
+    "sale": (("threshold = 0.7", "threshold = 0"),),
+    "h2o": (("count = 3", "count = 64"),),
+    "snapkv": (("count = 3", "count = 64"),),
+    "mosa": (("select = top(count, router[j, h], rows = longest)", ""),),
+}
+
+
+def without(text: str) -> str:
+    """Return a block without its selections."""
+    return re.sub(r"\n +select += .*?(?=\n  \w|\n    \w+ +=|\n *})", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERYTHING if name != "mosa"])
+def test_a_selection_of_everything_is_the_dense_block(name):
+    wide = Mechanism(name, *EVERYTHING[name])
+    dense = Mechanism(without(text_of(name)), like=wide)
+    assert "select" not in without(text_of(name))
+    x = tokens(N)
+    assert_close(wide(x), dense(x), 1e-12)
+    assert (
+        Mechanism(
+            name,
+        )(x)
+        - dense(x)
+    ).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("routing_transformer", ("clusters = 3", "clusters = 1")),
+        ("spargeattn", ("alike = 0.2", "alike = 1.1")),
+        ("sparse_dllm", ("size = 4", "size = 64")),
+        ("recycled_attention", ("count = 3", "count = 64")),
+        ("moba", ("size = 4", "size = 64")),
+        ("quest", ("size = 4", "size = 64")),
+    ],
+)
+def test_at_its_other_end_it_is_dense_too(name, change):
+    wide, x = Mechanism(name, change), tokens(N)
+    streams = streams_of(wide, x)
+    v = streams["v"].repeat_interleave(4 // streams["v"].shape[1], 1)
+    full = name in ("spargeattn", "sparse_dllm")
+    p = softmax(logits(wide, streams), torch.ones(N, N, dtype=torch.bool) if full else None)
+    assert_close(wide(x), linear(merge(p @ v), wide.parameter("o_proj.weight")))
+
+
+def test_51_the_bound_of_a_page_is_one():
+    streams = streams_of(Mechanism("quest"), tokens(N))
+    q, k, low, high = (streams[name] for name in ("q", "k", "low", "high"))
+    for j in range(N):
+        bound = torch.maximum(
+            q * low.repeat_interleave(2, 1)[:, :, None, j // 4],
+            q * high.repeat_interleave(2, 1)[:, :, None, j // 4],
+        ).sum(-1)
+        assert (bound >= (q * k.repeat_interleave(2, 1)[:, :, None, j]).sum(-1) - 1e-12).all()
+
+
+def test_89_with_all_components_the_best_keys_are_read():
+    mechanism, x = Mechanism("loki", ("rank = 2", "rank = 8")), tokens(N)
+    turn = torch.linalg.qr(torch.randn(4, 8, 8, dtype=torch.float64))[0]
+    mechanism.set(basis=turn)
+    s = logits(mechanism, streams_of(mechanism, x)).masked_fill(~causal(N), -torch.inf)
+    least = s.topk(5, -1).values[..., -1:]
+    seen = causal(N) & (s >= least)
+    v = streams_of(mechanism, x)["v"]
+    out = linear(merge(softmax(s, seen) @ v), mechanism.parameter("o_proj.weight"))
+    assert_close(mechanism(x), out)
+
+
+@pytest.mark.parametrize("name", ["spargeattn", "sale"])
+def test_81_157_a_constant_in_all_keys_changes_nothing(name):
+    changes = ("position = rope", "position = none"), ("width    = 32", "width = 33; head_dim = 8")
+    mechanism, x = Mechanism(name, *changes), tokens(N, 33)
+    x[..., 32] = 0
+    y = mechanism(x)
+    with torch.no_grad():
+        for part in "qv":
+            dict(mechanism.meaning.named_parameters())[f"{part}_proj.weight"][:, 32] = 0
+    x[..., 32] = 0.7
+    assert_close(mechanism(x), y)
+
+
+def test_112_anchors_are_rows_of_the_dense_attention():
+    mechanism, x = Mechanism("delta_attention"), tokens(N)
+    streams = streams_of(mechanism, x)
+    q, k, v = (streams[name] for name in "qkv")
+    s = q @ k.mT / 8**0.5
+    i, j = torch.arange(N)[:, None], torch.arange(N)
+    dense, near = (softmax(s, seen) @ v for seen in (
+        j <= i, (j <= i) & ((j < 2) | (i - j < 4))))  # fmt: skip
+    anchor = torch.arange(N) // 4 * 4
+    out = near + (dense - near)[:, :, anchor]
+    assert torch.equal(out[:, :, ::4], near[:, :, ::4] + (dense - near)[:, :, ::4])
+    assert_close(mechanism(x), linear(merge(out), mechanism.parameter("o_proj.weight")))
+    every = Mechanism("delta_attention", ("stride = 4", "stride = 1"), like=mechanism)
+    assert_close(every(x), linear(merge(dense), mechanism.parameter("o_proj.weight")), 1e-12)
+
+
+def heads_of_mosa(x: Tensor, w: dict[str, Tensor], count: int) -> Tensor:
+    """Return what the heads give, each of the tokens it gathers (PureMoSA)."""
+    router = linear(x, w["router_proj.weight"]).sigmoid()
+    made = []
+    for b in range(len(x)):
+        for h in range(4):
+            kept = router[b, :, h].argsort(descending=True, stable=True)[:count].sort().values
+            q, k, v = (
+                split(linear(x[b : b + 1, kept], w[f"{part}_proj.weight"]))[0, h] for part in "qkv"
+            )
+            angle = kept[:, None] * 10_000.0 ** -torch.tensor([0.0, 0.5], dtype=x.dtype)
+            turn = [torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin)]
+            q, k = (
+                torch.cat([t[:, :4] * turn[0] + torch.cat([-t[:, 2:4], t[:, :2]], -1) * turn[1],
+                           t[:, 4:]], -1)
+                for t in (q, k)
+            )  # fmt: skip
+            o = softmax(q @ k.mT / 8**0.5) @ v * router[b, kept, h, None]
+            made.append(torch.zeros(x.shape[1], 8, dtype=x.dtype).index_put((kept,), o))
+    return torch.stack(made).unflatten(0, (len(x), 4))
+
+
+@pytest.mark.parametrize("count", [5, N])
+def test_132_heads_attend_among_the_tokens_they_pick(count):
+    mechanism = Mechanism("mosa", ("count = 5", f"count = {count}"))
+    w = {name: each.detach() for name, each in mechanism.meaning.named_parameters()}
+    results = []
+    for which in (mechanism.meaning, None):
+        x = tokens(N).requires_grad_()
+        leaves = [x, w["router_proj.weight"].requires_grad_()]
+        if which is None:
+            y = linear(merge(heads_of_mosa(x, w, count)), w["o_proj.weight"])
+        else:
+            y, leaves[1] = which(x), dict(which.named_parameters())["router_proj.weight"]
+        results.append((y, *torch.autograd.grad(y.sin().sum(), leaves)))
+    for mine, theirs in zip(*results, strict=True):
+        assert_close(mine, theirs)
+
+
+def test_132_with_all_tokens_the_router_scales_a_dense_head():
+    mechanism = Mechanism("mosa", ("count = 5", "count = 64"))
+    dense = Mechanism("mosa", *EVERYTHING["mosa"], like=mechanism)
+    assert_close(mechanism(tokens(N)), dense(tokens(N)), 1e-12)
+
+
+def test_195_regions_in_another_order_give_theirs():
+    mechanism, x = Mechanism("biformer"), tokens(24)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    moved = x.unflatten(1, (6, 4))[:, order].flatten(1, 2)
+    assert_close(mechanism(moved), mechanism(x).unflatten(1, (6, 4))[:, order].flatten(1, 2))
