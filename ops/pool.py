@@ -44,7 +44,7 @@ class _Groups(Op):
 
     def looks_ahead(self, options: Options) -> bool:
         """A group for every token is no axis of its own, and none reads the tokens before."""
-        return options["stride"] == 1 and (options["size"] > 1 or options["start"] != 0)
+        return bool(options["stride"] == 1 and (options["size"] > 1 or options["start"] != 0))
 
     def _windows(self, x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         """Return the tokens of every group [..., groups, size, d], and which of them there are."""
