@@ -16,6 +16,7 @@ from ...grammar.diagnostics import error
 from ...grammar.expr import PLACES, fold, names, number, rebuild
 from ...grammar.functions import (
     FUNCTIONS,
+    GROUPED,
     MAP_FUNCTIONS,
     MIXER_FUNCTIONS,
     STATISTICS,
@@ -338,6 +339,8 @@ class _Resolver(Resolver):
         value = self.scalar(expr.args[0])
         if arity == 1:
             return Call(name, (value,), (), expr.span)
+        if name in GROUPED:
+            return self._of_group(expr, value)
         kernel = expr.args[1]
         own = self.scope.own(kernel.id) if isinstance(kernel, Name) else ""
         shape = self.scope.tensors[own].shape if own in self.scope.tensors else None
@@ -363,6 +366,22 @@ class _Resolver(Resolver):
                 "declare it as a `param` and name it here",
             )
         return Call(name, (value, Index(Name(own, kernel.span), (), kernel.span)), (), expr.span)
+
+    def _of_group(self, expr: Call, value: Expr) -> Expr:
+        """Resolve a function over the keys of a group: `sum_group(e, j // 64)`."""
+        group = fold(self.scalar(expr.args[1]))
+        match group:
+            case Name("j"):
+                return value
+            case Binary("//", Name("j"), Number(size)) if size >= 1 and size == int(size):
+                return Call(expr.function, (value, group), (), expr.span)
+        raise error(
+            "L216",
+            f"`{expr.function}` takes groups of keys that stand together",
+            expr.args[1].span,
+            f"it is `{show(group)}`",
+            "write `j // 64`",
+        )
 
     def _definition(self, definition: Definition, call: Expr) -> Value:
         with self.scope.inside(definition, call.span):

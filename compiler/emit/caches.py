@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property, lru_cache
 
 from ...grammar.expr import calls, evaluate
+from ...grammar.functions import GROUPED
 from ...ops import OPS
 from ..algebra.masks import reads_others
 from ..facts import decoding
@@ -219,7 +220,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
             if flow.keys == "n" and flow.queries != "n":
                 return True
-            if any(calls(expr, "convolve") for expr in flow.mix.exprs):
+            others = ("convolve", *GROUPED)
+            if any(calls(expr, name) for expr in flow.mix.exprs for name in others):
                 return True
             select = flow.mix.select
             if select is not None and max(select.size, select.rows) > 1:

@@ -20,7 +20,7 @@ from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
 from ..model import Select
-from ..plan.attention import Attention
+from ..plan.attention import Attention, tame
 from ..text.pairs import Operand, Pairs, of_maps, operand, table_name
 from ..text.text import atomic, call, comment, ident, indent, names_read
 from . import choosing
@@ -335,7 +335,8 @@ class Writer:
     def _choose(self, select: Select) -> None:
         """Write which of the visible keys are read."""
         (before, self.lines), pairs = (self.lines, []), self.pairs
-        self.pairs = replace(pairs, zeros=choosing.ZEROS)
+        finite = pairs.tame and tame(select.score)
+        self.pairs = replace(pairs, zeros=choosing.ZEROS, tame=finite)
         self._of_maps(select.score, chooses=True)
         chosen = choosing.lines(self.attention, self.pairs, self.lines)
         self.lines, self.pairs = [*before, *chosen], pairs
@@ -425,6 +426,8 @@ class Writer:
 
     def _ratio(self) -> None:
         below = self.normalizer.denominator
+        if self.masked and not tame(self.mix.score):  # infinite where it is hidden, perhaps
+            self.lines.append(f"s = {self._hidden('s')}")
         if below is None:
             self.lines.append(f"p = {self._hidden(self._spread(self.normalizer.numerator))}")
             return

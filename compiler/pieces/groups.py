@@ -129,6 +129,28 @@ def groups_of_keys(j: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return rank, first.scatter(-1, rank, group * size)
 
 
+def ranks_of(group: Tensor) -> Tensor:
+    """Number the groups of keys that stand together, group [b or 1, 1, 1, m], from 0."""
+    return F.pad(group[..., 1:] != group[..., :-1], (1, 0)).cumsum(-1)[..., : group.shape[-1]]
+
+
+def sum_of_groups(x: Tensor, group: Tensor) -> Tensor:
+    """Return the sum of x [b, h, n, m] over the keys of each one's group [b or 1, 1, 1, m]."""
+    rank = ranks_of(group)
+    return at_groups(torch.zeros_like(x).scatter_add(-1, rank.expand(x.shape), x), rank)
+
+
+def max_of_groups(x: Tensor, group: Tensor) -> Tensor:
+    """Return the maximum of x [b, h, n, m] over the keys of each one's group [b or 1, 1, 1, m].
+
+    What is minus infinity counts as none; of a group of none it is 0.
+    """
+    rank = ranks_of(group)
+    none = torch.full_like(x, -torch.inf)
+    most = none.scatter_reduce(-1, rank.expand(x.shape), x, "amax")
+    return at_groups(most.masked_fill(most == -torch.inf, 0), rank)
+
+
 def any_of_groups(x: Tensor, group: Tensor, count: int) -> Tensor:
     """Say which of `count` groups have a key of x [b, h, n, m], by the group of each key."""
     found = torch.zeros(*x.shape[:-1], count, dtype=torch.int8, device=x.device)

@@ -48,7 +48,9 @@ def test_it_is_what_it_means(name, check):
 
 
 @pytest.mark.parametrize("name", [name for name in SELECTIONS if "so far" in name])
-@pytest.mark.parametrize("check", ["decoding", "causality", "rows of a cache"])
+@pytest.mark.parametrize(
+    "check", ["decoding", "causality", "rows of a cache", "rows that see nothing"]
+)
 def test_a_cache_keeps_the_sums_that_choose(name, check):
     assert CHECKS[check](subject(SELECTIONS[name]))[1] < 1e-9
 
@@ -67,3 +69,23 @@ def test_a_group_of_one_is_its_token():
     one = subject("mask = causal; k = x | linear | split | pool(mean, size = 1, stride = 1)")
     assert CHECKS["decoding"](one)[1] < 1e-9
     assert CHECKS["rows of a cache"](one)[1] < 1e-9
+
+
+GROUPS = {
+    "sums": "score = s - log(1 + sum_group(exp(s), j // 4))",
+    "maxima": "mask = causal and window(6); weights = p / (1 + max_group(p, j // 3))",
+    "of what is chosen": "mask = causal; score = s + max_group(s, j // 4) - sum_group(s, j // 2);"
+    " select = top(3, s + max_group(s, j // 4), always = window(2))",
+    "of one": "mask = causal; score = s - sum_group(s, j // 1) + 0.1 * s",
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize(
+    "check",
+    ["forward", "gradients", "decoding", "as if alone", "rows of a cache", "in tiles",
+     "rows that see nothing"],
+)  # fmt: skip
+def test_functions_over_groups_of_keys(name, check):
+    found = CHECKS[check](subject(GROUPS[name]))
+    assert isinstance(found, str) or found[1] < 1e-9

@@ -1,7 +1,7 @@
 """Mechanisms of the zoo that choose by content, against layers of Hugging Face Transformers.
 
-Compared are the output and the gradients of the input and of every weight, in float64. Theirs choose
-under `no_grad`, as ours do: an indexer has no gradient.
+Compared are the output and the gradients of the input and of every weight, in float64. Theirs
+choose under `no_grad`, as ours do: an indexer has no gradient.
 """
 
 from __future__ import annotations
