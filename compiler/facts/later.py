@@ -72,11 +72,16 @@ def last_token(flow: Flow, streams: Streams) -> tuple[float, float]:
 
 
 def incomplete(
-    expr: Expr, known: Expr, streams: Streams, sides: tuple[str, ...] = ("i", "j")
+    expr: Expr,
+    known: Expr,
+    streams: Streams,
+    sides: tuple[str, ...] = ("i", "j"),
+    rows: int = 1,
 ) -> Index | None:
     """Return what an expression reads of a group that may not be complete at its query, if any.
 
-    `known` holds of all pairs that count; only what stands on these sides is asked for.
+    `known` holds of all pairs that count; only what stands on these sides is asked for. Of `rows`
+    of queries together, it is complete where it is at the last of them.
     """
     tried = bound(known, _is_tried, most=True)
     for node in walk(expr):
@@ -86,16 +91,23 @@ def incomplete(
             if isinstance(item, Call) and item.function == POOLED and names(item) & {*sides}:
                 stream = streams.get(node.base.id)
                 a, b = (1, inf) if stream is None else last_token(stream.flow, streams)
-                if group_may_be_later(item.args[0], a, b, tried):
+                if group_may_be_later(item.args[0], a, b, tried, rows):
                     return node
     return None
 
 
-def group_may_be_later(place: Expr, a: float, b: float, known: Expr) -> bool:
-    """Say whether token a · place + b may lie after the query, where `known` holds."""
+def group_may_be_later(place: Expr, a: float, b: float, known: Expr, rows: int = 1) -> bool:
+    """Say whether token a · place + b may lie after the query, where `known` holds.
+
+    Of `rows` of queries together, after the last of them.
+    """
     if b == inf:
         return True
     last = fold(Binary("+", Binary("*", place, number(int(a), place)), number(int(b), place)))
+    if rows > 1:
+        begins = Binary("*", Binary("//", Name("i"), Number(rows)), Number(rows))
+        after = Compare((last, Binary("+", begins, Number(rows - 1))), (">",))
+        last = Call("where", (after, last, Number(-1)))
     return _may_be_later(last, known)
 
 

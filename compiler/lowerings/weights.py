@@ -361,7 +361,8 @@ class Writer:
             self.lines.append(f"entropy = -(p * (s - lse)){hidden}.sum(-1, keepdim=True)")
             return "entropy"
         assert expr is not None
-        total = f"{atomic(self._hidden(self._spread(expr)))}.sum"
+        pairs = replace(self.pairs, tame=self.pairs.tame and tame(expr))
+        total = f"{atomic(pairs.hidden(pairs.spread(expr)))}.sum"
         name = f"{'row' if kind == 'rows' else 'column'}_sum_{self.sums}"
         self.sums += 1
         text = f"{total}(-1, keepdim=True)" if kind == "rows" else f"{total}(-2)[..., None]"

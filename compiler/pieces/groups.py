@@ -177,10 +177,15 @@ def best_of_groups(e: Tensor, free: Tensor, group: Tensor, count: int, by: str) 
 def score_within(
     e: Tensor, free: Tensor, group: Tensor, count: int, by: str, rows: tuple[Tensor, int] | None
 ) -> Tensor:
-    """Return the score of each group of keys, for `rows` of queries together: max, sum or mean.
+    """Return the score of each group of keys, for `rows` of queries together: max, sum, mean or lse.
 
     e and free are [b, h, n, m]; what it gives is [b, h, n, groups].
     """
+    if by == "lse":
+        most = score_within(e, free, group, count, "max", rows)
+        most = most.masked_fill(most.isinf(), 0)
+        rest = (e - at_groups(most, group)).exp()
+        return score_within(rest, free, group, count, "sum", rows).log() + most
     kind = "max" if by == "max" else "sum"
     found = best_of_groups(e, free, group, count, kind)
     number = best_of_groups(torch.ones_like(e), free, group, count, "sum")

@@ -21,6 +21,10 @@ SELECTIONS = {
         " select = top(2, r[j, h], rows = 64)",
     "a map of what no logit is read in": "let r = x | linear(4);"
         " select = top(2, r[j, h] / (1 + sum_keys(where(j < 3, r[j, h] ** 2, 0))))",
+    "the sum of weights within": "mask = causal; select = mass(0.7, s - max_keys(s)"
+        " - log(sum_keys(exp(s - max_keys(s)))), size = 4, within = lse, always = window(2))",
+    "the sum of weights within rows": "mask = causal;"
+        " select = top(2, 60 * s, size = 3, rows = 5, within = lse)",
     "blocks of one": "mask = causal; let g = k | pool(mean, size = 1);"
         " select = top(2, dot(q[h, i], g[h, j // 1]))",
     "sums over the queries so far": "mask = causal;"
@@ -89,3 +93,9 @@ GROUPS = {
 def test_functions_over_groups_of_keys(name, check):
     found = CHECKS[check](subject(GROUPS[name]))
     assert isinstance(found, str) or found[1] < 1e-9
+
+
+def test_what_a_row_sums_may_be_infinite_where_it_is_hidden():
+    """It was nothing times infinity."""
+    hidden = "mask = causal; out = (o * rows(o, p / sum_group(1, j // 2))) | merge | linear"
+    assert CHECKS["forward"](subject(hidden))[1] < 1e-9

@@ -23,6 +23,7 @@ from .mechanisms import (
 )
 
 N = 22
+PLAIN = "block plain { width = 32; heads = 4; mask = causal; position = rope }"
 
 
 def best(scores: dict[int, float], count: int) -> set[int]:
@@ -213,10 +214,90 @@ def snapkv(row: Row, i: int) -> set[int]:
     return {0, 1, *range(10, i + 1)} | kept
 
 
+def seer_attention(row: Row, i: int) -> set[int]:
+    own = i // 4
+    asked, gate = row.streams["gate_query"], row.streams["gate_key"]
+    score = asked[row.b, row.h, own] @ gate[row.b, row.h // 2].mT
+    blocks = {own, *best({g: float(score[g]) for g in range(own)}, 2 - 1)}
+    return {j for j in range(i + 1) if j // 4 in blocks}
+
+
+def seer_attention_r(row: Row, i: int) -> set[int]:
+    own = i // 4
+    score = row.streams["gate_query"][row.b, row.h // 2, i] @ row.streams["gate_key"][
+        row.b, row.h // 2].mT  # fmt: skip
+    blocks = {own, *best({g: float(score[g]) for g in range(own)}, 2 - 1)}
+    return {j for j in range(i + 1) if j // 4 in blocks}
+
+
+def sparse_vggt(row: Row, i: int) -> set[int]:
+    if i >= 16:
+        return set(range(row.n))
+    mean = pooled(row.q, 8, i // 8).mean(0)
+    near = {g: float(mean @ pooled(row.k, 4, g).mean(0)) for g in range(4)}
+    kept = best(near, 2)
+    return {j for j in range(row.n) if j >= 16 or j // 4 in kept}
+
+
+def proxyattn(row: Row, i: int) -> set[int]:
+    q, k = (row.streams[name][row.b].mean(0) for name in "qk")
+    taken = torch.arange(0, row.n, 2)
+    p = softmax(q[taken] @ k[taken].mT / 8**0.5)
+    own = i // 4
+    score = {}
+    for g in range(1, own):
+        rows, columns = (
+            [at for at, t in enumerate(taken.tolist()) if t // 4 == block] for block in (own, g)
+        )
+        score[g] = float(p[rows][:, columns].max())
+    kept = {0, own} | best(score, 3 - len({0, own}))
+    return {j for j in range(i + 1) if j // 4 in kept}
+
+
+def xattention(row: Row, i: int) -> set[int]:
+    """Its code: rows of strides, in opposite order, then sums over blocks of their softmax."""
+    q, k = row.q.unflatten(0, (-1, 2)), row.k.unflatten(0, (-1, 2))
+    p = softmax(q.flip(1).flatten(1) @ k.flatten(1).mT / 8**0.5 / 2)
+    own = i // 4
+    share = [float(p[2 * own : 2 * own + 2, 2 * g : 2 * g + 2].sum()) for g in range(own + 1)]
+    kept, mass = set[int](), 0.0
+    for g in sorted(range(own + 1), key=lambda g: -share[g]):
+        if mass >= 0.7:
+            break
+        kept.add(g)
+        mass += share[g] / sum(share)
+    return {j for j in range(i + 1) if j // 4 in kept}
+
+
+def sample_attention(row: Row, i: int) -> set[int]:
+    column = row.p[::3].sum(0)
+    kept, mass = set[int](), 0.0
+    for j in column.argsort(descending=True, stable=True).tolist():
+        if mass >= 0.7:
+            break
+        kept.add(j)
+        mass += float(column[j] / column.sum())
+    return {j for j in range(i + 1) if j in kept or i - j < 3}
+
+
+def caote(row: Row, i: int) -> set[int]:
+    """How far the output moves without a key, worked out by leaving it out."""
+    near = {i, max(i - 1, 0)}
+    v, moved = row.streams["v"][row.b, row.h], {}
+    full = row.s[i, : i + 1].softmax(0) @ v[: i + 1]
+    for j in range(i + 1):
+        if j not in near:
+            others = [c for c in range(i + 1) if c != j]
+            moved[j] = float((row.s[i, others].softmax(0) @ v[others] - full).norm())
+    return near | best(moved, 4)
+
+
 CHOOSES: dict[str, Chooses] = {
     each.__name__: each
     for each in (moba, quest, block_sparse, loki, dma, routing_transformer, reformer,
-                 recycled_attention, sparse_dllm, biformer, spargeattn, sale, sparsed, h2o, snapkv)
+                 recycled_attention, sparse_dllm, biformer, spargeattn, sale, sparsed, h2o, snapkv,
+                 seer_attention, seer_attention_r, sparse_vggt, proxyattn, xattention,
+                 sample_attention, caote)
 }  # fmt: skip
 
 
@@ -266,6 +347,12 @@ EVERYTHING: dict[str, tuple[tuple[str, str], ...]] = {
     "sale": (("threshold = 0.7", "threshold = 0"),),
     "h2o": (("count = 3", "count = 64"),),
     "snapkv": (("count = 3", "count = 64"),),
+    "seer_attention": (("count = 2", "count = 64"),),
+    "seer_attention_r": (("count = 2", "count = 64"),),
+    "sparse_vggt": (("count = 2", "count = 64"),),
+    "proxyattn": (("count = 3", "count = 64"),),
+    "xattention": (("share = 0.7", "share = 1"),),
+    "caote": (("count = 4", "count = 64"),),
     "mosa": (("select = top(count, router[j, h], rows = longest)", ""),),
 }
 
@@ -405,6 +492,99 @@ def test_132_with_all_tokens_the_router_scales_a_dense_head():
     mechanism = Mechanism("mosa", ("count = 5", "count = 64"))
     dense = Mechanism("mosa", *EVERYTHING["mosa"], like=mechanism)
     assert_close(mechanism(tokens(N)), dense(tokens(N)), 1e-12)
+
+
+def test_190_landmarks_gate_their_blocks():
+    """The grouped softmax, group by group; rows sum to one."""
+    mechanism, x = Mechanism("landmark"), tokens(N, batch=1)
+    streams = streams_of(mechanism, x)
+    s = logits(mechanism, streams)[0]
+    a = torch.zeros_like(s)
+    for h in range(4):
+        for i in range(N):
+            first = i // 4 * 4
+            own = [j for j in range(first, i + 1) if j % 4 < 3] + list(range(3, first, 4))
+            p = dict(zip(own, s[h, i, own].softmax(0), strict=True))
+            for j in range(first, i + 1):
+                a[h, i, j] = p.get(j, 0)
+            for block in range(i // 4):
+                inside = list(range(4 * block, 4 * block + 3))
+                a[h, i, inside] = s[h, i, inside].softmax(0) * p[4 * block + 3]
+    assert_close(a.sum(-1), torch.ones(4, N, dtype=torch.float64))
+    y = linear(merge(a[None] @ streams["v"]), mechanism.parameter("o_proj.weight"))
+    assert_close(mechanism(x), y)
+    assert_close(mechanism(x[:, :3]), Mechanism(PLAIN, like=mechanism)(x[:, :3]))
+
+
+def test_183_each_chunk_has_a_softmax_of_its_own():
+    mechanism, x = Mechanism("hierarchical_sparse"), tokens(N, batch=1)
+    streams = streams_of(mechanism, x)
+    s, v = logits(mechanism, streams)[0], streams["v"][0]
+    o = torch.zeros_like(v)
+    for h in range(4):
+        gate = streams["asked"][0, h] @ streams["landmark"][0, h].mT / 8**0.5
+        for t in range(N):
+            if (there := t // 4) == 0:
+                continue
+            kept = sorted(best({c: float(gate[t, c]) for c in range(there)}, 2))
+            for c, share in zip(kept, gate[t, kept].softmax(0), strict=True):
+                chunk = slice(4 * c, 4 * c + 4)
+                o[h, t] += share * (s[h, t, chunk].softmax(0) @ v[h, chunk])
+    assert not o[:, :4].any()
+    assert_close(mechanism(x), linear(merge(o[None]), mechanism.parameter("o_proj.weight")))
+
+
+def test_183_with_what_a_chunk_weighs_as_its_score_it_is_dense():
+    weight = "max_group(s, j // size) + log(sum_group(exp(s - max_group(s, j // size)), j // size))"
+    score = "dot(asked[h, i], landmark[h, j // size]) * head_dim ** -0.5"
+    change = f"{score}, size = size)", f"{weight}, size = size, within = max)"
+    mechanism = Mechanism("hierarchical_sparse", change, ("count = 2", "count = 64"))
+    streams, x = streams_of(mechanism, tokens(N)), tokens(N)
+    i, j = torch.arange(N)[:, None], torch.arange(N)
+    p = softmax(logits(mechanism, streams), (j // 4 + 1) * 4 <= i).nan_to_num(0)
+    y = linear(merge(p @ streams["v"]), mechanism.parameter("o_proj.weight"))
+    assert_close(mechanism(x), y)
+
+
+def test_54_the_gate_learns_what_full_attention_gives_its_blocks():
+    mechanism, x = Mechanism("seer_attention_r"), tokens(N)
+    mechanism.module.load_state_dict(mechanism.meaning.state_dict())
+    mechanism.module.train()(x)
+    loss = mechanism.module.auxiliary_loss()
+    mechanism.module.eval()
+    names = ("gate_query_proj.weight", "gate_key_proj.weight")
+    weights = dict(mechanism.module.named_parameters())
+    grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    taught = {name for name, each in zip(weights, grads, strict=True) if each is not None}
+    assert {name for name in taught if grads[list(weights).index(name)].any()} == set(names)
+    streams = streams_of(mechanism, x)
+    p = softmax(logits(mechanism, streams))
+    query, key = (streams[name].repeat_interleave(2, 1) for name in ("gate_query", "gate_key"))
+    gate = query @ key.mT / 8**0.5
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(N):
+        blocks = i // 4 + 1
+        most = torch.stack([p[:, :, i, 4 * g : 4 * g + 4].amax(-1) for g in range(blocks)], -1)
+        target = most / most.sum(-1, keepdim=True)
+        told = gate[:, :, i, :blocks].log_softmax(-1)
+        total += (target * (target.log() - told)).sum()
+    assert_close(loss.detach(), total / (2 * 4 * N))
+
+
+def test_157_without_rounding_it_is_the_relative_score_itself():
+    exact = Mechanism("sale", ("floor(x * 7 / largest + 0.5)", "(x * 7 / largest)"))
+    streams, x = streams_of(exact, tokens(N, batch=1)), tokens(N, batch=1)
+    s = streams["q"] @ (streams["k"] - streams["k"].mean(2, keepdim=True)).mT / 8**0.5
+    i, j = torch.arange(N)[:, None], torch.arange(N)
+    forced = (j <= i) & ((j < 4) | (i // 4 - j // 4 <= 1))
+    weight = s.exp() / (s.exp() * forced).sum(-1, keepdim=True)
+    high = torch.where((j <= i) & ~forced, weight, 0)
+    pad = torch.nn.functional.pad(high, (0, -N % 4, 0, -N % 4))
+    tiles = pad.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).amax((3, 5)) > 0.7
+    kept = tiles.repeat_interleave(4, 2).repeat_interleave(4, 3)[..., :N, :N]
+    seen = (j <= i) & (forced | kept)
+    y = softmax(s, seen) @ streams["v"]
+    assert_close(exact(x), linear(merge(y), exact.parameter("o_proj.weight")))
 
 
 def test_195_regions_in_another_order_give_theirs():
