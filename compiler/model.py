@@ -264,8 +264,9 @@ class Select:
     it that is `among` and not `always`; what is always is read whatever is chosen, and with
     `counted` the groups of such keys count as chosen. A score is the same all over a group, or a
     group has the maximum, sum, mean or logarithm of the sum of exponentials `within` it, of its
-    pairs that are free; of heads that share it is the sum. Of equal scores the first is better. A score may read `s`, before `score`;
-    it is another for each head, or not `by_heads`, and then it is no sum.
+    pairs that are free; of heads that share it is the sum. Of equal scores the first is better. A
+    score may read `s`, before `score`; it is another for each head, or not `by_heads`, and then it
+    is no sum.
     """
 
     kind: str

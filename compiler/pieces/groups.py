@@ -177,9 +177,9 @@ def best_of_groups(e: Tensor, free: Tensor, group: Tensor, count: int, by: str) 
 def score_within(
     e: Tensor, free: Tensor, group: Tensor, count: int, by: str, rows: tuple[Tensor, int] | None
 ) -> Tensor:
-    """Return the score of each group of keys, for `rows` of queries together: max, sum, mean or lse.
+    """Return the score of each group of keys, for `rows` of queries together, by one of these.
 
-    e and free are [b, h, n, m]; what it gives is [b, h, n, groups].
+    They are max, sum, mean and lse. e and free are [b, h, n, m]; it gives [b, h, n, groups].
     """
     if by == "lse":
         most = score_within(e, free, group, count, "max", rows)
