@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -243,14 +244,25 @@ def fmt(files: tuple[str, ...], to: str | None, only_check: bool) -> None:
 @width_option
 @click.option("--tokens", default=4096, show_default=True, help="Length for the costs.")
 @click.option("--figure", is_flag=True, help="Print boxes and arrows, as Mermaid draws them.")
+@click.option("--space", is_flag=True, help="Of a file with holes: what there is to draw.")
 @json_option
-def show(what: str, width: int | None, tokens: int, figure: bool, json: bool) -> None:
+def show(what: str, width: int | None, tokens: int, figure: bool, space: bool, json: bool) -> None:
     """Show a block or model: its parts, its graph, its mask as a picture, its cost.
 
     \b
     Examples: headloom show examples/gemma_like.loom:local
               headloom show examples/gemma_like.loom:tiny_gemma --figure
+              headloom show examples/search_mqar.loom --space
     """
+    if space:
+        from .search.overview import overview
+
+        seen = overview(_parsed(what))
+        if json:
+            _print_json(asdict(seen))
+        else:
+            click.echo(seen.show())
+        return
     from .compiler.reports import show as view
 
     found = _found(what, width)

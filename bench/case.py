@@ -76,7 +76,8 @@ def inputs(case: Case, what: Block | Model) -> tuple[Tensor, dict[str, Tensor]]:
     if isinstance(what, Model) and what.vocab is not None:
         x = torch.randint(what.vocab, (case.batch, n), generator=draw).to(case.device)
     else:
-        x = torch.randn(case.batch, n, what.width, generator=draw)
+        taken = what.taken if isinstance(what, Model) else what.width
+        x = torch.randn(case.batch, n, taken, generator=draw)
         x = x.to(case.device, torch_dtype(case))
     given: dict[str, Tensor] = {}
     widths = [each.context_width for each in blocks if each.context_width is not None]
@@ -84,7 +85,7 @@ def inputs(case: Case, what: Block | Model) -> tuple[Tensor, dict[str, Tensor]]:
     if encoder is not None and encoder.vocab is not None:
         given["context"] = torch.randint(encoder.vocab, (case.batch, n), generator=draw)
     elif widths or encoder is not None:
-        width = encoder.width if encoder is not None else widths[0]
+        width = encoder.taken if encoder is not None else widths[0]
         context = torch.randn(case.batch, n, width, generator=draw)
         given["context"] = context.to(torch_dtype(case))
     if case.documents:

@@ -621,8 +621,35 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Patches:
+    """What cuts images [b, channels, rows · height, cols · width] into patches, row by row.
+
+    `size` is (height, width) of one, which becomes the token of a linear map, `embed`. Where it is
+    known, `image` is that of the images.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    embed: Block
+    image: tuple[int, int] | None = None
+
+    @property
+    def dim(self) -> int:
+        """The numbers of one patch."""
+        return self.channels * self.size[0] * self.size[1]
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """The rows and columns of patches, where the size of images is known."""
+        if self.image is None:
+            return None
+        return self.image[0] // self.size[0], self.image[1] // self.size[1]
+
+
+@dataclass(frozen=True)
 class Model:
-    """A stack of layers between two ends. `vocab` None takes raw features [b, n, width].
+    """A stack of layers between two ends. `vocab` None takes raw features [b, n, width], or, with
+    `patches`, images [b, channels, height, width] or patches that are cut already [b, n, dim].
 
     `embed` is done to what the layers are given, `head` to what they give; their tensors are the
     model's own. With `lanes` the stream between is so many, [lanes, n, width]; it begins as copies.
@@ -645,6 +672,18 @@ class Model:
     lanes: int | None = None
     condition: int | None = None
     steps: tuple[int, ...] = ()
+    patches: Patches | None = None
+
+    @property
+    def taken(self) -> int:
+        """The features of a token that comes in, where it is none of a vocabulary."""
+        return self.width if self.patches is None else self.patches.dim
+
+    @property
+    def ends(self) -> tuple[Block, ...]:
+        """What is done before and after the layers, in order."""
+        first = () if self.patches is None else (self.patches.embed,)
+        return (*first, self.embed, self.head)
 
     @property
     def run(self) -> tuple[Block, ...]:

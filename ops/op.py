@@ -183,6 +183,10 @@ class Op(ABC):
         """
         raise NotImplementedError
 
+    def reaches(self, options: Options) -> tuple[int, int]:
+        """Return the last token of the first group it makes, and how far that of the next is."""
+        raise NotImplementedError
+
     def looks_ahead(self, options: Options) -> bool:
         """Say whether the result for a token reads later ones."""
         return False

@@ -39,7 +39,6 @@ class _Groups(Op):
         return options
 
     def reaches(self, options: Options) -> tuple[int, int]:
-        """Return the last token of group 0, and how many tokens after it that of the next is."""
         return int(options["start"]) + int(options["size"]) - 1, int(options["stride"])
 
     def looks_ahead(self, options: Options) -> bool:
@@ -138,7 +137,7 @@ class Pool(_Groups):
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         x = inputs[0]
         each = 2 * x.dim if options["kind"] == "linear" else 1
-        return -(-options["size"] * each * x.features // options["stride"])
+        return -(-int(options["size"]) * each * x.features // int(options["stride"]))
 
 
 class Windows(_Groups):

@@ -71,9 +71,10 @@ CODES: dict[str, Code] = {
         ),
         Code(
             "L508",
-            "`any(kind)` is not built yet",
-            "Holes of a grammatical kind will come; until then write the alternatives out.",
-            "block a { mask = any(mask, depth = 2) }",
+            "`any` of something that is no kind",
+            "A kind is what a text can be: `mask`, `score`, `normalize`, `weights`, `similarity`, "
+            "`mix`, `stage`, `block`, `layer` and others that these are made of.",
+            "block a { mask = any(masks, depth = 2) }",
         ),
         Code(
             "L509",
@@ -99,6 +100,21 @@ CODES: dict[str, Code] = {
             "the end of a range has no number",
             "Ends are numbers, or names of `let`s and parameters that are drawn or set.",
             "block a { heads = integer(1..n) }",
+        ),
+        Code(
+            "L513",
+            "`any(kind)` has no such production",
+            "`weights = [window(4), sink(0)]` says how often productions are drawn, next to 1 for "
+            "others; their names are those of definitions, and those that `headloom show FILE "
+            "--space` lists.",
+            "block a { mask = any(mask, weights = [windows(4)]) }",
+        ),
+        Code(
+            "L514",
+            "nothing is left of `any(kind)`",
+            "At depth 0 a production has no holes of a kind within it; one at least needs a "
+            "weight above zero.",
+            "block a { mix = any(mix, depth = 0, weights = [attend(0)]); mask = window(2) }",
         ),
         Code(
             "L520",

@@ -12,15 +12,27 @@ Names of draws follow the text: `w`, `probe.layers[0]`, `probe.layers[0].local.w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from ..grammar import syntax
 from ..grammar.diagnostics import error
-from ..grammar.expr import NotConstant, Value, evaluate, number, rebuild
+from ..grammar.expr import NotConstant, Value, evaluate, number, rebuild, substitute
 from ..grammar.show import show
 from ..grammar.syntax import Binary, Call, Expr, Keyword, ListOf, Name, Number, Pipe, Range
 from .choosers import Chooser
-from .holes import MAX_EACH, constant, contains_hole, is_hole, powers, refusal, weights_of
+from .holes import (
+    MAX_EACH,
+    constant,
+    contains_hole,
+    inner,
+    is_hole,
+    powers,
+    refusal,
+    weights_of,
+)
+from .kinds import Grammar, Named
+from .productions import MADE
 
 LEFT_OUT = "left out"
 _SIDES = ("left", "right")
@@ -36,14 +48,21 @@ class Tie:
 
 
 Scope = Mapping[str, Tie]
+Made = syntax.Block | syntax.Definition  # what a production may bring into the file
 
 
 class Drawing:
     """One draw of one file: what the chooser has said so far about its ties."""
 
-    def __init__(self, chooser: Chooser, parameters: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self, chooser: Chooser, parameters: Mapping[str, tuple[str, ...]], grammar: Grammar
+    ) -> None:
         self._chooser = chooser
         self._parameters = parameters
+        self._grammar = grammar
+        self._place = grammar.place(None)
+        self.made: dict[str, Made] = {}
+        self.kinds: set[str] = set()  # the names of the holes of a kind
         self._drawn: dict[str, Expr] = {}
         self._open: list[str] = []
 
@@ -75,6 +94,8 @@ class Drawing:
                 return self.value(inner, _below(path, inner, 0, True), scope)
             case Call("each"):
                 return ListOf(tuple(self._each(expr, path, scope)), expr.span)
+            case Call("any"):
+                return self._any(expr, path)
             case Call() if is_hole(expr):
                 return self._number(expr, path, scope)
             case Call(function):
@@ -95,7 +116,8 @@ class Drawing:
             raise error("L510", f"`let {show(use)}` reads itself", tie.value.span)
         if tie.path not in self._drawn:
             self._open.append(tie.path)
-            self._drawn[tie.path] = self.whole(tie.value, tie.path, tie.scope)
+            with self.standing_in(None):
+                self._drawn[tie.path] = self.whole(tie.value, tie.path, tie.scope)
             self._open.pop()
         return self._drawn[tie.path]
 
@@ -105,6 +127,44 @@ class Drawing:
         taken = call.args[index]
         same = [each for each in call.args if _head(each) == _head(taken) and contains_hole(each)]
         return self.value(taken, _below(path, taken, index, len(same) == 1), scope)
+
+    @contextmanager
+    def standing_in(self, item: Named | None) -> Iterator[None]:
+        """Draw what stands in an item, whose names holes of a kind may read."""
+        outer, self._place = self._place, self._grammar.place(item)
+        yield
+        self._place = outer
+
+    def _any(self, hole: Call, path: str) -> Expr:
+        """Draw a production of a kind, and its own holes with it."""
+        productions = self._grammar.opened(hole, self._place)
+        names = tuple(each.name for each in productions)
+        weights = tuple(each.weight for each in productions)
+        taken = productions[self._chooser.category(path, names, weights)]
+        self.kinds.add(path)
+        below = f"{path}.{taken.name}"
+        value = within(taken.value, hole)
+        if taken.item is not None:
+            name = self._make(deeper(taken.item, hole), below)
+            value = substitute(value, {MADE: Name(name, hole.span)})
+        drawn = self.setting(value, below, {})
+        assert drawn is not None
+        return drawn
+
+    def _make(self, item: Made, path: str) -> str:
+        """Draw an item of a production, and return its name; equal ones are one."""
+        with self.standing_in(item):
+            drawn = replace(
+                item,
+                params=self.parameters(item.params, path, {}),
+                body=self.body(item.body, path, {}),
+            )
+        for name, other in self.made.items():
+            if replace(other, name=MADE) == drawn:
+                return name
+        name = self._grammar.free_name(path.rpartition(".")[0], self.made)
+        self.made[name] = replace(drawn, name=name)
+        return name
 
     def _number(self, call: Call, path: str, scope: Scope) -> Expr:
         range_ = call.args[0]
@@ -276,6 +336,34 @@ class Drawing:
             return self.whole(each.default, f"{path}.{each.name}", scope)
 
         return tuple(replace(each, default=default(each)) for each in params)
+
+
+# ── productions ──────────────────────────────────────────────────────────────────────────
+
+
+def within(expr: Expr, hole: Call) -> Expr:
+    """Return the text of a production where a hole stands, its own holes one less deep."""
+    if isinstance(expr, Call) and expr.function == "any":
+        return inner(expr, hole)
+    return replace(rebuild(expr, lambda each: within(each, hole)), span=hole.span)
+
+
+def deeper(item: Made, hole: Call) -> Made:
+    """Return an item of a production with its holes one less deep."""
+    params = tuple(
+        replace(each, default=None if each.default is None else within(each.default, hole))
+        for each in item.params
+    )
+    body = tuple(_within_statement(each, hole) for each in item.body)
+    return replace(item, params=params, body=body)
+
+
+def _within_statement(statement: syntax.Statement, hole: Call) -> syntax.Statement:
+    match statement:
+        case syntax.Setting(_, value) | syntax.Let(_, value) | syntax.Update(_, value):
+            return replace(statement, value=within(value, hole))
+        case _:
+            return statement
 
 
 # ── names of draws ───────────────────────────────────────────────────────────────────────

@@ -7,6 +7,7 @@ here draws; `problems` says in one pass what no draw could ever repair.
     mask   = causal and window(pow2(16..256))
     q      = x | linear | split | maybe(rms_norm)
     layers = each(4, choose(local, delta))
+    mask   = causal and any(mask, depth = 2, weights = [window(4)])
 
 `maybe(e)` may stand where leaving something out means something: as a setting, a list's item,
 a stage, a named argument, or beside `and`, `or`, `+` and `*`.
@@ -15,15 +16,18 @@ a stage, a named argument, or beside `and`, `or`, `+` and `*`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..grammar import syntax
 from ..grammar.diagnostics import Diagnostic, did_you_mean
 from ..grammar.expr import NotConstant, Value, evaluate
 from ..grammar.functions import HOLES
 from ..grammar.show import show
-from ..grammar.syntax import Binary, Call, Expr, ListOf, Pipe, Range
+from ..grammar.syntax import Binary, Call, Expr, Keyword, ListOf, Name, Number, Pipe, Range
+from .productions import TEXTS
 
 MAX_EACH = 4096
+DEPTH, MAX_DEPTH = 2, 8  # of a hole of a kind: where it does not say, and at most
 _BOTH_SIDES = ("and", "or", "+", "*")  # what stays is the other side
 _RIGHT_SIDE = ("-", "/", "//", "**", "%")
 
@@ -56,6 +60,45 @@ def weights_of(call: Call) -> tuple[float, ...]:
         if keyword.name == "weights" and isinstance(keyword.value, ListOf):
             return tuple(float(constant(each) or 0) for each in keyword.value.items)
     return ()
+
+
+# ── holes of a kind ──────────────────────────────────────────────────────────────────────
+
+
+def open_kinds(expr: Expr) -> Iterator[Call]:
+    """Yield the holes of a grammatical kind in an expression."""
+    for node in syntax.walk(expr):
+        if isinstance(node, Call) and node.function == "any":
+            yield node
+
+
+def kind_of(hole: Call) -> str:
+    """Return the kind of an `any` that `problems` has passed."""
+    (kind,) = hole.args
+    assert isinstance(kind, Name)
+    return kind.id
+
+
+def depth_of(hole: Call) -> int:
+    """Return how deep productions of an `any` may have parts that are drawn."""
+    values = {each.name: each.value for each in hole.keywords}
+    return int(constant(values["depth"]) or 0) if "depth" in values else DEPTH
+
+
+def favoured(hole: Call) -> tuple[Call, ...]:
+    """Return the productions that an `any` gives a weight: calls of their names."""
+    for each in hole.keywords:
+        if each.name == "weights" and isinstance(each.value, ListOf):
+            return tuple(item for item in each.value.items if isinstance(item, Call))
+    return ()
+
+
+def inner(part: Call, hole: Call) -> Call:
+    """Return a hole within a production of another: one less deep, of one kind weighed alike."""
+    depth = Keyword("depth", Number(depth_of(hole) - 1, str(depth_of(hole) - 1)), hole.span)
+    weights = tuple(each for each in hole.keywords if each.name == "weights")
+    same = weights if kind_of(part) == kind_of(hole) else ()
+    return replace(part, keywords=(depth, *same), span=hole.span)
 
 
 # ── all expressions of a file ────────────────────────────────────────────────────────────
@@ -91,13 +134,7 @@ def _of_call(call: Call) -> Iterator[Diagnostic]:
         case "each":
             yield from _of_each(call)
         case "any":
-            yield Diagnostic(
-                "L508",
-                "`any(…)` is not built yet",
-                call.span,
-                "",
-                "write the alternatives out: `choose(a, b, …)`",
-            )
+            yield from _of_any(call)
         case _:
             yield from _of_range(call)
 
@@ -156,6 +193,51 @@ def _of_weights(value: Expr, count: int) -> Iterator[Diagnostic]:
             yield Diagnostic("L503", "a weight is a number, zero or more", each.span)
     if all(number == 0 for number in numbers):
         yield Diagnostic("L503", "one weight at least must be more than zero", value.span)
+
+
+def _of_any(call: Call) -> Iterator[Diagnostic]:
+    kinds = [*TEXTS]
+    if len(call.args) != 1 or not isinstance(call.args[0], Name):
+        yield Diagnostic("L506", "`any` takes one kind", call.span, "", "write `any(mask)`")
+    elif call.args[0].id not in kinds:
+        have = ", ".join(f"`{each}`" for each in kinds)
+        name, span = call.args[0].id, call.args[0].span
+        help = did_you_mean(name, kinds, f"kinds are {have}")
+        yield Diagnostic("L508", f"`{name}` is no kind of text", span, "", help)
+    for keyword in call.keywords:
+        match keyword.name, keyword.value:
+            case "depth", value:
+                depth = constant(value)
+                if depth is None or depth not in range(MAX_DEPTH + 1):
+                    yield Diagnostic(
+                        "L506",
+                        f"`depth` is a whole number from 0 to {MAX_DEPTH}",
+                        value.span,
+                        show(value),
+                    )
+            case "weights", value:
+                yield from _of_favoured(value)
+            case name, _:
+                help = did_you_mean(name, ["depth", "weights"], "it knows `depth` and `weights`")
+                message = f"`any` has no setting `{name}`"
+                yield Diagnostic("L506", message, keyword.span, "", help)
+
+
+def _of_favoured(value: Expr) -> Iterator[Diagnostic]:
+    for each in value.items if isinstance(value, ListOf) else (value,):
+        match each:
+            case Call(_, (weight,), ()) if isinstance(value, ListOf):
+                given = constant(weight)
+                if given is None or given < 0:
+                    yield Diagnostic("L503", "a weight is a number, zero or more", weight.span)
+            case _:
+                yield Diagnostic(
+                    "L503",
+                    "`weights` of a kind is a list of productions with their weights",
+                    each.span,
+                    "",
+                    "write `weights = [window(4), sink(0)]`",
+                )
 
 
 def _of_range(call: Call) -> Iterator[Diagnostic]:
@@ -236,8 +318,10 @@ def _places(expr: Expr, optional: bool) -> Iterator[tuple[Expr, bool]]:
     match expr:
         case Call("choose" | "maybe", args):
             yield from ((each, optional) for each in args)
-        case Call("each", (count, inner)):
-            yield from ((count, False), (inner, True))
+        case Call("each", (count, repeated)):
+            yield from ((count, False), (repeated, True))
+        case Call("any"):
+            pass
         case Call(_, args, keywords):
             yield from ((each, False) for each in args)
             yield from ((each.value, True) for each in keywords)

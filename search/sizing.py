@@ -11,16 +11,19 @@ is not reached. So each expression is counted by the set of ties it reaches: her
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ..grammar import syntax
 from ..grammar.expr import names
 from ..grammar.syntax import Call, Expr, Name, Range
-from .draw import Scope, Tie
+from .draw import Scope, Tie, deeper, within
 from .holes import constant, contains_hole, expressions, is_hole, powers
+from .kinds import Grammar
+from .productions import Production
 from .scoping import Named, Scoping
 
 Counts = Counter[frozenset[str]]  # the ties that are reached → in how many ways
+Kinds = Callable[[Call], Counts]
 _MANY_SETS = 1 << 14
 _NONE: frozenset[str] = frozenset()
 
@@ -47,28 +50,35 @@ def together(parts: Iterable[Counts]) -> Counts:
     return total
 
 
-def count(expr: Expr, scope: Scope, owned: frozenset[str]) -> Counts:
-    """Count the draws of an expression. `owned` are the names that bring draws of their own."""
+def count(expr: Expr, scope: Scope, owned: frozenset[str], kinds: Kinds) -> Counts:
+    """Count the draws of an expression.
+
+    `owned` are the names that bring draws of their own, `kinds` counts a hole of a kind.
+    """
     match expr:
         case Name(id) if id in scope:
             return Counter({frozenset({f"let {scope[id].path}"}): 1})
         case Name(id) if id in owned:
             return Counter({frozenset({id}): 1})
         case Call("choose", args):
-            return sum((count(each, scope, owned) for each in args), Counter())
+            return sum((count(each, scope, owned, kinds) for each in args), Counter())
         case Call("maybe", (inner,)):
-            return one() + count(inner, scope, owned)
+            return one() + count(inner, scope, owned, kinds)
         case Call("each", (times, inner)):
-            return _repeated(times, count(inner, scope, owned))
+            return _repeated(times, count(inner, scope, owned, kinds))
+        case Call("any"):
+            return kinds(expr)
         case Call() if is_hole(expr):
             return Counter({_NONE: len(_choices(expr))})
         case Call(function):
             own: list[Counts] = []
             if function in scope or function in owned:
-                own = [count(Name(function), scope, owned)]
-            return together([*own, *(count(each, scope, owned) for each in syntax.children(expr))])
+                own = [count(Name(function), scope, owned, kinds)]
+            return together(
+                [*own, *(count(each, scope, owned, kinds) for each in syntax.children(expr))]
+            )
         case _:
-            return together(count(each, scope, owned) for each in syntax.children(expr))
+            return together(count(each, scope, owned, kinds) for each in syntax.children(expr))
 
 
 def _repeated(times: Expr, counts: Counts) -> Counts:
@@ -95,10 +105,10 @@ def _choices(hole: Call) -> range | tuple[int, ...]:
 # ── items ────────────────────────────────────────────────────────────────────────────────
 
 
-def size(scoping: Scoping, roots: list[Named]) -> int | None:
+def size(scoping: Scoping, roots: list[Named], grammar: Grammar) -> int | None:
     """Return the number of draws that begin with some items; None where there is no end."""
     try:
-        return _Sizing(scoping).total(frozenset(each.name for each in roots))
+        return _Sizing(scoping, grammar).total(frozenset(each.name for each in roots))
     except Endless:
         return None
 
@@ -106,8 +116,11 @@ def size(scoping: Scoping, roots: list[Named]) -> int | None:
 class _Sizing:
     """Counts items, and the ties they reach, each once."""
 
-    def __init__(self, scoping: Scoping) -> None:
+    def __init__(self, scoping: Scoping, grammar: Grammar) -> None:
         self._scoping = scoping
+        self._grammar = grammar
+        self._place = grammar.place(None)
+        self._of_kinds: dict[tuple[int, Call], Counts] = {}
         self._owned = frozenset(each.name for each in scoping.items)
         self._ties: dict[str, Tie] = {}
         self._known: dict[str, Counts] = {}
@@ -132,6 +145,7 @@ class _Sizing:
         if name not in self._known:
             if name in self._ties:
                 tie = self._ties[name]
+                self._place = self._grammar.place(None)
                 self._known[name] = self._count(tie.value, tie.scope)
             else:
                 parts = [self._item(each) for each in self._scoping.called({name})]
@@ -140,9 +154,29 @@ class _Sizing:
 
     def _count(self, expr: Expr, scope: Scope) -> Counts:
         self._ties.update({f"let {tie.path}": tie for tie in scope.values()})
-        return count(expr, scope, self._owned)
+        return count(expr, scope, self._owned, self._of_kind)
+
+    def _of_kind(self, hole: Call) -> Counts:
+        """Count what a hole of a kind may become, once for each depth and place."""
+        key = (id(self._place), hole)
+        if key not in self._of_kinds:
+            productions = self._grammar.opened(hole, self._place)
+            ways = (self._production(each, hole) for each in productions)
+            self._of_kinds[key] = sum(ways, Counter())
+        return self._of_kinds[key]
+
+    def _production(self, production: Production, hole: Call) -> Counts:
+        value = self._count(within(production.value, hole), {})
+        if production.item is None:
+            return value
+        item = deeper(production.item, hole)
+        outer, self._place = self._place, self._grammar.place(item)
+        own = [self._count(each, {}) for each, _ in expressions(item)]
+        self._place = outer
+        return together([value, *own])
 
     def _item(self, item: Named) -> Counts:
+        self._place = self._grammar.place(item)
         if isinstance(item, syntax.Model):
             flat = self._scoping.flat(item, _settled)
             bases = [] if flat.base is None else [flat.base]

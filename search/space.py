@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..grammar import syntax
 from ..grammar.diagnostics import LoomError
@@ -21,6 +22,7 @@ from . import sizing
 from .choosers import Choice, Chooser, First, Recorded
 from .draw import Drawing
 from .holes import contains_hole, expressions, problems
+from .kinds import Grammar
 from .scoping import Named, Scoping, names_in
 
 
@@ -79,14 +81,15 @@ def size(file: syntax.File) -> int | None:
     """
     if found := problems(file):
         raise LoomError(found)
-    return sizing.size(Scoping(file), _roots(file))
+    return sizing.size(Scoping(file), _roots(file), grammar_of(file))
 
 
 def alternatives(file: syntax.File) -> Iterator[syntax.File]:
     """Yield plain files in which every alternative of every hole occurs at least once.
 
-    They are as many as the alternatives added up, not multiplied; of a range come both ends,
-    of `pow2` every power. Each differs from the first in what leads to one alternative.
+    They are as many as the alternatives added up, not multiplied; of a range come both ends, of
+    `pow2` every power, of a kind every production, with the first of all that it leaves open.
+    Each differs from the first in what leads to one alternative.
     Raises `LoomError` (L501 to L512) for holes that cannot be filled.
     """
     seen: set[syntax.File] = set()
@@ -127,15 +130,22 @@ def _cover(file: syntax.File, *, keep_search: bool) -> Iterator[tuple[syntax.Fil
     met: set[str] = set()
     while todo:
         record = Recorded(First(), todo.pop(0))
-        drawn = _Filling(file, record).file(Scoping(file).items, search)
+        filling = _Filling(file, record)
+        drawn = filling.file(Scoping(file).items, search)
         path: dict[str, int] = {}
         for name, taken in record.taken.items():
-            if name not in met:
+            if name not in met and not filling.in_production(name):
                 met.add(name)
                 others = range(len(record.holes[name][1]))
                 todo.extend({**path, name: index} for index in others if index != taken)
             path[name] = taken
         yield drawn, record
+
+
+@lru_cache(64)
+def grammar_of(file: syntax.File) -> Grammar:
+    """Return the productions of a file, for its holes of a kind."""
+    return Grammar(file, draw)
 
 
 class _Filling:
@@ -145,7 +155,11 @@ class _Filling:
         self._file = file
         self._scoping = Scoping(file)
         named = {each.name: tuple(p.name for p in each.params) for each in self._scoping.items}
-        self._drawing = Drawing(chooser, named)
+        self._drawing = Drawing(chooser, named, grammar_of(file))
+
+    def in_production(self, name: str) -> bool:
+        """Say whether a hole stands within what a hole of a kind has become."""
+        return any(name.startswith(f"{each}.") for each in self._drawing.kinds)
 
     def file(self, roots: list[Named], search: syntax.Search | None) -> syntax.File:
         drawn: dict[int, syntax.Item] = {}
@@ -154,14 +168,23 @@ class _Filling:
             item = todo.pop(0)
             if id(item) not in drawn:
                 drawn[id(item)] = self._item(item)
-                todo.extend(self._scoping.called(names_in(drawn[id(item)])))
+                made = self._drawing.made.values()
+                used = set().union(*map(names_in, (drawn[id(item)], *made)))
+                todo.extend(self._scoping.called(used))
         if search is not None:
             body = self._drawing.body(search.body, "search", self._scoping.ties)
             drawn[id(search)] = replace(search, body=body)
-        items = tuple(drawn[id(item)] for item in self._file.items if id(item) in drawn)
-        return replace(self._file, items=items)
+        items = [drawn[id(item)] for item in self._file.items if id(item) in drawn]
+        models = (at for at, item in enumerate(items) if isinstance(item, syntax.Model))
+        first = next(models, len(items))
+        items[first:first] = self._drawing.made.values()
+        return replace(self._file, items=tuple(items))
 
     def _item(self, item: Named) -> syntax.Item:
+        with self._drawing.standing_in(item):
+            return self._filled(item)
+
+    def _filled(self, item: Named) -> syntax.Item:
         draw = self._drawing
         match item:
             case syntax.Model(name, params):

@@ -161,18 +161,6 @@ def test_python(
     runpy.run_path(str(script))
 
 
-REFUSED = re.findall(r"^- `(.+?)`: (L\d+), ", section("Not yet"), re.MULTILINE)
-
-
-@pytest.mark.parametrize(("text", "code"), REFUSED)
-def test_what_is_not_there_yet_is_refused(text: str, code: str) -> None:
-    assert understood("loom", text) == {code}
-
-
-def test_the_list_of_what_is_not_there_yet_was_found() -> None:
-    assert len(REFUSED) == section("Not yet").count("\n- ")
-
-
 # ── names ────────────────────────────────────────────────────────────────────────────────
 
 

@@ -65,6 +65,7 @@ class Sizes:
     below: Scope | None = None  # the layer below
     place: str = "it stands alone"  # said where there is none
     offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
+    grid: tuple[int, int] | None = None  # the rows and columns of a model's patches
 
 
 def elaborate_block(
@@ -82,7 +83,7 @@ def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
     scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place, whole=whole)
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
-    builder = _Builder(scope, body, sizes.offered)
+    builder = _Builder(scope, body, sizes)
     out = builder.build()
     if not sized:  # the sizes that were guessed only serve to find further misspelt names
         findings.keep(lambda each: each.code not in _ABOUT_SHAPES)
@@ -181,8 +182,9 @@ def _divides_width(scope: Scope, body: Body) -> None:
 class _Builder:
     """Elaborates the parts of one block."""
 
-    def __init__(self, scope: Scope, body: Body, offered: Mapping[str, Shape]) -> None:
-        self.scope, self.body, self.offered = scope, body, offered
+    def __init__(self, scope: Scope, body: Body, sizes: Sizes) -> None:
+        self.scope, self.body = scope, body
+        self.offered, self.grid = sizes.offered, sizes.grid
         numbers = {name: int(value) for name, value in scope.numbers.items()}
         scope.inputs = {
             "x": Shape("n", numbers["width"]),
@@ -245,6 +247,7 @@ class _Builder:
 
     def _grid(self) -> None:
         if not self.body.has("grid"):
+            self.scope.grid = self.grid
             return
         match self.body.get("grid"):
             case syntax.ListOf((rows, cols)):

@@ -25,6 +25,7 @@ from .blocks import Sizes, elaborate_block
 from .layers import elaborate_part
 from .library import Library
 from .models import NORMS, elaborate_model
+from .patches import takes_images
 from .scope import Findings
 
 DEFAULT_WIDTH = 64  # of a layer that stands alone
@@ -69,6 +70,9 @@ def _of_a_layer(
     """
     if item.kind == "layer" and item.name in _used(file):
         return
+    on_a_grid = any(isinstance(each, syntax.Model) and takes_images(each) for each in file.items)
+    if on_a_grid and item.name in _used(file) and "L214" in {e.code for e in problem.diagnostics}:
+        return  # the grid is that of the model's images
     if not any(each.code == "L224" for each in problem.diagnostics):
         raise problem
     if item.name in _used(file):

@@ -163,13 +163,6 @@ OWN: dict[str, Code] = {
             "block a { normalize = exp(s) * sum }",
         ),
         Code(
-            "L221",
-            "this is not available yet",
-            "The language has it, but this version does not compile it. Leave it out, or follow "
-            "the changelog.",
-            "block a { heads = 4 }\nmodel m { width = 64; patches = 4; layers = [a] }",
-        ),
-        Code(
             "L222",
             "this setting takes certain words",
             "The setting or argument is one of a few words or forms, which the message lists.",
@@ -279,6 +272,16 @@ OWN: dict[str, Code] = {
             "their product.",
             "block a {\n  heads = 4; mask = causal\n  let w = x | linear | split\n"
             "  carry = k - w * tanh(dot(w, k))\n}",
+        ),
+        Code(
+            "L238",
+            "a model's images do not fit its patches",
+            "`patches(size, channels = 3, image)` cuts images into patches, one token each; a side "
+            "of an `image` is a multiple of a patch's, learned positions are as many as patches, "
+            "and there is no `vocab` beside it.",
+            "block a { heads = 2 }\n"
+            "model m { width = 8; layers = [a]; patches = patches(16, image = 40); "
+            "head = classify(10) }",
         ),
         Code(
             "L241",

@@ -13,13 +13,14 @@ from ...grammar import syntax
 from ...grammar.diagnostics import Diagnostic, did_you_mean, error
 from ...grammar.syntax import Binary, Call, Expr, ListOf, Name
 from ...ops import OPS, Shape
-from ..model import Apply, Block, Flow, Model, Part, applies, flow_mapped, flow_nodes
+from ..model import Apply, Block, Flow, Model, Part, Patches, applies, flow_mapped, flow_nodes
 from .around import NONE, Around
 from .blocks import Draft, Sizes, draft_block
 from .flows import Target, elaborate
 from .inheritance import SETTINGS as OF_BLOCKS
 from .layers import composed, elaborate_part, whole
 from .library import Library, bind, named, parsed, put, standard, standard_names
+from .patches import read_patches
 from .previous import stack
 from .scope import Findings, Scope
 from .spellings import instead
@@ -81,6 +82,7 @@ class _Reader:
         self.dropout, self.condition = 0.0, 1
         self.lanes: int | None = None
         self.vocab: int | None = None
+        self.patches: Patches | None = None
         self.steps: tuple[int, ...] = ()
         self.scope = Scope(library, self.findings)
         values = dict(library.lets)
@@ -129,9 +131,6 @@ class _Reader:
             if name not in self.settings:
                 with guard():
                     raise error("L202", f"a model needs `{name}`", self.syntax.span)
-        if self.get("patches") != Name("none"):
-            with guard():
-                raise error("L221", "`patches` is not available yet", self.get("patches").span)
         self.findings.settle()
         width = self.scope.size(self.get("width"), "`width`")
         self.width = self.scope.numbers["width"] = width
@@ -142,6 +141,8 @@ class _Reader:
         embed_position, positions = "none", 0
         with guard():
             self.vocab = self._vocab()
+        with guard():
+            self.patches = self._patches()
         with guard():
             encoder = self._encoder(warnings)
         with guard():
@@ -177,7 +178,26 @@ class _Reader:
             self.lanes,
             self.condition if any("condition" in each.reads for each in layers) else None,
             self.steps,
+            self.patches,
         )
+
+    def _patches(self) -> Patches | None:
+        """Return what the model cuts of images, and the linear map of a patch (L238)."""
+
+        def compose(pipeline: Expr, given: Shape) -> Block:
+            return replace(self._end("embed", pipeline, {}, given), given=given)
+
+        value = self.get("patches")
+        found = read_patches(value, self.scope, compose)
+        if found is not None and self.vocab is not None:
+            raise error(
+                "L238",
+                "a model takes tokens or images",
+                value.span,
+                f"`vocab` is {self.vocab}",
+                "leave out `vocab` or `patches`",
+            )
+        return found
 
     def _lanes(self) -> int | None:
         lanes = self.get("lanes")
@@ -223,6 +243,15 @@ class _Reader:
                 value.span,
                 "",
                 "write `learned(1024)`",
+            )
+        grid = None if self.patches is None else self.patches.grid
+        if head == "learned" and grid is not None and count < grid[0] * grid[1]:
+            raise error(
+                "L238",
+                "an image has more patches than there are learned positions",
+                value.span,
+                f"{count} positions, {grid[0]} × {grid[1]} = {grid[0] * grid[1]} patches",
+                f"write `learned({grid[0] * grid[1]})`",
             )
         return head, count
 
@@ -272,10 +301,12 @@ class _Reader:
         """Return a head that begins with the mean of all lanes, where there are such."""
         return head if self.lanes is None else put(head, _of_lanes())
 
-    def _end(self, kind: str, pipeline: Expr, sizes: Mapping[str, int]) -> Block:
+    def _end(
+        self, kind: str, pipeline: Expr, sizes: Mapping[str, int], given: Shape | None = None
+    ) -> Block:
         """Return a pipeline of the model's own, before its layers or after them."""
         around = replace(self._around(self.width), offered={})
-        given = Shape("n", self.width, self.lanes if kind == "head" else None)
+        given = given or Shape("n", self.width, self.lanes if kind == "head" else None)
         scope = Scope(
             self.library,
             self.findings,
@@ -381,7 +412,8 @@ class _Reader:
             def block(part: Expr, width: int, at: int = at, below: Draft | None = below) -> Block:
                 under = None if below is None else below.scope
                 offered = self._offered(at)
-                sizes = Sizes(width, context_width, at, len(calls), under, place, offered)
+                grid = None if self.patches is None else self.patches.grid
+                sizes = Sizes(width, context_width, at, len(calls), under, place, offered, grid)
                 draft = draft_block(self.library, part, sizes)
                 self._one_a_token(draft, part)
                 made = draft.finish()

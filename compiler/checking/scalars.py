@@ -259,7 +259,7 @@ class _Resolver(Resolver):
                     f"`{name}` needs a grid",
                     expr.span,
                     "",
-                    "set `grid = (rows, cols)` in the block",
+                    "set `grid = (rows, cols)` in the block, or `image` in the model's `patches`",
                 )
             cols = number(self.scope.grid[1], expr)
             op = "//" if name == "row" else "%"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from math import inf, prod
 
 from ...grammar import syntax
@@ -183,14 +184,20 @@ class Scope:
         """Return the name in the block of what is called `name` here."""
         return self.renamed.get(name, name)
 
+    def _has(self, name: str) -> bool:
+        return name in self.declared or name in self.tensors
+
     def declare(self, statement: syntax.Let | syntax.Param, prefix: str = "") -> str:
         """Take up a `let`, `param` or `const`; return the name it gets in the block."""
-        name = statement.name
+        name, of_definition = statement.name, bool(prefix)
         if self.branch:
             prefix = f"{self.branch}_{prefix}" if prefix else self.branch
         clashes = name in self.declared or name in self.tensors or name in self.inputs
         if prefix and (clashes or self.branch):
             name = f"{prefix}_{name}"
+        if of_definition:  # one for each different call
+            numbered = (name if at == 0 else f"{name}_{at}" for at in count())
+            name = next(each for each in numbered if not self._has(each))
         if why := taken(name, tensor=isinstance(statement, syntax.Param)):
             raise error(
                 "L215",
@@ -199,7 +206,7 @@ class Scope:
                 why,
                 "choose another name",
             )
-        if name in self.declared or name in self.tensors:
+        if self._has(name):
             raise error(
                 "L211", f"`{name}` is defined twice", statement.span, "", "choose another name"
             )

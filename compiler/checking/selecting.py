@@ -25,7 +25,7 @@ from .scope import Scope
 KINDS = {"top": "count", "above": "threshold", "mass": "share", "random": "count"}
 _SHARES = ("head", "kv_head", "layer")
 _WITHIN = ("max", "sum", "mean", "lse")
-_OPTIONS = {
+_OPTIONS: dict[str, Expr] = {
     "size": Number(1), "rows": Number(1), "per": Name("head"), "always": FALSE,
     "counted": FALSE, "among": TRUE, "within": Name("none"),
 }  # fmt: skip
@@ -45,9 +45,10 @@ def resolve_select(scope: Scope, expr: Expr, axes: Axes, mask: Expr) -> Select |
             did_you_mean(kind, KINDS)
             or "use `top(count, e)`, `above(threshold, e)`, `mass(share, e)` or `random(count)`",
         )
-    seeds = {"seed": Number(0)} if kind == "random" else {"e": None}
-    params = {KINDS[kind]: None, **seeds, **_OPTIONS}
-    values = bind(kind, tuple(syntax.Parameter(*each) for each in params.items()), expr, expr.span)
+    seeds: dict[str, Expr | None] = {"seed": Number(0)} if kind == "random" else {"e": None}
+    params: dict[str, Expr | None] = {KINDS[kind]: None, **seeds, **_OPTIONS}
+    taken = tuple(syntax.Parameter(name, default) for name, default in params.items())
+    values = bind(kind, taken, expr, expr.span)
     amount = _amount(scope, kind, values[KINDS[kind]])
     size = scope.size(values["size"], f"`size` of `{kind}`")
     rows = scope.size(values["rows"], f"`rows` of `{kind}`")

@@ -53,7 +53,8 @@ class Mixes(Stages):
     def _when(self, needs: tuple[str, ...]) -> str:
         """Write the condition of the text before the general one."""
         truths = ("plain", "counted", "exact")
-        return " and ".join(each if each in truths else f"{each} is None" for each in needs)
+        asked = (each if each in truths or "(" in each else f"{each} is None" for each in needs)
+        return " and ".join(asked)
 
     def takes_all(self, node: Node[Attend]) -> bool:
         """Whether there is no general text."""

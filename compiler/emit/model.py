@@ -9,7 +9,7 @@ from ..facts.decoding import obstacle
 from ..graph.graph import Node
 from ..graph.operations import Stage, Whole
 from ..graph.passes import simplest
-from ..model import Block, Model
+from ..model import Block, Model, Patches
 from ..text.text import call, indent
 from .caches import begins_within, own_rows
 from .layers import Classes, made, modules, takes_batch
@@ -79,11 +79,22 @@ def _takes(model: Model, tokens: str) -> str:
     """Return what a model takes, for people."""
     if model.vocab is not None:
         return f"tokens [b, {tokens}]"
+    if model.patches is not None:
+        return f"images [b, {model.patches.channels}, height, width]"
     return f"features [b, {tokens}, {model.width}]"
 
 
 def _first(model: Model) -> str:
-    return "tokens" if model.vocab is not None else "x"
+    """Return what the first argument is called."""
+    if model.vocab is not None:
+        return "tokens"
+    return "x" if model.patches is None else "images"
+
+
+def _cut(name: str, patches: Patches) -> str:
+    """Return the call that cuts images, or leaves what is cut already."""
+    image = "" if patches.image is None else f", {patches.image}"
+    return f'cut_patches("{name}", {name}, {patches.channels}, {patches.size}{image})'
 
 
 def decodes(model: Model) -> bool:
@@ -135,6 +146,8 @@ def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
         lines.append(f"self.encoder = {encoder}()")
     if model.vocab is not None:
         lines += _table("embed_tokens", model.vocab, model.width)
+    if model.patches is not None:
+        lines += _End(model.patches.embed, classes).modules()
     if model.embed_position == "learned":
         lines += _table("embed_positions", model.positions, model.width)
     lines += _End(model.embed, classes).modules()
@@ -161,14 +174,16 @@ def _table(name: str, rows: int, width: int) -> list[str]:
 
 
 def _forward(model: Model, classes: Classes) -> list[str]:
-    first, cached = _first(model), decodes(model)
+    cached = decodes(model)
+    first = "tokens" if model.vocab is not None else "x"
     if model.vocab is not None:
         lines = [
             f"if {first}.ndim != 2:",
             '    raise ValueError(f"`tokens` must be [b, n], it is {list(tokens.shape)}")',
         ]
     else:
-        lines = [f'expect("x", x, {model.width}, self)']
+        lines = [] if model.patches is None else [f"x = {_cut('images', model.patches)}"]
+        lines += [f'expect("{_first(model)}", x, {model.taken}, self)']
     if model.classifies:
         lines += [
             "if segments is not None or cu_seqlens is not None:",
@@ -195,6 +210,8 @@ def _forward(model: Model, classes: Classes) -> list[str]:
     lines += _context(model, cached)
     if model.vocab is not None:
         lines.append(f"x = embedded(self.embed_tokens, tokens)  # [b, n, {model.width}]")
+    if model.patches is not None:
+        lines += _End(model.patches.embed, classes).lines()
     if model.embed_position == "learned":
         lines.append("x = x + at_positions(self.embed_positions, batch)")
     elif model.embed_position == "sinusoidal":
@@ -282,6 +299,11 @@ def _context(model: Model, cached: bool) -> list[str]:
             '    raise ValueError("this model reads no `context`")',
         ]
     lines = ["far = None"]
+    if model.encoder is not None and model.encoder.patches is not None:
+        lines += [
+            "if context is not None:",
+            f"    context = {_cut('context', model.encoder.patches)}",
+        ]
     if cached:
         lines.append("context = context if cache is None else cache.reading(context)")
     lines += [

@@ -66,7 +66,7 @@ def _tops(what: Block | Model) -> list[Block]:
     if isinstance(what, Block):
         return [what]
     encoder = [] if what.encoder is None else _tops(what.encoder)
-    return [*what.blocks, *encoder, *what.layers, what.embed, what.head]
+    return [*what.blocks, *encoder, *what.layers, *what.ends]
 
 
 class _File:

@@ -79,7 +79,7 @@ def _size(weight: Weight) -> int:
 
 def _counted(model: Model) -> Iterable[tuple[Block, int]]:
     """Return what a model is made of, and how often."""
-    return Counter((model.embed, *model.run, model.head)).items()
+    return Counter((*model.ends, *model.run)).items()
 
 
 def _applies(block: Block) -> list[Apply]:

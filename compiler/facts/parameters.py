@@ -67,6 +67,8 @@ def model_weights(model: Model) -> tuple[Weight, ...]:
         found += _prefixed("encoder", model_weights(model.encoder))
     if model.vocab is not None:
         found.append(Weight("embed_tokens.weight", (model.vocab, width), "embedding"))
+    if model.patches is not None:
+        found += weights(model.patches.embed)
     if model.embed_position == "learned":
         found.append(Weight("embed_positions.weight", (model.positions, width), "embedding"))
     found += weights(model.embed)

@@ -42,5 +42,6 @@ def needed(attention: Attention, *, documents: bool) -> tuple[str, ...]:
 
 def others(needs: tuple[str, ...]) -> str:
     """Say which calls do not fulfil some needs, "" where all do."""
-    found = [each for need in needs for each in _REFUSED[need]]
+    few = ("sequences of few tokens",)
+    found = [each for need in needs for each in _REFUSED.get(need, few)]
     return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))

@@ -24,6 +24,9 @@ from ..plan.attention import Attention
 from ..text.pairs import Pairs
 from ..text.text import atomic, indent
 
+CHOOSERS = {"top": "top_groups", "above": "groups_above", "mass": "groups_of_mass"}
+
+
 ZEROS = "torch.zeros(pairs, dtype=wide, device=q.device)"  # of every pair
 
 
@@ -34,6 +37,20 @@ def lines(attention: Attention, pairs: Pairs, made: list[str]) -> list[str]:
     writer = _Writer(attention, pairs, select)
     shape = "pairs = (*q.shape[:3], k.shape[-2])"
     return ["with torch.no_grad():", *indent([shape, *made, *writer.lines()])]
+
+
+def by_those_who_share(select: Select, heads: int) -> list[str]:
+    """Write what heads share: the sum of their scores, and what any of them is free to choose."""
+    share = select.share
+    if share == 1:
+        return []
+    given = f"{share}, {heads}"
+    if select.by_heads:
+        made = [f"e = of_heads(e.masked_fill(~free, 0), {given}).sum(2)"]
+    else:
+        made = [f"e = of_heads(e, {given})[:, :, 0]"]
+    spread = "free.expand((*pairs[:3], free.shape[-1]))"
+    return [*made, f"free = of_heads({spread}, {given}).any(2)"]
 
 
 class _Writer:
@@ -55,14 +72,13 @@ class _Writer:
         if select.rows > 1 and "own" in self.attention.sequences:  # padding chooses with nobody
             done += ["if own is not None:", "    free = free & (own >= 0)"]
         done += self._grouped() if self.grouped else self._single()
-        done += self._shared()
+        done += by_those_who_share(select, self.attention.heads)
         if select.rows > 1:
             done.append("free = any_of_rows(free, rows)")
         count = self._count()
         done += count
         number = "count" if count else repr(select.amount)
-        chooser = {"top": "top_groups", "above": "groups_above", "mass": "groups_of_mass"}
-        done.append(f"chosen = {chooser[select.kind]}(e, free, {number})")
+        done.append(f"chosen = {CHOOSERS[select.kind]}(e, free, {number})")
         if select.share > 1:
             done.append(f"chosen = chosen.repeat_interleave({select.share}, dim=1)")
         text = "at_groups(chosen, group)" if self.grouped else "chosen"
@@ -112,19 +128,6 @@ class _Writer:
                 "e = score(first).expand(*pairs[:3], count)",
             ]
         return [*done, f"free = any_of_groups({every}, group, count)"]
-
-    def _shared(self) -> list[str]:
-        """Write what heads share: the sum of their scores, and what any of them is free to."""
-        share, heads = self.select.share, self.attention.heads
-        if share == 1:
-            return []
-        given = f"{share}, {heads}"
-        if self.select.by_heads:
-            made = [f"e = of_heads(e.masked_fill(~free, 0), {given}).sum(2)"]
-        else:
-            made = [f"e = of_heads(e, {given})[:, :, 0]"]
-        spread = "free.expand((*pairs[:3], free.shape[-1]))"
-        return [*made, f"free = of_heads({spread}, {given}).any(2)"]
 
     def _count(self) -> list[str]:
         """Write how many are still to choose, where what is always read counts."""

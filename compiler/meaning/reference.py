@@ -213,7 +213,7 @@ class ReferenceModel(nn.Module):
         if model.embed_position == "learned":
             self.embed_positions = nn.Module()
         self.layers = nn.ModuleList(ReferenceBlock(layer) for layer in model.layers)
-        self.ends = [ReferenceBlock(each, self) for each in (model.embed, model.head)]
+        self.ends = [ReferenceBlock(each, self) for each in model.ends]
 
     def forward(
         self,
@@ -229,13 +229,17 @@ class ReferenceModel(nn.Module):
     ) -> Tensor:
         """Return logits [b, n, vocab], classes [b, classes], or features [b, n, width].
 
-        x is [b, n] tokens, or [b, n, width] features for a model without a vocabulary; the
-        rest is as for a block. The context passes through the encoder first, where there is
-        one: [b, m] tokens, or [b, m, its width]. `condition` [b, condition_width] is the one
-        token that meets all, for layers that read it.
+        x is [b, n] tokens, or [b, n, width] features for a model without a vocabulary, or images
+        [b, channels, height, width] where it has patches, or those cut already; the rest is as for
+        a block. The context passes through the encoder first, where there is one: what that takes.
+        `condition` [b, condition_width] is the one token that meets all, for layers that read it.
         """
         for each in self._blocks():
             each.terms.clear()
+        model = self.architecture
+        x = patches_of(model, x)
+        if model.encoder is not None and context is not None:
+            context = patches_of(model.encoder, context)
         return run_alone(
             self._alone,
             x,
@@ -263,12 +267,14 @@ class ReferenceModel(nn.Module):
                 raise ValueError(f"model `{model.name}` reads a context, and none was given")
             context = self.encoder(context)
         tokens = None
+        *first, embed, head = (each.train(self.training) for each in self.ends)
         if model.vocab is None:
-            _expect("x", x, model.embed)
+            _expect("x", x, model.ends[0])
         else:
             tokens = x[..., None]
             x = functional.embedding(x, _tensor(self, "embed_tokens.weight"))
-        embed, head = (each.train(self.training) for each in self.ends)
+        for each in first:  # the map of patches
+            x = each.layer(x, {}, None, segments, positions)[0]
         x = self._with_positions(x, _positions(positions, x))
         x = self._dropped(embed.layer(x, {}, None, segments, positions)[0])
         below: dict[str, Tensor] = {}
@@ -313,6 +319,26 @@ class ReferenceModel(nn.Module):
 
     def _dropped(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.architecture.dropout, self.training)
+
+
+def patches_of(model: Model, x: Tensor) -> Tensor:
+    """Return the patches [b, n, dim] of images [b, channels, height, width], row by row.
+
+    The numbers of a patch stand by channel, then by row. What is no image is left as it is.
+    """
+    if model.patches is None or x.ndim != 4:
+        return x
+    (height, width), dim, image = model.patches.size, model.patches.dim, model.patches.image
+    fits = x.shape[2] % height == 0 and x.shape[3] % width == 0
+    if x.shape[1] != model.patches.channels or not fits or image not in (None, (*x.shape[2:],)):
+        raise ValueError(f"these are no images that `{model.name}` takes: {list(x.shape)}")
+    rows, cols = x.shape[2] // height, x.shape[3] // width
+    found = [
+        x[:, :, r * height : (r + 1) * height, c * width : (c + 1) * width].reshape(len(x), dim)
+        for r in range(rows)
+        for c in range(cols)
+    ]
+    return torch.stack(found, 1)
 
 
 def sinusoidal(positions: Tensor, width: int) -> Tensor:

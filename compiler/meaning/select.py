@@ -56,7 +56,8 @@ def _tiles(select: Select, x: Tensor) -> Tensor:
     rows, size, share = select.rows, select.size, select.share
     n, m = x.shape[-2:]
     x = functional.pad(x, (0, -m % size, 0, -n % rows))
-    x = x.unflatten(3, (-1, size)).unflatten(2, (-1, rows)).unflatten(1, (-1, share))
+    b, heads, n, m = x.shape
+    x = x.reshape(b, heads // share, share, n // rows, rows, m // size, size)
     return x.transpose(4, 5)
 
 

@@ -6,12 +6,14 @@ may use anything but math, torch and other pieces.
 
 FILES = (
     "constants",
+    "patches",
     "positions",
     "stages",
     "along",
     "groups",
     "maps",
     "tiles",
+    "gathered",
     "fused",
     "flex",
     "chunks",

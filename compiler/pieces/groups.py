@@ -210,7 +210,8 @@ def any_of_rows(x: Tensor, rows: tuple[Tensor, int]) -> Tensor:
 
 def of_heads(x: Tensor, share: int, heads: int) -> Tensor:
     """Return x [b, h or 1, n, m] with the heads that share in a dimension: [b, h / share, …]."""
-    return x.expand(-1, heads, -1, -1).unflatten(1, (-1, share))
+    x = x.expand(-1, heads, -1, -1)
+    return x.view(len(x), heads // share, share, *x.shape[2:])
 
 
 def top_groups(e: Tensor, free: Tensor, count: Tensor | int) -> Tensor:
@@ -218,17 +219,26 @@ def top_groups(e: Tensor, free: Tensor, count: Tensor | int) -> Tensor:
 
     `count` is a number, or one of each row [b, h, n, 1].
     """
-    groups = e.shape[-1]
-    most = int(count) if isinstance(count, int) else int(count.max()) if count.numel() else 0
-    if isinstance(count, int) and groups <= most:
+    groups, fixed = e.shape[-1], isinstance(count, int)
+    room = torch.as_tensor(count, device=e.device)
+    most = count if isinstance(count, int) else int(room.max()) if room.numel() else 0
+    if fixed and groups <= most:
         return free
-    e = e.nan_to_num(-torch.inf, torch.inf, -torch.inf).masked_fill(~free, -torch.inf)
-    best = e.topk(min(max(most, 1), groups), -1).values
-    at = torch.as_tensor(count, device=e.device).expand(*e.shape[:-1], 1)
-    least = best.gather(-1, (at - 1).clamp(0, best.shape[-1] - 1))
-    above, equal = e > least, (e == least) & free
-    room = at - above.sum(-1, keepdim=True)
-    return free & (at > 0) & (above | (equal & (equal.cumsum(-1) <= room)))
+    e = torch.where(free, e, -torch.inf)
+    if torch.compiler.is_compiling() or bool(e.sum().isnan()):
+        e = e.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    best = e.topk(min(max(most, 1), groups), -1, sorted=not fixed).values
+    if fixed:
+        chosen = free & (e >= (least := best.amin(-1, keepdim=True)))
+    else:
+        at = (room - 1).clamp(0, best.shape[-1] - 1).expand(*e.shape[:-1], 1)
+        chosen = free & (e >= (least := best.gather(-1, at))) & (room > 0)
+    if torch.compiler.is_compiling() or bool((chosen.sum(-1, keepdim=True) > room).any()):
+        above = chosen & (e > least)  # of those that are as good as the last, the first ones
+        equal = chosen & ~above
+        left = room - above.sum(-1, keepdim=True)
+        chosen = above | (equal & (equal.cumsum(-1) <= left))
+    return chosen
 
 
 def groups_above(e: Tensor, free: Tensor, threshold: float) -> Tensor:

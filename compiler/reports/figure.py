@@ -24,7 +24,7 @@ def figure(what: Block | Model) -> str:
     """Return the figure of a model, a layer or a block."""
     if isinstance(what, Block):
         return "\n".join(["flowchart TD", *_indented(_Drawing("").of(what))])
-    given = "tokens" if what.vocab is not None else "features"
+    given = "tokens" if what.vocab is not None else "images" if what.patches else "features"
     lines = [f'{given}(["{given}"]) --> embed["embed: {_end(what.embed)}"]']
     above = "embed"
     drawn: set[Block] = set()

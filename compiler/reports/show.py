@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..algebra.tiles import FULL, PARTIAL, classify
 from ..facts.cost import cost
-from ..model import Block, Model, Pairwise
+from ..model import Block, Model, Pairwise, Patches
 from ..pipeline import lower
 from ..plan.plan import Target
 from .picture import describe, graph_lines, mask_picture
@@ -28,6 +28,13 @@ def layer_name(layer: Block) -> str:
     return f"{layer.name}({parts})"
 
 
+def _patches(patches: Patches) -> str:
+    """Return what is cut of images, for people."""
+    height, width = patches.size
+    grid = "" if patches.grid is None else f" in {patches.grid[0]} rows of {patches.grid[1]}"
+    return f"patches of {patches.channels} × {height} × {width}{grid}"
+
+
 def show(what: Block | Model, tokens: int, console: Console | None = None) -> None:
     """Print a block or model for a person."""
     console = console or Console(highlight=False)
@@ -35,6 +42,7 @@ def show(what: Block | Model, tokens: int, console: Console | None = None) -> No
         console.print(
             f"[bold]{what.name}[/]: {len(what.layers)} layers of width {what.width}"
             + (f", vocabulary {what.vocab}" if what.vocab else "")
+            + (f", {_patches(what.patches)}" if what.patches else "")
         )
         console.print("layers: " + " ".join(map(layer_name, what.run)))
         if what.encoder is not None:

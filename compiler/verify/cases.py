@@ -127,13 +127,14 @@ class Subject:
         if isinstance(self.what, Model) and self.what.vocab is not None:
             x = torch.randint(self.what.vocab, size, generator=draw)
         else:
-            x = torch.randn(*size, self.what.width, generator=draw, dtype=torch.float64)
+            taken = self.what.taken if isinstance(self.what, Model) else self.what.width
+            x = torch.randn(*size, taken, generator=draw, dtype=torch.float64)
             x = x.to(case.dtype)
         given: dict[str, Tensor] = {}
         width = next((block.context_width for block in self.blocks if block.context_width), None)
         encoder = self.what.encoder if isinstance(self.what, Model) else None
         if encoder is not None:
-            width = encoder.width
+            width = encoder.taken
         if encoder is not None and encoder.vocab is not None:
             size_ = (case.batch, min(case.context, encoder.positions or case.context))
             given["context"] = torch.randint(encoder.vocab, size_, generator=draw)
@@ -146,7 +147,8 @@ class Subject:
             size_ = (case.batch, self.what.condition)
             condition = torch.randn(*size_, generator=draw, dtype=torch.float64)
             given["condition"] = condition.to(case.dtype)
-        if self.reads_segments and not case.whole:
+        one_answer = isinstance(self.what, Model) and self.what.classifies
+        if self.reads_segments and not case.whole and not one_answer:
             steps = torch.rand(size, generator=draw) < 0.3
             given["segments"] = steps.long().cumsum(-1)
         return x, given

@@ -391,6 +391,7 @@ def _tiles(subject: Subject) -> Result:
         return "no attention is made some queries at a time"
     file = sys.modules[type(subject.module).__module__]
     before, file.TILE = file.TILE, 1  # type: ignore[attr-defined]  # sixteen queries, the least
+    file.GATHER_FROM = 0  # type: ignore[attr-defined]
     try:
         count, worst = compared_gradients(
             subject.module, subject.oracle, subject, subject.cases[2:]
@@ -398,7 +399,7 @@ def _tiles(subject: Subject) -> Result:
         batches, error = as_if_alone(subject, tokens=37)
         steps, moved = (0, 0.0) if isinstance(found := _decoding(subject), str) else found
     finally:
-        file.TILE = before  # type: ignore[attr-defined]
+        file.TILE, file.GATHER_FROM = before, None  # type: ignore[attr-defined]
     return count + batches + steps, max(worst, error, moved)
 
 

@@ -686,3 +686,15 @@ def test_a_part_of_a_normaliser_is_a_function_and_no_normaliser():
     text = "block a { heads = 2; param g[heads] = 1; normalize = exp(s) / (sum + sigmoid(g[h])) }"
     made = find(check(parse(text)), "a").mixings["o"].mix.normalize
     assert show(made.denominator) == "sum + sigmoid(g[h])"
+
+
+def test_tensors_of_a_definition_are_numbered_where_it_is_called_in_several_ways():
+    arch = check(
+        parse(
+            "score push(c) { param g[heads, c] = 0;  s + g[h, clip(j, 0, c - 1)] }\n"
+            "block a { heads = 2; param g = 1; mask = causal\n"
+            "  score = g * s | push(4) | push(8) | push(4) | push(16) }"
+        )
+    )
+    names = [each.name for each in arch.blocks["a"].tensors]
+    assert names == ["g", "push_g", "push_g_1", "push_g_2"]

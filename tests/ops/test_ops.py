@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headloom.compiler.facts.parameters import initial
-from headloom.compiler.pieces import along, maps, positions, stages
+from headloom.compiler.pieces import along, groups, maps, positions, stages
 from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
-from headloom.ops import OPS, Mismatch, Run, Shape
+from headloom.ops import OPS, Mismatch, Run, Shape, pool
 from headloom.ops.pointwise import evaluate
+from headloom.ops.shape import axis_size
 
-PIECES = vars(along) | vars(maps) | vars(positions) | vars(stages)
+PIECES = vars(along) | vars(groups) | vars(maps) | vars(positions) | vars(stages)
 B, N = 2, 5
 POSITIONS = {"n": torch.arange(N)[None], "m": 10 + torch.arange(N)[None]}
 
 
 def drawn(shape: Shape, seed: int = 0) -> Tensor:
-    tokens = int(shape.tokens) if shape.tokens.isdecimal() else N
+    tokens = axis_size(shape.tokens, N)
     size = (B, tokens, shape.dim) if shape.heads is None else (B, shape.heads, tokens, shape.dim)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(size, generator=generator, dtype=torch.float64)
@@ -73,7 +74,7 @@ class Case:
         owner.stage = stage or self.module()
         scope = PIECES | {"torch": torch, "F": functional, "self": owner.train(training)}
         scope |= {"positions": POSITIONS["n"], "context_positions": POSITIONS["m"]}
-        scope |= {"x": self.inputs[0], "run": None, "context_run": None}
+        scope |= {"x": self.inputs[0], "run": None, "context_run": None, "run_all": None}
         result: Tensor = eval(text, scope, dict(zip(names, self.inputs, strict=True)))
         return result
 
@@ -136,6 +137,13 @@ CASES = {
     "combine by fixed weights": Case("combine", SPLIT, Shape("1", 3, 4)),
     "sinkhorn": Case("sinkhorn", Shape("n", 4, 4), times=3, eps=20.0),
     "pick": Case("pick", SPLIT, head=-2),
+    **{f"pool {kind}": Case("pool", SPLIT, kind=kind, size=2) for kind in pool.KINDS},
+    "pool what overlaps": Case("pool", FLAT, kind="mean", size=3, stride=2, start=-1),
+    "pool to the end": Case("pool", FLAT, kind="last", size=4),
+    "pool by ones": Case("pool", FLAT, kind="max", size=1),
+    "windows": Case("windows", FLAT, size=2, fill=-3.0),
+    "windows that overlap": Case("windows", FLAT, size=4, stride=2, start=-2),
+    "windows of features": Case("windows", SPLIT, size=3, over="features"),
     "sum_heads": Case("sum_heads", SPLIT),
     "mean_heads": Case("mean_heads", SPLIT),
     "softmax over heads": Case("softmax", SPLIT, over="heads"),
@@ -274,10 +282,46 @@ def test_dtypes_are_kept(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.double(), CASES[name].eager(), rtol=tolerance, atol=tolerance)
 
 
+def grouped(case: Case) -> Tensor:
+    """What is made of groups of tokens, of one group after the other."""
+    x, said = case.inputs[0], case.options
+    size, fill, made = said["size"], said.get("fill", 0.0), []
+    for first in range(said["start"], said["start"] + N, said["stride"]):
+        places = [at for at in range(first, first + size) if 0 <= at < N]
+        some = x[..., places, :]
+        row = [
+            x[..., at, :] if at in places else torch.full_like(x[..., 0, :], fill)
+            for at in range(first, first + size)
+        ]
+        match said.get("kind", said.get("over")):
+            case "heads":
+                made.append(torch.stack(row, 1))
+            case "features":
+                made.append(torch.cat(row, -1))
+            case "first":
+                made.append(some[..., 0, :])
+            case "last":
+                made.append(some[..., -1, :])
+            case "max":
+                made.append(some.max(-2).values)
+            case "min":
+                made.append(some.min(-2).values)
+            case "sum" | "mean" as kind:
+                made.append(some.sum(-2) / (1 if kind == "sum" else len(places)))
+            case "linear":
+                made.append(torch.cat(row, -1) @ case.weights["weight"].T)
+            case "attention":
+                share = (some @ case.weights["weight"][0]).softmax(-1)
+                made.append((share[..., None] * some).sum(-2))
+    return torch.stack(made, -2)
+
+
 def expected(name: str) -> Tensor:
     """The same by torch's own functions and by hand."""
     case = CASES[name]
     (x, *rest), w, size = case.inputs, case.weights, (case.shapes[0].dim,)
+    if case.op.groups:
+        return grouped(case)
     match name:
         case "linear":
             return functional.linear(x, w["weight"])

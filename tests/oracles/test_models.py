@@ -62,7 +62,7 @@ def logits_of(name: str, tokens: Tensor, **given: Any) -> Tensor:
 
 def test_every_model_of_the_folder_is_compared_and_short() -> None:
     texts = {path.stem: path.read_text() for path in FOLDER.glob("*.loom")}
-    assert texts.keys() == MODELS.keys()
+    assert texts.keys() == MODELS.keys() | {"siglip"}  # images: `test_images.py`
     assert max(text.count("\n") for text in texts.values()) <= 60
 
 
