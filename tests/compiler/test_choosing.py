@@ -99,3 +99,13 @@ def test_what_a_row_sums_may_be_infinite_where_it_is_hidden():
     """It was nothing times infinity."""
     hidden = "mask = causal; out = (o * rows(o, p / sum_group(1, j // 2))) | merge | linear"
     assert CHECKS["forward"](subject(hidden))[1] < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["const", "param"])
+@pytest.mark.parametrize("check", ["forward", "gradients", "training", "decoding"])
+def test_what_rows_sum_may_read_tensors(kind, check):
+    """Nothing else read them, and the attention had no such input."""
+    text = f"mask = causal; {kind} even[heads, heads] = 1 / heads; {kind} c[heads] = 1 + h"
+    text += "; regularize = mean(rows(o, mix_heads(p, even) ** 2))"
+    text += "; out = (o * rows(o, p * c[h])) | merge | linear"
+    assert CHECKS[check](subject(text))[1] < 1e-9
