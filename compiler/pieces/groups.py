@@ -17,7 +17,7 @@ def groups_in(
     """
     n = x.shape[-2]
     count = (n + stride - 1) // stride
-    after = start + stride * (count - 1) + size - n
+    after = start + stride * count + size - n  # a group more: of no tokens there is none to unfold
     tokens = F.pad(x, (0, 0, -start, after)).unfold(-2, size, stride)[..., :count, :, :].mT
     at = stride * torch.arange(count, device=x.device)[:, None]
     at = at + torch.arange(start, start + size, device=x.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from headloom.compiler.checking.check import check, find
 from headloom.compiler.model import Block
@@ -109,3 +110,14 @@ def test_what_rows_sum_may_read_tensors(kind, check):
     text += "; regularize = mean(rows(o, mix_heads(p, even) ** 2))"
     text += "; out = (o * rows(o, p * c[h])) | merge | linear"
     assert CHECKS[check](subject(text))[1] < 1e-9
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_groups_of_no_tokens(tokens):
+    each = subject("mask = causal; let g = k | pool(mean, size = 4, stride = 2, start = -1);"
+                   " select = top(2, dot(q[h, i], g[h, j // 4]), size = 4, always = blocks(4))")  # fmt: skip
+    x = torch.zeros(2, tokens, 16, dtype=torch.float64, requires_grad=True)
+    y = each.module(x)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert not x.grad.isnan().any()

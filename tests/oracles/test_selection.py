@@ -111,6 +111,38 @@ def pooled_indexer(m: Any, x: Tensor) -> Tensor:
     return y
 
 
+def gated_indexer(m: Any, x: Tensor) -> Tensor:
+    config = SimpleNamespace(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, attention_dropout=0.0,
+        q_lora_rank=20, qk_rope_head_dim=4, kv_lora_rank=16, v_head_dim=8, qk_nope_head_dim=8,
+        attention_bias=False, index_n_heads=16, index_head_dim=8, index_topk=8, index_kpool=4,
+        index_kpool_always_select_tail=True, indexer_types=["full"],
+        rms_norm_eps=1e-6, _attn_implementation="eager",
+    )  # fmt: skip
+    layer = models("glm5_next").Glm5NextTextAttention(config, 0).double()
+    by_heads = [each.weight.unflatten(0, (4, 8)) for each in (m.k_proj, m.v_proj)]
+    ours = {
+        "q_a_proj.weight": m.asked_proj.weight,
+        "q_a_layernorm.weight": m.asked_norm.weight,
+        "q_b_proj.weight": m.q_proj.weight,
+        "kv_a_proj_with_mqa.weight": torch.cat([m.latent_proj.weight, m.beside_proj.weight]),
+        "kv_a_layernorm.weight": m.latent_norm.weight,
+        "kv_b_proj.weight": torch.cat(by_heads, 1).flatten(0, 1),
+        "o_proj.weight": m.o_proj.weight,
+        "indexer.wq_b.weight": m.indexing_proj.weight,
+        "indexer.wk.weight": m.told_proj.weight,
+        "indexer.k_norm.weight": m.told_norm.weight,
+        "indexer.k_norm.bias": m.told_norm.bias,
+        "indexer.weights_proj.weight": m.weight_proj.weight,
+        "indexer.index_kpool_compress_ape": m.bias,
+        "indexer.index_kpool_compress_gate": m.gate_proj.weight,
+    }
+    assert ours.keys() == dict(layer.named_parameters()).keys()
+    there = torch.ones(x.shape[:2], dtype=torch.bool)
+    found: Tensor = functional_call(layer, ours, (x, there))[0]
+    return found
+
+
 def compressed(name: str, m: Any, x: Tensor, ours: dict[str, Tensor], **more: Any) -> Tensor:
     config = SimpleNamespace(
         hidden_size=32, num_attention_heads=4, head_dim=12, sliding_window=7, attention_dropout=0.0,
@@ -173,10 +205,10 @@ def compressed_sparse(m: Any, x: Tensor) -> Tensor:
 
 # Where no head of an indexer is positive the sums are equal, and theirs takes any of equal keys.
 HEADS = (("2 * 8", "16 * 8"), ("split(2)", "split(16)"), ("linear(2)", "linear(16)"))
-MORE = {"deepseek_sparse": HEADS, "compressed_sparse": HEADS}
+MORE = {"deepseek_sparse": HEADS, "compressed_sparse": HEADS, "gated_indexer": HEADS}
 LAYERS: dict[str, Layer] = {
     each.__name__: each
-    for each in (dma, deepseek_sparse, block_indexer, pooled_indexer, heavily_compressed,
+    for each in (dma, deepseek_sparse, block_indexer, pooled_indexer, gated_indexer, heavily_compressed,
                  compressed_sparse)
 }  # fmt: skip
 

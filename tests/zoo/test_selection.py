@@ -92,6 +92,15 @@ def block_sparse(row: Row, i: int) -> set[int]:
     return {j for j in range(i + 1) if j // 4 in blocks}
 
 
+def minference_blocks(row: Row, i: int) -> set[int]:
+    if row.h > 1:
+        return {j for j in range(i + 1) if j < 2 or i - j < 5}
+    own = i // 4
+    query = pooled(row.q, 4, own).mean(0)
+    kept = best({g: float(query @ pooled(row.k, 4, g).mean(0)) for g in range(own + 1)}, 2)
+    return {j for j in range(i + 1) if j // 4 in kept}
+
+
 def loki(row: Row, i: int) -> set[int]:
     basis = row.parameter("basis")[row.h]
     near = (row.q[i] @ basis) @ (row.k @ basis).mT
@@ -294,7 +303,7 @@ def caote(row: Row, i: int) -> set[int]:
 
 CHOOSES: dict[str, Chooses] = {
     each.__name__: each
-    for each in (moba, quest, block_sparse, loki, dma, routing_transformer, reformer,
+    for each in (moba, quest, block_sparse, minference_blocks, loki, dma, routing_transformer, reformer,
                  recycled_attention, sparse_dllm, biformer, spargeattn, sale, sparsed, h2o, snapkv,
                  seer_attention, seer_attention_r, sparse_vggt, proxyattn, xattention,
                  sample_attention, caote)
@@ -514,6 +523,30 @@ def test_190_landmarks_gate_their_blocks():
     y = linear(merge(a[None] @ streams["v"]), mechanism.parameter("o_proj.weight"))
     assert_close(mechanism(x), y)
     assert_close(mechanism(x[:, :3]), Mechanism(PLAIN, like=mechanism)(x[:, :3]))
+
+
+def test_190_what_is_retrieved_is_all_there_is():
+    """Each row as if its sequence had been put together of the blocks that it reads."""
+    mechanism, x = Mechanism("landmark_retrieval"), tokens(N, batch=1)
+    streams = streams_of(mechanism, x)
+    s = logits(mechanism, streams)[0]
+    a = torch.zeros_like(s)
+    for h in range(4):
+        for i in range(N):
+            first = i // 4 * 4
+            marks = {block: float(s[h, i, 4 * block + 3]) for block in range(i // 4)}
+            kept = sorted(best(marks, 2))
+            own = [j for j in range(first, i + 1) if j % 4 < 3] + [4 * b + 3 for b in kept]
+            p = dict(zip(own, s[h, i, own].softmax(0), strict=True))
+            for j in own:
+                a[h, i, j] = p[j] if j >= first else 0
+            for block in kept:
+                inside = list(range(4 * block, 4 * block + 3))
+                a[h, i, inside] = s[h, i, inside].softmax(0) * p[4 * block + 3]
+    y = linear(merge(a[None] @ streams["v"]), mechanism.parameter("o_proj.weight"))
+    assert_close(mechanism(x), y)
+    every = Mechanism("landmark_retrieval", ("count = 2", "count = 64"), like=mechanism)
+    assert_close(every(x), Mechanism("landmark", like=mechanism)(x), 1e-12)
 
 
 def test_183_each_chunk_has_a_softmax_of_its_own():
