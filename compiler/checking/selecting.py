@@ -161,7 +161,7 @@ def _looks_back(scope: Scope, select: Select, axes: Axes, mask: Expr, span: Span
         return
     free = Binary("and", Binary("and", mask, select.among), Unary("not", select.always))
     sides = ("j",) if select.rows > 1 else ("i", "j")  # queries choose together, as was asked for
-    found = incomplete(select.score, fold(free), scope.streams, sides, select.rows)
+    found = incomplete(select.score, fold(free), scope.streams, sides, select.rows, mask)
     if found is None:
         return
     raise error(

@@ -108,6 +108,8 @@ def rows_at(x: Tensor, at: Tensor) -> Tensor:
     What lies past an end is the token at that end.
     """
     at = at.long().clamp(0, max(0, x.shape[-2] - 1))
+    if not x.shape[-2]:  # there is no row to take
+        x = F.pad(x, (0, 0, 0, 1))
     if at.shape[0] == 1:
         return x.index_select(-2, at.flatten())
     at = at[:, 0, 0, :, None] if x.ndim == 3 else at[:, 0, :, :, None].expand(-1, x.shape[1], -1, 1)

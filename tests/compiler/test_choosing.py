@@ -9,6 +9,7 @@ from headloom.compiler.checking.check import check, find
 from headloom.compiler.model import Block
 from headloom.compiler.verify.cases import Subject
 from headloom.compiler.verify.verify import CHECKS
+from headloom.grammar.diagnostics import LoomError
 from headloom.grammar.parse import parse
 
 P = "exp(s - max_keys(s)) / sum_keys(exp(s - max_keys(s)))"
@@ -112,10 +113,31 @@ def test_what_rows_sum_may_read_tensors(kind, check):
     assert CHECKS[check](subject(text))[1] < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("e", "looks_ahead"),
+    [
+        ("dot(q[h, i], g[h, j // 4]) / (1 + sum_keys(dot(q[h, i], g[h, j // 4]) ** 2))", True),
+        ("dot(q[h, i], g[h, j // 4]) / (1 + sum_keys(where(j // 4 * 4 + 3 <= i,"
+         " dot(q[h, i], g[h, j // 4]) ** 2, 0)))", False),
+    ],
+)  # fmt: skip
+def test_functions_of_the_map_read_groups_that_are_no_candidates(e, looks_ahead):
+    """They see the query's own group, which `always` keeps out of the choice alone."""
+    text = "mask = causal; let g = k | pool(mean, size = 4)"
+    text += f"; select = top(2, {e}, size = 4, within = max, always = blocks(4))"
+    if looks_ahead:
+        with pytest.raises(LoomError, match="L242"):
+            subject(text)
+    else:
+        assert CHECKS["causality"](subject(text))[1] < 1e-9
+        assert CHECKS["decoding"](subject(text))[1] < 1e-9
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_groups_of_no_tokens(tokens):
-    each = subject("mask = causal; let g = k | pool(mean, size = 4, stride = 2, start = -1);"
-                   " select = top(2, dot(q[h, i], g[h, j // 4]), size = 4, always = blocks(4))")  # fmt: skip
+    pooled = "let g = k | pool(mean, size = 4, stride = 2, start = -1)"
+    chosen = "select = top(2, dot(q[h, i], g[h, j // 4]), size = 4, always = blocks(4))"
+    each = subject(f"mask = causal; {pooled}; {chosen}")
     x = torch.zeros(2, tokens, 16, dtype=torch.float64, requires_grad=True)
     y = each.module(x)
     y.sum().backward()

@@ -208,8 +208,8 @@ HEADS = (("2 * 8", "16 * 8"), ("split(2)", "split(16)"), ("linear(2)", "linear(1
 MORE = {"deepseek_sparse": HEADS, "compressed_sparse": HEADS, "gated_indexer": HEADS}
 LAYERS: dict[str, Layer] = {
     each.__name__: each
-    for each in (dma, deepseek_sparse, block_indexer, pooled_indexer, gated_indexer, heavily_compressed,
-                 compressed_sparse)
+    for each in (dma, deepseek_sparse, block_indexer, pooled_indexer, gated_indexer,
+                 heavily_compressed, compressed_sparse)
 }  # fmt: skip
 
 

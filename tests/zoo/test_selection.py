@@ -303,8 +303,9 @@ def caote(row: Row, i: int) -> set[int]:
 
 CHOOSES: dict[str, Chooses] = {
     each.__name__: each
-    for each in (moba, quest, block_sparse, minference_blocks, loki, dma, routing_transformer, reformer,
-                 recycled_attention, sparse_dllm, biformer, spargeattn, sale, sparsed, h2o, snapkv,
+    for each in (moba, quest, block_sparse, minference_blocks, loki, dma, routing_transformer,
+                 reformer, recycled_attention, sparse_dllm, biformer, spargeattn, sale, sparsed,
+                 h2o, snapkv,
                  seer_attention, seer_attention_r, sparse_vggt, proxyattn, xattention,
                  sample_attention, caote)
 }  # fmt: skip
