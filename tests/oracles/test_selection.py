@@ -1,4 +1,5 @@
-"""Mechanisms of the zoo that choose by content, against layers of Hugging Face Transformers.
+"""Mechanisms of the zoo that choose by content, against layers of Hugging Face Transformers, and
+flash-linear-attention's native sparse attention.
 
 Compared are the output and the gradients of the input and of every weight, in float64. Theirs
 choose under `no_grad`, as ours do: an indexer has no gradient.
@@ -6,15 +7,19 @@ choose under `no_grad`, as ours do: an indexer has no gradient.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+import warnings
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from .test_along import Layer, assert_same, hidden, models, module_of, turns
+from .others import file_of
+from .test_along import Layer, assert_same, hidden, models, module_of, out, split, turns
 
 LENGTHS = (1, 9, 26)
 
@@ -143,6 +148,40 @@ def gated_indexer(m: Any, x: Tensor) -> Tensor:
     return found
 
 
+def nsa_means(m: Any, x: Tensor) -> Tensor:
+    """Their parts; the window is FlashAttention's there, and plain attention here."""
+    naive, n = naive_nsa(), x.shape[1]
+    q, k, v = (split(proj(x), h) for proj, h in ((m.q_proj, 4), (m.k_proj, 2), (m.v_proj, 2)))
+    cos, sin = (each[:, :, None] for each in angles(n, 8))
+    q, k = (t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in (q, k))
+    gates = [getattr(m, f"to_{name}_proj")(x).sigmoid() for name in ("means", "chosen", "last")]
+    means = [torch.stack([part.mean(1) for part in t.split(4, 1)], 1) for t in (k, v)]
+    blocks = naive.naive_nsa_topk(q, means[0], 4, 4, 8**-0.5)
+    found = gates[0][..., None] * naive.naive_nsa_compression(q, *means, 4, 8**-0.5)[0]
+    found = found + gates[1][..., None] * selected_by(naive, q, k, v, blocks)
+    k, v = (t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, v))
+    p = (q.transpose(1, 2) @ k.mT / 8**0.5 + hidden(n, 4)).softmax(-1)
+    mixed: Tensor = found + gates[2][..., None] * (p @ v).transpose(1, 2)
+    return out(m, mixed)
+
+
+def selected_by(naive: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
+    """Theirs writes into zeros of the values' shape, which makes it one in place."""
+    found: Tensor = naive.naive_nsa_selection(q, k, v, blocks, 4, 8**-0.5)
+    return found
+
+
+def naive_nsa() -> Any:
+    """Load their file without its kernels, which ask for a GPU."""
+    names = ("fla", "fla.ops", "fla.ops.utils", "fla.ops.utils.pooling")
+    known = {name: ModuleType(name) for name in names}
+    known["fla.ops.utils"].prepare_chunk_offsets = None  # type: ignore[attr-defined]
+    known["fla.ops.utils.pooling"].mean_pooling = None  # type: ignore[attr-defined]
+    with patch.dict(sys.modules, known), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImportWarning)  # of FlashAttention
+        return file_of("fla-core", "fla/ops/nsa/naive.py")
+
+
 def compressed(name: str, m: Any, x: Tensor, ours: dict[str, Tensor], **more: Any) -> Tensor:
     config = SimpleNamespace(
         hidden_size=32, num_attention_heads=4, head_dim=12, sliding_window=7, attention_dropout=0.0,
@@ -209,7 +248,7 @@ MORE = {"deepseek_sparse": HEADS, "compressed_sparse": HEADS, "gated_indexer": H
 LAYERS: dict[str, Layer] = {
     each.__name__: each
     for each in (dma, deepseek_sparse, block_indexer, pooled_indexer, gated_indexer,
-                 heavily_compressed, compressed_sparse)
+                 heavily_compressed, compressed_sparse, nsa_means)
 }  # fmt: skip
 
 

@@ -504,6 +504,50 @@ def test_132_with_all_tokens_the_router_scales_a_dense_head():
     assert_close(mechanism(tokens(N)), dense(tokens(N)), 1e-12)
 
 
+def test_blocks_matter_by_how_much_small_ones_in_them_get():
+    """NSA with s = 2, l = l' = 4: an importance is the sum over what overlaps, by how far."""
+    mechanism, x = Mechanism("nsa"), tokens(N, batch=1)
+    streams = streams_of(mechanism, x)
+    q, small = streams["q"][0], streams["small_k"][0]
+    seen = torch.zeros(4, N, N, dtype=torch.bool)
+    for g in range(2):
+        for i in range(N):
+            there = [t for t in range(N) if 2 * t + 3 <= i]
+            p = {
+                h: dict(zip(there, (q[h, i] @ small[g, there].mT / 8**0.5).softmax(0), strict=True))
+                for h in (2 * g, 2 * g + 1)
+            }
+            own = i // 4
+            forced = {0, own, max(own - 1, 0)}
+            tokens_of = {t: set(range(2 * t, 2 * t + 4)) for t in there}
+            matters = {
+                block: sum(
+                    float(p[h][t]) * len(tokens_of[t] & set(range(4 * block, 4 * block + 4)))
+                    for h in p
+                    for t in there
+                )
+                for block in range(own)
+                if block not in forced
+            }
+            kept = forced | best(matters, 4 - len(forced))
+            seen[2 * g : 2 * g + 2, i, [j for j in range(i + 1) if j // 4 in kept]] = True
+    turned = streams["turned"]
+    i, j = torch.arange(N)[:, None], torch.arange(N)
+    o = torch.zeros_like(streams["q"])
+    for name, asks, sees in (
+        ("far", streams["q"], 2 * torch.arange(len(small[0])) + 3 <= i),
+        ("chosen", turned, seen),
+        ("last", turned, (j <= i) & (i - j < 4)),
+    ):
+        k, v = (
+            streams[f"small_{part}" if name == "far" else f"{name}_{part}"].repeat_interleave(2, 1)
+            for part in "kv"
+        )
+        p_ = softmax(asks @ k.mT / 8**0.5, sees).nan_to_num(0)
+        o = o + streams[f"to_{name}"].mT[..., None] * (p_ @ v)
+    assert_close(mechanism(x), linear(merge(o), mechanism.parameter("o_proj.weight")))
+
+
 def test_190_landmarks_gate_their_blocks():
     """The grouped softmax, group by group; rows sum to one."""
     mechanism, x = Mechanism("landmark"), tokens(N, batch=1)
