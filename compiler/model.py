@@ -130,6 +130,7 @@ class Statistic:
     `kind`: `lse` is the logarithm of the normaliser's denominator, 0 where it is zero; `joint`
     the same, but -inf there, which is what it weighs; `entropy` that of the row,
     `rows` the sum of `expr` over the visible keys, `columns` over the queries that see a key.
+    Of kind `map` it is no number, but all weights of a row, without a gradient.
     The first of the inputs is what was mixed, the others are what `expr` reads.
     """
 

@@ -40,7 +40,7 @@ from ...ops import Shape
 from ...ops.shape import pooling
 from ..algebra.thresholds import require
 from ..algebra.trends import Unclear
-from ..model import MAPS, PREVIOUS, Apply, Normalizer, Read
+from ..model import MAPS, PREVIOUS, Apply, Mixing, Normalizer, Pairwise, Read, Statistic, Stream
 from .expressions import Dims, Resolver, Value, plain
 from .library import put
 from .scope import Scope, body, suggest
@@ -400,7 +400,47 @@ class _Resolver(Resolver):
             done = put(self.scalar(stage), {"s": done})
         return done
 
+    def _of_map_beside(self, expr: Index, base: syntax.Attribute) -> Value:
+        """`near.p[h, i, j // 16]`: the weights of a branch, at any of its keys (L214)."""
+        scope, branch = self.scope, base.base
+        name = scope.own(branch.id) if isinstance(branch, Name) else ""
+        if name:
+            scope.shape(name, base.span)
+        stream = scope.streams.get(name)
+        mixing = stream.flow if stream is not None else None
+        if self.what != "select" or base.name != "p" or not isinstance(mixing, Mixing) or not (
+            isinstance(mixing.mix, Pairwise)
+        ):  # fmt: skip
+            raise error(
+                "L214",
+                f"`{show(base)}` cannot be read here",
+                expr.span,
+                "",
+                "the score of a `select` reads the weights of a branch that attends: "
+                "`near.p[h, i, j]`",
+            )
+        items = tuple(self.scalar(each) for each in expr.items)
+        shape = Shape(mixing.queries, 1, mixing.heads)
+        along = len(items) == 3 and items[1] == Name("i") and mixing.queries == self.axes.queries
+        if not along or not names(items[2]) <= {"j"}:
+            raise error(
+                "L214",
+                f"`{show(base)}` is read at a head, at `i`, and at a number made of `j`",
+                expr.span,
+                "",
+                f"write `{show(base)}[h, i, j // 16]`",
+            )
+        own = f"{name}.weights"
+        if own not in scope.streams:
+            read = Read(name, mixing.shape, base.span)
+            scope.streams[own] = Stream(own, Statistic("map", None, (read,), shape, base.span))
+        self._place(own, items[0], mixing.heads, only_numbers=False)
+        place = Call(POOLED, (items[2],), (), items[2].span)
+        return Value(Index(Name(own, base.span), (*items[:2], place), expr.span))
+
     def index(self, expr: Index) -> Value:
+        if isinstance(expr.base, syntax.Attribute):
+            return self._of_map_beside(expr, expr.base)
         if not isinstance(expr.base, Name):
             raise error("L214", "only a stream or a tensor can be indexed", expr.base.span)
         name = self.scope.own(expr.base.id)

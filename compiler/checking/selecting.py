@@ -8,16 +8,18 @@ mass(share, e)      the fewest whose softmax reaches it    random(count)        
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ...grammar import syntax
 from ...grammar.diagnostics import did_you_mean, error
-from ...grammar.expr import FALSE, TRUE, fold, names, substitute
+from ...grammar.expr import FALSE, TRUE, fold, names, rebuild, substitute
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, Unary, children, walk
 from ..algebra.masks import extent
 from ..facts.later import incomplete
-from ..model import Select
+from ..model import PREVIOUS, Mixing, Pairwise, Select
 from .library import bind
 from .scalars import Axes, resolve
 from .scope import Scope
@@ -35,6 +37,8 @@ def resolve_select(scope: Scope, expr: Expr, axes: Axes, mask: Expr) -> Select |
     """Return a selection under a mask with every name resolved; None for `none` (L241)."""
     if expr == Name("none"):
         return None
+    if isinstance(expr, syntax.Attribute) and expr.base == Name("previous"):
+        return _below(scope, expr, axes)
     kind = expr.function if isinstance(expr, Call) else getattr(expr, "id", "")
     if not isinstance(expr, Call) or kind not in KINDS:
         raise error(
@@ -171,3 +175,50 @@ def _looks_back(scope: Scope, select: Select, axes: Axes, mask: Expr, span: Span
         f"`{show(found)}` reads a group that is not complete",
         f"say `always = blocks({select.size})`, or that it is complete in `among`",
     )
+
+
+def _below(scope: Scope, expr: syntax.Attribute, axes: Axes) -> Select:
+    """Return the selection of the layer below, by the streams that it reads there (L225)."""
+    below = scope.layer_below(expr.span)
+    below.shape("o", expr.span)
+    flow = below.streams["o"].flow if "o" in below.streams else None
+    select = (
+        flow.mix.select if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise) else None
+    )
+    if expr.name != "select" or select is None:
+        raise error(
+            "L225", "the layer below chooses no keys", expr.span, f"it is `{below.title}`",
+            "give it a `select`",
+        )  # fmt: skip
+    assert isinstance(flow, Mixing)
+    read = {
+        node.base.id
+        for each in select.exprs
+        for node in walk(each)
+        if isinstance(node, Index) and isinstance(node.base, Name) and node.base.id != "doc"
+    }
+    why = ""
+    if flow.heads != int(scope.numbers["heads"]) and select.share < flow.heads:
+        why = f"heads = {scope.numbers['heads']}, and {flow.heads} in `{below.title}`"
+    elif (flow.queries, flow.keys) != (axes.queries, axes.keys):
+        why = f"{axes.queries} × {axes.keys} tokens, and {flow.queries} × {flow.keys} there"
+    elif own := sorted(read & below.tensors.keys() | {each for each in read if "." in each}):
+        why = f"its score reads `{own[0]}`, which only `{below.title}` has"
+    elif "s" in names(select.score):
+        why = "its score reads the logits of that layer"
+    if why:
+        raise error("L225", "the choice of the layer below is of other pairs", expr.span, why)
+    for name in read:
+        shape = scope.previous(name, expr.span)
+        scope.inputs.setdefault(f"{PREVIOUS}{name}", shape)
+    share = int(scope.numbers["heads"]) if select.share == flow.heads else select.share
+    return replace(select.mapped(lambda each: _one_above(each, read)), share=share)
+
+
+def _one_above(expr: Expr, read: set[str]) -> Expr:
+    """Return an expression of the layer below as the one above it reads it."""
+    match expr:
+        case Index(Name(id, span), items) if id in read:
+            items = tuple(_one_above(each, read) for each in items)
+            return Index(Name(f"{PREVIOUS}{id}", span), items, expr.span)
+    return rebuild(expr, lambda each: _one_above(each, read))

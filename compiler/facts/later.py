@@ -90,6 +90,8 @@ def incomplete(
             if isinstance(item, Call) and item.function == POOLED and names(item) & {*sides}:
                 assert isinstance(node.base, Name)
                 stream = streams.get(node.base.id)
+                if stream is not None and isinstance(stream.flow, Statistic):
+                    continue  # of a map, whose rows know what they see
                 a, b = (1, inf) if stream is None else last_token(stream.flow, streams)
                 tried = bound(holds, _is_tried, most=True)
                 if group_may_be_later(item.args[0], a, b, tried, rows):

@@ -32,7 +32,8 @@ def sides(expr: Expr) -> frozenset[str]:
 
 def is_pooled(read: Index) -> bool:
     """Say whether an index reads a pooled stream, at a token that the pair's place makes."""
-    return any(isinstance(item, Call) and item.function == POOLED for item in read.items)
+    at = next((item for item in read.items if names(item) & {QUERY, KEY}), None)
+    return isinstance(at, Call) and at.function == POOLED
 
 
 def at_token(read: Index) -> Expr:

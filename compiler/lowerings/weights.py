@@ -246,12 +246,16 @@ class Writer:
     def _ended(self) -> list[str]:
         """Return the lines with the statistics, the last words on the weights, and the end."""
         shared = self.attention.maps
-        given = [self._statistic(kind, expr) for _, kind, expr in self.attention.node.op.statistics]
+        asked = self.attention.node.op.statistics
+        given = ["p" if kind == "map" else self._statistic(kind, expr) for _, kind, expr in asked]
         if self.mix.weights != Name("p"):
             self._of_maps(self.mix.weights)
             self.lines.append(f"p = {self._hidden(self._spread(self.mix.weights))}")
         if "p" in shared:
             self.lines.append("shared_p = p")
+        if "p" in given:
+            self.lines.append("weights = p.detach()")
+            given = ["weights" if each == "p" else each for each in given]
         if self.mix.dropout:
             self.lines.append(f"p = F.dropout(p, {self.mix.dropout!r}, self.training)")
         if self.mix.again is not None:

@@ -117,6 +117,8 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
     def statistic(asked: Statistic) -> Tensor:
         """Return a number for every row or column of the map, [b, heads, tokens, 1]."""
         kind, expr = asked.kind, asked.expr
+        if kind == "map":
+            return map_p.detach()
         scope.axes |= {each.name: each.shape for each in asked.inputs}
         if kind in ("lse", "joint"):
             nothing = 0 if kind == "lse" else -torch.inf
@@ -251,6 +253,8 @@ class _Scope:
         shape = self.axes[name]
         at = 0 if shape.heads is None else 1
         if any(pooled):
+            if not pooled[at := len(items) - 2] and node.items[at] == Name("i"):
+                items[at] = pairs.query  # of a map beside
             return _take(self.given.streams[name], (pairs.batch,), items)
         places = names["i"] if node.items[at] == Name("i") else names["j"]
         own = pairs.query if node.items[at] == Name("i") else pairs.key

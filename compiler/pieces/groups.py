@@ -116,6 +116,14 @@ def rows_at(x: Tensor, at: Tensor) -> Tensor:
     return x.gather(-2, at.expand(*at.shape[:-1], x.shape[-1]))
 
 
+def columns_at(x: Tensor, at: Tensor) -> Tensor:
+    """Return the columns of a map x [b, h, n, keys] at numbers [b or 1, 1, 1, m]."""
+    at = at.long().clamp(0, max(0, x.shape[-1] - 1))
+    if at.shape[0] == 1:
+        return x.index_select(-1, at.flatten())
+    return x.gather(-1, at.expand(*x.shape[:-1], -1))
+
+
 def groups_of_keys(j: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return the group of `size` tokens of each key, as its rank, and where the groups begin.
 

@@ -285,7 +285,7 @@ class Attention:
     @cached_property
     def leaves_out(self) -> bool:
         """Whether keys that are not visible may be left out."""
-        reads = self.called & {"convolve", "rank_keys", "mix_heads"}
+        reads = self.called & {"convolve", "rank_keys", "mix_heads"} or "map" in self.node.op.kinds
         others = any(map(reads_others, self.exprs))
         return not (reads or others or self.maps or self.maps_below or "m" in self.names)
 

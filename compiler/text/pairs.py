@@ -331,6 +331,14 @@ class Pairs(Values):
             steps = self.side(KEY).value(Binary("-", at, Name("j"))).text
             variable = f"steps_on({variable}, {steps}{', other' * self.told})"
         items = [item for item in read.items if item is not at]
+        if len(items) == 2 and isinstance(items[1], Call):  # a map beside, at any of its keys
+            head, place = items[0], self.side(PAIR).value(items[1].args[0]).text
+            if isinstance(head, Number):
+                variable = f"{variable}[:, {head.value} : {head.value + 1}]"
+            elif head != Name("h") or int(dims[1]) != self.heads:
+                picked = f"({self.side(PAIR)._place(head, int(dims[1]))}).flatten()"
+                variable = f"{variable}[:, {picked}]"
+            return Text(f"columns_at({variable}, {place})", 0)
         if len(dims) == 4:
             head, feature = items[0], items[1] if len(items) > 1 else None
             rank = 0 if feature is not None else 1
