@@ -101,6 +101,23 @@ def minference_blocks(row: Row, i: int) -> set[int]:
     return {j for j in range(i + 1) if j // 4 in kept}
 
 
+def hip(row: Row, i: int) -> set[int]:
+    first = i // 4 * 4
+    rows = range(first, min(first + 4, row.n))
+    cells = [(start, 8) for start in range(0, row.n, 8)]
+    for size in (8, 4, 2):
+        halves = [(at, size) for start, whole in cells for at in range(start, start + whole, size)]
+        score = {}
+        for at, cell in enumerate(halves):
+            pairs = [(r, j) for r in rows for j in range(cell[0], cell[0] + 2)
+                     if j <= r and first - j >= 4]  # fmt: skip
+            if pairs:
+                score[at] = max(float(row.s[pair]) for pair in pairs)
+        cells = [halves[at] for at in sorted(best(score, 2))]
+    found = {j for start, size in cells for j in range(start, start + size) if first - j >= 4}
+    return {j for j in range(i + 1) if j < 1 or first - j < 4 or j in found}
+
+
 def loki(row: Row, i: int) -> set[int]:
     basis = row.parameter("basis")[row.h]
     near = (row.q[i] @ basis) @ (row.k @ basis).mT
@@ -303,7 +320,7 @@ def caote(row: Row, i: int) -> set[int]:
 
 CHOOSES: dict[str, Chooses] = {
     each.__name__: each
-    for each in (moba, quest, block_sparse, minference_blocks, loki, dma, routing_transformer,
+    for each in (moba, quest, block_sparse, minference_blocks, hip, loki, dma, routing_transformer,
                  reformer, recycled_attention, sparse_dllm, biformer, spargeattn, sale, sparsed,
                  h2o, snapkv,
                  seer_attention, seer_attention_r, sparse_vggt, proxyattn, xattention,
@@ -357,6 +374,7 @@ EVERYTHING: dict[str, tuple[tuple[str, str], ...]] = {
     "sale": (("threshold = 0.7", "threshold = 0"),),
     "h2o": (("count = 3", "count = 64"),),
     "snapkv": (("count = 3", "count = 64"),),
+    "hip": (("count = 2", "count = 64"),),
     "seer_attention": (("count = 2", "count = 64"),),
     "seer_attention_r": (("count = 2", "count = 64"),),
     "sparse_vggt": (("count = 2", "count = 64"),),
@@ -663,6 +681,30 @@ def test_157_without_rounding_it_is_the_relative_score_itself():
     seen = (j <= i) & (forced | kept)
     y = softmax(s, seen) @ streams["v"]
     assert_close(exact(x), linear(merge(y), exact.parameter("o_proj.weight")))
+
+
+def test_155_layers_see_what_mattered_to_the_last_that_saw_everything():
+    mechanism, x = Mechanism("tidaldecode"), tokens(N)
+    layers = [mechanism.meaning.get_submodule(f"layers.{at}.attn") for at in range(7)]
+    below: dict[str, Tensor] = {}
+    found, y = [], x
+    with torch.no_grad():
+        for layer in layers:
+            below = layer.layer(y, below)[1]
+            found.append(below)
+            y = y + below["o"].transpose(1, 2).flatten(2)
+    for reads, by in (((2, 3), 1), ((5, 6), 4)):
+        s = (found[by]["q"] @ found[by]["k"].mT).masked_fill(~causal(N), -torch.inf)
+        least = s.topk(4, -1).values[..., -1:]
+        for at in reads:
+            own = 8**-0.5 * found[at]["q"] @ found[at]["k"].mT
+            assert_close(found[at]["o"], softmax(own, causal(N) & (s >= least)) @ found[at]["v"])
+
+
+def test_155_with_as_many_keys_as_tokens_it_is_the_dense_model():
+    mechanism = Mechanism("tidaldecode", ("count = 4", "count = 99"))
+    dense = Mechanism(without(text_of("tidaldecode")), like=mechanism)
+    assert_close(mechanism(tokens(N)), dense(tokens(N)), 1e-12)
 
 
 def test_195_regions_in_another_order_give_theirs():
