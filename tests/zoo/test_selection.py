@@ -707,6 +707,44 @@ def test_155_with_as_many_keys_as_tokens_it_is_the_dense_model():
     assert_close(mechanism(tokens(N)), dense(tokens(N)), 1e-12)
 
 
+def test_13_a_query_reads_a_cut_of_the_tree():
+    """It goes down by hand; what it reads stands for every leaf once."""
+    mechanism, x, context = Mechanism("tree_cross"), tokens(5), tokens(16, seed=3)
+    q, k, v = (
+        split(linear(each, mechanism.parameter(f"{part}_proj.weight")))
+        for part, each in (("q", x), ("k", context), ("v", context))
+    )
+    o = torch.zeros_like(q)
+    for b in range(2):
+        for i in range(5):
+            read: list[range] = []
+            level = [range(8), range(8, 16)]
+            while len(level[0]) > 2:
+                keys = torch.stack([k[b, :, list(node)].mean(1) for node in level], 1)
+                s = (q[b, :, i, None] @ keys.mT)[:, 0] / 8**0.5
+                best_ = int(s.softmax(-1).mean(0).argmax())
+                read += [node for at, node in enumerate(level) if at != best_]
+                start, size = level[best_].start, len(level[best_]) // 2
+                level = [range(start, start + size), range(start + size, start + 2 * size)]
+            read += [range(leaf, leaf + 1) for node in level for leaf in node]
+            assert sorted(leaf for node in read for leaf in node) == list(range(16))
+            keys, values = (
+                torch.stack([each[b, :, list(node)].mean(1) for node in read], 1) for each in (k, v)
+            )
+            p = (q[b, :, i, None] @ keys.mT / 8**0.5).softmax(-1)
+            o[b, :, i] = (p @ values)[:, 0]
+    y = linear(merge(o), mechanism.parameter("o_proj.weight"))
+    assert_close(mechanism(x, context=context), y)
+
+
+def test_13_a_tree_of_one_node_is_full_attention():
+    mechanism = Mechanism("tree_cross", ("leaves = 4", "leaves = 64"))
+    full = "block full { width = 32; context_width = 32; heads = 4; source = context }"
+    given = {"context": tokens(16, seed=3)}
+    y = Mechanism(full, like=mechanism)(tokens(5), **given)
+    assert_close(mechanism(tokens(5), **given), y, 1e-12)
+
+
 def test_195_regions_in_another_order_give_theirs():
     mechanism, x = Mechanism("biformer"), tokens(24)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
