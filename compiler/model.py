@@ -9,6 +9,7 @@ to a graph. Scalar expressions stay trees, but what they may read is now fixed:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,18 +21,44 @@ from ..grammar.source import NOWHERE, Span
 from ..grammar.syntax import Binary, Call, Compare, Expr, File, Index, Name, walk
 from ..ops import Shape, Weight
 
-PREVIOUS = "previous."  # what stands before the names of the layer below
-MAPS = ("s", "p")  # the logits and the weights of `o`, which the layer above may read
+MAPS = ("s", "p")  # the logits and the weights of `o`, which layers above may read
 # What a model gives to those of its layers that read it, and to their parts: the outputs of all
-# layers below [layer + 1, n, width], one token that meets all, the ids of the tokens [n, 1].
-OFFERED = ("earlier", "condition", "tokens")
+# layers below [layer + 1, n, width], one token that meets all, the ids of the tokens [n, 1], how
+# often the layer has run before, one number.
+OFFERED = ("earlier", "condition", "tokens", "turn")
+
+# ── names of streams in other layers ─────────────────────────────────────────────────────
+
+_ELSEWHERE = re.compile(r"(?:previous|at\[(-?\d+)\])\.(.+)")
+
+
+def elsewhere(name: str) -> tuple[int, str] | None:
+    """Return the layer that a stream is of, and what it is called there; None for one's own.
+
+    Layers are numbered as they run, below 0 back from the one that reads. With several blocks in a
+    layer the name says which: `attn.k`.
+    """
+    found = _ELSEWHERE.fullmatch(name)
+    return None if found is None else (int(found[1] or -1), found[2])
+
+
+def there(step: int, name: str) -> str:
+    """Return the name here of a stream in another layer: `previous.k`, `at[-3].k`, `at[0].k`."""
+    return f"previous.{name}" if step == -1 else f"at[{step}].{name}"
+
+
+def is_map_elsewhere(name: str) -> bool:
+    """Say whether a name is the map of another layer."""
+    found = elsewhere(name)
+    return found is not None and found[1].rpartition(".")[2] in MAPS
+
 
 # ── streams ──────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A stream by name: `x`, `context`, one the block declares, `previous.k` of the layer below."""
+    """A stream by name: `x`, `context`, one the block declares, one of `elsewhere`."""
 
     name: str
     shape: Shape
@@ -145,7 +172,8 @@ class Statistic:
 class Part:
     """A stage that is a whole by itself: a block, a layer, a feed-forward, a stage with tensors.
 
-    Its tensors live in the submodule `module`. It takes one stream.
+    Its tensors live in the submodule `module`. It takes one stream. Parts with one `once`, the
+    place of a text, have the same tensors: those of the first of them.
     """
 
     what: Block
@@ -153,6 +181,7 @@ class Part:
     shape: Shape
     module: str = ""
     span: Span = field(default=NOWHERE, compare=False, repr=False)
+    once: Span | None = None
 
 
 Flow = Read | Apply | Mixing | Statistic | Part
@@ -267,7 +296,7 @@ class Select:
     group has the maximum, sum, mean or logarithm of the sum of exponentials `within` it, of its
     pairs that are free; of heads that share it is the sum. Of equal scores the first is better. A
     score may read `s`, before `score`; it is another for each head, or not `by_heads`, and then it
-    is no sum.
+    is no sum. It may be the choice of a layer `elsewhere`, by streams of that.
     """
 
     kind: str
@@ -281,6 +310,7 @@ class Select:
     among: Expr = TRUE
     within: str = ""
     by_heads: bool = True
+    elsewhere: bool = False
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
@@ -454,7 +484,7 @@ class Block:
     streams show. A stage takes what comes in as it is; `given` is its shape, of all others
     [n, width].
 
-    The last fields are of a layer among others. `shared` is what the layer above reads of this
+    The last fields are of a layer among others. `shared` is what layers above read of this
     one, at the tokens of a call; None where no layer of the model reads another. With a cache,
     the mixings in `borrows` read the keys that a layer below keeps; of `lends`, layers above
     read all tokens that are kept; and what is kept must serve the masks in `serves` too.
@@ -500,6 +530,15 @@ class Block:
         read = {node.name for node in nodes if isinstance(node, Read)} - own
         read = read.union(*(each.what.reads for each in self.parts))
         return tuple(name for name in OFFERED if name in read)
+
+    @cached_property
+    def shares(self) -> tuple[Span, ...]:
+        """The `once` of its parts, and of theirs, in the order in which they are run."""
+        found: dict[Span, None] = {}
+        for part in self.parts:
+            found |= dict.fromkeys(part.what.shares)
+            found |= {} if part.once is None else {part.once: None}
+        return tuple(found)
 
     @property
     def uses(self) -> tuple[Block, ...]:
@@ -564,18 +603,51 @@ class Block:
                 read.append(flow.expr)
         return any("doc" in names(each) for each in read)
 
-    @property
-    def previous(self) -> tuple[str, ...]:
-        """What it reads of the layer below: streams, and `s` and `p` of its map."""
+    @cached_property
+    def below(self) -> tuple[str, ...]:
+        """What its text reads of layers below: streams, and `s` and `p` of maps."""
         read: dict[str, None] = {}
-        for flow in (*(each.flow for each in self.streams), self.out):
+        for flow in self.flows:
             for node in flow_nodes(flow):
                 if isinstance(node, Read):
                     read[node.name] = None
                 elif isinstance(node, Mixing) and isinstance(node.mix, Pairwise):
                     exprs = (node.mix.score, node.mix.weights)
                     read |= {name: None for expr in exprs for name in sorted(names(expr))}
-        return tuple(each.removeprefix(PREVIOUS) for each in read if each.startswith(PREVIOUS))
+                elif isinstance(node, Part) and node.what.kind != "block":
+                    read |= dict.fromkeys(node.what.below)
+        return tuple(each for each in read if elsewhere(each) is not None)
+
+    def placed(self, prefix: str = "") -> Iterator[tuple[str, Block]]:
+        """Yield `uses` with what stands before their streams' names above: `attn.`, or nothing."""
+        if self.kind == "block":
+            yield prefix, self
+        several = len(self.uses) > 1
+        for part in () if self.kind == "block" else self.parts:
+            yield from part.what.placed(f"{prefix}{part.module}." if several else prefix)
+
+    def sharing(self, names: tuple[str, ...]) -> Block:
+        """Return a layer, and those in it, as one of which others read streams of its own."""
+        if self.kind == "block":
+            return self
+
+        def changed(node: Apply | Part) -> Flow:
+            if isinstance(node, Part) and node.what.kind == "layer":
+                return replace(node, what=node.what.sharing(()))
+            return node
+
+        kept = self.keeping(names)
+        streams = (replace(each, flow=flow_mapped(each.flow, changed)) for each in kept.streams)
+        out = flow_mapped(self.out, changed)
+        return replace(kept, streams=tuple(streams), out=out, shared=names)
+
+    def keeping(self, names: Iterable[str] = ()) -> Block:
+        """Return it with the streams that reach its output, or are among the names."""
+        ends = [self.out] if self.regularize is None else [self.out, self.regularize]
+        own = {each.name: each for each in self.streams}
+        ends += [Read(name, own[name].shape) for name in names if name in own]
+        kept = reaching(own, ends)
+        return replace(self, streams=tuple(each for each in self.streams if each.name in kept))
 
     def resolved(self, name: str) -> str:
         """Return what a stream is that only gives another one a new name."""
@@ -599,15 +671,13 @@ class Block:
 
     @property
     def stacked(self) -> bool:
-        """Whether it is, or holds, a block of a model in which layers read each other."""
-        return any(each.shared is not None for each in self.uses)
+        """Whether it is told what the layers below gave, as some of the model reads others."""
+        told = self.shared is not None or bool(self.below)
+        return told or any(each.what.stacked for each in self.parts)
 
     def alone(self) -> Block:
         """Return the block as it is by itself, where no layer stands above it."""
-        ends = [self.out] if self.regularize is None else [self.out, self.regularize]
-        kept = reaching({each.name: each for each in self.streams}, ends)
-        streams = tuple(each for each in self.streams if each.name in kept)
-        return replace(self, streams=streams, shared=None, borrows=(), lends=(), serves=())
+        return replace(self.keeping(), shared=None, borrows=(), lends=(), serves=())
 
     def remixed(self, change: Callable[[Pairwise], Pairwise]) -> Block:
         """Return the block with every pairwise mix changed."""
@@ -657,6 +727,7 @@ class Model:
     The context passes through the `encoder` first, where there is one. `condition` is the width of
     the one token that meets all, where a layer reads it. `steps` are the numbers of the layers in
     the order they run; one that runs again has the same weights, and a cache for each time.
+    `memory` is how many learned tokens stand before those of each sequence, between the two ends.
     """
 
     name: str
@@ -673,7 +744,13 @@ class Model:
     lanes: int | None = None
     condition: int | None = None
     steps: tuple[int, ...] = ()
+    memory: int | None = None
     patches: Patches | None = None
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """How often the layer of each step has run before."""
+        return tuple(self.steps[:at].count(place) for at, place in enumerate(self.steps))
 
     @property
     def taken(self) -> int:

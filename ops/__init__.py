@@ -6,8 +6,9 @@ Shape(tokens='n', dim=64, heads=8)
 
 from __future__ import annotations
 
+from .bucket import Bucket
 from .conv import Conv
-from .draws import Bernoulli, DropHeads, Noise
+from .draws import Bernoulli, DropHeads, DropSequence, Noise
 from .dropout import Dropout
 from .embed import Embed
 from .features import Argmax, Reduce, Slice, Softmax, Top
@@ -60,10 +61,12 @@ OPS: dict[str, Op] = {
         Index(),
         Latents(),
         Embed(),
+        Bucket(),
         Rope(),
         Dropout(),
         Bernoulli(),
         DropHeads(),
+        DropSequence(),
         Noise(),
         MeanTokens(),
         Average(),

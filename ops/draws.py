@@ -84,6 +84,42 @@ class DropHeads(Op):
         return f"drop_heads({inputs[0]}, {options['count']}, self.training)"
 
 
+class DropSequence(Op):
+    """`drop_sequence(rate, scaled)`: in training, zero all of a sequence at this rate.
+
+    Where it is `scaled`, what stays is divided by how often that is.
+    """
+
+    name = "drop_sequence"
+    options = (Option("rate", "number", required=True), Option("scaled", "flag", False))
+    random = True
+    by_sequence = True
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        if not 0 <= options["rate"] < 1:
+            raise Mismatch("a rate to drop at lies in 0 <= rate < 1", f"rate = {options['rate']}")
+        return inputs[0]
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        import torch
+
+        (x,) = inputs
+        rate: float = options["rate"]
+        if not run.training:
+            return x
+        drawn = torch.rand(len(x), dtype=torch.float32, device=x.device)
+        stays = (drawn >= rate).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return x * stays / (1 - rate) if options["scaled"] else x * stays
+
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
+        rest = f"{options['rate']!r}, {options['scaled']}, self.training"
+        return f"drop_sequence({inputs[0]}, {rest}, {self.run_of(shapes[0])})"
+
+
 class Noise(Op):
     """`noise(std)`: plus a normal number of this deviation for each element, in training."""
 

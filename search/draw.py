@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from ..grammar import syntax
 from ..grammar.diagnostics import error
-from ..grammar.expr import NotConstant, Value, evaluate, number, rebuild, substitute
+from ..grammar.expr import NotConstant, Value, calls, evaluate, number, rebuild, substitute
 from ..grammar.show import show
 from ..grammar.syntax import Binary, Call, Expr, Keyword, ListOf, Name, Number, Pipe, Range
 from .choosers import Chooser
@@ -64,6 +64,7 @@ class Drawing:
         self.made: dict[str, Made] = {}
         self.kinds: set[str] = set()  # the names of the holes of a kind
         self._drawn: dict[str, Expr] = {}
+        self.shared: dict[str, syntax.Let] = {}  # what `once` makes one, by the names of draws
         self._open: list[str] = []
 
     # ── expressions ──────────────────────────────────────────────────────────────────────
@@ -119,7 +120,12 @@ class Drawing:
             with self.standing_in(None):
                 self._drawn[tie.path] = self.whole(tie.value, tie.path, tie.scope)
             self._open.pop()
-        return self._drawn[tie.path]
+        drawn = self._drawn[tie.path]
+        if not calls(drawn, "once"):
+            return drawn
+        name = tie.path.rpartition(".")[2]  # one place in the text, however often it is read
+        self.shared.setdefault(tie.path, syntax.Let(name, drawn, span=tie.value.span))
+        return Name(name, use.span)
 
     def _choose(self, call: Call, path: str, scope: Scope) -> Expr | None:
         texts = tuple(show(each) for each in call.args)

@@ -169,7 +169,8 @@ class _Filling:
             if id(item) not in drawn:
                 drawn[id(item)] = self._item(item)
                 made = self._drawing.made.values()
-                used = set().union(*map(names_in, (drawn[id(item)], *made)))
+                found = (drawn[id(item)], *made, *self._lets(""))
+                used = set[str]().union(*map(names_in, found))
                 todo.extend(self._scoping.called(used))
         if search is not None:
             body = self._drawing.body(search.body, "search", self._scoping.ties)
@@ -178,7 +179,12 @@ class _Filling:
         models = (at for at, item in enumerate(items) if isinstance(item, syntax.Model))
         first = next(models, len(items))
         items[first:first] = self._drawing.made.values()
-        return replace(self._file, items=tuple(items))
+        return replace(self._file, items=(*self._lets(""), *items))
+
+    def _lets(self, item: str) -> list[syntax.Let]:
+        """Return the `let`s that stay, of a model or of the file: of what `once` makes one."""
+        shared = self._drawing.shared.items()
+        return [let for path, let in shared if path.rpartition(".")[0] == item]
 
     def _item(self, item: Named) -> syntax.Item:
         with self._drawing.standing_in(item):
@@ -191,11 +197,12 @@ class _Filling:
                 flat = self._scoping.flat(
                     item, lambda base, scope: draw.whole(base, f"{name}.base", scope)
                 )
+                body = draw.body(flat.body, name, flat.scope)
                 return replace(
                     item,
                     params=tuple(each for each in params if each.default is None),
                     base=flat.base,
-                    body=draw.body(flat.body, name, flat.scope),
+                    body=(*self._lets(name), *body),
                 )
             case syntax.Block(name, params, base, body):
                 scope = self._scoping.of(item)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ...grammar.syntax import Expr, Name
 from ...ops import Shape
 from ..model import Block
+from .depth import Depth
 
 NONE = Name("none")
 MakeBlock = Callable[[Expr, int], Block]  # the block of a call, at a width
@@ -26,6 +27,7 @@ class Around:
     norm: Expr = NONE  # the stage that `norm` is
     dropout: float = 0.0  # of what every part gives
     vocab: int | None = None
+    below: Depth | None = None  # the layers below, in a model
 
     def taken(self, kind: str) -> Shape:
         """Return the shape of what a layer or another part takes, and gives."""

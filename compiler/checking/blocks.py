@@ -33,6 +33,7 @@ from ..model import (
     reaching,
 )
 from ..model import Part as Whole
+from .depth import Depth
 from .flows import Target, elaborate
 from .inheritance import Body
 from .layers import numbered, whole
@@ -62,9 +63,9 @@ class Sizes:
     context_width: int | None = None
     layer: int = 0
     depth: int = 1
-    below: Scope | None = None  # the layer below
-    place: str = "it stands alone"  # said where there is none
+    below: Depth | None = None  # the layers below, in a model
     offered: Mapping[str, Shape] = field(default_factory=dict)  # what a model gives beside x
+    memory: int = 0  # how many learned tokens stand in front
     grid: tuple[int, int] | None = None  # the rows and columns of a model's patches
 
 
@@ -80,7 +81,9 @@ def draft_block(library: Library, call: Expr, sizes: Sizes) -> Draft:
     findings = Findings()
     body = Body(library, call, findings)
     title = body.block.name
-    scope = Scope(library, findings, title=title, below=sizes.below, place=sizes.place, whole=whole)
+    scope = Scope(
+        library, findings, title=title, depth=sizes.below, whole=whole, memory=sizes.memory
+    )
     _numbers(scope, body, sizes)
     sized = not findings.diagnostics
     builder = _Builder(scope, body, sizes)
@@ -247,8 +250,16 @@ class _Builder:
 
     def _grid(self) -> None:
         if not self.body.has("grid"):
-            self.scope.grid = self.grid
+            self.scope.grid = None if self.scope.memory else self.grid
             return
+        if self.scope.memory:
+            raise error(
+                "L226",
+                "a grid counts from the first token",
+                self.body.span_of("grid"),
+                f"{self.scope.memory} learned tokens stand in front of it",
+                "leave `memory` out of the model",
+            )
         match self.body.get("grid"):
             case syntax.ListOf((rows, cols)):
                 self.scope.grid = (self.scope.size(rows, "rows"), self.scope.size(cols, "cols"))

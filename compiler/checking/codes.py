@@ -242,6 +242,15 @@ OWN: dict[str, Code] = {
             "block a { heads = 4 }\nblock b { heads = 4; q = x | a | split }",
         ),
         Code(
+            "L240",
+            "a part that several places share is not the same in all of them",
+            "`once(e)` is one part with one set of weights, and each mention of it uses these. So "
+            "it takes streams of the same width everywhere, and its text may not read `layer`, nor "
+            "may layers above read other streams of it in one place than in another.",
+            "block a { heads = 4; scale = layer + 1 }\nmodel m {\n  width = 64\n"
+            "  let core = once(a)\n  layers = [pre(core, none), pre(core, gelu)]\n}",
+        ),
+        Code(
             "L230",
             "a state cannot be kept in levels",
             "`state S[…] = 0 by weights` keeps one S for each level of a tree over the tokens. It "

@@ -24,7 +24,6 @@ from ...ops import OPS, UNNAMED, Op, Shape
 from ..model import (
     MAPS,
     OFFERED,
-    PREVIOUS,
     Apply,
     Block,
     Flow,
@@ -35,7 +34,7 @@ from ..model import (
     is_part,
 )
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
-from .library import put
+from .library import is_once, put
 from .names import module_name
 from .options import bound, option_value
 from .scalars import resolve_function, shaped
@@ -44,7 +43,8 @@ from .scope import Scope, body, inline_stage, suggest
 OFFERS = {  # where a model gives them
     "earlier": "a model without `lanes` has it",
     "condition": "every model has it, given at each call",
-    "tokens": "a model with a `vocab` has it",
+    "tokens": "a model with a `vocab` has it, unless learned tokens stand in front (`memory`)",
+    "turn": "every model has it: how often the layer has run before",
 }
 
 
@@ -81,6 +81,7 @@ class _Whole:
     make: Callable[[Shape], Block]
     module: str
     span: Span
+    once: Span | None = None  # where the text is that its tensors belong to, if shared
 
 
 def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
@@ -183,17 +184,17 @@ def _flow(scope: Scope, expr: Expr, target: Target) -> Flow:
                     f"write `{show(_around(expr, stages[-1]))}`",
                 )
             return _pipe(scope, first, stages, target)
-        case syntax.Attribute(Name("previous"), name) if name in MAPS:
-            where = {"s": "score", "p": "weights"}[name]
-            raise error(
-                "L208",
-                f"`previous.{name}` is a number a pair, not a stream",
-                expr.span,
-                "",
-                f"read it in `{where}`",
-            )
-        case syntax.Attribute(Name("previous"), name, span):
-            return Read(f"{PREVIOUS}{name}", scope.previous(name, span), span)
+        case syntax.Attribute(_, name, span) if (found := scope.elsewhere(expr)) is not None:
+            if name in MAPS:
+                where = {"s": "score", "p": "weights"}[name]
+                raise error(
+                    "L208",
+                    f"`{show(expr)}` is a number a pair, not a stream",
+                    span,
+                    "",
+                    f"read it in `{where}`",
+                )
+            return Read(found.name, found.shape, span)
         case Call(name) if name in OPS and OPS[name].starts:
             return _pipe(scope, Read("x", scope.inputs["x"], expr.span), (expr,), target)
         case Unary() | Binary() | Compare() | Call():
@@ -323,7 +324,7 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
             shape = what.out.shape
             if what.x.heads is None and head.shape.heads is not None:  # each head alike
                 shape = replace(shape, heads=head.shape.heads)
-            head = Part(what, (head,), shape, step.module, step.span)
+            head = Part(what, (head,), shape, step.module, step.span, step.once)
             continue
         head = _apply(scope, replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
@@ -342,11 +343,24 @@ def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> d
 
 def _apply(scope: Scope, step: _Stage, head: Flow | None) -> Flow:
     inputs = step.others if head is None else (head, *step.others)
-    if step.op.name == "embed" and not (isinstance(head, Read) and head.name == "tokens"):
-        raise error("L206", "`embed` takes the ids of `tokens`", step.span, "these are none")
+    if step.op.name in ("embed", "bucket") and not _are_ids(scope, head, step.op.name):
+        label = "these are none"
+        raise error("L206", f"`{step.op.name}` takes the ids of `tokens`", step.span, label)
     if step.op.name == "pointwise":
         return composed(step.options["expr"], _for_heads(scope, inputs), step.span)
     return applied(step.op.name, step.options, inputs, step.span, step.places)
+
+
+def _are_ids(scope: Scope, flow: Flow | None, taker: str) -> bool:
+    """Say whether a stream holds ids: those of the tokens, or of buckets, to be embedded."""
+    match flow:
+        case Read("tokens"):
+            return "tokens" in scope.inputs
+        case Read(name) if name in scope.streams:
+            return _are_ids(scope, scope.streams[name].flow, taker)
+        case Apply("bucket"):
+            return taker == "embed"
+    return False
 
 
 def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list[_Stage | _Whole]:
@@ -377,6 +391,8 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
                 ]
             inside = resolve_function(scope, result.value, frozenset("x"))
             return [_pointwise(put(inside, {"x": Name("a0")}), (), stage.span)]
+    if name == "once":
+        return [_once(scope, stage, target, suffix)]
     if name == "gate":
         (other,) = exactly(stage, args, 1)
         gate = _flow(scope, other, replace(target, shape=None))
@@ -427,6 +443,23 @@ def _whole(scope: Scope, call: Expr, module: str, definition: Definition | None 
     return _Whole(partial(scope.whole, scope, call, definition), module, call.span)
 
 
+def _once(scope: Scope, call: Expr, target: Target, module: str = "") -> _Whole:
+    """Return the part of `once(stage)`: all that mentions this place of the text shares it."""
+    assert isinstance(call, Call)
+    (inner,) = exactly(call, call.args, 1)
+    if not isinstance(inner, Name | Call):
+        raise error("L208", "this is not a stage", inner.span, "", "give `once` one stage or part")
+    name = inner.id if isinstance(inner, Name) else inner.function
+    if scope.library.kind_of(inner) is not None:
+        return replace(_whole(scope, inner, module_name(module or name)), once=call.span)
+    _expand(scope, inner, target)  # what is wrong with it is said here
+    wrapped = Definition(
+        "stage", name, (), (syntax.Result(syntax.Pipe(None, (inner,), inner.span)),)
+    )
+    whole = _whole(scope, Name(name, inner.span), module_name(module or name), wrapped)
+    return replace(whole, once=call.span)
+
+
 def _named_part(
     scope: Scope, stage: Name | Call, name: str, target: Target
 ) -> list[_Stage | _Whole]:
@@ -435,7 +468,10 @@ def _named_part(
     if not isinstance(stage, Name):
         raise error("L209", f"`{name}` takes no arguments here", stage.span)
     if name in scope.parts:
-        return [_whole(scope, scope.parts[name], module_name(name))]
+        part = scope.parts[name]
+        if is_once(part):
+            return [_once(scope, part, target, name)]
+        return [_whole(scope, part, module_name(name))]
     norm = scope.around.norm
     if norm == Name("none"):
         return []

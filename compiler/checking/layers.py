@@ -27,6 +27,7 @@ from ..model import (
     Block,
     Flow,
     Part,
+    Read,
     Stream,
     applies,
     flow_mapped,
@@ -37,7 +38,7 @@ from ..model import (
 from .arithmetic import applied
 from .around import NONE, Around
 from .flows import Target, elaborate
-from .library import Library, bind, put, substitute_statement
+from .library import Library, bind, is_once, put, substitute_statement
 from .scope import Findings, Scope
 
 
@@ -83,6 +84,7 @@ class _Layer:
             parts=self.parts,
             around=around,
             whole=whole,
+            depth=around.below,
         )
         self._gather(self.syntax, call, [])
         self.findings.settle()
@@ -117,7 +119,8 @@ class _Layer:
             return value
         if isinstance(value, Name) and value.id in self.parts:
             return self.parts[value.id]
-        return value if self.library.kind_of(value) is not None else None
+        known = is_once(value) or self.library.kind_of(value) is not None
+        return value if known else None
 
     def _handed(self, expr: Expr) -> Expr:
         """Put parts into the layers that they are handed to: `pre(attn, ffn)`, in a layer."""
@@ -184,7 +187,12 @@ class _Layer:
             made = elaborate(scope, out, Target("out", shape))
         self.findings.settle()
         assert made is not None
-        kept = reaching(scope.streams, [made])
+        above = [
+            Read(name, scope.streams[name].shape)
+            for name in scope.streams
+            if name in self.library.read_above
+        ]
+        kept = reaching(scope.streams, [made, *above])
         streams = [each for name, each in scope.streams.items() if name in kept]
         block = composed(self.syntax.name, self.kind, scope, streams, made, self.syntax.span)
         return block if shape.heads is None else replace(block, given=shape)
@@ -301,6 +309,7 @@ def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> 
         title=stage.name,
         around=scope.around,
         whole=whole,
+        depth=scope.depth,
     )
     inner.elaborate = lambda let, own, name: Stream(name, elaborate(own, let.value, Target(name)))
     for each in declared:

@@ -20,6 +20,7 @@ from ...grammar.parse import parse, parse_expression
 from ...grammar.source import Source, Span
 from ...grammar.store import kept
 from ...grammar.syntax import Definition, Expr, File, Statement
+from .depth import place_of
 from .names import taken
 
 Named = TypeVar("Named", Definition, syntax.Block, syntax.Model)
@@ -69,7 +70,7 @@ class Library:
     models: Mapping[str, syntax.Model]
     lets: Mapping[str, Expr]
     search: syntax.Search | None = None
-    read_above: frozenset[str] = frozenset()  # every `previous.NAME` of the file
+    read_above: frozenset[str] = frozenset()  # what is read of layers below, anywhere in the file
 
     @staticmethod
     def of(file: File) -> Library:
@@ -135,12 +136,18 @@ class Library:
         return (name for each, name in self.definitions if each == kind)
 
 
+def is_once(expr: Expr) -> bool:
+    """Say whether an expression is a part that all its mentions share: `once(e)`."""
+    return isinstance(expr, syntax.Call) and expr.function == "once"
+
+
 def _read_above(file: File) -> Iterator[str]:
-    """Yield the names of streams that some block reads of the layer below it."""
+    """Yield the names of streams that something reads of layers below it."""
     for item in file.items:
         for _, expr in syntax.expressions(item):
             for node in syntax.walk(expr):
-                if isinstance(node, syntax.Attribute) and node.base == syntax.Name("previous"):
+                if place_of(node) is not None:
+                    assert isinstance(node, syntax.Attribute)
                     yield node.name
 
 

@@ -10,11 +10,22 @@ from ...grammar import syntax
 from ...grammar.diagnostics import did_you_mean, error
 from ...grammar.expr import FALSE, TRUE, names
 from ...grammar.show import show
-from ...grammar.syntax import Call, Compare, Expr, Index, Name, Pipe, walk
+from ...grammar.syntax import Binary, Call, Compare, Expr, Index, Name, Number, Pipe, walk
 from ...ops import OPS, Shape
 from ..algebra.masks import extent, linear
-from ..model import MAPS, PREVIOUS, Mixing, Pairwise, Read, Recurrence, Select, Stream
+from ..model import (
+    SAME_DOCUMENT,
+    Mixing,
+    Pairwise,
+    Read,
+    Recurrence,
+    Select,
+    Stream,
+    is_map_elsewhere,
+    without_document,
+)
 from .carried import carriers, require_fit, resolve_carry
+from .depth import Found, place_of
 from .flows import Target, elaborate
 from .inheritance import Body
 from .itself import require_strict, values_apart
@@ -222,6 +233,8 @@ class Part:
             if again is not None:
                 span = body.span_of("mask")
                 require_strict(self._itself, mask, (axes.queries, axes.keys), span)
+            if scope.memory and axes.queries == axes.keys == "n":
+                mask = with_memory(mask, scope.memory)
         select: Select | None = None
         with scope.findings.guard():
             select = resolve_select(scope, body.get("select"), axes, mask)
@@ -244,8 +257,8 @@ class Part:
                 if similarity == resolve(scope, _PRODUCT, "similarity", axes):
                     similarity = None
         with scope.findings.guard():
-            if any(f"{PREVIOUS}{each}" in names(score) | names(weights) for each in MAPS):
-                self._same_map(axes, mask)
+            for name in sorted(filter(is_map_elsewhere, names(score) | names(weights))):
+                self._same_map(axes, mask, scope.maps_read[name])
         scope.findings.settle()
         assert normalize is not None
         mix = Pairwise(
@@ -255,11 +268,11 @@ class Part:
             require_fit(mix, (axes.queries, axes.keys), operands[1].name, body.span_of("carry"))
         return mix, tuple(operands)
 
-    def _same_map(self, axes: Axes, mask: Expr) -> None:
-        """Check that the layer below has a map of the same pairs (L225)."""
+    def _same_map(self, axes: Axes, mask: Expr, found: Found) -> None:
+        """Check that another layer has a map of the same pairs (L225)."""
         span = self.body.span_of("weights" if self.body.has("weights") else "score")
-        below = self.scope.layer_below(span)
-        below.shape("o", span)
+        below = found.scope
+        assert below is not None
         there = below.streams["o"].flow if "o" in below.streams else None
         heads = int(self.scope.numbers["heads"])
         help = "heads, tokens and masks of both layers must be the same"
@@ -278,7 +291,7 @@ class Part:
             why = "the mask reads streams or tensors, of which each layer has its own"
         else:
             return
-        raise error("L225", "the layer below has a map of other pairs", span, why, help)
+        raise error("L225", "a layer below has a map of other pairs", span, why, help)
 
     def _score(self) -> Expr:
         """The score, after the position where that is a score too."""
@@ -290,8 +303,22 @@ class Part:
 
 
 def _is_below(value: Expr) -> bool:
-    """Say whether a pipeline is a stream of the layer below as it is, its position included."""
-    return isinstance(value, syntax.Attribute) and value.base == Name("previous")
+    """Say whether a pipeline is a stream of a layer below as it is, its position included."""
+    return place_of(value) is not None
+
+
+def with_memory(mask: Expr, count: int) -> Expr:
+    """Return a mask that shows the first tokens of a sequence too, to those after them."""
+    rest = without_document(mask)
+    reach = extent(rest)
+    front: Expr = Compare((Name("j"), Number(count, str(count))), ("<",))
+    if reach.causal:
+        order = "<" if reach.low > 0 else "<="
+        front = Binary("and", front, Compare((Name("j"), Name("i")), (order,)))
+    if rest == TRUE or _is_causal(rest):
+        return mask
+    seen = Binary("or", rest, front)
+    return seen if rest == mask else Binary("and", seen, SAME_DOCUMENT[0])
 
 
 def _reads_own(mask: Expr) -> bool:

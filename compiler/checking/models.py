@@ -5,23 +5,37 @@ layers = ([local] * 5 + [global]) * 2      → twelve layers `pre(local, swiglu(
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 from ...grammar import syntax
 from ...grammar.diagnostics import Diagnostic, did_you_mean, error
+from ...grammar.expr import rebuild
+from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Expr, ListOf, Name
 from ...ops import OPS, Shape
-from ..model import Apply, Block, Flow, Model, Part, Patches, applies, flow_mapped, flow_nodes
+from ..model import (
+    MAPS,
+    Apply,
+    Block,
+    Flow,
+    Model,
+    Part,
+    Patches,
+    applies,
+    flow_mapped,
+    flow_nodes,
+)
 from .around import NONE, Around
 from .blocks import Draft, Sizes, draft_block
+from .depth import Depth, Layer
 from .flows import Target, elaborate
+from .handed import stack
 from .inheritance import SETTINGS as OF_BLOCKS
 from .layers import composed, elaborate_part, whole
-from .library import Library, bind, named, parsed, put, standard, standard_names
+from .library import Library, bind, is_once, named, parsed, put, standard, standard_names
 from .patches import read_patches
-from .previous import stack
 from .scope import Findings, Scope
 from .spellings import instead
 
@@ -29,7 +43,7 @@ SETTINGS = {
     "vocab": "none", "width": "", "layers": "", "layer": "pre", "ffn": "swiglu(8/3)",
     "norm": "rms", "embed": "x", "embed_position": "none", "tie": "false", "head": "",
     "dropout": "0", "patches": "none", "encoder": "none", "lanes": "none",
-    "condition_width": "width",
+    "condition_width": "width", "memory": "none",
 }  # fmt: skip
 NORMS = {"rms": "rms_norm", "layer": "layer_norm"}  # what stages are called as a model's norm
 HEADS = {  # the heads that have names, as pipelines
@@ -81,9 +95,11 @@ class _Reader:
         self.settings: dict[str, Expr] = {}
         self.dropout, self.condition = 0.0, 1
         self.lanes: int | None = None
+        self.memory: int | None = None
         self.vocab: int | None = None
         self.patches: Patches | None = None
         self.steps: tuple[int, ...] = ()
+        self.shared: set[Span] = set()  # the places of `once` that are layers of the list
         self.scope = Scope(library, self.findings)
         values = dict(library.lets)
         self._collect(call, values, [])
@@ -150,6 +166,9 @@ class _Reader:
         with guard():
             self.lanes = self._lanes()
         with guard():
+            memory = self.get("memory")
+            self.memory = None if memory == NONE else self.scope.size(memory, "`memory`")
+        with guard():
             self.condition = self.scope.size(self.get("condition_width"), "`condition_width`")
         with guard():
             layers = self._layers(width, encoder, warnings)
@@ -178,6 +197,7 @@ class _Reader:
             self.lanes,
             self.condition if any("condition" in each.reads for each in layers) else None,
             self.steps,
+            self.memory,
             self.patches,
         )
 
@@ -342,8 +362,9 @@ class _Reader:
 
     def _around(self, width: int, at: int = 0, depth: int = 1) -> Around:
         norm = self.get("norm")
-        if isinstance(norm, Name):
-            norm = Name(NORMS.get(norm.id, norm.id), norm.span)
+        if is_once(norm):
+            norm = rebuild(norm, _named_norm)
+        norm = _named_norm(norm)
         return Around(
             width,
             self._no_block,
@@ -358,10 +379,10 @@ class _Reader:
 
     def _offered(self, at: int) -> dict[str, Shape]:
         """Return what a layer may read beside the stream that comes in."""
-        offered = {"condition": Shape("1", self.condition)}
+        offered = {"condition": Shape("1", self.condition), "turn": Shape("1", 1)}
         if self.lanes is None:
             offered["earlier"] = Shape("n", self.width, at + 1)
-        if self.get("vocab") != NONE:
+        if self.get("vocab") != NONE and self.memory is None:
             offered["tokens"] = Shape("n", 1)
         return offered
 
@@ -400,20 +421,20 @@ class _Reader:
     ) -> tuple[Block, ...]:
         context_width = None if encoder is None else encoder.width
         calls = self._places()
-        place = f"it is layer 0 of `{self.syntax.name}`, the lowest"
         made: dict[Expr, Block] = {}
         drafts: dict[int, Draft] = {}  # of the blocks in layers, by their identity
         layers: list[Block] = []
-        below: Draft | None = None  # the block below
+        below: list[Layer] = []
         reads_layer = self._reads("layer", "earlier")
         reads_below = bool(self.library.read_above)
         for at, call in enumerate(calls):
+            under = Depth(self.syntax.name, at, below, self.steps)
 
-            def block(part: Expr, width: int, at: int = at, below: Draft | None = below) -> Block:
-                under = None if below is None else below.scope
+            def block(part: Expr, width: int, at: int = at, under: Depth = under) -> Block:
                 offered = self._offered(at)
                 grid = None if self.patches is None else self.patches.grid
-                sizes = Sizes(width, context_width, at, len(calls), under, place, offered, grid)
+                front = self.memory or 0
+                sizes = Sizes(width, context_width, at, len(calls), under, offered, front, grid)
                 draft = draft_block(self.library, part, sizes)
                 self._one_a_token(draft, part)
                 made = draft.finish()
@@ -423,16 +444,15 @@ class _Reader:
             with self.findings.guard():
                 layer = made.get(call)
                 if layer is None or reads_layer or reads_below:
-                    around = replace(self._around(width, at, len(calls)), block=block)
+                    around = self._around(width, at, len(calls))
+                    around = replace(around, block=block, below=under)
                     layer = made[call] = elaborate_part(self.library, self._standing(call), around)
                 layers.append(layer)
-                if layer.uses:
-                    below = drafts[id(layer.uses[-1])]
+                scopes = {id(each): drafts[id(each)].scope for each in layer.uses}
+                below.append(Layer(layer, scopes))
             if reads_below and len(layers) <= at:
                 return ()  # what stands above cannot be checked without it
         self.findings.settle()
-        if reads_below:
-            self._tell_apart(layers, calls)
         seen: set[int] = set()
 
         def finish(block: Block, shared: tuple[str, ...]) -> Block:
@@ -440,12 +460,14 @@ class _Reader:
             seen.add(id(block))
             return drafts[id(block)].finish(shared, quiet)
 
-        uses = [block for layer in layers for block in layer.uses]
-        done = stack([partial(finish, block) for block in uses])
-        if encoder is not None and not any(block.context_width for block in done):
+        def has(block: Block, name: str) -> bool:
+            return name in MAPS or name in drafts[id(block)].scope.streams
+
+        done = stack(layers, self.steps, finish, has)
+        self._require_one(done)
+        if encoder is not None and not any(layer.context_width for layer in done):
             self._unread(warnings)
-        rest = iter(done)
-        return tuple(layer.using(rest) for layer in layers)
+        return done
 
     def _places(self) -> list[Expr]:
         """Return the different layers of the list; `steps` is their order, some of them again."""
@@ -461,15 +483,41 @@ class _Reader:
                 calls.append(call)
             steps.append(at)
         self.steps = tuple(steps)
-        if len(steps) > len(calls) and (self.library.read_above or self._reads("earlier")):
+        self.shared = {key for _, key in listed if isinstance(key, Span)}
+        if len(steps) > len(calls) and self._reads("earlier"):
             raise error(
                 "L224",
                 "a layer that runs again has other layers below it each time",
                 self.get("layers").span,
-                "layers of this file read the ones below",
-                "leave `loop` and `once` out, or `previous` and `earlier`",
+                "layers of this file read `earlier`",
+                "leave `loop` and `once` out, or read a layer: `at(0).out`",
             )
         return calls
+
+    def _require_one(self, layers: tuple[Block, ...]) -> None:
+        """Check that what places share is the same in all of them (L240)."""
+        found: dict[Span, Block] = {}
+        for part in (part for layer in layers for part in _parts(layer)):
+            if part.once is None:
+                continue
+            if part.once in self.shared:
+                raise error(
+                    "L240",
+                    "this is a layer and a part of one",
+                    part.once,
+                    "",
+                    "write `once` for each of them",
+                )
+            first = found.setdefault(part.once, part.what)
+            if first != part.what:
+                raise error(
+                    "L240",
+                    "what is shared is not the same everywhere",
+                    part.once,
+                    _apart(first, part.what),
+                    "it takes streams of one width, and reads neither `layer` nor what other "
+                    "layers do not share with it",
+                )
 
     def _standing(self, call: Expr) -> Expr:
         """Return the layer that a block or feed-forward of the list stands in."""
@@ -485,18 +533,6 @@ class _Reader:
         open_ = [each for each in item.params if each.default is None][len(given) :]
         parts = (call, ffn)[: len(open_)]
         return Call(item.name, (*given, *parts), keywords, call.span)
-
-    def _tell_apart(self, layers: list[Block], calls: list[Expr]) -> None:
-        """Refuse several blocks in one layer where blocks read the one below (L224)."""
-        for layer, call in zip(layers, calls, strict=True):
-            if len(layer.uses) > 1:
-                raise error(
-                    "L224",
-                    "it is not clear which block is below",
-                    call.span,
-                    f"`{layer.name}` has {len(layer.uses)}",
-                    "where `previous` is read, a layer has one block",
-                )
 
     def _one_a_token(self, draft: Draft, call: Expr) -> None:
         """Check that a layer gives one output a token (L226)."""
@@ -555,7 +591,7 @@ class _Reader:
                 ]
                 done = self._repeat(expr, inner, count)
             case Call("once", (item,), ()):
-                done = [(item, (item, item.span))]
+                done = [(item, expr.span)]
             case Name() | Call():
                 done = [(expr, None)]
             case _:
@@ -578,6 +614,28 @@ class _Reader:
                 f"{len(calls) * count:,}, the limit is {MAX_LAYERS:,}",
             )
         return calls * count
+
+
+def _named_norm(norm: Expr) -> Expr:
+    """Return the stage that a norm's name stands for."""
+    return Name(NORMS.get(norm.id, norm.id), norm.span) if isinstance(norm, Name) else norm
+
+
+def _parts(block: Block) -> Iterator[Part]:
+    """Yield the parts of a block, and theirs."""
+    for part in block.parts:
+        yield part
+        yield from _parts(part.what)
+
+
+def _apart(one: Block, other: Block) -> str:
+    """Say what is another in two blocks of one text."""
+    if one.x != other.x:
+        return f"`{one.name}` takes {one.x}, and {other.x} elsewhere"
+    for name in ("shared", "borrows", "lends", "serves"):
+        if getattr(one, name) != getattr(other, name):
+            return f"layers above read other streams of `{one.name}` in one place than in another"
+    return f"`{one.name}` reads where it stands"
 
 
 def _tied(head: Block, vocab: int | None) -> Block:

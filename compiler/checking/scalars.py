@@ -23,7 +23,6 @@ from ...grammar.functions import (
     VECTOR_FUNCTIONS,
 )
 from ...grammar.show import show
-from ...grammar.source import Span
 from ...grammar.syntax import (
     POOLED,
     Binary,
@@ -40,7 +39,8 @@ from ...ops import Shape
 from ...ops.shape import pooling
 from ..algebra.thresholds import require
 from ..algebra.trends import Unclear
-from ..model import MAPS, PREVIOUS, Apply, Mixing, Normalizer, Pairwise, Read, Statistic, Stream
+from ..model import MAPS, Apply, Mixing, Normalizer, Pairwise, Read, Statistic, Stream, elsewhere
+from .depth import place_of
 from .expressions import Dims, Resolver, Value, plain
 from .library import put
 from .scope import Scope, body, suggest
@@ -109,8 +109,8 @@ class _Resolver(Resolver):
 
     def other(self, expr: Expr) -> Value:
         match expr:
-            case syntax.Attribute(Name("previous"), name):
-                return Value(self._previous(name, expr.span))
+            case syntax.Attribute() if place_of(expr) is not None:
+                return Value(self._elsewhere(expr))
         if isinstance(expr, syntax.Pipe) and self.what == "score":
             return Value(self._compose(expr.head, expr.stages))
         raise error(
@@ -180,19 +180,22 @@ class _Resolver(Resolver):
             )
         return dims
 
-    def _previous(self, name: str, span: Span) -> Expr:
-        """`previous.s` in a score, `previous.p` in weights: the map of the layer below (L214)."""
-        if (self.what, name) not in (("score", "s"), ("weights", "p")):
-            named = f"give the stream a name first: `let below = previous.{name}`"
+    def _elsewhere(self, expr: syntax.Attribute) -> Expr:
+        """`previous.s` in a score, `previous.p` in weights: the map of another layer (L214)."""
+        if (self.what, expr.name) not in (("score", "s"), ("weights", "p")):
+            named = f"give the stream a name first: `let below = {show(expr)}`"
+            maps = "a score reads `previous.s`, weights read `previous.p`"
             raise error(
                 "L214",
-                f"`previous.{name}` cannot be read here",
-                span,
+                f"`{show(expr)}` cannot be read here",
+                expr.span,
                 "",
-                "a score reads `previous.s`, weights read `previous.p`" if name in MAPS else named,
+                maps if expr.name in MAPS else named,
             )
-        self.scope.layer_below(span)
-        return Name(f"{PREVIOUS}{name}", span)
+        found = self.scope.elsewhere(expr)
+        assert found is not None
+        self.scope.maps_read[found.name] = found
+        return Name(found.name, expr.span)
 
     def _sum_streams(self, expr: Call) -> Expr:
         """Return the sum of an expression over the heads of streams that tokens alone index (L216).
@@ -526,7 +529,7 @@ class _Resolver(Resolver):
         if stride > 1 and one_side and not any(isinstance(each, Index) for each in walk(item)):
             return True
         indexed = any(isinstance(each, Index) for each in syntax.walk(item))
-        fits = name != "doc" and not name.startswith(PREVIOUS) and not indexed
+        fits = name != "doc" and elsewhere(name) is None and not indexed
         if fits and "j" in allowed and names(item) == {"j"}:  # another key's token
             return False
         shown = " or ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"

@@ -24,6 +24,7 @@ from ...grammar.syntax import Call, Definition, Expr, Name
 from ...ops import OPS, Shape, Weight
 from ..model import Block, Stream
 from .around import Around
+from .depth import Depth, Found, place_of
 from .library import MAX_NODES, Library, bind, put, size, substitute_statement
 from .names import taken
 
@@ -88,8 +89,9 @@ class Scope:
     elaborate: Callable[[syntax.Let, Scope, str], Stream] | None = None
     branch: str = ""
     title: str = ""  # the name of the block
-    below: Scope | None = None  # the layer below
-    place: str = ""  # where the block stands, if no layer is below it
+    depth: Depth | None = None  # the layers below, in a model
+    memory: int = 0  # how many learned tokens stand in front
+    maps_read: dict[str, Found] = field(default_factory=dict)  # those of other layers, by name
     renamed: dict[str, str] = field(default_factory=dict)
     parts: Mapping[str, Expr] = field(default_factory=dict)  # what a layer was given for parts
     around: Around | None = None  # where a layer stands
@@ -154,31 +156,24 @@ class Scope:
             self.streams[name] = stream
         return self.streams[name].shape
 
-    def layer_below(self, span: Span) -> Scope:
-        """Return the layer below (L224)."""
-        if self.below is None:
+    def elsewhere(self, expr: Expr) -> Found | None:
+        """Return the stream of another layer that `at(e).NAME` is; None for what is none (L224)."""
+        place = place_of(expr)
+        if place is None or (place[0] == Name("first") and "first" in self.declared):
+            return None
+        layer, path = place
+        if self.depth is None:
             raise error(
                 "L224",
                 "there is no layer below",
-                span,
-                self.place,
+                expr.span,
+                "it stands alone",
                 f"use `{self.title}` in a model, above another block",
             )
-        return self.below
-
-    def previous(self, name: str, span: Span) -> Shape:
-        """Return the shape of a stream of the layer below (L201)."""
-        below = self.layer_below(span)
-        shape = None if name in below.inputs else below.shape(name, span)
-        if shape is None:
-            raise error(
-                "L201",
-                f"the layer below has no stream `{name}`",
-                span,
-                f"it is `{below.title}`",
-                suggest(name, below.declared),
-            )
-        return shape
+        value = self.number(layer, "a layer")
+        if value != int(value):
+            raise error("L219", "a layer is a whole number", layer.span, f"it is {value}")
+        return self.depth.find(int(value), path, "layer" in names(layer), expr.span)
 
     def own(self, name: str) -> str:
         """Return the name in the block of what is called `name` here."""

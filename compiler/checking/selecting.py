@@ -8,6 +8,7 @@ mass(share, e)      the fewest whose softmax reaches it    random(count)        
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ...grammar import syntax
@@ -19,7 +20,8 @@ from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, Unary, children, walk
 from ..algebra.masks import extent
 from ..facts.later import incomplete
-from ..model import PREVIOUS, Mixing, Pairwise, Select
+from ..model import Mixing, Pairwise, Select
+from .depth import Found, place_of
 from .library import bind
 from .scalars import Axes, resolve
 from .scope import Scope
@@ -37,8 +39,8 @@ def resolve_select(scope: Scope, expr: Expr, axes: Axes, mask: Expr) -> Select |
     """Return a selection under a mask with every name resolved; None for `none` (L241)."""
     if expr == Name("none"):
         return None
-    if isinstance(expr, syntax.Attribute) and expr.base == Name("previous"):
-        return _below(scope, expr, axes)
+    if isinstance(expr, syntax.Attribute) and place_of(expr) is not None:
+        return _elsewhere(scope, expr, axes, mask)
     kind = expr.function if isinstance(expr, Call) else getattr(expr, "id", "")
     if not isinstance(expr, Call) or kind not in KINDS:
         raise error(
@@ -177,48 +179,56 @@ def _looks_back(scope: Scope, select: Select, axes: Axes, mask: Expr, span: Span
     )
 
 
-def _below(scope: Scope, expr: syntax.Attribute, axes: Axes) -> Select:
-    """Return the selection of the layer below, by the streams that it reads there (L225)."""
-    below = scope.layer_below(expr.span)
-    below.shape("o", expr.span)
-    flow = below.streams["o"].flow if "o" in below.streams else None
-    select = (
-        flow.mix.select if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise) else None
-    )
-    if expr.name != "select" or select is None:
+def _elsewhere(scope: Scope, expr: syntax.Attribute, axes: Axes, mask: Expr) -> Select:
+    """Return the selection of a layer below, by the streams that it reads there (L225)."""
+
+    def found(name: str) -> Found:
+        stream = scope.elsewhere(syntax.Attribute(expr.base, name, expr.span))
+        assert stream is not None
+        return stream
+
+    below = found("o").scope
+    flow = below.streams["o"].flow if below is not None and "o" in below.streams else None
+    mix = flow.mix if isinstance(flow, Mixing) else None
+    select = mix.select if isinstance(mix, Pairwise) else None
+    if expr.name != "select" or select is None or below is None:
+        title = "" if below is None else f"it is `{below.title}`"
         raise error(
-            "L225", "the layer below chooses no keys", expr.span, f"it is `{below.title}`",
-            "give it a `select`",
+            "L225", "that layer chooses no keys", expr.span, title, "give it a `select`"
         )  # fmt: skip
     assert isinstance(flow, Mixing)
+    assert isinstance(mix, Pairwise)
     read = {
         node.base.id
         for each in select.exprs
         for node in walk(each)
         if isinstance(node, Index) and isinstance(node.base, Name) and node.base.id != "doc"
     }
-    why = ""
-    if flow.heads != int(scope.numbers["heads"]) and select.share < flow.heads:
-        why = f"heads = {scope.numbers['heads']}, and {flow.heads} in `{below.title}`"
+    own = sorted(each for each in read if "." in each or each not in below.streams)
+    heads, why = int(scope.numbers["heads"]), ""
+    if flow.heads != heads and select.share < flow.heads:
+        why = f"heads = {heads}, and {flow.heads} in `{below.title}`"
     elif (flow.queries, flow.keys) != (axes.queries, axes.keys):
         why = f"{axes.queries} × {axes.keys} tokens, and {flow.queries} × {flow.keys} there"
-    elif own := sorted(read & below.tensors.keys() | {each for each in read if "." in each}):
+    elif own:
         why = f"its score reads `{own[0]}`, which only `{below.title}` has"
+    elif mix.mask != mask:
+        why = f"mask = {show(mask)}, and {show(mix.mask)} in `{below.title}`"
     elif "s" in names(select.score):
         why = "its score reads the logits of that layer"
     if why:
-        raise error("L225", "the choice of the layer below is of other pairs", expr.span, why)
-    for name in read:
-        shape = scope.previous(name, expr.span)
-        scope.inputs.setdefault(f"{PREVIOUS}{name}", shape)
-    share = int(scope.numbers["heads"]) if select.share == flow.heads else select.share
-    return replace(select.mapped(lambda each: _one_above(each, read)), share=share)
+        raise error("L225", "the choice of that layer is of other pairs", expr.span, why)
+    there = {name: found(name) for name in sorted(read)}
+    scope.inputs |= {each.name: each.shape for each in there.values()}
+    new = {name: each.name for name, each in there.items()}
+    share = heads if select.share == flow.heads else select.share
+    return replace(select.mapped(lambda each: _renamed(each, new)), share=share, elsewhere=True)
 
 
-def _one_above(expr: Expr, read: set[str]) -> Expr:
-    """Return an expression of the layer below as the one above it reads it."""
+def _renamed(expr: Expr, new: Mapping[str, str]) -> Expr:
+    """Return an expression of another layer as it is read here."""
     match expr:
-        case Index(Name(id, span), items) if id in read:
-            items = tuple(_one_above(each, read) for each in items)
-            return Index(Name(f"{PREVIOUS}{id}", span), items, expr.span)
-    return rebuild(expr, lambda each: _one_above(each, read))
+        case Index(Name(id, span), items) if id in new:
+            items = tuple(_renamed(each, new) for each in items)
+            return Index(Name(new[id], span), items, expr.span)
+    return rebuild(expr, lambda each: _renamed(each, new))

@@ -20,13 +20,13 @@ from ..graph.sides import QUERY, read_along
 from ..lowerings import scan, tiles
 from ..lowerings.choose import way
 from ..lowerings.operators import Operator
-from ..model import MAPS, PREVIOUS, Block, Pairwise
+from ..model import MAPS, Block, Pairwise, elsewhere
 from ..plan.plan import Plan
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter as parameter_lines
-from ..text.text import LIMIT, braced, call, comment, ident, indent
+from ..text.text import LIMIT, braced, call, ident, indent, shared_name, shared_text
 from .caches import CONTEXT, all_of, begins_within, own_rows, part_name, plain_name
-from .layers import Classes, described, given_blocks, modules, offered_line, takes_batch
+from .layers import Classes, Once, described, given_parts, modules, offered_line, takes_batch
 from .mixes import Mixes
 
 
@@ -117,10 +117,11 @@ class _Writer(Mixes):
     # constructor
 
     def constructor(self) -> list[str]:
-        given = [] if self.alone else given_blocks(self.block)
+        given = [] if self.alone else given_parts(self.block)
+        making = "all" if self.alone else "missing" if self.block.kind == "block" else ""
         arguments = ", ".join(["self", *given])
         lines = [f"def __init__({arguments}) -> None:", "    super().__init__()"]
-        lines += indent(modules(self.graph, self.classes, self.alone))
+        lines += indent(modules(self.graph, Once(self.classes), making))
         for tensor in self.block.tensors:
             lines += indent(parameter_lines(tensor)) if tensor.learned else []
         if constants(self.block):
@@ -145,21 +146,18 @@ class _Writer(Mixes):
             "    cu_seqlens: Tensor | None = None,",
             "    positions: Tensor | None = None,",
             *(f"    {name}: Tensor," for name in self.block.reads),
-            *(["    shared: dict[str, Tensor],"] if self.stacked else []),
+            *(["    shared: tuple[dict[str, Tensor], ...],"] if self.stacked else []),
             "    cache: None = None,"
             if self.obstacle is not None
             else "    cache: Cache | None = None,",
             "    batch: Batch | None = None,",
             "    far: Batch | None = None,",
-            ") -> tuple[Tensor, dict[str, Tensor]]:" if self.stacked else ") -> Tensor:",
+            ") -> tuple[Tensor, dict[str, Tensor]]:" if self.hands_on else ") -> Tensor:",
             f'    """Map x [b, n, {width}] to [b, {out.tokens}, {out.dim}]; '
             "a cache goes on where it stands.",
             "",
             *(
-                [
-                    "    `shared` is what this layer reads of the one below; what the one above "
-                    "reads comes back."
-                ]
+                ["    `shared` is what the layers below gave; what those above read comes back."]
                 if self.stacked
                 else []
             ),
@@ -176,7 +174,7 @@ class _Writer(Mixes):
         for name in map(part_name, self.kept.parts):
             part = f'cache.parts["{ident(name)}"]'
             body.append(f"{self.cache(name)} = None if cache is None else {part}")
-        body += self._from_below()
+        body += self.from_below()
         body += self._streams()
         end = self.graph.node(self.graph.output)
         give = "finish(out, batch, cache)" if self.obstacle is None else "batch.give(out)"
@@ -186,14 +184,13 @@ class _Writer(Mixes):
             body += self._assign(end, "out =")
             if self._isolates:
                 body += ["if spoilt is not None:", "    out = out.masked_fill(spoilt, torch.nan)"]
-            if self.stacked:
+            if self.hands_on:
                 body.append(f"out = {give} if outer else out")
             else:
                 body.append(f"return {give} if outer else out")
-        if self.stacked:
-            body += braced(
-                "return out, ", {f'"{key}"': text for key, text in self._given().items()}
-            )
+        if self.hands_on:
+            own = [f'"{key}": {text}' for key, text in self._given().items()]
+            body += braced("return out, ", own if self.block.kind == "block" else self.handed_on())
         return lines + indent(body)
 
     @property
@@ -242,8 +239,13 @@ class _Writer(Mixes):
 
     @property
     def stacked(self) -> bool:
-        """Whether the block is a layer of a model in which layers read each other."""
+        """Whether the block is told what the layers below gave."""
         return self.block.stacked
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether it gives what layers above read, beside its stream."""
+        return self.block.shared is not None
 
     def handed(self, node: Node[Whole]) -> list[str]:
         what = node.op.what
@@ -253,16 +255,6 @@ class _Writer(Mixes):
         given += ["batch=batch"] if takes_batch(what) else []
         held = next((each for each in self.kept.parts if _is_of(each, node)), None)
         return given if held is None else [*given, f"cache={self.cache(part_name(held))}"]
-
-    def _from_below(self) -> list[str]:
-        """Write the streams of the layer below, as far as they are of the tokens of the call."""
-        lines = []
-        for node in self.graph.of(Input):
-            if node.name.startswith(PREVIOUS) and self._read_now(node.name):
-                dims = f"[{', '.join(map(str, node.dims))}]"
-                name = node.name.removeprefix(PREVIOUS)
-                lines += comment(f'{ident(node.name)} = shared["{name}"]', dims)
-        return lines
 
     def _read_now(self, name: str) -> bool:
         """Whether a stream is read at the tokens of the call, and not only as it was kept."""
@@ -278,18 +270,22 @@ class _Writer(Mixes):
         return False
 
     def _given(self) -> dict[str, str]:
-        """Return what the layer above reads, by name, as text."""
+        """Return what layers above read, by name, as text."""
         given = {label: self._narrow(name) for label, name in self._shared_now.items()}
         for label, name in self.graph.lent.items():
             keys = next(each for each in self.kept.keys if each.early)
             given[label] = self._seen_as(self._facts[keys.readers[0]].node, name)
-        for name in self.block.lends:
-            source = self.block.resolved(name).removeprefix(PREVIOUS)
-            given.setdefault(f"{name}[j]", f'shared["{source}[j]"]')
+        handed = [name for name in self.block.lends if f"{name}[j]" not in given]
+        sources = {name: self.block.resolved(name) for name in handed if name != "doc"}
+        for name, source in sources.items():
+            given[f"{name}[j]"] = shared_text(source, f"{shared_name(source)}[j]")
+        any_ = next(iter(sources.values()), "")
+        if "doc" in handed:
+            given["doc[j]"] = shared_text(any_, "doc[j]")
         if self.block.lends:
             own = "lent_places" if len(self.kept.keys) > 1 else "places"
-            given["places"] = own if self.graph.lent else 'shared["places"]'
-            given["run"] = "lent_run" if self.graph.lent else 'shared["run"]'
+            given["places"] = own if self.graph.lent else shared_text(any_, "places")
+            given["run"] = "lent_run" if self.graph.lent else shared_text(any_, "run")
         if any("m" in self.graph.node(name).dims for name in self._shared_now.values()):
             given["context_run"] = "context_run"
         return given | {label: f"shared_{label}" for label, _ in self.graph.shared if label in MAPS}
@@ -332,14 +328,14 @@ class _Writer(Mixes):
         lines += ["run = batch.run"] if self._needs_run else []
         lines += ["doc = batch.doc[..., None]"] if self._reads_doc else []
         if not self.crosses and self._far_below:
-            lines.append('context_run = shared["context_run"]')
+            lines.append(f"context_run = {shared_text(self._far_below, 'context_run')}")
         return lines
 
     @property
-    def _far_below(self) -> bool:
-        """Whether streams of the layer below run along a context."""
-        nodes = self.graph.of(Input)
-        return any(node.name.startswith(PREVIOUS) and "m" in node.dims for node in nodes)
+    def _far_below(self) -> str:
+        """Return a stream of a layer below that runs along a context, "" where there is none."""
+        nodes = (each for each in self.graph.of(Input) if elsewhere(each.name) is not None)
+        return next((node.name for node in nodes if "m" in node.dims), "")
 
     @cached_property
     def _needs_run(self) -> bool:
@@ -422,7 +418,11 @@ class _Writer(Mixes):
             return []
         loss = self.graph.node(self.graph.auxiliary)
         assert made_by(loss, Stage)
-        added = [f"self.auxiliary = {self._text(loss)}"]
+        added = [
+            f"loss = {self._text(loss)}",
+            "again = not outer and self.auxiliary is not None",
+            "self.auxiliary = loss if not again else self.auxiliary + loss",
+        ]
         return ["if self.training:", *indent([*lines, *added])]
 
     def auxiliary_loss(self) -> list[str]:

@@ -12,16 +12,18 @@ or keeps more than one cache, is written as a block is (`emit/block.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
+from ...grammar.source import Span
 from ..facts.kept import kept
 from ..facts.parameters import constants
 from ..graph.graph import Graph, Node, made_by
 from ..graph.operations import Stage, Whole
 from ..graph.passes import simplest
-from ..model import Block
+from ..model import Block, Part
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter
-from ..text.text import call, indent
+from ..text.text import braced, call, indent
 from .stages import Stages
 
 Classes = Mapping[Block, str]  # the class that each block, layer, feed-forward and stage is
@@ -78,22 +80,72 @@ def takes_batch(block: Block) -> bool:
     )
 
 
-def made(block: Block, classes: Classes) -> str:
-    """Return the expression that makes a module, with the blocks that it takes."""
-    if block.kind == "block":
-        return f"{classes[block]}()"
-    given = (made(each.what, classes) for each in block.parts if each.what.uses)
-    return f"{classes[block]}({', '.join(given)})"
+@dataclass
+class Once:
+    """The parts that several places share, in a text that makes modules: the first has them."""
+
+    classes: Classes
+    names: dict[Span, str] = field(default_factory=dict)  # the variables that hold them
+    lines: list[str] = field(default_factory=list)  # what makes those
+    placed: set[Span] = field(default_factory=set)
+
+    def made(self, block: Block) -> str:
+        """Return the expression that makes a module, with the parts that it takes."""
+        given = [self.part(each) for each in from_outside(block)]
+        return f"{self.classes[block]}({', '.join(given)})"
+
+    def part(self, part: Part) -> str:
+        """Return the expression that makes a part, or has it from where it is at home."""
+        if part.once is None:
+            return self.made(part.what)
+        if part.once not in self.names:
+            text = self.made(part.what)
+            self.names[part.once] = f"once_{len(self.names)}"
+            self.lines.append(f"{self.names[part.once]} = {text}")
+        name = self.names[part.once]
+        if part.once in self.placed:
+            return f"Again({name})"
+        self.placed.add(part.once)
+        return name
+
+    def flushed(self) -> list[str]:
+        """Return the lines that are not written yet."""
+        lines, self.lines = self.lines, []
+        return lines
 
 
-def modules(graph: Graph, classes: Classes, alone: bool = False) -> list[str]:
-    """Write the submodules of a graph's stages and parts; alone, of its blocks too."""
-    lines = []
+def from_outside(block: Block) -> list[Part]:
+    """Return the parts that a constructor is given: blocks, and what other places share."""
+    found: dict[object, Part] = {}
+    for at, part in enumerate(block.parts):
+        if part.what.uses or part.what.shares or part.once is not None:
+            found.setdefault(at if part.once is None else part.once, part)
+    return list(found.values())
+
+
+def modules(graph: Graph, once: Once, making: str = "") -> list[str]:
+    """Write the submodules of a graph's stages and parts.
+
+    What comes from outside is an argument; with `making` "missing" it is made where it is not
+    given, with "all" always.
+    """
+    lines: list[str] = []
+    outside = {each.module: each for each in from_outside(graph.block)}
+    first: dict[Span, str] = {}
     for node in graph.nodes:
         if made_by(node, Whole):
-            own = node.op.what
-            text = node.module if own.uses and not alone else made(own, classes)
-            lines.append(f"self.{node.module} = {text}")
+            own, name = node.op.once, node.module
+            if own is not None and own in first:
+                text = f"Again(self.{first[own]})"
+            elif name not in outside:
+                text = once.made(node.op.what)
+            elif making:
+                made = once.part(outside[name])
+                text = made if making == "all" else f"{made} if {name} is None else {name}"
+            else:
+                text = name
+            first |= {} if own is None or own in first else {own: name}
+            lines += [*once.flushed(), f"self.{name} = {text}"]
         elif made_by(node, Stage) and node.module:
             text = node.op.definition.constructor(graph.shapes(node), node.op.given)
             lines += [f"self.{node.module} = {text}"] if text else []
@@ -108,9 +160,10 @@ def offered_line(block: Block) -> list[str]:
     return [f"    reads = ({named},)  # of what a model gives to its layers", ""]
 
 
-def given_blocks(block: Block) -> list[str]:
-    """Return the arguments of a constructor: the parts in which tokens mix."""
-    return [f"{each.module}: nn.Module" for each in block.parts if each.what.uses]
+def given_parts(block: Block) -> list[str]:
+    """Return the arguments of a constructor: a block makes itself what it is not given."""
+    kind = "nn.Module | None = None" if block.kind == "block" else "nn.Module"
+    return [f"{each.module}: {kind}" for each in from_outside(block)]
 
 
 def local_class(block: Block, name: str, classes: Classes) -> list[str]:
@@ -128,10 +181,10 @@ class _Local(Stages):
         base = "Constants" if fixed else "nn.Module"
         lines = [f"class {name}({base}):", f'    """The {described(block)}."""', ""]
         lines += offered_line(block)
-        init = ["super().__init__()", *modules(self.graph, self.classes)]
+        init = ["super().__init__()", *modules(self.graph, Once(self.classes))]
         init += [line for each in block.tensors if each.learned for line in parameter(each)]
         init += ["self.set_constants()"] if fixed else []
-        arguments = ", ".join(["self", *given_blocks(block)])
+        arguments = ", ".join(["self", *given_parts(block)])
         lines += [f"    def __init__({arguments}) -> None:", *indent(init, 2)]
         if fixed:
             lines += ["", *indent(constant_lines(fixed))]
@@ -153,17 +206,18 @@ class _Local(Stages):
     def _forward(self) -> list[str]:
         block = self.block
         told = takes_batch(block)
-        stacked = block.stacked
+        stacked, gives_more = block.stacked, block.shared is not None
         given = ["self", "x: Tensor", *(f"{name}: Tensor" for name in block.reads)]
-        given += ["shared: dict[str, Tensor]"] if stacked else []
+        given += ["shared: tuple[dict[str, Tensor], ...]"] if stacked else []
         given += ["**given: object"] if told else []
-        gives = "tuple[Tensor, dict[str, Tensor]]" if stacked else "Tensor"
+        gives = "tuple[Tensor, dict[str, Tensor]]" if gives_more else "Tensor"
         lines = call("def forward", given, f") -> {gives}:")
-        lines += indent(self.assigned())
+        lines += indent([*self.from_below(), *self.assigned()])
         end = self.graph.node(self.graph.output)
-        if not stacked:
+        if not gives_more:
             return [*lines, *indent(self._assign(end, "return"))]
-        return [*lines, *indent(self._assign(end, "out =")), "    return out, shared"]
+        handed = braced("return out, ", self.handed_on())
+        return [*lines, *indent([*self._assign(end, "out ="), *handed])]
 
     def handed(self, node: Node[Whole]) -> list[str]:
         what = node.op.what

@@ -20,11 +20,10 @@ from ..lowerings import carry, chunk, scan, tiles, weights
 from ..lowerings.choose import way
 from ..lowerings.operators import Operator
 from ..lowerings.way import Call
-from ..model import PREVIOUS
 from ..plan.attention import Attention
 from ..plan.plan import Plan
 from ..text.pairs import table_name
-from ..text.text import call, comment, ident, indent
+from ..text.text import call, comment, ident, indent, shared_name, shared_text
 from .caches import own_part, part_name, plain_name
 from .stages import Stages
 
@@ -86,10 +85,7 @@ class Mixes(Stages):
         ]
         lines += self._advance(node, named, facts.reads_places)
         if node.name in self.borrows:
-            lines += [
-                f'{variable} = shared["{name.removeprefix(PREVIOUS)}[j]"]'
-                for name, variable in named.items()
-            ]
+            lines += [f"{variable} = {self._lent(node, name)}" for name, variable in named.items()]
         given = {
             "v": named[node.v],
             "q": plain_name(node.q),
@@ -101,7 +97,7 @@ class Mixes(Stages):
             carry.variable(each): carry.of_key_heads(facts, each)[0] for each in facts.carriers
         }
         given |= {table_name(name): plain_name(name) for name in facts.tables}
-        given |= {f"previous_{name}": f'shared["{name}"]' for name in facts.maps_below}
+        given |= {ident(name): shared_text(name) for name in facts.maps_below}
         also = [f"{ident(node.name)}_values"] if facts.mix.again is not None else []
         also += [f"{ident(node.name)}_keys"] if facts.mix.carry is not None else []
         sums = range(len(facts.running))
@@ -114,12 +110,16 @@ class Mixes(Stages):
         dims = f"[{', '.join(map(str, node.dims))}]"
         needs = self._needs(node)
         if needs == ():
-            return [*lines, *self._plain(node)]
+            return [*lines, *self._plain(node, given)]
         if needs is None:
             lines += [*comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
             return [*lines, *self._taken_up(node)]
         when = f"if {self._when(needs)}:"
-        return [*lines, when, *indent(self._plain(node)), "else:", *indent(general)]
+        return [*lines, when, *indent(self._plain(node, given)), "else:", *indent(general)]
+
+    def _lent(self, node: Node[Attend], name: str) -> str:
+        """Write what a layer below keeps of a stream along the keys."""
+        return shared_text(node.k, f"{shared_name(name)}[j]")
 
     def _taken_up(self, node: Node[Attend]) -> list[str]:
         """Write how the cache takes up what is known once it is mixed, where there is such."""
@@ -146,7 +146,7 @@ class Mixes(Stages):
         """Return what says where queries and keys stand, and of which sequences they are."""
         borrowed, held = node.name in self.borrows, self.kept.read_by(node.name)
         at = f"torch.arange({plain_name(node.q)}.shape[-2], device=x.device)"
-        own = """shared["run"]""" if borrowed else "run_j" if held else "run"
+        own = shared_text(node.k, "run") if borrowed else "run_j" if held else "run"
         other = own if self._key_tokens(node) == "n" else _run_of(self._key_tokens(node))
         queries = str(node.dims[2])
         mine = "batch.own" if facts.by_rows else "run"
@@ -157,7 +157,7 @@ class Mixes(Stages):
             start = f"{ident(part_name(held))}_start"
         return {
             "i": f"by_query({'positions' if node.dims[2] == 'n' else at})",
-            "j": f"""by_key({'shared["places"]' if borrowed else "places"})""",
+            "j": f"by_key({shared_text(node.k, 'places') if borrowed else 'places'})",
             "own": f"by_query({mine if queries == 'n' else _run_of(queries)})",
             "other": f"by_key({other})",
             "start": start,
@@ -166,7 +166,7 @@ class Mixes(Stages):
             "idle": "batch.idle",
         }
 
-    def _plain(self, node: Node[Attend]) -> list[str]:
+    def _plain(self, node: Node[Attend], general: Mapping[str, str]) -> list[str]:
         """Write the call of the lowering that the plan names."""
         q, k, v = (self._kernel_operand(node, name) for name in (node.q, node.k, node.v))
         asked = {kind: ident(name) for name, kind, _ in node.op.statistics}
@@ -178,6 +178,7 @@ class Mixes(Stages):
             lambda name: self._kernel_operand(node, name),
             self.kernels.get(node.name, ""),
             asked,
+            general,
         )
         return way(self.plan.lowerings[node.name].path).invoke(self.facts(node), given)
 

@@ -12,7 +12,7 @@ from ..graph.passes import simplest
 from ..model import Block, Model, Patches
 from ..text.text import call, indent
 from .caches import begins_within, own_rows
-from .layers import Classes, made, modules, takes_batch
+from .layers import Classes, Once, modules, takes_batch
 from .stages import Stages
 
 
@@ -59,8 +59,8 @@ class _End(Stages):
         super().__init__(simplest(block))
         self.classes = classes
 
-    def modules(self) -> list[str]:
-        return modules(self.graph, self.classes)
+    def modules(self, once: Once) -> list[str]:
+        return modules(self.graph, once, "all")
 
     def lines(self) -> list[str]:
         """Write it: what stood in `x` is made what stands there after it."""
@@ -115,6 +115,17 @@ def _init_cache(model: Model) -> list[str]:
             f'    """Raise `ValueError`: {why}."""',
             f'    raise ValueError("this model cannot decode: {why}")',
         ]
+    if model.memory is not None:
+        return [
+            f"{head}Cache:",
+            '    """Return what the layers keep, still empty; without a length it grows."""',
+            f"    room = None if length is None else length + {model.memory}",
+            f"    kept = (layer.init_cache(batch, room) for layer in {_run(model)})",
+            "    parts = {str(at): each for at, each in enumerate(kept)}",
+            "    cache = Cache(self, batch, **parts)",
+            f"    cache.front = {model.memory}",
+            "    return cache",
+        ]
     return [
         f"{head}Cache:",
         '    """Return what the layers keep, still empty; without a length it grows."""',
@@ -126,10 +137,9 @@ def _init_cache(model: Model) -> list[str]:
 
 def _auxiliary(model: Model, classes: Classes) -> list[str]:
     """Write the method that brings together what layers add to the loss, if any does."""
-    names = dict.fromkeys(classes[block] for block in model.uses if block.regularize is not None)
-    if not names:
+    kinds = _adding(model, classes)
+    if not kinds:
         return []
-    kinds = next(iter(names)) if len(names) == 1 else f"({', '.join(names)})"
     return [
         "def auxiliary_loss(self) -> Tensor:",
         '    """Return what the last forward pass in training adds to the loss, once."""',
@@ -140,19 +150,28 @@ def _auxiliary(model: Model, classes: Classes) -> list[str]:
     ]
 
 
+def _adding(model: Model, classes: Classes) -> str:
+    """Return the classes of the blocks that add to the loss, "" where there are none."""
+    names = dict.fromkeys(classes[block] for block in model.uses if block.regularize is not None)
+    return next(iter(names), "") if len(names) <= 1 else f"({', '.join(names)})"
+
+
 def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
-    lines = ["super().__init__()"]
+    lines, once = ["super().__init__()"], Once(classes)
     if model.encoder is not None:
         lines.append(f"self.encoder = {encoder}()")
     if model.vocab is not None:
         lines += _table("embed_tokens", model.vocab, model.width)
     if model.patches is not None:
-        lines += _End(model.patches.embed, classes).modules()
+        lines += _End(model.patches.embed, classes).modules(once)
     if model.embed_position == "learned":
         lines += _table("embed_positions", model.positions, model.width)
-    lines += _End(model.embed, classes).modules()
     layers = []
-    for text, same in groupby(made(layer, classes) for layer in model.layers):
+    lines += _End(model.embed, classes).modules(once)
+    if model.memory is not None:
+        size = f"{model.memory}, {model.width}"
+        lines.append(f"self.memory = nn.Parameter(torch.empty({size}).normal_(std=0.02))")
+    for text, same in groupby([once.made(layer) for layer in model.layers]):
         times = len(list(same))
         layers += [text] if times == 1 else [f"*({text} for _ in range({times}))"]
     listed = call("self.layers = nn.ModuleList", [f"[{', '.join(layers)}]"])
@@ -164,7 +183,7 @@ def _constructor(model: Model, classes: Classes, encoder: str) -> list[str]:
             "    ]",
             ")",
         ]
-    return [*lines, *listed, *_End(model.head, classes).modules()]
+    return [*lines, *once.flushed(), *listed, *_End(model.head, classes).modules(once)]
 
 
 def _table(name: str, rows: int, width: int) -> list[str]:
@@ -196,10 +215,17 @@ def _forward(model: Model, classes: Classes) -> list[str]:
             "if cache is not None:",
             f'    raise ValueError("this model cannot decode: {why}")',
         ]
+    if kinds := _adding(model, classes):
+        lines += [
+            "for each in self.layers.modules():",
+            f"    if isinstance(each, {kinds}):",
+            "        each.auxiliary = None",
+        ]
     args = ["attention_mask", "segments", "cu_seqlens", "positions"]
     args += ["cuts=False"] if model.marks else []
-    args += ["rows=True"] if any(map(own_rows, model.layers)) else []
-    if cached and not all(map(begins_within, model.layers)):
+    apart = model.memory is not None  # each sequence has learned tokens of its own
+    args += ["rows=True"] if apart or any(map(own_rows, model.layers)) else []
+    if cached and (apart or not all(map(begins_within, model.layers))):
         args.append("begins=False")
     head = ["self", first, "cache"] if cached else [first, "None"]
     opened = call(f"batch = {'begin' if cached else 'Batch'}", [*head, *args])
@@ -219,26 +245,34 @@ def _forward(model: Model, classes: Classes) -> list[str]:
     lines += _End(model.embed, classes).lines()
     if model.dropout:
         lines.append(f"x = F.dropout(x, {model.dropout!r}, self.training)")
+    if apart:
+        lines.append("x, within = in_front(self.memory, x, batch)")
+    if apart and _crosses(model):
+        lines += ["if far is not None:", "    context, far = by_rows(context, far, batch)"]
     if model.stacked:
-        lines += ["shared: dict[str, Tensor] = {}  # what a layer reads of the one below"]
+        lines += ["shared: tuple[dict[str, Tensor], ...] = ()  # what each gives to those above"]
     if model.lanes is not None:
         lines.append(f"x = x[:, None].expand(-1, {model.lanes}, -1, -1)  # {_stream(model)}")
     lines += _offered(model)
-    both = ", shared" * model.stacked
     given = [
-        f"x{both}",
+        "x",
+        *(["shared=shared"] if model.stacked else []),
         *(["context=context", "far=far"] if _crosses(model) else []),
         *(["**more"] if model.reads else []),
-        "batch=batch",
+        "batch=within" if apart else "batch=batch",
     ]
     if cached:
-        lines += [
-            f"caches = [None] * {len(model.steps)} if cache is None else cache",
-            f"for layer, kept in zip({_run(model)}, caches, strict=True):",
-        ]
+        lines.append(f"caches = [None] * {len(model.steps)} if cache is None else cache")
         given.append("cache=kept")
-    else:
+    along = {"layer": _run(model)}
+    along |= {"kept": "caches"} if cached else {}
+    along |= {"turn": str(model.turns)} if "turn" in model.reads else {}
+    if len(along) == 1:
         lines.append(f"for layer in {_run(model)}:")
+    else:
+        lines += call(f"for {', '.join(along)} in zip", [*along.values(), "strict=True"], "):")
+    if "turn" in model.reads:
+        lines.append('    offered["turn"] = x.new_full((x.shape[0], 1, 1), turn)')
     if "earlier" in model.reads:
         lines += [
             '    if "earlier" in getattr(layer, "reads", ()):',
@@ -246,8 +280,11 @@ def _forward(model: Model, classes: Classes) -> list[str]:
         ]
     if model.reads:
         lines.append("    more = {name: offered[name] for name in getattr(layer, 'reads', ())}")
-    lines += indent(call(f"x{both} = layer", given))
+    lines += indent(call(f"x{', handed' * model.stacked} = layer", given))
+    lines += ["    shared = (*shared, handed)"] if model.stacked else []
     lines += ["    earlier.append(x)"] if "earlier" in model.reads else []
+    if apart:
+        lines.append("x = without_front(x, within, batch)")
     lines += _End(model.head, classes).lines()
     if model.classifies:
         return [*lines, f"return x[:, 0]  # [b, {model.head.out.shape.dim}]"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from ...grammar.syntax import Expr, Name, walk
 from ..facts.kept import carries, lookback, pools
 from ..graph.graph import AnyNode, Node, is_wide, made_by
-from ..graph.operations import Stage, TensorRead, Whole
-from ..text.text import LIMIT, atomic, call, comment, ident
+from ..graph.operations import Input, Stage, TensorRead, Whole
+from ..model import elsewhere
+from ..text.text import LIMIT, atomic, call, comment, ident, shared_text
 from .caches import TAILS, Caches, all_of, plain_name
 
 
@@ -54,8 +55,9 @@ class Stages(Caches):
 
     def _inlined(self, node: AnyNode) -> bool:
         """Whether a node stands inside the only expression that reads it, once."""
-        stacked = made_by(node, Whole) and node.op.what.stacked
-        if "." not in node.name or self._remembers(node) or stacked or node.name in self.pooled:
+        if "." not in node.name or self._remembers(node) or hands_on(node):
+            return False
+        if node.name in self.pooled:
             return False
         readers = self.graph.readers(node.name)
         if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
@@ -68,6 +70,33 @@ class Stages(Caches):
         if reader.op.name == "pointwise":
             slot = Name(f"a{reader.inputs.index(node.name)}")
             return _count(reader.op.given["expr"], slot) == 1
+        return True
+
+    def handed_on(self) -> list[str]:
+        """Return what layers above may read, as the items of a dict: its own, then its parts'."""
+        parts = [each for each in self.graph.of(Whole) if hands_on(each)]
+        several = len(self.block.uses) > 1
+        own = [
+            f'"{label}": {"out" if label == "out" else plain_name(name)}'
+            for label, name in self._shared_now.items()
+        ]
+        for each in parts:
+            given = given_by(each)
+            under = f'{{f"{each.module}.{{name}}": own for name, own in {given}.items()}}'
+            own.append(f"**{under if several else given}")
+        return own
+
+    def from_below(self) -> list[str]:
+        """Write the streams of other layers, as far as they are of the tokens of the call."""
+        lines = []
+        for node in self.graph.of(Input):
+            if elsewhere(node.name) is not None and self._read_now(node.name):
+                dims = f"[{', '.join(map(str, node.dims))}]"
+                lines += comment(f"{ident(node.name)} = {shared_text(node.name)}", dims)
+        return lines
+
+    def _read_now(self, name: str) -> bool:  # noqa: ARG002  where no attention reads it
+        """Whether a stream is read at the tokens of the call, and not only as it was kept."""
         return True
 
     def handed(self, node: Node[Whole]) -> list[str]:  # noqa: ARG002  where it takes nothing more
@@ -127,8 +156,8 @@ class Stages(Caches):
         """Write `head text  # dims`, the innermost stages on lines of their own if too long."""
         if not (made_by(node, Stage) or made_by(node, Whole)):
             return [f"{head} {plain_name(node.name)}"]
-        if made_by(node, Whole) and node.op.what.stacked:
-            head = f"{head.removesuffix(' =')}, shared ="
+        if hands_on(node):
+            head = f"{head.removesuffix(' =')}, {given_by(node)} ="
         dims = f"[{', '.join(map(str, node.dims))}]"
         if self._remembers(node) and self.obstacle is None:
             assert made_by(node, Stage)
@@ -143,6 +172,16 @@ class Stages(Caches):
         lines = self._assign(first, f"{variable} =")
         line = f"{head} {self._text(node, {first.name: variable})}"
         return [*lines, *comment(line, dims)]
+
+
+def hands_on(node: AnyNode) -> bool:
+    """Say whether a node is a part that gives what layers above read, beside its stream."""
+    return made_by(node, Whole) and node.op.what.shared is not None
+
+
+def given_by(node: AnyNode) -> str:
+    """Return the variable of what a part gives to layers above."""
+    return f"{ident(node.name)}_given"
 
 
 def _count(expr: Expr, part: Expr) -> int:

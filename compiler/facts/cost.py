@@ -44,7 +44,9 @@ class Cost:
         if isinstance(self.what, Block):
             return _block_flops(self.what, tokens)
         model = self.what
-        total = sum(count * _block_flops(each, tokens) for each, count in _counted(model))
+        total = sum(
+            count * _block_flops(each, tokens + more) for each, more, count in _counted(model)
+        )
         return total if model.encoder is None else total + Cost(model.encoder).flops(tokens)
 
     def cache_bytes(self, tokens: int, dtype: DType = "float32") -> int:
@@ -52,7 +54,8 @@ class Cost:
         if isinstance(self.what, Block):
             return kept(self.what).bytes(tokens, size(dtype))
         return sum(
-            count * kept(each).bytes(tokens, size(dtype)) for each, count in _counted(self.what)
+            count * kept(each).bytes(tokens + more, size(dtype))
+            for each, more, count in _counted(self.what)
         )
 
     def activation_bytes(self, tokens: int, dtype: DType = "float32") -> int:
@@ -63,9 +66,11 @@ class Cost:
         if isinstance(self.what, Block):
             return _activations(self.what) * tokens * size(dtype)
         model = self.what
-        total = sum(count * _activations(each) for each, count in _counted(model))
+        total = sum(
+            count * _activations(each) * (tokens + front) for each, front, count in _counted(model)
+        )
         more = 0 if model.encoder is None else Cost(model.encoder).activation_bytes(tokens, dtype)
-        return total * tokens * size(dtype) + more
+        return total * size(dtype) + more
 
 
 def cost(what: Block | Model) -> Cost:
@@ -77,9 +82,11 @@ def _size(weight: Weight) -> int:
     return prod(weight.shape) if weight.learned else 0
 
 
-def _counted(model: Model) -> Iterable[tuple[Block, int]]:
-    """Return what a model is made of, and how often."""
-    return Counter((*model.ends, *model.run)).items()
+def _counted(model: Model) -> Iterable[tuple[Block, int, int]]:
+    """Yield what a model is made of, how many tokens are put in front of it, and how often."""
+    front = model.memory or 0
+    yield from ((each, 0, 1) for each in model.ends)
+    yield from ((each, front, count) for each, count in Counter(model.run).items())
 
 
 def _applies(block: Block) -> list[Apply]:

@@ -16,7 +16,18 @@ from ...grammar.syntax import Call, Index, Name, walk
 from ...ops import OPS
 from ...ops.shape import pooling
 from ..algebra.masks import extent
-from ..model import OFFERED, PREVIOUS, Apply, Block, Flow, Mixing, Part, Read, Recurrence, Statistic
+from ..model import (
+    OFFERED,
+    Apply,
+    Block,
+    Flow,
+    Mixing,
+    Part,
+    Read,
+    Recurrence,
+    Statistic,
+    elsewhere,
+)
 from .later import later_read
 
 
@@ -46,7 +57,7 @@ def grows(flow: Flow, grown: dict[str, bool]) -> bool:
     """Say whether a flow's values depend on the block's own tokens."""
     match flow:
         case Read(name):
-            below = name.startswith(PREVIOUS) or name in OFFERED
+            below = elsewhere(name) is not None or name in OFFERED
             below = below and flow.shape.tokens == "n"
             return grown.get(name, below)
         case Apply(op) if OPS[op].starts:

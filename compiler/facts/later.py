@@ -132,7 +132,9 @@ def _incomplete(block: Block, mixing: Mixing) -> Index | None:
             Binary("and", mix.mask, mix.select.among),
             Unary("not", mix.select.always),
         )
-        if found := incomplete(mix.select.score, free, streams, visible=mix.mask):
+        asked = not mix.select.elsewhere  # else that layer says it of the same pairs
+        score = mix.select.score
+        if asked and (found := incomplete(score, free, streams, visible=mix.mask)):
             return found
     exprs = (mix.mask, mix.score, mix.weights, *mix.normalize.exprs)
     met = () if mix.similarity is None else (mix.similarity,)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...grammar.expr import rebuild
+from ...grammar.source import Span
 from ...grammar.syntax import Call, Expr, Name
 from ...ops import OPS, Weight
 from ..model import Apply, Block, Flow, Model, Part, flow_nodes
@@ -26,10 +27,18 @@ if TYPE_CHECKING:
     import torch
 
 
-def owned(apply: Apply | Part) -> tuple[Weight, ...]:
-    """Return the tensors of one operation or part, under their full names in the block."""
+def owned(apply: Apply | Part, seen: set[Span] | None = None) -> tuple[Weight, ...]:
+    """Return the tensors of one operation or part, under their full names in the block.
+
+    A part that is among those `seen` has the tensors of the first of them.
+    """
     if isinstance(apply, Part):
-        return _prefixed(apply.module, weights(apply.what))
+        seen = set() if seen is None else seen
+        if apply.once is not None:
+            if apply.once in seen:
+                return ()
+            seen.add(apply.once)
+        return _prefixed(apply.module, weights(apply.what, seen))
     shapes = [each.shape for each in apply.inputs]
     return tuple(
         replace(each, name=f"{apply.module}.{each.name}")
@@ -37,21 +46,22 @@ def owned(apply: Apply | Part) -> tuple[Weight, ...]:
     )
 
 
-def weights(block: Block) -> tuple[Weight, ...]:
+def weights(block: Block, seen: set[Span] | None = None) -> tuple[Weight, ...]:
     """Return a block's learned tensors: those of its streams, its own, those of `out`."""
+    seen = set() if seen is None else seen
     found: dict[str, Weight] = {}
     for flow in [each.flow for each in block.streams]:
-        found.update({each.name: each for each in _of_flow(flow)})
+        found.update({each.name: each for each in _of_flow(flow, seen)})
     found.update({each.name: each for each in block.tensors if each.learned})
     for flow in block.flows[len(block.streams) :]:
-        found.update({each.name: each for each in _of_flow(flow)})
+        found.update({each.name: each for each in _of_flow(flow, seen)})
     return tuple(found.values())
 
 
-def _of_flow(flow: Flow) -> Iterator[Weight]:
+def _of_flow(flow: Flow, seen: set[Span]) -> Iterator[Weight]:
     for node in flow_nodes(flow):
         if isinstance(node, Apply | Part):
-            yield from owned(node)
+            yield from owned(node, seen)
 
 
 def constants(block: Block) -> tuple[Weight, ...]:
@@ -63,19 +73,22 @@ def model_weights(model: Model) -> tuple[Weight, ...]:
     """Return a model's learned tensors, the input's first and the head's last."""
     width = model.width
     found: list[Weight] = []
+    seen: set[Span] = set()
     if model.encoder is not None:
         found += _prefixed("encoder", model_weights(model.encoder))
     if model.vocab is not None:
         found.append(Weight("embed_tokens.weight", (model.vocab, width), "embedding"))
     if model.patches is not None:
-        found += weights(model.patches.embed)
+        found += weights(model.patches.embed, seen)
     if model.embed_position == "learned":
         found.append(Weight("embed_positions.weight", (model.positions, width), "embedding"))
-    found += weights(model.embed)
+    found += weights(model.embed, seen)
+    if model.memory is not None:
+        found.append(Weight("memory", (model.memory, width), "embedding"))
     for at, layer in enumerate(model.layers):
-        found += _prefixed(f"layers.{at}", weights(layer))
+        found += _prefixed(f"layers.{at}", weights(layer, seen))
     tied = {each.name for each in found}
-    return (*found, *(each for each in weights(model.head) if each.name not in tied))
+    return (*found, *(each for each in weights(model.head, seen) if each.name not in tied))
 
 
 def initial(

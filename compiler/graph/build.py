@@ -14,7 +14,6 @@ from ...ops import Weight
 from ..model import (
     MAPS,
     OFFERED,
-    PREVIOUS,
     Apply,
     Block,
     Flow,
@@ -24,6 +23,7 @@ from ..model import (
     Read,
     Recurrence,
     Statistic,
+    elsewhere,
     flow_nodes,
 )
 from .graph import AnyNode, Dims, Graph, Node, dims_of
@@ -52,7 +52,8 @@ def build(block: Block) -> Graph:
         builder.flow(stream.flow, stream.name)
     output = builder.flow(block.out, "y" if block.stream("y") is None else "out")
     auxiliary = None if block.regularize is None else builder.flow(block.regularize, "auxiliary")
-    shared = {name: "o" if name in MAPS else builder.given(name) for name in block.shared or ()}
+    named = {"out": output, **dict.fromkeys(MAPS, "o")}
+    shared = {name: named.get(name) or builder.given(name) for name in block.shared or ()}
     shared |= {f"{name}[j]": builder.given(name) for name in block.lent}
     return Graph(block, tuple(builder.nodes), output, tuple(shared.items()), auxiliary)
 
@@ -90,7 +91,7 @@ class _Builder:
             return name
         if name in self.tensors:
             return self.add(name, TensorRead(), (), self.tensors[name].shape)
-        if name.startswith(PREVIOUS) or name in OFFERED:
+        if elsewhere(name) is not None or name in OFFERED:
             return self.add(name, Input(), (), self._below()[name])
         dims: dict[str, Dims] = {
             "x": dims_of(self.block.x),
@@ -134,7 +135,11 @@ class _Builder:
                 continue
             assert isinstance(node, Apply | Part)
             stage: Stage | Whole
-            stage = Whole(node.what) if isinstance(node, Part) else Stage(node.op, node.options)
+            stage = (
+                Whole(node.what, node.once)
+                if isinstance(node, Part)
+                else Stage(node.op, node.options)
+            )
             self.put(Node(own, stage, inputs, dims_of(node.shape), node.module, node.span))
         return name
 

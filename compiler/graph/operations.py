@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 from ...grammar.expr import rebuild, substitute
+from ...grammar.source import Span
 from ...grammar.syntax import Expr, Index, Name
 from ...ops import OPS
 from ...ops.op import Op
@@ -66,9 +67,10 @@ class TensorRead(_Operation):
 
 @dataclass(frozen=True, slots=True)
 class Whole(_Operation):
-    """A part of a layer, or a stage with tensors: a module of its own."""
+    """A part of a layer, or a stage with tensors: a module of its own, or that of `once`."""
 
     what: Block
+    once: Span | None = None
     name: ClassVar[str] = "part"
     roles: ClassVar[tuple[str, ...]] = ("x",)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..model import OFFERED, PREVIOUS
+from ..model import OFFERED, elsewhere
 from .graph import Graph, made_by
 from .operations import Stage, Whole
 
@@ -45,7 +45,7 @@ class Roots:
             node.name
             for node in self.graph.nodes
             if node.name in ("x", "doc")
-            or ("n" in node.dims and (node.name.startswith(PREVIOUS) or node.name in OFFERED))
+            or ("n" in node.dims and (node.name in OFFERED or elsewhere(node.name) is not None))
         )
 
     def late(self, name: str) -> bool:

@@ -19,10 +19,14 @@ from ..text.values import Text, Values
 
 @dataclass
 class _OfKeys(Values):
-    """Values for every key [b, g, chunks, m, …]; what is of the further token has one there."""
+    """Values for every key [b, g, chunks, m, …]; what is of the further token has one there.
+
+    Or, with a shorter lead, for every token [b, g, n, …].
+    """
 
     graph: Graph
     ranks: dict[str, int]
+    lead: str = "[:, None, None]"  # what of each head has before its own dimensions
 
     @property
     def typed(self) -> str:
@@ -36,7 +40,7 @@ class _OfKeys(Values):
                 return Text(variable(id), self.ranks[id])
             case Index(Name(id), items):
                 text = f"self.{id}.to(k.dtype)"
-                text += "[:, None, None]" if items else ""
+                text += self.lead if items else ""
                 return Text(text, len(self.graph.node(id).dims) - len(items))
         raise TypeError(f"{type(expr).__name__} in a `carry`")
 
@@ -74,3 +78,19 @@ def lines(attention: Attention) -> list[str]:
         "",
         f"s, carried_keys = carried(carry, q, k, {streams}, fresh, idle)",
     ]
+
+
+def products(attention: Attention) -> list[str]:
+    """Return the lines that make what each token adds to keys, `along` times `by` · key."""
+    found = attention.products
+    assert isinstance(found, tuple)
+    ranks = {name: of_key_heads(attention, name)[1] for name in attention.carriers}
+    writer = _OfKeys(attention.graph, ranks, "[:, None]")
+    lines = []
+    for name, expr in zip(("along", "by"), found, strict=True):
+        text, rank = writer.value(expr)
+        spread = f"{atomic(text)}{'' if rank else '[..., None]'}"
+        lines.append(
+            f"{name} = {spread}.expand(len(k), {attention.key_heads}, q.shape[2], k.shape[-1])"
+        )
+    return lines

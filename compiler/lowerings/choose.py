@@ -17,7 +17,7 @@ from ..plan.attention import Attention
 from ..plan.plan import Lowering, Plan, Target
 from ..plan.recurrences import Chunked, described, kernel_obstacle, of_node
 from ..plan.sequential_form import scan_of
-from . import flex, gathered, kernel, keyed, sdpa, tiles
+from . import faded, flex, gathered, kernel, keyed, sdpa, tiles
 from .calls import others
 from .way import Way
 
@@ -26,7 +26,9 @@ ONLY_PYTORCH = "the target is PyTorch alone (`--backend triton` asks for kernels
 
 # From the fastest down: the first that fits is taken. The last but one fits always; the last serves
 # comparisons.
-WAYS = (kernel.WAY, gathered.WAY, sdpa.WAY, keyed.WAY, tiles.WAY, tiles.DENSE, flex.WAY)
+WAYS = (
+    kernel.WAY, gathered.WAY, sdpa.WAY, keyed.WAY, faded.WAY, tiles.WAY, tiles.DENSE, flex.WAY,
+)  # fmt: skip
 
 
 def way(path: str) -> Way:

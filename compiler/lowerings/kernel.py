@@ -15,7 +15,7 @@ from ..algebra.normalizers import exponential
 from ..facts.parameters import weights
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend, TensorRead
-from ..model import PREVIOUS
+from ..model import elsewhere
 from ..plan.attention import CHOOSES, Attention, reach
 from ..plan.kernel_form import KernelForm, Side
 from ..text.pairs import Pairs, operand
@@ -37,8 +37,8 @@ def obstacle(attention: Attention) -> str | None:
     if attention.in_turn is not None:
         return attention.in_turn
     if attention.maps:
-        return "the layer above reads its map"
-    if any(name.startswith(PREVIOUS) for name in attention.names):
+        return "a layer above reads its map"
+    if any(elsewhere(name) is not None for name in attention.names):
         return "what its expressions read of the layer below is not read in kernels yet"
     if normalizer.where is not None:
         return f"`{normalizer.name}` needs a row threshold, which the kernels do not compute yet"

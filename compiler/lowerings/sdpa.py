@@ -28,7 +28,7 @@ def obstacle(attention: Attention) -> str | None:
     if attention.in_turn is not None:
         return attention.in_turn
     if attention.maps:
-        return "the layer above reads its map"
+        return "a layer above reads its map"
     if node.op.statistics:
         return f"it gives no {' or '.join(f'`{kind}`' for kind in node.op.kinds)}"
     if mix.similarity is not None:

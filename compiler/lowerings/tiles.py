@@ -23,6 +23,7 @@ from .weights import (
     method_name,
     reads_q_or_k,
     signature,
+    sums_before,
     takes_products,
     visibility,
     weights,
@@ -31,6 +32,10 @@ from .weights import (
 
 def obstacle(attention: Attention) -> str | None:
     """Return why not some queries can be attended to without the others."""
+    if attention.summed or isinstance(attention.products, tuple):
+        return None
+    if isinstance(attention.products, str):
+        return f"{attention.in_turn}, and {attention.products}"
     if attention.in_turn is not None:
         return attention.in_turn
     if attention.draws:
@@ -42,6 +47,13 @@ def obstacle(attention: Attention) -> str | None:
 
 def reason(attention: Attention) -> str:
     """Say what a tile is made of."""
+    if attention.summed:
+        return "some queries after the others, with the keys up to their own and a sum for each key"
+    if attention.products is not None:
+        return (
+            "some queries after the others, with the keys up to their own, which chunks of tokens "
+            "carry by one product each: a triangular system a chunk"
+        )
     reach = attention.reach
     if not attention.leaves_out:
         keys = "all keys"
@@ -72,7 +84,10 @@ def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
     if attention.in_turn is not None:
         carried = [carry.variable(each) for each in attention.carriers]
         carried += ["fresh", "idle"] if attention.mix.carry is not None else []
-        return (*given, *carried, *(["ordered"] if attention.mix.again is not None else []))
+        waits = attention.mix.again is not None or not whole(attention, asked)
+        return (*given, *carried, *(["ordered"] if waits else []))
+    if attention.summed and not whole(attention, asked):
+        return (*given, "ordered")
     tokens = attention.node.dims[2] == "n" and not attention.crosses
     return (*given, "start") if tokens and not whole(attention, asked) else given
 
@@ -81,6 +96,8 @@ def uncompiled(attention: Attention) -> str | None:
     """Return why a tile cannot be compiled once for all tiles."""
     if (why := obstacle(attention)) is not None:
         return why
+    if attention.summed or attention.in_turn is not None:
+        return "its tiles wait for those before them"
     if attention.before:
         return "its rows read the queries before them"
     if attention.mix.select is not None:
@@ -103,16 +120,20 @@ def methods(attention: Attention, target: Target) -> list[str]:
     groups = arguments(attention)
     name, told = method_name(attention), attention.sequences
     given, at_all = parameters(attention, asked), whole(attention, asked)
+    if attention.summed and not at_all:
+        return [*_summed(attention, given), "", *weights(attention)]
+    if attention.products is not None and not at_all:
+        return [*_carried(attention, given), "", *weights(attention)]
     if attention.in_turn is not None:
         return [*_in_turn(attention, given), "", *weights(attention)]
     biased = not at_all and distance.obstacle(attention) is None
-    args = [f"self.{name}_weights", "v", *(_tuple(groups[key]) for key in ("queries", "keys"))]
+    args = [f"self.{name}_weights", "v", *(tupled(groups[key]) for key in ("queries", "keys"))]
     tensors = [f"self.{each}" for each in attention.tensors]
     if groups["places"] or tensors:
-        args.append(_tuple(groups["places"]))
+        args.append(tupled(groups["places"]))
     if tensors:
-        args.append(_tuple(tensors))
-    args += [f"tables={_tuple(groups['tables'])}"] if groups["tables"] else []
+        args.append(tupled(tensors))
+    args += [f"tables={tupled(groups['tables'])}"] if groups["tables"] else []
     args += [f"scale={attention.mix.scale!r}"] if takes_products(attention) else []
     args += ["reads=True"] if reads_q_or_k(attention) else []
     if compiled(attention, target):
@@ -153,7 +174,7 @@ def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
     name, groups = method_name(attention), arguments(attention)
     if attention.by_turns:
         groups = {**groups, "tensors": tuple(f"self.{each}" for each in attention.tensors)}
-        stand = (_tuple(groups[key]) for key in groups if key != "tables")
+        stand = (tupled(groups[key]) for key in groups if key != "tables")
         parts = [f"self.{name}_weights", "v", *stand, "ordered=ordered"]
         body = call("return turn_by_turn", parts)
         return [*signature(name, given, "tuple[Tensor, ...]"), *indent(body)]
@@ -170,6 +191,30 @@ def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
         *indent(call(f"{target} = self.{name}_weights", [*(["s"] if carries else []), *args])),
         f"    return {', '.join(made)}",
     ]
+
+
+def _summed(attention: Attention, given: tuple[str, ...]) -> list[str]:
+    """Return the method of an attention that sums over the queries so far."""
+    name, groups = method_name(attention), arguments(attention)
+    sums = tuple(sums_before(attention, at) for at in range(len(attention.running)))
+    keys = tuple(each for each in groups["keys"] if each not in sums)
+    tensors = tuple(f"self.{each}" for each in attention.tensors)
+    given_groups = (groups["queries"], keys, groups["places"], tensors, sums)
+    args = [f"self.{name}_weights", "v", *map(tupled, given_groups)]
+    args += [f"scale={attention.mix.scale!r}"] if takes_products(attention) else []
+    body = call("return summed_tiles", [*args, "ordered=ordered"])
+    return [*signature(name, given, "tuple[Tensor, ...]"), *indent(body)]
+
+
+def _carried(attention: Attention, given: tuple[str, ...]) -> list[str]:
+    """Return the method of an attention whose keys are carried by one product a token."""
+    name, groups = method_name(attention), arguments(attention)
+    tensors = tuple(f"self.{each}" for each in attention.tensors)
+    given_groups = (groups["queries"], groups["keys"], groups["places"], tensors)
+    args = [f"self.{name}_weights", "v", *map(tupled, given_groups), "(along, by)"]
+    body = call("return carried_tiles", [*args, "fresh", "idle", "ordered=ordered"])
+    lines = [*carry.products(attention), *body]
+    return [*signature(name, given, "tuple[Tensor, ...]"), *indent(lines)]
 
 
 def _reach(attention: Attention) -> list[str]:
@@ -189,7 +234,8 @@ def _dense(attention: Attention) -> str:
     return "every pair is computed by PyTorch operations"
 
 
-def _tuple(items: tuple[str, ...] | list[str]) -> str:
+def tupled(items: tuple[str, ...] | list[str]) -> str:
+    """Write a tuple."""
     return f"({', '.join(items)}{',' * (len(items) == 1)})"
 
 

@@ -22,6 +22,7 @@ class Call(NamedTuple):
     operand: Callable[[str], str]  # of any input of the node, by its name
     function: str  # the kernel's, "" where there is none
     asked: Mapping[str, str]  # variables of what is asked of the map, by kind
+    general: Mapping[str, str]  # what the general text is given, by the names it has for it
 
 
 @dataclass(frozen=True)

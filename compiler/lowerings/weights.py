@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ...grammar.expr import TRUE, calls
-from ...grammar.syntax import Call, Expr, Name, Number
+from ...grammar.functions import FUNCTIONS
+from ...grammar.syntax import Call, Expr, Name, Number, walk
 from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
@@ -67,7 +68,7 @@ def arguments(attention: Attention) -> dict[str, tuple[str, ...]]:
             *places[:1],
             *(each for each in told if each == "own"),
             *(each.variable for each in seen if each.at == "i"),
-            *(f"previous_{name}" for name in attention.maps_below),
+            *map(ident, attention.maps_below),
         ),
         "keys": (
             "k",
@@ -101,19 +102,20 @@ def signature(name: str, given: Iterable[str], gives: str) -> list[str]:
     return call(f"def {name}", args, f") -> {gives}:")
 
 
-def weights(attention: Attention, biased: bool = False) -> list[str]:
+def weights(attention: Attention, biased: bool = False, met: list[str] | None = None) -> list[str]:
     """Return the method that makes the weights [b, h, n, m] of a tile, and numbers of its rows.
 
-    Where it is `biased`, a tile may come with all that depends on the distance of its pairs.
+    Where it is `biased`, a tile may come with all that depends on the distance of its pairs. The
+    lines `met` make the logits of keys that fade.
     """
-    writer = Writer(attention, biased)
+    writer = Writer(attention, biased, met)
     given = [each for group in arguments(attention).values() for each in group]
     given += ["bias"] if biased else []
     carries = attention.mix.carry is not None
     given = [*(["s"] if carries or takes_products(attention) else []), *given]
     several = bool(attention.node.op.statistics or attention.maps or attention.running)
     several = several or attention.mix.again is not None
-    name = f"{method_name(attention)}_weights"
+    name = f"{method_name(attention)}_weights{'' if met is None else '_of_faded'}"
     gives = "tuple[Tensor, ...]" if several else "Tensor"
     return [*signature(name, given, gives), *indent(writer.lines_of_weights())]
 
@@ -131,8 +133,10 @@ def visibility(attention: Attention) -> list[str]:
 class Writer:
     """Writes the weights of one attention, line after line."""
 
-    def __init__(self, attention: Attention, biased: bool = False) -> None:
-        self.attention, self.biased = attention, biased
+    def __init__(
+        self, attention: Attention, biased: bool = False, met: list[str] | None = None
+    ) -> None:
+        self.attention, self.biased, self.met = attention, biased, met
         self.mix = attention.mix
         self.normalizer, self.mask = self.mix.normalize, self.mix.mask
         self.told = attention.sequences
@@ -182,6 +186,8 @@ class Writer:
         elif mix.similarity is None and not takes_products(attention):
             scale = "" if mix.scale == 1 else f", {mix.scale!r}"
             self.lines += comment(f"s = meet(q, k{scale})", dims)
+        elif self.met is not None:
+            self.lines += [*self.met, *([] if mix.scale == 1 else [f"s = s * {mix.scale!r}"])]
         elif mix.similarity is not None:
             text = f"{atomic(self._text(mix.similarity))}.to(wide)"
             times = "" if mix.scale == 1 else f" * {mix.scale!r}"
@@ -201,6 +207,7 @@ class Writer:
             none = "torch.full_like(s[..., :1], k.shape[-2]).clamp(min=1)"
             self.lines.append(f"seen = {'seen_of(visible, s)' if self.masked else none}")
         if self.mix.score != Name("s"):
+            self._repeated(self.mix.score)
             self._of_maps(self.mix.score)
             self.lines.append(f"s = {self._spread(self.mix.score)}")
 
@@ -290,6 +297,19 @@ class Writer:
                 case _:
                     continue
             self.pairs = replace(self.pairs, made={**self.pairs.made, part: name})
+
+    def _repeated(self, expr: Expr) -> None:
+        """Write what an expression makes of the logits more than once, functions of them."""
+        count = Counter(
+            part
+            for part in walk(expr)
+            if isinstance(part, Call) and part.args == (Name("s"),) and part.function in FUNCTIONS
+        )
+        made = [part for part, times in count.items() if times > 1]
+        for at, part in enumerate(made):
+            self.lines.append(f"repeated_{at} = {self._text(part)}")
+        named: dict[Expr, str] = {part: f"repeated_{at}" for at, part in enumerate(made)}
+        self.pairs = replace(self.pairs, made={**self.pairs.made, **named})
 
     def sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""
@@ -434,14 +454,23 @@ class Writer:
         if self.masked and not tame(self.mix.score):  # infinite where it is hidden, perhaps
             self.lines.append(f"s = {self._hidden('s')}")
         if below is None:
-            self.lines.append(f"p = {self._hidden(self._spread(self.normalizer.numerator))}")
+            self.lines.append(f"p = {self._numerator()}")
             return
         self.lines += [
-            f"f = {self._hidden(self._spread(self.normalizer.numerator))}",
+            f"f = {self._numerator()}",
             "rows = f.sum(-1, keepdim=True)",
             *([] if below == Name("sum") else [f"rows = {self._text(below)}"]),
             "p = f / rows.masked_fill(rows == 0, 1)",
         ]
+
+    def _numerator(self) -> str:
+        power = self.attention.power
+        if power is None:
+            return self._hidden(self._spread(self.normalizer.numerator))
+        text = self._spread(power)
+        if self.masked and self.attention.tame:
+            return f"normal_exp({text} + hiding(visible, s))"
+        return self._hidden(f"normal_exp({text})")
 
     def _threshold(self) -> None:
         form = threshold(self.normalizer)

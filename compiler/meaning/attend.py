@@ -29,7 +29,7 @@ from ...grammar.expr import names as names_of
 from ...grammar.functions import GROUPED, MAP_FUNCTIONS
 from ...grammar.syntax import POOLED, Binary, Call, Compare, Expr, Index, Name, Unary, walk
 from ...ops.shape import pooling
-from ..model import PREVIOUS, Mixing, Normalizer, Pairwise, Select, Statistic
+from ..model import Mixing, Normalizer, Pairwise, Select, Statistic, is_map_elsewhere
 from .carry import carried_logits
 from .pairs import Groups, Map, Pairs
 from .select import selected
@@ -56,7 +56,7 @@ class Given(NamedTuple):
     segments: Tensor | None  # [b, n]; None: one document
     training: bool
     mixed: dict[str, Mixed]  # what has been attended to so far
-    below: Mapping[str, Tensor] = MappingProxyType({})  # the map below: s, p [b, heads, n, m]
+    below: Mapping[str, Tensor] = MappingProxyType({})  # maps of other layers [b, heads, n, m]
 
 
 def attend(mixing: Mixing, given: Given) -> Mixed:
@@ -84,10 +84,10 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         return torch.as_tensor(read(expr, more)).to(q).expand(pairs.key.shape)
 
     names |= {
-        node.id: given.below[node.id.removeprefix(PREVIOUS)][visible]
+        node.id: given.below[node.id][visible]
         for expr in (mix.score, mix.weights)
         for node in walk(expr)
-        if isinstance(node, Name) and node.id.startswith(PREVIOUS)
+        if isinstance(node, Name) and is_map_elsewhere(node.id)
     }
     group = mixing.heads // k.shape[1]
     if mix.carry is not None:

@@ -13,15 +13,28 @@ of sequences means is `reference_batch`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...grammar.source import Span
 from ...ops import OPS, Run
 from ..facts.parameters import constants, initial, model_weights, owned, weights
-from ..model import MAPS, PREVIOUS, Block, Flow, Mixing, Model, Pairwise, Part, Read, Statistic
+from ..model import (
+    Block,
+    Flow,
+    Mixing,
+    Model,
+    Pairwise,
+    Part,
+    Read,
+    Statistic,
+    elsewhere,
+    is_map_elsewhere,
+)
 from .attend import Given, Places, attend
 from .batch import run_alone
 from .scan import scan
@@ -61,14 +74,28 @@ def reference(
 class ReferenceBlock(nn.Module):
     """A block, or what it is a part of: streams, mixed or handed through parts, then `out`."""
 
-    def __init__(self, block: Block, root: nn.Module | None = None) -> None:
-        """Make it; its tensors are those of `root`, or its own."""
+    def __init__(
+        self,
+        block: Block,
+        root: nn.Module | None = None,
+        once: dict[Span, ReferenceBlock] | None = None,
+    ) -> None:
+        """Make it; its tensors are those of `root`, or its own. `once` are parts with one home."""
         super().__init__()
         self.architecture = block
         self.root = [self if root is None else root]  # in a list: it is no submodule
-        self.terms: list[tuple[int, Tensor]] = []  # tokens, and what they add to the loss
+        self.terms: list[tuple[int, int, Tensor]] = []  # which use, tokens, what they add
+        self.uses = 0  # how often it has run for these tokens
+        self.again: dict[str, ReferenceBlock] = {}  # parts whose home is elsewhere
+        once = {} if once is None else once
         for part in block.parts:
-            self.root[0].add_module(part.module, ReferenceBlock(part.what))
+            if part.once in once:
+                self.again[part.module] = once[part.once]
+                continue
+            made = ReferenceBlock(part.what, None, once)
+            self.root[0].add_module(part.module, made)
+            if part.once is not None:
+                once[part.once] = made
 
     def forward(
         self,
@@ -91,7 +118,7 @@ class ReferenceBlock(nn.Module):
         """
         self.terms.clear()
         return run_alone(
-            lambda *given: self.layer(given[0], {}, *given[1:4])[0],
+            self._alone,
             x,
             cuts=not self.architecture.marks,
             context=context,
@@ -102,20 +129,32 @@ class ReferenceBlock(nn.Module):
             positions=positions,
         )
 
+    def _alone(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        segments: Tensor | None,
+        positions: Tensor | None,
+        condition: Tensor | None,  # noqa: ARG002  a model's alone
+    ) -> Tensor:
+        for each in (each for each in self.modules() if isinstance(each, ReferenceBlock)):
+            each.uses = 0
+        return self.layer(x, (), context, segments, positions)[0]
+
     def layer(
         self,
         x: Tensor,
-        below: Mapping[str, Tensor],
+        below: Sequence[Mapping[str, Tensor]],
         context: Tensor | None = None,
         segments: Tensor | None = None,
         positions: Tensor | None = None,
         offered: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the output, and everything that a layer above may read by name.
+        """Return the output, and everything that layers above may read by name.
 
-        `below` is the same of the layer below: its streams, and `s` and `p`, the logits and
-        weights of `o` [b, heads, n, m], zero where nothing is seen. `offered` is what a model
-        gives to those of its layers that read it.
+        `below` is the same of all layers that ran before: their streams, and `s` and `p`, the
+        logits and weights of `o` [b, heads, n, m], zero where nothing is seen. `offered` is what a
+        model gives to those of its layers that read it.
         """
         block = self.architecture
         if block.kind != "stage":  # which may do the same to every head
@@ -129,16 +168,18 @@ class ReferenceBlock(nn.Module):
                     f"it is {list(context.shape)}"
                 )
         places = Places({"n": _positions(positions, x)})
-        streams = {"x": x, **{f"{PREVIOUS}{name}": each for name, each in below.items()}}
+        others = {name: _found(name, below) for name in block.below}
+        streams = {"x": x, **others}
         own = {each.name for each in block.streams} | {each.name for each in block.tensors}
         streams |= {name: each for name, each in (offered or {}).items() if name not in own}
         if context is not None:
             places["m"] = _positions(None, context)
             streams["context"] = context
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
-        pairs = {name: each for name, each in below.items() if name in MAPS}
+        pairs = {name: each for name, each in others.items() if is_map_elsewhere(name)}
         given = Given(streams, tensors, places, segments, self.training, {}, pairs)
         self.below, self.offered, self.made = below, offered, dict[str, Tensor]()
+        self.several = len(block.uses) > 1
         maps: dict[str, Tensor] = {}
         for stream in block.streams:
             if isinstance(stream.flow, Mixing) and isinstance(stream.flow.mix, Pairwise):
@@ -149,14 +190,25 @@ class ReferenceBlock(nn.Module):
                 streams[stream.name] = self._flow(stream.flow, given)
         made = {each.name: streams[each.name] for each in block.streams}
         if block.regularize is not None and self.training:
-            self.terms.append((x[..., 0].numel(), self._flow(block.regularize, given)))
+            term = self._flow(block.regularize, given)
+            self.terms.append((self.uses, x[..., 0].numel(), term))
+        self.uses += 1
         out = self._flow(block.out, given)
-        return out, self.made if block.kind != "block" else {**made, **maps}
+        within = self.made
+        self.below, self.offered, self.made = (), None, {}  # nothing outlives a call
+        if block.kind == "block":
+            return out, {**made, **maps}
+        return out, {**made, **within, "x": x, "out": out}
 
     def auxiliary_loss(self) -> Tensor:
-        """Return what the last forward pass in training adds to the loss: its mean by tokens."""
-        total = max(1, sum(tokens for tokens, _ in self.terms))
-        terms = [term * (tokens / total) for tokens, term in self.terms]
+        """Return what the last forward pass in training adds to the loss: its mean by tokens.
+
+        A block that runs several times adds that of each.
+        """
+        totals = Counter[int]()
+        for use, tokens, _ in self.terms:
+            totals[use] += tokens
+        terms = [term * (tokens / max(1, totals[use])) for use, tokens, term in self.terms]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def _flow(self, flow: Flow, given: Given, made: dict[int, Tensor] | None = None) -> Tensor:
@@ -176,12 +228,15 @@ class ReferenceBlock(nn.Module):
         if isinstance(flow, Mixing):
             return scan(flow, given)  # an attention is a stream of its own
         if isinstance(flow, Part):
-            part = self.root[0].get_submodule(flow.module)
+            home = self.again.get(flow.module)
+            part = self.root[0].get_submodule(flow.module) if home is None else home
             assert isinstance(part, ReferenceBlock)
             x, context = self._flow(flow.inputs[0], given, made), given.streams.get("context")
             places = given.positions.get("n")
-            y, below = part.layer(x, self.below, context, given.segments, places, self.offered)
-            self.made = below or self.made
+            y, own = part.layer(x, self.below, context, given.segments, places, self.offered)
+            if part.architecture.uses:  # what has no blocks has nothing that is named in it
+                before = f"{flow.module}." if self.several else ""
+                self.made |= {f"{before}{name}": each for name, each in own.items()}
             return y
         inputs = [self._flow(each, given, made) for each in flow.inputs]
         tensors = {
@@ -194,7 +249,7 @@ class ReferenceBlock(nn.Module):
         if not op.wide and op.name != "pointwise":
             inputs = [each.to(dtype) if each.is_floating_point() else each for each in inputs]
         result = op.eager(inputs, dict(flow.options), tensors, run)
-        return result if op.wide else result.to(dtype)
+        return result.to(dtype) if result.is_floating_point() and not op.wide else result
 
     def _tensor(self, name: str) -> Tensor:
         return _tensor(self.root[0], name)
@@ -212,8 +267,11 @@ class ReferenceModel(nn.Module):
             self.embed_tokens = nn.Module()
         if model.embed_position == "learned":
             self.embed_positions = nn.Module()
-        self.layers = nn.ModuleList(ReferenceBlock(layer) for layer in model.layers)
-        self.ends = [ReferenceBlock(each, self) for each in model.ends]
+        once: dict[Span, ReferenceBlock] = {}
+        *first, last = model.ends
+        ends = [ReferenceBlock(each, self, once) for each in first]
+        self.layers = nn.ModuleList(ReferenceBlock(each, None, once) for each in model.layers)
+        self.ends = [*ends, ReferenceBlock(last, self, once)]
 
     def forward(
         self,
@@ -262,6 +320,8 @@ class ReferenceModel(nn.Module):
         condition: Tensor | None,
     ) -> Tensor:
         model = self.architecture
+        for each in self._blocks():
+            each.uses = 0
         if model.encoder is not None:
             if context is None:
                 raise ValueError(f"model `{model.name}` reads a context, and none was given")
@@ -274,24 +334,31 @@ class ReferenceModel(nn.Module):
             tokens = x[..., None]
             x = functional.embedding(x, _tensor(self, "embed_tokens.weight"))
         for each in first:  # the map of patches
-            x = each.layer(x, {}, None, segments, positions)[0]
+            x = each.layer(x, (), None, segments, positions)[0]
         x = self._with_positions(x, _positions(positions, x))
-        x = self._dropped(embed.layer(x, {}, None, segments, positions)[0])
-        below: dict[str, Tensor] = {}
+        x = self._dropped(embed.layer(x, (), None, segments, positions)[0])
+        below: list[Mapping[str, Tensor]] = []
+        front = model.memory or 0
+        if front:
+            x = torch.cat([_tensor(self, "memory").expand(len(x), -1, -1), x], 1)
+            positions, segments = _after(front, positions, len(x)), _repeated(front, segments)
         if model.lanes is not None:
             x = x[:, None].expand(-1, model.lanes, -1, -1)
         offered: dict[str, Tensor] = {} if tokens is None else {"tokens": tokens}
         if condition is not None:
             offered["condition"] = condition[:, None]
         earlier = [x]
-        for at in model.steps:
+        for at, turn in zip(model.steps, model.turns, strict=True):
             layer = self.layers[at]
             assert isinstance(layer, ReferenceBlock)
             offered["earlier"] = torch.stack(earlier, 1)
+            offered["turn"] = x.new_full((len(x), 1, 1), turn)
             x, made = layer.layer(x, below, context, segments, positions, offered)
             earlier.append(x)
-            below = made or below
-        y = head.layer(x, {}, None, segments, positions)[0]
+            below.append(made)
+        segments = None if segments is None else segments[:, front:]
+        positions = None if positions is None else positions[:, front:] - front
+        y = head.layer(x[..., front:, :], (), None, segments, positions)[0]
         return y[:, 0] if model.classifies else y
 
     def auxiliary_loss(self) -> Tensor:
@@ -357,6 +424,28 @@ def _positions(given: Tensor | None, x: Tensor) -> Tensor:
     if given is None:
         given = torch.arange(tokens, device=x.device)
     return given.expand(batch, tokens)
+
+
+def _found(name: str, below: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Return a stream of another layer."""
+    place = elsewhere(name)
+    assert place is not None
+    return below[place[0]][place[1]]
+
+
+def _after(count: int, positions: Tensor | None, batch: int) -> Tensor | None:
+    """Return the positions of `count` tokens from 0 on, and of those after them."""
+    if positions is None:
+        return None
+    first = torch.arange(count, device=positions.device).expand(batch, -1)
+    return torch.cat([first, positions.expand(batch, -1) + count], 1)
+
+
+def _repeated(count: int, segments: Tensor | None) -> Tensor | None:
+    """Return segments with `count` of the first one before them."""
+    if segments is None:
+        return None
+    return torch.cat([segments[:, :1].expand(-1, count), segments], 1)
 
 
 def _as_stream(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ FILES = (
     "groups",
     "maps",
     "tiles",
+    "turns",
     "gathered",
     "fused",
     "flex",

@@ -137,6 +137,47 @@ def shifted(x: Tensor, count: int, run: Tensor | None, before: Tensor | None = N
     return given.masked_fill(~by_token(same_run(run, 0, count, n), x), 0)
 
 
+def buckets(
+    ids: Tensor,
+    count: int,
+    factors: tuple[int, ...],
+    run: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """Return which of `count` buckets the last tokens up to each are in, by their ids [b, n, 1].
+
+    There is a factor for each of them, the last one's first; `before` and `run` are as for
+    `ShortConv`.
+    """
+    n, back = ids.shape[-2], len(factors) - 1
+    given = F.pad(ids, (0, 0, back, 0)) if before is None else torch.cat([before, ids], dim=-2)
+    if run is not None and before is None:
+        run = F.pad(run, (back, 0), value=-3)
+    mixed = torch.zeros_like(ids)
+    for ago, factor in enumerate(factors):
+        at = back - ago
+        part = given[..., at : at + n, :]
+        if run is not None and ago:
+            part = part.masked_fill(~by_token(same_run(run, at, back, n), ids), 0)
+        mixed = mixed ^ (part * factor)
+    return mixed % count
+
+
+def drop_sequence(
+    x: Tensor, rate: float, scaled: bool, training: bool, run: Tensor | None
+) -> Tensor:
+    """Zero the sequences of x [b, (heads,) n, d] at a rate, in training; `run` numbers them."""
+    if not training:
+        return x
+    if run is None:
+        drawn = torch.rand(len(x), 1, dtype=torch.float32, device=x.device)
+    else:
+        each = torch.rand(run.shape, dtype=torch.float32, device=x.device)
+        drawn = each.gather(1, run.clamp(min=0))
+    stays = by_token(drawn >= rate, x).to(x.dtype)
+    return x * stays / (1 - rate) if scaled else x * stays
+
+
 def same_run(run: Tensor, one: int, other: int, n: int) -> Tensor:
     """Say which of n tokens [b, n] are of one sequence, those from `one` and from `other` on."""
     return run[:, one : one + n] == run[:, other : other + n]

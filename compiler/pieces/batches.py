@@ -49,6 +49,8 @@ class Batch:
         rows: bool = False,
     ) -> None:
         b, n = self.shape = x.shape[:2]
+        self.past, self.cuts = past, cuts
+        self.slack = 0  # so much less than `bound` and these tokens any row has in all
         live = per_token("attention_mask", attention_mask, x)
         doc = per_token("segments", segments, x)
         self.given = per_token("positions", positions, x)
@@ -237,6 +239,61 @@ class Batch:
     def of_rows(self, context: Tensor) -> Tensor:
         """Return the context of every row, where sequences have rows of their own."""
         return context if self.owner is None else context[self.owner]
+
+
+def in_front(memory: Tensor, x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+    """Put learned tokens [count, d] before each sequence of x [rows, n, d] that begins.
+
+    Each sequence has a row. Returns x and how all of it stands; `without_front` takes them away.
+    """
+    rows, n = x.shape[:2]
+    count, since = len(memory), batch.before
+    live, doc = batch.live, None if batch.cuts else batch.segments
+    given = None if batch.given is None else batch.given + count
+    past = batch.past
+    new: Tensor | None = None  # which rows begin; None for all
+    begins = bool(n)
+    if isinstance(since, Tensor):
+        new = since == 0 if live is None else (since == 0) & live.any(1)
+        begins = begins and (torch.compiler.is_compiling() or bool(new.any()))
+        since = torch.where(since > 0, since + count, 0)
+    else:
+        begins = begins and since == 0
+        new = None if live is None else live.any(1)
+        since = since + count if since else 0
+    if begins:
+        x = torch.cat([memory.to(x.dtype).expand(rows, -1, -1), x], 1)
+        if new is not None:
+            live = torch.ones_like(batch.number).bool() if live is None else live
+            live = torch.cat([new[:, None].expand(-1, count), live], 1)
+        doc = None if doc is None else torch.cat([doc[:, :1].expand(-1, count), doc], 1)
+        if given is not None:
+            first = torch.arange(count, device=x.device)
+            first = first if given.ndim == 1 else first.expand(len(given), -1)
+            given = torch.cat([first, given], -1)
+    if past is not None:
+        past = Past(since, batch.bound + count if batch.bound else 0, past.doc)
+    within = Batch(x, past, live, doc, None, given, cuts=False)
+    within.slack = count if begins and past is not None and batch.bound else 0
+    return within.take(x), within
+
+
+def by_rows(context: Tensor, far: Batch, batch: Batch) -> tuple[Tensor, Batch]:
+    """Return the context of each row of a batch in which sequences have rows, and how it stands."""
+    if batch.owner is None or len(context) == len(batch.owner):
+        return context, far
+    context = context[batch.owner]
+    return context, Batch(context, None, None if far.live is None else far.live[batch.owner])
+
+
+def without_front(y: Tensor, within: Batch, batch: Batch) -> Tensor:
+    """Return y [rows, (heads,) tokens, d] without what `in_front` put before it."""
+    n = batch.place.shape[-1]
+    if within.back is None:
+        return y[..., y.shape[-2] - n :, :]
+    at = (within.back % max(1, y.shape[-2]))[:, y.shape[-2] - n :]
+    at = at[:, None, :, None] if y.ndim == 4 else at[..., None]
+    return y.gather(-2, at.expand(*y.shape[:-2], n, y.shape[-1]))
 
 
 def at_positions(table: nn.Embedding, batch: Batch) -> Tensor:

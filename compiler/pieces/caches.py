@@ -26,6 +26,7 @@ class Cache:
         self.batch, self.dtype, self.device = batch, weight.dtype, weight.device
         self.parts = parts
         self.length = 0  # how many tokens a row was given in all, padding included
+        self.front = 0  # how many learned tokens stand before those of each row
         self.bound = 0  # no row has had more tokens of its sequence
         self.rows: Tensor | None = None  # how many each has had [b], where they differ
         self.doc: Tensor | None = None  # the segment of the last token of each row [b]
@@ -46,6 +47,11 @@ class Cache:
     def longest(self) -> int:
         """How many tokens the longest row has had of its sequence."""
         return self.bound if self.rows is None else int(self.rows.max()) if self.batch else 0
+
+    @property
+    def _held(self) -> int:
+        """How many tokens the longest row holds, learned ones too."""
+        return self.longest + self.front if self.longest else 0
 
     @property
     def lengths(self) -> Tensor:
@@ -80,7 +86,8 @@ class Cache:
     def limit(self) -> int | None:
         """How many tokens of a sequence fit; None for any number."""
         limits = [each.limit for each in self.parts.values() if hasattr(each, "limit")]
-        return min((each for each in limits if each is not None), default=None)
+        least = min((each for each in limits if each is not None), default=None)
+        return None if least is None else least - self.front
 
     def expect(self, batch: Batch, module: nn.Module) -> None:
         """Raise `ValueError` where a call of a module does not fit; nothing is changed."""
@@ -278,7 +285,7 @@ class Cache:
         more = {"doc": self.doc, "context": self.context}
         state |= {name: each for name, each in more.items() if each is not None}
         for at, part in enumerate(self._every()):
-            state |= {f"{at}.{name}": x for name, x in part.state(self.longest).items()}
+            state |= {f"{at}.{name}": x for name, x in part.state(self._held).items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

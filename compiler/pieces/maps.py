@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
-
-from .tiles import TILE
 
 
 def by_query(number: Tensor | None) -> Any:
@@ -110,13 +108,81 @@ def running_sums(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
 
     `before` is the latter, of the queries before these; None for nothing.
     """
-    sums, last = x.cumsum(-2), x.sum(-2)[..., None]
+    sums, last = sums_of_rows(x), x.sum(-2)[..., None]
     return (sums, last) if before is None else (sums + before.mT, last + before)
+
+
+def sums_of_rows(x: Tensor, size: int = 32) -> Tensor:
+    """Return x.cumsum(-2) of x [b, h, n, m]: products of blocks, which read memory in order."""
+    if torch.compiler.is_compiling():  # for every length
+        return x.cumsum(-2)
+    n = x.shape[-2]
+    if n < 2:
+        return x
+    size = min(n, size)
+    blocks = F.pad(x, (0, 0, 0, -n % size)).unflatten(-2, (-1, size))
+    with torch.autocast(x.device.type, enabled=False):
+        sums = torch.ones(size, size, dtype=x.dtype, device=x.device).tril() @ blocks
+    if n > size:
+        before = blocks.sum(-2, keepdim=True).cumsum(-3)
+        sums = sums + F.pad(before[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
+    done: Tensor = sums.flatten(-3, -2)
+    return done[..., :n, :]
 
 
 def sum_after(x: Tensor) -> Tensor:
     """Return, for each x [b, h, n, m], the sum of its row over the keys after it."""
-    return F.pad(x, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)
+    done: Tensor = SumAfter.apply(x)
+    return done
+
+
+class SumAfter(torch.autograd.Function):
+    """`sum_after`; its gradient is the sum over the keys before, without turning rows around."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """Sum from the last key back."""
+        return F.pad(x[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, min(1, x.shape[-1])))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        """Sum from the first key on."""
+        return F.pad(grad[..., :-1].cumsum(-1), (min(1, grad.shape[-1]), 0))
+
+
+def normal_exp(x: Tensor) -> Tensor:
+    """Return exp(x), and 0 where it has no leading digit: a CPU takes long for such numbers."""
+    done: Tensor = NormalExp.apply(x)
+    return done
+
+
+class NormalExp(torch.autograd.Function):
+    """`normal_exp`; its gradient is a product with itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """Take none but powers that have a leading digit."""
+        least = torch.finfo(x.dtype).tiny
+        return F.threshold(x.clamp(min=math.log(least) + 0.01).exp_(), 1.02 * least, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        """Keep what is given."""
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Multiply."""
+        output: Tensor = ctx.saved_tensors[0]
+        return grad * output
 
 
 def rank_keys(x: Tensor) -> Tensor:
@@ -130,144 +196,6 @@ def coin(s: Tensor, rate: float, training: bool) -> Tensor:
     if not training:
         return torch.ones_like(s)
     return (torch.rand(s.shape, dtype=torch.float32, device=s.device) < rate).to(s.dtype)
-
-
-def through_itself(p: Tensor, share: Tensor, v: Tensor, ordered: bool) -> tuple[Tensor, Tensor]:
-    """Return what weights p [b, h, n, m] mix of values v + share · itself, and these of n tokens.
-
-    The n queries are the last keys, each of which sees only some before it: in their order, where
-    they are `ordered`. share is [b, h, 1, m]; v [b, h, m, e] lacks nothing of the other keys.
-    """
-    n, wide = p.shape[-2], torch.promote_types(p.dtype, torch.float32)
-    with torch.autocast(p.device.type, enabled=False):
-        p, share = p.to(wide), share[..., share.shape[-1] - n :].to(wide)
-        within = torch.eye(n, dtype=wide, device=p.device) - p[..., p.shape[-1] - n :] * share
-        of_others = p @ v.to(wide)
-        if ordered:
-            u = torch.linalg.solve_triangular(within, of_others, upper=False, unitriangular=True)
-        else:
-            u = torch.linalg.solve(within, of_others)
-    return u.to(v.dtype), v[..., v.shape[-2] - n :, :] + (share.mT * u).to(v.dtype)
-
-
-def turn_by_turn(
-    weigh: Callable[..., Any],
-    v: Tensor,
-    queries: tuple[Any, ...],
-    keys: tuple[Any, ...],
-    places: tuple[Any, ...],
-    tensors: tuple[Any, ...],
-    *,
-    ordered: bool,
-) -> tuple[Tensor, ...]:
-    """Return what `through_itself` does, some queries at a time, and what else `weigh` gives.
-
-    weigh(*queries, *keys, *places, *tensors) gives weights and shares. `queries` [..., n, ·] and
-    `keys` [..., m, ·] stand along the tokens, `places` [..., m] along the last dimension. Weights
-    are made again in the backward pass, so that memory grows with the tokens.
-    """
-    (b, heads, n, _), m = queries[0].shape, keys[0].shape[-2]
-    count = max(16, TILE // max(1, b * heads * m) // 16 * 16)
-    if count >= n or not ordered or torch.compiler.is_compiling():
-        return one_turn(weigh, (*queries, *keys, *places, *tensors), [v], ordered)
-    whole, found = [v[..., : m - n, :]], []
-    for a in range(0, n, count):
-        last = m - n + min(a + count, n)
-        operands = (
-            *(x if x is None or x.shape[-2] == 1 else x[..., a : a + count, :] for x in queries),
-            *(x if x is None or x.shape[-2] == 1 else x[..., :last, :] for x in keys),
-            *(x if x is None or x.shape[-1] == 1 else x[..., :last] for x in places),
-            *tensors,
-        )
-        given = [*whole, v[..., m - n + a : last, :]]
-        u, values, *more = torch.utils.checkpoint.checkpoint(
-            one_turn, weigh, operands, given, True, use_reentrant=False
-        )
-        whole.append(values)
-        found.append((u, *more))
-    first, *rest = (torch.cat(parts, -2) for parts in zip(*found, strict=True))
-    return first, torch.cat(whole[1:], -2), *rest
-
-
-def one_turn(
-    weigh: Callable[..., Any], operands: tuple[Any, ...], values: list[Tensor], ordered: bool
-) -> tuple[Tensor, ...]:
-    """Return what `through_itself` does of some queries, and what else `weigh` gives of them."""
-    p, share, *more = weigh(*operands)
-    return *through_itself(p, share, torch.cat(values, -2), ordered), *more
-
-
-def carried(
-    carry: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
-    q: Tensor,
-    k: Tensor,
-    streams: tuple[Tensor, ...],
-    fresh: Tensor | None,
-    idle: Tensor | None,
-    size: int = 32,
-) -> tuple[Tensor, Tensor]:
-    """Return q · k [b, h, n, m] of keys as each query finds them, and the keys after all tokens.
-
-    q is [b, h, n, d], k [b, g, m, d]: m - n keys as they are before the tokens, then those of the
-    tokens. carry(k, streams) is what a token does to keys [..., m, d] before it; its streams are
-    [b, g, n, ...]. At `fresh` tokens [b, 1, n, 1] a sequence begins, to which no key before them
-    belongs; what is `idle` does nothing.
-
-    Chunks of `size` tokens run side by side: what each of their tokens does to the chunk's keys,
-    and to unit vectors, which says what it does to any key from before the chunk.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        return carried_by_chunks(carry, q, k, streams, fresh, idle, size)
-
-
-def carried_by_chunks(
-    carry: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
-    q: Tensor,
-    k: Tensor,
-    streams: tuple[Tensor, ...],
-    fresh: Tensor | None,
-    idle: Tensor | None,
-    size: int,
-) -> tuple[Tensor, Tensor]:
-    """Return what `carried` does, in the precision of what is given, float32 at least."""
-    (b, heads, n, d), (groups, m) = q.shape, k.shape[1:3]
-    count, more = -(-n // size), -n % size
-    wide = torch.promote_types(q.dtype, torch.float32)
-    old, new = k[..., : m - n, :].to(wide), side_by_side(k[..., m - n :, :].to(wide), size)
-    asked = side_by_side(q.reshape(b, groups, heads // groups, n, d).movedim(3, 2).to(wide), size)
-    every = [side_by_side(x.to(wide), size) for x in streams]
-    live = None
-    if idle is not None or more:
-        none = torch.zeros(b, 1, n, 1, dtype=torch.bool, device=q.device)
-        live = side_by_side(~(none if idle is None else idle), size)  # what is filled up is not
-    first = None if fresh is None else side_by_side(fresh, size)
-    keys = torch.eye(d, dtype=wide, device=q.device).expand(b, groups, count, d, d)
-    rows = []
-    for t in range(size):
-        moved = carry(keys, tuple(x[:, :, :, t : t + 1] for x in every))
-        keys = moved if live is None else torch.where(live[:, :, :, t : t + 1], moved, keys)
-        keys = keys if first is None else keys.masked_fill(first[:, :, :, t : t + 1], 0)
-        keys = torch.cat([keys, new[:, :, :, t : t + 1]], -2)
-        rows.append(F.pad(asked[:, :, :, t] @ keys.mT, (0, size - 1 - t)))
-    found = torch.stack(rows, 3)  # [b, g, chunks, tokens, heads of a group, d + size]
-    before, within = found[..., :d], found[..., d:]
-    parts, whole = [], m + more
-    for at in range(count):
-        met = before[:, :, at] @ old[:, :, None].mT
-        part = torch.cat([met, within[:, :, at]], -1)
-        parts.append(F.pad(part, (0, whole - part.shape[-1])))
-        old = torch.cat([old @ keys[:, :, at, :d], keys[:, :, at, d:]], -2)
-    if not parts:
-        return q.new_zeros(b, heads, n, m, dtype=wide), k
-    s = torch.cat(parts, 2)[:, :, :n, :, :m]
-    return s.movedim(2, 3).reshape(b, heads, n, m), old[..., :m, :].to(k.dtype)
-
-
-def side_by_side(x: Tensor, size: int) -> Tensor:
-    """Return x [b, g, n, ...] as [b, g, chunks, size, ...], filled up with zeros."""
-    pad = [0, 0] * (x.ndim - 3) + [0, -x.shape[2] % size]
-    laid: Tensor = F.pad(x, pad).unflatten(2, (-1, size))
-    return laid
 
 
 def joint(parts: list[Tensor], logs: list[Tensor]) -> Tensor:

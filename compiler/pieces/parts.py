@@ -168,7 +168,7 @@ class KeyValueCache(Part):
     def _prepared(self, batch: Batch, new: dict[str, Tensor]) -> dict[str, Tensor]:
         """Make room for new tokens; return all that is noted of them."""
         count = batch.place.shape[-1]
-        self._make_room(batch.bound + count)
+        self._make_room(batch.bound + count - batch.slack)
         if batch.given is None and "positions" not in self.kept:
             return new
         self._note_positions()

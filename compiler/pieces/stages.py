@@ -121,6 +121,20 @@ def add_noise(x: Tensor, std: float, training: bool) -> Tensor:
     return x + std * torch.randn(x.shape, dtype=torch.float32, device=x.device).to(x.dtype)
 
 
+class Again:
+    """A part that stands elsewhere too: it has the same tensors, and a cache for each place."""
+
+    def __init__(self, part: Any) -> None:
+        self.part = part  # no submodule, as this is none
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self.part(*given, **named)
+
+    def init_cache(self, batch: int, length: int | None = None) -> Any:
+        """Return what the part keeps, still empty."""
+        return self.part.init_cache(batch, length)
+
+
 class HeadLinear(nn.Module):
     """A linear map of its own for each head."""
 

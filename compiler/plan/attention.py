@@ -22,6 +22,8 @@ from ...grammar.expr import TRUE, calls, fold, names, substitute
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from ...kernels.spec import Reach
 from ...ops.shape import pooling
+from ..algebra.affine import RefusedError
+from ..algebra.carries import one_product
 from ..algebra.masks import Extent, extent, of_distance, reads_others
 from ..algebra.normalizers import Exponential, exponential
 from ..algebra.structure import Band, Distance, Documents, Structure, structure
@@ -30,7 +32,7 @@ from ..graph.build import tensors_read
 from ..graph.graph import Graph, Node
 from ..graph.operations import Attend
 from ..graph.sides import is_pooled, makes_vectors
-from ..model import MAPS, PREVIOUS, Pairwise, without_document
+from ..model import MAPS, Pairwise, is_map_elsewhere, without_document
 from .kernel_form import KernelForm, kernel_form
 
 CHOOSES = "which keys a query reads depends on what they hold"
@@ -131,6 +133,41 @@ class Attention:
         return alone and self.mix.again is not None and self.mix.carry is None
 
     @cached_property
+    def products(self) -> tuple[Expr, Expr] | str | None:
+        """What a token adds to each key before it, `along` times `by` · key, or why it does not.
+
+        None where it carries none.
+        """
+        if self.mix.carry is None:
+            return None
+        if self.mix.again is not None:
+            return "its values read what it mixes"
+        if self.tables or self.mix.select is not None:
+            return "its expressions read tables, or choose keys"
+        if not self.by_rows or self.before or self.draws or not self.leaves_out:
+            return "its expressions read other queries or keys"
+        try:
+            return one_product(self.mix.carry)
+        except RefusedError as refused:
+            return str(refused)
+
+    @cached_property
+    def summed(self) -> bool:
+        """Whether tiles of queries wait for nothing but sums over the queries before them."""
+        others = {each for each in self.called if each.endswith("_queries")}
+        read = bool(
+            self.tables
+            or self.mix.select is not None
+            or self.maps
+            or self.maps_below
+            or self.before
+            or self.draws
+        )
+        read = read or any(map(reads_others, self.exprs)) or bool({"n", "m"} & self.names)
+        alone = others == {"running_queries"} and "columns" not in self.node.op.kinds
+        return bool(self.running) and alone and not read and self.in_turn is None
+
+    @cached_property
     def key_heads(self) -> int:
         return int(self.graph.node(self.node.k).dims[1])
 
@@ -225,15 +262,15 @@ class Attention:
 
     @cached_property
     def maps(self) -> tuple[str, ...]:
-        """What of its map the layer above reads: its logits `s`, its weights `p`."""
+        """What of its map layers above read: its logits `s`, its weights `p`."""
         return tuple(
             label for label, name in self.graph.shared if label in MAPS and name == self.node.name
         )
 
     @cached_property
     def maps_below(self) -> tuple[str, ...]:
-        """What it reads of the map of the layer below."""
-        return tuple(name for name in MAPS if f"{PREVIOUS}{name}" in self.names)
+        """What it reads of the maps of layers below."""
+        return tuple(sorted(filter(is_map_elsewhere, self.names), reverse=True))
 
     @cached_property
     def breadth(self) -> int:
@@ -293,11 +330,19 @@ class Attention:
     def tame(self) -> bool:
         """Whether what is made of a finite logit is finite, for every pair, visible or not."""
         mix = self.mix
-        exprs = [mix.score, mix.weights, *mix.normalize.exprs[:1]]
+        exprs = [mix.score, mix.weights, self.power or mix.normalize.numerator]
         if self.exponential is not None:
             exprs = [mix.score, mix.weights, self.exponential.logit]
         plain = mix.similarity is None and not self.maps_below
         return plain and all(map(tame, exprs))
+
+    @cached_property
+    def power(self) -> Expr | None:
+        """Of what weights are exponentials, in s, where they are no shares of a softmax."""
+        match self.mix.normalize.numerator:
+            case Call("exp", (power,)) if self.exponential is None:
+                return power
+        return None
 
     @cached_property
     def scattered(self) -> bool:
@@ -349,7 +394,7 @@ class Attention:
 # Functions that are finite and smooth enough wherever their arguments are finite.
 _TAME = frozenset((
     "abs", "min", "max", "clip", "relu", "tanh", "sigmoid", "log_sigmoid", "softplus", "silu",
-    "gelu", "erf", "sin", "cos", "floor", "detach", "step",
+    "gelu", "erf", "sin", "cos", "floor", "detach", "step", "sum_keys", "running_keys",
 ))  # fmt: skip
 
 

@@ -331,6 +331,10 @@ class _Analysis:
         waits = {
             name: {of[each] for each in _read(step) if each in of} for name, step in steps.items()
         }
+        for name, step in steps.items():  # a reading may ask for what an earlier one has read
+            if isinstance(step, Memory) and step.readings:
+                updated = {of[each] for each in _read(replace(step, readings=())) if each in of}
+                waits[name] -= {name} - updated
         done: dict[str, Memory | Sum] = {}
         while len(done) < len(steps):
             ready = [name for name in steps if name not in done and waits[name] <= done.keys()]

@@ -9,6 +9,7 @@ Pages on GitHub and notebooks draw such text in a block marked `mermaid`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -128,7 +129,7 @@ class _Drawing:
 
     def _read(self, name: str) -> str:
         """Return the id of a stream, or of a tensor or what a model gives, drawn once."""
-        own = self.prefix + name.replace(".", "_")
+        own = self.prefix + re.sub(r"\W", "_", name)
         if own not in self.known:
             self.known.add(own)
             self.lines.append(f'{own}(["{name}"])')

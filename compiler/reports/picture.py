@@ -97,10 +97,10 @@ def describe(block: Block) -> list[tuple[str, str]]:
     lines = [("width", str(block.width)), ("heads", heads)]
     if block.context_width is not None:
         lines.append(("context width", str(block.context_width)))
-    if block.previous:
-        lines.append(("layer below", "reads " + ", ".join(block.previous)))
+    if block.below:
+        lines.append(("layers below", "gave " + ", ".join(block.below)))
     if block.shared:
-        lines.append(("layer above", "reads " + ", ".join(block.shared)))
+        lines.append(("layers above", "read " + ", ".join(block.shared)))
     if block.lends:
         lines.append(("kept keys", "read above: " + ", ".join(block.lends)))
     if block.borrows:

@@ -42,7 +42,7 @@ from ..graph.sides import (
     sides,
     token,
 )
-from ..model import MAPS, PREVIOUS
+from ..model import MAPS, elsewhere, is_map_elsewhere
 from .text import atomic, ident
 from .values import Text, Values
 
@@ -147,7 +147,7 @@ def _spread(expr: Expr) -> bool:
     """Say whether an expression is a fraction for every pair by itself."""
     match expr:
         case Name(id):
-            return id.removeprefix(PREVIOUS) in MAPS
+            return id in MAPS or is_map_elsewhere(id)
         case Call(name) if name in MAP_FUNCTIONS and not name.startswith(_WHOLE_MAPS):
             return False
         case Index() | Compare():
@@ -282,8 +282,8 @@ class Pairs(Values):
     def leaf(self, expr: Name | Index) -> Text:
         if isinstance(expr, Name):
             name = "rows" if expr.id == "sum" else expr.id
-            if name.startswith(PREVIOUS):
-                return Text(name.replace(".", "_"), 0)
+            if elsewhere(name) is not None:
+                return Text(ident(name), 0)
             place = name.partition(".")[0]  # `j`, or `j.to(wide)`
             if self.layout == PAIR or place not in ("i", "j", "h"):
                 return Text(name, 0)

@@ -39,7 +39,7 @@ def constants(weights: Sequence[Weight]) -> list[str]:
             before, value = _computed(weight, typed)
         lines += indent([*before, *comment(f"{ident(weight.name)} = {value}", _shape(weight))])
     made = {f'"{each.name}"': ident(each.name) for each in weights}
-    return [*lines, *indent(braced("return ", made))]
+    return [*lines, *indent(braced("return ", [f"{key}: {value}" for key, value in made.items()]))]
 
 
 def _shape(weight: Weight) -> str:

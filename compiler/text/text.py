@@ -6,12 +6,12 @@ import ast
 import builtins
 import keyword
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from symtable import symtable
 
-from ..model import PREVIOUS
+from ..model import elsewhere
 from ..pieces import FILES
 
 LIMIT = 96
@@ -44,20 +44,37 @@ _OURS = frozenset((
     "line", "past", "total", "made", "exact",
 ))  # fmt: skip
 _MADE = re.compile(  # what the text calls its own
-    r"_$|__\d+$|_[ghijt]$|_cache$|^side_\d+$|^previous_|^shared_|^lent_"
-    r"|_(?:added|asked|before|decay|key|level|past|query|read|start|value|written)s?(?:_\d+)?$"
+    r"_$|__\d+$|_[ghijt]$|_cache$|^side_\d+$|^previous_|^below_|^layer_|^shared_|^lent_"
+    r"|_(?:added|asked|before|decay|key|level|given|past|query|read|start|value|written)s?(?:_\d+)?$"
 )
 
 
 def ident(name: str) -> str:
     """Return a variable for a stream or state, away from the names the text itself uses."""
-    if name.startswith(PREVIOUS):
-        return f"previous_{ident(name.removeprefix(PREVIOUS))}"
+    if (found := elsewhere(name)) is not None:
+        step, own = found
+        place = "previous" if step == -1 else f"below_{-step}" if step < 0 else f"layer_{step}"
+        return f"{place}_{ident(own)}"
     if "." in name or name in ("x", "context"):
         return name.replace(".", "__")
     ours = name in _OURS or name in _IMPORTED or name in pieces()
     taken = ours or keyword.iskeyword(name) or hasattr(builtins, name) or _MADE.search(name)
     return f"{name}_" if taken else name
+
+
+def shared_text(name: str, label: str = "") -> str:
+    """Return the text of what another layer gave: a stream by its name here, or what is beside."""
+    found = elsewhere(name)
+    assert found is not None
+    step, own = found
+    before, dot, last = own.rpartition(".")
+    return f'shared[{step}]["{before}{dot}{label or last}"]'
+
+
+def shared_name(name: str) -> str:
+    """Return what a stream of another layer is called in its block."""
+    found = elsewhere(name)
+    return name if found is None else found[1].rpartition(".")[2]
 
 
 def class_name(name: str) -> str:
@@ -102,13 +119,12 @@ def call(head: str, args: list[str], tail: str = ")") -> list[str]:
     return [f"{head}(", *(f"    {arg}," for arg in args), tail]
 
 
-def braced(head: str, items: Mapping[str, str]) -> list[str]:
-    """Return `head{key: value}` on one line, or with one item a line."""
-    pairs = [f"{key}: {value}" for key, value in items.items()]
-    line = f"{head}{{{', '.join(pairs)}}}"
+def braced(head: str, items: Sequence[str]) -> list[str]:
+    """Return `head{item}` on one line, or with one item a line."""
+    line = f"{head}{{{', '.join(items)}}}"
     if len(line) <= LIMIT - 16:
         return [line]
-    return [f"{head}{{", *(f"    {each}," for each in pairs), "}"]
+    return [f"{head}{{", *(f"    {each}," for each in items), "}"]
 
 
 @cache

@@ -101,7 +101,8 @@ class Subject:
     @property
     def whole_rows(self) -> bool:
         """Whether a row of a cache holds one sequence, from its beginning to its end."""
-        return not all(map(begins_within, self.blocks))
+        front = isinstance(self.what, Model) and self.what.memory is not None
+        return front or not all(map(begins_within, self.blocks))
 
     @property
     def cases(self) -> tuple[Case, ...]:

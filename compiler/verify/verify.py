@@ -63,13 +63,13 @@ class Finding:
 def subjects(*whats: Block | Model) -> tuple[Block | Model, ...]:
     """Return what there is to verify: every different block, then the first model around them.
 
-    A block that reads the layer below is verified in a model alone.
+    A block that reads layers below is verified in a model alone.
     """
     blocks: dict[Block, None] = {}
     for what in whats:
         found = what.blocks
         blocks |= dict.fromkeys(
-            block.alone() for block in found if not (block.previous or block.reads)
+            block.alone() for block in found if not (block.below or block.reads)
         )
     models = [what for what in whats if isinstance(what, Model)][:1]
     return (*blocks, *models)
@@ -180,8 +180,9 @@ def _decoding(subject: Subject) -> str | tuple[int, float]:
     if isinstance(subject.what, Model) and subject.what.classifies:
         return "a classifier has one answer for the whole sequence"
     worst, count = 0.0, 0
+    whole_rows = subject.whole_rows and not subject.what.marks
     for case in subject.cases[1:]:
-        x, given = subject.inputs(case)
+        x, given = subject.inputs(replace(case, whole=True) if whole_rows else case)
         n = case.tokens
         with torch.no_grad():
             whole = subject.module(x, **given)
@@ -281,6 +282,13 @@ def _stages(block: Block) -> list[Apply]:
     return [node for flow in block.flows for node in applies(flow)]
 
 
+def _wholes(what: Block | Model) -> list[Block]:
+    """Return all that has a text in a block or model: it, its layers, their parts."""
+    if isinstance(what, Model):
+        return [each for top in (what.embed, *what.layers, what.head) for each in _wholes(top)]
+    return [what, *(each for part in what.parts for each in _wholes(part.what))]
+
+
 def _pairwise(block: Block) -> bool:
     return any(isinstance(each.mix, Pairwise) for each in block.mixings.values())
 
@@ -333,7 +341,7 @@ def _weighs(mix: object) -> bool:
 
 
 def _training(subject: Subject) -> str | tuple[int, float]:
-    stages = [node for block in subject.blocks for node in _stages(block)]
+    stages = [node for block in _wholes(subject.what) for node in _stages(block)]
     mixes = [each.mix for block in subject.blocks for each in block.mixings.values()]
     if any(isinstance(mix, Pairwise) and mix.dropout for mix in mixes):
         return "the weights are dropped by other draws than those of the meaning"
@@ -385,9 +393,12 @@ def _interpreted(subject: Subject) -> Result:
     return count + batches, max(worst, error), note
 
 
+_BY_TILES = ("over_tiles", "turn_by_turn", "carried_tiles", "summed_tiles")
+
+
 def _tiles(subject: Subject) -> Result:
     """Compare what is made of few queries at a time, as it is where there are many."""
-    if not any(each in subject.code.text for each in ("over_tiles", "turn_by_turn")):
+    if not any(f"return {each}(" in subject.code.text for each in _BY_TILES):
         return "no attention is made some queries at a time"
     file = sys.modules[type(subject.module).__module__]
     before, file.TILE = file.TILE, 1  # type: ignore[attr-defined]  # sixteen queries, the least

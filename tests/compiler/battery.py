@@ -130,6 +130,14 @@ SETTINGS = {
     "let w = x | linear(kv_heads * head_dim) | split(kv_heads) | l2_norm; "
     "let b = x | linear(kv_heads) | sigmoid; "
     "carry = k - 2 * b * w * dot(w, k)",
+    "carried_and_summed": "heads = 4; mask = causal and document; "
+    "let w = x | linear | split | l2_norm; let b = x | linear(heads) | sigmoid; "
+    "carry = k + outer(-b * w, w) @ k; score = s - 0.1 * (sum_keys(sigmoid(s)) - "
+    "running_keys(sigmoid(s))); normalize = exp(s) / max(sum, 1)",
+    "fading_channels": "heads = 4; kv_heads = 2; mask = causal; "
+    "let c = x | linear(heads * head_dim, bias = true) | split(heads) | log_sigmoid | "
+    "running(sum); similarity = sum(q * exp(c[h, i] - c[h, j]) * k); scale = 1; "
+    "score = s - softplus(s) - running_keys(softplus(s)) / 9; normalize = exp(s)",
     "carried_in_a_window": "heads = 4; mask = causal and (window(4) or sink(2)); "
     "let g = x | linear(heads); let e = x | linear(heads * head_dim); score = softcap(3); "
     "param a[heads, head_dim] = 0.3; param c[head_dim] = 0.2; "

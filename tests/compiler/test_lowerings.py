@@ -84,7 +84,8 @@ def test_a_lowering_that_does_not_fit_says_why():
     arch = hl.load("block a { width = 16; heads = 2; normalize = sigmoid }", format="loom")
     with pytest.raises(ValueError, match="`o` does not take `sdpa`: it normalises by softmax only"):
         hl.compile(arch, "a", backend="torch", lowering="sdpa")
-    with pytest.raises(ValueError, match="a lowering is one of triton, sdpa, keyed, tiles, dense"):
+    every = "a lowering is one of triton, gathered, sdpa, keyed, faded, tiles, dense"
+    with pytest.raises(ValueError, match=every):
         hl.compile(arch, "a", backend="torch", lowering="quick")
 
 

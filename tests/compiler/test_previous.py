@@ -136,7 +136,7 @@ def test_layers_that_read_the_layer_below(name):
         assert finding.ok or finding.check in ("training", "in tiles"), finding
     assert kept(what, 12) == cost(what).cache_bytes(12, "float64")
     assert {each.name for each in subjects(what) if each is not what} == {
-        each.name for each in what.uses if not each.previous
+        each.name for each in what.uses if not each.below
     }
 
 
@@ -158,7 +158,7 @@ def test_a_reader_keeps_nothing_of_its_own(name):
     what = model(MODELS[name])
     module = compiled(what)
     for block, cache in zip(what.uses, module.init_cache(1, 8), strict=True):
-        assert not block.previous or cache.nbytes == 0
+        assert not block.below or cache.nbytes == 0
 
 
 def test_the_cache_is_as_wide_as_the_widest_reader():
@@ -227,7 +227,7 @@ def test_layers_can_be_computed_again_for_the_gradient():
 
 def test_who_reads_a_map_is_said():
     first, *_ = plans(model(MODELS["residual"]), Target("triton"))
-    assert ("triton", "the layer above reads its map") in first.lowerings["o"].obstacles
+    assert ("triton", "a layer above reads its map") in first.lowerings["o"].obstacles
 
 
 def test_a_block_that_reads_nothing_is_the_same_everywhere():
@@ -244,7 +244,7 @@ def test_readers_compute_with_the_keys_and_values_of_layer_zero():
     theirs.load_state_dict(mine.state_dict(), strict=False)
     lower, upper = (theirs.get_submodule(f"layers.{at}.attn") for at in (0, 1))
     x = torch.randn(2, 9, 16, dtype=torch.float64)
-    _, made = lower.layer(functional.rms_norm(x, (16,), eps=1e-6), {})
+    _, made = lower.layer(functional.rms_norm(x, (16,), eps=1e-6), ())
     plain = upper._flow
 
     def pretending(flow, given, *done):
@@ -291,8 +291,9 @@ WRONG = {
     "no such stream": (A + "block b { heads = 4; k = previous.key }\n"
                        "model m { width = 8; layers = [a, b] }", "L201", "previous.key",
                        "it is `a`"),
-    "the input": (A + "block b { heads = 4; k = previous.x }\n"
-                  "model m { width = 8; layers = [a, b] }", "L201", "previous.x", "it is `a`"),
+    "the input": (A + "block b { heads = 4; k = previous.context }\n"
+                  "model m { width = 8; layers = [a, b] }", "L201", "previous.context",
+                  "it is `a`"),
     "a map as a stream": (A + "block b { heads = 4; k = previous.p }\n"
                           "model m { width = 8; layers = [a, b] }", "L208", "previous.p", ""),
     "a stream in a score": (A + "block b { heads = 4; score = s + previous.k }\n"

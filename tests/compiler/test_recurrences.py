@@ -266,6 +266,8 @@ WRITE = "S <- S + outer(k, v)"
         (["z <- z + y", "y <- y + z", "o <- z"], "`z` and `y` wait for one another"),
         (["S <- S + outer(z, v)", "z <- z + k @ S", "o <- q @ S"],
          "`S` and `z` wait for one another"),
+        (["T <- g * T + outer(k, k @ S - v)", "S <- g * S - T", "o <- q @ S"],  # with momentum
+         "`S <- …`: `T` is read other than by a product with a vector"),
         (["S <- S + T + outer(k, v)", "T <- T + outer(k, v)", "o <- q @ S"],
          "`S <- …`: `T` is read other than by a product with a vector"),
         ([WRITE, "z <- max(z, g @ S)", "o <- z"],
@@ -274,6 +276,13 @@ WRITE = "S <- S + outer(k, v)"
 )  # fmt: skip
 def test_what_is_not_recognised_says_where(statements, reason):
     assert reason in refusal(*statements)
+
+
+def test_a_reading_asks_for_what_an_earlier_one_has_read():
+    step = memory(WRITE, "found <- q @ S", "o <- (q - found / norm(found)) @ S")
+    first, second = step.readings
+    assert shown(first.query) == "q"
+    assert shown(second.query) == "q - reading 1 / norm(reading 1)"
 
 
 def test_a_document_that_begins_with_something():

@@ -66,7 +66,7 @@ def test_functions_over_features_are_what_they_say() -> None:
     meaning = reference(what, dtype=torch.float64)
     x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q = (x @ dict(meaning.named_parameters())["q_proj.weight"].mT).unflatten(-1, (2, 4))
-    found = meaning.layer(x, {})[1]
+    found = meaning.layer(x, ())[1]
     a, w = torch.arange(1.0, 5).double(), torch.tensor([[0.0], [1.0]]).double()
     torch.testing.assert_close(found["one"], 30 * x)
     torch.testing.assert_close(found["each"][..., 0], ((q * w).sum(-1) + a.sum()).mT)

@@ -200,6 +200,8 @@ CASES = {
     "dropout": Case("dropout", FLAT, p=0.5),
     "bernoulli": Case("bernoulli", SPLIT, rate=0.3),
     "drop_heads": Case("drop_heads", SPLIT, count=3),
+    "drop_sequence": Case("drop_sequence", SPLIT, rate=0.4),
+    "drop_sequence, scaled": Case("drop_sequence", FLAT, rate=0.4, scaled=True),
     "noise": Case("noise", SPLIT, std=0.5),
     "activation": Case("pointwise", FLAT, expr=parse_expression("silu(a0)")),
     "arithmetic": Case(
@@ -432,7 +434,7 @@ def expected(name: str) -> Tensor:
             z = torch.view_as_complex(x[..., 2:].unflatten(-1, (2, 2)).contiguous())
             z = torch.view_as_real(z * torch.exp(1j * turn)).flatten(-2)
             return torch.cat([x[..., :2], z], -1)
-        case "dropout" | "drop_heads" | "noise":
+        case "dropout" | "drop_heads" | "drop_sequence" | "drop_sequence, scaled" | "noise":
             return x
         case "activation":
             return x / (1 + (-x).exp())
@@ -510,7 +512,7 @@ def test_the_eager_meaning_is_torchs_own(name: str) -> None:
 
 
 def test_every_operation_has_a_case() -> None:
-    in_models = {"embed", "tied"}  # of ids, and of a model's embedding: test_layers.py
+    in_models = {"bucket", "embed", "tied"}  # of ids, of a model's embedding: test_layers.py
     assert {case.op.name for case in CASES.values()} == set(OPS) - in_models
 
 
@@ -659,6 +661,11 @@ def test_draws_have_their_rates() -> None:
     assert torch.equal(y, torch.where(zero[..., None, None], 0, x))
     assert len({tuple(each.tolist()) for each in zero}) > 20
     assert (zero.float().mean(0) - 3 / 8).abs().max() < 0.2
+    left = OPS["drop_sequence"].eager([x], {"rate": 0.3, "scaled": True}, {}, run)
+    gone = (left == 0).flatten(1)
+    assert torch.equal(gone.all(1), gone.any(1))
+    assert 9 <= gone.all(1).sum() <= 30
+    torch.testing.assert_close(left[~gone.all(1)].unique(), torch.tensor([10.0]))
     noise = OPS["noise"].eager([x], {"std": 2}, {}, run) - x
     assert abs(noise.std().item() - 2) < 0.02
     assert abs(noise.mean().item()) < 0.02

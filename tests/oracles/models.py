@@ -4,7 +4,8 @@ A model in `examples/models` and one of theirs have the same tensors under other
 which: `theirs -> ours`, in which `{i}` and `{j}` are numbers, `{any}` is anything and any other
 name a word; the first line that fits counts. What holds several of ours names them in brackets,
 `(q|k|v)_proj`, its rows one after the other; with `in 4` they are laid so in each of four groups.
-`across` is a matrix transposed, `stacked` a row of ours, and `-` what has no place in ours.
+`across` is a matrix transposed, `stacked` a row of ours, `beside` columns of ours one after the
+other, and `-` what has no place in ours.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ class Row:
     groups: int = 1
     across: bool = False
     stacked: bool = False
+    beside: bool = False
 
     def under(self, theirs: str, ours: str) -> Row:
         """Return the same of a module of theirs, which is one of ours."""
         several = tuple(ours + each for each in self.ours)
-        return Row(theirs + self.theirs, several, self.groups, self.across, self.stacked)
+        rest = (self.groups, self.across, self.stacked, self.beside)
+        return Row(theirs + self.theirs, several, *rest)
 
     def moved(
         self, name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]
@@ -51,12 +54,18 @@ class Row:
             return {ours[0]: tensor[None]}
         if len(ours) == 1:
             return {ours[0]: tensor.reshape(shapes[ours[0]])}
-        if tensor.ndim == 3:  # of several heads: each holds its rows of ours
+        if self.beside:
+            parts = tensor.split([shapes[each][1] for each in ours], 1)
+            return dict(zip(ours, parts, strict=True))
+        if tensor.ndim == 3 and tensor.shape[1] > 1:  # each head holds its rows of ours
             parts = tensor.split([shapes[each][1] for each in ours], 1)
             return dict(zip(ours, parts, strict=True))
         sizes = [shapes[each][0] // self.groups for each in ours]
         parts = tensor.unflatten(0, (self.groups, -1)).split(sizes, 1)
-        return {key: part.flatten(0, 1) for key, part in zip(ours, parts, strict=True)}
+        return {
+            key: part.flatten(0, 1).reshape(shapes[key])
+            for key, part in zip(ours, parts, strict=True)
+        }
 
 
 @cache
@@ -77,7 +86,8 @@ def rows(text: str) -> tuple[Row, ...]:
             before, *names, after = re.split(r"[(|)]", ours) if "(" in ours else (ours, "", "")
             groups = int(rest[rest.index("in") + 1]) if "in" in rest else 1
             several = tuple(f"{before}{name}{after}" for name in names)
-            done.append(Row(theirs, several, groups, "across" in rest, "stacked" in rest))
+            words = (each in rest for each in ("across", "stacked", "beside"))
+            done.append(Row(theirs, several, groups, *words))
     return tuple(done)
 
 
@@ -272,6 +282,16 @@ GEMMA4 = rows("""
     model.layers.{i}.pre_feedforward_layernorm.weight -> layers.{i}.ffn_norm.weight
     model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.weight
 """)
+GEMMA4_E2B = rows("""
+    model.embed_tokens_per_layer.weight -> layers.(0|1|2|3|4).e_embed.weight beside
+    model.per_layer_model_projection.weight -> layers.(0|1|2|3|4).c_proj.weight
+    model.per_layer_projection_norm.weight -> layers.0.c_rms_norm.o_norm.weight
+    model.layers.{i}.per_layer_input_gate.weight -> layers.{i}.g_proj.weight
+    model.layers.{i}.per_layer_projection.weight -> layers.{i}.o_proj.weight
+    model.layers.{i}.post_per_layer_input_norm.weight -> layers.{i}.o_norm.weight
+    model.layers.{i}.pre_feedforward_layernorm.weight -> layers.{i}.ffn_norm.weight
+    model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.weight
+""")
 MUSE = rows("""
     model.vision_{any} -> -
     model.audio_{any} -> -
@@ -310,6 +330,52 @@ ZAMBA = rows("""
 """)
 for ours, theirs in {0: "0", 2: "1.mamba_decoder", 3: "2", 4: "3.mamba_decoder"}.items():
     ZAMBA += tuple(each.under(f"model.layers.{theirs}.", f"layers.{ours}.") for each in MAMBA)
+ZAMBA2 = rows("""
+    model.embed_tokens.weight -> embed_tokens.weight
+    model.final_layernorm.weight -> norm.weight
+    model.layers.{i}.linear.weight -> layers.{i}.t_proj.weight
+""")
+MAMBA2 = rows("""
+    mamba.dt_bias -> {part}.shift
+    mamba.A_log -> {part}.rate
+    mamba.D -> {part}.skip
+    mamba.conv1d.weight -> {part}.(v|k|q)_conv.weight
+    mamba.conv1d.bias -> {part}.(v|k|q)_conv.bias
+    mamba.in_proj.weight -> {part}.(gate_|v|k|q|time)_proj.weight
+    mamba.norm.weight -> {part}.o_norm.weight
+    mamba.out_proj.weight -> {part}.o_proj.weight
+    input_layernorm.weight -> {part}_norm.weight
+""")
+SHARED = rows("""
+    self_attn.o_proj.weight -> attention.o_linear.o_proj.weight
+    self_attn.{p}_proj.weight -> attention.{p}_linear.o_proj.weight
+    feed_forward.gate_up_proj.weight -> adapted.(gate|up)_linear.o_proj.weight
+    feed_forward.down_proj.weight -> adapted.o_linear.o_proj.weight
+    input_layernorm.weight -> y_rms_norm.o_norm.weight
+    pre_ff_layernorm.weight -> t_rms_norm.o_norm.weight
+""")
+ADAPTED = rows("""
+    self_attn.linear_{p}_adapter_list.at.{j}.weight -> attention.low_{p}_proj_{j}.weight
+    feed_forward.gate_up_proj_adapter_list.at.0.weight -> adapted.low_proj.weight
+    feed_forward.gate_up_proj_adapter_list.at.1.weight -> adapted.(gate|up)_proj.weight
+""")
+
+
+def _at(row: Row, theirs: str, ours: str) -> Row:
+    """Return a row of a part that is called otherwise in each place."""
+    several = tuple(each.replace("{part}", ours) for each in row.ours)
+    return Row(row.theirs.replace(".at.", f".{theirs}."), several, row.groups)
+
+
+for at in range(6):
+    own, part = ("", "attn") if at % 2 == 0 else ("mamba_decoder.", "mamba")
+    ZAMBA2 += tuple(
+        _at(each, "", part).under(f"model.layers.{at}.{own}", f"layers.{at}.") for each in MAMBA2
+    )
+    shared = "model.layers.1.shared_transformer."
+    rows_ = SHARED if at == 1 else ()
+    rows_ += tuple(_at(each, str(at // 2), "") for each in ADAPTED) if at % 2 else ()
+    ZAMBA2 += tuple(each.under(shared, f"layers.{at}.") for each in rows_)
 GLM = rows("""
     model.layers.{i}.post_self_attn_layernorm.weight -> layers.{i}.attn_post_norm.weight
     model.layers.{i}.post_mlp_layernorm.weight -> layers.{i}.ffn_post_norm.weight
@@ -491,6 +557,30 @@ MODELS: dict[str, Theirs] = {
             },
         },
     ),
+    "gemma4_e2b": Theirs(
+        "gemma4_text",
+        GEMMA4_E2B + AFTER + PARTS,
+        {
+            **NARROW,
+            "hidden_size": 36,
+            "num_hidden_layers": 5,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": 61,
+            "num_kv_shared_layers": 2,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 5,
+            "layer_types": [LOCAL, FULL, LOCAL, LOCAL, FULL],
+            "rope_parameters": {
+                LOCAL: turning(1e4),
+                FULL: {
+                    "rope_type": "proportional",
+                    "rope_theta": 1e6,
+                    "partial_rotary_factor": 0.5,
+                },
+            },
+        },
+    ),
     "muse_spark": Theirs(
         "muse_spark",
         MUSE,
@@ -541,6 +631,22 @@ MODELS: dict[str, Theirs] = {
             "layers_block_type": ["mamba", "hybrid"] * 2,
         },
         positions=False,
+    ),
+    "zamba2": Theirs(
+        "zamba2",
+        ZAMBA2,
+        {
+            "num_hidden_layers": 6,
+            "num_key_value_heads": 4,
+            "n_mamba_heads": 4,
+            "mamba_d_state": 4,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "layers_block_type": ["mamba", "hybrid"] * 3,
+            "use_shared_attention_adapter": True,
+            "adapter_rank": 3,
+            "use_mem_rope": True,
+        },
     ),
     "olmo": Theirs("olmo", PARTS, {**NARROW, "clip_qkv": 0.8}),
     "nanochat": Theirs("nanochat", APERTUS + PARTS, {**NARROW, "final_logit_softcapping": 3.0}),

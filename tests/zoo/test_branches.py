@@ -1202,7 +1202,7 @@ def first_read(x: Tensor) -> Tensor:
     mechanism = Mechanism("skim_attention").set(layers_0_attn_v_proj_bias=0)
     layer = mechanism.meaning.get_submodule("layers.0.attn")
     with torch.no_grad():
-        return layer.layer(x, {})[1]["o"]
+        return layer.layer(x, ())[1]["o"]
 
 
 def test_99_text_does_not_change_who_reads_whom():

@@ -171,12 +171,10 @@ def test_yoco_keeps_windows_and_one_whole_layer():
 def test_253_rows_see_what_the_layer_below_saw_most_of():
     mechanism = Mechanism("hylra")
     layers = [mechanism.meaning.get_submodule(f"layers.{at}.attn") for at in range(6)]
-    below: dict[str, Tensor] = {}
-    found = []
+    found: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for layer in layers:
-            below = layer.layer(LONG, below)[1]
-            found.append(below)
+            found.append(layer.layer(LONG, found)[1])
     chosen = found[1]["p"].topk(4, dim=-1).indices
     top = torch.zeros_like(found[1]["p"]).scatter_(-1, chosen, 1.0).bool() & causal(20)
     for each in found[2:4]:
@@ -714,8 +712,8 @@ def maps_of_gift(mechanism: Mechanism, x: Tensor) -> tuple[Tensor, Tensor]:
     """The map that is watched and the one that is guided."""
     lower, upper = (mechanism.meaning.get_submodule(f"layers.{at}.attn") for at in (0, 1))
     with torch.no_grad():
-        _, below = lower.layer(x, {})
-        return below["p"], upper.layer(x, below)[1]["p"]
+        _, below = lower.layer(x, ())
+        return below["p"], upper.layer(x, (below,))[1]["p"]
 
 
 def test_242_what_the_gaze_moved_to_is_looked_at_more():

@@ -110,6 +110,15 @@ def test_mesa_reads_with_a_ridge_regression():
         assert_close(found[:, :, t], expected[:, :, 0])
 
 
+def test_steps_of_conjugate_gradients_end_at_the_ridge_regression():
+    """In as many steps as there are features they are done, and fewer come close."""
+    for heads, bar in ((16, 1e-9), (4, 0.02)):
+        exact = Mechanism("mesa_net", ("heads = 4", f"heads = {heads}"))
+        steps = Mechanism("mesa_net_steps", ("heads = 4", f"heads = {heads}"), like=exact)
+        assert_close(steps.mixed(X), exact.mixed(X), bar)
+    assert (steps.mixed(X) - exact.mixed(X)).abs().max() > 1e-6
+
+
 def test_gates_of_pairs():
     half = Mechanism("forget_pairs").set(a_proj_weight=0)
     slope = f"score = s - {math.log(2)!r} * abs(i - j)"
