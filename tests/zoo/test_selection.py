@@ -686,13 +686,10 @@ def test_157_without_rounding_it_is_the_relative_score_itself():
 def test_155_layers_see_what_mattered_to_the_last_that_saw_everything():
     mechanism, x = Mechanism("tidaldecode"), tokens(N)
     layers = [mechanism.meaning.get_submodule(f"layers.{at}.attn") for at in range(7)]
-    below: dict[str, Tensor] = {}
-    found, y = [], x
+    found: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for layer in layers:
-            below = layer.layer(y, below)[1]
-            found.append(below)
-            y = y + below["o"].transpose(1, 2).flatten(2)
+            found.append(layer.layer(x + len(found), found)[1])
     for reads, by in (((2, 3), 1), ((5, 6), 4)):
         s = (found[by]["q"] @ found[by]["k"].mT).masked_fill(~causal(N), -torch.inf)
         least = s.topk(4, -1).values[..., -1:]
