@@ -143,3 +143,23 @@ def test_groups_of_no_tokens(tokens):
     y.sum().backward()
     assert y.shape == x.shape
     assert not x.grad.isnan().any()
+
+
+FAR = "let t = context | linear(16) | split; "
+CONTEXTS = {
+    "its mean beside": FAR + "k = t + (t | mean_tokens); v = t",
+    "pooled": FAR + "k = t | pool(mean, size = 4); v = t | pool(max, size = 4)",
+    "groups of it": FAR + "k = t; v = t; let g = t | pool(mean, size = 4);"
+    " select = top(1, dot(q[h, i], g[h, j // 4]), size = 4)",
+    "groups that choose": FAR + "k = t; v = t; let g = t | pool(mean, size = 4);"
+    " branch far { k = g; v = g; score = 0; select = top(1, s) };"
+    " select = above(0, far.p[h, i, j // 4])",
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.parametrize("check", ["as if alone", "decoding", "rows of a cache", "in tiles"])
+def test_a_context_is_all_of_one(name, check):
+    """Its rows were taken apart as those of x; what a cache brought had no run of groups."""
+    far = subject(f"context_width = 12; source = context; {CONTEXTS[name]}")
+    assert CHECKS[check](far)[1] < 1e-9
