@@ -19,10 +19,12 @@ from rich.text import Text
 
 from .checking.check import find
 from .emit import Code
+from .emit.layers import wholes
 from .facts import decoding
 from .facts.cost import Cost, cost
 from .facts.dtypes import DType, of_torch
 from .loading import load
+from .lowerings.experts import sent
 from .model import Architecture, Block, Model
 from .pipeline import generate, plans
 from .pipeline import load as load_code
@@ -235,7 +237,8 @@ def explained(what: Block | Model, target: Target) -> Report:
         for each in plan.lowerings.values():
             called, obstacles = _called(plan, each), (*each.obstacles, *also)
             found.append(replace(each, node=called, obstacles=obstacles))
-    return Report(what, tuple(found), cost(what))
+    tops = list(what.layers) if isinstance(what, Model) else [what]
+    return Report(what, (*found, *sent(wholes(tops))), cost(what))
 
 
 @dataclass(frozen=True, repr=False)

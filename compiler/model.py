@@ -172,8 +172,9 @@ class Statistic:
 class Part:
     """A stage that is a whole by itself: a block, a layer, a feed-forward, a stage with tensors.
 
-    Its tensors live in the submodule `module`. It takes one stream. Parts with one `once`, the
-    place of a text, have the same tensors: those of the first of them.
+    Its tensors live in the submodule `module`. It takes one stream; experts take a second one,
+    what each of them weighs for each token, [n, experts]. Parts with one `once`, the place of a
+    text, have the same tensors: those of the first of them.
     """
 
     what: Block
@@ -472,6 +473,18 @@ class Recurrence:
         return replace(self, updates=tuple(updates), states=tuple(states))
 
 
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """How many a feed-forward is, each with tensors of its own, and how many a token is sent to.
+
+    `most` of them at most; None where that depends on the data. Whom a token weighs 0, it is not
+    sent to, and such a weight has no gradient.
+    """
+
+    count: int
+    most: int | None = None
+
+
 # ── blocks and models ────────────────────────────────────────────────────────────────────
 
 
@@ -482,7 +495,7 @@ class Block:
     `kind` says which; only in a block tokens mix. `streams` come in an order in which each reads
     earlier ones. The sizes are those of the block itself; a branch may have others, which its
     streams show. A stage takes what comes in as it is; `given` is its shape, of all others
-    [n, width].
+    [n, width]. With `experts` it is so many feed-forwards, whose tensors are stacked.
 
     The last fields are of a layer among others. `shared` is what layers above read of this
     one, at the tokens of a call; None where no layer of the model reads another. With a cache,
@@ -509,6 +522,7 @@ class Block:
     serves: tuple[Expr, ...] = ()
     kind: str = "block"
     given: Shape | None = None
+    experts: Experts | None = None
 
     @property
     def x(self) -> Shape:

@@ -23,10 +23,11 @@ from .op import Chosen, Mismatch, Op, Option, Run, Weight
 from .pointwise import Pointwise
 from .pool import Pool, Windows
 from .rope import Rope
+from .routing import Largest, LargestTokens, OneHot
 from .running import Running
 from .shape import Shape
 from .shift import Shift
-from .tokens import Average, MeanTokens
+from .tokens import Average, AverageEach, MeanTokens
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -51,6 +52,9 @@ OPS: dict[str, Op] = {
         Softmax(),
         Top(),
         Argmax(),
+        Largest(),
+        LargestTokens(),
+        OneHot(),
         Slice(),
         Reduce(),
         Conv(),
@@ -70,11 +74,12 @@ OPS: dict[str, Op] = {
         Noise(),
         MeanTokens(),
         Average(),
+        AverageEach(),
         Joint(),
         Pointwise(),
     )
 }
 # Operations that are no stages of a pipeline.
-UNNAMED = ("pointwise", "reduce", "average", "joint", "tied")
+UNNAMED = ("pointwise", "reduce", "average", "average_each", "joint", "tied")
 
 __all__ = ["OPS", "UNNAMED", "Chosen", "Mismatch", "Op", "Option", "Run", "Shape", "Weight"]

@@ -106,6 +106,7 @@ class Op(ABC):
     whole_rows: bool = False  # it reads all tokens of a row, not to be told apart
     groups: bool = False  # it makes one token of each group of tokens
     bare: bool = False  # its name alone is a stream, that of x
+    instead: str = ""  # how to say without later tokens what reads them, if that can be said
     wide: bool = False  # what it gives stays float32 where the block is in less
 
     @property

@@ -1,4 +1,4 @@
-"""Stages over all tokens at once: `mean_tokens`, and the `average` of everything."""
+"""Stages over all tokens at once: `mean_tokens`, and the averages of a whole batch."""
 
 from __future__ import annotations
 
@@ -63,3 +63,24 @@ class Average(Op):
     ) -> str:
         run = self.run_of(shapes[0])
         return f"mean_of_all({inputs[0]}, {run})"
+
+
+class AverageEach(Op):
+    """`mean_each(stream)` in `regularize`: of each feature, over all tokens of the batch."""
+
+    name = "average_each"
+    by_sequence = True
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        return replace(inputs[0], tokens="1")
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        x = inputs[0].sum((0, -2), keepdim=True)
+        return x / max(1, inputs[0].shape[0] * inputs[0].shape[-2])
+
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
+        return f"mean_of_each({inputs[0]}, {self.run_of(shapes[0])})"

@@ -34,7 +34,7 @@ from ..model import (
 )
 from ..model import Part as Whole
 from .depth import Depth
-from .flows import Target, elaborate
+from .flows import Target, elaborate, regularizing
 from .inheritance import Body
 from .layers import numbered, whole
 from .library import Library
@@ -235,18 +235,7 @@ class _Builder:
 
     def _regularize(self) -> Flow | None:
         value = self.body.get("regularize")
-        if value == Name("none"):
-            return None
-        flow = elaborate(self.scope, value, Target("regularize"))
-        if flow.shape != Shape("1", 1):
-            raise error(
-                "L229",
-                "`regularize` is one number",
-                value.span,
-                f"it is {flow.shape}",
-                "take the mean of each term: `0.01 * mean(entropy(o))`",
-            )
-        return flow
+        return None if value == Name("none") else regularizing(self.scope, value)
 
     def _grid(self) -> None:
         if not self.body.has("grid"):

@@ -283,6 +283,17 @@ OWN: dict[str, Code] = {
             "  carry = k - w * tanh(dot(w, k))\n}",
         ),
         Code(
+            "L236",
+            "it cannot be several experts",
+            "`mixture(part, weights)` runs as many feed-forwards as there are weights, each on the "
+            "tokens it weighs: [n, experts], a number each. An expert is a feed-forward of one "
+            "token, made of `linear`, of `param`s that are a number or features, of functions and "
+            "features; it holds no other part, reads no other tokens and draws nothing.",
+            "ffn mixed { let w = x | linear(4) | softmax; out = x | mixture(near, w) }\n"
+            "ffn near  { out = x | conv(4) | linear }\n"
+            "block a { heads = 4 }\nmodel m { width = 32; layers = [a]; ffn = mixed }",
+        ),
+        Code(
             "L238",
             "a model's images do not fit its patches",
             "`patches(size, channels = 3, image)` cuts images into patches, one token each; a side "

@@ -37,6 +37,7 @@ from .arithmetic import applied, composed, exactly, joint, reduces, statistic
 from .library import is_once, put
 from .names import module_name
 from .options import bound, option_value
+from .routing import as_experts
 from .scalars import resolve_function, shaped
 from .scope import Scope, body, inline_stage, suggest
 
@@ -46,6 +47,7 @@ OFFERS = {  # where a model gives them
     "tokens": "a model with a `vocab` has it, unless learned tokens stand in front (`memory`)",
     "turn": "every model has it: how often the layer has run before",
 }
+MEANS = {"mean": "average", "mean_each": "average_each"}  # over a batch, in `regularize`
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class _Whole:
     make: Callable[[Shape], Block]
     module: str
     span: Span
+    others: tuple[Flow, ...] = ()
     once: Span | None = None  # where the text is that its tensors belong to, if shared
 
 
@@ -105,6 +108,20 @@ def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
             expr.span,
             "it is made of tensors alone",
             "begin with a stream; `latents(count)` is a learned list of tokens",
+        )
+    return flow
+
+
+def regularizing(scope: Scope, value: Expr) -> Flow:
+    """Return the flow of the one number that training adds to the loss (L229)."""
+    flow = elaborate(scope, value, Target("regularize"))
+    if flow.shape != Shape("1", 1):
+        raise error(
+            "L229",
+            "`regularize` is one number",
+            value.span,
+            f"it is {flow.shape}",
+            "take the mean of each term: `0.01 * mean(entropy(o))`",
         )
     return flow
 
@@ -259,10 +276,10 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
             return operand(joint(scope, part))
         if isinstance(part, Call) and part.function in STATISTICS:
             return operand(statistic(scope, part, part.function))
-        if isinstance(part, Call) and part.function == "mean" and target.name == "regularize":
+        if isinstance(part, Call) and part.function in MEANS and target.name == "regularize":
             (arg,) = exactly(part, part.args, 1)
             flow = _flow(scope, arg, Target("regularize"))
-            return operand(applied("average", {}, (flow,), part.span))
+            return operand(applied(MEANS[part.function], {}, (flow,), part.span))
         if isinstance(part, Call) and part.function not in {**FUNCTIONS, **VECTOR_FUNCTIONS}:
             stage = scope.library.find("stage", part.function)
             if stage is not None and not _holds(stage):
@@ -324,7 +341,8 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
             shape = what.out.shape
             if what.x.heads is None and head.shape.heads is not None:  # each head alike
                 shape = replace(shape, heads=head.shape.heads)
-            head = Part(what, (head,), shape, step.module, step.span, step.once)
+            inputs = (head, *step.others)
+            head = Part(what, inputs, shape, step.module, step.span, step.once)
             continue
         head = _apply(scope, replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
@@ -397,6 +415,8 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         (other,) = exactly(stage, args, 1)
         gate = _flow(scope, other, replace(target, shape=None))
         return [_pointwise(Binary("*", Name("a0"), Name("a1")), (gate,), stage.span)]
+    if name == "mixture":
+        return [_mixture(scope, stage, args)]
     if name == "scale":
         (factor,) = exactly(stage, args, 1)
         value = scope.number(factor, "the factor of `scale`")
@@ -419,7 +439,15 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
     parts = [*library.ffns]
     if scope.around is not None:
         parts += ["norm", *scope.parts, *library.layers]
-    known = [*(OPS.keys() - UNNAMED), "gate", "scale", *library.known("stage"), *FUNCTIONS, *parts]
+    known = [
+        *(OPS.keys() - UNNAMED),
+        "gate",
+        "mixture",
+        "scale",
+        *library.known("stage"),
+        *FUNCTIONS,
+        *parts,
+    ]
     called = f"write `{name}(…)` around the stream" if name in (*STATISTICS, "joint") else ""
     raise error(
         "L208", f"there is no stage `{name}`", stage.span, "", called or did_you_mean(name, known)
@@ -441,6 +469,24 @@ def _holds(stage: Definition) -> bool:
 def _whole(scope: Scope, call: Expr, module: str, definition: Definition | None = None) -> _Whole:
     assert scope.whole is not None
     return _Whole(partial(scope.whole, scope, call, definition), module, call.span)
+
+
+def _mixture(scope: Scope, stage: Name | Call, args: tuple[Expr, ...]) -> _Whole:
+    """Return `mixture(part, weights)`: as many feed-forwards as there are weights, sent tokens."""
+    part, weighing = exactly(stage, args, 2)
+    call = scope.parts.get(part.id, part) if isinstance(part, Name) else part
+    once = call.span if is_once(call) else None
+    if isinstance(call, Call) and once is not None:
+        (call,) = exactly(call, call.args, 1)
+    weights = _flow(scope, weighing, Target("weights"))
+    flows = {name: each.flow for name, each in scope.streams.items()}
+    assert scope.whole is not None
+    make = partial(scope.whole, scope, call, None)
+
+    def experts(given: Shape) -> Block:
+        return as_experts(make(given), given, weights, flows, stage.span)
+
+    return _Whole(experts, "experts", stage.span, (weights,), once)
 
 
 def _once(scope: Scope, call: Expr, target: Target, module: str = "") -> _Whole:

@@ -19,6 +19,7 @@ from itertools import count
 from ...grammar import syntax
 from ...grammar.diagnostics import did_you_mean, error
 from ...grammar.expr import Value, names, rebuild
+from ...grammar.functions import FUNCTIONS
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Expr, Name, Pipe, Unary
 from ...ops import OPS, Mismatch, Shape
@@ -37,7 +38,7 @@ from ..model import (
 )
 from .arithmetic import applied
 from .around import NONE, Around
-from .flows import Target, elaborate
+from .flows import Target, elaborate, regularizing
 from .library import Library, bind, is_once, put, substitute_statement
 from .scope import Findings, Scope
 
@@ -70,6 +71,7 @@ class _Layer:
         self.parts: dict[str, Expr] = {}
         self.lets: dict[str, syntax.Let | syntax.Param] = {}
         self.out: syntax.Setting | None = None
+        self.added: syntax.Setting | None = None
         numbers: dict[str, Value] = dict.fromkeys(("width", "features"), around.width)
         numbers |= {"layer": around.layer, "depth": around.depth}
         known = {"lanes": around.lanes, "vocab": around.vocab}
@@ -100,7 +102,7 @@ class _Layer:
         given = bind(item.name, item.params, call, call.span)
         values: dict[str, Expr] = {}
         for name, value in given.items():
-            part = self._part(value) if self.kind == "layer" else None
+            part = self._part(value)
             if part is None:
                 values[name] = put(value, values)
             else:
@@ -119,8 +121,15 @@ class _Layer:
             return value
         if isinstance(value, Name) and value.id in self.parts:
             return self.parts[value.id]
-        known = is_once(value) or self.library.kind_of(value) is not None
-        return value if known else None
+        kind = self.library.kind_of(value)
+        if self.kind == "layer" or is_once(value):
+            return value if kind is not None or is_once(value) else None
+        return value if kind == "ffn" and not self._is_function(value) else None
+
+    def _is_function(self, value: Expr) -> bool:
+        """Say whether a name is that of an activation too, which a feed-forward may be given."""
+        known = (*FUNCTIONS, *self.library.known("stage"))
+        return isinstance(value, Name) and value.id in known
 
     def _handed(self, expr: Expr) -> Expr:
         """Put parts into the layers that they are handed to: `pre(attn, ffn)`, in a layer."""
@@ -146,13 +155,15 @@ class _Layer:
                 self.lets[name] = statement
             case syntax.Setting("out", value, None):
                 self.out = replace(statement, value=self._handed(value))
+            case syntax.Setting("regularize", value, None):
+                self.added = statement
             case _:
                 raise error(
                     "L202",
                     f"this does not belong in a {self.kind}",
                     statement.span,
                     "",
-                    "it is made of `let`, `param`, `const` and `out = …`",
+                    "it is made of `let`, `param`, `const`, `out = …` and `regularize = …`",
                 )
 
     # what it means
@@ -167,7 +178,7 @@ class _Layer:
                 "",
                 "write what goes on: `out = x + (x | norm | attn)`",
             )
-        lets, out = self._pruned()
+        lets, out, more = self._pruned()
         shape = self.shape
 
         def stream(let: syntax.Let, scope: Scope, name: str) -> Stream:
@@ -185,6 +196,10 @@ class _Layer:
         made: Flow | None = None
         with guard():
             made = elaborate(scope, out, Target("out", shape))
+        added: Flow | None = None
+        if more is not None:
+            with guard():
+                added = regularizing(scope, more)
         self.findings.settle()
         assert made is not None
         above = [
@@ -192,13 +207,14 @@ class _Layer:
             for name in scope.streams
             if name in self.library.read_above
         ]
-        kept = reaching(scope.streams, [made, *above])
+        kept = reaching(scope.streams, [made, *above, *([] if added is None else [added])])
         streams = [each for name, each in scope.streams.items() if name in kept]
         block = composed(self.syntax.name, self.kind, scope, streams, made, self.syntax.span)
+        block = replace(block, regularize=added)
         return block if shape.heads is None else replace(block, given=shape)
 
-    def _pruned(self) -> tuple[dict[str, syntax.Let | syntax.Param], Expr]:
-        """Return the statements without the terms of parts that are `none`, and `out`."""
+    def _pruned(self) -> tuple[dict[str, syntax.Let | syntax.Param], Expr, Expr | None]:
+        """Return the statements without terms of what is `none`, `out`, and `regularize`."""
         absent = {name for name, part in self.parts.items() if part == NONE}
         lets = dict(self.lets)
         assert self.out is not None
@@ -225,7 +241,8 @@ class _Layer:
                 f"{label} is `none`",
                 "a term with a part that is `none` is left away; give one of them",
             )
-        return left, out
+        added = None if self.added is None else without(self.added.value, {*absent, "none"})
+        return left, out, added
 
 
 def without(expr: Expr, absent: set[str]) -> Expr | None:
@@ -398,8 +415,8 @@ def composed(
 
 
 def _dropping(rate: float, node: Apply | Part) -> Flow:
-    """Drop some of what a block or a feed-forward gives, in training."""
-    if not is_part(node) or node.what.kind == "layer":
+    """Drop some of what a block or a feed-forward gives, in training; experts are one with it."""
+    if not is_part(node) or node.what.kind == "layer" or node.what.experts is not None:
         return node
     return applied("dropout", {"p": rate}, (node,), node.span)
 

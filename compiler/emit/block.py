@@ -430,7 +430,7 @@ class _Writer(Mixes):
             "def auxiliary_loss(self) -> Tensor:",
             '    """Return what the last forward pass in training adds to the loss, once."""',
             "    loss, self.auxiliary = self.auxiliary, None",
-            "    return torch.zeros(()) if loss is None else loss",
+            "    return torch.zeros(()) if loss is None else loss.sum()",
         ]
 
     def _context(self, far: list[str]) -> list[str]:

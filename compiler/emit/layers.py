@@ -12,18 +12,19 @@ or keeps more than one cache, is written as a block is (`emit/block.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...grammar.source import Span
+from ...ops import Weight
 from ..facts.kept import kept
 from ..facts.parameters import constants
-from ..graph.graph import Graph, Node, made_by
+from ..graph.graph import AnyNode, Graph, Node, made_by
 from ..graph.operations import Stage, Whole
 from ..graph.passes import simplest
 from ..model import Block, Part
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter
-from ..text.text import braced, call, indent
+from ..text.text import braced, call, comment, indent
 from .stages import Stages
 
 Classes = Mapping[Block, str]  # the class that each block, layer, feed-forward and stage is
@@ -34,6 +35,9 @@ KINDS = {"layer": "layer", "ffn": "feed-forward", "stage": "stage"}
 
 def described(block: Block) -> str:
     """Say what a layer, feed-forward or stage is."""
+    if block.experts is not None:
+        sizes = f"{block.x.dim} → {block.out.shape.dim} features"
+        return f"{block.experts.count} feed-forwards `{block.name}`, {sizes}, each for its tokens"
     return f"{KINDS[block.kind]} `{block.name}`, {block.x.dim} → {block.out.shape.dim} features"
 
 
@@ -50,7 +54,7 @@ def wholes(blocks: Iterable[Block]) -> list[Block]:
 
 def called(block: Block) -> str:
     """Return the name that its class would best have."""
-    return f"{block.name}_{_CALLED[block.kind]}"
+    return f"{block.name}_{'Experts' if block.experts is not None else _CALLED[block.kind]}"
 
 
 def is_local(block: Block) -> bool:
@@ -168,7 +172,8 @@ def given_parts(block: Block) -> list[str]:
 
 def local_class(block: Block, name: str, classes: Classes) -> list[str]:
     """Return the lines of a class that looks at one token at a time."""
-    return _Local(simplest(block), classes).lines(name)
+    kind = _Local if block.experts is None else _Experts
+    return kind(simplest(block), classes).lines(name)
 
 
 class _Local(Stages):
@@ -181,8 +186,8 @@ class _Local(Stages):
         base = "Constants" if fixed else "nn.Module"
         lines = [f"class {name}({base}):", f'    """The {described(block)}."""', ""]
         lines += offered_line(block)
-        init = ["super().__init__()", *modules(self.graph, Once(self.classes))]
-        init += [line for each in block.tensors if each.learned for line in parameter(each)]
+        init = ["super().__init__()", *self.modules()]
+        init += [line for each in self.tensors() if each.learned for line in parameter(each)]
         init += ["self.set_constants()"] if fixed else []
         arguments = ", ".join(["self", *given_parts(block)])
         lines += [f"    def __init__({arguments}) -> None:", *indent(init, 2)]
@@ -191,6 +196,12 @@ class _Local(Stages):
         if block.kind == "layer":
             lines += ["", *indent(self.init_cache())]
         return [*lines, "", *indent(self._forward())]
+
+    def modules(self) -> list[str]:
+        return modules(self.graph, Once(self.classes))
+
+    def tensors(self) -> tuple[Weight, ...]:
+        return self.block.tensors
 
     def init_cache(self) -> list[str]:
         if self.obstacle is not None:
@@ -224,3 +235,55 @@ class _Local(Stages):
         given = [f"{name}={name}" for name in what.reads]
         given += ["shared=shared"] if what.stacked else []
         return [*given, "**given"] if takes_batch(what) else given
+
+
+class _Experts(_Local):
+    """Several feed-forwards: the text of one, along the rows that are sent to each."""
+
+    def __init__(self, graph: Graph, classes: Classes) -> None:
+        super().__init__(graph, classes)
+        assert self.block.experts is not None
+        self.count, self.most = self.block.experts.count, self.block.experts.most
+
+    def modules(self) -> list[str]:
+        lines = []
+        for node in self.graph.of(Stage):
+            if node.module:
+                sizes = f"{self.graph.shapes(node)[0].dim}, {node.op.given['features']}"
+                more = ", bias=True" if node.op.given["bias"] else ""
+                lines.append(f"self.{node.module} = Experts({self.count}, {sizes}{more})")
+        return lines
+
+    def tensors(self) -> tuple[Weight, ...]:
+        return tuple(replace(each, shape=(self.count, *each.shape)) for each in self.block.tensors)
+
+    def tensor_text(self, node: AnyNode) -> str:
+        return f"sent.each(self.{node.name}{'[:, None]' if not node.dims else ''})"
+
+    def _text(
+        self,
+        node: Node[Stage] | Node[Whole],
+        given: dict[str, str] | None = None,
+        *,
+        resumed: bool = False,
+    ) -> str:
+        if node.module:
+            return f"self.{node.module}({self._read(node, node.inputs[0], given or {})}, sent)"
+        return super()._text(node, given, resumed=resumed)
+
+    def _forward(self) -> list[str]:
+        end = self.graph.node(self.graph.output)
+        body = [
+            f'"""Map x [b, n, d] by the experts that weigh something: [b, n, {self.count}]."""',
+            f"sent = Sent(weights, {self.most})",
+            *comment("x = sent.take(x)", f"[1, rows, {self.block.x.dim}]"),
+            *map(_along_rows, [*self.assigned(), *self._assign(end, "out =")]),
+            "return sent.put(out)",
+        ]
+        return ["def forward(self, x: Tensor, weights: Tensor) -> Tensor:", *indent(body)]
+
+
+def _along_rows(line: str) -> str:
+    """Return a line whose comment says what is along rows, not tokens."""
+    text, mark, dims = line.rpartition("  # [b, ")
+    return f"{text}  # [1, {dims.replace('n, ', 'rows, ', 1)}" if mark else line

@@ -12,7 +12,7 @@ from ..graph.passes import simplest
 from ..model import Block, Model, Patches
 from ..text.text import call, indent
 from .caches import begins_within, own_rows
-from .layers import Classes, Once, modules, takes_batch
+from .layers import Classes, Once, modules, takes_batch, wholes
 from .stages import Stages
 
 
@@ -151,8 +151,9 @@ def _auxiliary(model: Model, classes: Classes) -> list[str]:
 
 
 def _adding(model: Model, classes: Classes) -> str:
-    """Return the classes of the blocks that add to the loss, "" where there are none."""
-    names = dict.fromkeys(classes[block] for block in model.uses if block.regularize is not None)
+    """Return the classes of what adds to the loss, "" where nothing does."""
+    parts = [*model.uses, *wholes(model.run)]
+    names = dict.fromkeys(classes[each] for each in parts if each.regularize is not None)
     return next(iter(names), "") if len(names) <= 1 else f"({', '.join(names)})"
 
 

@@ -134,9 +134,14 @@ class Stages(Caches):
         elif (made_by(made, Stage) or made_by(made, Whole)) and self._inlined(made):
             text = self._operand(node, self._text(made))
         else:
-            text = _tensor_text(made) if made_by(made, TensorRead) else plain_name(name)
+            text = self.tensor_text(made) if made_by(made, TensorRead) else plain_name(name)
         takes = made_by(node, Stage) and (node.op.name == "pointwise" or node.op.definition.wide)
         return f"{atomic(text)}.to(x.dtype)" if is_wide(made) and not takes else text
+
+    def tensor_text(self, node: AnyNode) -> str:
+        """Write a param or const as a stream of one token."""
+        lifted = {0: "[None, None, None]", 1: "[None, None]", 2: "[:, None]"}[len(node.dims)]
+        return f"self.{node.name}{lifted}"
 
     @staticmethod
     def _operand(reader: Node[Stage] | Node[Whole], text: str) -> str:
@@ -186,9 +191,3 @@ def given_by(node: AnyNode) -> str:
 
 def _count(expr: Expr, part: Expr) -> int:
     return sum(node == part for node in walk(expr))
-
-
-def _tensor_text(node: AnyNode) -> str:
-    """Write a param or const as a stream of one token."""
-    lifted = {0: "[None, None, None]", 1: "[None, None]", 2: "[:, None]"}[len(node.dims)]
-    return f"self.{node.name}{lifted}"

@@ -100,8 +100,15 @@ def _block_flops(block: Block, tokens: int) -> int:
         * OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
         for node in _applies(block)
     )
-    total += sum(_block_flops(each.what, tokens) for each in block.parts)
+    total += sum(_times(each.what) * _block_flops(each.what, tokens) for each in block.parts)
     return total + sum(_mixing_flops(each, tokens, block) for each in block.mixings.values())
+
+
+def _times(part: Block) -> int:
+    """Return how many of a part run for a token, at most."""
+    if part.experts is None:
+        return 1
+    return part.experts.count if part.experts.most is None else part.experts.most
 
 
 def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
@@ -196,5 +203,5 @@ def _expr_flops(expr: Expr, dims: dict[str, tuple[int, ...]]) -> tuple[int, tupl
 def _activations(block: Block) -> int:
     """Numbers per token that a forward pass makes."""
     total = sum(node.shape.features for node in _applies(block))
-    total += sum(_activations(each.what) for each in block.parts)
+    total += sum(_times(each.what) * _activations(each.what) for each in block.parts)
     return total + sum(each.heads * (each.shape.dim + 1) for each in block.mixings.values())

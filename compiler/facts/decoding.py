@@ -72,10 +72,13 @@ def _obstacle(flow: Flow, grown: dict[str, bool]) -> str | None:
     if isinstance(flow, Statistic):
         return _of_statistic(flow)
     if isinstance(flow, Part):
-        return obstacle(flow.what) or _obstacle(flow.inputs[0], grown)
+        return obstacle(flow.what) or next(
+            (why for each in flow.inputs if (why := _obstacle(each, grown))), None
+        )
     if isinstance(flow, Apply):
         if OPS[flow.op].looks_ahead(dict(flow.options)) and grows(flow, grown):
-            return f"`{flow.op}` reads later tokens"
+            instead = f"; {OPS[flow.op].instead}" if OPS[flow.op].instead else ""
+            return f"`{flow.op}` reads later tokens{instead}"
         return next((why for each in flow.inputs if (why := _obstacle(each, grown))), None)
     if isinstance(flow.mix, Recurrence):
         return None if flow.mix.causal else "it reads the whole sequence at once"

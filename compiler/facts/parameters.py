@@ -55,7 +55,10 @@ def weights(block: Block, seen: set[Span] | None = None) -> tuple[Weight, ...]:
     found.update({each.name: each for each in block.tensors if each.learned})
     for flow in block.flows[len(block.streams) :]:
         found.update({each.name: each for each in _of_flow(flow, seen)})
-    return tuple(found.values())
+    if block.experts is None:
+        return tuple(found.values())
+    count = block.experts.count
+    return tuple(replace(each, shape=(count, *each.shape)) for each in found.values())
 
 
 def _of_flow(flow: Flow, seen: set[Span]) -> Iterator[Weight]:

@@ -240,10 +240,10 @@ class _Scope:
             for each, found in zip(node.items, pooled, strict=True)
         ]
         if name in self.given.tensors:
-            tensor = self.given.tensors[name]
-            if not items:  # all of it, the same for every pair
-                return wide(tensor.reshape(*[1] * pairs.batch.ndim, *tensor.shape))
-            return _take(tensor, (), items)
+            found = _take(self.given.tensors[name], (), items)
+            if any(isinstance(item, Tensor) and item.ndim for item in items) or not found.ndim:
+                return found
+            return found.reshape(*[1] * pairs.batch.ndim, *found.shape)  # alike for every pair
         if name == "doc":
             segments = self.given.segments
             if segments is None:

@@ -13,7 +13,6 @@ of sequences means is `reference_batch`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,6 +23,7 @@ from ...grammar.source import Span
 from ...ops import OPS, Run
 from ..facts.parameters import constants, initial, model_weights, owned, weights
 from ..model import (
+    Apply,
     Block,
     Flow,
     Mixing,
@@ -32,6 +32,7 @@ from ..model import (
     Part,
     Read,
     Statistic,
+    applies,
     elsewhere,
     is_map_elsewhere,
 )
@@ -84,7 +85,8 @@ class ReferenceBlock(nn.Module):
         super().__init__()
         self.architecture = block
         self.root = [self if root is None else root]  # in a list: it is no submodule
-        self.terms: list[tuple[int, int, Tensor]] = []  # which use, tokens, what they add
+        self._added: list[tuple[int, Given, dict[int, Tensor]]] = []  # by use, what is averaged
+        self._expert = 0  # which one is run, of experts
         self.uses = 0  # how often it has run for these tokens
         self.again: dict[str, ReferenceBlock] = {}  # parts whose home is elsewhere
         once = {} if once is None else once
@@ -116,7 +118,7 @@ class ReferenceBlock(nn.Module):
         where they begin and end; positions [n] or [b, n] where every token stands (default:
         counted from 0 in each sequence). A context's count from 0.
         """
-        self.terms.clear()
+        self._added.clear()
         return run_alone(
             self._alone,
             x,
@@ -190,8 +192,8 @@ class ReferenceBlock(nn.Module):
                 streams[stream.name] = self._flow(stream.flow, given)
         made = {each.name: streams[each.name] for each in block.streams}
         if block.regularize is not None and self.training:
-            term = self._flow(block.regularize, given)
-            self.terms.append((self.uses, x[..., 0].numel(), term))
+            parts = {id(each): self._flow(each.inputs[0], given) for each in self._averages()}
+            self._added.append((self.uses, given, parts))
         self.uses += 1
         out = self._flow(block.out, given)
         within = self.made
@@ -201,15 +203,32 @@ class ReferenceBlock(nn.Module):
         return out, {**made, **within, "x": x, "out": out}
 
     def auxiliary_loss(self) -> Tensor:
-        """Return what the last forward pass in training adds to the loss: its mean by tokens.
+        """Return what the last forward pass in training adds to the loss.
 
-        A block that runs several times adds that of each.
+        Means in it are over the tokens of all sequences of the batch. A block that runs several
+        times adds that of each.
         """
-        totals = Counter[int]()
-        for use, tokens, _ in self.terms:
-            totals[use] += tokens
-        terms = [term * (tokens / max(1, totals[use])) for use, tokens, term in self.terms]
-        return torch.stack(terms).sum() if terms else torch.zeros(())
+        flow = self.architecture.regularize
+        if flow is None or not self._added:
+            return torch.zeros(())
+        uses = sorted({use for use, _, _ in self._added})
+        return torch.stack([self._added_by(flow, use) for use in uses]).sum()
+
+    def _added_by(self, flow: Flow, use: int) -> Tensor:
+        """Return what one use of a block adds to the loss."""
+        added = [(given, parts) for at, given, parts in self._added if at == use]
+        made: dict[int, Tensor] = {}
+        for each in self._averages():
+            every = [_in_one_row(parts[id(each)]) for _, parts in added]
+            run = Run({}, True, shapes=(each.inputs[0].shape,))
+            made[id(each)] = OPS[each.op].eager([torch.cat(every, -2)], {}, {}, run)
+        return self._flow(flow, added[0][0], made).sum()
+
+    def _averages(self) -> list[Apply]:
+        """Return the means over the batch that are added to the loss."""
+        flow = self.architecture.regularize
+        found = () if flow is None else applies(flow)
+        return [each for each in found if each.op in ("average", "average_each")]
 
     def _flow(self, flow: Flow, given: Given, made: dict[int, Tensor] | None = None) -> Tensor:
         """Return what a flow gives; what several read in it is made once."""
@@ -231,8 +250,11 @@ class ReferenceBlock(nn.Module):
             home = self.again.get(flow.module)
             part = self.root[0].get_submodule(flow.module) if home is None else home
             assert isinstance(part, ReferenceBlock)
+            if flow.what.experts is not None:
+                x, weights = (self._flow(each, given, made) for each in flow.inputs)
+                return part.mixed(x, weights)
             x, context = self._flow(flow.inputs[0], given, made), given.streams.get("context")
-            places = given.positions.get("n")
+            places = given.positions.get(flow.inputs[0].shape.tokens)
             y, own = part.layer(x, self.below, context, given.segments, places, self.offered)
             if part.architecture.uses:  # what has no blocks has nothing that is named in it
                 before = f"{flow.module}." if self.several else ""
@@ -251,8 +273,21 @@ class ReferenceBlock(nn.Module):
         result = op.eager(inputs, dict(flow.options), tensors, run)
         return result.to(dtype) if result.is_floating_point() and not op.wide else result
 
+    def mixed(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Return what all experts give, each times its weight [b, n, experts] where that is not 0.
+
+        Every one is run on every token.
+        """
+        total = x.new_zeros(())
+        for at in range(weights.shape[-1]):
+            self._expert, weight = at, weights[..., at : at + 1]
+            total = total + torch.where(weight != 0, weight * self.layer(x, ())[0], 0)
+        return total
+
     def _tensor(self, name: str) -> Tensor:
-        return _tensor(self.root[0], name)
+        """Return a tensor; of experts, that of the one which is run."""
+        tensor = _tensor(self.root[0], name)
+        return tensor if self.architecture.experts is None else tensor[self._expert]
 
 
 class ReferenceModel(nn.Module):
@@ -293,7 +328,7 @@ class ReferenceModel(nn.Module):
         `condition` [b, condition_width] is the one token that meets all, for layers that read it.
         """
         for each in self._blocks():
-            each.terms.clear()
+            each._added.clear()
         model = self.architecture
         x = patches_of(model, x)
         if model.encoder is not None and context is not None:
@@ -424,6 +459,11 @@ def _positions(given: Tensor | None, x: Tensor) -> Tensor:
     if given is None:
         given = torch.arange(tokens, device=x.device)
     return given.expand(batch, tokens)
+
+
+def _in_one_row(x: Tensor) -> Tensor:
+    """Return a stream [b, (heads,) n, d] with all its tokens after one another, b = 1."""
+    return x.movedim(-2, 1).flatten(0, 1)[None].movedim(1, -2)
 
 
 def _found(name: str, below: Sequence[Mapping[str, Tensor]]) -> Tensor:

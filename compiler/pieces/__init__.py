@@ -10,6 +10,7 @@ FILES = (
     "positions",
     "stages",
     "along",
+    "experts",
     "groups",
     "maps",
     "tiles",

@@ -233,3 +233,11 @@ def mean_of_all(x: Tensor, run: Tensor | None) -> Tensor:
     live = (run >= 0)[:, None, :, None] if x.ndim == 4 else (run >= 0)[..., None]
     count = live.expand(x.shape).sum().clamp(min=1)
     return x.masked_fill(~live, 0).sum() / count
+
+
+def mean_of_each(x: Tensor, run: Tensor | None) -> Tensor:
+    """Return the mean of each feature of x [b, (heads,) n, d] over tokens that are no padding."""
+    if run is None:
+        return x.sum((0, -2), keepdim=True) / max(1, x.shape[0] * x.shape[-2])
+    live = (run >= 0)[:, None, :, None] if x.ndim == 4 else (run >= 0)[..., None]
+    return x.masked_fill(~live, 0).sum((0, -2), keepdim=True) / (run >= 0).sum().clamp(min=1)

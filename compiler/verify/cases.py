@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..api import construct
 from ..emit import Code
 from ..emit.caches import begins_within
+from ..emit.layers import wholes
 from ..facts import decoding
 from ..graph.build import tensors_read
 from ..meaning.reference import reference
@@ -76,7 +77,15 @@ class Subject:
     @property
     def obstacle(self) -> str | None:
         """Why it cannot be decoded token by token."""
-        return next((why for each in self.blocks if (why := decoding.obstacle(each))), None)
+        whole = self.what.layers if isinstance(self.what, Model) else (self.what,)
+        return next((why for each in whole if (why := decoding.obstacle(each))), None)
+
+    @property
+    def adds(self) -> bool:
+        """Whether training adds something to the loss."""
+        whole = self.what.layers if isinstance(self.what, Model) else (self.what,)
+        every = (*whole, *wholes(whole), *self.blocks)
+        return any(each.regularize is not None for each in every)
 
     @property
     def crosses(self) -> bool:

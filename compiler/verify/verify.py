@@ -245,7 +245,7 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
         return "its queries or keys are not the tokens"
     if mixing.mix.in_turn:
         return "a token reaches others through those between them"
-    if any(_reads_earlier(node) for node in _stages(block)):
+    if any(_reads_others(node) for node in _stages(block)):
         return "a stage carries one token's values to another"
     if (why := other_queries(block, mixing)) is not None:
         return why
@@ -272,10 +272,10 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
     return (count, 0.0) if count else "every query sees every key"
 
 
-def _reads_earlier(node: Apply) -> bool:
+def _reads_others(node: Apply) -> bool:
+    op, options = OPS[node.op], dict(node.options)
     shapes = [each.shape for each in node.inputs]
-    op = OPS[node.op]
-    return op.groups or op.reads_earlier(shapes, dict(node.options))
+    return op.groups or op.reads_earlier(shapes, options) or op.looks_ahead(options)
 
 
 def _stages(block: Block) -> list[Apply]:
@@ -348,7 +348,7 @@ def _training(subject: Subject) -> str | tuple[int, float]:
     draws = any(OPS[node.op].random for node in stages) or any(
         calls(expr, "coin") for mix in mixes for expr in mix.exprs
     )
-    if not draws and all(block.regularize is None for block in subject.blocks):
+    if not draws and not subject.adds:
         return "it computes the same in training"
     worst, count = 0.0, 0
     modules = [deepcopy(each).train() for each in (subject.oracle, subject.module)]

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headloom.compiler.facts.parameters import initial
-from headloom.compiler.pieces import along, groups, maps, positions, stages
+from headloom.compiler.pieces import along, experts, groups, maps, positions, stages
 from headloom.grammar.functions import FUNCTIONS
 from headloom.grammar.parse import parse_expression
 from headloom.ops import OPS, Mismatch, Run, Shape, pool
+from headloom.ops.bucket import factors
 from headloom.ops.pointwise import evaluate
 from headloom.ops.shape import axis_size
 
-PIECES = vars(along) | vars(groups) | vars(maps) | vars(positions) | vars(stages)
+PIECES = vars(along) | vars(experts) | vars(groups) | vars(maps) | vars(positions) | vars(stages)
 B, N = 2, 5
 POSITIONS = {"n": torch.arange(N)[None], "m": 10 + torch.arange(N)[None]}
 
@@ -119,6 +120,13 @@ FLAT, SPLIT = Shape("n", 12), Shape("n", 6, 4)
 ONE, ONE_SPLIT = Shape("1", 12), Shape("1", 6, 4)
 
 CASES = {
+    "largest": Case("largest", FLAT, count=5),
+    "largest of heads": Case("largest", SPLIT, count=2, over="heads"),
+    "largest_tokens": Case("largest_tokens", FLAT, count=2),
+    "largest_tokens, a share": Case("largest_tokens", SPLIT, share=0.4),
+    "one_hot": Case("one_hot", Shape("n", 1), count=3),
+    "mean of each": Case("average_each", FLAT),
+    "mean of each head": Case("average_each", SPLIT),
     "linear": Case("linear", FLAT, features=7),
     "linear, biased": Case("linear", FLAT, features=7, bias=True),
     "linear, every head": Case("linear", SPLIT, features=3, bias=True),
@@ -270,6 +278,7 @@ def test_shapes_are_what_the_operation_says(name: str) -> None:
     case = CASES[name]
     shape = case.op.shape(case.shapes, case.options)
     expected = () if name == "average" else drawn(shape).shape  # one number of the whole batch
+    expected = (1, *expected[1:]) if case.op.name == "average_each" else expected
     assert case.eager().shape == expected
     assert case.op.flops(case.shapes, case.options) >= 0
 
@@ -376,6 +385,16 @@ def expected(name: str) -> Tensor:
         case "sum_heads" | "mean_heads":
             total = sum(x[:, at] for at in range(4))
             return total / (4 if name == "mean_heads" else 1)
+        case "mean of each" | "mean of each head":
+            return x.mean((0, -2), keepdim=True)
+        case "largest":
+            return (x >= x.topk(5, -1).values[..., 4:]).to(x)
+        case "largest of heads":
+            return (x >= x.topk(2, 1).values[:, 1:]).to(x)
+        case "largest_tokens" | "largest_tokens, a share":
+            return (x >= x.topk(2, -2).values[..., 1:, :]).to(x)
+        case "one_hot":
+            return torch.stack([x[..., 0] == at for at in range(3)], -1).to(x)
         case "top":
             return x * (x >= x.topk(2, -1).values[..., 1:])
         case "argmax":
@@ -836,3 +855,15 @@ def test_a_step_is_compiled_and_exported() -> None:
         torch.export.export(Gated(), (x,)).module(),
     ):
         assert made(x).tolist() == [0, 0, 2]
+
+
+def test_buckets_of_ids_are_even_and_depend_on_the_seed() -> None:
+    op, ids = OPS["bucket"], torch.arange(4000)[None, :, None]
+    options = {"count": 8, "last": 1}
+    found = {seed: op.eager([ids], {**options, "seed": seed}, {}, Run({})) for seed in (0, 1)}
+    for each in found.values():
+        counts = each.flatten().bincount(minlength=8)
+        assert len(counts) == 8
+        assert counts.min() > 400
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(along.buckets(ids, 8, factors(1, 1)), found[1])

@@ -5,7 +5,7 @@ which: `theirs -> ours`, in which `{i}` and `{j}` are numbers, `{any}` is anythi
 name a word; the first line that fits counts. What holds several of ours names them in brackets,
 `(q|k|v)_proj`, its rows one after the other; with `in 4` they are laid so in each of four groups.
 `across` is a matrix transposed, `stacked` a row of ours, `beside` columns of ours one after the
-other, and `-` what has no place in ours.
+other, and `-` what has no place in ours. Tensors of `experts` begin with how many there are.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Row:
         if found is None or self.ours == ("-",):
             return None if found is None else {}
         ours = [each.format(**found.groupdict()) for each in self.ours]
-        if self.across and tensor.ndim == 2:
+        if self.across and tensor.ndim > 1:
             tensor = tensor.mT
         if self.stacked:
             return {ours[0]: tensor[None]}
@@ -57,15 +57,12 @@ class Row:
         if self.beside:
             parts = tensor.split([shapes[each][1] for each in ours], 1)
             return dict(zip(ours, parts, strict=True))
-        if tensor.ndim == 3 and tensor.shape[1] > 1:  # each head holds its rows of ours
-            parts = tensor.split([shapes[each][1] for each in ours], 1)
-            return dict(zip(ours, parts, strict=True))
-        sizes = [shapes[each][0] // self.groups for each in ours]
-        parts = tensor.unflatten(0, (self.groups, -1)).split(sizes, 1)
-        return {
-            key: part.flatten(0, 1).reshape(shapes[key])
-            for key, part in zip(ours, parts, strict=True)
-        }
+        lists = tensor.ndim == 3 and tensor.shape[1] > 1  # which a convolution has not
+        at = int(lists or ".experts." in ours[0])  # each head or expert holds its rows
+        sizes = [shapes[each][at] // self.groups for each in ours]
+        parts = tensor.unflatten(at, (self.groups, -1)).split(sizes, at + 1)
+        whole = (part.flatten(at, at + 1) for part in parts)
+        return {key: each.reshape(shapes[key]) for key, each in zip(ours, whole, strict=True)}
 
 
 @cache
@@ -397,6 +394,63 @@ MINICPM = rows("""
     model.layers.{i}.self_attn.kv_b_proj.weight -> layers.{i}.attn.(k|v)_proj.weight in 4
 """)
 
+MOE = rows("""
+    model.layers.{i}.mlp.gate.weight -> layers.{i}.ffn.route_proj.weight
+    model.layers.{i}.mlp.gate.e_score_correction_bias -> layers.{i}.ffn.bias
+    model.layers.{i}.mlp.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight
+    model.layers.{i}.mlp.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight
+    model.layers.{i}.mlp.shared_experts.{p}_proj.weight -> layers.{i}.ffn.shared.{p}_proj.weight
+""")
+GPT_OSS = rows("""
+    model.layers.{i}.self_attn.sinks -> layers.{i}.attn.z
+    model.layers.{i}.mlp.router.{t} -> layers.{i}.ffn.route_proj.{t}
+""") + tuple(
+    each.under("model.layers.{i}.mlp.experts.", "layers.{i}.ffn.experts.")
+    for each in rows("""
+        gate_up_proj -> (gate|up)_proj.weight across in 12
+        gate_up_proj_bias -> (gate|up)_proj.bias in 12
+        down_proj -> down_proj.weight across
+        down_proj_bias -> down_proj.bias
+    """)
+)
+QWEN3_NEXT = rows("""
+    model.norm.weight -> norm.w
+    model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.w
+    model.layers.{i}.post_attention_layernorm.weight -> layers.{i}.ffn_norm.w
+    model.layers.{i}.self_attn.q_norm.weight -> layers.{i}.attn.q_unit_rms.w
+    model.layers.{i}.self_attn.k_norm.weight -> layers.{i}.attn.k_unit_rms.w
+    model.layers.{i}.self_attn.q_proj.weight -> layers.{i}.attn.(q|g)_proj.weight in 4
+    model.layers.{i}.linear_attn.in_proj_qkvz.weight -> layers.{i}.attn.(q|k|v|g)_proj.weight in 2
+    model.layers.{i}.linear_attn.in_proj_ba.weight -> layers.{i}.attn.(beta|time)_proj.weight in 2
+    model.layers.{i}.linear_attn.conv1d.weight -> layers.{i}.attn.(q|k|v)_conv.weight
+    model.layers.{i}.linear_attn.dt_bias -> layers.{i}.attn.time_proj.bias
+    model.layers.{i}.linear_attn.A_log -> layers.{i}.attn.rate
+    model.layers.{i}.linear_attn.norm.weight -> layers.{i}.attn.o_norm.weight
+    model.layers.{i}.linear_attn.out_proj.weight -> layers.{i}.attn.o_proj.weight
+    model.layers.{i}.mlp.shared_expert.{p}_proj.weight -> layers.{i}.ffn.shared.{p}_proj.weight
+    model.layers.{i}.mlp.shared_expert_gate.weight -> layers.{i}.ffn.open_proj.weight
+""")
+KIMI = rows("""
+    model.layers.{i}.self_attn.conv1d.weight -> layers.{i}.attn.(q|k|v)_conv.weight
+    model.layers.{i}.self_attn.forget_gate.f_a_proj.weight -> layers.{i}.attn.time_proj_0.weight
+    model.layers.{i}.self_attn.forget_gate.f_b_proj.weight -> layers.{i}.attn.time_proj_1.weight
+    model.layers.{i}.self_attn.forget_gate.dt_bias -> layers.{i}.attn.time_proj_1.bias
+    model.layers.{i}.self_attn.forget_gate.A_log -> layers.{i}.attn.rate
+    model.layers.{i}.self_attn.b_proj.weight -> layers.{i}.attn.beta_proj.weight
+    model.layers.{i}.self_attn.g_a_proj.weight -> layers.{i}.attn.g_proj_0.weight
+    model.layers.{i}.self_attn.g_b_proj.weight -> layers.{i}.attn.g_proj_1.weight
+""")
+SMALL = {"moe_intermediate_size": 12, "experts_implementation": "eager"}
+CHOSEN = {
+    **SMALL,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "mlp_layer_types": ["dense", "sparse"],
+    "norm_topk_prob": True,
+}
 MODELS: dict[str, Theirs] = {
     "llama": Theirs("llama", PARTS + BEFORE, NARROW),
     "mistral": Theirs("mistral", PARTS + BEFORE, {**NARROW, "sliding_window": 5}),
@@ -670,6 +724,126 @@ MODELS: dict[str, Theirs] = {
             "scale_emb": 12,
             "scale_depth": 1.4,
             "dim_model_base": 8,
+        },
+    ),
+    "mixtral": Theirs(
+        "mixtral",
+        MOE + PARTS + BEFORE,
+        {
+            **NARROW,
+            "intermediate_size": 12,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "eager",
+        },
+    ),
+    "qwen3_moe": Theirs(
+        "qwen3_moe",
+        MOE + PARTS + BEFORE,
+        {
+            **NARROW,
+            **SMALL,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "olmoe": Theirs(
+        "olmoe",
+        MOE + PARTS + BEFORE,
+        {
+            "intermediate_size": 12,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "experts_implementation": "eager",
+        },
+    ),
+    "gpt_oss": Theirs(
+        "gpt_oss",
+        GPT_OSS + PARTS + BEFORE,
+        {
+            **NARROW,
+            "intermediate_size": 12,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "layer_types": [LOCAL, FULL],
+            "experts_implementation": "eager",
+        },
+    ),
+    "glm4_moe": Theirs(
+        "glm4_moe",
+        MOE + PARTS + BEFORE,
+        {
+            **CHOSEN,
+            "head_dim": 8,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": PARTLY,
+        },
+    ),
+    "dots1": Theirs(
+        "dots1",
+        MOE + PARTS + BEFORE,
+        {**CHOSEN, **NARROW, "n_shared_experts": 2, "routed_scaling_factor": 2.5},
+    ),
+    "deepseek_v3": Theirs(
+        "deepseek_v3",
+        MINICPM + MOE + PARTS + BEFORE,
+        {
+            **CHOSEN,
+            "num_key_value_heads": 4,
+            "num_local_experts": 12,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 9,
+            "q_lora_rank": 11,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+            "rope_interleave": True,
+        },
+    ),
+    "qwen3_next": Theirs(
+        "qwen3_next",
+        QWEN3_NEXT + MOE + PARTS,
+        {
+            **SMALL,
+            "head_dim": 8,
+            "num_hidden_layers": 4,
+            "shared_expert_intermediate_size": 14,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 6,
+            "rope_parameters": PARTLY,
+        },
+    ),
+    "kimi_linear": Theirs(
+        "kimi_linear",
+        KIMI + MINICPM + MOE + PARTS + BEFORE,
+        {
+            **CHOSEN,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "layer_types": ["linear_attention", "linear_attention", FULL],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 9,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+            "linear_num_heads": 4,
+            "linear_head_dim": 6,
         },
     ),
 }
