@@ -24,4 +24,5 @@ FILES = (
     "batches",
     "parts",
     "caches",
+    "taken",
 )  # in the order of an emitted file
