@@ -1,12 +1,13 @@
 """The zoo: known mechanisms, each a `.loom` file of its own in `examples/zoo`.
 
-A file begins with what the mechanism is, in words, and then says three things by key. Lines
-after a key belong to it until the next one:
+A file begins with what the mechanism is, in words, and then says three things by key, and a
+fourth where it leaves something out. Lines after a key belong to it until the next one:
 
     # Multi-query attention: all query heads read one key head and one value head.
     # family: heads
     # source: Shazeer 2019, Fast Transformer Decoding
-    # catalogue: #87 (its number in the project's catalogue, what is left out; or `none`)
+    # catalogue: #87 (its number in the project's catalogue, which form of it; or `none`)
+    # without: what is not said here; `docs/zoo.md` says why
 
 Everything else is the description itself: one block named like the file, or, where layers
 differ or read each other, blocks and one model of that name.
@@ -33,7 +34,7 @@ from .model import Block, Model
 from .parse import parse_source
 
 KEYS = ("family", "source", "catalogue")
-_KEY = re.compile(rf"({'|'.join(KEYS)}): +(.*)")
+_KEY = re.compile(rf"({'|'.join((*KEYS, 'without'))}): +(.*)")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -46,6 +47,7 @@ class Entry:
     family: str
     source: str
     catalogue: str
+    without: str = ""
 
     @property
     def number(self) -> str:
@@ -123,6 +125,7 @@ def row(each: Entry, tokens: int) -> dict[str, Any]:
     return {
         "name": each.name,
         "catalogue": each.catalogue,
+        "without": each.without,
         "family": each.family,
         "about": each.about,
         "source": each.source,

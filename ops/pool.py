@@ -41,6 +41,10 @@ class _Groups(Op):
     def reaches(self, options: Options) -> tuple[int, int]:
         return int(options["start"]) + int(options["size"]) - 1, int(options["stride"])
 
+    def looks_ahead(self, options: Options) -> bool:
+        """A group for every token is no axis of its own, and none reads the tokens before."""
+        return bool(options["stride"] == 1 and (options["size"] > 1 or options["start"] != 0))
+
     def _windows(self, x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         """Return the tokens of every group [..., groups, size, d], and which of them there are."""
         import torch
@@ -57,7 +61,8 @@ class _Groups(Op):
     def _arguments(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options) -> str:
         size, stride, start = options["size"], options["stride"], int(options["start"])
         run = self.run_of(shapes[0])
-        run = "run_all" if run == "run" else run  # with those that a cache brings
+        if run == "run" and stride > 1:
+            run = "run_all"  # with those that a cache brings
         return f"{inputs[0]}, {size}, {stride}, {start}, {run}"
 
 

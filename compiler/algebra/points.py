@@ -52,7 +52,9 @@ def visible(
     rows = 1
     if documents is not None:
         ids = np.asarray(documents)
-        at |= {"doc[i]": ids[:, None, i, None], "doc[j]": ids[:, None, None, j]}
+        at["doc[i]"] = ids[:, None, i, None]
+        if j.max(initial=-1) < ids.shape[1]:  # tokens of a context have no segments
+            at["doc[j]"] = ids[:, None, None, j]
         rows = len(ids)
     with np.errstate(all="ignore"):  # a root of a distance that is negative sees nothing
         seen = np.asarray(numbers(mask, at))

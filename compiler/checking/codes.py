@@ -328,7 +328,7 @@ OWN: dict[str, Code] = {
             "it, and `put` returns them to their places, in the same pipeline of a layer or a "
             "feed-forward. What stands between maps features of tokens [n, d], and reads no other "
             "layer.",
-            "layer half(part) { let s = x | linear(1); out = x + (x | take(s > 0) | part) }\n"
+            "layer half(part) { let r = x | linear(1); out = x + (x | take(r > 0) | part) }\n"
             "block a { heads = 4 }\nmodel m { width = 32; layers = [half(a)] }",
         ),
         Code(

@@ -54,6 +54,16 @@ def expect_taken(part: Block, given: Shape, chosen: Shape, span: Span) -> None:
         raise error("L243", f"`{part.name}` cannot run on some tokens alone", span, why, help)
 
 
+def expect_read(layers: Sequence[Block]) -> None:
+    """Raise L243 where a part runs on some tokens alone in a model whose layers read others."""
+    for layer in layers:
+        part = next((each for each in layer.parts if each.taken is not None), None)
+        if part is not None and layer.shared is not None:
+            why = "layers of this model read others, at all tokens"
+            help = "leave out `at`, `previous` and `first`, or `take`"
+            raise error("L243", f"`{part.what.name}` runs on some tokens", part.span, why, help)
+
+
 def most_taken(flow: Flow, streams: Mapping[str, Flow]) -> Taken:
     """Return how many tokens a choice takes at most, as far as its text says it."""
     match flow:

@@ -461,6 +461,7 @@ class _Writer(Mixes):
         return [
             f"if {cache} is not None and {cache}.serves(context):",
             f"    {got} = {cache}.brought()",
+            *indent(after),
             "else:",
             *indent([*needed, *far]),
             f"    if {cache} is not None:",
@@ -470,6 +471,7 @@ class _Writer(Mixes):
                 ),
                 2,
             ),
+            *indent(after, 2),
         ]
 
     # mixing

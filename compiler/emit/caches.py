@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from functools import cached_property, lru_cache
 
 from ...grammar.expr import calls, evaluate
+from ...grammar.functions import GROUPED
 from ...ops import OPS
+from ...ops.shape import pooling
 from ..algebra.masks import reads_others
 from ..facts import decoding
 from ..facts.kept import (
@@ -222,10 +224,12 @@ def own_rows(block: Block, training: bool = True) -> bool:
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
             if flow.keys == "n" and flow.queries != "n":
                 return True
-            if any(calls(expr, "convolve") for expr in flow.mix.exprs):
+            own = pooling(flow.keys)[0] != "m"  # a context is all of one
+            others = ("convolve", *(GROUPED if own else ()))
+            if any(calls(expr, name) for expr in flow.mix.exprs for name in others):
                 return True
             select = flow.mix.select
-            if select is not None and max(select.size, select.rows) > 1:
+            if select is not None and (select.rows > 1 or (own and select.size > 1)):
                 return True
         elif isinstance(flow, Mixing) and isinstance(flow.mix, Recurrence) and not flow.mix.resets:
             matrices = [each for each in flow.mix.states if len(each.shape) == 2]
@@ -233,7 +237,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
                 return True
         elif isinstance(flow, Apply):
             op = OPS[flow.op]
-            if op.whole_rows or op.counts_tokens(dict(flow.options)):
+            own = all(pooling(each.shape.tokens)[0] != "m" for each in flow.inputs)
+            if own and (op.whole_rows or op.counts_tokens(dict(flow.options))):
                 return True
     return False
 

@@ -179,8 +179,10 @@ def kept_of(graph: Graph) -> Kept:
 
 def pools(graph: Graph, node: AnyNode) -> bool:
     """Say whether a node makes groups of the tokens of a call."""
-    groups = made_by(node, Stage) and node.op.definition.groups
-    return groups and "n" in graph.node(node.inputs[0]).dims
+    if not made_by(node, Stage) or not node.op.definition.groups:
+        return False
+    given = graph.node(node.inputs[0]).dims  # a group for each token is no axis of its own
+    return "n" in given and "n" not in node.dims
 
 
 def pooled(graph: Graph) -> tuple[str, ...]:

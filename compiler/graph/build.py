@@ -129,7 +129,9 @@ class _Builder:
                 own = own if own not in self.names else f"{own}.{len(self.names)}"
             made[id(node)] = own
             if isinstance(node, Statistic):
-                self.add(own, StatisticOf(node.kind, node.expr), inputs, dims_of(node.shape))
+                tensors = tuple(self.given(each) for each in tensors_read(node.expr))
+                read = tuple(dict.fromkeys((*inputs, *tensors)))
+                self.add(own, StatisticOf(node.kind, node.expr), read, dims_of(node.shape))
                 continue
             assert isinstance(node, Apply | Part)
             stage: Stage | Whole

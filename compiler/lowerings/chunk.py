@@ -94,7 +94,7 @@ class _Writer:
                 lines += self._memory(step)
             elif self.mix.causal or self._reads(step.state):
                 lines += self._sum(step)
-        made = self.node.name if self.node.name == "o" else ident(self.node.name)
+        made = scan.variable(self.node.name)
         heads, dim = self.node.dims[1], int(self.node.dims[3])
         output = atomic(self._full(self.form.output, dim))
         lines.append(f"{made} = {output}.to(x.dtype)  # [b, {heads}, n, {dim}]")
@@ -371,7 +371,7 @@ class _Writer:
             for name in self.node.inputs
             if len(self.graph.node(name).dims) == 4 and not self.graph.is_tensor(name)
         )
-        return ident(next(streams, "x"))
+        return scan.variable(next(streams, "x"))
 
     def _write(
         self, step: Memory, at: int, size: tuple[int, int], lines: list[str], scales: dict[str, str]

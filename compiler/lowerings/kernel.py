@@ -72,7 +72,7 @@ def kernel_spec(attention: Attention) -> kernel.Attend:
         denominator=form.normalizer.denominator if exponent is None else None,
         scale=form.scale,
         tensors=(
-            *(_tensor(graph, name) for name in kernel_reads(node, form)),
+            *(_tensor(graph, node, name) for name in kernel_reads(node, form)),
             *(_side(node, each) for each in form.sides),
         ),
         reach=reach(extent(form.mask)),
@@ -94,12 +94,14 @@ def _side(node: Node[Attend], side: Side) -> kernel.Tensor:
     return kernel.Tensor(side.name, (int(node.dims[1]), tokens), batched=True, differentiable=True)
 
 
-def _tensor(graph: Graph, name: str) -> kernel.Tensor:
+def _tensor(graph: Graph, node: Node[Attend], name: str) -> kernel.Tensor:
+    """Return what a kernel reads; to it n are the queries' tokens and m the keys'."""
     made = graph.node(name)
     learned = {each.name for each in weights(graph.block)}
     if isinstance(made.op, TensorRead):
         return kernel.Tensor(name, made.dims, batched=False, differentiable=name in learned)
-    shape = made.dims[1:]
+    axes: dict[int | str, str] = {graph.node(node.k).dims[2]: "m", node.dims[2]: "n"}
+    shape = tuple(axes.get(size, size) if isinstance(size, str) else size for size in made.dims[1:])
     if name == "doc":
         return kernel.Tensor(name, shape, batched=True, differentiable=False)
     return kernel.Tensor(name, shape, batched=True, differentiable=True)

@@ -39,7 +39,7 @@ class _Ranks(Values):
     def leaf(self, expr: Name | Index) -> Text:
         match expr:
             case Name(id):
-                return Text(self.texts.get(id, _variable(id)), self.known[id])
+                return Text(self.texts.get(id, variable(id)), self.known[id])
             case Index(Name(id), items):
                 return Text(f"self.{id}.to(wide)", len(self.graph.node(id).dims) - len(items))
         raise TypeError(f"{type(expr).__name__} in a mixer")
@@ -120,10 +120,7 @@ def method_name(node: AnyNode) -> str:
 def forward(graph: Graph, node: Node[Scan], cache: str) -> list[str]:
     """Return the lines that run the recurrence, from the streams to its output."""
     mix = node.op.mix
-    made, start = (
-        node.name if node.name == "o" else ident(node.name),
-        f"self.{method_name(node)}(b)",
-    )
+    made, start = variable(node.name), f"self.{method_name(node)}(b)"
     streams = [each for each in node.inputs if not graph.is_tensor(each) and each != "doc"]
     ranks: dict[str, int] = {each.name: len(each.shape) for each in mix.states}
     lines = ["wide = torch.promote_types(x.dtype, torch.float32)"]
@@ -146,7 +143,7 @@ def forward(graph: Graph, node: Node[Scan], cache: str) -> list[str]:
     if mix.leveled:
         lines.append("place = batch.place.expand(b, n)[:, None]")
     lines += _causal(known, mix, streams) if mix.causal else _both_ways(known, mix, streams)
-    lines.append(f"{made} = o.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]")
+    lines.append(f"{made} = {made}.to(x.dtype)  # [b, {node.dims[1]}, n, {node.dims[3]}]")
     if not mix.causal:
         return lines
     return [*lines, *keep(cache, {name: name for name in states(mix)})]
@@ -163,7 +160,7 @@ def keep(cache: str, kept: Mapping[str, str]) -> list[str]:
 def by_kernel(graph: Graph, node: Node[Scan], cache: str, kernel: str) -> list[str]:
     """Return the lines that hand the recurrence to a kernel, and keep its last states."""
     mix = node.op.mix
-    made, own = (node.name if node.name == "o" else ident(node.name)), states(mix)
+    made, own = variable(node.name), states(mix)
     streams, tensors = [], []
     for name in node.inputs:
         if graph.is_tensor(name):
@@ -182,10 +179,10 @@ def _by_heads(graph: Graph, node: Node[Scan], name: str) -> str:
     """Return a stream as [b, heads, n] or [b, heads, n, d]; the heads may be fewer."""
     heads, dims = int(node.dims[1]), graph.node(name).dims
     if len(dims) == 4:
-        return ident(name)
+        return variable(name)
     if int(dims[2]) == heads:
-        return f"{ident(name)}.mT"
-    return f"{ident(name)}.unflatten(-1, ({heads}, -1)).transpose(1, 2)"
+        return f"{variable(name)}.mT"
+    return f"{variable(name)}.unflatten(-1, ({heads}, -1)).transpose(1, 2)"
 
 
 def per_head(graph: Graph, node: Node[Scan], name: str) -> tuple[str, int]:
@@ -206,7 +203,7 @@ def _causal(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
         *_statements(known, mix, [*states_of(mix), "o"]),
         *_idle(mix),
     ]
-    return _over_tokens("token", states(mix), every, body, {"o": "o"})
+    return _over_tokens("token", states(mix), every, body, {variable(known.node.name): "o"})
 
 
 def _token_streams(streams: list[str]) -> dict[str, str]:
@@ -310,7 +307,7 @@ def _statements(known: _Ranks, mix: Recurrence, written: Collection[str]) -> lis
             sizes = "".join(f", {size}" for size in shapes[each.name])
             heads = known.node.dims[1]
             text = f"torch.as_tensor({text}).expand(b, {heads}{sizes}).to(wide)"
-        lines.append(f"{_variable(each.name)} = {text}")
+        lines.append(f"{variable(each.name)} = {text}")
     return lines
 
 
@@ -338,11 +335,12 @@ def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
     ends = {each: f"at_ends({each}, fresh)" for each in past}
     return [
         *_over_tokens("taken_up", own, every, update, past),
-        *_over_tokens("answered", own, every | ends, answer, {"o": "o"}),
+        *_over_tokens("answered", own, every | ends, answer, {variable(known.node.name): "o"}),
     ]
 
 
-def _variable(name: str) -> str:
+def variable(name: str) -> str:
+    """Return the variable of a stream that is mixed or read; the block's own heads are `o`."""
     return name if name == "o" else ident(name)
 
 

@@ -257,7 +257,7 @@ class ReferenceBlock(nn.Module):
             if flow.taken is not None:
                 chosen = self._flow(flow.inputs[1], given, made)[..., 0] != 0
                 return part.of_taken(x, chosen, given, self.offered)
-            places = given.positions.get("n")
+            places = given.positions.get(flow.inputs[0].shape.tokens)
             y, own = part.layer(x, self.below, context, given.segments, places, self.offered)
             if part.architecture.uses:  # what has no blocks has nothing that is named in it
                 before = f"{flow.module}." if self.several else ""
@@ -430,8 +430,9 @@ class ReferenceModel(nn.Module):
             x, made = layer.layer(x, below, context, segments, positions, offered)
             earlier.append(x)
             below.append(made)
-        segments = None if segments is None else segments[:, front:]
-        positions = None if positions is None else positions[:, front:] - front
+        if front:
+            segments = None if segments is None else segments[:, front:]
+            positions = None if positions is None else positions[:, front:] - front
         y = head.layer(x[..., front:, :], (), None, segments, positions)[0]
         return y[:, 0] if model.classifies else y
 

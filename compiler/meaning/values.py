@@ -64,6 +64,8 @@ def per_head(x: Tensor, heads: int) -> Tensor:
 def _contracted(a: Value, b: Value, lead: int) -> Tensor:
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
+    dtype = torch.promote_types(a.dtype, b.dtype)  # places are float64 in a block of less
+    a, b = a.to(dtype), b.to(dtype)
     match a.ndim - lead, b.ndim - lead:
         case 1, 1:
             return (a * b).sum(-1)

@@ -17,7 +17,7 @@ def groups_in(
     """
     n = x.shape[-2]
     count = (n + stride - 1) // stride
-    after = start + stride * (count - 1) + size - n
+    after = start + stride * count + size - n  # a group more: of no tokens there is none to unfold
     tokens = F.pad(x, (0, 0, -start, after)).unfold(-2, size, stride)[..., :count, :, :].mT
     at = stride * torch.arange(count, device=x.device)[:, None]
     at = at + torch.arange(start, start + size, device=x.device)
@@ -108,6 +108,8 @@ def rows_at(x: Tensor, at: Tensor) -> Tensor:
     What lies past an end is the token at that end.
     """
     at = at.long().clamp(0, max(0, x.shape[-2] - 1))
+    if not x.shape[-2]:  # there is no row to take
+        x = F.pad(x, (0, 0, 0, 1))
     if at.shape[0] == 1:
         return x.index_select(-2, at.flatten())
     at = at[:, 0, 0, :, None] if x.ndim == 3 else at[:, 0, :, :, None].expand(-1, x.shape[1], -1, 1)
@@ -137,6 +139,28 @@ def groups_of_keys(j: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return rank, first.scatter(-1, rank, group * size)
 
 
+def ranks_of(group: Tensor) -> Tensor:
+    """Number the groups of keys that stand together, group [b or 1, 1, 1, m], from 0."""
+    return F.pad(group[..., 1:] != group[..., :-1], (1, 0)).cumsum(-1)[..., : group.shape[-1]]
+
+
+def sum_of_groups(x: Tensor, group: Tensor) -> Tensor:
+    """Return the sum of x [b, h, n, m] over the keys of each one's group [b or 1, 1, 1, m]."""
+    rank = ranks_of(group)
+    return at_groups(torch.zeros_like(x).scatter_add(-1, rank.expand(x.shape), x), rank)
+
+
+def max_of_groups(x: Tensor, group: Tensor) -> Tensor:
+    """Return the maximum of x [b, h, n, m] over the keys of each one's group [b or 1, 1, 1, m].
+
+    What is minus infinity counts as none; of a group of none it is 0.
+    """
+    rank = ranks_of(group)
+    none = torch.full_like(x, -torch.inf)
+    most = none.scatter_reduce(-1, rank.expand(x.shape), x, "amax")
+    return at_groups(most.masked_fill(most == -torch.inf, 0), rank)
+
+
 def any_of_groups(x: Tensor, group: Tensor, count: int) -> Tensor:
     """Say which of `count` groups have a key of x [b, h, n, m], by the group of each key."""
     found = torch.zeros(*x.shape[:-1], count, dtype=torch.int8, device=x.device)
@@ -163,10 +187,15 @@ def best_of_groups(e: Tensor, free: Tensor, group: Tensor, count: int, by: str) 
 def score_within(
     e: Tensor, free: Tensor, group: Tensor, count: int, by: str, rows: tuple[Tensor, int] | None
 ) -> Tensor:
-    """Return the score of each group of keys, for `rows` of queries together: max, sum or mean.
+    """Return the score of each group of keys, for `rows` of queries together, by one of these.
 
-    e and free are [b, h, n, m]; what it gives is [b, h, n, groups].
+    They are max, sum, mean and lse. e and free are [b, h, n, m]; it gives [b, h, n, groups].
     """
+    if by == "lse":
+        most = score_within(e, free, group, count, "max", rows)
+        most = most.masked_fill(most.isinf(), 0)
+        rest = (e - at_groups(most, group)).exp()
+        return score_within(rest, free, group, count, "sum", rows).log() + most
     kind = "max" if by == "max" else "sum"
     found = best_of_groups(e, free, group, count, kind)
     number = best_of_groups(torch.ones_like(e), free, group, count, "sum")

@@ -22,6 +22,7 @@ STANDARD = {  # what a file may import, and the names that each line brings
     "import copy": ("copy",),
     "import math": ("math",),
     "from collections.abc import {}": ("Callable", "Iterator"),
+    "from itertools import {}": ("pairwise",),
     "from typing import {}": ("Any", "NamedTuple"),
 }
 INSTALLED = {

@@ -79,6 +79,10 @@ SETTINGS = {
     "relative_keys_of_heads": f"{CAUSAL}; param t[heads, 7, 3] = normal(1); "
     "let f = x | linear(3); let g = x | linear(heads); param u[9, 3] = normal(1); "
     "score = s + dot(t[h, i - j + h - 1], f[i]) * dot(f[i] + g[i, h], u[j - i + 8])",
+    "matrix_of_places": f"{CAUSAL}; param w[3, 3] = normal(0.3); param a[3] = normal(0.3); "
+    "score = s + sum(w @ tanh((i - j) * a)) + dot(a, tanh(j * a))",
+    "rows_of_a_table": f"{CAUSAL}; param t[3, 6] = normal(1); param u[heads, 2, 6] = normal(1); "
+    "score = s + dot(t[0] + u[h, 1], tanh((i - j) * t[2] + t[1])) / norm(u[0])",
     "matrix_form": f"{CAUSAL}; param w[heads, head_dim, head_dim] = normal(1); "
     "similarity = q @ (w @ k) - 0.1 * norm(k) + mean(q)",
     "mask_of_vectors": "heads = 4; let f = x | linear(3); "
@@ -176,6 +180,8 @@ SETTINGS = {
     "out = joint(one, two) | merge | linear",
     "statistics": f"{CAUSAL}; let g = x | linear(1) | sigmoid; param c[heads] = 1; "
     "out = (o * entropy(o) + c * lse(o) + rows(o, p * g[j])) | merge | linear",
+    "statistics_of_tables": f"{CAUSAL}; param c[heads, 9] = 0.2 + h; param d[9] = 0.3; "
+    "out = (o * rows(o, p * c[h, clip(i - j, 0, 8)]) + rows(o, p * d[j])) | merge | linear",
     "statistics_of_sinks": "heads = 4; mask = j < i; normalize = sink; "
     "out = (o * entropy(o) + tanh(lse(o))) | merge | linear",
     "columns": "heads = 4; let g = x | linear(1) | sigmoid; "
@@ -300,6 +306,10 @@ SETTINGS = {
     "solved": "heads = 4; kv_heads = 2; value_dim = 3; mix = solved; mask = causal",
     "solved_documents": "heads = 4; mix = solved; mask = causal and document",
     "solved_both_ways": "heads = 4; mix = solved_of_all",
+    "delta_after_attention": f"{CAUSAL}; branch side {{ k = o; v = o; mix = gated_delta }}; "
+    "out = (o - 0.5 * side) | merge | linear",
+    "solved_after_attention": f"{CAUSAL}; branch side {{ k = o; v = o; mix = solved }}; "
+    "out = (o - 0.5 * side) | merge | linear",
 }  # fmt: skip
 MIXERS = """
 mix leaky(c) {

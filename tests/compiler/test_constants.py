@@ -24,6 +24,8 @@ def inputs(what: Block | Model, n: int = 9) -> dict[str, torch.Tensor]:
     blocks = (what,) if isinstance(what, Block) else what.blocks
     torch.manual_seed(0)
     found = {"x": torch.randn(2, n, what.width)}
+    if isinstance(what, Model) and what.vocab is not None:
+        found = {"tokens": torch.randint(what.vocab, (2, n))}
     for block in blocks:
         if block.context_width is not None:
             found["context"] = torch.randn(2, 7, block.context_width)

@@ -43,6 +43,17 @@ def test_it_is_what_it_means(name):
     assert worst < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_queries_of_latents_and_numbers_of_keys():
+    """Queries run along latents, keys and a stream that the score reads along the tokens."""
+    settings = "width = 16; heads = 2; q = latents(4) | linear | split; let g = x | linear(1)"
+    what = find(check(parse(f"block a {{ {settings}; score = s + g[j]; out = o | merge }}")), "a")
+    cases, worst, *_ = CHECKS["kernels in the interpreter"](Subject.of(what))
+    assert cases > 0
+    assert worst < 1e-5
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -174,9 +174,11 @@ PARTS = {  # feed-forwards and stages with tensors among the pipelines of a bloc
     "earlier tokens": "k = x | shifted | linear | split; v = x | shifted | linear | split",
     "around it": "out = o | merge | dyt | swiglu(1) | linear",
     "in another": "out = o | merge | doubled | linear",
+    "of one token": "out = o | merge | gate(x | mean_tokens | drawn) | linear",
 }
 STAGES = """
 stage opened { param g[heads, features] = 1;  g * tanh(x) }
+stage drawn { let u = (x | noise(0.1)) * x;  sigmoid(u) }
 stage doubled { let u = x | linear(3) | dyt | silu;  u | linear(features) }
 """
 
@@ -188,6 +190,14 @@ def test_parts_of_a_block(name: str) -> None:
     assert [each for each in verify(what) if each.ok is False] == []
     modules = [each.module for each in what.parts]
     assert len(modules) == len(set(modules))
+
+
+def test_a_model_that_adds_to_the_loss_is_proved_in_training_too() -> None:
+    text = "block r { heads = 2; mask = causal; regularize = mean(entropy(o)) }\n"
+    text += "model m { width = 8; layers = [r]; ffn = none }"
+    what = check(parse(text)).models["m"]
+    found = {each.check: each.ok for each in verify(what)}
+    assert found["training"] is True
 
 
 def test_a_stage_that_reads_heads_takes_none() -> None:
@@ -290,6 +300,15 @@ DEPTH = {  # layers that read more than what comes in
         block reading { heads = 2; mask = causal; v = (earlier | pick(0)) + x | linear | split }
         layer again(part) { out = x + (x | norm | part) + (earlier | pick(0) | linear) }
         model m { width = 16; layers = [reading, again(a), again(reading)] }""",
+    "first and below": """
+        block lent { heads = 2; mask = causal; let f = x | linear(4) }
+        block read : lent {
+          let f = (earlier | pick(0) | linear(4)) + previous.f
+          v     = f | linear | split
+        }
+        layer anew(part) { let y = earlier | pick(0);  out = y + (y | norm | part) }
+        layer moved(part) { let y = x | shift(1);  out = y + (y | norm | part) }
+        model m { width = 16; layers = [lent, anew(read), moved(read)] }""",
     "tokens": """
         layer named(part) {
           let e = tokens | embed(6) | rms_norm

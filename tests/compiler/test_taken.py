@@ -176,6 +176,11 @@ WRONG = {
     "no take": ("layer bad(p) { out = x + (x | p | put) }", "put"),
     "nothing between": ("layer bad(p) { out = x + (x | take(x | linear(1)) | put) }", "take"),
     "features": ("layer bad(p) { out = x + (x | take(x | linear(2)) | p | put) }", "a number"),
+    "layers that read others": (
+        "layer bad(p) { out = x + (x | take(x | linear(1)) | full | put) + at(0).out }\n"
+        "layer bad2(p) { out = x + (x | p) }",
+        "at all tokens",
+    ),
     "every layer": (
         "layer bad(p) { out = x + (x | take(x | linear(1)) | dense(p) | put) }\n"
         "layer dense(p) { out = x + (earlier | mean_heads) | p }",
@@ -188,5 +193,7 @@ WRONG = {
 def test_what_is_wrong_is_said(name: str) -> None:
     text, said = WRONG[name]
     with pytest.raises(LoomError) as caught:
-        check(parse(f"{TEXT}{text}\nmodel m {{ width = 16; ffn = none; layers = [bad(full)] }}"))
+        check(
+            parse(f"{TEXT}{text}\nmodel m {{ width = 16; ffn = none; layers = [full, bad(full)] }}")
+        )
     assert ("L243", True) in [(each.code, said in str(each)) for each in caught.value.diagnostics]

@@ -38,27 +38,36 @@ def text_of(name: str, *changes: tuple[str, str]) -> str:
 
 
 @cache
-def checked(text: str) -> Block | Model:
-    return find(check(parse(text)), None)
+def checked(text: str, part: str | None = None) -> Block | Model:
+    """Return what a text describes, or one of its blocks, as wide as it stands in the model."""
+    found = check(parse(text))
+    width = None if part is None else next(iter(found.models.values())).width
+    return find(found, part, width)
 
 
 @lru_cache(maxsize=512)
-def _made(text: str) -> tuple[Block | Model, nn.Module]:
-    what = checked(text)
+def _made(text: str, part: str | None) -> tuple[Block | Model, nn.Module]:
+    what = checked(text, part)
     return what, build_module(what, Target("torch"), dtype=torch.float64, seed=0).eval()
 
 
 class Mechanism:
     """A block by its name in the zoo or by its text, with random weights or those of another.
 
-    Of a model there is only what goes in and comes out.
+    Of a model there is only what goes in and comes out; `part` is one of its blocks.
     """
 
     meaning: ReferenceBlock | ReferenceModel
 
-    def __init__(self, what: str, *changes: tuple[str, str], like: Mechanism | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        *changes: tuple[str, str],
+        like: Mechanism | None = None,
+        part: str | None = None,
+    ) -> None:
         text = what if "{" in what else text_of(what, *changes)
-        self.what, self.module = _made(text)
+        self.what, self.module = _made(text, part)
         self.meaning = reference(self.what, dtype=torch.float64).eval()
         generator = torch.Generator().manual_seed(1)
         theirs = dict(like.meaning.named_parameters()) if like else {}
@@ -112,6 +121,12 @@ class Mechanism:
         return found
 
     def _call(self, streams: dict[str, Tensor]) -> Given:
+        assert isinstance(self.meaning, ReferenceBlock)
+        self.meaning.below, self.meaning.offered, self.meaning.made = (
+            (),
+            None,
+            {},
+        )  # it stands alone
         tensors = {each.name: self.meaning._tensor(each.name) for each in self.block.tensors}
         places = {
             axis: torch.arange(streams[name].shape[1]).expand(streams[name].shape[:2])

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import (
     adaptive_avg_pool2d,
     conv1d,
+    conv2d,
     elu,
     gelu,
+    interpolate,
+    layer_norm,
     linear,
+    normalize,
     pad,
     scaled_dot_product_attention,
     silu,
@@ -199,13 +203,57 @@ def test_172_concatenated_features_add_to_the_energy():
     assert_close(mechanism(X), mapped(mechanism, "o_proj", pooled))
 
 
+def gated_map(mechanism: Mechanism) -> Tensor:
+    gated = mapped(mechanism, "k_proj", X).tanh() * mapped(mechanism, "open__proj", X).sigmoid()
+    return (gated @ mechanism.parameter("q_latents.weight").mT).mT.softmax(-1)
+
+
+def trained_map(mechanism: Mechanism, seed: int = 0) -> Tensor:
+    """Return the map of a pass in training [b, branches, n]."""
+    mechanism(X)
+    mechanism.module.train()
+    torch.manual_seed(seed)
+    try:
+        with torch.no_grad():
+            y = mechanism.module(X)
+    finally:
+        mechanism.module.eval()
+    return torch.linalg.lstsq(X.mT, y.mT).solution.mT  # 11 tokens of 32 features
+
+
 def test_224_is_gated_pooling():
     mechanism = Mechanism("acmil")
-    gated = mapped(mechanism, "k_proj", X).tanh() * mapped(mechanism, "open__proj", X).sigmoid()
-    a = (gated @ mechanism.parameter("q_latents.weight").mT).mT.softmax(-1)
+    a = gated_map(mechanism)
     assert_close(mechanism(X), a @ X)
     assert_close(mechanism.weights(X)[:, 0].sum(-1), torch.ones(2, 5).double())
     assert_close(mechanism(X).mean(1), (a.mean(1, keepdim=True) @ X)[:, 0])
+
+
+def test_224_some_of_the_largest_energies_are_taken_away_in_training():
+    """Of the ten largest of eleven six, at random: of the smallest, and four others."""
+    mechanism = Mechanism("acmil")
+    a = trained_map(mechanism)
+    full = gated_map(mechanism)
+    assert (a > 1e-6).sum(-1).eq(N - 6).all()
+    smallest = full.argmin(-1, keepdim=True)
+    assert a.gather(-1, smallest).gt(1e-9).all()
+    shared = full * (a > 1e-6)
+    assert_close(a, shared / shared.sum(-1, keepdim=True))
+    assert not torch.equal(a > 1e-6, trained_map(mechanism, seed=1) > 1e-6)
+    for change in (("rate = 0.6", "rate = 0"), ("top = 10", "top = 0")):
+        assert_close(trained_map(Mechanism("acmil", change, like=mechanism)), full)
+
+
+def test_224_branches_are_kept_apart():
+    mechanism = Mechanism("acmil", ("rate = 0.6", "rate = 0"))
+    a = gated_map(mechanism)
+    a = a / a.norm(dim=-1, keepdim=True)
+    likeness = [(a[:, i] * a[:, j]).sum(-1) for i, j in combinations(range(5), 2)]
+    trained_map(mechanism)
+    assert_close(mechanism.module.auxiliary_loss(), torch.stack(likeness).mean())
+    equal = mechanism.set(q_latents_weight=mechanism.parameter("q_latents.weight")[:1])
+    trained_map(equal)
+    assert_close(equal.module.auxiliary_loss(), torch.tensor(1.0).double())
 
 
 def test_224_equal_branches_find_the_same():
@@ -233,10 +281,15 @@ def fit_by_groups(mechanism: Mechanism, x: Tensor) -> Tensor:
         )
         return mapped(mechanism, f"{name}_proj", attended(*streams, **options))
 
-    groups = x.unflatten(1, (-1, 4))
+    def network(inner: str, outer: str, x: Tensor) -> Tensor:
+        hidden = gelu(mapped(mechanism, f"{inner}_proj", normed(mechanism, f"{inner}_norm", x)))
+        return x + mapped(mechanism, f"{outer}_proj", hidden)
+
+    groups = x.unflatten(1, (-1, 4)) + mechanism.parameter("place_v_latents.weight")
     count, shape = groups.shape[1], groups.shape
     local = normed(mechanism, "local_own__norm", groups.flatten(0, 1))
-    y = groups + attend("local_", "y", local, local, is_causal=True).view(shape)
+    near = groups + attend("local_", "near", local, local, is_causal=True).view(shape)
+    y = network("inner", "y", near)
     latents = mechanism.parameter("empty_latents.weight").unflatten(0, (8, 2))[:count]
     latents = latents.expand(2, -1, -1, -1)
     read = attend(
@@ -248,10 +301,11 @@ def fit_by_groups(mechanism: Mechanism, x: Tensor) -> Tensor:
     latents = (latents + read.view(latents.shape)).flatten(1, 2)
     own = normed(mechanism, "global_own__norm", latents)
     chunks = torch.arange(2 * count) // 2
-    told = attend("global_", "told", own, own, attn_mask=chunks[:, None] >= chunks)
-    told = normed(mechanism, "told_norm", latents + told).unflatten(1, (count, 2))[:, :-1]
-    back = attend("", "o", normed(mechanism, "q_norm", y[:, 1:]).flatten(0, 1), told.flatten(0, 1))
-    return (y + pad(back.view(2, count - 1, 4, 32), (0, 0, 0, 0, 1, 0))).flatten(1, 2)
+    met = latents + attend("global_", "met", own, own, attn_mask=chunks[:, None] >= chunks)
+    told = network("deep", "told", met)
+    told = normed(mechanism, "told_norm", pad(told, (0, 0, 2, 0))[:, :-2]).unflatten(1, (count, 2))
+    back = attend("", "o", normed(mechanism, "q_norm", y).flatten(0, 1), told.flatten(0, 1))
+    return (y + back.view(shape)).flatten(1, 2)
 
 
 def test_248_is_attention_of_folded_groups():
@@ -270,11 +324,11 @@ def test_248_groups_meet_through_latents_alone():
     mechanism = Mechanism("fit").set(o_proj_weight=0)
     x = tokens(24)
     assert moved(mechanism(x), mechanism(changed(x, 9))) == [9, 10, 11]
-    assert_close(mechanism(x)[:, 4:8], mechanism(x[:, 4:8]))
+    assert_close(mechanism(x)[:, 4:8], mechanism(x[:, 4:8]))  # places are those in the group
 
 
 def test_248_latents_that_do_not_meet_tell_of_one_group():
-    mechanism = Mechanism("fit").set(told_proj_weight=0)
+    mechanism = Mechanism("fit").set(met_proj_weight=0)
     x = tokens(24)
     assert moved(mechanism(x), mechanism(changed(x, 9))) == list(range(9, 16))
 
@@ -602,13 +656,13 @@ def test_differential_without_the_second_map_it_is_attention_and_a_norm():
 
 
 def test_14_the_identity_mixes_nothing():
-    mechanism = Mechanism("super_attention").set(mixing=torch.eye(32))
+    mechanism = Mechanism("super_attention").set(mixing=torch.eye(32), shift=0)
     assert_close(mechanism(X), Mechanism("efficient_slices", like=mechanism)(X))
 
 
 def test_14_the_map_is_between_attention_and_slices():
     mechanism = Mechanism("super_attention")
-    v = split(mechanism.parameter("mixing")[:N, :N] @ X)
+    v = split(mechanism.parameter("mixing")[:N, :N] @ X + mechanism.parameter("shift")[:N, None])
     a = (8**-0.5 * split(mapped(mechanism, "q_proj", X)) @ split(X).mT).softmax(-1)
     assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(a @ v)))
 
@@ -652,64 +706,7 @@ def test_75_without_relations_symbols_are_the_values():
 LAYERS = tokens(9, width=96, seed=5)
 
 
-def test_20_masked_positions_do_not_see_each_other():
-    mechanism = Mechanism("crossmae")
-    y = mechanism(X, context=LAYERS)
-    some = torch.tensor([7, 2, 5])
-    assert_close(mechanism(X[:, some], context=LAYERS), y[:, some])
-    assert_close(mechanism(X, context=LAYERS[:, ORDER]), y)
-
-
-def test_20_one_layer_alone_reads_that_layer():
-    mechanism = Mechanism("crossmae").set(first=0, middle=0, last=1)
-    other = torch.cat([tokens(9, width=64, seed=6), LAYERS[..., 64:]], -1)
-    assert_close(mechanism(X, context=other), mechanism(X, context=LAYERS))
-
-
-def test_20_is_a_block_of_cross_attention_and_a_network():
-    mechanism = Mechanism("crossmae")
-    layers = torch.stack(LAYERS.chunk(3, -1), -1)
-    mixture = torch.stack([mechanism.parameter(name) for name in ("first", "middle", "last")])
-    y = normed(mechanism, "y_norm", layers @ mixture)
-    q = normed(mechanism, "q_norm", X)
-    o = attended(
-        *(
-            mapped(mechanism, f"{name}_proj", each)
-            for name, each in zip("qkv", (q, y, y), strict=True)
-        )
-    )
-    x = X + mapped(mechanism, "seen__proj", o)
-    inner = gelu(mapped(mechanism, "inner_proj", normed(mechanism, "inner_norm", x)))
-    assert_close(mechanism(X, context=LAYERS), x + mapped(mechanism, "o_proj", inner))
-
-
 KINDS = torch.tensor([[0] * 5 + [1] * 6] * 2)
-
-
-def test_42_closed_gates_leave_the_model_as_it_was():
-    mechanism = Mechanism("crosslmm").set(visual_gate=0, text_gate=0)
-    assert_close(mechanism(X, context=OTHER, segments=KINDS), X)
-
-
-def test_42_vision_and_text_read_with_weights_of_their_own():
-    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=-0.4)
-    parts = []
-    for name, part in (("visual", X[:, :5]), ("text", X[:, 5:])):
-        q, k, v = (
-            mapped(mechanism, f"{name}_{at}_proj", each)
-            for at, each in zip("qkv", (part, OTHER, OTHER), strict=True)
-        )
-        gate = mechanism.parameter(f"{name}_gate").tanh()
-        parts.append(part + gate * attended(q, k, v))
-    assert_close(mechanism(X, context=OTHER, segments=KINDS), torch.cat(parts, 1))
-
-
-def test_42_a_video_of_one_token_adds_its_value():
-    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=0)
-    one = tokens(1, seed=5)
-    added = math.tanh(0.7) * mapped(mechanism, "visual_v_proj", one)
-    expected = torch.where(KINDS[..., None] == 0, X + added, X)
-    assert_close(mechanism(X, context=one, segments=KINDS), expected)
 
 
 CONDITION = tokens(1, width=6, seed=5)
@@ -717,10 +714,8 @@ CONDITION = tokens(1, width=6, seed=5)
 
 def test_90_all_tokens_are_told_the_same():
     mechanism = Mechanism("conditional_cross")
-    told = mechanism(X, context=CONDITION) - X
+    told = mechanism.streams(X, context=CONDITION)["told"] - X
     assert_close(told, told[:, :1].expand_as(told))
-    p = mechanism.weights(X, context=CONDITION)
-    assert_close(p, p[:, :, :1].expand_as(p))
 
 
 def test_90_the_attribute_asks():
@@ -733,7 +728,10 @@ def test_90_the_attribute_asks():
             for name, each in zip("qkv", (asked, image, image), strict=True)
         )
     )
-    assert_close(mechanism(X, context=CONDITION), X + mapped(mechanism, "o_proj", o))
+    told = X + mapped(mechanism, "told_proj", o)
+    inner = gelu(mapped(mechanism, "inner_proj", normed(mechanism, "inner_norm", told)))
+    embedding = normalize(told + mapped(mechanism, "o_proj", inner), dim=-1)
+    assert_close(mechanism(X, context=CONDITION), embedding, atol=1e-6)  # of the length's eps
 
 
 def test_90_attributes_do_not_meet():
@@ -771,7 +769,11 @@ def test_210_equal_weights_divide_by_the_channels():
 
 
 GRID = tokens(64)
-BIASES = ("gather_rows", "gather_cols", "read_rows", "read_cols")
+BIASES = tuple(
+    f"{'gathered_gathering_' * (read == 'gather')}{read}_{what}"
+    for read in ("gather", "read")
+    for what in ("rows", "cols", "map")
+)
 
 
 def agent_maps(mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
@@ -779,9 +781,14 @@ def agent_maps(mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (split(mapped(mechanism, f"{name}_proj", GRID)) for name in ("own", "keys", "values"))
     plane = merge(q).mT.unflatten(-1, (8, 8))
     agents = split(adaptive_avg_pool2d(plane, (2, 2)).flatten(2).mT)
-    rows, cols, back_rows, back_cols = (mechanism.parameter(name) for name in BIASES)
-    first = (rows[..., :, None] + cols[..., None, :]).flatten(2)
+    rows, cols, map_, back_rows, back_cols, back_map = map(mechanism.parameter, BIASES)
+    map_, back_map = (
+        interpolate(each, size=(8, 8), mode="bilinear", align_corners=False)
+        for each in (map_, back_map)
+    )
+    first = (rows[..., :, None] + cols[..., None, :] + map_).flatten(2)
     second = (back_rows[:, :, None] + back_cols[:, None]).flatten(1, 2)
+    second = second + back_map.flatten(2).mT
     return (
         (8**-0.5 * agents @ k.mT + first).softmax(-1),
         (8**-0.5 * q @ agents.mT + second).softmax(-1),
@@ -792,7 +799,13 @@ def agent_maps(mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
 def test_240_agents_gather_and_queries_read_them():
     mechanism = Mechanism("agent_attention")
     gather, read, v = agent_maps(mechanism)
-    assert_close(mechanism(GRID), mapped(mechanism, "o_proj", merge(read @ (gather @ v))))
+    plane = merge(v).mT.unflatten(-1, (8, 8))
+    near = conv2d(
+        plane, mechanism.parameter("taps")[:, None], mechanism.parameter("taps_bias"), padding=1,
+        groups=32,
+    )  # fmt: skip
+    o = merge(read @ (gather @ v)) + near.flatten(2).mT
+    assert_close(mechanism(GRID), mapped(mechanism, "o_proj", o))
 
 
 def test_240_both_maps_are_one_of_low_rank():
@@ -805,7 +818,7 @@ def test_240_both_maps_are_one_of_low_rank():
 
 
 def test_240_without_biases_parts_of_the_grid_may_be_exchanged():
-    mechanism = Mechanism("agent_attention").set(**dict.fromkeys(BIASES, 0))
+    mechanism = Mechanism("agent_attention").set(**dict.fromkeys(BIASES, 0), taps=0)
     places = torch.arange(64).unflatten(0, (2, 4, 2, 4)).permute(0, 2, 1, 3).flatten(2)
     y = mechanism(GRID)
     for order in list(permutations(range(4)))[::7]:
@@ -847,8 +860,10 @@ def fading(mechanism: Mechanism, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("wide", [False, True])
 def test_139_is_the_mean_of_two(wide):
     mechanism = Mechanism("lln_diag", ("size = 4", f"size = {N if wide else 4}"))
-    q, k, v = (mechanism.streams(X)[name] for name in "qkv")
-    p = (1.25 * q).exp() @ (0.75 * k).exp().mT
+    q, k, v = (mechanism.streams(X)[name] for name in ("ask", "told", "v"))
+    wide_q, wide_k = (each.std((2, 3), correction=0, keepdim=True) for each in (q, k))
+    wanted = (((wide_q * wide_k).square() + 0.25) / 0.15).sqrt()
+    p = (wanted / (2**0.5 * wide_q) * q).exp() @ (wanted / (2**0.5 * wide_k) * k).exp().mT
     blocks = torch.arange(N) // (N if wide else 4)
     near = softmax(8**-0.5 * q @ k.mT, blocks[:, None] == blocks)
     o = (p / p.sum(-1, keepdim=True) @ v + near @ v) / 2
@@ -857,12 +872,15 @@ def test_139_is_the_mean_of_two(wide):
 
 def test_139_a_block_as_long_as_the_row_is_full_attention():
     mechanism = Mechanism("lln_diag", ("size = 4", "size = 64"))
-    lln = Mechanism("lln", ("  mask  = causal\n", ""), like=mechanism)
-    assert_close(mechanism(X), (lln(X) + Mechanism(FULL, like=mechanism)(X)) / 2)
+    q, k = (mechanism.parameter(f"{name}_proj.weight") for name in ("ask", "told"))
+    full = Mechanism(FULL, like=mechanism).set(q_proj_weight=q, k_proj_weight=k)
+    linear_ = Mechanism("lln_diag", ("(o + diagonal)", "(o + o)"), like=mechanism)
+    assert_close(mechanism(X), (linear_(X) + full(X)) / 2)
 
 
 def test_139_blocks_of_one_without_factors_are_the_value_and_the_mean():
-    mechanism = Mechanism("lln_diag", ("size = 4", "size = 1"), ("1.25", "0"), ("0.75", "0"))
+    nothing = ("sqrt(((wide_q * wide_k) ** 2 - base) / slope / 2)", "0 * wide_q")
+    mechanism = Mechanism("lln_diag", ("size = 4", "size = 1"), nothing)
     v = mechanism.streams(X)["v"]
     o = (v + v.mean(2, keepdim=True)) / 2
     assert_close(mechanism(X), mapped(mechanism, "o_proj", merge(o)))
@@ -1054,6 +1072,7 @@ def averages(mechanism: Mechanism, x: Tensor) -> Tensor:
     p, a = delta.sigmoid(), alpha.sigmoid()
     q = 1 - p * a
     lags = torch.arange(N, dtype=torch.float64)
+    beta = beta + torch.tensor([1, -1, 1, -1])
     kernel = (gamma * 4**-0.5 * p * beta * q ** lags[:, None, None]).sum(-1).T
     return conv1d(pad(x.mT, (N - 1, 0)), kernel.flip(-1)[:, None], groups=32).mT
 
@@ -1099,7 +1118,7 @@ def test_173_the_first_token_sees_itself_alone():
 def test_201_is_torchs_attention_twice():
     mechanism = Mechanism("gcog_cross")
     z = torch.zeros(2, 1, 32, dtype=torch.float64)
-    for part, out, norm, source in (("rules", "ruled", "ruled", X), ("seen_", "o", "o", OTHER)):
+    for part, out, source in (("rules", "ruled", X), ("seen_", "o", OTHER)):
         theirs = nn.MultiheadAttention(32, 1, batch_first=True, dtype=torch.float64)
         p = dict(mechanism.meaning.named_parameters())
         with torch.no_grad():
@@ -1112,7 +1131,12 @@ def test_201_is_torchs_attention_twice():
                 theirs.in_proj_bias[:32] = p["rules_q_latents.weight"][0]
             theirs.out_proj.weight.copy_(p[f"{out}_proj.weight"])
             theirs.out_proj.bias.copy_(p[f"{out}_proj.bias"])
-        z = normed(mechanism, f"{norm}_norm", z + found(theirs, z, source, source))
+        z = layer_norm(
+            z + found(theirs, z, source, source),
+            (32,),
+            mechanism.parameter("gain"),
+            mechanism.parameter("shift"),
+        )
     assert_close(mechanism(X, context=OTHER), z)
 
 

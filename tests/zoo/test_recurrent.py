@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,23 +90,10 @@ def test_retention_norms_each_head_and_gates():
     assert_close(mechanism(X), (normed * gate) @ mechanism.parameter("o_proj.weight").mT)
 
 
-def test_17_decay_of_heads():
-    mechanism = Mechanism("transnormer")
-    q, k, v = qkv(mechanism)
-    decay = torch.exp(-2 * torch.arange(4, dtype=torch.float64))[:, None, None]
-    assert_close(mechanism.mixed(X), (q @ k.mT * decay ** GAP.clip(min=0) * causal()) @ v)
-
-
-def test_17_one_norm_without_gain_over_all_heads():
-    mechanism = Mechanism("transnormer")
-    o = mechanism.mixed(X).transpose(1, 2).flatten(2)
-    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    u = X @ mechanism.parameter("u_proj.weight").mT
-    assert_close(mechanism(X), (u * o) @ mechanism.parameter("o_proj.weight").mT)
-
-
 def test_17_without_decay_it_is_a_plain_sum():
-    mechanism = Mechanism("transnormer", ("exp(-8 * h / heads * (1 - layer / depth))", "1"))
+    mechanism = Mechanism(
+        "transnormer", ("exp(-8 * h / heads * (1 - layer / depth))", "1"), part="upper"
+    )
     q, k, v = qkv(mechanism)
     assert_close(mechanism.mixed(X), (q @ k.mT * causal()) @ v)
 
@@ -227,7 +216,10 @@ def test_174_the_gated_delta_rule_weighed_by_levels_has_a_map():
 def test_174_with_all_weights_one_nothing_changes(name):
     ones = ("by softplus(spread * lam)", "by spread + 0 * lam")
     mechanism = Mechanism(f"log_linear_{name}", ones).set(spread=1)
-    assert_close(mechanism(X), Mechanism(name, like=mechanism)(X))
+    short = [("x | linear | split", "x | linear | conv(4) | split")]
+    short += [("linear | split | silu", "linear | conv(4) | silu | split")]
+    changes = short[1:] if name == "gated_deltanet" else ()
+    assert_close(mechanism(X), Mechanism(name, *changes, like=mechanism)(X))
 
 
 @pytest.mark.parametrize("name", ["mamba2", "gated_deltanet"])
@@ -275,15 +267,35 @@ def test_mlstm_is_its_stable_form():
 
 def test_241_hedgehog_has_a_map():
     mechanism = Mechanism("hedgehog")
-    q, k, v = qkv(mechanism)
-    a = q.softmax(-1) @ k.softmax(-1).mT + (-q).softmax(-1) @ (-k).softmax(-1).mT
-    assert_close(mechanism.mixed(X), shared_out(a * causal()) @ v)
+    q, k, v, one, two = (mechanism.streams(X)[name] for name in ("ask", "told", "v", "one", "two"))
+    a = one.softmax(-1) @ two.softmax(-1).mT + (-one).softmax(-1) @ (-two).softmax(-1).mT
+    a = shared_out(a * causal())
+    assert_close(mechanism.mixed(X), a @ v)
+    teacher = (8**-0.5 * q @ k.mT).masked_fill(~causal(), -torch.inf).softmax(-1)
+    mechanism.module.train()
+    mechanism(X)
+    mechanism.module.eval()
+    apart = -(teacher * a.where(a > 0, 1).log()).sum(-1).mean()
+    assert_close(mechanism.module.auxiliary_loss(), apart)
+
+
+def test_241_features_of_the_teacher_itself_leave_its_entropy():
+    """The loss is the teacher's entropy where both maps are one, here even."""
+    mechanism = Mechanism("hedgehog").set(ask_proj_weight=0, one_proj_weight=0, asked_bias=0)
+    mechanism.set(told_bias=0, two_proj_weight=0)
+    mechanism.module.train()
+    mechanism(X)
+    mechanism.module.eval()
+    even = torch.arange(1, N + 1).double().log().mean()
+    assert_close(mechanism.module.auxiliary_loss(), even)
 
 
 def test_241_the_two_halves_swap_with_the_sign():
     mechanism = Mechanism("hedgehog")
-    q, k, _ = qkv(mechanism)
-    assert_close(mechanism.mixed(X, q=-q, k=-k), mechanism.mixed(X))
+    y = mechanism(X)
+    names = ("one_proj_weight", "two_proj_weight", "asked_bias", "told_bias")
+    turned = {name: -mechanism.parameter(re.sub("_w", ".w", name)) for name in names}
+    assert_close(mechanism.set(**turned)(X), y)
 
 
 def test_aft_is_a_softmax_for_each_channel():
@@ -325,7 +337,7 @@ def test_211_a_query_of_zero_takes_the_mean():
 
 
 def test_234_small_denominators_are_clamped():
-    mechanism = Mechanism("l2vit").set(factor=0.5)
+    mechanism = Mechanism("l2vit", part="linear_").set(factor=0.5)
     q, k, v = qkv(mechanism, X / 2)
     a = relu(q) @ relu(k).mT
     assert a.sum(-1).max() < 100
@@ -333,6 +345,6 @@ def test_234_small_denominators_are_clamped():
 
 
 def test_234_large_ones_share_out_the_factor():
-    mechanism = Mechanism("l2vit").set(factor=0.5)
+    mechanism = Mechanism("l2vit", part="linear_").set(factor=0.5)
     q, k, v = (50 * each.abs() for each in qkv(mechanism))
     assert_close(mechanism.mixed(X, q=q, k=k, v=v), 0.5 * shared_out(q @ k.mT) @ v)

@@ -84,6 +84,9 @@ def test_keys_are_reflected_on_their_way():
     assert_close(mechanism.weights(X), softmax(s))
     nothing = text_of("path", ("scale(2)", "scale(0)"))
     assert_close(Mechanism(nothing, like=mechanism)(X), plain(X))
+    fading = Mechanism("path_forgetting", like=mechanism)
+    c = fading.streams(X)["c"].mT
+    assert_close(fading.weights(X), softmax(s + c[..., :, None] - c[..., None, :]))
     # a key that is reflected twice along one direction is where it was
     along = normalize(w[:, :, :1], dim=-1).expand(w.shape)
     twice = mechanism.weights(X, w=along, b=torch.full_like(streams["b"], 2))

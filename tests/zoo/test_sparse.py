@@ -35,7 +35,9 @@ SETS: dict[str, Callable[[int, int, int], bool]] = {
     "local_attn_tkl": lambda h, i, j: j in range(i - i % 8 - 2, i - i % 8 + 10),
     "star_attention": lambda h, i, j: j <= i and (i // 8 == j // 8 or j < 4 or i >= 32),
     "blockrank": lambda h, i, j: j <= i and (i // 4 == j // 4 or j < 4 or i >= 20),
-    "moa": lambda h, i, j: j <= i and (j < 4 or i // 4 - j // 4 <= h),
+    "moa": lambda h, i, j: (
+        j <= i and (j < 4 or i // 4 - j // 4 < int(h + 1 + h / 8 * N / 4))
+    ),
 }  # fmt: skip
 
 

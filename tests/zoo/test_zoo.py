@@ -215,6 +215,18 @@ def test_how_many_there_are_is_said(name):
     assert said[:1] == [f"{len(zoo.names()):,}"]
 
 
+def test_what_is_left_out_is_in_one_table():
+    text = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text(encoding="utf-8")
+    _, waiting, others = re.split(r"^### .*$", text, flags=re.MULTILINE)
+    found = [re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", part, re.MULTILINE)
+             for part in (waiting, others)]  # fmt: skip
+    rows = {name: without for part in found for name, without, _ in part}
+    assert rows == {each.name: each.without for each in zoo.entries() if each.without}
+    assert all([name for name, *_ in part] == sorted(name for name, *_ in part) for part in found)
+    said = re.findall(r"(\d+) mechanisms leave something out; (\d+) of them wait", text)
+    assert said == [(str(len(rows)), str(len(found[0])))]
+
+
 def test_the_table_is_for_people_too():
     answer = CliRunner().invoke(main, ["zoo", "--tokens", "64"])
     assert answer.exit_code == 0
@@ -242,6 +254,8 @@ def test_a_head_that_says_too_little():
 def test_a_key_goes_on_over_lines():
     head = (
         "# Mine,\n# all mine.\n# family: heads\n# source: me,\n#   2026\n# catalogue: #7 (half)\n"
+        "# without: the other\n#   half\n"
     )
     entry = zoo.read("mine", head)
     assert (entry.about, entry.source, entry.number) == ("Mine, all mine.", "me, 2026", "#7")
+    assert entry.without == "the other half"
