@@ -193,7 +193,6 @@ WRONG = {
 def test_what_is_wrong_is_said(name: str) -> None:
     text, said = WRONG[name]
     with pytest.raises(LoomError) as caught:
-        check(
-            parse(f"{TEXT}{text}\nmodel m {{ width = 16; ffn = none; layers = [full, bad(full)] }}")
-        )
+        settings = "width = 16; ffn = none; layers = [full, bad(full)]"
+        check(parse(f"{TEXT}{text}\nmodel m {{ {settings} }}"))
     assert ("L243", True) in [(each.code, said in str(each)) for each in caught.value.diagnostics]
