@@ -192,7 +192,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_said(name: str) -> None:
     text, said = WRONG[name]
+    settings = "width = 16; ffn = none; layers = [full, bad(full)]"
     with pytest.raises(LoomError) as caught:
-        settings = "width = 16; ffn = none; layers = [full, bad(full)]"
         check(parse(f"{TEXT}{text}\nmodel m {{ {settings} }}"))
     assert ("L243", True) in [(each.code, said in str(each)) for each in caught.value.diagnostics]
