@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import headloom as hl
 from headloom.compiler.checking.check import check
 from headloom.compiler.facts.cost import cost
 from headloom.compiler.facts.decoding import obstacle
@@ -169,6 +170,20 @@ def test_choosing_of_a_sequence_looks_ahead() -> None:
     what = model("layers = [routed(full, 0.5)]").layers[0]
     assert "`largest_tokens` reads later tokens; a comparison" in str(obstacle(what))
     assert obstacle(model("layers = [above(full)]").layers[0]) is None
+
+
+def test_explain_says_how_many_are_taken_and_what_cannot_decode() -> None:
+    arch = hl.load(
+        f"{TEXT}model m {{ width = 16; ffn = none; layers = [routed(full), above(full)] }}",
+        format="loom",
+    )
+    share, threshold = (each for each in hl.explain(arch, "m").lowerings if each.path == "taken")
+    assert (share.node, share.reason) == (
+        "routed: full, taken",
+        "rows hold the tokens that are taken, each at its position",
+    )
+    assert [what for what, _ in share.obstacles] == ["decoding"]
+    assert [what for what, _ in threshold.obstacles] == ["static"]
 
 
 WRONG = {
