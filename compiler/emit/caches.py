@@ -58,7 +58,7 @@ class Caches:
         self.obstacle = decoding.obstacle(graph.block)
         self.kept = Kept() if self.obstacle is not None else kept_of(graph)
         self.borrows = frozenset(graph.block.borrows)
-        self.pooled = pooled(graph)
+        self.pooled = frozenset(each.name for each in pooled(graph))
         self._facts = facts or {}
 
     def facts(self, node: Node[Attend]) -> Attention:
@@ -131,7 +131,9 @@ class Caches:
         """Return what makes a cache."""
         if isinstance(part, State):
             return [f"**self.{scan.method_name(self.graph.node(part.recurrence))}(batch)"]
+        length = "length"
         if isinstance(part, Groups):
+            length = "None"  # how many groups a call makes, its padding says too
             part = Keys((), False, (part.stream,), None, 0, False)
         if not isinstance(part, Keys):
             return []
@@ -144,7 +146,7 @@ class Caches:
         ring += ["ordered=True"] if part.ordered and part.ring is not None else []
         return [
             "batch",
-            "length",
+            length,
             f"{{{sizes}}}",
             *ring,
             "dtype=weight.dtype",
@@ -199,7 +201,7 @@ def _described(part: Part) -> str:
         case Tails():
             return "room for the tokens before the next one"
         case Groups(stream):
-            return f"room for `{stream.name}` of so many tokens, of which groups are pooled"
+            return f"room for `{stream.name}`, pooled of so many tokens"
         case Within(name):
             return f"what `{name}` keeps"
 
@@ -255,8 +257,3 @@ def begins_within(block: Block) -> bool:
 def plain_name(name: str) -> str:
     """Return the variable of a node."""
     return name if name in ("x", "context", "o", *OFFERED) else ident(name)
-
-
-def all_of(name: str) -> str:
-    """Return the variable of a stream that is pooled, with the tokens that a cache brings."""
-    return f"{plain_name(name)}_all"

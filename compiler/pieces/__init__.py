@@ -11,7 +11,6 @@ FILES = (
     "stages",
     "along",
     "experts",
-    "groups",
     "maps",
     "tiles",
     "turns",
@@ -23,6 +22,7 @@ FILES = (
     "steps",
     "batches",
     "parts",
+    "groups",
     "caches",
     "taken",
 )  # in the order of an emitted file
