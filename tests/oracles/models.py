@@ -110,6 +110,7 @@ class Theirs:
     rows: tuple[Row, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     positions: bool = True  # whether a call takes `position_ids`
+    alone: bool = False  # whether padding moves their blocks of keys: then none is given to them
     attention: str = "eager"
     auto: str = "AutoModelForCausalLM"
 
