@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .models import BEFORE, FULL, MOE, NARROW, PARTLY, PARTS, SMALL, Theirs, rows
+import re
+from dataclasses import replace
+
+from .models import CHOSEN, FULL, MINICPM, MOE, PARTLY, PARTS, SMALL, Row, Theirs, rows
 
 SPARSE = "minimax_m3_sparse"
 
@@ -21,6 +24,55 @@ MINIMAX_M3 = rows("""
     each.under("model.layers.{i}.mlp.shared_experts.", "layers.{i}.ffn.shared.")
     for each in rows("gate_up_proj.weight -> (gate|up)_proj.weight")
 )
+ENDS = rows("""
+    model.embed_tokens.weight -> embed_tokens.weight
+    model.norm.weight -> norm.weight
+    lm_head.weight -> lm_head.weight
+""")
+LANES = rows("""
+    fn -> (read|write)_weights.o_proj.weight
+    base -> (read|write)_weights.base
+    scale -> (read|write)_weights.scale_
+""")
+LAST_LANES = rows("""
+    hc_fn -> read_weights.o_proj.weight
+    hc_base -> read_weights.base
+    hc_scale -> read_weights.scale_
+""")
+HY_V4 = rows("""
+    self_attn.sinks -> part.z
+    self_attn.q_a_proj.weight -> part.a_proj.weight
+    self_attn.q_a_layernorm.weight -> part.a_norm.weight
+    self_attn.q_b_proj.weight -> part.q_proj.weight
+    self_attn.indexer.wq_b.weight -> part.asked_proj.weight
+    self_attn.indexer.wk.weight -> part.known_proj.weight
+    self_attn.indexer.k_norm.{t} -> part.known_norm.{t}
+    self_attn.indexer.weights_proj.weight -> part.w_proj.weight
+""")
+
+
+def halves(count: int, more: tuple[Row, ...], lanes: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Return rows of layers of theirs that are two of ours: the attention, and what is after it."""
+    done = ENDS + tuple(each.under("model.hc_head.", f"layers.{2 * count}.") for each in LAST_LANES)
+    parts = [*more, *(_of_part(each) for each in MINICPM + MOE + PARTS)]
+    for at in range(count):
+        for half, lane, norm in ((0, "attn_hc", "input"), (1, "ffn_hc", "post_attention")):
+            theirs, ours = f"model.layers.{at}.", f"layers.{2 * at + half}."
+            done += tuple(each.under(f"{theirs}{lane}.", ours) for each in lanes)
+            done += rows(f"{theirs}{norm}_layernorm.weight -> {ours}part_norm.weight")
+            begins = ("self_attn.", "mlp.")[half]
+            done += tuple(
+                each.under(theirs, ours) for each in parts if each.theirs.startswith(begins)
+            )
+    return done
+
+
+def _of_part(row: Row) -> Row:
+    """Return a row of any layer as one of a layer whose only part is `part`."""
+    theirs = row.theirs.removeprefix("model.layers.{i}.")
+    ours = (re.sub(r"^layers\.\{i\}\.(attn|ffn)\.", "part.", each) for each in row.ours)
+    return replace(row, theirs=theirs, ours=tuple(ours))
+
 
 CHOOSING_MODELS: dict[str, Theirs] = {
     "minimax_m3": Theirs(
@@ -45,5 +97,27 @@ CHOOSING_MODELS: dict[str, Theirs] = {
             "rope_parameters": PARTLY,
         },
         alone=True,
+    ),
+    "hy_v4": Theirs(
+        "hy_v4",
+        halves(3, HY_V4, LANES),
+        {
+            **CHOSEN,
+            "num_hidden_layers": 3,
+            "n_routed_experts": 8,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "indexer_types": ["full", "shared", "shared"],
+            "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 9,
+            "q_lora_rank": 11,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+            "index_topk": 5,
+            "index_n_heads": 8,
+            "index_head_dim": 6,
+            "hc_mult": 3,
+            "swiglu_limit": 1.5,
+        },
     ),
 }

@@ -59,7 +59,7 @@ class Row:
             return dict(zip(ours, parts, strict=True))
         lists = tensor.ndim == 3 and tensor.shape[1] > 1  # which a convolution has not
         at = int(lists or ".experts." in ours[0])  # each head or expert holds its rows
-        sizes = [shapes[each][at] // self.groups for each in ours]
+        sizes = [(*shapes[each], 1)[at] // self.groups for each in ours]
         parts = tensor.unflatten(at, (self.groups, -1)).split(sizes, at + 1)
         whole = (part.flatten(at, at + 1) for part in parts)
         return {key: each.reshape(shapes[key]) for key, each in zip(ours, whole, strict=True)}
