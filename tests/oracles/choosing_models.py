@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from .models import CHOSEN, FULL, MINICPM, MOE, PARTLY, PARTS, SMALL, Row, Theirs, rows
+from .models import CHOSEN, FULL, LOCAL, MINICPM, MOE, PARTLY, PARTS, SMALL, Row, Theirs, rows
 
 SPARSE = "minimax_m3_sparse"
+HEAVY, LIGHT = "heavily_compressed_attention", "compressed_sparse_attention"
 
 MINIMAX_M3 = rows("""
     model.norm.weight -> norm.w
@@ -30,14 +31,19 @@ ENDS = rows("""
     lm_head.weight -> lm_head.weight
 """)
 LANES = rows("""
-    fn -> (read|write)_weights.o_proj.weight
-    base -> (read|write)_weights.base
-    scale -> (read|write)_weights.scale_
+    fn -> (read|write)_logits.o_proj.weight
+    base -> (read|write)_logits.base
+    scale -> (read|write)_logits.scale_
+""")
+MIXED_LANES = rows("""
+    fn -> (read|write|mix)_logits.o_proj.weight
+    base -> (read|write|mix)_logits.base
+    scale -> (read|write|mix)_logits.scale_
 """)
 LAST_LANES = rows("""
-    hc_fn -> read_weights.o_proj.weight
-    hc_base -> read_weights.base
-    hc_scale -> read_weights.scale_
+    hc_fn -> read_logits.o_proj.weight
+    hc_base -> read_logits.base
+    hc_scale -> read_logits.scale_
 """)
 HY_V4 = rows("""
     self_attn.sinks -> part.z
@@ -49,6 +55,38 @@ HY_V4 = rows("""
     self_attn.indexer.k_norm.{t} -> part.known_norm.{t}
     self_attn.indexer.weights_proj.weight -> part.w_proj.weight
 """)
+DEEPSEEK_V4 = rows("""
+    self_attn.sinks -> part.z
+    self_attn.q_a_proj.weight -> part.a_proj.weight
+    self_attn.q_a_norm.weight -> part.a_norm.weight
+    self_attn.q_b_proj.weight -> part.q_proj.weight
+    self_attn.kv_proj.weight -> part.k_proj.weight
+    self_attn.kv_norm.weight -> part.k_norm.weight
+    self_attn.o_a_proj.weight -> part.o_proj_0.weight
+    self_attn.o_b_proj.weight -> part.o_proj_1.weight
+    self_attn.compressor.position_bias -> part.bias
+    self_attn.compressor.gate_proj.weight -> part.g_proj.weight
+    self_attn.compressor.kv_proj.weight -> part.c_proj.weight
+    self_attn.compressor.kv_norm.weight -> part.some_norm.weight
+    mlp.gate.tid2eid -> part.chosen_embed.weight
+""")
+OVERLAPPING = rows("""
+    kv_norm.weight -> some_norm.weight
+    indexer.kv_norm.weight -> known_norm.weight
+    indexer.q_b_proj.weight -> asked_proj.weight
+    indexer.scorer.weights_proj.weight -> w_proj.weight
+""") + tuple(
+    each.under(part, "")
+    for part in ("", "indexer.")  # which are one of ours
+    for each in rows("""
+        position_bias -> (bias_before|bias) beside
+        gate_proj.weight -> (g_before|g)_proj.weight
+        kv_proj.weight -> (c_before|c)_proj.weight
+    """)
+)
+OVERLAPPING = tuple(
+    each.under("model.layers.2.self_attn.compressor.", "layers.4.part.") for each in OVERLAPPING
+)
 
 
 def halves(count: int, more: tuple[Row, ...], lanes: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -119,5 +157,34 @@ CHOOSING_MODELS: dict[str, Theirs] = {
             "hc_mult": 3,
             "swiglu_limit": 1.5,
         },
+    ),
+    "deepseek_v4": Theirs(
+        "deepseek_v4",
+        OVERLAPPING + halves(3, DEEPSEEK_V4, MIXED_LANES),
+        {
+            **SMALL,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "intermediate_size": 12,
+            "head_dim": 8,
+            "partial_rotary_factor": 0.5,
+            "q_lora_rank": 11,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "routed_scaling_factor": 2.5,
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "layer_types": [LOCAL, HEAVY, LIGHT],
+            "compress_rates": {HEAVY: 4, LIGHT: 2},
+            "rope_parameters": None,
+            "sliding_window": 5,
+            "o_groups": 2,
+            "o_lora_rank": 6,
+            "index_n_heads": 8,
+            "index_head_dim": 6,
+            "index_topk": 2,
+            "hc_mult": 3,
+            "swiglu_limit": 1.5,
+        },
+        alone=True,
     ),
 }
