@@ -8,6 +8,7 @@ from dataclasses import replace
 from .models import CHOSEN, FULL, LOCAL, MINICPM, MOE, PARTLY, PARTS, SMALL, Row, Theirs, rows
 
 SPARSE = "minimax_m3_sparse"
+BIAS = "conv_qk_depthwise.bias"  # of a convolution before another, whose bias does as much
 HEAVY, LIGHT = "heavily_compressed_attention", "compressed_sparse_attention"
 
 MINIMAX_M3 = rows("""
@@ -86,6 +87,40 @@ OVERLAPPING = rows("""
 )
 OVERLAPPING = tuple(
     each.under("model.layers.2.self_attn.compressor.", "layers.4.part.") for each in OVERLAPPING
+)
+ZAYA = rows("""
+    model.input_hidden_states_scale -> embed_scaled.scale_
+    model.input_hidden_states_bias -> embed_scaled.bias
+""") + tuple(
+    each.under("model.layers.{i}.", "layers.{i}.")
+    for each in rows("""
+        input_layernorm.weight -> attn_norm.weight
+        post_attention_layernorm.weight -> z_norm.weight
+        self_attn.qk_norm.temp -> attn.warmth
+        self_attn.qkv_proj.q_proj.weight -> attn.asked_proj.weight
+        self_attn.qkv_proj.k_proj.weight -> attn.known_proj.weight
+        self_attn.qkv_proj.v_proj_current.weight -> attn.v_proj_0.weight
+        self_attn.qkv_proj.v_proj_delayed.weight -> attn.v_proj_1.weight
+        self_attn.qkv_proj.conv_qk_depthwise.weight -> attn.met_conv_0.weight
+        self_attn.qkv_proj.conv_qk_grouped.{t} -> attn.met_conv_1.{t}
+        post_attention_residual_scale.hidden_states_scale -> y_scaled_0.scale_
+        post_attention_residual_scale.hidden_states_bias -> y_scaled_0.bias
+        post_attention_residual_scale.residual_scale -> y_scaled_1.scale_
+        post_attention_residual_scale.residual_bias -> y_scaled_1.bias
+        post_mlp_residual_scale.hidden_states_scale -> o_scaled_0.scale_
+        post_mlp_residual_scale.hidden_states_bias -> o_scaled_0.bias
+        post_mlp_residual_scale.residual_scale -> o_scaled_1.scale_
+        post_mlp_residual_scale.residual_bias -> o_scaled_1.bias
+        mlp.gate.down_proj.{t} -> carried_proj.{t}
+        mlp.gate.router_states_scale -> keep
+        mlp.gate.router_mlp.norm.weight -> hidden_norm.weight
+        mlp.gate.router_mlp.fc1.{t} -> hidden_proj_0.{t}
+        mlp.gate.router_mlp.fc2.{t} -> hidden_proj_1.{t}
+        mlp.gate.router_mlp.out_proj.weight -> score_proj.weight
+        mlp.gate.balancing_biases -> bias
+        mlp.experts.gate_up_proj -> experts.(gate|up)_proj.weight
+        mlp.experts.down_proj -> experts.down_proj.weight
+    """)
 )
 
 
@@ -186,5 +221,23 @@ CHOOSING_MODELS: dict[str, Theirs] = {
             "swiglu_limit": 1.5,
         },
         alone=True,
+    ),
+    "zaya": Theirs(
+        "zaya",
+        rows(f"model.layers.{{i}}.self_attn.qkv_proj.{BIAS} -> -") + ZAYA + PARTS,
+        {
+            **SMALL,
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "num_experts": 8,
+            "router_hidden_size": 10,
+            "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+            "sliding_window": 5,
+            "rope_parameters": {
+                "hybrid": PARTLY,
+                "hybrid_sliding": {**PARTLY, "rope_theta": 1e3},
+            },
+        },
+        zero=BIAS,
     ),
 }

@@ -126,6 +126,7 @@ class Theirs:
     config: Mapping[str, Any] = field(default_factory=dict)
     positions: bool = True  # whether a call takes `position_ids`
     alone: bool = False  # whether padding moves their blocks of keys: then none is given to them
+    zero: str | None = None  # the last of the names of what theirs has and ours can do without
     attention: str = "eager"
     auto: str = "AutoModelForCausalLM"
 

@@ -26,6 +26,7 @@ transformers = pytest.importorskip("transformers", reason="needs Hugging Face Tr
 
 MODELS = OTHERS | CHOOSING_MODELS
 FOLDER = Path(__file__).parents[2] / "examples" / "models"
+BIASES = ("correction_bias", "balancing_biases")
 NEAR = 1e-9
 NEW = 4
 TOKENS = torch.randint(61, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -41,10 +42,13 @@ def theirs(name: str) -> nn.Module:
         model = model.to(torch.float64).eval()
         randomise(model, seed=1)
         generator = torch.Generator().manual_seed(2)
-        for name, each in model.named_buffers():
-            if name.endswith("correction_bias"):
+        for key, each in model.named_parameters():
+            if made.zero is not None and key.endswith(made.zero):
+                nn.init.zeros_(each)
+        for key, each in model.named_buffers():
+            if key.endswith(BIASES):
                 each.copy_(0.2 * torch.randn(each.shape, generator=generator, dtype=torch.float64))
-            if name.endswith("tid2eid"):
+            if key.endswith("tid2eid"):
                 drawn = torch.rand(len(each), config.n_routed_experts, generator=generator)
                 each.copy_(drawn.topk(each.shape[1]).indices)
     return model
@@ -53,7 +57,7 @@ def theirs(name: str) -> nn.Module:
 def choosing(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that only choose experts, which theirs does not train."""
     found = dict(model.named_buffers())
-    biases = {name: each for name, each in found.items() if name.endswith("correction_bias")}
+    biases = {name: each for name, each in found.items() if name.endswith(BIASES)}
     tables = {name: each for name, each in found.items() if name.endswith("tid2eid")}
     return biases | {name: nn.functional.one_hot(each).sum(1) for name, each in tables.items()}
 
