@@ -5,7 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from .models import CHOSEN, FULL, LOCAL, MINICPM, MOE, PARTLY, PARTS, SMALL, Row, Theirs, rows
+from .models import (
+    BEFORE,
+    CHOSEN,
+    FULL,
+    LOCAL,
+    MINICPM,
+    MODELS,
+    MOE,
+    PARTLY,
+    PARTS,
+    SMALL,
+    Row,
+    Theirs,
+    rows,
+)
 
 SPARSE = "minimax_m3_sparse"
 BIAS = "conv_qk_depthwise.bias"  # of a convolution before another, whose bias does as much
@@ -46,16 +60,21 @@ LAST_LANES = rows("""
     hc_base -> read_logits.base
     hc_scale -> read_logits.scale_
 """)
-HY_V4 = rows("""
-    self_attn.sinks -> part.z
-    self_attn.q_a_proj.weight -> part.a_proj.weight
-    self_attn.q_a_layernorm.weight -> part.a_norm.weight
-    self_attn.q_b_proj.weight -> part.q_proj.weight
-    self_attn.indexer.wq_b.weight -> part.asked_proj.weight
-    self_attn.indexer.wk.weight -> part.known_proj.weight
-    self_attn.indexer.k_norm.{t} -> part.known_norm.{t}
-    self_attn.indexer.weights_proj.weight -> part.w_proj.weight
+INDEXER = rows("""
+    q_a_proj.weight -> a_proj.weight
+    q_a_layernorm.weight -> a_norm.weight
+    q_b_proj.weight -> q_proj.weight
+    indexer.wq_b.weight -> asked_proj.weight
+    indexer.wk.weight -> known_proj.weight
+    indexer.k_norm.{t} -> known_norm.{t}
+    indexer.weights_proj.weight -> w_proj.weight
 """)
+DEEPSEEK_V32 = tuple(
+    each.under("model.layers.{i}.self_attn.", "layers.{i}.attn.") for each in INDEXER
+)
+HY_V4 = rows("self_attn.sinks -> part.z") + tuple(
+    each.under("self_attn.", "part.") for each in INDEXER
+)
 DEEPSEEK_V4 = rows("""
     self_attn.sinks -> part.z
     self_attn.q_a_proj.weight -> part.a_proj.weight
@@ -170,6 +189,16 @@ CHOOSING_MODELS: dict[str, Theirs] = {
             "rope_parameters": PARTLY,
         },
         alone=True,
+    ),
+    "deepseek_v32": Theirs(
+        "deepseek_v32",
+        DEEPSEEK_V32 + MINICPM + MOE + PARTS + BEFORE,
+        {
+            **MODELS["deepseek_v3"].config,
+            "index_topk": 5,
+            "index_n_heads": 8,
+            "index_head_dim": 6,
+        },
     ),
     "hy_v4": Theirs(
         "hy_v4",
