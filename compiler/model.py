@@ -275,6 +275,16 @@ class Normalizer:
         return replace(self, numerator=numerator, denominator=rest[0] if rest else None)
 
 
+def _running(*exprs: Expr) -> tuple[Expr, ...]:
+    found: dict[Expr, None] = {}
+    for expr in exprs:
+        for node in reversed(list(walk(expr))):
+            match node:
+                case Call("running_queries", (arg,)):
+                    found[arg] = None
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Select:
     """Which of the visible keys a query reads, by content: groups of them, by a score.
@@ -284,10 +294,10 @@ class Select:
     `share` heads that stand together. A group is free to be chosen where one of them sees a key of
     it that is `among` and not `always`; what is always is read whatever is chosen, and with
     `counted` the groups of such keys count as chosen. A score is the same all over a group, or a
-    group has the maximum, sum or mean `within` it, of its pairs that are free; of heads that share
-    it is the sum. Of equal scores the first is better. A score may read `s`, before `score`;
-    it is another for each head, or not `by_heads`, and then it is no sum. It may be the choice of
-    a layer `elsewhere`, by streams of that.
+    group has the maximum, sum, mean or logarithm of the sum of exponentials `within` it, of its
+    pairs that are free; of heads that share it is the sum. Of equal scores the first is better. A
+    score may read `s`, before `score`; it is another for each head, or not `by_heads`, and then it
+    is no sum. It may be the choice of a layer `elsewhere`, by streams of that.
     """
 
     kind: str
@@ -307,6 +317,11 @@ class Select:
     def exprs(self) -> tuple[Expr, ...]:
         """Every expression of a pair."""
         return (self.score, self.always, self.among)
+
+    @property
+    def running(self) -> tuple[Expr, ...]:
+        """What its score sums over the queries up to one, inner ones first."""
+        return _running(self.score)
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Select:
         """Return it with each of these changed."""
@@ -346,14 +361,12 @@ class Pairwise:
 
     @property
     def running(self) -> tuple[Expr, ...]:
-        """What its expressions sum over the queries up to one, inner ones first."""
-        found: dict[Expr, None] = {}
-        for expr in (self.score, self.weights):
-            for node in reversed(list(walk(expr))):
-                match node:
-                    case Call("running_queries", (arg,)):
-                        found[arg] = None
-        return tuple(found)
+        """What its expressions sum over the queries up to one, inner ones first.
+
+        What a selection sums comes first: it sees what is not chosen too.
+        """
+        chosen = () if self.select is None else self.select.running
+        return (*chosen, *_running(self.score, self.weights))
 
     @property
     def exprs(self) -> tuple[Expr, ...]:

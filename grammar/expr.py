@@ -222,6 +222,8 @@ def simplified(expr: Expr) -> Expr:
             return other
         case Binary("*", Number(1), other) | Binary("*" | "/" | "**", other, Number(1)):
             return other
+        case Binary("//", Name(place) as whole, Number(1)) if place in PLACES:
+            return whole
         case Binary("*", Number(0) as zero, _) | Binary("*", _, Number(0) as zero):
             return zero
         case Binary("-", Number(0), other) if not isinstance(other, Number):

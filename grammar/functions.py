@@ -123,8 +123,12 @@ MAP_FUNCTIONS = {
     "sum_keys": 1, "mean_keys": 1, "max_keys": 1, "rank_keys": 1,
     "sum_queries": 1, "mean_queries": 1, "max_queries": 1,
     "running_keys": 1, "running_queries": 1,
+    "sum_group": 2, "max_group": 2,
     "mix_heads": 2, "convolve": 2, "coin": 1,
 }  # fmt: skip
+
+# Those over keys that stand together; the second argument says where.
+GROUPED = ("sum_group", "max_group")
 
 # Numbers of every row or column of a map, in pipelines: name → number of arguments.
 STATISTICS = {"lse": 1, "entropy": 1, "rows": 2, "columns": 2}

@@ -11,7 +11,7 @@ from .conv import Conv
 from .draws import Bernoulli, DropHeads, DropSequence, Noise
 from .dropout import Dropout
 from .embed import Embed
-from .features import Reduce, Slice, Softmax, Top
+from .features import Argmax, Reduce, Slice, Softmax, Top
 from .heads import Concat, Merge, Repeat, Split
 from .index import Index
 from .joint import Joint
@@ -51,6 +51,7 @@ OPS: dict[str, Op] = {
         L1Norm(),
         Softmax(),
         Top(),
+        Argmax(),
         Largest(),
         LargestTokens(),
         OneHot(),

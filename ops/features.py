@@ -1,4 +1,4 @@
-"""Over the features of each token: `softmax`, `top`, `slice`, and `sum(…)`, `norm(…)`."""
+"""Over the features of each token: `softmax`, `top`, `argmax`, `slice`, and `sum(…)`, `norm(…)`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,38 @@ class Top(Op):
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
     ) -> str:
         return f"top_features({inputs[0]}, {options['count']})"
+
+    def flops(self, inputs: Sequence[Shape], options: Options) -> int:
+        return inputs[0].features
+
+
+class Argmax(Op):
+    """`argmax`: the number, from 0, of the largest of the last dimension; of equal ones the first.
+
+    It gives no gradient. It stays float32 where the block is in less, which holds whole numbers.
+    """
+
+    name = "argmax"
+    wide = True
+
+    def needs(self, out: Shape, inputs: Sequence[Shape], options: Options) -> Shape | None:
+        return None
+
+    def shape(self, inputs: Sequence[Shape], options: Options) -> Shape:
+        return replace(inputs[0], dim=1)
+
+    def eager(
+        self, inputs: Sequence[Tensor], options: Options, weights: Mapping[str, Tensor], run: Run
+    ) -> Tensor:
+        x = inputs[0].detach()
+        largest = x == x.amax(-1, keepdim=True)
+        earlier = largest.cumsum(-1) == 0
+        return earlier.sum(-1, keepdim=True).to(wide(x).dtype)
+
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
+        return f"largest_feature({inputs[0]})"
 
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         return inputs[0].features

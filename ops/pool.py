@@ -11,6 +11,7 @@ stands where its group begins.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ class _Groups(Op):
     def reaches(self, options: Options) -> tuple[int, int]:
         return int(options["start"]) + int(options["size"]) - 1, int(options["stride"])
 
+    def looks_ahead(self, options: Options) -> bool:
+        """A group for every token is no axis of its own, and none reads the tokens before."""
+        return bool(options["stride"] == 1 and (options["size"] > 1 or options["start"] != 0))
+
     def _windows(self, x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         """Return the tokens of every group [..., groups, size, d], and which of them there are."""
         import torch
@@ -54,11 +59,26 @@ class _Groups(Op):
             return x.new_zeros(*x.shape[:-2], 0, size, x.shape[-1]), inside
         return x[..., at.clamp(0, n - 1), :], inside
 
-    def _arguments(self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options) -> str:
+    def _arguments(self, x: str, run: str, options: Options, more: str = "") -> str:
         size, stride, start = options["size"], options["stride"], int(options["start"])
-        run = self.run_of(shapes[0])
-        run = "run_all" if run == "run" else run  # with those that a cache brings
-        return f"{inputs[0]}, {size}, {stride}, {start}, {run}"
+        made = "new_groups" if more else "groups_in"
+        return f"*{made}({x}, {size}, {stride}, {start}, {run}{more})"
+
+    @abstractmethod
+    def made(self, groups: str, options: Options, module: str) -> str:
+        """Return the text of what is made of groups, of their tokens and which there are."""
+
+    def text(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
+        groups = self._arguments(inputs[0], self.run_of(shapes[0]), options)
+        return self.made(groups, options, module)
+
+    def resumed(
+        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
+    ) -> str:
+        groups = self._arguments(inputs[0], "known", options, ", before, batch")
+        return self.made(groups, options, module)
 
 
 class Pool(_Groups):
@@ -116,12 +136,9 @@ class Pool(_Groups):
         logit = logit.masked_fill((count == 0).squeeze(-1)[..., None], 0)
         return (logit.softmax(-1)[..., None] * zero).sum(-2)
 
-    def text(
-        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
-    ) -> str:
-        given = self._arguments(inputs, shapes, options)
+    def made(self, groups: str, options: Options, module: str) -> str:
         learned = f", self.{module}.weight" if options["kind"] in ("linear", "attention") else ""
-        return f"pooled_{options['kind']}({given}{learned})"
+        return f"pooled_{options['kind']}({groups}{learned})"
 
     def constructor(self, inputs: Sequence[Shape], options: Options) -> str:
         d, size = inputs[0].dim, options["size"]
@@ -165,12 +182,9 @@ class Windows(_Groups):
         x = x.masked_fill(~inside[..., None], options["fill"])
         return x.flatten(-2) if options["over"] == "features" else x.transpose(-2, -3)
 
-    def text(
-        self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
-    ) -> str:
-        given = self._arguments(inputs, shapes, options)
+    def made(self, groups: str, options: Options, module: str) -> str:
         fill = f", {options['fill']!r}" if options["fill"] else ""
-        text = f"windows_of({given}{fill})"
+        text = f"windows_of({groups}{fill})"
         end = ".flatten(-2)" if options["over"] == "features" else ".transpose(-2, -3)"
         return f"{text}{end}"
 

@@ -87,6 +87,16 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "cut": "relu(p - uniform(0.001..0.05))",
         "times": "any(weights) * any(factor)",
     },
+    # which of the visible keys are read; a token always reads itself
+    "select": {
+        "all": "none",
+        "best": "top(pow2(1..64), any(merit), always = i == j)",
+        "groups": "top(pow2(1..8), any(merit), size = pow2(2..32), within = max, always = i == j)",
+        "good": "above(uniform(0..1), any(merit), always = i == j)",
+        "share": "mass(uniform(0.5..0.99), any(merit), always = i == j)",
+        "anyhow": "random(pow2(1..16), size = pow2(1..16), always = i == j)",
+    },
+    "merit": {"logit": "s", "place": "any(bias)", "both": "s + any(bias)"},
     "mix": {"attend": "attend"},
     "recurrence": {
         "adding": """mix made {

@@ -18,6 +18,7 @@ from math import ceil, floor, inf, isfinite
 
 from ...grammar.domain import Domain, interpret
 from ...grammar.expr import FALSE, PLACES, TRUE, calls, fold, names, number, rebuild, substitute
+from ...grammar.functions import GROUPED
 from ...grammar.syntax import (
     POOLED,
     Binary,
@@ -159,7 +160,7 @@ def reads_others(expr: Expr) -> bool:
 
 def in_order(expr: Expr) -> bool:
     """Say whether it matters to an expression which of its keys comes first."""
-    return calls(expr, "running_keys") or calls(expr, "rank_keys")
+    return any(calls(expr, name) for name in ("running_keys", "rank_keys", *GROUPED))
 
 
 def widest(extents: Iterable[Extent]) -> Extent:

@@ -16,6 +16,7 @@ from ...grammar.diagnostics import error
 from ...grammar.expr import PLACES, fold, names, number, rebuild
 from ...grammar.functions import (
     FUNCTIONS,
+    GROUPED,
     MAP_FUNCTIONS,
     MIXER_FUNCTIONS,
     STATISTICS,
@@ -341,6 +342,8 @@ class _Resolver(Resolver):
         value = self.scalar(expr.args[0])
         if arity == 1:
             return Call(name, (value,), (), expr.span)
+        if name in GROUPED:
+            return self._of_group(expr, value)
         kernel = expr.args[1]
         own = self.scope.own(kernel.id) if isinstance(kernel, Name) else ""
         shape = self.scope.tensors[own].shape if own in self.scope.tensors else None
@@ -366,6 +369,22 @@ class _Resolver(Resolver):
                 "declare it as a `param` and name it here",
             )
         return Call(name, (value, Index(Name(own, kernel.span), (), kernel.span)), (), expr.span)
+
+    def _of_group(self, expr: Call, value: Expr) -> Expr:
+        """Resolve a function over the keys of a group: `sum_group(e, j // 64)`."""
+        group = fold(self.scalar(expr.args[1]))
+        match group:
+            case Name("j"):
+                return value
+            case Binary("//", Name("j"), Number(size)) if size >= 1 and size == int(size):
+                return Call(expr.function, (value, group), (), expr.span)
+        raise error(
+            "L216",
+            f"`{expr.function}` takes groups of keys that stand together",
+            expr.args[1].span,
+            f"it is `{show(group)}`",
+            "write `j // 64`",
+        )
 
     def _definition(self, definition: Definition, call: Expr) -> Value:
         with self.scope.inside(definition, call.span):
@@ -428,7 +447,7 @@ class _Resolver(Resolver):
         if not isinstance(expr.base, Name):
             raise error("L214", "only a stream or a tensor can be indexed", expr.base.span)
         name = self.scope.own(expr.base.id)
-        items = tuple(self.scalar(each) for each in expr.items)
+        items = tuple(map(_plain, map(self.scalar, expr.items)))
         axes: tuple[str, ...]
         sizes: tuple[int, ...]
         if name == "doc":
@@ -521,6 +540,12 @@ class _Resolver(Resolver):
             "",
             "`i` are the queries' tokens, `j` the keys', `j // 4 * 4` another key's",
         )
+
+
+def _plain(item: Expr) -> Expr:
+    """Return `i` for what is only written another way, `i // 1`; any other index as it is."""
+    folded = fold(item)
+    return folded if isinstance(folded, Name) else item
 
 
 def _is_whole(expr: Expr) -> bool:

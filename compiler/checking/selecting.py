@@ -28,7 +28,7 @@ from .scope import Scope
 
 KINDS = {"top": "count", "above": "threshold", "mass": "share", "random": "count"}
 _SHARES = ("head", "kv_head", "layer")
-_WITHIN = ("max", "sum", "mean")
+_WITHIN = ("max", "sum", "mean", "lse")
 _OPTIONS: dict[str, Expr] = {
     "size": Number(1), "rows": Number(1), "per": Name("head"), "always": FALSE,
     "counted": FALSE, "among": TRUE, "within": Name("none"),
@@ -72,7 +72,7 @@ def resolve_select(scope: Scope, expr: Expr, axes: Axes, mask: Expr) -> Select |
             "the score differs within a group",
             span,
             why,
-            "read what is pooled of a group, or say `within = max` (or sum, mean)",
+            "read what is pooled of a group, or say `within = max` (or sum, mean, lse)",
         )
     kind = "top" if kind == "random" else kind
     chosen = Select(kind, amount, score, size, rows, share, always, counted, among, within,
@@ -167,7 +167,7 @@ def _looks_back(scope: Scope, select: Select, axes: Axes, mask: Expr, span: Span
         return
     free = Binary("and", Binary("and", mask, select.among), Unary("not", select.always))
     sides = ("j",) if select.rows > 1 else ("i", "j")  # queries choose together, as was asked for
-    found = incomplete(select.score, fold(free), scope.streams, sides)
+    found = incomplete(select.score, fold(free), scope.streams, sides, select.rows, mask)
     if found is None:
         return
     raise error(

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ...grammar.show import show
 from ...ops.shape import pooling
-from ..facts.kept import Groups, Part, Within, along_keys
+from ..facts.kept import Part, Within, along_keys
 from ..facts.parameters import constants
 from ..graph.graph import Node, is_wide, made_by
 from ..graph.operations import Attend, Input, Scan, Stage, Whole
@@ -25,7 +25,7 @@ from ..plan.plan import Plan
 from ..text.tensors import constants as constant_lines
 from ..text.tensors import parameter as parameter_lines
 from ..text.text import LIMIT, braced, call, ident, indent, shared_name, shared_text
-from .caches import CONTEXT, all_of, begins_within, own_rows, part_name, plain_name
+from .caches import CONTEXT, begins_within, own_rows, part_name, plain_name
 from .layers import Classes, Once, described, given_parts, modules, offered_line, takes_batch
 from .mixes import Mixes
 
@@ -85,20 +85,6 @@ def _docstring(block: Block) -> list[str]:
         "",
         *(f"{heads}; {how}" for heads, how in parts),
         '"""',
-    ]
-
-
-def _is_room_for(held: Part, name: str) -> bool:
-    """Say whether it is what is kept of a stream that is pooled."""
-    return isinstance(held, Groups) and held.stream.name == name
-
-
-def _stands(stride: int, variable: str, of: str = "") -> list[str]:
-    """Write where pooled tokens stand, and which of them are padding."""
-    run = "context_run" if of else "run_all"
-    return [
-        f"{of}starts_{stride} = group_starts({variable}, {stride})",
-        f"{of}run_{stride} = run_of_groups({run}, {stride})",
     ]
 
 
@@ -375,8 +361,6 @@ class _Writer(Mixes):
             elif isinstance(node.op, Stage | Whole) and not self._inlined(node):
                 name = ident(node.name)
                 lines = self._assign(node, f"{'o' if node.name == 'o' else name} =")
-            if node.name in self.pooled:
-                lines = [*lines, *self._with_all(node.name)]
             if not lines:
                 continue
             if node.name not in needed and isinstance(node.op, Stage):
@@ -390,22 +374,6 @@ class _Writer(Mixes):
         if self.crosses:
             early += self._context(far)
         return [*early, *rest, *self._training(extra)]
-
-    def _with_all(self, name: str) -> list[str]:
-        """Write a stream that is pooled with the tokens that a cache brings."""
-        variable, new = all_of(name), plain_name(name)
-        done = [f"{variable}, run_all = {new}, run"]
-        held = next((each for each in self.kept.parts if _is_room_for(each, name)), None)
-        if held is not None:
-            cache = self.cache(part_name(held))
-            got = f"{variable}, _, run_all"
-            done += [
-                f"if {cache} is not None:",
-                f"    {got} = {cache}.update(batch, {ident(name)}={new})",
-            ]
-        if name == self.pooled[0]:
-            done += [line for each in self._pooled_axes("n") for line in _stands(each, variable)]
-        return done
 
     def _pooled_axes(self, of: str) -> list[int]:
         """Return of how many tokens of an axis a pooled token is, of those that stand anywhere."""
@@ -442,9 +410,9 @@ class _Writer(Mixes):
                 "context_run = None if far.run is None else batch.of_rows(far.run)",
             ]
         axes = self._pooled_axes("m")
-        starts = [line for each in axes for line in _stands(each, "context", "context_")]
-        far = [*starts[::2], *far]
-        after = starts[1::2]
+        after = [f"context_run_{each} = run_of_groups(context_run, {each})" for each in axes]
+        starts = "context_starts_{0} = torch.arange(0, context.shape[1], {0}, device=x.device)"
+        far = [*(starts.format(each) for each in axes), *far]
         if self._positional("m"):
             far = ["context_positions = torch.arange(context.shape[1], device=x.device)", *far]
         needed = [
@@ -461,6 +429,7 @@ class _Writer(Mixes):
         return [
             f"if {cache} is not None and {cache}.serves(context):",
             f"    {got} = {cache}.brought()",
+            *indent(after),
             "else:",
             *indent([*needed, *far]),
             f"    if {cache} is not None:",
@@ -470,6 +439,7 @@ class _Writer(Mixes):
                 ),
                 2,
             ),
+            *indent(after, 2),
         ]
 
     # mixing

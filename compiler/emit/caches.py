@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from functools import cached_property, lru_cache
 
 from ...grammar.expr import calls, evaluate
+from ...grammar.functions import GROUPED
 from ...ops import OPS
+from ...ops.shape import pooling
 from ..algebra.masks import reads_others
 from ..facts import decoding
 from ..facts.kept import (
@@ -56,7 +58,7 @@ class Caches:
         self.obstacle = decoding.obstacle(graph.block)
         self.kept = Kept() if self.obstacle is not None else kept_of(graph)
         self.borrows = frozenset(graph.block.borrows)
-        self.pooled = pooled(graph)
+        self.pooled = frozenset(each.name for each in pooled(graph))
         self._facts = facts or {}
 
     def facts(self, node: Node[Attend]) -> Attention:
@@ -128,7 +130,9 @@ class Caches:
         """Return what makes a cache."""
         if isinstance(part, State):
             return [f"**self.{scan.method_name(self.graph.node(part.recurrence))}(batch)"]
+        length = "length"
         if isinstance(part, Groups):
+            length = "None"  # how many groups a call makes, its padding says too
             part = Keys((), False, (part.stream,), None, 0, False)
         if not isinstance(part, Keys):
             return []
@@ -141,7 +145,7 @@ class Caches:
         ring += ["ordered=True"] if part.ordered and part.ring is not None else []
         return [
             "batch",
-            "length",
+            length,
             f"{{{sizes}}}",
             *ring,
             "dtype=weight.dtype",
@@ -196,7 +200,7 @@ def _described(part: Part) -> str:
         case Tails():
             return "room for the tokens before the next one"
         case Groups(stream):
-            return f"room for `{stream.name}` of so many tokens, of which groups are pooled"
+            return f"room for `{stream.name}`, pooled of so many tokens"
         case Within(name):
             return f"what `{name}` keeps"
 
@@ -219,10 +223,12 @@ def own_rows(block: Block, training: bool = True) -> bool:
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):
             if flow.keys == "n" and flow.queries != "n":
                 return True
-            if any(calls(expr, "convolve") for expr in flow.mix.exprs):
+            own = pooling(flow.keys)[0] != "m"  # a context is all of one
+            others = ("convolve", *(GROUPED if own else ()))
+            if any(calls(expr, name) for expr in flow.mix.exprs for name in others):
                 return True
             select = flow.mix.select
-            if select is not None and max(select.size, select.rows) > 1:
+            if select is not None and (select.rows > 1 or (own and select.size > 1)):
                 return True
         elif isinstance(flow, Mixing) and isinstance(flow.mix, Recurrence) and not flow.mix.resets:
             matrices = [each for each in flow.mix.states if len(each.shape) == 2]
@@ -230,7 +236,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
                 return True
         elif isinstance(flow, Apply):
             op = OPS[flow.op]
-            if op.whole_rows or op.counts_tokens(dict(flow.options)):
+            own = all(pooling(each.shape.tokens)[0] != "m" for each in flow.inputs)
+            if own and (op.whole_rows or op.counts_tokens(dict(flow.options))):
                 return True
     return False
 
@@ -247,8 +254,3 @@ def begins_within(block: Block) -> bool:
 def plain_name(name: str) -> str:
     """Return the variable of a node."""
     return name if name in ("x", "context", "o", *OFFERED) else ident(name)
-
-
-def all_of(name: str) -> str:
-    """Return the variable of a stream that is pooled, with the tokens that a cache brings."""
-    return f"{plain_name(name)}_all"

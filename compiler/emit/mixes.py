@@ -16,7 +16,7 @@ from ...ops.shape import pooling
 from ..facts.kept import Held, along_keys, sums_of
 from ..graph.graph import AnyNode, Node
 from ..graph.operations import Attend, Scan
-from ..lowerings import carry, chunk, scan, tiles, weights
+from ..lowerings import carry, chunk, gathered, scan, tiles, weights
 from ..lowerings.choose import way
 from ..lowerings.operators import Operator
 from ..lowerings.way import Call
@@ -115,7 +115,12 @@ class Mixes(Stages):
             lines += [*comment(general[0], dims if len(general) == 1 else ""), *general[1:]]
             return [*lines, *self._taken_up(node)]
         when = f"if {self._when(needs)}:"
-        return [*lines, when, *indent(self._plain(node, given)), "else:", *indent(general)]
+        lines += [when, *indent(self._plain(node, given))]
+        held = self.kept.read_by(node.name)
+        if way(self.plan.path(node)) is gathered.WAY and held is not None and held.ring is None:
+            asked, steps = gathered.steps(facts, given, targets)
+            lines += [f"elif {asked}:", *indent(steps)]
+        return [*lines, "else:", *indent(general)]
 
     def _lent(self, node: Node[Attend], name: str) -> str:
         """Write what a layer below keeps of a stream along the keys."""

@@ -7,12 +7,13 @@ while the line stays short.
 from __future__ import annotations
 
 from ...grammar.syntax import Expr, Name, walk
-from ..facts.kept import carries, lookback, pools
+from ...ops.shape import pooling
+from ..facts.kept import Groups, carries, lookback
 from ..graph.graph import AnyNode, Node, is_wide, made_by
 from ..graph.operations import Input, Stage, TensorRead, Whole
 from ..model import elsewhere
 from ..text.text import LIMIT, atomic, call, comment, ident, shared_text
-from .caches import TAILS, Caches, all_of, plain_name
+from .caches import TAILS, Caches, part_name, plain_name
 
 
 class Stages(Caches):
@@ -47,6 +48,35 @@ class Stages(Caches):
             f"if {cache} is not None:",
             f'    {cache}.carry("{node.name}", total, batch)',
             *([f"{head} made"] if names == head else []),
+        ]
+
+    def _pooled(self, node: Node[Stage], head: str, dims: str) -> list[str]:
+        """Write what makes groups of tokens: with a cache, of those that were not complete."""
+        given, name = self._read(node, node.inputs[0], {}), ident(node.name)
+        said = node.op.given
+        numbers = f"{said['size']}, {said['stride']}, {int(said['start'])}"
+        axis = pooling(str(node.dims[-2]))[1]
+        padding = f"run_{axis} = run_of_groups(run, {axis})"
+        starts = f"starts_{axis} = {axis} * torch.arange({name}.shape[-2], device=x.device)"
+        if self.obstacle is not None:
+            return [*comment(f"{head} {self._text(node)}", dims), padding, starts]
+        tails = self.cache(TAILS)
+        own = next(
+            each for each in self.kept.parts
+            if isinstance(each, Groups) and each.stream.name == node.name
+        )  # fmt: skip
+        cache = self.cache(part_name(own))
+        before = [f'"{node.name}"', given, str(said["size"] - 1), "batch"]
+        new = f"batch_of_groups(batch, {given}.shape[-2], {numbers})"
+        return [
+            "before, known = None, run",
+            f"if {tails} is not None:",
+            *call(f"    before, known = {tails}.before", before),
+            *comment(f"{head} {self._text(node, resumed=True)}", dims),
+            padding,
+            f"if {cache} is not None:",
+            f"    {name}, _, run_{axis} = {cache}.update({new}, {name}={name})",
+            starts,
         ]
 
     def _remembers(self, node: AnyNode) -> bool:
@@ -127,8 +157,6 @@ class Stages(Caches):
         Elementwise operations take wide numbers as they are, the others those of the block.
         """
         made = self.graph.node(name)
-        if pools(self.graph, node):
-            return all_of(name)
         if name in given:
             text = given[name]
         elif (made_by(made, Stage) or made_by(made, Whole)) and self._inlined(made):
@@ -164,6 +192,9 @@ class Stages(Caches):
         if hands_on(node):
             head = f"{head.removesuffix(' =')}, {given_by(node)} ="
         dims = f"[{', '.join(map(str, node.dims))}]"
+        if node.name in self.pooled:
+            assert made_by(node, Stage)
+            return self._pooled(node, head, dims)
         if self._remembers(node) and self.obstacle is None:
             assert made_by(node, Stage)
             return self._remembered(node, head, dims)

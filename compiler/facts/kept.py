@@ -3,7 +3,7 @@
 Keys      keys and values of all tokens, or of a window; once, however many attentions read them
 State     the states of a recurrence
 Context   what is made of a context, once
-Groups    a stream of which groups of tokens are pooled
+Groups    what groups of tokens were pooled to
 Tails     the tokens before the next one
 Within    what a part of a layer keeps
 
@@ -107,7 +107,7 @@ class Tails:
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """A stream whose tokens are pooled, of all tokens."""
+    """What groups of the tokens so far were pooled to."""
 
     stream: Held
 
@@ -170,7 +170,7 @@ def kept_of(graph: Graph) -> Kept:
     """Return what the block of a graph keeps."""
     roots = Roots(graph)
     of_tokens, of_context = _keys(graph, roots), _context(graph, roots)
-    groups = tuple(map(Groups, _held(graph, pooled(graph))))
+    groups = (*_groups(graph),)
     return Kept(
         (*of_tokens, *_states(graph), *of_context, *groups, *_tails(graph), *_within(graph))
     )
@@ -178,13 +178,21 @@ def kept_of(graph: Graph) -> Kept:
 
 def pools(graph: Graph, node: AnyNode) -> bool:
     """Say whether a node makes groups of the tokens of a call."""
-    groups = made_by(node, Stage) and node.op.definition.groups
-    return groups and "n" in graph.node(node.inputs[0]).dims
+    if not made_by(node, Stage) or not node.op.definition.groups:
+        return False
+    given = graph.node(node.inputs[0]).dims  # a group for each token is no axis of its own
+    return "n" in given and "n" not in node.dims
 
 
-def pooled(graph: Graph) -> tuple[str, ...]:
-    """Return the streams whose tokens are pooled."""
-    return tuple(dict.fromkeys(each.inputs[0] for each in graph.nodes if pools(graph, each)))
+def pooled(graph: Graph) -> tuple[Node[Stage], ...]:
+    """Return the nodes that make groups of the tokens of a call."""
+    return tuple(each for each in graph.of(Stage) if pools(graph, each))
+
+
+def _groups(graph: Graph) -> Iterator[Groups]:
+    for node in pooled(graph):
+        (held,) = _held(graph, (node.name,))
+        yield Groups(held)
 
 
 def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
@@ -257,6 +265,9 @@ def _tails(graph: Graph) -> Iterator[Tails]:
         for node in graph.of(Stage)
         if lookback(node)
     ]
+    for node in pooled(graph):
+        features = shape_of(graph.node(node.inputs[0]).dims).features
+        stages.append((node.name, (node.op.given["size"] - 1) * features))
     carried = [
         (node.name, carries(graph, node)) for node in graph.of(Stage) if carries(graph, node)
     ]

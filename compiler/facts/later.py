@@ -72,32 +72,45 @@ def last_token(flow: Flow, streams: Streams) -> tuple[float, float]:
 
 
 def incomplete(
-    expr: Expr, known: Expr, streams: Streams, sides: tuple[str, ...] = ("i", "j")
+    expr: Expr,
+    known: Expr,
+    streams: Streams,
+    sides: tuple[str, ...] = ("i", "j"),
+    rows: int = 1,
+    visible: Expr | None = None,
 ) -> Index | None:
     """Return what an expression reads of a group that may not be complete at its query, if any.
 
-    `known` holds of all pairs that count; only what stands on these sides is asked for.
+    `known` holds of all pairs that count, and `visible` of those that functions of the map see;
+    only what stands on these sides is asked for. Of `rows` of queries together, a group is complete
+    where it is at the last of them.
     """
-    tried = bound(known, _is_tried, most=True)
-    for node in walk(expr):
-        if not isinstance(node, Index) or not isinstance(node.base, Name):
-            continue
+    for node, holds in _guarded(expr, known, visible or known):
         for item in node.items:
             if isinstance(item, Call) and item.function == POOLED and names(item) & {*sides}:
+                assert isinstance(node.base, Name)
                 stream = streams.get(node.base.id)
                 if stream is not None and isinstance(stream.flow, Statistic):
                     continue  # of a map, whose rows know what they see
                 a, b = (1, inf) if stream is None else last_token(stream.flow, streams)
-                if group_may_be_later(item.args[0], a, b, tried):
+                tried = bound(holds, _is_tried, most=True)
+                if group_may_be_later(item.args[0], a, b, tried, rows):
                     return node
     return None
 
 
-def group_may_be_later(place: Expr, a: float, b: float, known: Expr) -> bool:
-    """Say whether token a · place + b may lie after the query, where `known` holds."""
+def group_may_be_later(place: Expr, a: float, b: float, known: Expr, rows: int = 1) -> bool:
+    """Say whether token a · place + b may lie after the query, where `known` holds.
+
+    Of `rows` of queries together, after the last of them.
+    """
     if b == inf:
         return True
     last = fold(Binary("+", Binary("*", place, number(int(a), place)), number(int(b), place)))
+    if rows > 1:
+        begins = Binary("*", Binary("//", Name("i"), Number(rows)), Number(rows))
+        after = Compare((last, Binary("+", begins, Number(rows - 1))), (">",))
+        last = Call("where", (after, last, Number(-1)))
     return _may_be_later(last, known)
 
 
@@ -120,7 +133,8 @@ def _incomplete(block: Block, mixing: Mixing) -> Index | None:
             Unary("not", mix.select.always),
         )
         asked = not mix.select.elsewhere  # else that layer says it of the same pairs
-        if asked and (found := incomplete(mix.select.score, free, streams)):
+        score = mix.select.score
+        if asked and (found := incomplete(score, free, streams, visible=mix.mask)):
             return found
     exprs = (mix.mask, mix.score, mix.weights, *mix.normalize.exprs)
     met = () if mix.similarity is None else (mix.similarity,)
@@ -177,25 +191,31 @@ def _of_pairs(mixing: Mixing, exprs: tuple[Expr, ...]) -> Index | None:
 
 def _reads(expr: Expr, known: Expr, visible: Expr) -> Iterator[tuple[Index, Expr, Expr]]:
     """Yield every read at another key's token: the index, its token, and what holds there."""
+    for node, holds in _guarded(expr, known, visible):
+        for item in node.items:
+            if names(item) == {"j"} and item != Name("j") and not calls(item, POOLED):
+                yield node, item, holds
+
+
+def _guarded(expr: Expr, known: Expr, visible: Expr) -> Iterator[tuple[Index, Expr]]:
+    """Yield every read of a stream or tensor, and what holds where it counts."""
     match expr:
-        case Index(Name(), items):
-            for item in items:
-                if names(item) == {"j"} and item != Name("j") and not calls(item, POOLED):
-                    yield expr, item, known
+        case Index(Name()):
+            yield expr, known
         case Binary("and" | "or" as op, left, right):
             for one, other in ((left, right), (right, left)):
                 holds = other if op == "and" else Unary("not", other)
-                yield from _reads(one, Binary("and", known, holds), visible)
+                yield from _guarded(one, Binary("and", known, holds), visible)
             return
         case Call("where", (condition, yes, no), ()):
-            yield from _reads(condition, known, visible)
-            yield from _reads(yes, Binary("and", known, condition), visible)
-            yield from _reads(no, Binary("and", known, Unary("not", condition)), visible)
+            yield from _guarded(condition, known, visible)
+            yield from _guarded(yes, Binary("and", known, condition), visible)
+            yield from _guarded(no, Binary("and", known, Unary("not", condition)), visible)
             return
         case Call(name) if name in MAP_FUNCTIONS:  # of all visible keys, whatever was chosen
             known = visible
     for each in children(expr):
-        yield from _reads(each, known, visible)
+        yield from _guarded(each, known, visible)
 
 
 def _is_tried(expr: Expr) -> bool:

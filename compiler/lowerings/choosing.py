@@ -27,12 +27,16 @@ from ..text.text import atomic, indent
 CHOOSERS = {"top": "top_groups", "above": "groups_above", "mass": "groups_of_mass"}
 
 
-def lines(attention: Attention, pairs: Pairs) -> list[str]:
-    """Return the lines that leave in `visible` what is chosen."""
+ZEROS = "torch.zeros(pairs, dtype=wide, device=q.device)"  # of every pair
+
+
+def lines(attention: Attention, pairs: Pairs, made: list[str]) -> list[str]:
+    """Return the lines that leave in `visible` what is chosen; `made` are those of its maps."""
     select = attention.mix.select
     assert select is not None
     writer = _Writer(attention, pairs, select)
-    return ["with torch.no_grad():", *indent(writer.lines())]
+    shape = "pairs = (*q.shape[:3], k.shape[-2])"
+    return ["with torch.no_grad():", *indent([shape, *made, *writer.lines()])]
 
 
 def by_those_who_share(select: Select, heads: int) -> list[str]:
@@ -58,8 +62,7 @@ class _Writer:
     def lines(self) -> list[str]:
         """Return all of them."""
         select = self.select
-        done = ["pairs = (*q.shape[:3], k.shape[-2])"]
-        free = "visible"
+        done, free = [], "visible"
         if select.always != FALSE:
             done.append(f"always = visible & {atomic(self._truth('always'))}")
             free += " & ~always"
@@ -109,11 +112,12 @@ class _Writer:
             *self._rows(),
         ]
         every = "free.expand(pairs)"
-        if select.within:
+        if select.within or select.size == 1:
             rows = "rows" if select.rows > 1 else "None"
+            within = select.within or "max"
             done += [
                 f"e = {atomic(self._score())}.to(wide).expand(pairs)",
-                f'e = score_within(e, {every}, group, count, "{select.within}", {rows})',
+                f'e = score_within(e, {every}, group, count, "{within}", {rows})',
             ]
         else:
             done += [

@@ -10,6 +10,7 @@ A mask is asked at the first and last key of a group: it must tell there of all 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ...grammar.expr import FALSE, TRUE, names
@@ -89,6 +90,15 @@ def invoke(attention: Attention, given: Call) -> list[str]:
     return call(f"{given.target} = self.{method_name(attention)}_gathered", args)
 
 
+def steps(attention: Attention, given: Mapping[str, str], target: str) -> tuple[str, list[str]]:
+    """Return when few queries look up what they chose among all kept keys, and the call."""
+    when = f"batch.given is None and steps_gather({given['q']}, {given['k']}, {least(attention)})"
+    streams = [given[each.variable] for each in operands(attention)]
+    tables = [given[table_name(each)] for each in attention.tables]
+    args = [given["q"], given["k"], given["v"], given["i"], *streams, *tables]
+    return when, call(f"{target} = self.{method_name(attention)}_steps", args)
+
+
 def method(attention: Attention) -> list[str]:
     """Return the methods that it is made of."""
     name, select = method_name(attention), attention.mix.select
@@ -99,7 +109,9 @@ def method(attention: Attention) -> list[str]:
     given = ["q", "k", "v", *streams, *tables]
     args = [f"self.{name}_choice", f"self.{name}_reads", "q", "k", "v"]
     args += [_tuple(streams), _tuple(tables), _tuple([f"self.{each}" for each in tensors])]
-    args += [f"size={select.size}", f"share={select.share}", f"scale={attention.mix.scale!r}"]
+    sizes = [f"size={select.size}", f"share={select.share}", f"scale={attention.mix.scale!r}"]
+    at_steps = [*args[:5], "i", *args[5:], *sizes]
+    args += sizes
     args += ["causal=True"] if extent(attention.mix.mask).causal else []
     writer = _Writer(attention)
     choice = ["q", "i", *streams, "first", "last", *tables, *tensors]
@@ -107,6 +119,9 @@ def method(attention: Attention) -> list[str]:
     return [
         *signature(f"{name}_gathered", given, "Tensor"),
         *indent(call("return over_groups", args)),
+        "",
+        *signature(f"{name}_steps", [*given[:3], "i", *given[3:]], "Tensor"),
+        *indent(call("return over_steps", at_steps)),
         "",
         *signature(f"{name}_choice", choice, three),
         *indent(writer.choice()),

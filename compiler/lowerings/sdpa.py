@@ -37,6 +37,8 @@ def obstacle(attention: Attention) -> str | None:
         return f"it has no score function, here `{show(mix.score)}`"
     if mix.select is not None and "s" in names(mix.select.score):
         return "which keys a query reads depends on its logits"
+    if attention.running:
+        return "which keys a query reads depends on sums over the queries before it"
     form = attention.exponential
     if form is None or not form.is_softmax:
         return f"it normalises by softmax only, here by `{_shown(mix.normalize)}`"
@@ -86,6 +88,7 @@ def method(attention: Attention) -> list[str]:
     groups = arguments(attention)
     given = ["v", *(each for group in groups.values() for each in group)]
     writer, args = Writer(attention), ["q", "k", "v"]
+    writer.lines += writer.heads_of_keys("every_k")  # k itself has as many heads as v
     visible = writer.visibility()
     args += [f"attn_mask={visible}"] if visible else []
     lines = [*writer.sized(), *written(attention, args, "return ")]

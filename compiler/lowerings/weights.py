@@ -20,7 +20,8 @@ from ...grammar.syntax import Call, Expr, Name, Number, walk
 from ..algebra.normalizers import Exponential
 from ..algebra.thresholds import threshold
 from ..graph.sides import token
-from ..plan.attention import Attention
+from ..model import Select
+from ..plan.attention import Attention, tame
 from ..text.pairs import Operand, Pairs, of_maps, operand, table_name
 from ..text.text import atomic, call, comment, ident, indent, names_read
 from . import choosing
@@ -122,6 +123,7 @@ def weights(attention: Attention, biased: bool = False, met: list[str] | None = 
 def visibility(attention: Attention) -> list[str]:
     """Return the method that says who sees whom, of what weights are made of."""
     writer = Writer(attention)
+    writer.lines += writer.heads_of_keys()
     writer.lines.append(f"return {writer.visibility()}")
     given = [each for group in arguments(attention).values() for each in group]
     head = signature(f"{method_name(attention)}_visible", given, "Tensor")
@@ -165,14 +167,20 @@ class Writer:
             return f"~{self.weighing}.any(-1, keepdim=True)"
         return "lse == -torch.inf"
 
+    def heads_of_keys(self, name: str = "k") -> list[str]:
+        """Return the line that makes keys for every head, where expressions read them so."""
+        graph, node = self.attention.graph, self.attention.node
+        every = int(self.attention.heads) // int(graph.node(node.k).dims[1])
+        if every == 1 or all(operand(node, read) != "k" for read in self.attention.reads):
+            return []
+        self.pairs = replace(self.pairs, whole={"k": name})
+        return [f"{name} = k.repeat_interleave({every}, dim=1)"]
+
     def lines_of_weights(self) -> list[str]:
         """Return the body of the method."""
         attention, mix = self.attention, self.mix
-        graph, node = attention.graph, attention.node
-        every = int(attention.heads) // int(graph.node(node.k).dims[1])
-        dims = f"[b, {attention.heads}, {node.dims[2]}, {attention.keys}]"
-        if every > 1 and any(operand(node, read) == "k" for read in attention.reads):
-            self.lines.append(f"k = k.repeat_interleave({every}, dim=1)")
+        dims = f"[b, {attention.heads}, {attention.node.dims[2]}, {attention.keys}]"
+        self.lines += self.heads_of_keys()
         if mix.carry is not None:
             self.lines += [] if mix.scale == 1 else comment(f"s = s * {mix.scale!r}", dims)
         elif mix.similarity is None and not takes_products(attention):
@@ -265,16 +273,21 @@ class Writer:
         also += [*(f"shared_{name}" for name in shared), *(f"{each}.to(q.dtype)" for each in given)]
         return [*self.lines, f"return {', '.join(['p', *also])}"]
 
-    def _of_maps(self, expr: Expr) -> None:
-        """Write what an expression sums over the queries so far, and what it reads repeatedly."""
+    def _of_maps(self, expr: Expr, chooses: bool = False) -> None:
+        """Write what an expression sums over the queries so far, and what it reads repeatedly.
+
+        One that chooses sees more keys: its sums are others.
+        """
         running = self.attention.running
+        select = self.mix.select
+        first = 0 if chooses or select is None else len(select.running)
         count = Counter(of_maps(expr))
         for part in count:
             if part in self.pairs.made:
                 continue
             match part:
-                case Call("running_queries", (arg,)) if arg in running:
-                    at = running.index(arg)
+                case Call("running_queries", (arg,)) if arg in running[first:]:
+                    at = running.index(arg, first)
                     given = f"{self._hidden(self._spread(arg))}, {sums_before(self.attention, at)}"
                     name = f"sums_read_{at}"
                     self.lines.append(f"{name}, sums_written_{at} = running_sums({given})")
@@ -341,7 +354,16 @@ class Writer:
         else:
             self.lines.append(every)
         if self.mix.select is not None:
-            self.lines += choosing.lines(self.attention, self.pairs)
+            self._choose(self.mix.select)
+
+    def _choose(self, select: Select) -> None:
+        """Write which of the visible keys are read."""
+        (before, self.lines), pairs = (self.lines, []), self.pairs
+        finite = pairs.tame and tame(select.score)
+        self.pairs = replace(pairs, zeros=choosing.ZEROS, tame=finite)
+        self._of_maps(select.score, chooses=True)
+        chosen = choosing.lines(self.attention, self.pairs, self.lines)
+        self.lines, self.pairs = [*before, *chosen], pairs
 
     def _hidden(self, text: str, by: str = "0") -> str:
         return self.pairs.hidden(text, by)
@@ -363,7 +385,8 @@ class Writer:
             self.lines.append(f"entropy = -(p * (s - lse)){hidden}.sum(-1, keepdim=True)")
             return "entropy"
         assert expr is not None
-        total = f"{atomic(self._hidden(self._spread(expr)))}.sum"
+        pairs = replace(self.pairs, tame=self.pairs.tame and tame(expr))
+        total = f"{atomic(pairs.hidden(pairs.spread(expr)))}.sum"
         name = f"{'row' if kind == 'rows' else 'column'}_sum_{self.sums}"
         self.sums += 1
         text = f"{total}(-1, keepdim=True)" if kind == "rows" else f"{total}(-2)[..., None]"
@@ -428,6 +451,8 @@ class Writer:
 
     def _ratio(self) -> None:
         below = self.normalizer.denominator
+        if self.masked and not tame(self.mix.score):  # infinite where it is hidden, perhaps
+            self.lines.append(f"s = {self._hidden('s')}")
         if below is None:
             self.lines.append(f"p = {self._numerator()}")
             return

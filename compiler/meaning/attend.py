@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...grammar.expr import names as names_of
-from ...grammar.functions import MAP_FUNCTIONS
+from ...grammar.functions import GROUPED, MAP_FUNCTIONS
 from ...grammar.syntax import POOLED, Binary, Call, Compare, Expr, Index, Name, Unary, walk
 from ...ops.shape import pooling
 from ..model import Mixing, Normalizer, Pairwise, Select, Statistic, is_map_elsewhere
@@ -217,7 +217,9 @@ class _Scope:
                 case Call(name, (arg, *rest)) if name in MAP_FUNCTIONS:
                     x = torch.as_tensor(self.evaluate(arg, pairs, names))
                     x = x if x.is_floating_point() else x.double()  # of a number as it is
-                    tensor = self._whole(rest[0]) if rest else None
+                    tensor = self._whole(rest[0]) if rest and name not in GROUPED else None
+                    if name in GROUPED:
+                        tensor = torch.as_tensor(self.evaluate(rest[0], pairs, names))
                     return self.map.of(name, x, tensor, self.given.training)
             return None
 

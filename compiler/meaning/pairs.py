@@ -86,6 +86,11 @@ class Map:
                 return self._dense(x).cumsum(-1)[self.pairs]
             case "running_queries":  # over the queries up to this one that see the key
                 return self._dense(x).cumsum(-2)[self.pairs]
+            case "sum_group" | "max_group" if tensor is not None:  # of the visible keys
+                at = tensor.long().expand(x.shape)
+                count = int(at.max()) + 1 if at.numel() else 1
+                groups = Groups(self.rows.of * count + at)
+                return groups.sum(x) if name == "sum_group" else groups.max(x)
             case "rank_keys":  # how many of the row are larger, or as large and before it
                 dense = self._dense(x, -torch.inf)
                 order = torch.argsort(dense, dim=-1, descending=True, stable=True)

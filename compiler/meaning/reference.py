@@ -391,8 +391,9 @@ class ReferenceModel(nn.Module):
             x, made = layer.layer(x, below, context, segments, positions, offered)
             earlier.append(x)
             below.append(made)
-        segments = None if segments is None else segments[:, front:]
-        positions = None if positions is None else positions[:, front:] - front
+        if front:
+            segments = None if segments is None else segments[:, front:]
+            positions = None if positions is None else positions[:, front:] - front
         y = head.layer(x[..., front:, :], (), None, segments, positions)[0]
         return y[:, 0] if model.classifies else y
 

@@ -30,6 +30,8 @@ def selected(
     match select.within:
         case "sum":
             e = values.masked_fill(~inside, 0).sum(-1)
+        case "lse":
+            e = values.masked_fill(~inside, -torch.inf).logsumexp(-1)
         case "mean":
             e = values.masked_fill(~inside, 0).sum(-1) / count
         case _:  # also where all are the same

@@ -11,7 +11,6 @@ FILES = (
     "stages",
     "along",
     "experts",
-    "groups",
     "maps",
     "tiles",
     "turns",
@@ -23,5 +22,6 @@ FILES = (
     "steps",
     "batches",
     "parts",
+    "groups",
     "caches",
 )  # in the order of an emitted file

@@ -26,6 +26,59 @@ def gathers(x: Tensor, least: int) -> bool:
     return x.shape[1] >= max(1, least) and not torch.compiler.is_compiling()
 
 
+def steps_gather(q: Tensor, k: Tensor, least: int) -> bool:
+    """Say whether so few queries meet so many keys that only the chosen groups are looked up."""
+    least = least if GATHER_FROM is None else GATHER_FROM
+    few = q.shape[2] <= 8 and k.shape[2] >= max(1, least)
+    return few and not torch.compiler.is_compiling()
+
+
+def over_steps(
+    choose: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    sees: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    queries: tuple[Any, ...] = (),
+    tables: tuple[Any, ...] = (),
+    tensors: tuple[Any, ...] = (),
+    *,
+    size: int,
+    share: int,
+    scale: float,
+) -> Tensor:
+    """Return what `over_groups` does, of a few queries at i [b or 1, 1, n, 1] and all keys so far.
+
+    Of keys and values only the groups are read that one of the queries reads.
+    """
+    (b, heads, n, _), (groups, m) = q.shape, k.shape[1:3]
+    each, count = min(share, heads // groups), -(-m // size)
+    first = torch.arange(0, count * size, size, device=q.device)[None, None, None]
+    with torch.no_grad():
+        made = choose(q, i, *queries, first, first + size - 1, *tables, *tensors)
+        chosen, forced, _ = (x.expand(b, heads // share, n, count) for x in made)
+        some = (chosen | forced).any(2)
+        most = max(1, int(some.sum(-1).max()))
+        found = some.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
+        group, there = found.indices[..., :most], found.values[..., :most].bool()
+        step = torch.arange(size, device=q.device)
+        j = (group[..., None] * size + step).flatten(2)[:, :, None]
+        chosen = chosen.gather(-1, group[:, :, None].expand(-1, -1, n, -1))
+        seen, always = sees(i, j)
+        shown = seen & (always | chosen.repeat_interleave(size, -1)) & (j < m)
+        shown = shown & there.repeat_interleave(size, -1)[:, :, None]
+        times = share // each
+        shown, j = (x.repeat_interleave(times, 1) for x in (shown, j[:, :, 0].clamp(max=m - 1)))
+        row = torch.arange(b, device=q.device)[:, None, None]
+        head = torch.arange(heads // each, device=q.device) * each * groups // heads
+    keys, values = (x[row, head[None, :, None], j] for x in (k, v))
+    s = widened(q.reshape(b, heads // each, each, n, -1) @ keys.mT[:, :, None]) * scale
+    shown = shown[:, :, None]
+    p = s.masked_fill(~shown, torch.finfo(s.dtype).min).softmax(-1) * shown
+    return (p.to(v.dtype) @ values[:, :, None]).reshape(b, heads, n, -1)
+
+
 class Readers(NamedTuple):
     """Which queries read each group, sorted by groups, then by units.
 

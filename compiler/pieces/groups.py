@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .batches import Batch
+from .parts import by_token
 
 
 def groups_in(
@@ -17,7 +22,7 @@ def groups_in(
     """
     n = x.shape[-2]
     count = (n + stride - 1) // stride
-    after = start + stride * (count - 1) + size - n
+    after = start + stride * count + size - n  # a group more: of no tokens there is none to unfold
     tokens = F.pad(x, (0, 0, -start, after)).unfold(-2, size, stride)[..., :count, :, :].mT
     at = stride * torch.arange(count, device=x.device)[:, None]
     at = at + torch.arange(start, start + size, device=x.device)
@@ -27,74 +32,122 @@ def groups_in(
     return tokens, inside[:, None] if x.ndim == 4 else inside
 
 
-def pooled_sum(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+class GroupBatch(NamedTuple):
+    """How the groups of a call stand, as a cache takes them: those that were not complete before.
+
+    `place` [groups] or [b, groups] numbers them, `run` says which a row has begun, None for all.
+    """
+
+    place: Tensor
+    bound: int
+    before: Any
+    after: Any
+    run: Tensor | None
+    cut: bool = False
+    given: Tensor | None = None
+    slack: int = 0
+
+
+def batch_of_groups(batch: Batch, count: int, size: int, stride: int, start: int) -> GroupBatch:
+    """Return how groups of the `count` tokens of a call stand, and of those just before them."""
+    after, bound = batch.after, max(0, (batch.bound - start - size) // stride + 1)
+    device = batch.place.device
+    if batch.run is None and isinstance(after, int):
+        total = -(-after // stride)
+        place = torch.arange(bound, total, device=device)
+        return GroupBatch(place, bound, bound, total, None)
+    rows = len(batch.place) if batch.run is None else len(batch.run)
+    since, ends = (torch.as_tensor(x, device=device).expand(rows)[:, None]
+                   for x in (batch.before, after))  # fmt: skip
+    first = ((since - start - size) // stride + 1).clamp(min=0)
+    place = first + torch.arange((count + size - 2) // stride + 2, device=device)
+    total = -(-ends // stride)
+    run = torch.where(place < total, 0, -1)
+    return GroupBatch(place, bound, first[:, 0], total[:, 0], run)
+
+
+def new_groups(
+    x: Tensor,
+    size: int,
+    stride: int,
+    start: int,
+    run: Tensor | None,
+    before: Tensor | None,
+    batch: Batch,
+) -> tuple[Tensor, Tensor]:
+    """Return what `groups_in` does of the groups of `batch_of_groups`, `before` those of x.
+
+    Without tokens before, they are all groups.
+    """
+    if before is None:
+        return groups_in(x, size, stride, start, run)
+    every = torch.cat([before, x], dim=-2)
+    groups = batch_of_groups(batch, x.shape[-2], size, stride, start)
+    at = stride * groups.place[..., None] + torch.arange(start, start + size, device=x.device)
+    since, ends = (torch.as_tensor(each, device=x.device) for each in (batch.before, batch.after))
+    if at.ndim == 3:
+        since, ends = (each.expand(len(x))[:, None, None] for each in (since, ends))
+    inside = (at >= 0) & (at < ends)
+    place = (at - since + before.shape[-2]).clamp(0, max(0, every.shape[-2] - 1))
+    if at.ndim == 2:
+        tokens, inside = every[..., place, :], inside[None]
+    else:
+        index = by_token(place.flatten(1), every)
+        index = index.expand(*every.shape[:-2], -1, every.shape[-1])
+        tokens = every.gather(-2, index).unflatten(-2, place.shape[1:])
+    inside = inside[..., None]
+    return tokens, inside[:, None] if x.ndim == 4 else inside
+
+
+def pooled_sum(tokens: Tensor, inside: Tensor) -> Tensor:
     """Return the sum of each group."""
-    tokens, inside = groups_in(x, size, stride, start, run)
     return tokens.masked_fill(~inside, 0).sum(-2)
 
 
-def pooled_mean(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+def pooled_mean(tokens: Tensor, inside: Tensor) -> Tensor:
     """Return the mean of each group, of the tokens that there are."""
-    tokens, inside = groups_in(x, size, stride, start, run)
     return tokens.masked_fill(~inside, 0).sum(-2) / inside.sum(-2).clamp(min=1)
 
 
-def pooled_max(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+def pooled_max(tokens: Tensor, inside: Tensor) -> Tensor:
     """Return the maxima of each group, 0 of one without any token."""
-    tokens, inside = groups_in(x, size, stride, start, run)
     most = tokens.masked_fill(~inside, -torch.inf).amax(-2)
     return most.masked_fill(~inside.any(-2), 0)
 
 
-def pooled_min(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+def pooled_min(tokens: Tensor, inside: Tensor) -> Tensor:
     """Return the minima of each group, 0 of one without any token."""
-    return -pooled_max(-x, size, stride, start, run)
+    return -pooled_max(-tokens, inside)
 
 
-def pooled_first(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+def pooled_first(tokens: Tensor, inside: Tensor) -> Tensor:
     """Return the first token of each group, 0 where it has none."""
-    tokens, inside = groups_in(x, size, stride, start, run)
     earlier = F.pad(inside, (0, 0, 1, 0))[..., :-1, :]
     return tokens.masked_fill(~inside | earlier, 0).sum(-2)
 
 
-def pooled_last(x: Tensor, size: int, stride: int, start: int, run: Tensor | None) -> Tensor:
+def pooled_last(tokens: Tensor, inside: Tensor) -> Tensor:
     """Return the last token of each group, 0 where it has none."""
-    tokens, inside = groups_in(x, size, stride, start, run)
     later = F.pad(inside, (0, 0, 0, 1))[..., 1:, :]
     return tokens.masked_fill(~inside | later, 0).sum(-2)
 
 
-def pooled_linear(
-    x: Tensor, size: int, stride: int, start: int, run: Tensor | None, weight: Tensor
-) -> Tensor:
+def pooled_linear(tokens: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
     """Return a linear map, weight [d, size · d], of the tokens of each group, one after another."""
-    tokens, inside = groups_in(x, size, stride, start, run)
     return F.linear(tokens.masked_fill(~inside, 0).flatten(-2), weight)
 
 
-def pooled_attention(
-    x: Tensor, size: int, stride: int, start: int, run: Tensor | None, weight: Tensor
-) -> Tensor:
+def pooled_attention(tokens: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
     """Return the mean of each group by the softmax of its tokens' products with weight [1, d]."""
-    tokens, inside = groups_in(x, size, stride, start, run)
     tokens = tokens.masked_fill(~inside, 0)
     lowest = torch.finfo(tokens.dtype).min
     share = F.linear(tokens, weight).masked_fill(~inside, lowest).softmax(-2)
     return (share * tokens).sum(-2)
 
 
-def windows_of(
-    x: Tensor, size: int, stride: int, start: int, run: Tensor | None, fill: float = 0
-) -> Tensor:
+def windows_of(tokens: Tensor, inside: Tensor, fill: float = 0) -> Tensor:
     """Return the tokens of each group [b, (heads,) groups, size, d], `fill` where there is none."""
-    tokens, inside = groups_in(x, size, stride, start, run)
     return tokens.masked_fill(~inside, fill)
-
-
-def group_starts(x: Tensor, stride: int) -> Tensor:
-    """Return the number of the first of each `stride` tokens of x [b, (heads,) n, d]."""
-    return torch.arange(0, x.shape[-2], stride, device=x.device)
 
 
 def run_of_groups(run: Tensor | None, stride: int) -> Tensor | None:
@@ -108,6 +161,8 @@ def rows_at(x: Tensor, at: Tensor) -> Tensor:
     What lies past an end is the token at that end.
     """
     at = at.long().clamp(0, max(0, x.shape[-2] - 1))
+    if not x.shape[-2]:  # there is no row to take
+        x = F.pad(x, (0, 0, 0, 1))
     if at.shape[0] == 1:
         return x.index_select(-2, at.flatten())
     at = at[:, 0, 0, :, None] if x.ndim == 3 else at[:, 0, :, :, None].expand(-1, x.shape[1], -1, 1)
@@ -137,6 +192,28 @@ def groups_of_keys(j: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return rank, first.scatter(-1, rank, group * size)
 
 
+def ranks_of(group: Tensor) -> Tensor:
+    """Number the groups of keys that stand together, group [b or 1, 1, 1, m], from 0."""
+    return F.pad(group[..., 1:] != group[..., :-1], (1, 0)).cumsum(-1)[..., : group.shape[-1]]
+
+
+def sum_of_groups(x: Tensor, group: Tensor) -> Tensor:
+    """Return the sum of x [b, h, n, m] over the keys of each one's group [b or 1, 1, 1, m]."""
+    rank = ranks_of(group)
+    return at_groups(torch.zeros_like(x).scatter_add(-1, rank.expand(x.shape), x), rank)
+
+
+def max_of_groups(x: Tensor, group: Tensor) -> Tensor:
+    """Return the maximum of x [b, h, n, m] over the keys of each one's group [b or 1, 1, 1, m].
+
+    What is minus infinity counts as none; of a group of none it is 0.
+    """
+    rank = ranks_of(group)
+    none = torch.full_like(x, -torch.inf)
+    most = none.scatter_reduce(-1, rank.expand(x.shape), x, "amax")
+    return at_groups(most.masked_fill(most == -torch.inf, 0), rank)
+
+
 def any_of_groups(x: Tensor, group: Tensor, count: int) -> Tensor:
     """Say which of `count` groups have a key of x [b, h, n, m], by the group of each key."""
     found = torch.zeros(*x.shape[:-1], count, dtype=torch.int8, device=x.device)
@@ -163,10 +240,15 @@ def best_of_groups(e: Tensor, free: Tensor, group: Tensor, count: int, by: str) 
 def score_within(
     e: Tensor, free: Tensor, group: Tensor, count: int, by: str, rows: tuple[Tensor, int] | None
 ) -> Tensor:
-    """Return the score of each group of keys, for `rows` of queries together: max, sum or mean.
+    """Return the score of each group of keys, for `rows` of queries together, by one of these.
 
-    e and free are [b, h, n, m]; what it gives is [b, h, n, groups].
+    They are max, sum, mean and lse. e and free are [b, h, n, m]; it gives [b, h, n, groups].
     """
+    if by == "lse":
+        most = score_within(e, free, group, count, "max", rows)
+        most = most.masked_fill(most.isinf(), 0)
+        rest = (e - at_groups(most, group)).exp()
+        return score_within(rest, free, group, count, "sum", rows).log() + most
     kind = "max" if by == "max" else "sum"
     found = best_of_groups(e, free, group, count, kind)
     number = best_of_groups(torch.ones_like(e), free, group, count, "sum")

@@ -77,6 +77,12 @@ def top_features(x: Tensor, count: int) -> Tensor:
     return x.masked_fill(rest, 0)
 
 
+def largest_feature(x: Tensor) -> Tensor:
+    """Return the number of the largest of the last dimension, the first of equal ones."""
+    at = x.detach().argmax(-1, keepdim=True)
+    return at.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def combine(x: Tensor, weights: Tensor) -> Tensor:
     """Sum the heads of x [b, r, n, d] by weights [b, r, n, e] into e heads."""
     return (weights.transpose(-3, -2).mT @ x.transpose(-3, -2)).transpose(-3, -2)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ...grammar.expr import PLACES, names, rebuild
-from ...grammar.functions import MAP_FUNCTIONS
+from ...grammar.functions import GROUPED, MAP_FUNCTIONS
 from ...grammar.syntax import (
     POOLED,
     Binary,
@@ -48,7 +48,8 @@ from .values import Text, Values
 
 _ALONG = {(QUERY, 0): "[..., None]", (QUERY, 1): "[..., None, :]",
           (KEY, 0): "[..., None, :]", (KEY, 1): "[..., None, :, :]"}  # fmt: skip
-_WHOLE_MAPS = ("rank", "mix", "convolve", "coin", "running")  # functions of maps that give one
+# Functions of maps that give one, by how they begin.
+_WHOLE_MAPS = ("rank", "mix", "convolve", "coin", "running", *GROUPED)
 _WITHOUT_HEADS = {(QUERY, 0): "[:, None, :, None]", (QUERY, 1): "[:, None, :, None, :]",
                   (KEY, 0): "[:, None, None, :]", (KEY, 1): "[:, None, None]"}  # fmt: skip
 
@@ -184,6 +185,7 @@ class Pairs(Values):
     tame: bool = False  # whether all pairs, visible or not, have finite numbers
     local: bool = False  # whether params and consts are variables, not the module's
     wide: str = ".to(wide)"  # how a place becomes a fraction
+    zeros: str = "torch.zeros_like(s)"  # of every pair
     variables: Mapping[Operand, str] = field(default_factory=dict)  # where they are called other
     whole: Mapping[str, str] = field(default_factory=dict)  # q and k, where they are: for all heads
     made: Mapping[Expr, str] = field(default_factory=dict)  # variables of functions of the map
@@ -245,6 +247,11 @@ class Pairs(Values):
                 return f"rank_keys({self.hidden(value, '-torch.inf')})"
             case "mix_heads":
                 return f"mix_heads({self.hidden(value)}, {self.value(rest[0]).text})"
+            case "sum_group":
+                return f"sum_of_groups({self.hidden(value)}, {self.value(rest[0]).text})"
+            case "max_group":
+                hidden = self.hidden(value, "-torch.inf")
+                return f"max_of_groups({hidden}, {self.value(rest[0]).text})"
             case "convolve":
                 return f"convolve({self.hidden(value)}, {self.value(rest[0]).text})"
             case "running_keys" | "running_queries":
@@ -260,7 +267,7 @@ class Pairs(Values):
     def spread(self, expr: Expr) -> str:
         """Return the text of a number for every pair, also where it does not read the logits."""
         text = self.value(expr).text
-        return text if _spread(expr) else f"torch.zeros_like(s) + {atomic(text)}"
+        return text if _spread(expr) else f"{self.zeros} + {atomic(text)}"
 
     def hidden(self, text: str, by: str = "0") -> str:
         """Return a text with what is not visible replaced."""

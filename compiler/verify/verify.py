@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...grammar.expr import calls
+from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.syntax import Binary, Compare, Name, Number
 from ...ops import OPS
 from ..algebra.points import visible_pairs
@@ -309,10 +310,12 @@ def _empty_rows(subject: Subject) -> str | tuple[int, float]:
     return result
 
 
-def _extreme(subject: Subject) -> tuple[int, float]:
+def _extreme(subject: Subject) -> str | tuple[int, float]:
     block = subject.what
     assert isinstance(block, Block)
     pairwise = _pairwise(block)
+    if any(_weighs(mixing.mix) for mixing in block.mixings.values()):
+        return "what a selection reads of the map is equal for many keys there"
     other = subject
     if pairwise:
         other = Subject.of(block.remixed(lambda mix: replace(mix, scale=mix.scale * 1e4)))
@@ -328,6 +331,13 @@ def _extreme(subject: Subject) -> tuple[int, float]:
                 raise Difference(f"the gradient of {name} is not finite ({case}, logits × 1e4)")
             count += 1
     return count, worst
+
+
+def _weighs(mix: object) -> bool:
+    """Say whether a mix chooses by functions of the map."""
+    if not isinstance(mix, Pairwise) or mix.select is None:
+        return False
+    return any(calls(mix.select.score, name) for name in MAP_FUNCTIONS)
 
 
 def _training(subject: Subject) -> str | tuple[int, float]:

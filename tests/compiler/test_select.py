@@ -92,6 +92,28 @@ def test_the_best_blocks_and_its_own(gathered: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_steps_look_up_what_was_chosen_and_keep_what_was_pooled() -> None:
+    module, oracle = both(MOBA.replace("OPTIONS", ""))
+    x = drawn(45)
+    cache = module.init_cache(2, 45)
+    with gathering(module) as file, torch.no_grad():
+        read = []
+        own = file.over_steps
+
+        def counted(*given: object, **how: object) -> Tensor:
+            read.append(given[3].shape[2])
+            done: Tensor = own(*given, **how)
+            return done
+
+        file.over_steps = counted  # type: ignore[attr-defined]
+        parts = [module(x[:, :33], cache=cache)]
+        parts += [module(x[:, t : t + 1], cache=cache) for t in range(33, 45)]
+        file.over_steps = own  # type: ignore[attr-defined]
+    assert read == list(range(34, 46))  # of so many keys
+    torch.testing.assert_close(torch.cat(parts, 1), oracle(x), rtol=1e-11, atol=1e-11)
+    assert sorted(cache.parts) == ["kb_groups", "keys", "tails"]
+
+
 def test_gathered_rows_of_large_logits_have_their_maxima() -> None:
     module, oracle = both(MOBA.replace("OPTIONS", ""))
     x = 40 * drawn(41)

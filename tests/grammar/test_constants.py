@@ -41,7 +41,7 @@ def test_the_smallest_part_without_a_value_is_named(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["s * 1 + (4 - 4)", "where(1 > 2, s, 3 * t)", "j <= i and true", "2 ** 3 * s", "-(-s)",
-     "where(i > 2, s, 0.5)", "max(s, log(0))", "softmax(3)", "sum(2)"],
+     "where(i > 2, s, 0.5)", "i // 1 * 1", "max(s, log(0))", "softmax(3)", "sum(2)"],
 )  # fmt: skip
 def test_settling_is_folding(text: str) -> None:
     assert settle(parse_expression(text)) == fold(parse_expression(text))

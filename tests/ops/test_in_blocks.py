@@ -18,6 +18,7 @@ SETTINGS = {
     "spectral": "q = x | linear(reparam = spectral) | split; out = o | merge |"
                 " linear(reparam = weight_norm, bias = true)",
     "top_of_softmax": "let e = x | linear(8) | softmax | top(2); v = e | linear | split",
+    "argmax": "let e = x | linear | split | argmax; mask = causal and e[h, i] == e[h, j]",
     "slices": "head_dim = 4; let a = x | linear(20); q = a | slice(0, 16) | split;"
               " k = a | slice(4) | split",
     "l1_norm": "q = x | linear | split | l1_norm",

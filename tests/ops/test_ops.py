@@ -168,6 +168,7 @@ CASES = {
     "l1_norm": Case("l1_norm", SPLIT),
     "softmax": Case("softmax", SPLIT),
     "top": Case("top", SPLIT, count=2),
+    "argmax": Case("argmax", SPLIT),
     "mean_tokens": Case("mean_tokens", SPLIT),
     "mean_tokens, no heads": Case("mean_tokens", FLAT),
     "joint": Case("joint", SPLIT, SPLIT, *[replace(SPLIT, dim=1)] * 2),
@@ -396,6 +397,8 @@ def expected(name: str) -> Tensor:
             return torch.stack([x[..., 0] == at for at in range(3)], -1).to(x)
         case "top":
             return x * (x >= x.topk(2, -1).values[..., 1:])
+        case "argmax":
+            return x.max(-1, keepdim=True).indices.to(x.dtype)
         case "slice":
             return x[..., [1, 2, 3]]
         case "slice to the end":
@@ -557,6 +560,16 @@ def test_top_keeps_the_first_of_equal_ones() -> None:
     close(case.text(), want)
     for gradients in case.gradients():
         assert torch.equal(gradients[0] != 0, want != 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_is_the_first_of_equal_ones_and_a_whole_number(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 2, 300, dtype=dtype)
+    x[0, 0, 257] = x[0, 0, 299] = 1
+    case = Case("argmax", Shape("n", 300))
+    case.inputs = [x]
+    for found in (case.eager(dtype), case.text()):
+        assert found.flatten().tolist() == [257, 0]
 
 
 def test_zero_stays_zero_in_l1_norm() -> None:

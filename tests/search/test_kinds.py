@@ -35,6 +35,8 @@ SPACES = {
     "stages": """block a { heads = 2; head_dim = 8; mask = causal
         q = x | linear | split | any(stage); k = x | any(stage, depth = 3) | linear | split
         v = x | linear | any(stage) | split; out = o | any(norm) | merge | linear | any(stage) }""",
+    "select": "block a { heads = 2; head_dim = 8; mask = causal and any(mask); "
+    "select = any(select, depth = 3) }",
     "mix": "block a { heads = 2; head_dim = 8; mask = causal; mix = any(mix, depth = 3) }",
     "mix_of_all": "block a { heads = 2; head_dim = 8; mix = any(mix, depth = 3) }",
     "mix_of_a_window": "block a { heads = 2; head_dim = 8; mask = window(3); mix = any(mix) }",
