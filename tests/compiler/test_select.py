@@ -203,6 +203,16 @@ REFUSED = {
 }
 
 
+def test_a_stage_with_tensors_pools_nothing() -> None:
+    text = """
+        stage small { param b[features] = 0; (x | pool(mean, size = 4)) + b }
+        block a { heads = 2; width = 8; k = x | small | linear | split; v = k }
+    """
+    with pytest.raises(LoomError) as caught:
+        check(parse(text))
+    assert [each.code for each in caught.value.diagnostics] == ["L206"]
+
+
 @pytest.mark.parametrize("settings", REFUSED)
 def test_it_is_refused(settings: str) -> None:
     text = f"block a {{ heads = 2; width = 8; mask = causal; {settings}; let used = x }}"
