@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import floor
 from typing import TypeGuard
 
 from ..grammar.diagnostics import Diagnostic
@@ -174,7 +175,8 @@ class Part:
 
     Its tensors live in the submodule `module`. It takes one stream; experts take a second one,
     what each of them weighs for each token, [n, experts]. Parts with one `once`, the place of a
-    text, have the same tensors: those of the first of them.
+    text, have the same tensors: those of the first of them. A part that is `taken` runs on some
+    tokens alone, of which a second stream [n, 1] is not 0; it gives 0 at the others.
     """
 
     what: Block
@@ -183,6 +185,20 @@ class Part:
     module: str = ""
     span: Span = field(default=NOWHERE, compare=False, repr=False)
     once: Span | None = None
+    taken: Taken | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """How many tokens of a sequence are taken at most: a number, or a share; None if not known."""
+
+    count: int | None = None
+    share: float | None = None
+
+    def of(self, tokens: int) -> int:
+        """Return how many of so many tokens are taken at most."""
+        most = tokens if self.share is None else max(1, floor(self.share * tokens))
+        return most if self.count is None else min(self.count, tokens)
 
 
 Flow = Read | Apply | Mixing | Statistic | Part

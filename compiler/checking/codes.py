@@ -322,6 +322,16 @@ OWN: dict[str, Code] = {
             "  select = top(2, dot(q[h, i], kb[h, j // 8]), size = 8)\n}",
         ),
         Code(
+            "L243",
+            "these tokens cannot be taken",
+            "`take(chosen)` hands the tokens of which `chosen` [n, 1] is not 0 to the stages after "
+            "it, and `put` returns them to their places, in the same pipeline of a layer or a "
+            "feed-forward. What stands between maps features of tokens [n, d], and reads no other "
+            "layer.",
+            "layer half(part) { let r = x | linear(1); out = x + (x | take(r > 0) | part) }\n"
+            "block a { heads = 4 }\nmodel m { width = 32; layers = [half(a)] }",
+        ),
+        Code(
             "W001",
             "a block depends on the number of tokens",
             "An expression reads `n` or `m`, or the scaling of `rope` depends on how long a "

@@ -30,6 +30,7 @@ from ..model import (
     Flow,
     Part,
     Read,
+    Taken,
     flow_mapped,
     flow_nodes,
     is_part,
@@ -41,6 +42,7 @@ from .options import bound, option_value
 from .routing import as_experts
 from .scalars import resolve_function, shaped
 from .scope import Scope, body, inline_stage, suggest
+from .taken import between, expect_taken, most_taken, unpaired
 
 OFFERS = {  # where a model gives them
     "earlier": "a model without `lanes` has it",
@@ -86,6 +88,7 @@ class _Whole:
     span: Span
     others: tuple[Flow, ...] = ()
     once: Span | None = None  # where the text is that its tensors belong to, if shared
+    taken: Taken | None = None
 
 
 def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
@@ -325,7 +328,7 @@ def _for_heads(scope: Scope, operands: Sequence[Flow]) -> tuple[Flow, ...]:
 
 
 def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> Flow:
-    steps = [step for stage in stages for step in _expand(scope, stage, target)]
+    steps = _steps(scope, stages, target)
     wanted: list[Shape | None] = [target.shape] * len(steps)
     for at in range(len(steps) - 1, 0, -1):
         out, step = wanted[at], steps[at]
@@ -339,6 +342,8 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
     for step, out in zip(steps, wanted, strict=True):
         if isinstance(step, _Whole):
             what = step.make(head.shape)
+            if step.taken is not None:
+                expect_taken(what, head.shape, step.others[0].shape, step.span)
             shape = what.out.shape
             if pooling(shape.tokens)[1] > pooling(head.shape.tokens)[1]:
                 raise error(
@@ -351,10 +356,41 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
             if what.x.heads is None and head.shape.heads is not None:  # each head alike
                 shape = replace(shape, heads=head.shape.heads)
             inputs = (head, *step.others)
-            head = Part(what, inputs, shape, step.module, step.span, step.once)
+            head = Part(what, inputs, shape, step.module, step.span, step.once, step.taken)
             continue
         head = _apply(scope, replace(step, options=_completed(scope, step, head.shape, out)), head)
     return head
+
+
+def _steps(scope: Scope, stages: Sequence[Expr], target: Target) -> list[_Stage | _Whole]:
+    """Return what the stages of a pipeline stand for; those from `take` to `put` are one."""
+    place = between(stages)
+    if place is None:
+        return [step for stage in stages for step in _expand(scope, stage, target)]
+    first, last = place
+    before, inner = stages[:first], stages[first + 1 : last]
+    own = _taken(scope, stages[first], tuple(inner))
+    return [*_steps(scope, before, target), own, *_steps(scope, stages[last + 1 :], target)]
+
+
+def _taken(scope: Scope, take: Expr, stages: tuple[Expr, ...]) -> _Whole:
+    """Return the part that the stages between `take(chosen)` and `put` are: one, or all of them."""
+    assert isinstance(take, Call)
+    (choosing,) = exactly(take, take.args, 1)
+    if scope.around is None:
+        help = "write a `layer` around the block"
+        raise error("L243", "`take` is a stage of layers and feed-forwards", take.span, "", help)
+    chosen = _flow(scope, choosing, Target("chosen"))
+    flows = {name: each.flow for name, each in scope.streams.items()}
+    found = _expand(scope, stages[0], Target("out")) if len(stages) == 1 else []
+    whole = found[0] if len(found) == 1 else None
+    if not isinstance(whole, _Whole) or whole.others:
+        name = "taken"
+        value = syntax.Pipe(Name("x", take.span), stages, take.span)
+        inside = Definition("layer", name, (), (syntax.Result(value, span=take.span),))
+        whole = _whole(scope, Name(name, take.span), name, inside)
+    others = (chosen,)
+    return replace(whole, others=others, taken=most_taken(chosen, flows), span=take.span)
 
 
 def _completed(scope: Scope, step: _Stage, given: Shape, out: Shape | None) -> dict[str, Any]:
@@ -424,6 +460,8 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         (other,) = exactly(stage, args, 1)
         gate = _flow(scope, other, replace(target, shape=None))
         return [_pointwise(Binary("*", Name("a0"), Name("a1")), (gate,), stage.span)]
+    if name in ("take", "put"):
+        raise unpaired(stage)
     if name == "mixture":
         return [_mixture(scope, stage, args)]
     if name == "scale":
@@ -452,7 +490,9 @@ def _expand(scope: Scope, stage: Expr, target: Target, suffix: str = "") -> list
         *(OPS.keys() - UNNAMED),
         "gate",
         "mixture",
+        "put",
         "scale",
+        "take",
         *library.known("stage"),
         *FUNCTIONS,
         *parts,

@@ -273,6 +273,8 @@ def without(expr: Expr, absent: set[str]) -> Expr | None:
 
 def whole(scope: Scope, call: Expr, definition: syntax.Definition | None, given: Shape) -> Block:
     """Return the part that a stage of a pipeline is, for what it is given."""
+    if definition is not None and definition.kind == "layer":
+        return _within(scope, definition, given)
     if definition is not None:
         return _stage(scope, definition, call, given)
     return _part(scope, call, given)
@@ -367,6 +369,26 @@ def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> 
     return block
 
 
+def _within(scope: Scope, layer: syntax.Definition, given: Shape) -> Block:
+    """Return the layer that stages of a pipeline make by themselves, between others."""
+    inner = Scope(
+        scope.library,
+        scope.findings,
+        numbers={**scope.numbers, "features": given.dim},
+        inputs={"x": given},
+        title=layer.name,
+        parts=scope.parts,
+        around=scope.around,
+        whole=whole,
+    )
+    inner.offer({} if scope.around is None else scope.around.offered)
+    (result,) = layer.body
+    assert isinstance(result, syntax.Result)
+    out = elaborate(inner, result.value, Target("out", given))
+    block = composed(layer.name, "layer", inner, [], out, layer.span)
+    return block if block.uses else replace(block, kind="ffn")
+
+
 def _of_heads(statements: list[syntax.Statement]) -> bool:
     """Say whether some tensor has a dimension of all heads."""
     dims = (dim for each in statements if isinstance(each, syntax.Param) for dim in each.dims)
@@ -452,7 +474,8 @@ def _beside(norm: str, node: Apply | Part) -> Flow:
     """Name the norm that a part takes, or that takes a part."""
     first = node.inputs[0]
     if is_part(node) and isinstance(first, Apply | Part) and _is_norm(first, norm):
-        return replace(node, inputs=(replace(first, module=f"{node.module}_norm"),))
+        normed = replace(first, module=f"{node.module}_norm")
+        return replace(node, inputs=(normed, *node.inputs[1:]))
     if _is_norm(node, norm) and is_part(first):
         return replace(node, module=f"{first.module}_post_norm")
     return node

@@ -38,6 +38,7 @@ from .library import Library, bind, is_once, named, parsed, put, standard, stand
 from .patches import read_patches
 from .scope import Findings, Scope
 from .spellings import instead
+from .taken import expect_read
 
 SETTINGS = {
     "vocab": "none", "width": "", "layers": "", "layer": "pre", "ffn": "swiglu(8/3)",
@@ -464,6 +465,7 @@ class _Reader:
             return name in MAPS or name in drafts[id(block)].scope.streams
 
         done = stack(layers, self.steps, finish, has)
+        expect_read(done)
         self._require_one(done)
         if encoder is not None and not any(layer.context_width for layer in done):
             self._unread(warnings)

@@ -120,6 +120,7 @@ class Caches:
         for part in parts:
             if isinstance(part, Within):
                 made = f"self.{part.part}.init_cache(batch, length)"
+                made = f"TakenCache({made})" if part.taken else made
                 lines += indent([f"{ident(part_name(part))}={made},"], 2)
                 continue
             head = f"{ident(part_name(part))}={_CLASSES[type(part)]}"
@@ -218,6 +219,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
     """
     if any(own_rows(each.what, training) for each in block.parts):
         return True
+    if not training and any(each.taken is not None for each in block.parts):
+        return True  # a cache of what is taken of a row knows one sequence
     flows = block.flows if training else (*(each.flow for each in block.streams), block.out)
     for flow in (node for each in flows for node in flow_nodes(each)):
         if isinstance(flow, Mixing) and isinstance(flow.mix, Pairwise):

@@ -117,7 +117,7 @@ class Mixes(Stages):
         when = f"if {self._when(needs)}:"
         lines += [when, *indent(self._plain(node, given))]
         held = self.kept.read_by(node.name)
-        if way(self.plan.path(node)) is gathered.WAY and held is not None and held.ring is None:
+        if self.plan.path(node) == gathered.WAY.name and held is not None and held.ring is None:
             asked, steps = gathered.steps(facts, given, targets)
             lines += [f"elif {asked}:", *indent(steps)]
         return [*lines, "else:", *indent(general)]

@@ -11,7 +11,7 @@ from ...ops.shape import pooling
 from ..facts.kept import Groups, carries, lookback
 from ..graph.graph import AnyNode, Node, is_wide, made_by
 from ..graph.operations import Input, Stage, TensorRead, Whole
-from ..model import elsewhere
+from ..model import Taken, elsewhere
 from ..text.text import LIMIT, atomic, call, comment, ident, shared_text
 from .caches import TAILS, Caches, part_name, plain_name
 
@@ -87,7 +87,7 @@ class Stages(Caches):
         """Whether a node stands inside the only expression that reads it, once."""
         if "." not in node.name or self._remembers(node) or hands_on(node):
             return False
-        if node.name in self.pooled:
+        if node.name in self.pooled or (made_by(node, Whole) and node.op.taken is not None):
             return False
         readers = self.graph.readers(node.name)
         if len(readers) != 1 or readers[0].inputs.count(node.name) != 1:
@@ -132,6 +132,23 @@ class Stages(Caches):
     def handed(self, node: Node[Whole]) -> list[str]:  # noqa: ARG002  where it takes nothing more
         """Return what a part is given beside its stream."""
         return []
+
+    def _taken(self, node: Node[Whole], how: Taken, head: str) -> list[str]:
+        """Write a part that runs on some tokens alone."""
+        x, chosen = (self._read(node, name, {}) for name in node.inputs)
+        given = dict(each.split("=", 1) for each in self.handed(node) if "=" in each)
+        kept = given.get("cache")
+        own = "None" if kept is None else "own"
+        lines = [] if kept is None else [f"own = None if {kept} is None else {kept}.cache"]
+        lines += call("some = taken", ["batch", chosen, repr(how.count), repr(how.share), own])
+        more = {"batch": "some", "cache": own, "tokens": "some.take(tokens)"}
+        texts = [f"{name}={more.get(name, text)}" for name, text in given.items()]
+        texts = ["some.take(" + x + ")", *texts]
+        dims = f"[{', '.join(map(str, node.dims))}]"
+        lines += call(f"made = self.{node.module}", texts)
+        if kept is None:
+            return [*lines, *comment(f"{head} some.give(made)", dims)]
+        return [*lines, *comment(f"{head} finish(made, some, own)", dims)]
 
     def _text(
         self,
@@ -189,6 +206,8 @@ class Stages(Caches):
         """Write `head text  # dims`, the innermost stages on lines of their own if too long."""
         if not (made_by(node, Stage) or made_by(node, Whole)):
             return [f"{head} {plain_name(node.name)}"]
+        if made_by(node, Whole) and node.op.taken is not None:
+            return self._taken(node, node.op.taken, head)
         if hands_on(node):
             head = f"{head.removesuffix(' =')}, {given_by(node)} ="
         dims = f"[{', '.join(map(str, node.dims))}]"

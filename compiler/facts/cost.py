@@ -100,7 +100,9 @@ def _block_flops(block: Block, tokens: int) -> int:
         * OPS[node.op].flops([each.shape for each in node.inputs], dict(node.options))
         for node in _applies(block)
     )
-    total += sum(_times(each.what) * _block_flops(each.what, tokens) for each in block.parts)
+    for part in block.parts:
+        given = tokens if part.taken is None else part.taken.of(tokens)
+        total += _times(part.what) * _block_flops(part.what, given)
     return total + sum(_mixing_flops(each, tokens, block) for each in block.mixings.values())
 
 

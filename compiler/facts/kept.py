@@ -117,10 +117,11 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """What a part of a layer keeps, by the part's name."""
+    """What a part of a layer keeps, by the part's name; of the tokens it is given, if `taken`."""
 
     part: str
     kept: Kept
+    taken: bool = False
 
     def bytes(self, tokens: int, size: int) -> int:
         return self.kept.bytes(tokens, size)
@@ -278,7 +279,7 @@ def _tails(graph: Graph) -> Iterator[Tails]:
 def _within(graph: Graph) -> Iterator[Within]:
     for node in graph.of(Whole):
         if (found := kept(node.op.what)).parts:
-            yield Within(node.module, found)
+            yield Within(node.module, found, node.op.taken is not None)
 
 
 def lookback(node: AnyNode) -> int:

@@ -136,7 +136,7 @@ class _Builder:
             assert isinstance(node, Apply | Part)
             stage: Stage | Whole
             stage = (
-                Whole(node.what, node.once)
+                Whole(node.what, node.once, node.taken)
                 if isinstance(node, Part)
                 else Stage(node.op, node.options)
             )

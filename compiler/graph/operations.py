@@ -18,7 +18,7 @@ from ...grammar.source import Span
 from ...grammar.syntax import Expr, Index, Name
 from ...ops import OPS
 from ...ops.op import Op
-from ..model import Block, Normalizer, Pairwise, Recurrence, Select
+from ..model import Block, Normalizer, Pairwise, Recurrence, Select, Taken
 
 Change = Callable[[Expr], Expr]
 
@@ -71,6 +71,7 @@ class Whole(_Operation):
 
     what: Block
     once: Span | None = None
+    taken: Taken | None = None
     name: ClassVar[str] = "part"
     roles: ClassVar[tuple[str, ...]] = ("x",)
 

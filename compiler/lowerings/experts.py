@@ -1,23 +1,39 @@
-"""Feed-forwards that tokens are sent to, as `explain` says it.
+"""Parts that tokens are sent to, as `explain` says it.
 
 mixture(swiglu, w)    grouped: rows of one expert after those of another, one product for all
+take(t) | attn | put  taken: rows of the tokens that are taken, the part as it is by itself
 """
 
 from __future__ import annotations
 
 from ..facts.decoding import obstacle
-from ..model import Block
+from ..model import Block, Taken
 from ..plan.plan import Lowering
 
 
 def sent(wholes: list[Block]) -> list[Lowering]:
-    """Return how the experts of some layers and feed-forwards are computed, each kind once."""
+    """Return how parts of some layers that run on some tokens are computed, each kind once."""
     found: dict[Lowering, None] = {}
     for whole in wholes:
         for part in whole.parts:
             if part.what.experts is not None:
                 found[_path(whole, part.what)] = None
+            if part.taken is not None:
+                found[_taken(whole, part.what.name, part.taken)] = None
     return list(found)
+
+
+def _taken(whole: Block, part: str, how: Taken) -> Lowering:
+    obstacles = []
+    known = "the tokens that are taken, each at its position"
+    if how == Taken():
+        known = "as many tokens as the data says, each at its position"
+        why = "how many are taken depends on the data; `largest_tokens` says it"
+        obstacles.append(("static", why))
+    if (later := obstacle(whole)) is not None:
+        obstacles.append(("decoding", later))
+    name = f"{whole.name}: {part}, taken"
+    return Lowering(name, "taken", f"rows hold {known}", tuple(obstacles))
 
 
 def _path(whole: Block, part: Block) -> Lowering:

@@ -13,7 +13,7 @@ of sequences means is `reference_batch`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -254,6 +254,9 @@ class ReferenceBlock(nn.Module):
                 x, weights = (self._flow(each, given, made) for each in flow.inputs)
                 return part.mixed(x, weights)
             x, context = self._flow(flow.inputs[0], given, made), given.streams.get("context")
+            if flow.taken is not None:
+                chosen = self._flow(flow.inputs[1], given, made)[..., 0] != 0
+                return part.of_taken(x, chosen, given, self.offered)
             places = given.positions.get(flow.inputs[0].shape.tokens)
             y, own = part.layer(x, self.below, context, given.segments, places, self.offered)
             if part.architecture.uses:  # what has no blocks has nothing that is named in it
@@ -272,6 +275,42 @@ class ReferenceBlock(nn.Module):
             inputs = [each.to(dtype) if each.is_floating_point() else each for each in inputs]
         result = op.eager(inputs, dict(flow.options), tensors, run)
         return result.to(dtype) if result.is_floating_point() and not op.wide else result
+
+    def of_taken(
+        self, x: Tensor, chosen: Tensor, given: Given, offered: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """Return what it gives for the chosen tokens [b, n] of x alone, 0 at the others."""
+        every = list(self._inner())
+        before = [each.uses for each in every]
+        y = x.new_zeros(*x.shape[:2], self.architecture.out.shape.dim)
+        context, places = given.streams.get("context"), given.positions["n"]
+        for row in range(len(x)):
+            for each, uses in zip(every, before, strict=True):
+                each.uses = uses
+            at, one = chosen[row].nonzero()[:, 0], slice(row, row + 1)
+            own = {
+                name: each[one][..., at, :] if each.shape[-2] == x.shape[1] else each[one]
+                for name, each in (offered or {}).items()
+            }
+            made, _ = self.layer(
+                x[one, at],
+                (),
+                None if context is None else context[one],
+                None if given.segments is None else given.segments[one, at],
+                places[one, at],
+                own,
+            )
+            y = y.index_put((torch.tensor(row, device=x.device), at), made[0])
+        return y
+
+    def _inner(self) -> Iterator[ReferenceBlock]:
+        """Yield it and all that is in it, wherever that is at home."""
+        yield self
+        for part in self.architecture.parts:
+            home = self.again.get(part.module)
+            inner = self.root[0].get_submodule(part.module) if home is None else home
+            assert isinstance(inner, ReferenceBlock)
+            yield from inner._inner()
 
     def mixed(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return what all experts give, each times its weight [b, n, experts] where that is not 0.

@@ -24,4 +24,5 @@ FILES = (
     "parts",
     "groups",
     "caches",
+    "taken",
 )  # in the order of an emitted file

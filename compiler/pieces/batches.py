@@ -33,7 +33,8 @@ class Batch:
     number of that one's sequence there. `place` counts the tokens of each sequence; `positions`
     are those that were given, or the same.
     With `cuts`, segments are sequences, else they only mark tokens. With `rows`, each sequence
-    is laid into a row of its own: what mixes all tokens of a row then meets no others.
+    is laid into a row of its own: what mixes all tokens of a row then meets no others. `most`
+    tokens of a row at most are no padding; it is made no longer.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Batch:
         *,
         cuts: bool = True,
         rows: bool = False,
+        most: int | None = None,
     ) -> None:
         b, n = self.shape = x.shape[:2]
         self.past, self.cuts = past, cuts
@@ -76,11 +78,12 @@ class Batch:
             live, doc, self.cut = self.live, None, False
         elif live is not None:
             order = live.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
-            first = n * torch.arange(b, device=x.device)[:, None]
-            self.back = order.argsort(-1) + first
-            step, count = torch.arange(n, device=x.device), live.sum(1, keepdim=True)
-            live, order = step < count, filled(order, count)
-            self.index = order + first
+            row = torch.arange(b, device=x.device)[:, None]
+            tokens = n if most is None else most
+            self.back = order.argsort(-1).clamp(max=max(0, tokens - 1)) + tokens * row
+            step, count = torch.arange(tokens, device=x.device), live.sum(1, keepdim=True)
+            live, order = step < count, filled(order, count)[:, :tokens]
+            self.index = order + n * row
             doc = None if doc is None else doc.gather(1, order)
             self.given = None if self.given is None else self.given.expand(b, n).gather(1, order)
         self.live, self.segments = live, doc

@@ -53,12 +53,13 @@ def batch_of_groups(batch: Batch, count: int, size: int, stride: int, start: int
     after, bound = batch.after, max(0, (batch.bound - start - size) // stride + 1)
     device = batch.place.device
     if batch.run is None and isinstance(after, int):
-        total = -(-after // stride)
-        place = torch.arange(bound, total, device=device)
-        return GroupBatch(place, bound, bound, total, None)
+        every = -(-after // stride)
+        place = torch.arange(bound, every, device=device)
+        return GroupBatch(place, bound, bound, every, None)
     rows = len(batch.place) if batch.run is None else len(batch.run)
-    since, ends = (torch.as_tensor(x, device=device).expand(rows)[:, None]
-                   for x in (batch.before, after))  # fmt: skip
+    since, ends = (
+        torch.as_tensor(x, device=device).expand(rows)[:, None] for x in (batch.before, after)
+    )
     first = ((since - start - size) // stride + 1).clamp(min=0)
     place = first + torch.arange((count + size - 2) // stride + 2, device=device)
     total = -(-ends // stride)

@@ -37,7 +37,7 @@ class Lowering:
     """
 
     node: str
-    path: str  # triton, sdpa, keyed, faded, tiles, dense, chunkwise, sequential, grouped
+    path: str  # triton, sdpa, keyed, faded, tiles, dense, chunkwise, sequential, grouped, taken
     reason: str
     obstacles: tuple[tuple[str, str], ...] = ()
     needs: tuple[str, ...] | None = None

@@ -61,6 +61,8 @@ def _label(flow: Apply | Part, read: list[str]) -> str:
         own = flow.what.name
         if flow.what.experts is not None:
             own = f"{flow.what.experts.count} × {own}, by {read[1]}"
+        if flow.taken is not None:
+            own = f"{own}, of tokens by {read[1]}"
         return own if flow.module == own else f"{flow.module}: {own}"
     options: dict[str, Any] = dict(flow.options)
     if flow.op == "pointwise":

@@ -42,7 +42,7 @@ _OURS = frozenset((
     "finite", "tau", "device", "o", "before", "shared", "place", "attention_mask", "context_mask",
     "cu_seqlens", "batch", "far", "outer", "run", "context_run", "own", "other", "idle", "known",
     "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams", "bias",
-    "line", "past", "total", "made", "exact",
+    "line", "past", "total", "made", "exact", "some",
 ))  # fmt: skip
 _MADE = re.compile(  # what the text calls its own
     r"_$|__\d+$|_[ghijt]$|_cache$|^side_\d+$|^previous_|^below_|^layer_|^shared_|^lent_"

@@ -111,7 +111,8 @@ class Subject:
     def whole_rows(self) -> bool:
         """Whether a row of a cache holds one sequence, from its beginning to its end."""
         front = isinstance(self.what, Model) and self.what.memory is not None
-        return front or not all(map(begins_within, self.blocks))
+        around = self.what.run if isinstance(self.what, Model) else ()
+        return front or not all(map(begins_within, (*self.blocks, *around)))
 
     @property
     def cases(self) -> tuple[Case, ...]:

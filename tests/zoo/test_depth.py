@@ -126,6 +126,32 @@ def test_D201_D202_joins_are_what_is_written(name):
     joined.agrees(through(joined, JOINS[name]))
 
 
+def shallow(p: Place, x: Tensor) -> Tensor:
+    inner, scores = Place(p.layer.get_submodule("part")), linear(x, p["r_proj.weight"])
+    rows = []
+    for row, own in zip(x, scores, strict=True):
+        order = sorted(range(len(row)), key=lambda t: (-float(own[t].detach()), t))
+        at = torch.tensor(sorted(order[: max(1, len(row) // 4)]))
+        some = row[None, at]
+        attn = inner.layer.get_submodule("attn")
+        y = attn(inner.normed("attn_norm", some), positions=at)
+        made = y + inner.after("ffn", some + y)
+        rows.append(row.index_add(0, at, own[at] * made[0]))
+    return torch.stack(rows)
+
+
+def test_the_best_tokens_go_through_and_the_others_pass_by():
+    joined = Joined("mixture_of_depths")
+
+    def whole(x: Tensor) -> Tensor:
+        for at, place in enumerate(joined.places):
+            x = shallow(place, x) if at % 2 else plain_residual(place, x)
+        return x
+
+    joined.agrees(whole)
+    joined.agrees(whole, tokens(13))
+
+
 def test_D202_layers_that_are_closed_pass_on_what_comes_in():
     closed = Joined("rezero")
     for place in closed.places:
