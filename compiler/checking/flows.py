@@ -21,6 +21,7 @@ from ...grammar.show import show
 from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Compare, Definition, Expr, Name, Number, Unary
 from ...ops import OPS, UNNAMED, Op, Shape
+from ...ops.shape import pooling
 from ..model import (
     MAPS,
     OFFERED,
@@ -344,6 +345,14 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
             if step.taken is not None:
                 expect_taken(what, head.shape, step.others[0].shape, step.span)
             shape = what.out.shape
+            if pooling(shape.tokens)[1] > pooling(head.shape.tokens)[1]:
+                raise error(
+                    "L206",
+                    "a stage with tensors or streams of its own pools no tokens",
+                    step.span,
+                    f"[{head.shape.tokens}] becomes [{shape.tokens}]",
+                    "pool in the block, before this stage or after it",
+                )
             if what.x.heads is None and head.shape.heads is not None:  # each head alike
                 shape = replace(shape, heads=head.shape.heads)
             inputs = (head, *step.others)

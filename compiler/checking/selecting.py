@@ -20,7 +20,7 @@ from ...grammar.source import Span
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, Unary, children, walk
 from ..algebra.masks import extent
 from ..facts.later import incomplete
-from ..model import Mixing, Pairwise, Select
+from ..model import Mixing, Pairwise, Select, elsewhere, is_map_elsewhere, there
 from .depth import Found, place_of
 from .library import bind
 from .scalars import Axes, resolve
@@ -187,7 +187,8 @@ def _elsewhere(scope: Scope, expr: syntax.Attribute, axes: Axes, mask: Expr) -> 
         assert stream is not None
         return stream
 
-    below = found("o").scope
+    mixed = found("o")
+    below = mixed.scope
     flow = below.streams["o"].flow if below is not None and "o" in below.streams else None
     mix = flow.mix if isinstance(flow, Mixing) else None
     select = mix.select if isinstance(mix, Pairwise) else None
@@ -204,7 +205,8 @@ def _elsewhere(scope: Scope, expr: syntax.Attribute, axes: Axes, mask: Expr) -> 
         for node in walk(each)
         if isinstance(node, Index) and isinstance(node.base, Name) and node.base.id != "doc"
     }
-    own = sorted(each for each in read if "." in each or each not in below.streams)
+    passed = {each for each in read if elsewhere(each) and not is_map_elsewhere(each)}
+    own = sorted(each for each in read - passed if "." in each or each not in below.streams)
     heads, why = int(scope.numbers["heads"]), ""
     if flow.heads != heads and select.share < flow.heads:
         why = f"heads = {heads}, and {flow.heads} in `{below.title}`"
@@ -218,11 +220,23 @@ def _elsewhere(scope: Scope, expr: syntax.Attribute, axes: Axes, mask: Expr) -> 
         why = "its score reads the logits of that layer"
     if why:
         raise error("L225", "the choice of that layer is of other pairs", expr.span, why)
-    there = {name: found(name) for name in sorted(read)}
-    scope.inputs |= {each.name: each.shape for each in there.values()}
-    new = {name: each.name for name, each in there.items()}
+    streams = {name: found(name) for name in sorted(read - passed)}
+    scope.inputs |= {each.name: each.shape for each in streams.values()}
+    new = {name: each.name for name, each in streams.items()}
+    for name in sorted(passed):  # of a layer below that one, whose choice it uses itself
+        new[name] = _further(mixed.name, name)
+        scope.inputs[new[name]] = below.inputs[name]
     share = heads if select.share == flow.heads else select.share
     return replace(select.mapped(lambda each: _renamed(each, new)), share=share, elsewhere=True)
+
+
+def _further(way: str, name: str) -> str:
+    """Return the name here of what is called `name` in the layer that `way` is a stream of."""
+    one, other = elsewhere(way), elsewhere(name)
+    assert one is not None
+    assert other is not None
+    (step, _), (further, path) = one, other
+    return there(further if further >= 0 else step + further, path)
 
 
 def _renamed(expr: Expr, new: Mapping[str, str]) -> Expr:

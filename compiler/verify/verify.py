@@ -41,6 +41,7 @@ from .cases import (
     bar,
     compare,
     compared_gradients,
+    difference,
     gradients,
     kernel_cases,
 )
@@ -123,6 +124,8 @@ def _run(subject: Subject, name: str, check: Check) -> Finding:
     return Finding(subject.what.name, name, True, cases, worst, note)
 
 
+_CHOICES = ("largest", "largest_tokens", "top")
+
 # Why a check does not apply; or its cases, the worst error, and what else there is to say.
 Result = str | tuple[int, float] | tuple[int, float, str]
 Check = Callable[[Subject], Result]
@@ -150,20 +153,40 @@ def _in_low_precision(subject: Subject, dtype: torch.dtype) -> tuple[int, str]:
     """Hold a module in a low precision to what its meaning loses in it; say what both lose."""
     module, meaning = (deepcopy(each).to(dtype) for each in (subject.module, subject.oracle))
     found, owns = [], []
+    nearer = _nearer if dtype == torch.bfloat16 and _chooses(subject) else lambda *both: both
     for case in (replace(each, dtype=dtype) for each in subject.cases[1:3]):
         x, given = subject.inputs(case)
         wide = {name: _widened(each) for name, each in given.items()}
         with torch.no_grad():
             expected, own = subject.oracle(_widened(x), **wide), meaning(x, **given)
-            found.append((case, module(x, **given), expected))
-        owns.append(bar(own, expected))
+            found.append((case, *nearer(module(x, **given), expected)))
+        owns.append(bar(*nearer(own, expected)))
     name = str(dtype).removeprefix("torch.")
+    name += " at the nearer half of the tokens" if nearer is _nearer else ""
     if not math.isfinite(max(owns)):
         return 0, f"{name} is not compared: the meaning overflows in it"
     worst = max(
         compare("the output", case, got, expected, max(owns)) for case, got, expected in found
     )
     return len(found), f"{name} off by {worst:.0e}, the meaning by {max(owns) / MARGIN:.0e}"
+
+
+def _chooses(subject: Subject) -> bool:
+    """Say whether it chooses by numbers: of almost equal ones, others where they are rounded."""
+    mixes = [each.mix for block in subject.blocks for each in block.mixings.values()]
+    stages = [node for block in _wholes(subject.what) for node in _stages(block)]
+    return any(isinstance(mix, Pairwise) and mix.select is not None for mix in mixes) or any(
+        node.op in _CHOICES for node in stages
+    )
+
+
+def _nearer(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the half of the tokens that are least off, or all where one is not finite."""
+    if got.ndim < 2 or not bool(torch.isfinite(got).all()):
+        return got, expected
+    near = difference(got, expected).amax(-1).flatten().argsort()
+    near = near[: (len(near) + 1) // 2]
+    return got.flatten(0, -2)[near], expected.flatten(0, -2)[near]
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -203,6 +203,16 @@ REFUSED = {
 }
 
 
+def test_a_stage_with_tensors_pools_nothing() -> None:
+    text = """
+        stage small { param b[features] = 0; (x | pool(mean, size = 4)) + b }
+        block a { heads = 2; width = 8; k = x | small | linear | split; v = k }
+    """
+    with pytest.raises(LoomError) as caught:
+        check(parse(text))
+    assert [each.code for each in caught.value.diagnostics] == ["L206"]
+
+
 @pytest.mark.parametrize("settings", REFUSED)
 def test_it_is_refused(settings: str) -> None:
     text = f"block a {{ heads = 2; width = 8; mask = causal; {settings}; let used = x }}"
@@ -241,3 +251,30 @@ def test_what_the_ends_of_a_group_tell() -> None:
     }
     for text, tells in told.items():
         assert told_at_ends(parse_expression(text), 64, both=True) == tells, text
+
+
+CHAIN = """
+block chooses {
+  heads = 2; head_dim = 4; mask = causal
+  let a = x | linear(8) | split(2);  let c = x | linear(4);  let w = x | linear(2)
+  select = top(3, sum_streams(w[i] * relu(dot(a[i], c[j]))), per = layer)
+}
+block uses  { heads = 2; head_dim = 4; mask = causal; select = previous.select }
+block first { heads = 2; head_dim = 4; mask = causal; select = at(0).select }
+model m { vocab = 20; width = 8; layers = [chooses, uses, LAST, uses] }
+"""
+
+
+def test_a_choice_is_passed_on_over_any_distance() -> None:
+    """A layer that uses the choice of another has it for those above, as that one made it."""
+    tokens = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
+    given = []
+    for last in ("uses", "first"):
+        arch = hl.load(CHAIN.replace("LAST", last), format="loom")
+        module = hl.compile(arch, "m", backend="torch", dtype=torch.float64, seed=2)
+        oracle = hl.reference(arch, "m", dtype=torch.float64)
+        oracle.load_state_dict(module.state_dict())
+        with torch.no_grad():
+            given.append(module(tokens))
+            torch.testing.assert_close(given[-1], oracle(tokens), rtol=0, atol=1e-12)
+    torch.testing.assert_close(given[0], given[1], rtol=0, atol=0)

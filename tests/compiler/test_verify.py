@@ -142,6 +142,26 @@ def test_a_low_precision_is_held_to_what_the_meaning_loses_in_it() -> None:
     assert subject.sampled == "6 layers: up to 19 tokens"
 
 
+CHOOSING = """
+block chosen {
+  heads = 4; head_dim = 8; width = 32; mask = causal
+  let asked = x | linear(48) | split(8); let known = x | linear(6); let w = x | linear(8)
+  select = top(2, sum_streams(w[i] * relu(dot(asked[i], known[j]))), per = layer)
+}
+"""
+
+
+def test_choices_that_rounding_turns_are_no_fault() -> None:
+    """In bfloat16 some token chooses another key; those that choose the same are compared."""
+    what = find(api.load(CHOOSING, format="loom"), "chosen")
+    _, _, note = CHECKS["forward"](Subject.of(what))
+    assert "bfloat16 at the nearer half of the tokens off by" in note
+    code = generate(what, Target("torch"))
+    wrong = code.text.replace("out = self.o_proj(", "out = (x.dtype.itemsize == 2) + self.o_proj(")
+    with pytest.raises(Difference, match="bfloat16"):
+        CHECKS["forward"](Subject.of(what, Code(wrong, code.name)))
+
+
 def test_more_than_the_meaning_loses_is_found() -> None:
     def coarse(text: str) -> str:
         return text.replace("out = self.o_proj(", "out = (x.dtype.itemsize == 2) + self.o_proj(")

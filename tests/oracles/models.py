@@ -10,6 +10,7 @@ other, and `-` what has no place in ours. Tensors of `experts` begin with how ma
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -53,16 +54,23 @@ class Row:
         if self.stacked:
             return {ours[0]: tensor[None]}
         if len(ours) == 1:
-            return {ours[0]: tensor.reshape(shapes[ours[0]])}
+            return {ours[0]: tensor}
         if self.beside:
-            parts = tensor.split([shapes[each][1] for each in ours], 1)
-            return dict(zip(ours, parts, strict=True))
+            sizes = [shapes[each][1] for each in ours]
+            return dict(zip(ours, tensor.split(_shared(tensor.shape[1], sizes), 1), strict=True))
         lists = tensor.ndim == 3 and tensor.shape[1] > 1  # which a convolution has not
         at = int(lists or ".experts." in ours[0])  # each head or expert holds its rows
-        sizes = [shapes[each][at] // self.groups for each in ours]
+        flat = tensor.ndim == 1
+        sizes = [math.prod(shapes[each]) if flat else shapes[each][at] for each in ours]
+        sizes = _shared(tensor.shape[at] // self.groups, sizes)
         parts = tensor.unflatten(at, (self.groups, -1)).split(sizes, at + 1)
         whole = (part.flatten(at, at + 1) for part in parts)
-        return {key: each.reshape(shapes[key]) for key, each in zip(ours, whole, strict=True)}
+        return dict(zip(ours, whole, strict=True))
+
+
+def _shared(total: int, sizes: list[int]) -> list[int]:
+    """Return how much each gets, where all together need as much, or have the rest from others."""
+    return [each * total // sum(sizes) for each in sizes]
 
 
 @cache
@@ -99,7 +107,14 @@ def moved(
         assert each is not None, f"no row for {name}"
         for ours, part in each.items():
             done.setdefault(ours, []).append(part)
-    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in done.items()}
+    return {name: _joined(parts, shapes[name]) for name, parts in done.items()}
+
+
+def _joined(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of ours: rows of several of theirs, or columns where the rows are there."""
+    if len(parts) == 1:
+        return parts[0].reshape(shape)
+    return torch.cat(parts, int(parts[0].shape[:1] == shape[:1])).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,8 @@ class Theirs:
     rows: tuple[Row, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     positions: bool = True  # whether a call takes `position_ids`
+    alone: bool = False  # whether padding moves their blocks of keys: then none is given to them
+    zero: str | None = None  # the last of the names of what theirs has and ours can do without
     attention: str = "eager"
     auto: str = "AutoModelForCausalLM"
 
