@@ -115,7 +115,7 @@ def method(attention: Attention) -> list[str]:
     args += ["causal=True"] if extent(attention.mix.mask).causal else []
     writer = _Writer(attention)
     choice = ["q", "i", *streams, "first", "last", *tables, *tensors]
-    two, three = "tuple[Tensor, Tensor]", "tuple[Tensor, Tensor, Tensor]"
+    two, three = "tuple[Tensor, Tensor]", "tuple[Any, Tensor, Tensor]"
     return [
         *signature(f"{name}_gathered", given, "Tensor"),
         *indent(call("return over_groups", args)),
@@ -177,11 +177,13 @@ class _Writer:
             "e = score(first).expand(pairs)",
         ]  # fmt: skip
         made += choosing.by_those_who_share(select, self.attention.heads)
-        number = repr(select.amount)
+        number, chooser = repr(select.amount), choosing.CHOOSERS[select.kind]
         if select.counted and select.always != FALSE:
             made.append(f"count = ({number} - forced.sum(-1, keepdim=True)).clamp(min=0)")
             number = "count"
-        made.append(f"chosen = {choosing.CHOOSERS[select.kind]}(e, free, {number})")
+        elif select.kind == "top":
+            chooser = "best_groups"
+        made.append(f"chosen = {chooser}(e, free, {number})")
         return [*made, "return chosen, forced, sees(first) & sees(last)"]
 
     def reads(self) -> list[str]:

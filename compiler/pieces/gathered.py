@@ -34,7 +34,7 @@ def steps_gather(q: Tensor, k: Tensor, least: int) -> bool:
 
 
 def over_steps(
-    choose: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    choose: Callable[..., tuple[Any, Tensor, Tensor]],
     sees: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     q: Tensor,
     k: Tensor,
@@ -57,7 +57,12 @@ def over_steps(
     first = torch.arange(0, count * size, size, device=q.device)[None, None, None]
     with torch.no_grad():
         made = choose(q, i, *queries, first, first + size - 1, *tables, *tensors)
-        chosen, forced, _ = (x.expand(b, heads // share, n, count) for x in made)
+        chosen, forced = made[:2]
+        if isinstance(chosen, tuple):
+            picked, there = (x.expand(b, heads // share, n, -1) for x in chosen)
+            empty = torch.zeros(b, heads // share, n, count, dtype=torch.bool, device=q.device)
+            chosen = empty.scatter(-1, picked, there)
+        chosen, forced = (x.expand(b, heads // share, n, count) for x in (chosen, forced))
         some = (chosen | forced).any(2)
         most = max(1, int(some.sum(-1).max()))
         found = some.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
@@ -93,7 +98,7 @@ class Readers(NamedTuple):
 
 
 def over_groups(
-    choose: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    choose: Callable[..., tuple[Any, Tensor, Tensor]],
     sees: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     q: Tensor,
     k: Tensor,
@@ -129,20 +134,56 @@ def over_groups(
             mine = [x if x is None or x.shape[-2] == 1 else x[..., a:e, :] for x in queries]
             made = choose(q[:, :, a:e], i, *mine, first, first + size - 1, *tables, *tensors)
             shape, times = (b, heads // share, e - a, near), share // each
-            chosen, forced, full = (x.expand(shape) for x in made)
-            full = chosen & full & (first + size <= m)
-            for into, pairs in zip(found, (full, (chosen | forced) & ~full), strict=True):
-                pairs = pairs if times == 1 else pairs.repeat_interleave(times, 1)
-                unit, query, group = pairs.reshape(units, e - a, near).nonzero(as_tuple=True)
-                key = (group * units + unit).mul_(n).add_(query).add_(a)
-                if into is found[1]:
-                    flag = chosen.reshape(-1, e - a, near)[unit // times, query, group]
-                    key = 2 * key + flag
-                into.append(key)
+            chosen, forced, full = made
+            full = (full & (first + size <= m)).expand(shape)
+            for into, (unit, query, group, flag) in zip(
+                found, pairs_of(chosen, forced, full, shape), strict=True
+            ):
+                units_of = unit[:, None] * times + torch.arange(times, device=q.device)
+                key = (group[:, None] * units + units_of) * n + (query[:, None] + a)
+                into.append((key if into is found[0] else 2 * key + flag[:, None]).flatten())
         parts = sorted_readers(torch.cat(found[1]), True, n, count, units)
         whole = sorted_readers(torch.cat(found[0]), False, n, count, units)
     done: Tensor = OverGroups.apply(q, k, v, (sees, whole, parts, size, each, scale))
     return done
+
+
+def pairs_of(
+    chosen: Any, forced: Tensor, full: Tensor, shape: tuple[int, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return who chooses whole groups, and who reads some of a group: chooser, query, group, flag.
+
+    The flag says whether the group is chosen, and not only read of always. What is chosen is a map
+    [b, choosers, n, groups], or numbers of groups and which of them there are, as `best_groups`
+    gives; a map may be the same for all choosers.
+    """
+    if not isinstance(chosen, tuple):
+        chosen, forced = (x.expand(shape).flatten(0, 1) for x in (chosen, forced))
+        whole = chosen & full.flatten(0, 1)
+        some = (chosen | forced) & ~whole
+        first, second = whole.nonzero(as_tuple=True), some.nonzero(as_tuple=True)
+        return (*first, first[0]), (*second, chosen[second])
+    group, there = (x.expand(*shape[:3], -1).flatten(0, 1) for x in chosen)
+    whole = full.gather(-1, group.view(*shape[:3], -1)).flatten(0, 1) & there
+    who, query, at = whole.nonzero(as_tuple=True)
+    first = who, query, group[who, query, at], who
+    who, query, at = (there & ~whole).nonzero(as_tuple=True)
+    second = who, query, group[who, query, at], torch.ones_like(who)
+    if not bool(forced.any()):
+        return first, second
+    taken = torch.zeros(shape[0] * shape[1], *shape[2:], dtype=torch.bool, device=group.device)
+    taken.scatter_(-1, group, there)
+    if forced.shape[:2] == (1, 1):
+        query, forced_of = forced.expand(1, 1, *shape[2:])[0, 0].nonzero(as_tuple=True)
+        who = torch.arange(len(taken), device=group.device)[:, None].expand(-1, len(query))
+        left = ~taken[:, query, forced_of]
+        query, forced_of = (x.expand(len(taken), -1)[left] for x in (query, forced_of))
+        third = who[left], query, forced_of, torch.zeros_like(query)
+    else:
+        left = forced.expand(shape).flatten(0, 1) & ~taken
+        who, query, forced_of = left.nonzero(as_tuple=True)
+        third = who, query, forced_of, torch.zeros_like(query)
+    return first, tuple(torch.cat(each) for each in zip(second, third, strict=True))
 
 
 def sorted_readers(keys: Tensor, marked: bool, n: int, count: int, units: int) -> Readers:

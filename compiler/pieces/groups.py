@@ -305,6 +305,26 @@ def top_groups(e: Tensor, free: Tensor, count: Tensor | int) -> Tensor:
     return chosen
 
 
+def best_groups(e: Tensor, free: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return what `top_groups` chooses as numbers of groups [b, h, n, count], and which there are.
+
+    Where scores next to the last are equal, the map of all is made to tell them apart.
+    """
+    count = min(count, e.shape[-1])
+    hidden = torch.where(free, e, -torch.inf)
+    best = hidden.topk(min(count + 1, e.shape[-1]), -1)
+    found, group = best.values[..., :count], best.indices[..., :count]
+    unclear = found.isnan() | (found == torch.inf)
+    if best.values.shape[-1] > count:
+        last = best.values[..., count:]
+        unclear = unclear | ((found == last) & (last > -torch.inf))
+    if bool(unclear.any()) or bool((found == -torch.inf).any() and (free & (e < -1e38)).any()):
+        chosen = top_groups(e, free, count)
+        ranked = chosen.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
+        return ranked.indices[..., :count], ranked.values[..., :count].bool()
+    return group, found > -torch.inf
+
+
 def groups_above(e: Tensor, free: Tensor, threshold: float) -> Tensor:
     """Choose all of the scores that are free and above a threshold."""
     return free & (e > threshold)
