@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from ...grammar.domain import Domain, interpret
 from ...grammar.functions import FUNCTIONS
 from ...grammar.syntax import Expr, Index, Name, walk
+from ...ops.shape import axis_size, pooling
 from ..model import Mixing, Pairwise
 
 Array = NDArray[Any]
@@ -70,7 +71,8 @@ def visible_pairs(
     if any(isinstance(node, Index) and node.base != Name("doc") for node in walk(mask)):
         return None
     sizes = {"n": n, "m": m}
-    i, j = (np.arange(sizes.get(axis) or int(axis)) for axis in (mixing.queries, mixing.keys))
+    axes = (mixing.queries, mixing.keys)
+    i, j = (np.arange(axis_size(axis, sizes.get(pooling(axis)[0], 0))) for axis in axes)
     seen = visible(mask, i, j, len(i), len(j), mixing.heads, documents)
     return np.asarray(seen.any(1))
 

@@ -71,6 +71,7 @@ class Library:
     lets: Mapping[str, Expr]
     search: syntax.Search | None = None
     read_above: frozenset[str] = frozenset()  # what is read of layers below, anywhere in the file
+    own: frozenset[tuple[str, str]] = frozenset()  # the parts of the file itself, by kind and name
 
     @staticmethod
     def of(file: File) -> Library:
@@ -94,15 +95,20 @@ class Library:
             lets,
             next((item for item in file.items if isinstance(item, syntax.Search)), None),
             frozenset(_read_above(file)),
+            frozenset((each.kind, each.name) for each in blocks),
         )
 
     def find(self, kind: str, name: str) -> Definition | None:
         return self.definitions.get((kind, name))
 
     def kind_of(self, call: Expr) -> str | None:
-        """Return whether `name` or `name(args)` is a block, a layer or an ffn; None for others."""
+        """Return whether `name` or `name(args)` is a block, a layer or an ffn; None for others.
+
+        What the file itself has comes first, whatever kind the standard library has of that name.
+        """
         name = call.id if isinstance(call, syntax.Name) else getattr(call, "function", None)
-        return next((kind for kind, table in self.parts.items() if name in table), None)
+        kinds = [kind for kind, table in self.parts.items() if name in table]
+        return next((kind for kind in kinds if (kind, name) in self.own), next(iter(kinds), None))
 
     @property
     def parts(self) -> dict[str, Mapping[str, syntax.Block]]:

@@ -458,3 +458,19 @@ def test_a_misspelt_norm_is_known() -> None:
         check(parse(f"{TEXT}{layer}\nmodel m {{ width = 16; layers = [l(a)] }}"))
     (found,) = caught.value.diagnostics
     assert (found.code, found.help) == ("L208", "did you mean `norm` or `l2_norm`?")
+
+
+def test_a_name_of_the_file_comes_before_another_kind_of_the_library() -> None:
+    """`routed` is a layer of the library; here it is a feed-forward."""
+    arch = check(
+        parse(
+            """
+            block a { heads = 2 }
+            ffn routed(hidden) { out = x | linear(hidden) | linear }
+            model m { width = 8; layers = [a]; ffn = routed(3) }
+            """
+        )
+    )
+    model = find(arch, "m")
+    assert isinstance(model, Model)
+    assert [each.what.kind for each in model.layers[0].parts if each.module == "ffn"] == ["ffn"]
