@@ -149,7 +149,7 @@ class Pool(_Groups):
     def flops(self, inputs: Sequence[Shape], options: Options) -> int:
         x = inputs[0]
         each = 2 * x.dim if options["kind"] == "linear" else 1
-        return -(-int(options["size"]) * each * x.features // int(options["stride"]))
+        return int(options["size"]) * each * x.features
 
 
 class Windows(_Groups):

@@ -17,11 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
+from ...grammar.expr import FALSE
 from ...grammar.syntax import Binary, Call, Expr, Index, Name, Unary, walk
 from ...ops import OPS, Weight
 from ...ops.shape import axis_size
 from ..algebra.levels import affine_parts
-from ..model import Apply, Block, Mixing, Model, Recurrence, applies
+from ..model import Apply, Block, Mixing, Model, Recurrence, Select, applies
 from .dtypes import DType, size
 from .kept import kept
 from .parameters import model_weights, weights
@@ -119,7 +120,8 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
         return tokens * mixing.heads * _recurrence_flops(mixing, mixing.mix, dims)
     mix = mixing.mix
     each = 2 * (mixing.inputs[0].shape.dim + mixing.shape.dim)
-    each += sum(_scalar_ops(expr) for expr in mix.exprs if expr != mix.mask)
+    chosen = () if mix.select is None else mix.select.exprs
+    each += sum(_scalar_ops(expr) for expr in mix.exprs if expr not in (mix.mask, *chosen))
     if mix.carry is not None:  # each further token does it to each key that its query sees
         key = mixing.inputs[1].shape
         dims = {each.name: each.shape for each in block.tensors}
@@ -128,7 +130,32 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
     rows, columns = axis_size(mixing.queries, tokens), axis_size(mixing.keys, tokens)
     from ..algebra.counting import pairs  # loads numpy, and a search may never ask
 
-    return each * pairs(mix.mask, rows, columns, mixing.heads)
+    seen = pairs(mix.mask, rows, columns, mixing.heads)
+    if mix.select is None:
+        return each * seen
+    return each * _read(mix.select, mix.mask, seen, (rows, columns, mixing.heads)) + _choosing(
+        mix.select, mixing, seen
+    )
+
+
+def _read(select: Select, mask: Expr, seen: int, sizes: tuple[int, int, int]) -> int:
+    """Return of how many pairs that are seen the values are read at most."""
+    if select.kind != "top":
+        return seen
+    from ..algebra.counting import pairs
+
+    rows, columns, heads = sizes
+    always = 0 if select.always == FALSE else pairs(
+        Binary("and", mask, select.always), rows, columns, heads
+    )  # fmt: skip
+    return min(seen, heads * rows * int(select.amount) * select.size + always)
+
+
+def _choosing(select: Select, mixing: Mixing, seen: int) -> int:
+    """Return what the scores of a choice take: of each pair, or of each group that is seen."""
+    products = sum(isinstance(node, Call) and node.function == "dot" for node in walk(select.score))
+    each = _scalar_ops(select.score) + 2 * products * mixing.inputs[0].shape.dim
+    return each * (seen if select.within else -(-seen // (select.size * select.rows)))
 
 
 def _scalar_ops(expr: Expr) -> int:

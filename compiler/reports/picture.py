@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...grammar.expr import TRUE
+from ...grammar.expr import FALSE, TRUE
 from ...grammar.show import show
 from ...grammar.syntax import Expr
 from ..algebra.masks import extent
@@ -16,7 +16,7 @@ from ..algebra.normalizers import exponential
 from ..algebra.points import visible_pairs
 from ..graph.graph import AnyNode
 from ..graph.operations import Attend, Scan, Stage, StatisticOf
-from ..model import Block, Mixing, Pairwise
+from ..model import Block, Mixing, Pairwise, Select
 from ..plan.plan import Plan
 
 _HALVES = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
@@ -68,6 +68,7 @@ def _told(node: AnyNode, path: str | None) -> str:
             shown.append(f"scale: {mix.scale}")
             shown += _option("similarity", mix.similarity) + _option("score", mix.score)
             shown += _option("mask", mix.mask)
+            shown += [] if mix.select is None else [f"select: {_selected(mix.select)}"]
             shown.append(f"normalize: {mix.normalize.name}{' (exponential)' if form else ''}")
             shown += _option("weights", mix.weights)
             shown.append(f"rate: {mix.dropout}")
@@ -77,6 +78,19 @@ def _told(node: AnyNode, path: str | None) -> str:
             shown += [f"kind: {kind}", *_option("expr", expr)]
     shown += [] if path is None else [f"path: {path}"]
     return f"   # {'; '.join(shown)}" if shown else ""
+
+
+def _selected(select: Select) -> str:
+    """Write a selection as the language has it, the heads that share it as a number."""
+    said = [f"{select.kind}({select.amount:g}, {show(select.score)}"]
+    said += [f"size = {select.size}"] if select.size > 1 else []
+    said += [f"rows = {select.rows}"] if select.rows > 1 else []
+    said += [f"heads = {select.share}"] if select.share > 1 else []
+    said += [f"always = {show(select.always)}"] if select.always != FALSE else []
+    said += ["counted = true"] if select.counted else []
+    said += [f"among = {show(select.among)}"] if select.among != TRUE else []
+    said += [f"within = {select.within}"] if select.within else []
+    return f"{', '.join(said)})"
 
 
 def _option(name: str, value: object) -> list[str]:

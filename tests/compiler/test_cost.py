@@ -106,3 +106,21 @@ def test_the_parameters_of_the_examples(path):
         if isinstance(what, Model):
             layers = sum(cost(each).cache_bytes(32) for each in what.layers)
             assert cost(what).cache_bytes(32) == layers
+
+
+def test_a_choice_counts_what_is_read_and_what_it_scores() -> None:
+    text = (
+        "block a { heads = 2; head_dim = 8; mask = causal; let kb = k | pool(mean, size = 16); "
+        "select = top(2, dot(q[h, i], kb[h, j // 16]), size = 16, always = blocks(16)) }\n"
+        "block b { heads = 2; head_dim = 8; mask = causal }"
+    )
+    blocks = check(parse(text)).blocks
+    chosen, dense = cost(blocks["a"]), cost(blocks["b"])
+    n = 4096
+    seen, of_pair, of_score = 2 * n * (n + 1) // 2, 2 * (8 + 8), 2 * 8 + 3
+    read = 2 * n * 2 * 16 + 2 * n // 16 * (16 * 17 // 2)
+    pooling = n // 16 * 16 * 16
+    made = of_pair * read + of_score * (seen // 16) + pooling
+    assert chosen.flops(n) == dense.flops(n) - of_pair * seen + made
+    few = chosen.flops(32) - dense.flops(32)  # all is read there, and scored
+    assert few == of_score * (2 * 32 * 33 // 2 // 16) + 2 * 16 * 16
