@@ -117,7 +117,7 @@ def test_a_choice_counts_what_is_read_and_what_it_scores() -> None:
     blocks = check(parse(text)).blocks
     chosen, dense = cost(blocks["a"]), cost(blocks["b"])
     n = 4096
-    seen, of_pair, of_score = 2 * n * (n + 1) // 2, 2 * (8 + 8), 2 * 8 + 3
+    seen, of_pair, of_score = 2 * n * (n + 1) // 2, 2 * (8 + 8) + 1, 2 * 8 + 3
     read = 2 * n * 2 * 16 + 2 * n // 16 * (16 * 17 // 2)
     pooling = n // 16 * 16 * 16
     made = of_pair * read + of_score * (seen // 16) + pooling
