@@ -217,11 +217,13 @@ class Writer:
         assert form is not None
         assert not isinstance(found, str)
         before, self.lines = self.lines, []
+        pairs = self.pairs  # what is made once of a logit is made in one branch alone
         self._logits()
         if form.logit != Name("s"):
             self.lines.append(f"s = {self._spread(form.logit)}")
         self.lines.append("s = s + hiding(visible, s)")
         general, self.lines = self.lines, []
+        self.pairs = pairs
         together = (
             [
                 "if other is not None:",

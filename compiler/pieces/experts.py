@@ -108,10 +108,10 @@ class Sent:
         if self.back is None:
             sums = y.new_zeros(b * n, y.shape[-1])
             sums = sums.index_add(0, self.token, self.weight[:, None].to(y.dtype) * y[0])
-            return sums.view(b, n, -1)
-        rows = y[0].index_select(0, self.back).view(*self.weight.shape, -1)
+            return sums.view(b, n, sums.shape[-1])
+        rows = y[0].index_select(0, self.back).view(*self.weight.shape, y.shape[-1])
         weight = self.weight[..., None].to(y.dtype)
-        return torch.where(weight != 0, weight * rows, 0).sum(1).view(b, n, -1)
+        return torch.where(weight != 0, weight * rows, 0).sum(1).view(b, n, rows.shape[-1])
 
 
 class Experts(nn.Module):

@@ -172,7 +172,9 @@ def rows_at(x: Tensor, at: Tensor) -> Tensor:
 
 def columns_at(x: Tensor, at: Tensor) -> Tensor:
     """Return the columns of a map x [b, h, n, keys] at numbers [b or 1, 1, 1, m]."""
-    at = at.long().clamp(0, max(0, x.shape[-1] - 1))
+    if not x.shape[-1]:
+        return x.new_zeros(*x.shape[:-1], at.shape[-1])
+    at = at.long().clamp(0, x.shape[-1] - 1)
     if at.shape[0] == 1:
         return x.index_select(-1, at.flatten())
     return x.gather(-1, at.expand(*x.shape[:-1], -1))

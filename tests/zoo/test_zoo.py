@@ -188,7 +188,7 @@ def test_a_batch_is_what_its_sequences_are_alone(name):
 def test_its_kernels_are_what_it_means(name, monkeypatch):
     monkeypatch.setattr(verify_cases, "CASES", CASES[:2])  # five tokens and three of a context
     every = blocks(checked(text_of(name)))
-    alone = [each.alone() for each in every if not (each.previous or each.reads)]
+    alone = [each.alone() for each in every if not (each.below or each.reads)]
     kernels = [block for block in alone if interpreted(block) is None]
     if not kernels:
         pytest.skip("PyTorch computes all of it")
