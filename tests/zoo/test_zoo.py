@@ -195,7 +195,7 @@ def test_its_kernels_are_what_it_means(name, monkeypatch):
     for block in dict.fromkeys(kernels):
         cases, worst, *_ = CHECKS["kernels in the interpreter"](Subject.of(block))
         assert cases > 0
-        assert worst < 2e-5
+        assert worst < 5e-5  # in float32; the check itself holds it to what the meaning is off by
 
 
 def test_the_table_lists_them_all():
