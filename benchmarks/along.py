@@ -11,9 +11,8 @@ reported are medians of the ratios.
 
 Found on two cores of an EPYC that others use, in one thread by its processor's time, 4,096 tokens,
 forward and both ways over plain: forgetting 1.10 and 1.12, path 2.7 and 2.8, wall 2.3 and 2.8,
-selective 3.5 and 3.8, stick-breaking 3.2 and 2.7, where 2.5 was asked: two thirds of the latter are
-seven products of tiles, which sdpa makes within the cache. In two threads, while they were free:
-forgetting 1.11 and 1.13, path 2.7 and 3.1.
+selective 3.5 and 3.8, stick-breaking 3.2 and 2.7. In two threads, while they
+were free: forgetting 1.11 and 1.13, path 2.7 and 3.1.
 """
 
 from __future__ import annotations

@@ -182,6 +182,11 @@ def test_a_batch_is_what_its_sequences_are_alone(name):
             assert isinstance(found, str) or found[1] <= 1e-9, (what.name, check)
 
 
+# The meaning itself in float32 is off by 2.4e-5 from float64, as the kernel is to the last digit:
+# a norm divides by how far its features are apart, which is little at first.
+LOOSE = {"metala": 5e-5}
+
+
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # in what is masked out
 @every
@@ -195,7 +200,7 @@ def test_its_kernels_are_what_it_means(name, monkeypatch):
     for block in dict.fromkeys(kernels):
         cases, worst, *_ = CHECKS["kernels in the interpreter"](Subject.of(block))
         assert cases > 0
-        assert worst < 5e-5  # in float32; the check itself holds it to what the meaning is off by
+        assert worst < LOOSE.get(name, 2e-5)
 
 
 def test_the_table_lists_them_all():
