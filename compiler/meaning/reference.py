@@ -62,11 +62,11 @@ def reference(
         tensors = model_weights(what)
     for weight in tensors:
         _own(module, weight.name, nn.Parameter(initial(weight, generator, dtype)))
-    ends = module.ends if isinstance(module, ReferenceModel) else []
+    ends = module._ends if isinstance(module, ReferenceModel) else []
     for part in (*module.modules(), *ends):
         if isinstance(part, ReferenceBlock):
             for weight in constants(part.architecture):
-                part.root[0].register_buffer(
+                part._root[0].register_buffer(
                     weight.name, initial(weight, generator, dtype), persistent=False
                 )
     return module.to(device=device)
@@ -84,18 +84,18 @@ class ReferenceBlock(nn.Module):
         """Make it; its tensors are those of `root`, or its own. `once` are parts with one home."""
         super().__init__()
         self.architecture = block
-        self.root = [self if root is None else root]  # in a list: it is no submodule
+        self._root = [self if root is None else root]  # in a list: it is no submodule
         self._added: list[tuple[int, Given, dict[int, Tensor]]] = []  # by use, what is averaged
         self._expert = 0  # which one is run, of experts
-        self.uses = 0  # how often it has run for these tokens
-        self.again: dict[str, ReferenceBlock] = {}  # parts whose home is elsewhere
+        self._uses = 0  # how often it has run for these tokens
+        self._again: dict[str, ReferenceBlock] = {}  # parts whose home is elsewhere
         once = {} if once is None else once
         for part in block.parts:
             if part.once in once:
-                self.again[part.module] = once[part.once]
+                self._again[part.module] = once[part.once]
                 continue
             made = ReferenceBlock(part.what, None, once)
-            self.root[0].add_module(part.module, made)
+            self._root[0].add_module(part.module, made)
             if part.once is not None:
                 once[part.once] = made
 
@@ -140,7 +140,7 @@ class ReferenceBlock(nn.Module):
         condition: Tensor | None,  # noqa: ARG002  a model's alone
     ) -> Tensor:
         for each in (each for each in self.modules() if isinstance(each, ReferenceBlock)):
-            each.uses = 0
+            each._uses = 0
         return self.layer(x, (), context, segments, positions)[0]
 
     def layer(
@@ -180,8 +180,8 @@ class ReferenceBlock(nn.Module):
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
         pairs = {name: each for name, each in others.items() if is_map_elsewhere(name)}
         given = Given(streams, tensors, places, segments, self.training, {}, pairs)
-        self.below, self.offered, self.made = below, offered, dict[str, Tensor]()
-        self.several = len(block.uses) > 1
+        self._below, self._offered, self._of_parts = below, offered, dict[str, Tensor]()
+        self._several = len(block.uses) > 1
         maps: dict[str, Tensor] = {}
         for stream in block.streams:
             if isinstance(stream.flow, Mixing) and isinstance(stream.flow.mix, Pairwise):
@@ -193,11 +193,11 @@ class ReferenceBlock(nn.Module):
         made = {each.name: streams[each.name] for each in block.streams}
         if block.regularize is not None and self.training:
             parts = {id(each): self._flow(each.inputs[0], given) for each in self._averages()}
-            self._added.append((self.uses, given, parts))
-        self.uses += 1
+            self._added.append((self._uses, given, parts))
+        self._uses += 1
         out = self._flow(block.out, given)
-        within = self.made
-        self.below, self.offered, self.made = (), None, {}  # nothing outlives a call
+        within = self._of_parts
+        self._below, self._offered, self._of_parts = (), None, {}  # nothing outlives a call
         if block.kind == "block":
             return out, {**made, **maps}
         return out, {**made, **within, "x": x, "out": out}
@@ -247,21 +247,21 @@ class ReferenceBlock(nn.Module):
         if isinstance(flow, Mixing):
             return scan(flow, given)  # an attention is a stream of its own
         if isinstance(flow, Part):
-            home = self.again.get(flow.module)
-            part = self.root[0].get_submodule(flow.module) if home is None else home
+            home = self._again.get(flow.module)
+            part = self._root[0].get_submodule(flow.module) if home is None else home
             assert isinstance(part, ReferenceBlock)
             if flow.what.experts is not None:
                 x, weights = (self._flow(each, given, made) for each in flow.inputs)
-                return part.mixed(x, weights)
+                return part._mixed(x, weights)
             x, context = self._flow(flow.inputs[0], given, made), given.streams.get("context")
             if flow.taken is not None:
                 chosen = self._flow(flow.inputs[1], given, made)[..., 0] != 0
-                return part.of_taken(x, chosen, given, self.offered)
+                return part._of_taken(x, chosen, given, self._offered)
             places = given.positions.get(flow.inputs[0].shape.tokens)
-            y, own = part.layer(x, self.below, context, given.segments, places, self.offered)
+            y, own = part.layer(x, self._below, context, given.segments, places, self._offered)
             if part.architecture.uses:  # what has no blocks has nothing that is named in it
-                before = f"{flow.module}." if self.several else ""
-                self.made |= {f"{before}{name}": each for name, each in own.items()}
+                before = f"{flow.module}." if self._several else ""
+                self._of_parts |= {f"{before}{name}": each for name, each in own.items()}
             return y
         inputs = [self._flow(each, given, made) for each in flow.inputs]
         tensors = {
@@ -276,17 +276,17 @@ class ReferenceBlock(nn.Module):
         result = op.eager(inputs, dict(flow.options), tensors, run)
         return result.to(dtype) if result.is_floating_point() and not op.wide else result
 
-    def of_taken(
+    def _of_taken(
         self, x: Tensor, chosen: Tensor, given: Given, offered: Mapping[str, Tensor] | None
     ) -> Tensor:
         """Return what it gives for the chosen tokens [b, n] of x alone, 0 at the others."""
         every = list(self._inner())
-        before = [each.uses for each in every]
+        before = [each._uses for each in every]
         y = x.new_zeros(*x.shape[:2], self.architecture.out.shape.dim)
         context, places = given.streams.get("context"), given.positions["n"]
         for row in range(len(x)):
             for each, uses in zip(every, before, strict=True):
-                each.uses = uses
+                each._uses = uses
             at, one = chosen[row].nonzero()[:, 0], slice(row, row + 1)
             own = {
                 name: each[one][..., at, :] if each.shape[-2] == x.shape[1] else each[one]
@@ -307,12 +307,12 @@ class ReferenceBlock(nn.Module):
         """Yield it and all that is in it, wherever that is at home."""
         yield self
         for part in self.architecture.parts:
-            home = self.again.get(part.module)
-            inner = self.root[0].get_submodule(part.module) if home is None else home
+            home = self._again.get(part.module)
+            inner = self._root[0].get_submodule(part.module) if home is None else home
             assert isinstance(inner, ReferenceBlock)
             yield from inner._inner()
 
-    def mixed(self, x: Tensor, weights: Tensor) -> Tensor:
+    def _mixed(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return what all experts give, each times its weight [b, n, experts] where that is not 0.
 
         Every one is run on every token.
@@ -325,7 +325,7 @@ class ReferenceBlock(nn.Module):
 
     def _tensor(self, name: str) -> Tensor:
         """Return a tensor; of experts, that of the one which is run."""
-        tensor = _tensor(self.root[0], name)
+        tensor = _tensor(self._root[0], name)
         return tensor if self.architecture.experts is None else tensor[self._expert]
 
 
@@ -345,7 +345,7 @@ class ReferenceModel(nn.Module):
         *first, last = model.ends
         ends = [ReferenceBlock(each, self, once) for each in first]
         self.layers = nn.ModuleList(ReferenceBlock(each, None, once) for each in model.layers)
-        self.ends = [*ends, ReferenceBlock(last, self, once)]
+        self._ends = [*ends, ReferenceBlock(last, self, once)]
 
     def forward(
         self,
@@ -395,13 +395,13 @@ class ReferenceModel(nn.Module):
     ) -> Tensor:
         model = self.architecture
         for each in self._blocks():
-            each.uses = 0
+            each._uses = 0
         if model.encoder is not None:
             if context is None:
                 raise ValueError(f"model `{model.name}` reads a context, and none was given")
             context = self.encoder(context)
         tokens = None
-        *first, embed, head = (each.train(self.training) for each in self.ends)
+        *first, embed, head = (each.train(self.training) for each in self._ends)
         if model.vocab is None:
             _expect("x", x, model.ends[0])
         else:

@@ -42,10 +42,13 @@ _OURS = frozenset((
     "finite", "tau", "device", "o", "before", "shared", "place", "attention_mask", "context_mask",
     "cu_seqlens", "batch", "far", "outer", "run", "context_run", "own", "other", "idle", "known",
     "spoilt", "part", "counted", "token", "taken_up", "answered", "states", "streams", "bias",
-    "line", "past", "total", "made", "exact", "some",
+    "line", "past", "total", "made", "exact", "some", "weights", "loss", "again",
+    # of a choice
+    "pairs", "always", "free", "group", "first", "count", "row", "begun", "e", "chosen", "score",
+    "sees", "keeps", "offers", "forced", "groups",
 ))  # fmt: skip
 _MADE = re.compile(  # what the text calls its own
-    r"_$|__\d+$|_[ghijt]$|_cache$|^side_\d+$|^previous_|^below_|^layer_|^shared_|^lent_"
+    r"_$|__\d+$|_[ghijt]$|_cache$|^side_\d+$|^repeated_\d+$|(?:run|starts)_\d+$|^previous_|^below_|^layer_|^shared_|^lent_"
     r"|_(?:added|asked|before|decay|key|level|given|past|query|read|start|value|written)s?(?:_\d+)?$"
 )
 
@@ -118,6 +121,11 @@ def call(head: str, args: list[str], tail: str = ")") -> list[str]:
     if len(inside) <= LIMIT - 12:
         return [f"{head}(", f"    {inside}", tail]
     return [f"{head}(", *(f"    {arg}," for arg in args), tail]
+
+
+def tupled(items: Collection[str]) -> str:
+    """Write a tuple."""
+    return f"({', '.join(items)}{',' * (len(items) == 1)})"
 
 
 def braced(head: str, items: Sequence[str]) -> list[str]:

@@ -185,6 +185,31 @@ def test_a_row_that_chooses_nothing_is_zero() -> None:
     assert not grad.any()
 
 
+NAMES = (
+    "pairs", "free", "always", "group", "first", "count", "e", "chosen", "forced",
+    "begun", "sees", "keeps", "offers", "groups", "run_8", "starts_8", "repeated_0", "again",
+    "root", "uses", "several", "offered", "below", "made", "mixed",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_and_streams_may_be_called_as_the_text_calls_its_own(name: str) -> None:
+    """A choice brings names of its own, and so does the module that is the meaning."""
+    text = f"""block a {{
+      heads = 2; head_dim = 4; width = 12; mask = causal
+      let kb = {name}_ | linear(8) | split(2) | pool(mean, size = 8)
+      let {name}_ = x | linear(2)
+      param {name}[heads] = 0.5 + h
+      score  = s + {name}[h] * {name}_[j, h]
+      select = top(1, dot(q[h, i], kb[h, j // 8]) + {name}[h] * (j // 8),
+        size = 8, always = blocks(8))
+    }}"""
+    x = drawn(27)
+    for each in (text, text.replace(f"{name}_", f"{name}__").replace(f"{name}[", f"w_{name}[")):
+        module, oracle = both(each.replace(f"{name}__", name))
+        torch.testing.assert_close(module(x), oracle(x), rtol=1e-11, atol=1e-11)
+
+
 REFUSED = {
     "select = best(3)": "L241",
     "select = top(3)": "L209",
