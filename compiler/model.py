@@ -17,9 +17,9 @@ from math import floor
 from typing import TypeGuard
 
 from ..grammar.diagnostics import Diagnostic
-from ..grammar.expr import FALSE, TRUE, names
+from ..grammar.expr import FALSE, TRUE, fold, names
 from ..grammar.source import NOWHERE, Span
-from ..grammar.syntax import Binary, Call, Compare, Expr, File, Index, Name, walk
+from ..grammar.syntax import Binary, Call, Compare, Expr, File, Index, Name, Unary, walk
 from ..ops import Shape, Weight
 
 MAPS = ("s", "p")  # the logits and the weights of `o`, which layers above may read
@@ -338,6 +338,11 @@ class Select:
     def running(self) -> tuple[Expr, ...]:
         """What its score sums over the queries up to one, inner ones first."""
         return _running(self.score)
+
+    def candidates(self, mask: Expr) -> Expr:
+        """Return which pairs that a mask shows make their group one that may be chosen."""
+        free = Binary("and", mask, Unary("not", self.always))
+        return fold(Binary("and", free, self.among))
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Select:
         """Return it with each of these changed."""

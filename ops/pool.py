@@ -77,7 +77,9 @@ class _Groups(Op):
     def resumed(
         self, inputs: Sequence[str], shapes: Sequence[Shape], options: Options, module: str
     ) -> str:
-        groups = self._arguments(inputs[0], "known", options, ", before, batch")
+        groups = self._arguments(
+            inputs[0], self.run_of(shapes[0]), options, ", before, groups, batch"
+        )
         return self.made(groups, options, module)
 
 

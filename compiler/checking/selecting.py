@@ -17,7 +17,7 @@ from ...grammar.expr import FALSE, TRUE, fold, names, rebuild, substitute
 from ...grammar.functions import MAP_FUNCTIONS
 from ...grammar.show import show
 from ...grammar.source import Span
-from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, Unary, children, walk
+from ...grammar.syntax import Binary, Call, Expr, Index, Name, Number, children, walk
 from ..algebra.masks import extent
 from ..facts.later import incomplete
 from ..model import Mixing, Pairwise, Select, elsewhere, is_map_elsewhere, there
@@ -134,17 +134,14 @@ def _differs(score: Expr, size: int, rows: int) -> str | None:
 def _differing(expr: Expr, place: str, by: int) -> Expr | None:
     """Return a part of an expression that is not the same at all tokens of a group."""
     if place not in names(expr):
-        return Name("s") if expr == Name("s") else next(
-            (found for each in children(expr) if (found := _differing(each, place, by))), None
-        )  # fmt: skip
+        return next((node for node in walk(expr) if node == Name("s")), None)
     if isinstance(expr, Call) and expr.function in MAP_FUNCTIONS:
         return expr
     if not any(isinstance(node, Index | Call) for node in walk(expr)):
         begins = Binary("*", Binary("//", Name(place), Number(by)), Number(by))
         return None if _same(expr, substitute(expr, {place: begins}), place, by) else expr
     if isinstance(expr, Index):
-        parts = expr.items
-        return next((expr for each in parts if _differing(each, place, by)), None)
+        return next((expr for each in expr.items if _differing(each, place, by)), None)
     return next((found for each in children(expr) if (found := _differing(each, place, by))), None)
 
 
@@ -165,9 +162,9 @@ def _looks_back(scope: Scope, select: Select, axes: Axes, mask: Expr, span: Span
     """Check that a choice under a causal mask reads no token after its query (L242)."""
     if axes.queries != axes.keys or not extent(mask).causal:
         return
-    free = Binary("and", Binary("and", mask, select.among), Unary("not", select.always))
     sides = ("j",) if select.rows > 1 else ("i", "j")  # queries choose together, as was asked for
-    found = incomplete(select.score, fold(free), scope.streams, sides, select.rows, mask)
+    free = select.candidates(mask)
+    found = incomplete(select.score, free, scope.streams, sides, select.rows, mask)
     if found is None:
         return
     raise error(

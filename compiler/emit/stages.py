@@ -67,15 +67,15 @@ class Stages(Caches):
         )  # fmt: skip
         cache = self.cache(part_name(own))
         before = [f'"{node.name}"', given, str(said["size"] - 1), "batch"]
-        new = f"batch_of_groups(batch, {given}.shape[-2], {numbers})"
         return [
-            "before, known = None, run",
+            "before, groups = None, None",
             f"if {tails} is not None:",
-            *call(f"    before, known = {tails}.before", before),
+            *call(f"    before, _ = {tails}.before", before),
+            f"    groups = batch_of_groups(batch, {given}.shape[-2], {numbers})",
             *comment(f"{head} {self._text(node, resumed=True)}", dims),
             padding,
             f"if {cache} is not None:",
-            f"    {name}, _, run_{axis} = {cache}.update({new}, {name}={name})",
+            f"    {name}, _, run_{axis} = {cache}.update(groups, {name}={name})",
             starts,
         ]
 

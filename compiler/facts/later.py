@@ -127,11 +127,7 @@ def _incomplete(block: Block, mixing: Mixing) -> Index | None:
             if group_may_be_later(Name("j"), a, b, tried):
                 return Index(Name(read.name), (Name("j"),), read.span)
     if mix.select is not None:
-        free = Binary(
-            "and",
-            Binary("and", mix.mask, mix.select.among),
-            Unary("not", mix.select.always),
-        )
+        free = mix.select.candidates(mix.mask)
         asked = not mix.select.elsewhere  # else that layer says it of the same pairs
         score = mix.select.score
         if asked and (found := incomplete(score, free, streams, visible=mix.mask)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...grammar.syntax import Expr, Index, Name
 from ..graph.graph import Graph
 from ..plan.attention import Attention
-from ..text.text import atomic, ident, indent
+from ..text.text import atomic, ident, indent, tupled
 from ..text.values import Text, Values
 
 
@@ -70,7 +70,7 @@ def lines(attention: Attention) -> list[str]:
     ranks = {name: of_key_heads(attention, name)[1] for name in names}
     written = _OfKeys(attention.graph, ranks).value(carry).text
     every = [variable(name) for name in names]
-    streams = f"({', '.join(every)}{',' * (len(every) == 1)})"
+    streams = tupled(every)
     return [
         "def carry(k: Tensor, streams: tuple[Tensor, ...]) -> Tensor:",
         *indent([f"{streams} = streams"] if every else []),

@@ -23,7 +23,7 @@ from ..graph.operations import Stage
 from ..graph.sides import KEY, QUERY, at_token
 from ..plan.attention import Attention
 from ..text.pairs import operand
-from ..text.text import call, indent
+from ..text.text import call, indent, tupled
 from . import tiles
 from .calls import needed
 from .way import Call, Way
@@ -124,7 +124,7 @@ def methods(attention: Attention) -> list[str]:
     met = call("s = fading_products", ["q", "k", *texts])
     tensors = tuple(f"self.{each}" for each in attention.tensors)
     every = [groups["queries"], groups["keys"], groups["places"], tensors, ()]
-    args = [f"self.{name}_weights_of_faded", "v", *map(tiles.tupled, every), "ordered=True"]
+    args = [f"self.{name}_weights_of_faded", "v", *map(tupled, every), "ordered=True"]
     head = signature(f"{name}_faded", general(attention), "Tensor")
     return [
         *head,

@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ...grammar.expr import FALSE, TRUE, names
+from ...grammar.expr import FALSE, TRUE, fold, names
 from ...grammar.show import show
-from ...grammar.syntax import Binary, Expr, Name, Unary
+from ...grammar.syntax import Binary, Expr, Name
 from ..algebra.groups import told_at_ends
 from ..algebra.masks import extent
 from ..graph.sides import KEY
 from ..plan.attention import Attention
 from ..text.pairs import Pairs, table_name
-from ..text.text import atomic, call, ident, indent
+from ..text.text import atomic, call, ident, indent, tupled
 from . import choosing
 from .calls import needed
 from .way import Call, Way
@@ -53,8 +53,7 @@ def obstacle(attention: Attention) -> str | None:
     for expr in (mix.mask, select.always, select.among):
         if not names(expr) <= {"i", "j", "true", "false"}:
             return f"`{show(expr)}` reads more than places"
-    free = Binary("and", Binary("and", mix.mask, select.among), Unary("not", select.always))
-    for expr in (mix.mask, select.always, free):
+    for expr in (mix.mask, select.always, select.candidates(mix.mask)):
         if not told_at_ends(expr, select.size, both=expr == mix.mask):
             return f"the first and the last key of a group do not tell of all by `{show(expr)}`"
     return None
@@ -108,7 +107,7 @@ def method(attention: Attention) -> list[str]:
     tensors = [ident(each) for each in attention.tensors]
     given = ["q", "k", "v", *streams, *tables]
     args = [f"self.{name}_choice", f"self.{name}_reads", "q", "k", "v"]
-    args += [_tuple(streams), _tuple(tables), _tuple([f"self.{each}" for each in tensors])]
+    args += [tupled(streams), tupled(tables), tupled([f"self.{each}" for each in tensors])]
     sizes = [f"size={select.size}", f"share={select.share}", f"scale={attention.mix.scale!r}"]
     at_steps = [*args[:5], "i", *args[5:], *sizes]
     args += sizes
@@ -129,10 +128,6 @@ def method(attention: Attention) -> list[str]:
         *signature(f"{name}_reads", ["i", "j"], two),
         *indent(writer.reads()),
     ]
-
-
-def _tuple(items: list[str]) -> str:
-    return f"({', '.join(items)}{',' * (len(items) == 1)})"
 
 
 class _Writer:
@@ -156,20 +151,14 @@ class _Writer:
     def choice(self) -> list[str]:
         """Return the body of what says which groups are chosen, read always, and seen whole."""
         mix, select = self.attention.mix, self.select
-        free: Expr = Binary("and", mix.mask, Unary("not", select.always))
-        if select.always == FALSE:
-            free = mix.mask
-        if select.among != TRUE:
-            free = Binary("and", free, select.among)
-        always = Binary("and", mix.mask, select.always) if select.always != FALSE else FALSE
         made = [
             "wide = torch.promote_types(q.dtype, torch.float32)",
             *(["h = torch.arange(q.shape[1], device=q.device)[:, None, None]"]
               if "h" in names(select.score) else []),
             "pairs = (*q.shape[:3], first.shape[-1])",
             *self._asked("sees", mix.mask),
-            *self._asked("keeps", always),
-            *self._asked("offers", free),
+            *self._asked("keeps", fold(Binary("and", mix.mask, select.always))),
+            *self._asked("offers", select.candidates(mix.mask)),
             "def score(j: Tensor) -> Tensor:",
             f"    return {atomic(self.pairs.value(select.score).text)}.to(wide)",
             "",

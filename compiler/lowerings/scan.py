@@ -19,7 +19,7 @@ from ..algebra.levels import affine_parts
 from ..graph.graph import AnyNode, Graph, Node
 from ..graph.operations import Scan
 from ..model import Recurrence, State, Update
-from ..text.text import atomic, call, ident, indent
+from ..text.text import atomic, call, ident, indent, tupled
 from ..text.values import Text, Values, lifted
 
 
@@ -226,19 +226,15 @@ def _over_tokens(
     """
     return [
         f"def {name}(states, streams):",
-        f"    {_tuple(carried)} = states",
-        f"    {_tuple(streams)} = streams",
+        f"    {tupled(carried)} = states",
+        f"    {tupled(streams)} = streams",
         *indent(body),
-        f"    return {_tuple(carried)}, {_tuple(made.values())}",
+        f"    return {tupled(carried)}, {tupled(made.values())}",
         *call(
-            f"{_tuple(carried)}, {_tuple(made)} = over_tokens",
-            [name, _tuple(carried), _tuple(streams.values()), "n"],
+            f"{tupled(carried)}, {tupled(made)} = over_tokens",
+            [name, tupled(carried), tupled(streams.values()), "n"],
         ),
     ]
-
-
-def _tuple(names: Collection[str]) -> str:
-    return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
 def _held(mix: Recurrence) -> list[str]:
@@ -331,7 +327,7 @@ def _both_ways(known: _Ranks, mix: Recurrence, streams: list[str]) -> list[str]:
     own, every = states(mix), _token_streams(streams)
     update = [*_reset(mix), *_held(mix), *_statements(known, mix, states_of(mix)), *_idle(mix)]
     past = {f"{name}_past": name for name in own}
-    answer = [f"{_tuple(own)} = {_tuple(past)}", *_statements(known, mix, ["o"])]
+    answer = [f"{tupled(own)} = {tupled(past)}", *_statements(known, mix, ["o"])]
     ends = {each: f"at_ends({each}, fresh)" for each in past}
     return [
         *_over_tokens("taken_up", own, every, update, past),

@@ -15,7 +15,7 @@ from __future__ import annotations
 from ...grammar.syntax import Name
 from ..plan.attention import CHOOSES, Attention
 from ..plan.plan import Target
-from ..text.text import call, indent
+from ..text.text import call, indent, tupled
 from . import carry, distance, sdpa
 from .way import Way
 from .weights import (
@@ -232,11 +232,6 @@ def _dense(attention: Attention) -> str:
     if attention.mix.carry is not None:
         return f"{attention.in_turn}: its logits are made by chunks of tokens"
     return "every pair is computed by PyTorch operations"
-
-
-def tupled(items: tuple[str, ...] | list[str]) -> str:
-    """Write a tuple."""
-    return f"({', '.join(items)}{',' * (len(items) == 1)})"
 
 
 WAY = Way("tiles", obstacle, reason)

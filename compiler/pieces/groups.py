@@ -74,16 +74,13 @@ def new_groups(
     start: int,
     run: Tensor | None,
     before: Tensor | None,
+    groups: GroupBatch | None,
     batch: Batch,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `groups_in` does of the groups of `batch_of_groups`, `before` those of x.
-
-    Without tokens before, they are all groups.
-    """
-    if before is None:
+    """Return what `groups_in` does, with a cache of these `groups`; `before` stand before x."""
+    if before is None or groups is None:
         return groups_in(x, size, stride, start, run)
     every = torch.cat([before, x], dim=-2)
-    groups = batch_of_groups(batch, x.shape[-2], size, stride, start)
     at = stride * groups.place[..., None] + torch.arange(start, start + size, device=x.device)
     since, ends = (torch.as_tensor(each, device=x.device) for each in (batch.before, batch.after))
     if at.ndim == 3:
@@ -174,10 +171,7 @@ def columns_at(x: Tensor, at: Tensor) -> Tensor:
     """Return the columns of a map x [b, h, n, keys] at numbers [b or 1, 1, 1, m]."""
     if not x.shape[-1]:
         return x.new_zeros(*x.shape[:-1], at.shape[-1])
-    at = at.long().clamp(0, x.shape[-1] - 1)
-    if at.shape[0] == 1:
-        return x.index_select(-1, at.flatten())
-    return x.gather(-1, at.expand(*x.shape[:-1], -1))
+    return at_groups(x, at.long().clamp(0, x.shape[-1] - 1))
 
 
 def groups_of_keys(j: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -187,10 +181,8 @@ def groups_of_keys(j: Tensor, size: int) -> tuple[Tensor, Tensor]:
     [b or 1, 1, 1, groups], 0 for more groups than there are.
     """
     group = j.long() // size
-    rank = F.pad(group[..., 1:] != group[..., :-1], (1, 0)).cumsum(-1)
-    rank = rank[..., : group.shape[-1]]
     count = j.shape[-1] // size + 4  # of two ranges of keys, each begins and ends within a group
-    rank = rank.clamp(max=count - 1)
+    rank = ranks_of(group).clamp(max=count - 1)
     first = group.new_zeros(*group.shape[:-1], count)
     return rank, first.scatter(-1, rank, group * size)
 
