@@ -89,6 +89,8 @@ class ReferenceBlock(nn.Module):
         self._expert = 0  # which one is run, of experts
         self._uses = 0  # how often it has run for these tokens
         self._again: dict[str, ReferenceBlock] = {}  # parts whose home is elsewhere
+        self._several = len(block.uses) > 1
+        self._stands_alone()
         once = {} if once is None else once
         for part in block.parts:
             if part.once in once:
@@ -98,6 +100,12 @@ class ReferenceBlock(nn.Module):
             self._root[0].add_module(part.module, made)
             if part.once is not None:
                 once[part.once] = made
+
+    def _stands_alone(self) -> None:
+        """Know of no layer below, of nothing that a model offers, and of no part that has run."""
+        self._below: Sequence[Mapping[str, Tensor]] = ()
+        self._offered: Mapping[str, Tensor] | None = None
+        self._of_parts: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -180,8 +188,8 @@ class ReferenceBlock(nn.Module):
         tensors = {each.name: self._tensor(each.name) for each in block.tensors}
         pairs = {name: each for name, each in others.items() if is_map_elsewhere(name)}
         given = Given(streams, tensors, places, segments, self.training, {}, pairs)
-        self._below, self._offered, self._of_parts = below, offered, dict[str, Tensor]()
-        self._several = len(block.uses) > 1
+        self._stands_alone()
+        self._below, self._offered = below, offered
         maps: dict[str, Tensor] = {}
         for stream in block.streams:
             if isinstance(stream.flow, Mixing) and isinstance(stream.flow.mix, Pairwise):
@@ -197,7 +205,7 @@ class ReferenceBlock(nn.Module):
         self._uses += 1
         out = self._flow(block.out, given)
         within = self._of_parts
-        self._below, self._offered, self._of_parts = (), None, {}  # nothing outlives a call
+        self._stands_alone()  # nothing outlives a call
         if block.kind == "block":
             return out, {**made, **maps}
         return out, {**made, **within, "x": x, "out": out}

@@ -122,11 +122,6 @@ class Mechanism:
 
     def _call(self, streams: dict[str, Tensor]) -> Given:
         assert isinstance(self.meaning, ReferenceBlock)
-        self.meaning.below, self.meaning.offered, self.meaning.made = (
-            (),
-            None,
-            {},
-        )  # it stands alone
         tensors = {each.name: self.meaning._tensor(each.name) for each in self.block.tensors}
         places = {
             axis: torch.arange(streams[name].shape[1]).expand(streams[name].shape[:2])
