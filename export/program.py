@@ -1,0 +1,103 @@
+"""A module as a program of `torch.export`: sizes that stay free, and those that cannot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import UserError
+from torch.export import Dim, ExportedProgram
+
+Axes = tuple[str | None, ...]  # the free size of each dimension, None where it is settled
+
+
+class NoProgramError(Exception):
+    """A module that `torch.export` cannot take, and why."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported program, and the least and most of its free sizes where they are not any."""
+
+    exported: ExportedProgram
+    least: Mapping[str, int] = field(default_factory=dict)
+
+
+def trace(
+    module: nn.Module,
+    given: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    most: Mapping[str, int | None],
+) -> Program:
+    """Export a module that is given arguments by name, for free sizes from 1 up.
+
+    Where its text has a guard, sizes are as free as it lets them be. Raises `NoProgramError`
+    where a size cannot be free, and where it cannot be exported at all.
+    """
+    least = dict.fromkeys(most, 1)
+    try:
+        return Program(_exported(module, given, _dims(axes, _sizes(least, most))))
+    except UserError:
+        free = _exported(module, given, _dims(axes, dict.fromkeys(most, Dim.AUTO)))
+    least |= {name: size for name, size in _least(free, axes).items() if size > 2}
+    try:  # what is found of itself is never free down to one
+        return Program(_exported(module, given, _dims(axes, _sizes(least, most))), least)
+    except UserError:
+        return Program(free, _least(free, axes))
+
+
+def _sizes(least: Mapping[str, int], most: Mapping[str, int | None]) -> dict[str, Any]:
+    return {
+        name: Dim(name, min=least[name], max=end) if end else Dim(name, min=least[name])
+        for name, end in most.items()
+    }
+
+
+def _dims(axes: Any, sizes: Mapping[str, Any]) -> Any:
+    """Lay sizes out as the axes are: one dictionary for each tensor."""
+    if isinstance(axes, Mapping):
+        return {name: _dims(each, sizes) for name, each in axes.items()}
+    if isinstance(axes, list):
+        return [_dims(each, sizes) for each in axes]
+    return {at: sizes[name] for at, name in enumerate(axes) if name is not None}
+
+
+def _exported(module: nn.Module, given: Mapping[str, Any], dims: Any) -> ExportedProgram:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, (), dict(given), dynamic_shapes=dims, strict=False)
+
+
+def _least(program: ExportedProgram, axes: Mapping[str, Any]) -> dict[str, int]:
+    """Return the least of each size. Raises `NoProgramError` where one is settled."""
+    shapes = {
+        node.name: node.meta["val"].shape
+        for node in program.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
+    }
+    found: dict[str, int] = {}
+    for name, each in _named(axes):
+        for at, size in enumerate(each):
+            if size is None:
+                continue
+            length = shapes[name][at]
+            bounds = None if isinstance(length, int) else program.range_constraints.get(
+                length.node.expr)  # fmt: skip
+            if bounds is None:
+                raise NoProgramError(f"`{size}` cannot be free: it would be {length} alone")
+            found[size] = max(found.get(size, 1), int(bounds.lower))
+    return found
+
+
+def _named(axes: Mapping[str, Any]) -> list[tuple[str, Axes]]:
+    found: list[tuple[str, Axes]] = []
+    for name, each in axes.items():
+        if isinstance(each, list):
+            found += [(f"{name}_{at}", one) for at, one in enumerate(each)]
+        else:
+            found.append((name, each))
+    return found
