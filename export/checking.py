@@ -44,15 +44,15 @@ def forward(request: Request, least: int = 1) -> list[Compared]:
     return found
 
 
-def decoding(request: Request) -> list[Compared]:
+def decoding(request: Request, least: int = 1) -> list[Compared]:
     """Return sequences given in parts: the first half at once, then token by token."""
     if not request.decodes:
         return []
     found = []
-    for case in cases(request, 2):
+    for case in cases(request, least + 1):
         case = replace(case, whole=True)
         x, given = inputs(request, case)
-        first = (case.tokens + 1) // 2
+        first = max(least, (case.tokens + 1) // 2)
         sizes = [first, *[1] * min(5, case.tokens - first)]
         parts = tuple(_parts(x, given, sizes))
         found.append(_compared(request, case, parts, _decode))

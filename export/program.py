@@ -26,6 +26,12 @@ class Program:
     exported: ExportedProgram
     least: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def limits(self) -> str:
+        """What its sizes may not be, in words."""
+        return ", ".join(f"{name} is {size} at least" for name, size in self.least.items()
+                         if size > 1)  # fmt: skip
+
 
 def trace(
     module: nn.Module,

@@ -302,7 +302,7 @@ def without_front(y: Tensor, within: Batch, batch: Batch) -> Tensor:
 def at_positions(table: nn.Embedding, batch: Batch) -> Tensor:
     """Return the rows of a table where tokens stand; raise `ValueError` past its end."""
     count, needed = table.num_embeddings, batch.bound + batch.place.shape[-1]
-    if needed > count and batch.run is None and batch.given is None:
+    if batch.run is None and batch.given is None and needed > count:
         raise ValueError(f"this model has {count} positions; {needed} are needed")
     try:
         rows: Tensor = table(batch.positions)

@@ -125,9 +125,10 @@ class KeyValueCache(Part):
     def start(self, batch: Batch) -> int | None:
         """Return which of the keys of `update` is that of the first new token, where it is one."""
         held = batch.bound
+        if batch.start is None or "positions" in self.kept or (batch.cut and held):
+            return None
         goes_round = self.is_ring and held > 0 and held + batch.place.shape[-1] > self.capacity
-        noted = "positions" in self.kept
-        return None if goes_round or noted or (batch.cut and held) else batch.start
+        return None if goes_round else batch.start
 
     def update(self, batch: Batch, **new: Tensor) -> tuple[Any, ...]:
         """Take up new tokens.
@@ -138,11 +139,12 @@ class KeyValueCache(Part):
         """
         count, held = batch.place.shape[-1], batch.bound
         new = self._prepared(batch, new)
-        if batch.cut or (self.is_ring and count > 1 and held + count > self.capacity):
+        traced = torch.compiler.is_exporting()
+        if batch.cut or (self.is_ring and count > 1 and (traced or held + count > self.capacity)):
             found, places, run = self._and_new(batch, new)
             self._write(batch, new)
         else:
-            first = min(held + count, self.capacity)
+            first = self.capacity if traced else min(held + count, self.capacity)
             found = {name: x[..., :first, :] for name, x in self._write(batch, new).items()}
             places, run = self._slots(batch.after, first)
             found, places, run = self._as_they_came(found, places, run)
@@ -155,7 +157,7 @@ class KeyValueCache(Part):
 
     def rewrite(self, batch: Batch, **found: Tensor) -> None:
         """Put the first of what is given in place of what is held of the tokens before."""
-        first = min(batch.bound, self.capacity)
+        first = self._held(batch)
         for name, x in found.items():
             self.kept[name][..., :first, :] = x[..., :first, :].detach()
 
@@ -178,7 +180,7 @@ class KeyValueCache(Part):
         self, batch: Batch, new: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Return what is held and new tokens after it, with their places and runs."""
-        first = min(batch.bound, self.capacity)
+        first = self._held(batch)
         places, run = self._slots(batch.before, first)
         held = {name: each[..., :first, :] for name, each in self.kept.items()}
         held, places, run = self._as_they_came(held, places, run)
@@ -191,6 +193,11 @@ class KeyValueCache(Part):
         both = (self.rows, -1)
         places = torch.cat([places.expand(both), batch.place.expand(both)], 1)
         return found, places, torch.cat([run.expand(both), batch.run], 1)
+
+    def _held(self, batch: Batch) -> int:
+        """Return how many slots may hold something: all, where asking would be a guard."""
+        traced = torch.compiler.is_exporting() and batch.run is not None and self.is_ring
+        return self.capacity if traced else min(batch.bound, self.capacity)
 
     def _given_back(
         self, batch: Batch, found: dict[str, Tensor], places: Tensor, run: Tensor
