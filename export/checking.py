@@ -98,6 +98,20 @@ def _compared(
     return Compared(case, calls, expected, most)
 
 
+def within_precision(request: Request, compared: Sequence[Compared]) -> list[Compared]:
+    """Return calls with the bar of another computation: what the module itself is off in float32.
+
+    Its sums are taken in another order, so it may be off as much as the module is.
+    """
+    found, wide = [], deepcopy(request.module).double()
+    for each in compared:
+        run = _decode if len(each.calls) > 1 else _call
+        exact = run(wide, tuple(map(_widened, each.calls)))
+        own = max(bar(one, other) for one, other in zip(each.expected, exact, strict=True))
+        found.append(replace(each, tolerance=max(own, each.tolerance)))
+    return found
+
+
 def _widened(call: Call) -> Call:
     x, given = call
     wide = {name: each.double() if each.is_floating_point() else each
@@ -135,13 +149,18 @@ def decoded(
 ) -> Finding:
     """Decode where Headloom is not; the script's `run` takes (batch, length, parts) as `calls`."""
     if not request.decodes:
-        why = request.subject.obstacle or "it gives one answer for a whole sequence"
-        return Finding(request.what.name, "decoding", None, note=why)
+        return undecoded(request)
     calls = [
         (each.case.batch, sum(x.shape[1] for x, _ in each.calls), list(each.calls))
         for each in compared
     ]
     return found(request, "decoding", compared, lambda: apart(script, calls=calls, **given), note)
+
+
+def undecoded(request: Request) -> Finding:
+    """Say why nothing is decoded."""
+    why = request.subject.obstacle or "it gives one answer for a whole sequence"
+    return Finding(request.what.name, "decoding", None, note=why)
 
 
 def found(
