@@ -1,6 +1,7 @@
-"""What ONNX computes of PyTorch's operators where its exporter has no translation, or a longer one.
+"""What ONNX computes of PyTorch's operators that its exporter has no translation for.
 
-`TABLE` is operator → function that writes it in ONNX.
+`TABLE` is operator → function that writes it with operators of ONNX. What goes on from one row to
+the next is a `Scan`, whose body is text.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import onnx.parser
+import onnx_ir as ir
 import torch
 from onnxscript import opset23 as op
+from torch.onnx._internal.exporter._torchlib.ops.hop import call_op  # as it writes a `Scan` itself
 
-OPSET = 23  # the first with `Attention` and `RotaryEmbedding`
+OPSET = 23  # the first with `Attention`, `RotaryEmbedding` and `RMSNormalization`
 
 
 def prod(x: Any, dims: Sequence[int] | None, dtype: int | None = None) -> Any:  # noqa: ARG001
@@ -19,6 +23,108 @@ def prod(x: Any, dims: Sequence[int] | None, dtype: int | None = None) -> Any:  
     return op.ReduceProd(x, op.Constant(value_ints=list(dims or ())), keepdims=0)
 
 
+_EXTREME = """
+body ({type}[] most, int64[] at, {type}[] x, int64[] number)
+  => ({type}[] most_out, int64[] at_out, {type}[] every_most, int64[] every_at)
+{{
+  new = {relation} (x, most)
+  most_out = Where (new, x, most)
+  at_out = Where (new, number, at)
+  every_most = Identity (most_out)
+  every_at = Identity (at_out)
+}}
+"""
+
+
+def cummax(x: Any, dim: int) -> Any:
+    """Give the largest number so far, and where it was."""
+    return _extreme(x, dim, "GreaterOrEqual")
+
+
+def cummin(x: Any, dim: int) -> Any:
+    """Give the smallest number so far, and where it was."""
+    return _extreme(x, dim, "LessOrEqual")
+
+
+def _extreme(x: Any, dim: int, relation: str) -> Any:
+    dim = dim % len(x.shape)
+    body = _body(_EXTREME.format(type=_type(x), relation=relation))
+    first = op.Squeeze(op.Slice(x, [0], [1], [dim]), [dim])
+    count = op.Squeeze(op.Shape(x, start=dim, end=dim + 1), [0])
+    numbers = op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
+    at = op.Cast(op.Mul(op.Cast(first, to=_INT64), op.Constant(value_int=0)), to=_INT64)
+    _, _, most, where = call_op(
+        "Scan", first, at, x, numbers, _num_outputs=4, body=body, num_scan_inputs=2,
+        scan_input_axes=[dim, 0], scan_output_axes=[dim, dim],
+    )  # fmt: skip
+    return most, where
+
+
+_SUBSTITUTE = """
+body (float[] known, float[] row, float[] given, float[] unit)
+  => (float[] known_out, float[] every)
+{
+  last = Constant <value_ints = [-1]> ()
+  before = Constant <value_ints = [-2]> ()
+  lying = Unsqueeze (row, before)
+  seen = MatMul (lying, known)
+  sum = Squeeze (seen, before)
+  left = Sub (given, sum)
+  own = Mul (row, unit)
+  diagonal = ReduceSum (own, last)
+  every = Div (left, diagonal)
+  standing = Unsqueeze (unit, last)
+  found = Unsqueeze (every, before)
+  placed = Mul (standing, found)
+  known_out = Add (known, placed)
+}
+"""
+_UNIT = _SUBSTITUTE.replace("ReduceSum (own, last)", "Constant <value_float = 1.0> ()")
+
+
+def linalg_solve_triangular(
+    a: Any, b: Any, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Any:
+    """Solve a @ x = b by substitution, row by row; x @ a = b with `left` False."""
+    if not left:
+        rank = max(len(a.shape), len(b.shape))
+        x = _solved(_mT(a, len(a.shape)), _mT(b, len(b.shape)), not upper, unitriangular, rank)
+        return _mT(x, rank)
+    return _solved(a, b, upper, unitriangular, max(len(a.shape), len(b.shape)))
+
+
+def _solved(a: Any, b: Any, upper: bool, unit: bool, rank: int) -> Any:
+    text = _UNIT if unit else _SUBSTITUTE
+    rows = op.Shape(a, start=-1)
+    one = op.EyeLike(op.ConstantOfShape(op.Concat(rows, rows, axis=0)))
+    known = op.ConstantOfShape(op.Shape(op.MatMul(a, b)))
+    _, x = call_op(
+        "Scan", known, a, b, one, _num_outputs=2, body=_body(text), num_scan_inputs=3,
+        scan_input_axes=[-2, -2, 0], scan_output_axes=[-2],
+        scan_input_directions=[int(upper)] * 3, scan_output_directions=[int(upper)],
+    )  # fmt: skip
+    return x
+
+
+def _mT(x: Any, count: int) -> Any:
+    return op.Transpose(x, perm=[*range(count - 2), count - 1, count - 2])
+
+
+_INT64 = ir.DataType.INT64
+
+
+def _type(x: Any) -> str:
+    return str(x.dtype.name).lower()
+
+
+def _body(text: str) -> ir.Graph:
+    return ir.from_proto(onnx.parser.parse_graph(text))
+
+
+aten, prims = torch.ops.aten, torch.ops.prims
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.prims.prod.default: prod,
+    aten.cummax.default: cummax,
+    aten.cummin.default: cummin,
+    aten.linalg_solve_triangular.default: linalg_solve_triangular,
+    prims.prod.default: prod,
 }
