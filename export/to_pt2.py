@@ -9,8 +9,8 @@ made/README.md      how to load and call them
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ from torch import Tensor
 from ..compiler.model import Model
 from ..compiler.verify.cases import Case
 from ..compiler.verify.verify import Finding
+from . import compiled
 from .archive import save
 from .checking import decoded, decoding, forward, forwarded
 from .place import write_text
 from .program import NoProgramError, Program, trace
 from .readme import fenced, readme
 from .request import Request
-from .steps import First, Kept, Step, spec_of
+from .steps import First, Step, spec_of
 
+OPTIONS = frozenset({"portable", "aot"})
 MODEL, FIRST, DECODE = "model.pt2", "first.pt2", "decode.pt2"
 DRAWN = Case(3, 37, 23, seed=9)  # what programs are traced with: all sizes are apart
 OTHER = Case(2, 29, 19, seed=9)
@@ -52,16 +54,18 @@ class Programs:
 def obstacles(request: Request) -> Sequence[str]:
     """Say what cannot be a program: whatever PyTorch's exporter says it cannot take."""
     try:
-        programs(request)
+        made = programs(request)
     except NoProgramError as problem:
         return (str(problem),)
-    return ()
+    return compiled.obstacles(made.named) if request.options.aot else ()
 
 
 def write(request: Request, folder: Path) -> None:
     """Write every program, and how to load them."""
     for name, each in programs(request).named.items():
         save(each.exported, folder / name)
+        if request.options.aot:
+            compiled.write(request, each, folder / compiled.called(name))
     write_text(folder / "README.md", _readme(request))
 
 
@@ -81,6 +85,19 @@ def check(request: Request, folder: Path) -> Iterator[Finding]:
             if each.limits
         )
     yield decoded(request, steps, _LOAD + _DECODE, given, note)
+    if request.options.aot:
+        yield from compiled.check(request, calls, steps, given, (_FORWARD, _DECODE))
+    if request.options.portable:
+        yield _portable(request)
+
+
+def _portable(request: Request) -> Finding:
+    """Say which operators are left that are not of PyTorch's core set."""
+    made = programs(request).named.values()
+    left = sorted({name for each in made for name in each.beyond_core})
+    ours = [name for name in left if name.startswith("headloom")]
+    note = f"others than core: {', '.join(left)}" if left else ""
+    return Finding(request.what.name, "core operators", not ours, len(made), 0.0, note)
 
 
 # ── the programs ─────────────────────────────────────────────────────────────────────────
@@ -93,23 +110,27 @@ def programs(request: Request) -> Programs:
     takes = taken(request)
     axes = {name: _axes(name, each) for name, each in {takes: x, **given}.items()}
     most = _most(request, given)
-    model = _said("model", lambda: trace(request.module, {takes: x, **given}, axes, most))
+    portable = request.options.portable
+    model = _traced(
+        "model", lambda: trace(request.module, {takes: x, **given}, axes, most), portable
+    )
     if not request.decodes:
         return Programs(model)
     given = {name: each for name, each in given.items() if name != "segments"}
-    axes = {"x": axes[takes], "given": {name: axes[name] for name in given}}
-    first = _said("first", lambda: trace(First(request.module), {"x": x, **given},
-                  {"x": axes["x"], **axes["given"]}, most))  # fmt: skip
-    return Programs(model, first, _said("decode", lambda: _decode(request)))
+    axes = {"x": axes[takes], **{name: axes[name] for name in given}}
+    first = _traced(
+        "first", lambda: trace(First(request.module), {"x": x, **given}, axes, most), portable
+    )
+    return Programs(model, first, _traced("decode", lambda: _decode(request), portable))
 
 
-def _said(which: str, make: Any) -> Program:
+def _traced(which: str, make: Callable[[], Program], portable: bool) -> Program:
     """Trace a program; what stands in its way says which it is."""
     try:
         made: Program = make()
     except NoProgramError as problem:
         raise NoProgramError(f"{which}: {problem}") from None
-    return made
+    return made.decomposed() if portable else made
 
 
 def _decode(request: Request) -> Program:
@@ -147,8 +168,6 @@ def taken(request: Request) -> str:
 
 def _drawn(request: Request, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     subject = request.subject
-    from dataclasses import replace
-
     return subject.inputs(replace(subject.fitting(case), dtype=request.dtype))
 
 
@@ -237,6 +256,3 @@ def _decoding_lines(request: Request) -> list[str]:
         f"y, *cache = first(x=x{first})",
         f"y, *cache = decode(x=x_next, cache=cache{later})  # x_next [b, 1, …]",
     ]
-
-
-__all__ = ["Kept", "check", "obstacles", "write"]
