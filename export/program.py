@@ -80,8 +80,12 @@ def trace(
     least = dict.fromkeys(most, 1)
     try:
         return Program(_exported(module, given, _dims(axes, _sizes(least, most))))
-    except UserError:
+    except (UserError, RuntimeError):  # a guard; that of a number is no `UserError`
+        pass
+    try:
         free = _exported(module, given, _dims(axes, dict.fromkeys(most, Dim.AUTO)))
+    except Exception as problem:  # whatever it is that the exporter cannot take
+        raise NoProgramError(str(problem).strip().partition("\n")[0]) from problem
     least |= {name: size for name, size in _least(free, axes).items() if size > 2}
     try:  # what is found of itself is never free down to one
         return Program(_exported(module, given, _dims(axes, _sizes(least, most))), least)

@@ -218,41 +218,53 @@ def run(folder, takes, calls):
 """
 
 
-def _readme(request: Request) -> str:
-    made = programs(request)
-    says = (
-        "Programs of `torch.export`, which need PyTorch alone. `model.pt2` is called with a batch "
-        "of whole sequences."
-    )
-    name = taken(request)
-    lines = ["import torch", "", 'model = torch.export.load("model.pt2").module()',
-             f"y = model({_arguments(request, name)})"]  # fmt: skip
-    parts = [says, fenced("python", lines)]
-    if made.decode is not None:
-        parts += [_DECODES, fenced("python", _decoding_lines(request))]
-    return readme(request, *parts)
-
+# ── how to load it ───────────────────────────────────────────────────────────────────────
 
 _DECODES = (
     "`first.pt2` begins sequences and gives their cache too: a list of tensors, of which the "
     "first says how many tokens each row has had. `decode.pt2` goes on with one more token of "
-    "each row, and gives the cache after it. A part that grows comes back longer by one."
+    "each row, and gives the cache after it; what grows with the sequence comes back longer by one."
 )
 
 
-def _arguments(request: Request, name: str, context: bool = True) -> str:
-    _, given = _drawn(request, DRAWN)
-    more = [each for each in given if each != "segments" or context]
-    return ", ".join([f"{name}={name}", *(f"{each}={each}" for each in more)])
+def _readme(request: Request) -> str:
+    made = programs(request)
+    name, least = taken(request), made.model.least.get("n", 1)
+    x, given = _drawn(request, Case(2, max(9, least), 7, seed=9))
+    more = "".join(f", {each}={each}" for each in given)
+    lines = ["import torch", "", _example(request, name, x)]
+    lines += [_example(request, each, one) for each, one in given.items()]
+    lines += ['model = torch.export.load("model.pt2").module()', f"y = model({name}={name}{more})"]
+    parts = ["Programs of `torch.export`, which need PyTorch alone.", fenced("python", lines)]
+    if made.decode is not None:
+        parts += [_DECODES, fenced("python", _decoding_lines(name, list(given)))]
+    limits = [f"In `{file}` {each.limits}." for file, each in made.named.items() if each.limits]
+    return readme(request, *parts, *limits, *([_COMPILED] if request.options.aot else []))
 
 
-def _decoding_lines(request: Request) -> list[str]:
-    _, given = _drawn(request, DRAWN)
+_COMPILED = (
+    "`model.aot.pt2` and its like are compiled for the processor of the machine that wrote them: "
+    '`torch._inductor.aoti_load_package("model.aot.pt2")` is called as the program is.'
+)
+
+
+def _example(request: Request, name: str, x: Tensor) -> str:
+    """Return a line that makes an argument."""
+    size = tuple(x.shape)
+    if name == "segments":
+        return f"segments = torch.zeros({size}, dtype=torch.int64)"
+    if not x.is_floating_point():
+        return f"{name} = torch.randint({int(x.max()) + 1}, {size})"
+    dtype = "" if request.dtype_name == "float32" else f", dtype={request.dtype}"
+    return f"{name} = torch.randn({size}{dtype})"
+
+
+def _decoding_lines(name: str, given: list[str]) -> list[str]:
     first = "".join(f", {each}={each}" for each in given if each != "segments")
     later = "".join(f", {each}={each}" for each in given if each not in ("segments", "context"))
     return [
         'first = torch.export.load("first.pt2").module()',
         'decode = torch.export.load("decode.pt2").module()',
-        f"y, *cache = first(x=x{first})",
-        f"y, *cache = decode(x=x_next, cache=cache{later})  # x_next [b, 1, …]",
+        f"y, *cache = first(x={name}{first})",
+        f"y, *cache = decode(x={name}[:, -1:].contiguous(), cache=cache{later})  # the next token",
     ]
