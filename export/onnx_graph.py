@@ -11,8 +11,23 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    LiftSubgraphInitializersToMainGraphPass,
+    NameFixPass,
+    OutputFixPass,
+    RemoveUnusedFunctionsPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
 from torch.onnx import OnnxExporterError
 
+from .onnx_attention import RULES
 from .onnx_operators import OPSET, TABLE
 from .place import writing
 from .program import NoProgramError, Program
@@ -29,12 +44,13 @@ def converted(program: Program) -> ir.Model:
                 program.exported,
                 opset_version=OPSET,
                 custom_translation_table=TABLE,
+                optimize=False,  # it takes a small number that is added for 0
                 verbose=False,
             )
         except OnnxExporterError as problem:
             raise NoProgramError(_why(problem)) from None
     assert made is not None
-    return cleaned(made.model)
+    return cleaned(simplified(made.model))
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -55,6 +71,29 @@ def save(model: ir.Model, path: Path) -> None:
 def serialized(model: ir.Model) -> bytes:
     """Return the bytes of a file, the same for the same model."""
     return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def simplified(model: ir.Model) -> ir.Model:
+    """Compute what is known, bring functions into their places, attentions into one operator."""
+    InlinePass()(model)
+    fold_constants(model)
+    rewrite(model, RULES)
+    for each in _PASSES:
+        each(model)
+    return model
+
+
+_PASSES = (
+    RemoveUnusedNodesPass(),
+    RemoveUnusedFunctionsPass(),
+    RemoveUnusedOpsetsPass(),
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    LiftSubgraphInitializersToMainGraphPass(),
+    DeduplicateInitializersPass(),
+    CommonSubexpressionEliminationPass(),
+    OutputFixPass(),
+    NameFixPass(),
+)
 
 
 def cleaned(model: ir.Model) -> ir.Model:

@@ -23,6 +23,20 @@ def prod(x: Any, dims: Sequence[int] | None, dtype: int | None = None) -> Any:  
     return op.ReduceProd(x, op.Constant(value_ints=list(dims or ())), keepdims=0)
 
 
+def attention(
+    q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """Attend by `Attention`; a runtime wants a mask of as many queries as there are."""
+    assert not dropout_p, "a module in evaluation drops nothing"
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    if attn_mask is not None:
+        lengths = op.Concat(op.Shape(q, start=2, end=3), op.Shape(k, start=2, end=3), axis=0)
+        attn_mask = op.Expand(attn_mask, lengths)
+    y, *_ = op.Attention(q, k, v, attn_mask, scale=scale, is_causal=int(is_causal))
+    return y
+
+
 _EXTREME = """
 body ({type}[] most, int64[] at, {type}[] x, int64[] number)
   => ({type}[] most_out, int64[] at_out, {type}[] every_most, int64[] every_at)
@@ -123,6 +137,7 @@ def _body(text: str) -> ir.Graph:
 
 aten, prims = torch.ops.aten, torch.ops.prims
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.scaled_dot_product_attention.default: attention,
     aten.cummax.default: cummax,
     aten.cummin.default: cummin,
     aten.linalg_solve_triangular.default: linalg_solve_triangular,

@@ -31,6 +31,7 @@ from .to_pt2 import Programs, programs, taken
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+OPTIONS: frozenset[str] = frozenset()
 MODEL, FIRST, DECODE = "model.onnx", "first.onnx", "decode.onnx"
 
 
