@@ -153,7 +153,9 @@ def _within(graph: ir.Graph) -> Iterator[ir.Graph]:
                 yield from _within(attr.value)
 
 
-_MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>")
+_MISSING = re.compile(
+    r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>"
+)
 
 
 def _why(problem: BaseException) -> str:
