@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,17 +160,32 @@ _MISSING = re.compile(
 
 
 def _why(problem: BaseException) -> str:
-    """Say which operator stands in the way."""
-    text = str(problem)
-    cause: BaseException | None = problem
-    while cause is not None:
-        text += "\n" + str(cause)
-        cause = cause.__cause__ or cause.__context__
+    """Say which operator stands in the way, and of which part."""
+    chain = list(_causes(problem))
+    text = "\n".join(map(str, chain))
+    part = next(filter(None, map(_part, chain)), "")
     if found := _MISSING.search(text):
         name = found[1] if found[2] == "default" else f"{found[1]}.{found[2]}"
-        return f"ONNX has no operator for `{name}`"
+        return f"ONNX has no operator for `{name}`{part}"
     last = [line for line in text.splitlines() if line.strip()]
-    return f"ONNX's exporter: {last[-1]}"
+    return f"PyTorch's exporter to ONNX says{part}: {last[-1]}"
+
+
+def _causes(problem: BaseException | None) -> Iterator[BaseException]:
+    while problem is not None:
+        yield problem
+        problem = problem.__cause__ or problem.__context__
+
+
+def _part(problem: BaseException) -> str:
+    """Name the module of the node that was being translated."""
+    for frame, _ in traceback.walk_tb(problem.__traceback__):
+        node = frame.f_locals.get("node")
+        if isinstance(node, torch.fx.Node):
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            path = str(stack[-1][0]).removeprefix("module.") if stack else ""
+            return f" in `{path}`" if path not in ("", "module") else ""
+    return ""
 
 
 class _quiet:

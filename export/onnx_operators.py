@@ -102,12 +102,12 @@ def linalg_solve_triangular(
     """Solve a @ x = b by substitution, row by row; x @ a = b with `left` False."""
     if not left:
         rank = max(len(a.shape), len(b.shape))
-        x = _solved(_mT(a, len(a.shape)), _mT(b, len(b.shape)), not upper, unitriangular, rank)
+        x = _solved(_mT(a, len(a.shape)), _mT(b, len(b.shape)), not upper, unitriangular)
         return _mT(x, rank)
-    return _solved(a, b, upper, unitriangular, max(len(a.shape), len(b.shape)))
+    return _solved(a, b, upper, unitriangular)
 
 
-def _solved(a: Any, b: Any, upper: bool, unit: bool, rank: int) -> Any:
+def _solved(a: Any, b: Any, upper: bool, unit: bool) -> Any:
     text = _UNIT if unit else _SUBSTITUTE
     rows = op.Shape(a, start=-1)
     one = op.EyeLike(op.ConstantOfShape(op.Concat(rows, rows, axis=0)))

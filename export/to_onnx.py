@@ -23,7 +23,7 @@ from .checking import Compared, decoding, forward, found, undecoded, within_prec
 from .onnx_apart import Feeds, run
 from .onnx_pieces import with_operators
 from .place import write_text
-from .program import NoProgramError
+from .program import NoProgramError, Program
 from .readme import fenced, readme
 from .request import Request
 from .to_pt2 import Programs, programs, taken
@@ -66,22 +66,33 @@ def write(request: Request, folder: Path) -> None:
 def check(request: Request, folder: Path) -> Iterator[Finding]:
     """Run the models with onnxruntime alone, on odd sizes and token by token."""
     made, takes = _programs(request), taken(request)
-    calls = within_precision(request, forward(request, made.model.least.get("n", 1)))
+    calls = within_precision(request, forward(request, _least(made.model).get("n", 1)))
     parts: list[Compared] = []
     if made.first is not None:
-        parts = within_precision(request, decoding(request, made.first.least.get("n", 1)))
+        parts = within_precision(request, decoding(request, _least(made.first).get("n", 1)))
     plan = [((MODEL,), _feeds(takes, each)) for each in calls]
     plan += [((FIRST, DECODE), _feeds("x", each)) for each in parts]
     answers = cache(lambda: run(folder, plan))
-    yield found(
-        request, "forward", calls, lambda: answers()[: len(calls)], made.model.limits
-    )  # fmt: skip
+    yield found(request, "forward", calls, lambda: answers()[: len(calls)], _limits(made.model))
     if made.first is None:
         yield undecoded(request)
-    else:
-        limits = (f"{name}: {each.limits}" for name, each in made.named.items() if each.limits)
-        note = "; ".join(limits)
-        yield found(request, "decoding", parts, lambda: answers()[len(calls) :], note)
+        return
+    limits = {FIRST: _limits(made.first), DECODE: _limits(made.decode)}
+    note = "; ".join(f"{name}: {each}" for name, each in limits.items() if each)
+    yield found(request, "decoding", parts, lambda: answers()[len(calls) :], note)
+
+
+def _least(program: Program | None) -> dict[str, int]:
+    """Return the least sizes.
+
+    Where the exporter finds a least size itself it never finds less than 2, and a model has no
+    guards: the calls that are compared begin with one token and one row.
+    """
+    return {} if program is None else {at: size for at, size in program.least.items() if size > 2}
+
+
+def _limits(program: Program | None) -> str:
+    return ", ".join(f"{name} is {size} at least" for name, size in _least(program).items())
 
 
 def _feeds(takes: str, compared: Compared) -> list[Feeds]:
@@ -128,7 +139,7 @@ _DECODES = (
 
 
 def _readme(request: Request) -> str:
-    takes, made = taken(request), _models(request)
+    made = _models(request)
     says = (
         "ONNX models of opset 23, which onnxruntime runs. `model.onnx` is called with a batch of "
         "whole sequences."
