@@ -53,9 +53,10 @@ FREE = {
     "normalize": PLACES | {"s", "seen", "sum", "tau"},
     "weights": PLACES | {"p", "seen"},
     "select": PLACES | {"s"},
+    "keep": PLACES | {"s", "p"},
     "statistic": PLACES | {"p", "seen"},
 }
-_OF_MAPS = ("score", "weights", "statistic", "select")  # what may look at other pairs
+_OF_MAPS = ("score", "weights", "statistic", "select", "keep")  # what may look at other pairs
 _CALLED = {"normalize": "a normaliser", "weights": "`weights`", "statistic": "`rows` or `columns`",
            "stage": "a function of streams"}  # fmt: skip
 
