@@ -413,14 +413,14 @@ class _Resolver(Resolver):
         stream = scope.streams.get(name)
         mixing = stream.flow if stream is not None else None
         if self.what != "select" or base.name != "p" or not isinstance(mixing, Mixing) or not (
-            isinstance(mixing.mix, Pairwise)
+            isinstance(mixing.mix, Pairwise) and mixing.mix.keep is None
         ):  # fmt: skip
             raise error(
                 "L214",
                 f"`{show(base)}` cannot be read here",
                 expr.span,
                 "",
-                "the score of a `select` reads the weights of a branch that attends: "
+                "the score of a `select` reads the weights of a branch that holds all its keys: "
                 "`near.p[h, i, j]`",
             )
         items = tuple(self.scalar(each) for each in expr.items)

@@ -23,6 +23,7 @@ FILES = (
     "batches",
     "parts",
     "groups",
+    "forgetting",
     "caches",
     "taken",
 )  # in the order of an emitted file

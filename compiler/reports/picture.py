@@ -16,7 +16,7 @@ from ..algebra.normalizers import exponential
 from ..algebra.points import visible_pairs
 from ..graph.graph import AnyNode
 from ..graph.operations import Attend, Scan, Stage, StatisticOf
-from ..model import Block, Mixing, Pairwise, Select
+from ..model import Block, Keep, Mixing, Pairwise, Select
 from ..plan.plan import Plan
 
 _HALVES = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
