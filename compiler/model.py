@@ -356,9 +356,10 @@ class Keep:
 
     Query i reads, of the keys that were held after the query before it and its own, those that the
     mask shows it. Of these stay held: what is `always`, and of the others the `count` with the best
-    score, which may read `s` before `score` and the weights `p` before `weights`. `share` heads
-    that stand together hold the same: what one of them reads, by the sum of the scores of those
-    that do. Of equal scores the first is better. `running_queries` sums over the queries so far.
+    score, which may read `s` before `score`, the weights `p` before `weights`, and `o`, the vector
+    that p mixes of the values. `share` heads that stand together hold the same: what one of them
+    reads, by the sum of the scores of those that do. Of equal scores the first is better.
+    `running_queries` sums over the queries so far.
     """
 
     count: int

@@ -6,7 +6,7 @@ def attend(self, v, q, i, own, k, j, other, o_sums_before_0):
         (o_sums_before_0,), own, count=3, share=2, slots=7,
     )
 
-def attend_held(self, q, i, own, k, j, other, o_sums_before_0, kept):
+def attend_held(self, v, q, i, own, k, j, other, o_sums_before_0, kept):
     visible = (j <= i) & kept
     …
     sums_read_0, sums_written_0 = running_sums(p * visible, o_sums_before_0)
@@ -80,7 +80,7 @@ def _held(attention: Attention, keep: Keep) -> list[str]:
     given = [each for group in arguments(attention).values() for each in group]
     head = signature(
         f"{method_name(attention)}_held",
-        [*given, *sums(attention), "kept"],
+        ["v", *given, *sums(attention), "kept"],
         "tuple[Tensor, ...]",
     )
     return [*head, *indent(_Choice(attention, keep).lines_of_choice())]
@@ -102,6 +102,7 @@ class _Choice(Writer):
         self._logits()
         self._normalize()
         self.lines += ["s = met"] if before else []
+        self.lines += ["o = mixed(p, v)"] if "o" in names(keep.score) else []
         self.pairs = replace(self.pairs, tame=self.pairs.tame and tame(keep.score))
         self._of_maps(keep.score)
         score = atomic(self._text(keep.score))

@@ -203,7 +203,10 @@ def _score_of_held(
     s = mix.scale * _met(mix, scope, seen, met, given, column)
     logits = column(mix.score, {"s": s})
     p = normalize(mix.normalize, logits, rows, read).to(met[0]).expand(pairs.key.shape)
-    score = column(keep.score, {"s": s, "p": p})
+    every = met[0].new_zeros(scope.shape).index_put(tuple(pairs), p)
+    v = wide(given.streams[scope.mixing.inputs[2].name])
+    o = (every @ v.repeat_interleave(scope.shape[1] // v.shape[1], 1))[pairs[:3]]
+    score = column(keep.score, {"s": s, "p": p, "o": o})
     return met[0].new_zeros(scope.shape).index_put(tuple(pairs), score)
 
 

@@ -39,7 +39,7 @@ def forgetting(
     """Return the mixed values [b, h, n, e], which keys are held then, and what else weigh gives.
 
     weigh(*queries, *keys, *places, *tensors, kept) gives the weights of a tile, where `kept`
-    [b, h, n, m] says of which keys. choose(…, *sums, kept) gives scores of the keys, which always
+    [b, h, n, m] says of which keys. choose(v, …, *sums, kept) gives scores of the keys, which always
     stay, which are seen, and `sums` [b, h, m, 1] with one query more. Of m keys the first m - n are
     held before the n tokens. `share` heads hold the same, `count` besides what always stays, and
     `slots` in all, if there is a limit. What is held then are numbers of keys [b, h / share, ·],
@@ -67,7 +67,7 @@ def forgetting(
         live = None if own is None else rows_from(own, a, end)[:, 0] >= 0
         with torch.no_grad():
             kept, alive, summed = held_in_turn(
-                choose, asked, operands, summed, alive, live, count, share
+                choose, read[0], asked, operands, summed, alive, live, count, share
             )
         tile = (weigh, read[0], *asked, *operands, kept)
         if end - a < n and torch.is_grad_enabled():
@@ -83,6 +83,7 @@ def forgetting(
 
 def held_in_turn(
     choose: Callable[..., tuple[Tensor, ...]],
+    v: Tensor,
     queries: tuple[Any, ...],
     operands: tuple[Any, ...],
     sums: list[Tensor],
@@ -102,7 +103,7 @@ def held_in_turn(
         rows.append(alive | (at == m - n + t))
         kept = rows[-1].repeat_interleave(share, 1)[:, :, None]
         asked = (rows_from(x, t, t + 1) for x in queries)
-        e, always, seen, *sums = choose(*asked, *operands, *sums, kept)
+        e, always, seen, *sums = choose(v, *asked, *operands, *sums, kept)
         always = of_heads(always, share, heads).any(2)
         free = of_heads(seen, share, heads).any(2) & ~always
         e = of_heads(e.masked_fill(~seen, 0), share, heads).sum(2)

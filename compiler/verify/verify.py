@@ -419,7 +419,7 @@ def _interpreted(subject: Subject) -> Result:
     return count + batches, max(worst, error), note
 
 
-_BY_TILES = ("over_tiles", "turn_by_turn", "carried_tiles", "summed_tiles")
+_BY_TILES = ("over_tiles", "turn_by_turn", "carried_tiles", "summed_tiles", "forgetting")
 
 
 def _tiles(subject: Subject) -> Result:
