@@ -43,9 +43,9 @@ def resolve_keep(scope: Scope, expr: Expr, axes: Axes) -> Keep | None:
         message = "`count` of `top` must be a whole number from 0"
         raise error("L203", message, values["count"].span, f"it is {count}")
     per = values["per"]
-    if per not in map(Name, _WORDS):
+    if not isinstance(per, Name) or per.id not in _WORDS:
         raise error("L222", "`per` is one of `kv_head`, `layer`", per.span)
-    share = axes.group if per == Name("kv_head") else int(scope.numbers["heads"])
+    share = axes.group if per.id == "kv_head" else int(scope.numbers["heads"])
     always = resolve(scope, values["always"], "mask", axes)
     return Keep(int(count), resolve(scope, values["e"], "keep", axes), share, always)
 
@@ -97,9 +97,7 @@ def _elsewhere(mix: Pairwise, keep: Keep) -> Iterator[str]:
                 yield "the map of a layer below is read"
 
 
-def _unlike(
-    scope: Scope, mix: Pairwise, keep: Keep, operands: tuple[Shape, ...]
-) -> str | None:
+def _unlike(scope: Scope, mix: Pairwise, keep: Keep, operands: tuple[Shape, ...]) -> str | None:
     """Say which stream along the keys has not the heads that hold keys of their own, if any."""
     choosers = (operands[0].heads or 1) // keep.share
     read = {"k": operands[1], "v": operands[2]}

@@ -176,7 +176,9 @@ class _Builder:
         op = Similarity(mix.scale, mix.similarity, mix.carry)
         s = self.add(f"{own}s", op, (q, k, *met), grid)
         s = self.add(f"{own}s.1", Score(mix.score), (s, *read["score"]), grid)
-        visible = self.add(f"{own}visible", Mask(mix.mask, mix.select, mix.keep), read["mask"], grid)
+        visible = self.add(
+            f"{own}visible", Mask(mix.mask, mix.select, mix.keep), read["mask"], grid
+        )
         p = self.add(f"{own}p", Normalize(mix.normalize), (s, visible, *normal), grid)
         p = self.add(f"{own}p.1", Weights(mix.weights), (p, visible, *read["weights"]), grid)
         p = self.add(f"{own}p.2", Drop(mix.dropout), (p,), grid)

@@ -105,7 +105,7 @@ class _Choice(Writer):
         self.lines += ["o = mixed(p, v)"] if "o" in names(keep.score) else []
         self.pairs = replace(self.pairs, tame=self.pairs.tame and tame(keep.score))
         self._of_maps(keep.score)
-        score = atomic(self._text(keep.score))
+        score = atomic(self._spread(keep.score))
         always = "torch.zeros_like(visible)"
         if keep.always != FALSE:
             text = replace(self.pairs, wide=".double()").value(keep.always).text

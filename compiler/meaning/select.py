@@ -53,12 +53,14 @@ def selected(
 
 def kept(keep: Keep, read: Tensor, score: Tensor, always: Tensor) -> Tensor:
     """Return which keys stay held [b, choosing heads, m], of those a query reads [b, heads, m]."""
-    heads = (read.shape[1] // keep.share, keep.share)
-    stays = (read & always).unflatten(1, heads).any(2)
-    free = read.unflatten(1, heads).any(2) & ~stays
-    e = score.double().masked_fill(~read, 0).unflatten(1, heads).sum(2)
+    b, heads, keys = read.shape
+    shape = (b, heads // keep.share, keep.share, keys)
+    stays = (read & always).reshape(shape).any(2)
+    free = read.reshape(shape).any(2) & ~stays
+    e = score.double().masked_fill(~read, 0).reshape(shape).sum(2)
     e = e.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    return stays | (free & (_better(e, free).sum(-1) < keep.count))
+    kept: Tensor = stays | (free & (_better(e, free).sum(-1) < keep.count))
+    return kept
 
 
 def _tiles(select: Select, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def forgetting(
     """Return the mixed values [b, h, n, e], which keys are held then, and what else weigh gives.
 
     weigh(*queries, *keys, *places, *tensors, kept) gives the weights of a tile, where `kept`
-    [b, h, n, m] says of which keys. choose(v, …, *sums, kept) gives scores of the keys, which always
+    [b, h, n, m] says of which keys. choose(v, …, *sums, kept) gives scores of keys, which always
     stay, which are seen, and `sums` [b, h, m, 1] with one query more. Of m keys the first m - n are
     held before the n tokens. `share` heads hold the same, `count` besides what always stays, and
     `slots` in all, if there is a limit. What is held then are numbers of keys [b, h / share, ·],
@@ -52,13 +52,13 @@ def forgetting(
     wide = torch.promote_types(v.dtype, torch.float32)
     none = torch.zeros(b, heads, before, 1, dtype=wide, device=device)
     summed = [none if x is None else x[..., :before, :] for x in sums]
-    index = torch.arange(before, device=device).expand(b, groups, -1)
-    alive = torch.ones_like(index, dtype=torch.bool)
-    found = []
+    every = torch.arange(m, device=device).expand(b, groups, -1)
+    index = every[..., :before]
+    alive, found = torch.ones_like(index, dtype=torch.bool), []
     for a in range(0, max(n, 1), max(size, 1)):
         end = min(a + size, n)
-        new = torch.arange(before + a, before + end, device=device).expand(b, groups, -1)
-        index, alive = torch.cat([index, new], -1), F.pad(alive, (0, end - a))
+        index = torch.cat([index, every[..., before + a : before + end]], -1)
+        alive = F.pad(alive, (0, end - a))
         summed = [F.pad(x, (0, 0, 0, end - a)) for x in summed]
         asked = tuple(rows_from(x, a, end) for x in queries)
         read = tuple(x if end == n and not a else of_slots(x, index) for x in (v, *keys))
@@ -69,12 +69,7 @@ def forgetting(
             kept, alive, summed = held_in_turn(
                 choose, read[0], asked, operands, summed, alive, live, count, share
             )
-        tile = (weigh, read[0], *asked, *operands, kept)
-        if end - a < n and torch.is_grad_enabled():
-            made = torch.utils.checkpoint.checkpoint(weighed_tile, *tile, use_reentrant=False)
-        else:
-            made = weighed_tile(*tile)
-        found.append(made)
+        found.append(weighed_tile(weigh, end - a < n, read[0], *asked, *operands, kept))
         stays, alive = first_slots(alive, slots)
         index, summed = index.gather(-1, stays), [of_slots(x, stays) for x in summed]
     o, *more = (torch.cat(parts, -2) for parts in zip(*found, strict=True))
@@ -113,8 +108,18 @@ def held_in_turn(
     return kept.repeat_interleave(share, 1), alive, sums
 
 
-def weighed_tile(weigh: Callable[..., Any], v: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    """Return the mixed values of some queries, and what else weigh gives of them."""
+def weighed_tile(
+    weigh: Callable[..., Any], again: bool, v: Tensor, *operands: Any
+) -> tuple[Tensor, ...]:
+    """Return the mixed values of some queries, and what else weigh gives of them.
+
+    With `again`, weights are made again in the backward pass.
+    """
+    if again and torch.is_grad_enabled():
+        made: tuple[Tensor, ...] = torch.utils.checkpoint.checkpoint(
+            weighed_tile, weigh, False, v, *operands, use_reentrant=False
+        )
+        return made
     p, *more = several(weigh(*operands))
     return mixed(p, v), *more
 
@@ -133,7 +138,7 @@ def for_heads(x: Tensor, b: int, heads: int, groups: int) -> Tensor:
 
 
 def of_slots(x: Tensor, at: Tensor) -> Tensor:
-    """Return the keys at places [b, groups, s] of x [b, h, m, d], or of x [b, m, d] in one group."""
+    """Return the keys at places [b, groups, s] of x [b, h, m, d], or [b, m, d] in one group."""
     at = at.repeat_interleave(x.shape[1] // at.shape[1], 1) if x.ndim == 4 else at[:, 0]
     return x.gather(-2, at[..., None].expand(*at.shape, x.shape[-1]))
 
@@ -206,13 +211,14 @@ class BudgetCache(Part):
         """Hold the keys of these numbers [b, groups, s], where they are alive; sums are of them."""
         stays, alive = first_slots(alive, self.capacity)
         index = index.gather(-1, stays)
-        numbers = of_slots(self._numbers(batch), index) * alive[..., None]
-        kept = {}
-        for name, x in (*every.items(), ("numbers", numbers)):
-            found = x if name == "numbers" else of_slots(x, stays if name in self.changing else index)
-            more = (self.capacity or 0) - index.shape[-1]
-            kept[name] = F.pad(found.detach(), (0, 0, 0, max(0, more))).to(self.kept[name].dtype)
-        self.kept = kept
+        more = max(0, (self.capacity or 0) - index.shape[-1])
+        held = {
+            name: of_slots(x, stays if name in self.changing else index)
+            for name, x in every.items()
+        }
+        held["numbers"] = of_slots(self._numbers(batch), index) * alive[..., None]
+        self.kept = {name: F.pad(x.detach(), (0, 0, 0, more)).to(self.kept[name].dtype)
+                     for name, x in held.items()}  # fmt: skip
 
     def _numbers(self, batch: Batch) -> Tensor:
         """Return the positions of what is held and of new tokens, and one more."""
