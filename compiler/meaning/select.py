@@ -59,8 +59,8 @@ def kept(keep: Keep, read: Tensor, score: Tensor, always: Tensor) -> Tensor:
     free = read.reshape(shape).any(2) & ~stays
     e = score.double().masked_fill(~read, 0).reshape(shape).sum(2)
     e = e.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    kept: Tensor = stays | (free & (_better(e, free).sum(-1) < keep.count))
-    return kept
+    held: Tensor = stays | (free & (_better(e, free).sum(-1) < keep.count))
+    return held
 
 
 def _tiles(select: Select, x: Tensor) -> Tensor:
