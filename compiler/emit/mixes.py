@@ -169,6 +169,7 @@ class Mixes(Stages):
         other = own if self._key_tokens(node) == "n" else _run_of(self._key_tokens(node))
         queries = str(node.dims[2])
         mine = "batch.own" if facts.by_rows and facts.mix.keep is None else "run"
+        laid = "by_key" if facts.mix.keep is None else "by_slot"
         start = "batch.start"
         if borrowed and self.obstacle is None:
             start = "batch.start if cache is None else None"
@@ -176,9 +177,9 @@ class Mixes(Stages):
             start = f"{ident(part_name(held))}_start"
         return {
             "i": f"by_query({'positions' if node.dims[2] == 'n' else at})",
-            "j": f"by_key({shared_text(node.k, 'places') if borrowed else 'places'})",
+            "j": f"{laid}({shared_text(node.k, 'places') if borrowed else 'places'})",
             "own": f"by_query({mine if queries == 'n' else _run_of(queries)})",
-            "other": f"by_key({other})",
+            "other": f"{laid}({other})",
             "start": start,
             "ordered": "batch.given is None",
             "fresh": "batch.fresh",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .batches import Batch
 from .groups import of_heads, top_groups
+from .maps import by_key
 from .parts import Part
 from .tiles import TILE, mixed, several
 
@@ -127,6 +128,13 @@ def weighed_tile(
 def rows_from(x: Any, a: int, end: int) -> Any:
     """Return the queries a … end - 1 of x [..., n, ·]; what is the same for all as it is."""
     return x if x is None or x.shape[-2] == 1 else x[..., a:end, :]
+
+
+def by_slot(number: Tensor | None) -> Any:
+    """Lay a number of each token, or of each that every group holds [b, g, m], along the keys."""
+    if number is None or number.ndim < 3:
+        return by_key(number)
+    return number[:, :, None]
 
 
 def for_heads(x: Tensor, b: int, heads: int, groups: int) -> Tensor:

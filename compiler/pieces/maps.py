@@ -19,11 +19,9 @@ def by_query(number: Tensor | None) -> Any:
 
 
 def by_key(number: Tensor | None) -> Any:
-    """Lay a number of each token, [m], [b, m] or [b, g, m], along the keys of [b, h, n, m]."""
+    """Lay a number of each token, [m] or [b, m], along the keys of [b, h, n, m]."""
     if number is None:
         return None
-    if number.ndim == 3:
-        return number[:, :, None]
     return number[:, None, None, :] if number.ndim == 2 else number[None]
 
 
