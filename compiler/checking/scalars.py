@@ -58,7 +58,7 @@ FREE = {
 }
 _OF_MAPS = ("score", "weights", "statistic", "select", "keep")  # what may look at other pairs
 _CALLED = {"normalize": "a normaliser", "weights": "`weights`", "statistic": "`rows` or `columns`",
-           "stage": "a function of streams"}  # fmt: skip
+           "keep": "`keep`", "stage": "a function of streams"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
