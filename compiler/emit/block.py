@@ -39,7 +39,9 @@ def block_class(
     """
     writer, graph = _Writer(plan, kernels, classes, alone), plan.graph
     fixed = constants(plan.block)
-    base = "Constants" if fixed else "nn.Module"
+    bases = ["Constants"] if fixed else []
+    bases += ["Moving"] if plan.block.moves else []
+    base = ", ".join(bases or ["nn.Module"])
     lines = [f"class {name}({base}):", *indent(_docstring(plan.block)), ""]
     lines += offered_line(plan.block)
     lines += indent(writer.constructor())
@@ -109,7 +111,8 @@ class _Writer(Mixes):
         lines = [f"def __init__({arguments}) -> None:", "    super().__init__()"]
         lines += indent(modules(self.graph, Once(self.classes), making))
         for tensor in self.block.tensors:
-            lines += indent(parameter_lines(tensor)) if tensor.learned else []
+            made = tensor.learned or tensor.moved
+            lines += indent(parameter_lines(tensor)) if made else []
         if constants(self.block):
             lines.append("    self.set_constants()")
         if self.graph.auxiliary is not None:
@@ -153,6 +156,7 @@ class _Writer(Mixes):
         body = [f'expect("x", x, {width}, self)'] if self.block.given is None else []
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
+        body += ["self.hold()"] if self.block.moves else []
         body += self._opened()
         if self._isolates:
             body.append(f"x, spoilt = batch.clean(x, causal={self.obstacle is None})")
@@ -351,7 +355,7 @@ class _Writer(Mixes):
         ]
         needed = frozenset().union(*(self.roots.of[name] for name in ends))
         for node in graph.nodes:
-            if node.name in (graph.output, graph.auxiliary):
+            if node.name in (graph.output, *graph.aside):
                 continue
             lines = []
             if made_by(node, Scan):
@@ -381,17 +385,28 @@ class _Writer(Mixes):
         return sorted(stride for at, stride in map(pooling, axes) if at == of and stride > 1)
 
     def _training(self, lines: list[str]) -> list[str]:
-        """Write what training adds to the loss, and what only that needs."""
-        if self.graph.auxiliary is None:
+        """Write what only training does, and what only that needs."""
+        if not self.graph.aside:
             return []
-        loss = self.graph.node(self.graph.auxiliary)
-        assert made_by(loss, Stage)
-        added = [
-            f"loss = {self._text(loss)}",
-            "again = not outer and self.auxiliary is not None",
-            "self.auxiliary = loss if not again else self.auxiliary + loss",
-        ]
+        added = []
+        if self.graph.auxiliary is not None:
+            added = [
+                f"loss = {self._aside(self.graph.auxiliary)}",
+                "again = not outer and self.auxiliary is not None",
+                "self.auxiliary = loss if not again else self.auxiliary + loss",
+            ]
+        if self.graph.moved:
+            self.wide = True
+            to = [f"{tensor}={self._aside(name)}" for tensor, name in self.graph.moved]
+            self.wide = False
+            added += call("self.move", to)
         return ["if self.training:", *indent([*lines, *added])]
+
+    def _aside(self, name: str) -> str:
+        """Write what only training does."""
+        node = self.graph.node(name)
+        assert made_by(node, Stage)
+        return self._text(node)
 
     def auxiliary_loss(self) -> list[str]:
         return [

@@ -13,7 +13,18 @@ from ...grammar.dialect import write
 from ...grammar.expr import calls, evaluate, names, rebuild
 from ...grammar.syntax import Call, Expr, Index, Name
 from ...ops import Weight
+from ..model import Block
 from .text import atomic, braced, call, comment, ident, indent
+
+
+def stored(block: Block, name: str, wide: bool = False) -> str:
+    """Return the text that reads a tensor of a block in its methods.
+
+    What training moves is float32 where it is `wide`, else of the module's precision.
+    """
+    if not any(each.name == name for each in block.moves):
+        return f"self.{name}"
+    return f'self.held("{name}", wide=True)' if wide else f'self.held("{name}")'
 
 
 def parameter(weight: Weight) -> list[str]:
@@ -22,7 +33,10 @@ def parameter(weight: Weight) -> list[str]:
     if (value := _filled(weight)) is None:
         before, drawn = _computed(weight, "dtype=torch.float64")
         value = f"{atomic(drawn)}.to(torch.get_default_dtype())"
-    made = call(f"self.{weight.name} = nn.Parameter", [value])
+    if weight.moved:
+        made = call("self.add_moved", [f'"{weight.name}"', value])
+    else:
+        made = call(f"self.{weight.name} = nn.Parameter", [value])
     return [*before, *made[:-1], f"{made[-1]}  # {_shape(weight)}"]
 
 
