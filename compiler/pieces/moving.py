@@ -16,6 +16,8 @@ class Moving(nn.Module):
     moves nothing. They stay float32 in a module of less.
     """
 
+    _precision: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self._moved: list[str] = []
