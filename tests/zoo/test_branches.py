@@ -130,8 +130,13 @@ def test_136_isab_passes_as_many_directions_as_points():
     assert (ranks == 4).all()  # of eight features
 
 
+def probing() -> Mechanism:
+    """Return it with statistics that norm nothing."""
+    return Mechanism("efficient_probing").set(spread=1 - 1e-6)
+
+
 def test_105_each_query_pools_its_own_block():
-    mechanism = Mechanism("efficient_probing")
+    mechanism = probing()
     queries = mechanism.parameter("q_latents.weight").unflatten(1, (4, 32))[0]
     a = (queries @ X.mT / 32**0.5).softmax(-1)
     values = mapped(mechanism, "v_proj", X)
@@ -140,14 +145,28 @@ def test_105_each_query_pools_its_own_block():
 
 
 def test_105_of_no_query_it_is_the_mean():
-    mechanism = Mechanism("efficient_probing").set(q_latents_weight=0)
+    mechanism = probing().set(q_latents_weight=0)
     assert_close(mechanism(X), mapped(mechanism, "v_proj", X.mean(1, keepdim=True)))
 
 
 def test_105_of_one_patch_it_is_its_value():
-    mechanism = Mechanism("efficient_probing")
+    mechanism = probing()
     x = tokens(1)
     assert_close(mechanism(x), mapped(mechanism, "v_proj", x))
+
+
+def test_105_statistics_follow_what_is_pooled():
+    mechanism = probing()
+    batches, centre, spread = [tokens(5, seed=at) for at in range(3)], torch.zeros(32), 1 - 1e-6
+    for x in batches:
+        pooled = mechanism(x)[:, 0]
+        centre = 0.9 * centre + 0.1 * pooled.mean(0)
+        spread = 0.9 * spread + 0.1 * pooled.var(0, unbiased=False)
+    moved = mechanism.trained(*batches)
+    assert_close(moved["centre"], centre)
+    assert_close(moved["spread"], spread)
+    normed = mechanism.set(centre=centre, spread=spread)(X)
+    assert_close(normed, (probing()(X) - centre) / (spread + 1e-6).sqrt())
 
 
 def test_105_has_few_parameters_and_no_order():
