@@ -39,6 +39,7 @@ from .inheritance import Body
 from .layers import numbered, whole
 from .library import Library
 from .mixing import Part
+from .moving import is_undeclared
 from .scope import Findings, Scope
 
 _GUESSES = {
@@ -231,6 +232,8 @@ class _Builder:
             regularize = self._regularize()
         moves = []
         for update in body.moves.values():
+            if is_undeclared(scope, body.lets.get(update.name)):
+                continue
             with guard():
                 moves.append(moving(scope, update))
         if out is None or scope.findings.diagnostics:

@@ -40,6 +40,7 @@ from .arithmetic import applied
 from .around import NONE, Around
 from .flows import Target, elaborate, moving, regularizing
 from .library import Library, bind, is_once, put, substitute_statement
+from .moving import is_undeclared
 from .scope import Findings, Scope
 
 
@@ -207,6 +208,8 @@ class _Layer:
                 added = regularizing(scope, more)
         moves: list[Stream] = []
         for update in self.moves.values():
+            if is_undeclared(scope, self.lets.get(update.name)):
+                continue
             with guard():
                 moves.append(moving(scope, update))
         self.findings.settle()

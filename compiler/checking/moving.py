@@ -18,6 +18,11 @@ from .scope import Scope
 _MEANS = ("average", "average_each")
 
 
+def is_undeclared(scope: Scope, statement: syntax.Statement | None) -> bool:
+    """Say whether a `param` is none yet: what is wrong with it has been said."""
+    return isinstance(statement, syntax.Param) and statement.name not in scope.tensors
+
+
 def moved_shape(scope: Scope, update: syntax.Update) -> Shape:
     """Return the shape of the `param` that is written, as a stream of one token (L244)."""
     tensor = scope.tensors.get(update.name)

@@ -14,7 +14,7 @@ from ...grammar.show import show
 from ...ops.shape import pooling
 from ..facts.kept import Part, Within, along_keys
 from ..facts.parameters import constants
-from ..graph.graph import Node, is_wide, made_by
+from ..graph.graph import AnyNode, Node, is_wide, made_by
 from ..graph.operations import Attend, Input, Scan, Stage, Whole
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan, tiles
@@ -169,9 +169,9 @@ class _Writer(Mixes):
         end = self.graph.node(self.graph.output)
         give = "finish(out, batch, cache)" if self.obstacle is None else "batch.give(out)"
         if out.tokens != "n":
-            body += self._assign(end, "return")
+            body += self._assigned_last(end, "return")
         else:
-            body += self._assign(end, "out =")
+            body += self._assigned_last(end, "out =")
             if self._isolates:
                 body += ["if spoilt is not None:", "    out = out.masked_fill(spoilt, torch.nan)"]
             if self.hands_on:
@@ -355,7 +355,7 @@ class _Writer(Mixes):
         ]
         needed = frozenset().union(*(self.roots.of[name] for name in ends))
         for node in graph.nodes:
-            if node.name in (graph.output, *graph.aside):
+            if self._stands_last(node):
                 continue
             lines = []
             if made_by(node, Scan):
@@ -406,7 +406,18 @@ class _Writer(Mixes):
         """Write what only training does."""
         node = self.graph.node(name)
         assert made_by(node, Stage)
-        return self._text(node)
+        return self._text(node) if self._stands_last(node) else plain_name(name)
+
+    def _stands_last(self, node: AnyNode) -> bool:
+        """Whether the output, or what only training does, has no other line that reads it."""
+        last = node.name in (self.graph.output, *self.graph.aside)
+        return last and (not self.graph.readers(node.name) or self._inlined(node))
+
+    def _assigned_last(self, node: AnyNode, head: str) -> list[str]:
+        """Write the output."""
+        if self._stands_last(node):
+            return self._assign(node, head)
+        return [f"{head} {plain_name(node.name)}"]
 
     def auxiliary_loss(self) -> list[str]:
         return [
