@@ -23,6 +23,7 @@ from ..lowerings.operators import Operator
 from ..model import MAPS, Block, Pairwise, elsewhere
 from ..plan.plan import Plan
 from ..text.tensors import constants as constant_lines
+from ..text.tensors import held
 from ..text.tensors import parameter as parameter_lines
 from ..text.text import LIMIT, braced, call, ident, indent, shared_name, shared_text
 from .caches import CONTEXT, begins_within, own_rows, part_name, plain_name
@@ -157,6 +158,7 @@ class _Writer(Mixes):
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
         body += ["self.hold()"] if self.block.moves else []
+        begun = len(body)
         body += self._opened()
         if self._isolates:
             body.append(f"x, spoilt = batch.clean(x, causal={self.obstacle is None})")
@@ -178,6 +180,7 @@ class _Writer(Mixes):
                 body.append(f"out = {give} if outer else out")
             else:
                 body.append(f"return {give} if outer else out")
+        body[begun:begun] = held(self.block, body[begun:])
         if self.hands_on:
             own = [f'"{key}": {text}' for key, text in self._given().items()]
             body += braced("return out, ", own if self.block.kind == "block" else self.handed_on())
@@ -396,9 +399,8 @@ class _Writer(Mixes):
                 "self.auxiliary = loss if not again else self.auxiliary + loss",
             ]
         if self.graph.moved:
-            self.wide = True
-            to = [f"{tensor}={self._aside(name)}" for tensor, name in self.graph.moved]
-            self.wide = False
+            added += ["with torch.no_grad():", *indent(self._moved())]
+            to = [f"{tensor}={plain_name(name)}" for tensor, name in self.graph.moved]
             added += call("self.move", to)
         return ["if self.training:", *indent([*lines, *added])]
 
@@ -407,6 +409,15 @@ class _Writer(Mixes):
         node = self.graph.node(name)
         assert made_by(node, Stage)
         return self._text(node) if self._stands_last(node) else plain_name(name)
+
+    def _moved(self) -> list[str]:
+        """Write what tensors are moved to."""
+        self.exact = True
+        names = dict.fromkeys(name for _, name in self.graph.moved)
+        nodes = [node for node in map(self.graph.node, names) if self._stands_last(node)]
+        lines = [line for each in nodes for line in self._assign(each, f"{ident(each.name)} =")]
+        self.exact = False
+        return [*held(self.block, lines, exact=True), *lines] or ["pass"]
 
     def _stands_last(self, node: AnyNode) -> bool:
         """Whether the output, or what only training does, has no other line that reads it."""

@@ -34,10 +34,10 @@ class Moving(nn.Module):
         if self.training and not made_again():
             self._held = {name: getattr(self, name).clone() for name in self._moved}
 
-    def held(self, name: str, *, wide: bool = False) -> Tensor:
+    def held(self, name: str, *, exact: bool = False) -> Tensor:
         """Return a tensor as it was when the forward pass began, in the module's precision."""
         tensor: Tensor = self._held[name] if self.training else getattr(self, name)
-        return tensor if wide else tensor.to(self._precision.dtype)
+        return tensor if exact else tensor.to(self._precision.dtype)
 
     def move(self, **to: Tensor) -> None:
         """End a forward pass in training."""

@@ -7,6 +7,7 @@ becomes  h = torch.arange(8, dtype=torch.float64)  and  slope = 2 ** (-8 * (h + 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from ...grammar.dialect import write
@@ -17,14 +18,25 @@ from ..model import Block
 from .text import atomic, braced, call, comment, ident, indent
 
 
-def stored(block: Block, name: str, wide: bool = False) -> str:
-    """Return the text that reads a tensor of a block in its methods.
+def stored(block: Block, name: str) -> str:
+    """Return the text that reads a tensor of a block in its methods."""
+    return f'self.held("{name}")' if is_moved(block, name) else f"self.{name}"
 
-    What training moves is float32 where it is `wide`, else of the module's precision.
+
+def is_moved(block: Block, name: str) -> bool:
+    """Say whether training moves a tensor."""
+    return any(each.name == name for each in block.moves)
+
+
+def held(block: Block, lines: Sequence[str], exact: bool = False) -> list[str]:
+    """Return the lines that bring what training moves into the variables that others read.
+
+    `t_held` is in the module's precision, `t_exact` as it is stored.
     """
-    if not any(each.name == name for each in block.moves):
-        return f"self.{name}"
-    return f'self.held("{name}", wide=True)' if wide else f'self.held("{name}")'
+    kind, more = ("exact", ", exact=True") if exact else ("held", "")
+    texts = {f"{ident(each.name)}_{kind}": each.name for each in block.moves}
+    read = re.findall(rf"\w+_{kind}\b", "\n".join(lines))
+    return [f'{name} = self.held("{of}"{more})' for name, of in texts.items() if name in read]
 
 
 def parameter(weight: Weight) -> list[str]:
