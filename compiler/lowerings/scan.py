@@ -166,7 +166,7 @@ def by_kernel(graph: Graph, node: Node[Scan], cache: str, kernel: str) -> list[s
     streams, tensors = [], []
     for name in node.inputs:
         if graph.is_tensor(name):
-            tensors.append(f"self.{name}")
+            tensors.append(stored(graph.block, name))
         elif name != "doc":
             streams.append(_by_heads(graph, node, name))
     lines = opened(node, cache)
