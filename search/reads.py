@@ -18,7 +18,7 @@ _HEADS = Name("heads")
 
 def reads(bodies: tuple[Body, ...]) -> tuple[tuple[str, Production], ...]:
     """Return what statements offer, as productions with their kinds; later bodies go before."""
-    named = {
+    named: dict[str, syntax.Statement] = {
         each.name: each
         for body in bodies
         for each in body

@@ -589,7 +589,7 @@ def test_133_is_torchs_spectral_norm_times_a_factor():
 
 
 def test_118_of_equal_streams_both_are_plain_attention():
-    mechanism = Mechanism("sal")
+    mechanism = Mechanism("sal", part="shadowed")
     plain = Mechanism("shaw", like=mechanism)
     plain.set(
         v_proj_weight=mechanism.parameter("values_proj.weight"),
@@ -599,8 +599,31 @@ def test_118_of_equal_streams_both_are_plain_attention():
     assert_close(mechanism(torch.cat([X, X], -1)), torch.cat([y, y], -1))
 
 
-def test_118_classes_alone_say_who_reads_whom():
+def test_118_codes_follow_their_words():
+    mechanism = Mechanism("sal", ("rate = 0.01", "rate = 0.1"))
+    codes = mechanism.parameter("embed_quantised.code").clone()
+    batches = [torch.cat([tokens(3, seed=at), X[:, :3]], -1) for at in range(3)]
+    for x in batches:
+        words = x[..., :32].flatten(0, 1)
+        unit = words / (words.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        nearest = (unit @ codes.mT).argmax(-1)
+        for c, code in enumerate(codes.clone()):
+            own = unit[nearest == c]
+            towards = 0.9 * code + 0.1 * own.mean(0) if len(own) else code
+            codes[c] = towards / (towards.square().sum() + 1e-6).sqrt()
+    assert_close(mechanism.trained(*batches)["embed_quantised.code"], codes)
+
+
+def test_118_words_of_one_class_are_read_alike():
     mechanism = Mechanism("sal")
+    longer = torch.linspace(1, 3, X.shape[1])[:, None]
+    plain, scaled = (mechanism(torch.cat([each, X], -1)) for each in (X, longer * X))
+    assert_close(plain[..., 32:], scaled[..., 32:])  # of one direction, so of one code
+    assert (plain[..., :32] - scaled[..., :32]).abs().max() > 1e-3
+
+
+def test_118_classes_alone_say_who_reads_whom():
+    mechanism = Mechanism("sal", part="shadowed")
     classes, one, two = X, tokens(seed=1), tokens(seed=2)
     first, second, both = (
         mechanism(torch.cat([each, classes], -1)) for each in (one, two, 3 * one - 2 * two)
