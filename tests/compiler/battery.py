@@ -195,6 +195,10 @@ SETTINGS = {
     "k = x | split; v = x | split; scale = 0.1 }; "
     "let part = columns(share, p) / columns(share, 1); regularize = mean(part * log(part))",
     "regularized_columns": "heads = 4; regularize = mean((1 - columns(o, p)) ** 2)",
+    "moved": f"{CAUSAL}; param t[heads] = 0.5 + h; param c[width] = 0.1; "
+    "let r = x | linear(heads); t <- 0.9 * t + 0.1 * mean_each((r - mean_each(r)) ** 2); "
+    "c <- c + 0.01 * sign(mean_each(x)); "
+    "score = s * t[h]; regularize = mean(r * t); out = (o | merge | linear) * c",
     # other tokens
     "latent_keys": "heads = 4; source = latents(5)",
     "latent_memory": f"{CAUSAL}; branch memory {{ source = latents(3, 8); mask = all }}; "

@@ -130,8 +130,13 @@ def test_136_isab_passes_as_many_directions_as_points():
     assert (ranks == 4).all()  # of eight features
 
 
+def probing() -> Mechanism:
+    """Return it with statistics that norm nothing."""
+    return Mechanism("efficient_probing").set(spread=1 - 1e-6)
+
+
 def test_105_each_query_pools_its_own_block():
-    mechanism = Mechanism("efficient_probing")
+    mechanism = probing()
     queries = mechanism.parameter("q_latents.weight").unflatten(1, (4, 32))[0]
     a = (queries @ X.mT / 32**0.5).softmax(-1)
     values = mapped(mechanism, "v_proj", X)
@@ -140,14 +145,28 @@ def test_105_each_query_pools_its_own_block():
 
 
 def test_105_of_no_query_it_is_the_mean():
-    mechanism = Mechanism("efficient_probing").set(q_latents_weight=0)
+    mechanism = probing().set(q_latents_weight=0)
     assert_close(mechanism(X), mapped(mechanism, "v_proj", X.mean(1, keepdim=True)))
 
 
 def test_105_of_one_patch_it_is_its_value():
-    mechanism = Mechanism("efficient_probing")
+    mechanism = probing()
     x = tokens(1)
     assert_close(mechanism(x), mapped(mechanism, "v_proj", x))
+
+
+def test_105_statistics_follow_what_is_pooled():
+    mechanism = probing()
+    batches, centre, spread = [tokens(5, seed=at) for at in range(3)], torch.zeros(32), 1 - 1e-6
+    for x in batches:
+        pooled = mechanism(x)[:, 0]
+        centre = 0.9 * centre + 0.1 * pooled.mean(0)
+        spread = 0.9 * spread + 0.1 * pooled.var(0, unbiased=False)
+    moved = mechanism.trained(*batches)
+    assert_close(moved["centre"], centre)
+    assert_close(moved["spread"], spread)
+    normed = mechanism.set(centre=centre, spread=spread)(X)
+    assert_close(normed, (probing()(X) - centre) / (spread + 1e-6).sqrt())
 
 
 def test_105_has_few_parameters_and_no_order():
@@ -570,7 +589,7 @@ def test_133_is_torchs_spectral_norm_times_a_factor():
 
 
 def test_118_of_equal_streams_both_are_plain_attention():
-    mechanism = Mechanism("sal")
+    mechanism = Mechanism("sal", part="shadowed")
     plain = Mechanism("shaw", like=mechanism)
     plain.set(
         v_proj_weight=mechanism.parameter("values_proj.weight"),
@@ -580,8 +599,31 @@ def test_118_of_equal_streams_both_are_plain_attention():
     assert_close(mechanism(torch.cat([X, X], -1)), torch.cat([y, y], -1))
 
 
-def test_118_classes_alone_say_who_reads_whom():
+def test_118_codes_follow_their_words():
+    mechanism = Mechanism("sal", ("rate = 0.01", "rate = 0.1"))
+    codes = mechanism.parameter("embed_quantised.code").clone()
+    batches = [torch.cat([tokens(3, seed=at), X[:, :3]], -1) for at in range(3)]
+    for x in batches:
+        words = x[..., :32].flatten(0, 1)
+        unit = words / (words.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        nearest = (unit @ codes.mT).argmax(-1)
+        for c, code in enumerate(codes.clone()):
+            own = unit[nearest == c]
+            towards = 0.9 * code + 0.1 * own.mean(0) if len(own) else code
+            codes[c] = towards / (towards.square().sum() + 1e-6).sqrt()
+    assert_close(mechanism.trained(*batches)["embed_quantised.code"], codes)
+
+
+def test_118_words_of_one_class_are_read_alike():
     mechanism = Mechanism("sal")
+    longer = torch.linspace(1, 3, X.shape[1])[:, None]
+    plain, scaled = (mechanism(torch.cat([each, X], -1)) for each in (X, longer * X))
+    assert_close(plain[..., 32:], scaled[..., 32:])  # of one direction, so of one code
+    assert (plain[..., :32] - scaled[..., :32]).abs().max() > 1e-3
+
+
+def test_118_classes_alone_say_who_reads_whom():
+    mechanism = Mechanism("sal", part="shadowed")
     classes, one, two = X, tokens(seed=1), tokens(seed=2)
     first, second, both = (
         mechanism(torch.cat([each, classes], -1)) for each in (one, two, 3 * one - 2 * two)

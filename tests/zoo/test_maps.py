@@ -1005,7 +1005,7 @@ def test_229_balance_is_that_of_the_code():
 
 
 def test_118_positions_are_read_by_the_classes():
-    mechanism = Mechanism("sal")
+    mechanism = Mechanism("sal", part="shadowed")
     q, k = parts(mechanism, torch.cat([X, X], -1), *"qk")
     table = mechanism.parameter("both_relative_table")
     places = (torch.arange(N) - torch.arange(N)[:, None]).clamp(-4, 4) + 4

@@ -686,6 +686,9 @@ def test_151_without_turns_rows_sum_to_one_and_know_the_length_of_the_query():
 
 def test_234_layers_of_windows_and_of_linear_attention():
     mechanism = Mechanism("l2vit")
+    centre, spread = torch.linspace(-1, 1, 32).double(), torch.linspace(0.5, 2, 32).double()
+    statistics = {"centre": centre, "spread": spread}
+    mechanism.set(**{f"layers_1_c_batch_normed_{name}": x for name, x in statistics.items()})
     x = PIXELS
     one, two = Part(mechanism, "layers.0"), Part(mechanism, "layers.1")
 
@@ -708,6 +711,7 @@ def test_234_layers_of_windows_and_of_linear_attention():
     o = attn["factor"][:, None, None] * (a @ v) / a.sum(-1, keepdim=True).clip(min=100)
     x = x + attn.map("o", merge(o))
     y = gelu(near("layers.1.wide", two.norm("wide", x)))
+    y = (y - centre) / (spread + 1e-5).sqrt()
     y = two["c_batch_normed.gain"] * y + two["c_batch_normed.shift"]
     x = network(two, x + near("layers.1.wider", y))
     assert_close(mechanism(PIXELS), normed(mechanism, "norm", x))

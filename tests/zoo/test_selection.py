@@ -130,8 +130,8 @@ def dma(row: Row, i: int) -> set[int]:
 
 
 def routing_transformer(row: Row, i: int) -> set[int]:
-    near = row.q @ row.parameter("cluster_proj.weight")[row.h].mT
-    cluster = near.argmax(-1)
+    centres = row.parameter("centre").unflatten(0, (4, -1))[row.h]
+    cluster = (row.q @ centres.mT).argmax(-1)
     return {j for j in range(i + 1) if cluster[j] == cluster[i]}
 
 
@@ -403,6 +403,25 @@ def test_a_selection_of_everything_is_the_dense_block(name):
         )(x)
         - dense(x)
     ).abs().max() > 1e-3
+
+
+def test_101_centres_follow_the_means_of_their_tokens():
+    mechanism = Mechanism("routing_transformer", ("rate = 0.001", "rate = 0.1"))
+    centres = mechanism.parameter("centre").clone()
+    batches = [tokens(2, seed=at) for at in range(3)]  # too few tokens for every centre
+    kept = 0
+    for x in batches:
+        before, queries = centres.clone(), mechanism.streams(x)["q"]
+        for h in range(4):
+            own = queries[:, h].flatten(0, 1)
+            nearest = (own @ before[3 * h : 3 * h + 3].mT).argmax(-1)
+            for c in range(3):
+                centre, mine = before[3 * h + c], own[nearest == c]
+                kept += len(mine) == 0
+                towards = 0.9 * centre + 0.1 * mine.mean(0) if len(mine) else centre
+                centres[3 * h + c] = towards / (towards.square().sum() + 1e-6).sqrt()
+    assert kept
+    assert_close(mechanism.trained(*batches)["centre"], centres)
 
 
 @pytest.mark.parametrize(
