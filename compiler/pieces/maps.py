@@ -188,7 +188,7 @@ class NormalExp(torch.autograd.Function):
 def rank_keys(x: Tensor) -> Tensor:
     """Return how many of its row are larger than each x, or as large and before it."""
     order = torch.argsort(x, dim=-1, descending=True, stable=True)
-    return torch.argsort(order, dim=-1)
+    return torch.argsort(order, dim=-1).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def coin(s: Tensor, rate: float, training: bool) -> Tensor:
