@@ -164,7 +164,11 @@ class _Writer(Mixes):
         body += self._streams()
         end = self.graph.node(self.graph.output)
         give = "finish(out, batch, cache)" if self.obstacle is None else "batch.give(out)"
-        if out.tokens != "n":
+        of, stride = pooling(out.tokens)
+        if of == "n" and stride > 1:
+            body += self._assign(end, "out =")
+            body.append(f"return where_begun(out, batch.run, {stride})")
+        elif out.tokens != "n":
             body += self._assign(end, "return")
         else:
             body += self._assign(end, "out =")

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ...grammar.source import Span
 from ...ops import OPS, Run
+from ...ops.shape import pooling
 from ..facts.parameters import constants, initial, model_weights, owned, weights
 from ..model import (
     Apply,
@@ -127,10 +128,12 @@ class ReferenceBlock(nn.Module):
         counted from 0 in each sequence). A context's count from 0.
         """
         self._added.clear()
+        of, stride = pooling(self.architecture.out.shape.tokens)
         return run_alone(
             self._alone,
             x,
             cuts=not self.architecture.marks,
+            stride=stride if of == "n" else 1,
             context=context,
             attention_mask=attention_mask,
             context_mask=context_mask,
