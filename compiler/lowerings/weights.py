@@ -351,9 +351,9 @@ class Writer:
             text = replace(self.pairs, wide=".double()").value(self.mask).text
             self.lines.append(f"visible = {text}")
             together = f"visible = visible & {self._together}"
-            told = self.told if self.attention.among_others else self.told[-1:]
-            asked = " or ".join(f"{each} is not None" for each in told)
-            self.lines += [f"if {asked}:", f"    {together}"] if told else []
+            said = self.told if self.attention.among_others else self.told[-1:]
+            asked = " or ".join(f"{each} is not None" for each in said)
+            self.lines += [f"if {asked}:", f"    {together}"] if said else []
         elif self.told:
             told = f"visible = {self._together}"
             self.lines += [told, "if visible is None:", f"    {every}"]

@@ -154,7 +154,7 @@ def run_of_groups(run: Tensor | None, stride: int) -> Tensor | None:
 
 
 def where_begun(y: Tensor, run: Tensor | None, stride: int) -> Tensor:
-    """Return a token for each `stride`, y [b, groups, d], 0 where none of them is; run is [b, n]."""
+    """Return y [b, groups, d], 0 where none of the `stride` tokens is; run is [b, n]."""
     of_groups = run_of_groups(run, stride)
     return y if of_groups is None else y.masked_fill((of_groups < 0)[..., None], 0)
 
