@@ -170,7 +170,11 @@ class _Writer(Mixes):
         body += self._streams()
         end = self.graph.node(self.graph.output)
         give = "finish(out, batch, cache)" if self.obstacle is None else "batch.give(out)"
-        if out.tokens != "n":
+        of, stride = pooling(out.tokens)
+        if of == "n" and stride > 1:
+            body += self._assigned_last(end, "out =")
+            body.append(f"return where_begun(out, batch.run, {stride})")
+        elif out.tokens != "n":
             body += self._assigned_last(end, "return")
         else:
             body += self._assigned_last(end, "out =")
@@ -333,8 +337,9 @@ class _Writer(Mixes):
     @cached_property
     def _needs_run(self) -> bool:
         """Whether the forward pass reads the number of each token's sequence."""
-        along = any(each == "n" for node in self.attentions for each in (self._key_tokens(node),))
-        return along or self._by_sequence("n")
+        along = any(self._key_tokens(node) == "n" for node in self.attentions)
+        asked = any("own" in self.facts(node).sequences for node in self.graph.of(Attend))
+        return along or asked or self._by_sequence("n")
 
     def _by_sequence(self, tokens: str) -> bool:
         """Say whether a stage along these tokens tells their sequences apart."""
@@ -440,12 +445,12 @@ class _Writer(Mixes):
 
     def _context(self, far: list[str]) -> list[str]:
         """Write what is made of a context, once for each of them."""
-        laid = ["context_run = far.run"]
-        if self.obstacle is not None:  # with a cache, every sequence has a row
-            laid = [
-                "context = batch.of_rows(context)",
-                "context_run = None if far.run is None else batch.of_rows(far.run)",
-            ]
+        laid = [
+            "context = batch.of_rows(context)",
+            "context_run = None if far.run is None else batch.of_rows(far.run)",
+        ]
+        if self.obstacle is None:  # with a cache, every sequence has a row
+            laid = ["context_run = far.run", "if cache is None:", *indent(laid)]
         axes = self._pooled_axes("m")
         after = [f"context_run_{each} = run_of_groups(context_run, {each})" for each in axes]
         starts = "context_starts_{0} = torch.arange(0, context.shape[1], {0}, device=x.device)"

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ...grammar.source import Span
 from ...ops import OPS, Run
+from ...ops.shape import pooling
 from ..facts.parameters import constants, initial, model_weights, owned, weights
 from ..model import (
     Apply,
@@ -129,10 +130,12 @@ class ReferenceBlock(nn.Module):
         every = [each for each in self.modules() if isinstance(each, ReferenceBlock)]
         for each in every:
             each._added.clear()
+        of, stride = pooling(self.architecture.out.shape.tokens)
         y = run_alone(
             self._alone,
             x,
             cuts=not self.architecture.marks,
+            stride=stride if of == "n" else 1,
             context=context,
             attention_mask=attention_mask,
             context_mask=context_mask,

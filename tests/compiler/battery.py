@@ -119,6 +119,8 @@ SETTINGS = {
     "weights = p * max_keys(p) / (1 + max_keys(p))",
     "running_over_queries_of_a_window": "heads = 4; mask = window(3); "
     "score = s + running_queries(s) - 0.2 * running_keys(1)",
+    "ranked_groups": f"{CAUSAL}; "
+    "weights = where(max_group(-rank_keys(p), j // 4) + rank_keys(p) < 2, p, 0)",
     "ranked_window": "heads = 4; mask = causal and window(4); "
     "weights = where(rank_keys(floor(8 * p)) < 2, p, 0)",
     "read_by_its_values": "heads = 4; kv_heads = 2; value_heads = 4; mask = causal; "

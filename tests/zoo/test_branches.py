@@ -1143,6 +1143,38 @@ def test_173_mega_written_out():
     assert_close(mechanism(X), X + update * (found - X))
 
 
+def test_173_an_encoder_averages_both_ways():
+    mechanism = Mechanism("mega_encoder")
+    streams = mechanism.streams(X)
+    x, lags = streams["normed"], torch.arange(N, dtype=torch.float64)
+    both = torch.zeros_like(x)
+    for back in ("", "back_"):
+        delta, alpha, beta, gamma = (
+            mechanism.parameter(f"average_moving_{back}{name}")
+            for name in ("delta", "alpha", "beta", "gamma")
+        )
+        p = delta.sigmoid()
+        fades = (1 - p * alpha.sigmoid()) ** lags[:, None, None]
+        turned = beta + torch.tensor([1, -1, 1, -1])
+        kernel = (gamma * 4**-0.5 * p * turned * fades).sum(-1).T
+        told = x.flip(1) if back else x
+        made = conv1d(pad(told.mT, (N - 1, 0)), kernel.flip(-1)[:, None], groups=32).mT
+        both = both + (made.flip(1) if back else made)
+    assert_close(merge(streams["average"]), both)
+    p = mechanism.parameter
+    mean = silu(both + p("omega") * x)
+    update, z, reset, hx = (
+        mapped(mechanism, f"{name}_proj", mean) for name in ("update", "z", "reset", "hx")
+    )
+    z = silu(z)
+    q, k = p("qf") * z + p("qs"), p("kf") * z + p("ks")
+    gaps = torch.arange(N) - torch.arange(N)[:, None]
+    a = (q @ k.mT / 16**0.5 + p("bias")[gaps + 32]).softmax(-1)
+    read = silu(reset) * (a @ silu(mapped(mechanism, "v_proj", x)))
+    found = silu(hx + mapped(mechanism, "found_proj", read))
+    assert_close(mechanism(X), X + update.sigmoid() * (found - X))
+
+
 def test_173_a_closed_gate_leaves_the_input():
     mechanism = Mechanism("mega").set(update_proj_weight=0, update_proj_bias=-900)
     assert_close(mechanism(X), X)
@@ -1231,12 +1263,28 @@ def test_171_others_have_no_order_and_may_be_doubled():
     assert_close(mechanism(torch.cat([first, others, others], 1))[:, :1], y)
 
 
-PAGE = tokens(width=64)
+PAGE = tokens(width=36)
+
+
+def boxes(mechanism: Mechanism, x: Tensor) -> Tensor:
+    """Return the embeddings of boxes, looked up in four tables."""
+    left, top, right, bottom = ((20 * (x[..., 32:] + 1)).floor().clip(0, 39).long()).unbind(-1)
+    tables = [mechanism.parameter(f"layers.0.attn.{name}_proj.weight").mT
+              for name in ("across", "down", "high", "wide")]  # fmt: skip
+
+    def looked_up(at: Tensor, table: Tensor) -> Tensor:
+        inside = ((at >= 0) & (at < 40))[..., None]
+        return torch.where(inside, table[at.clip(0, 39)], 0)
+
+    found = looked_up(left, tables[0]) + looked_up(right, tables[0]) + looked_up(top, tables[1])
+    found = found + looked_up(bottom, tables[1])
+    found = found + looked_up(bottom - top, tables[2]) + looked_up(right - left, tables[3])
+    return normed(mechanism, "layers.0.attn.layout_norm", found)
 
 
 def skimmed(mechanism: Mechanism, x: Tensor) -> Tensor:
     """Layers of BERT that share a map, then a norm."""
-    text, layout = x.chunk(2, -1)
+    text, layout = x[..., :32], boxes(mechanism, x)
     q, k = (split(mapped(mechanism, f"layers.0.attn.{name}_proj", layout)) for name in "qk")
     p = (8**-0.5 * q @ k.mT).softmax(-1)
     for layer in (f"layers.{at}.attn." for at in range(3)):
@@ -1248,7 +1296,7 @@ def skimmed(mechanism: Mechanism, x: Tensor) -> Tensor:
         text = normed(
             mechanism, f"{layer}o_norm", text + mapped(mechanism, f"{layer}inner_proj_1", inner)
         )
-    return torch.cat([text, layout], -1)
+    return torch.cat([text, x[..., 32:]], -1)
 
 
 def test_99_one_map_serves_all_layers():
@@ -1380,3 +1428,32 @@ def test_250_where_nothing_is_preferred_all_goes_into_the_state():
     mechanism = Mechanism("natsl")
     mechanism.set(stay_proj_weight=mechanism.parameter("vote_proj.weight"))
     assert_close(mechanism(X), natsl(mechanism, torch.zeros(2, 2, 3, dtype=torch.bool)))
+
+
+def test_99_an_encoder_reads_what_the_map_of_boxes_gives_most():
+    mechanism = Mechanism("skimming_mask")
+    layout, text = boxes(mechanism, PAGE), PAGE[..., :32]
+    asked, known = (
+        split(mapped(mechanism, f"layers.0.attn.{name}_proj", layout))
+        for name in ("asked", "known")
+    )
+    s = asked @ known.mT
+    read = torch.zeros_like(s).scatter_(-1, s.topk(4).indices, 1.0).bool()
+    for layer in (f"layers.{at}.attn." for at in range(3)):
+        q, k, v = (split(mapped(mechanism, f"{layer}{name}_proj", text)) for name in "qkv")
+        o = merge(softmax(8**-0.5 * q @ k.mT, read) @ v)
+        text = normed(
+            mechanism, f"{layer}read_norm", text + mapped(mechanism, f"{layer}read_proj", o)
+        )
+        inner = gelu(mapped(mechanism, f"{layer}inner_proj_0", text))
+        text = normed(
+            mechanism, f"{layer}o_norm", text + mapped(mechanism, f"{layer}inner_proj_1", inner)
+        )
+    assert_close(mechanism(PAGE), torch.cat([text, PAGE[..., 32:]], -1))
+
+
+def test_99_a_mask_of_all_keys_is_the_dense_encoder():
+    wide = Mechanism("skimming_mask", ("count = 4", f"count = {N}"))
+    layers = "[lowest(places, count)] + [again] * 2"
+    dense = Mechanism("skimming_mask", (layers, "[encoder] * 3"), like=wide)
+    assert_close(wide(PAGE), dense(PAGE))
