@@ -178,6 +178,19 @@ def test_rows_go_their_own_ways():
         torch.testing.assert_close(y[0], module(x[:1, 9:])[0])
 
 
+def test_a_cache_notes_where_its_tokens_stand():
+    module, oracle = both(H2O.replace("window(2)", "window(4)"))
+    x, cache = drawn(12), module.init_cache(2)
+    positions = 2 * torch.arange(12) + torch.tensor([[0], [3]])
+    with torch.no_grad():
+        parts = [
+            module(x[:, a:b], positions=positions[:, a:b], cache=cache)
+            for a, b in ((0, 5), (5, 6), (6, 12))
+        ]
+    expected = oracle(x, positions=positions)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
