@@ -1,31 +1,117 @@
-"""Attentions that were written out become one operator: `Attention`, with a bias or a soft cap.
+"""Attentions that were written out become one operator: `Attention`, with a mask or a soft cap.
 
-before    p = Softmax(cap * Tanh(MatMul(q * c, k.mT)) + bias);  y = MatMul(p, v)
-after     y = Attention(q, k, v, bias, scale = c * cap, softcap = cap)
+before    p = Softmax(cap * Tanh(MatMul(q * c, k.mT)) + mask);  y = MatMul(p, v)
+after     y = Attention(q, k, v, mask, scale = c * cap, softcap = cap)
+
+Where heads share keys, the queries of a group are laid one after the other by `Reshape`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Parameter, Signature
 from typing import Any
 
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule
 
 
-def _fits(_: Any, q: ir.Value, k: ir.Value, v: ir.Value, **others: ir.Value) -> bool:
-    """Say whether these have four dimensions and as many heads, and a mask is one of every pair."""
+@dataclass(frozen=True)
+class Logits:
+    """One way to write logits: what it reads beside q and k, its text, and the mask it adds."""
+
+    reads: tuple[str, ...]
+    text: Callable[..., Any]  # of op, the product of q and k as a function of q, q, and these
+    mask: Callable[..., Any] | None = None  # of op and these
+
+
+def _cap(op: Any, product: Any, q: Any, c: Any, cap: Any) -> Any:
+    return op.Mul(op.Tanh(product(op.Mul(q, c))), cap)
+
+
+LOGITS = (
+    Logits(
+        ("c", "cap", "mask"),
+        lambda op, product, q, c, cap, mask: op.Add(_cap(op, product, q, c, cap), mask),
+        lambda _, c, cap, mask: mask,  # noqa: ARG005
+    ),
+    Logits(("c", "cap"), _cap),
+    Logits(
+        ("bias", "mask"),
+        lambda op, product, q, bias, mask: op.Add(op.Add(product(q), bias), mask),
+        lambda op, bias, mask: op.Add(mask, bias),
+    ),
+    Logits(
+        ("bias", "mask"),
+        lambda op, product, q, bias, mask: op.Add(op.Sub(product(q), bias), mask),
+        lambda op, bias, mask: op.Sub(mask, bias),
+    ),
+    Logits(
+        ("mask",),
+        lambda op, product, q, mask: op.Add(product(q), mask),
+        lambda _, mask: mask,
+    ),
+)
+SHAPES = ("queries", "scores", "weights", "values")  # what is laid out anew by groups of heads
+
+
+def _rule(logits: Logits, grouped: bool) -> RewriteRule:
+    """Return the rule of one way to write logits."""
+    names = ("q", "k", "v", *logits.reads, *(SHAPES if grouped else ()))
+
+    def before(op: Any, *given: Any) -> Any:
+        found = dict(zip(names, given, strict=True))
+
+        def shaped(x: Any, by: str, **named: Any) -> Any:
+            return op.Reshape(x, found[by], **named) if grouped else x
+
+        def product(q: Any) -> Any:
+            made = op.MatMul(shaped(q, "queries"), found["k"])
+            return shaped(made, "scores", _outputs=["maps"])
+
+        own = [found[name] for name in logits.reads]
+        p = op.Softmax(logits.text(op, product, found["q"], *own), axis=-1)
+        made = op.MatMul(shaped(p, "weights"), found["v"])
+        return shaped(made, "values", _outputs=["y"])
+
+    def after(op: Any, q: Any, k: Any, v: Any, **found: Any) -> Any:
+        own = {name: found[name] for name in logits.reads}
+        mask = [] if logits.mask is None else [logits.mask(op, **own)]
+        scale, more = 1.0, {}
+        if "cap" in own:
+            cap = _number(own["cap"]) or 0.0
+            scale, more = (_number(own["c"]) or 0.0) * cap, {"softcap": cap}
+        k = op.Transpose(k, perm=[0, 1, 3, 2])
+        return op.Attention(q, k, v, *mask, scale=scale, **more)
+
+    parameters = (Parameter(each, Parameter.POSITIONAL_OR_KEYWORD) for each in ("op", *names))
+    before.__signature__ = Signature(list(parameters))  # type: ignore[attr-defined]
+    return RewriteRule(before, after, _fits)
+
+
+def _fits(_: Any, q: ir.Value, k: ir.Value, v: ir.Value, **found: ir.Value) -> bool:
+    """Say whether these have four dimensions, and the mask is one of every pair."""
     if any(each.shape is None or len(each.shape) != 4 for each in (q, k, v)):
         return False
-    if not q.shape[1] == k.shape[1] == v.shape[1]:
+    heads, groups = q.shape[1], k.shape[1]
+    if "maps" not in found and heads != groups:
         return False
-    for name, each in others.items():
-        if name in ("c", "cap"):
-            if _number(each) is None:
-                return False
-        elif each.shape is None or len(each.shape) > 4:
+    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
+        return False
+    if groups != v.shape[1]:
+        return False
+    batch, tokens, keys = q.shape[0], q.shape[2], k.shape[3]
+    shapes = {"maps": (batch, heads, tokens, keys), "y": (batch, heads, tokens, v.shape[3])}
+    for name, shape in shapes.items():
+        if name in found and (found[name].shape is None or tuple(found[name].shape) != shape):
             return False
-    mask = others.get("mask")
-    return mask is None or tuple(mask.shape)[-2:] == (q.shape[2], k.shape[3])
+    if any(name in found and _number(found[name]) is None for name in ("c", "cap")):
+        return False
+    for name in ("bias", "mask"):
+        if name in found and (found[name].shape is None or len(found[name].shape) > 4):
+            return False
+    return "mask" not in found or tuple(found["mask"].shape)[-2:] == (tokens, keys)
 
 
 def _number(value: ir.Value) -> float | None:
@@ -34,60 +120,4 @@ def _number(value: ir.Value) -> float | None:
     return None if tensor is None or tensor.size != 1 else float(tensor.numpy().reshape(()))
 
 
-def _attention(op: Any, q: Any, k: Any, v: Any, mask: Any, **attributes: float) -> Any:
-    k = op.Transpose(k, perm=[0, 1, 3, 2])
-    given = [q, k, v] if mask is None else [q, k, v, mask]
-    return op.Attention(*given, **attributes)
-
-
-def _capped(op: Any, q: Any, k: Any, v: Any, c: Any, cap: Any, mask: Any = None) -> Any:
-    cap = _number(cap)
-    return _attention(op, q, k, v, mask, scale=_number(c) * cap, softcap=cap)
-
-
-def _masked(op: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
-    return _attention(op, q, k, v, mask, scale=1.0)
-
-
-def _more(op: Any, q: Any, k: Any, v: Any, bias: Any, mask: Any) -> Any:
-    return _attention(op, q, k, v, op.Add(mask, bias), scale=1.0)
-
-
-def _less(op: Any, q: Any, k: Any, v: Any, bias: Any, mask: Any) -> Any:
-    return _attention(op, q, k, v, op.Sub(mask, bias), scale=1.0)
-
-
-def _written(op: Any, scores: Any, v: Any) -> Any:
-    return op.MatMul(op.Softmax(scores, axis=-1), v)
-
-
-def _cap(op: Any, q: Any, k: Any, c: Any, cap: Any) -> Any:
-    return op.Mul(op.Tanh(op.MatMul(op.Mul(q, c), k)), cap)
-
-
-RULES = tuple(
-    RewriteRule(before, after, _fits)
-    for before, after in (
-        (
-            lambda op, q, k, v, c, cap, mask: _written(op, op.Add(_cap(op, q, k, c, cap), mask), v),
-            _capped,
-        ),
-        (lambda op, q, k, v, c, cap: _written(op, _cap(op, q, k, c, cap), v), _capped),
-        (
-            lambda op, q, k, v, bias, mask: _written(
-                op, op.Add(op.Add(op.MatMul(q, k), bias), mask), v
-            ),
-            _more,
-        ),
-        (
-            lambda op, q, k, v, bias, mask: _written(
-                op, op.Add(op.Sub(op.MatMul(q, k), bias), mask), v
-            ),
-            _less,
-        ),
-        (
-            lambda op, q, k, v, mask: _written(op, op.Add(op.MatMul(q, k), mask), v),
-            _masked,
-        ),
-    )
-)
+RULES = tuple(_rule(each, grouped) for each in LOGITS for grouped in (False, True))

@@ -78,10 +78,15 @@ def simplified(model: ir.Model) -> ir.Model:
     """Compute what is known, bring functions into their places, attentions into one operator."""
     InlinePass()(model)
     fold_constants(model)
+    _tidied(model)
     rewrite(model, RULES)
+    _tidied(model)
+    return model
+
+
+def _tidied(model: ir.Model) -> None:
     for each in _PASSES:
         each(model)
-    return model
 
 
 _PASSES = (

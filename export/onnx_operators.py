@@ -23,6 +23,11 @@ def prod(x: Any, dims: Sequence[int] | None, dtype: int | None = None) -> Any:  
     return op.ReduceProd(x, op.Constant(value_ints=list(dims or ())), keepdims=0)
 
 
+def floor(x: Any) -> Any:
+    """Round down, what is whole already too."""
+    return op.Identity(x) if x.dtype.is_integer() else op.Floor(x)
+
+
 def attention(
     q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
     *, scale: float | None = None, enable_gqa: bool = False,
@@ -138,6 +143,7 @@ def _body(text: str) -> ir.Graph:
 aten, prims = torch.ops.aten, torch.ops.prims
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: attention,
+    aten.floor.default: floor,
     aten.cummax.default: cummax,
     aten.cummin.default: cummin,
     aten.linalg_solve_triangular.default: linalg_solve_triangular,

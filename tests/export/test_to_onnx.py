@@ -28,6 +28,7 @@ TEXT = """
 block full { width = 16; heads = 2; position = rope; mask = causal }
 block shared { width = 16; heads = 4; kv_heads = 2; mask = causal and window(5) }
 block capped { width = 16; heads = 2; score = softcap(2); mask = causal }
+block grouped { width = 16; heads = 4; kv_heads = 2; score = softcap(2); mask = causal }
 block biased { width = 16; heads = 2; position = alibi; mask = causal }
 block partly { width = 16; heads = 2; position = rope(dims = 4, style = interleaved) }
 block far { width = 16; context_width = 8; heads = 2; source = context }
@@ -80,6 +81,7 @@ OWN = {
     "full": {"Attention", "RotaryEmbedding"},
     "shared": {"Attention"},
     "capped": {"Attention"},
+    "grouped": {"Attention"},
     "biased": {"Attention"},
     "partly": {"Attention", "RotaryEmbedding"},
     "far": {"Attention"},
