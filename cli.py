@@ -411,7 +411,9 @@ def verify(
 
 @command()
 @click.argument("what", metavar="FILE[:NAME]")
-@click.option("--to", required=True, type=click.Choice(["py", "pt2", "onnx"]), help="What to write.")
+@click.option(
+    "--to", required=True, type=click.Choice(["py", "pt2", "onnx"]), help="What to write."
+)
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder that is made.")
 @click.option(
     "--weights",
@@ -431,7 +433,8 @@ def export(what: str, to: str, out: str, json: bool, **given: Any) -> None:
     """Write a block or model as a folder that works where Headloom is not installed.
 
     The folder is loaded and run by another process before it takes its place; what was compared
-    is printed, exit 3 if something does not hold.
+    is printed, exit 3 if something does not hold. `py` is text and weights, `pt2` programs of
+    torch.export, `onnx` models of ONNX (it needs headloom[onnx]).
 
     \b
     Example: headloom export examples/gemma_like.loom:tiny_gemma --to py --out gemma

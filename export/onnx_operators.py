@@ -42,6 +42,20 @@ def attention(
     return y
 
 
+def sort(
+    x: Any,
+    *,
+    stable: bool | None = None,  # noqa: ARG001  it is in any case
+    dim: int = -1,
+    descending: bool = False,
+) -> Any:
+    """Sort by `TopK`, which keeps what is equal in order."""
+    given = op.Cast(x, to=ir.DataType.INT32) if x.dtype == ir.DataType.BOOL else x
+    count = op.Shape(x, start=dim, end=dim + 1 if dim != -1 else None)
+    values, order = op.TopK(given, count, axis=dim, largest=int(descending), sorted=1)
+    return op.CastLike(values, x), order
+
+
 _EXTREME = """
 body ({type}[] most, int64[] at, {type}[] x, int64[] number)
   => ({type}[] most_out, int64[] at_out, {type}[] every_most, int64[] every_at)
@@ -146,6 +160,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.floor.default: floor,
     aten.cummax.default: cummax,
     aten.cummin.default: cummin,
+    aten.sort.stable: sort,
     aten.linalg_solve_triangular.default: linalg_solve_triangular,
     prims.prod.default: prod,
 }

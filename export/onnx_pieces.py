@@ -1,4 +1,4 @@
-"""Functions of an emitted file that ONNX has as one operator.
+"""Functions of an emitted file that ONNX has as one operator, or does not have as they are.
 
 Their text is put behind that of the file while it is traced. `plain_…` is what the file has.
 """
@@ -60,7 +60,13 @@ def rotary(
     return done if x.ndim == 4 else done[:, 0]
 
 
-PIECES = (rope, rope_interleaved)
+def level_between(i: Tensor, j: Tensor) -> Tensor:
+    """Return how many bits i xor j has, by powers of two: ONNX takes no number apart."""
+    powers = torch.tensor([2**bit for bit in range(62)], device=i.device)
+    return ((i ^ j)[..., None] >= powers).sum(-1)
+
+
+PIECES = (rope, rope_interleaved, level_between)
 
 
 def with_operators(text: str) -> str:
@@ -69,4 +75,5 @@ def with_operators(text: str) -> str:
     if not found:
         return text
     kept = [f"plain_{each.__name__} = {each.__name__}" for each in found]
-    return "\n\n\n".join([text, *kept, *map(inspect.getsource, (rotary, *found))])
+    own = [rotary] if {rope, rope_interleaved} & set(found) else []
+    return "\n\n\n".join([text, *kept, *map(inspect.getsource, (*own, *found))])

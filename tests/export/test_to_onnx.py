@@ -236,6 +236,23 @@ def test_extremes_so_far(name, dim):
         numpy.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("descending", [True, False])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_what_is_equal_keeps_its_order(descending, dim):
+    x = torch.randint(4, (3, 9, 8), generator=torch.Generator().manual_seed(0))
+    options = {"dim": dim, "descending": descending, "stable": True}
+    for got, expected in zip(
+        computed(lambda x: tuple(x.sort(**options)), x), x.sort(**options), strict=True
+    ):
+        numpy.testing.assert_array_equal(got, expected)
+
+
+def test_whole_numbers_are_round():
+    x = torch.arange(6).reshape(3, 2)
+    (got,) = computed(lambda x: x.floor(), x)
+    numpy.testing.assert_array_equal(got, x)
+
+
 @pytest.mark.parametrize("upper", [True, False])
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("unit", [True, False])
