@@ -15,6 +15,7 @@ import torch
 from onnxscript import opset23 as op
 from torch.onnx._internal.exporter._torchlib.ops.hop import call_op  # as it writes a `Scan` itself
 
+_INT64 = ir.DataType.INT64
 OPSET = 23  # the first with `Attention`, `RotaryEmbedding` and `RMSNormalization`
 
 
@@ -54,6 +55,25 @@ def sort(
     count = op.Shape(x, start=dim, end=dim + 1 if dim != -1 else None)
     values, order = op.TopK(given, count, axis=dim, largest=int(descending), sorted=1)
     return op.CastLike(values, x), order
+
+
+def searchsorted(
+    row: Any,
+    x: Any,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Any = None,
+) -> Any:
+    """Count the numbers of a sorted row [..., n] that are less than each of x [..., m]."""
+    assert sorter is None, "the row is in order"
+    last, before = op.Constant(value_ints=[-1]), op.Constant(value_ints=[-2])
+    among = op.Unsqueeze(row, before) if len(row.shape) > 1 else row
+    less = op.LessOrEqual if right or side == "right" else op.Less
+    found = op.Cast(less(among, op.Unsqueeze(x, last)), to=_INT64)
+    count = op.ReduceSum(found, last, keepdims=0)
+    return op.Cast(count, to=ir.DataType.INT32) if out_int32 else count
 
 
 _EXTREME = """
@@ -143,9 +163,6 @@ def _mT(x: Any, count: int) -> Any:
     return op.Transpose(x, perm=[*range(count - 2), count - 1, count - 2])
 
 
-_INT64 = ir.DataType.INT64
-
-
 def _type(x: Any) -> str:
     return str(x.dtype.name).lower()
 
@@ -160,6 +177,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.floor.default: floor,
     aten.cummax.default: cummax,
     aten.cummin.default: cummin,
+    aten.searchsorted.Tensor: searchsorted,
     aten.sort.stable: sort,
     aten.linalg_solve_triangular.default: linalg_solve_triangular,
     prims.prod.default: prod,

@@ -247,6 +247,20 @@ def test_what_is_equal_keeps_its_order(descending, dim):
         numpy.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("rows", [True, False])
+def test_places_in_a_sorted_row(right, rows):
+    draw = torch.Generator().manual_seed(0)
+    row = torch.randint(9, (3, 6) if rows else (6,), generator=draw).sort(-1).values
+    x = torch.randint(9, (3, 5), generator=draw)
+    place = torch.searchsorted
+    if rows:
+        (got,) = computed(lambda x, row: place(row, x, right=right), x, row)
+    else:
+        (got,) = computed(lambda x: place(row, x, right=right), x)
+    numpy.testing.assert_array_equal(got, place(row, x, right=right))
+
+
 def test_whole_numbers_are_round():
     x = torch.arange(6).reshape(3, 2)
     (got,) = computed(lambda x: x.floor(), x)
