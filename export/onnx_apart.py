@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -52,25 +53,27 @@ for at, (names, calls) in enumerate(sequences):
 numpy.savez(f"{folder}/answers.npz", **answers)
 """
 
-Sequence_ = tuple[tuple[str, ...], list[Feeds]]
+Calls = tuple[tuple[str, ...], list[Feeds]]
 
 
-def run(made: Path, sequences: Sequence[Sequence_]) -> list[list[Tensor]]:
+def run(made: Path, sequences: Sequence[Calls]) -> list[list[Tensor]]:
     """Return the first output of every call of every sequence.
 
     A sequence is the models of its first call, its second and all later ones, and what is given to
     each call; a cache is handed on. Raises `RuntimeError` where onnxruntime refuses.
     """
     with tempfile.TemporaryDirectory(prefix="headloom-") as name:
-        folder, given, plan = Path(name), {}, []
+        folder, plan = Path(name), []
+        given: dict[str, Tensor] = {}
         for models, calls in sequences:
             keys = []
             for feeds in calls:
                 named = {each: f"x{len(given) + at}" for at, each in enumerate(feeds)}
-                given |= {named[each]: x.numpy() for each, x in feeds.items()}
+                given |= {named[each]: x for each, x in feeds.items()}
                 keys.append(named)
             plan.append((models, keys))
-        numpy.savez(folder / "given.npz", **given)
+        arrays: Any = {key: x.numpy() for key, x in given.items()}
+        numpy.savez(folder / "given.npz", **arrays)
         (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         (folder / "script.py").write_text(_SCRIPT, encoding="utf-8")
         done = subprocess.run(

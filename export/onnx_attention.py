@@ -92,26 +92,28 @@ def _rule(logits: Logits, grouped: bool) -> RewriteRule:
 
 def _fits(_: Any, q: ir.Value, k: ir.Value, v: ir.Value, **found: ir.Value) -> bool:
     """Say whether these have four dimensions, and the mask is one of every pair."""
-    if any(each.shape is None or len(each.shape) != 4 for each in (q, k, v)):
+    sizes = {name: _sizes(each) for name, each in {"q": q, "k": k, "v": v, **found}.items()}
+    if any(len(sizes[name]) != 4 for name in ("q", "k", "v")):
         return False
-    heads, groups = q.shape[1], k.shape[1]
-    if "maps" not in found and heads != groups:
+    (batch, heads, tokens, _), (_, groups, _, keys) = sizes["q"], sizes["k"]
+    _, values, _, dim = sizes["v"]
+    if not (isinstance(heads, int) and isinstance(groups, int) and groups == values):
         return False
-    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
+    if heads % groups or (heads != groups and "maps" not in found):
         return False
-    if groups != v.shape[1]:
+    shapes = {"maps": (batch, heads, tokens, keys), "y": (batch, heads, tokens, dim)}
+    if any(name in found and sizes[name] != shape for name, shape in shapes.items()):
         return False
-    batch, tokens, keys = q.shape[0], q.shape[2], k.shape[3]
-    shapes = {"maps": (batch, heads, tokens, keys), "y": (batch, heads, tokens, v.shape[3])}
-    for name, shape in shapes.items():
-        if name in found and (found[name].shape is None or tuple(found[name].shape) != shape):
-            return False
     if any(name in found and _number(found[name]) is None for name in ("c", "cap")):
         return False
-    for name in ("bias", "mask"):
-        if name in found and (found[name].shape is None or len(found[name].shape) > 4):
-            return False
-    return "mask" not in found or tuple(found["mask"].shape)[-2:] == (tokens, keys)
+    if any(not 1 <= len(sizes[name]) <= 4 for name in ("bias", "mask") if name in found):
+        return False
+    return "mask" not in found or sizes["mask"][-2:] == (tokens, keys)
+
+
+def _sizes(value: ir.Value) -> tuple[Any, ...]:
+    """Return a shape, () where it is not known."""
+    return () if value.shape is None else tuple(value.shape)
 
 
 def _number(value: ir.Value) -> float | None:

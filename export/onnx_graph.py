@@ -71,7 +71,8 @@ def save(model: ir.Model, path: Path) -> None:
 
 def serialized(model: ir.Model) -> bytes:
     """Return the bytes of a file, the same for the same model."""
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    made: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return made
 
 
 def simplified(model: ir.Model) -> ir.Model:
@@ -91,7 +92,7 @@ def _tidied(model: ir.Model) -> None:
 
 _PASSES = (
     RemoveUnusedNodesPass(),
-    RemoveUnusedFunctionsPass(),
+    RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
     RemoveUnusedOpsetsPass(),
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     LiftSubgraphInitializersToMainGraphPass(),

@@ -12,9 +12,10 @@ from typing import Any
 import onnx.parser
 import onnx_ir as ir
 import torch
-from onnxscript import opset23 as op
+from onnxscript import opset23
 from torch.onnx._internal.exporter._torchlib.ops.hop import call_op  # as it writes a `Scan` itself
 
+op: Any = opset23  # an operator of ONNX by its name, while a program is translated
 _INT64 = ir.DataType.INT64
 OPSET = 23  # the first with `Attention`, `RotaryEmbedding` and `RMSNormalization`
 
@@ -168,7 +169,7 @@ def _type(x: Any) -> str:
 
 
 def _body(text: str) -> ir.Graph:
-    return ir.from_proto(onnx.parser.parse_graph(text))
+    return ir.serde.deserialize_graph(onnx.parser.parse_graph(text))
 
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -20,7 +20,7 @@ import torch
 from ..compiler.api import construct
 from ..compiler.verify.verify import Finding
 from .checking import Compared, decoding, forward, found, undecoded, within_precision
-from .onnx_apart import Feeds, run
+from .onnx_apart import Calls, Feeds, run
 from .onnx_pieces import with_operators
 from .place import write_text
 from .program import NoProgramError, Program
@@ -70,7 +70,7 @@ def check(request: Request, folder: Path) -> Iterator[Finding]:
     parts: list[Compared] = []
     if made.first is not None:
         parts = within_precision(request, decoding(request, _least(made.first).get("n", 1)))
-    plan = [((MODEL,), _feeds(takes, each)) for each in calls]
+    plan: list[Calls] = [((MODEL,), _feeds(takes, each)) for each in calls]
     plan += [((FIRST, DECODE), _feeds("x", each)) for each in parts]
     answers = cache(lambda: run(folder, plan))
     yield found(request, "forward", calls, lambda: answers()[: len(calls)], _limits(made.model))

@@ -90,7 +90,12 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+HEAD = {"capped": 8, "grouped": 4}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * (each == "deltas")) for each in OWN]
+)
 def test_whole_sequences(tmp_path, name):
     request = whole(of_module(module(name), None, Options()))
     assert checked(request, tmp_path)[0] == ("forward", True)
@@ -98,18 +103,11 @@ def test_whole_sequences(tmp_path, name):
     assert set(found) >= OWN[name]
     if "Attention" in OWN[name]:
         assert "Softmax" not in found
-
-
-def test_a_soft_cap_is_an_attribute(tmp_path):
-    request = whole(of_module(module("capped"), None, Options()))
-    to_onnx.write(request, tmp_path)
-    (node,) = [
-        each
-        for each in onnx.load(tmp_path / "model.onnx").graph.node
-        if each.op_type == "Attention"
-    ]
-    given = {each.name: each.f for each in node.attribute if each.name in ("softcap", "scale")}
-    assert given == pytest.approx({"softcap": 2.0, "scale": 8**-0.5})
+    if name in ("capped", "grouped"):
+        nodes = onnx.load(tmp_path / "model.onnx").graph.node
+        (node,) = [each for each in nodes if each.op_type == "Attention"]
+        given = {each.name: each.f for each in node.attribute if each.name in ("softcap", "scale")}
+        assert given == pytest.approx({"softcap": 2.0, "scale": HEAD[name] ** -0.5})
 
 
 @pytest.mark.slow
