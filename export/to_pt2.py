@@ -43,6 +43,7 @@ class Programs:
     model: Program
     first: Program | None = None
     decode: Program | None = None
+    why: str = ""  # there are none for steps, though it decodes
 
     @property
     def named(self) -> dict[str, Program]:
@@ -84,7 +85,10 @@ def check(request: Request, folder: Path) -> Iterator[Finding]:
             for name, each in (("first", made.first), ("decode", made.decode))
             if each.limits
         )
-    yield decoded(request, steps, _LOAD + _DECODE, given, note)
+    if made.why:
+        yield Finding(request.what.name, "decoding", None, note=made.why)
+    else:
+        yield decoded(request, steps, _LOAD + _DECODE, given, note)
     if request.options.aot:
         yield from compiled.check(request, calls, steps, given, (_FORWARD, _DECODE))
     if request.options.portable:
@@ -118,10 +122,13 @@ def programs(request: Request) -> Programs:
         return Programs(model)
     given = {name: each for name, each in given.items() if name != "segments"}
     axes = {"x": axes[takes], **{name: axes[name] for name in given}}
-    first = _traced(
-        "first", lambda: trace(First(request.module), {"x": x, **given}, axes, most), portable
-    )
-    return Programs(model, first, _traced("decode", lambda: _decode(request), portable))
+    try:
+        first = _traced(
+            "first", lambda: trace(First(request.module), {"x": x, **given}, axes, most), portable
+        )
+        return Programs(model, first, _traced("decode", lambda: _decode(request), portable))
+    except NoProgramError as problem:
+        return Programs(model, why=f"no program can: {problem}")
 
 
 def _traced(which: str, make: Callable[[], Program], portable: bool) -> Program:
@@ -239,6 +246,7 @@ def _readme(request: Request) -> str:
     parts = ["Programs of `torch.export`, which need PyTorch alone.", fenced("python", lines)]
     if made.decode is not None:
         parts += [_DECODES, fenced("python", _decoding_lines(name, list(given)))]
+    parts += [f"It decodes, but {made.why}."] if made.why else []
     limits = [f"In `{file}` {each.limits}." for file, each in made.named.items() if each.limits]
     return readme(request, *parts, *limits, *([_COMPILED] if request.options.aot else []))
 

@@ -196,8 +196,9 @@ class KeyValueCache(Part):
 
     def _held(self, batch: Batch) -> int:
         """Return how many slots may hold something: all, where asking would be a guard."""
-        traced = torch.compiler.is_exporting() and batch.run is not None and self.is_ring
-        return self.capacity if traced else min(batch.bound, self.capacity)
+        if torch.compiler.is_exporting() and batch.run is not None:
+            return self.capacity if self.is_ring else batch.bound
+        return min(batch.bound, self.capacity)
 
     def _given_back(
         self, batch: Batch, found: dict[str, Tensor], places: Tensor, run: Tensor

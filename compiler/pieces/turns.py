@@ -281,7 +281,8 @@ def carried_tile(
             parts.append(pulled @ keys.mT)
             pulled = pulled @ passed
         parts.append(pulled @ before[0][0].mT)
-        met = torch.cat(parts[::-1], -1).unflatten(2, (-1, asked.shape[2])).flatten(1, 2)
+        each = asked.shape[1] // groups
+        met = torch.cat(parts[::-1], -1).unflatten(2, (each, -1)).flatten(1, 2)
         s = torch.cat([met, within], -1)[:, :, :count]
         s = F.pad(s, (0, v.shape[-2] - s.shape[-1]))
     p, *more = several(weigh(s, *operands))

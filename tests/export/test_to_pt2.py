@@ -12,7 +12,7 @@ import torch
 
 import headloom as hl
 from headloom.export import compiled, to_pt2
-from headloom.export.program import trace
+from headloom.export.program import NoProgramError, trace
 from headloom.export.request import Options, of_module
 
 from .test_export import digests
@@ -92,6 +92,18 @@ def test_a_step_leaves_its_cache_alone():
         before = [each.clone() for each in cache]
         made.decode.exported.module()(x=x[:, :1].contiguous(), cache=cache)
     assert all(torch.equal(one, two) for one, two in zip(cache, before, strict=True))
+
+
+def test_where_no_program_can_step_the_certificate_says_why(tmp_path, monkeypatch):
+    def refusing(_):
+        raise NoProgramError("`c` cannot be free: it would be 37 alone")
+
+    monkeypatch.setattr(to_pt2, "_decode", refusing)
+    made = hl.export(module("near"), to="pt2", out=tmp_path / "made")
+    assert {each.check: each.ok for each in made.checks} == {"forward": True, "decoding": None}
+    assert made.checks[1].note == "no program can: decode: `c` cannot be free: it would be 37 alone"
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["README.md", "model.pt2"]
+    assert made.checks[1].note in (tmp_path / "made" / "README.md").read_text()
 
 
 class Guarded(torch.nn.Module):
