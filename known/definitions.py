@@ -1,0 +1,54 @@
+"""Definitions that the texts of several kinds share; one is written where its name is used."""
+
+from __future__ import annotations
+
+DEFINITIONS = {
+    "unit_rms": """
+stage unit_rms {  # the weight is what is added to one
+  param w[features] = 0
+  (x | rms_norm({{eps()}}scale = false)) * (1 + w)
+}
+""",
+    "unit_norm": """
+stage unit_norm(eps = 1e-5) {  # the weight is what is added to one
+  param w[features] = 0
+  param b[features] = 0
+  (x - mean(x) | rms_norm(eps, scale = false)) * (1 + w) + b
+}
+""",
+    "centred": """
+stage centred(eps) = x - mean(x) | rms_norm(eps)
+""",
+    "plain": """
+stage plain = | rms_norm({{eps()}}scale = false)
+""",
+    "plain_layer_norm": """
+stage plain_layer_norm(eps = 1e-5) = x - mean(x) | rms_norm(eps, scale = false)
+""",
+    "xielu": """
+stage xielu {  # Huang & Schlag 2024
+  param above = 0.2
+  param below = -1
+  let a = softplus(above)
+  let b = 0.5 + softplus(below)
+  where(x > 0, a * x ** 2, (exp(min(x, -1e-6)) - 1 - x) * b) + 0.5 * x
+}
+""",
+    "near_gelu": """
+stage near_gelu = 0.5 * x * (1 + tanh(0.79788456 * x * (1 + 0.044715 * x ** 2)))  # eight digits
+""",
+    "gated": """
+ffn gated(act, hidden, bias = false) {
+  let gate = x | linear(hidden, bias = bias)
+  let up   = x | linear(hidden, bias = bias)
+  let down = (gate | act) * up | linear(bias = bias)
+  out = down
+}
+""",
+    "damped": """
+layer damped(attn, ffn) {
+  let y = x + {{factor(of = residual_multiplier)}}(x | norm | attn)
+  out = y + {{factor(of = residual_multiplier)}}(y | norm | ffn)
+}
+""",
+}

@@ -1,0 +1,86 @@
+"""Which mixer and which feed-forward stand in each layer, and how a list of them is written.
+
+    >>> written(["local", "local", "global"] * 4)
+    '([local] * 2 + [global]) * 4'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+from .config import Config
+
+
+def all_of(config: Config, it: str) -> list[str]:
+    """The same in every layer."""
+    return [it] * config.get("num_hidden_layers")
+
+
+def listed(config: Config, of: str = "layer_types", usual: str = "") -> list[str]:
+    """As a list of the configuration names them; without one, what is usual."""
+    if not config.has(of) and usual:
+        return all_of(config, usual)
+    found = list(config.get(of))
+    depth = config.get("num_hidden_layers")
+    if len(found) != depth:
+        raise config.unsupported(of, f"one for each of {depth} layers")
+    return [str(each) for each in found]
+
+
+def chosen(config: Config, of: str, yes: str, no: str) -> list[str]:
+    """One of two, as a list of ones and zeros says."""
+    return [yes if each else no for each in config.get(of)]
+
+
+def first(config: Config, of: str, before: str, after: str) -> list[str]:
+    """One below a layer, the other from it on."""
+    count = config.get(of) or 0
+    return [before if at < count else after for at in range(config.get("num_hidden_layers"))]
+
+
+def stepped(config: Config, yes: str = "sparse", no: str = "dense") -> list[str]:
+    """Sparse in every `decoder_sparse_step`th layer but those `mlp_only_layers` names."""
+    step, without = config.get("decoder_sparse_step"), config.get("mlp_only_layers") or []
+    count = config.get("num_experts")
+    depth = range(config.get("num_hidden_layers"))
+    found = [at not in without and count > 0 and (at + 1) % step == 0 for at in depth]
+    return [yes if each else no for each in found]
+
+
+LISTS: dict[str, Callable[..., list[str]]] = {
+    "all": all_of,
+    "listed": listed,
+    "chosen": chosen,
+    "first": first,
+    "stepped": stepped,
+}
+
+
+def written(names: Sequence[str]) -> str:
+    """Return a list of layers as Loom writes it: what repeats is multiplied."""
+    depth = len(names)
+    for period in range(1, depth):
+        if depth % period == 0 and list(names) == list(names[:period]) * (depth // period):
+            inner = _runs(names[:period])
+            inner = f"({inner})" if " + " in inner else inner
+            return f"{inner} * {depth // period}"
+    return _runs(names)
+
+
+def _runs(names: Sequence[str]) -> str:
+    """Return runs of the same, those of one name joined in one list."""
+    parts: list[str] = []
+    single: list[str] = []
+    for name, group in groupby(names):
+        count = len(list(group))
+        if count == 1:
+            single.append(name)
+            continue
+        if single:
+            parts.append(f"[{', '.join(single)}]")
+            single = []
+        parts.append(f"[{name}] * {count}")
+    if single:
+        parts.append(f"[{', '.join(single)}]")
+    return " + ".join(parts)

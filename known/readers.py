@@ -1,0 +1,283 @@
+"""Readers of configurations: what several fields together are in Loom, one function a question.
+
+A reader is given a configuration, and the names of the fields where a kind has its own. It
+returns a piece of text, empty where the default of the language is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .config import Config
+from .words import value
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "squared_relu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "xielu": "xielu",
+}
+
+
+def head_size(config: Config) -> int:
+    """Return how many features a head has."""
+    if config.has("head_dim"):
+        return int(config.get("head_dim"))
+    return int(config.get("hidden_size")) // int(config.get("num_attention_heads"))
+
+
+def head_dim(config: Config) -> str:
+    """Return `head_dim` where heads do not just fill the width."""
+    size = head_size(config)
+    fills = size * config.get("num_attention_heads") == config.get("hidden_size")
+    return "" if fills else str(size)
+
+
+def kv_heads(config: Config, of: str = "num_key_value_heads") -> str:
+    """Return `kv_heads` where there are fewer than heads."""
+    heads = config.get("num_attention_heads")
+    count = config.get(of) if config.has(of) else heads
+    return "" if count == heads else str(count)
+
+
+def activation(config: Config, of: str = "hidden_act") -> str:
+    """Return an activation's name."""
+    name = config.get(of)
+    if name not in ACTIVATIONS:
+        raise config.unsupported(of, f"one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _biased(config: Config, bias: str) -> bool:
+    return bool(config.get(bias)) if bias else False
+
+
+def gated(
+    config: Config, act: str = "hidden_act", hidden: str = "intermediate_size", bias: str = ""
+) -> str:
+    """Return a feed-forward with a gate."""
+    name, size, biased = activation(config, act), config.get(hidden), _biased(config, bias)
+    if name == "silu" and not biased:
+        return f"swiglu(hidden = {size})"
+    return f"gated({name}, hidden = {size}{', bias = true' if biased else ''})"
+
+
+def mlp(
+    config: Config,
+    act: str = "hidden_act",
+    hidden: str = "intermediate_size",
+    bias: str = "",
+    times: str = "4",
+) -> str:
+    """Return a feed-forward of two maps; without a hidden width it has `times` the width."""
+    said = hidden and config.has(hidden)
+    size = config.get(hidden) if said else int(times) * config.get("hidden_size")
+    biased = ", bias = true" if _biased(config, bias) else ""
+    return f"mlp({activation(config, act)}, hidden = {size}{biased})"
+
+
+def rms(config: Config, of: str = "rms_norm_eps") -> str:
+    """Return an RMS norm."""
+    eps = config.get(of)
+    return "rms_norm" if eps == 1e-6 else f"rms_norm(eps = {value(eps)})"
+
+
+def layer_norm(config: Config, of: str = "layer_norm_eps") -> str:
+    """Return a layer norm."""
+    eps = config.get(of)
+    return "layer_norm" if eps == 1e-5 else f"layer_norm(eps = {value(eps)})"
+
+
+def centred(config: Config, of: str = "layer_norm_eps") -> str:
+    """Return a layer norm without a bias."""
+    return f"centred(eps = {value(config.get(of))})"
+
+
+def eps(config: Config, of: str = "rms_norm_eps", usual: str = "1e-6") -> str:
+    """Return `eps = …, ` where it is not the usual one."""
+    found = config.get(of)
+    return "" if found == float(usual) else f"eps = {value(found)}, "
+
+
+def factor(config: Config, of: str) -> str:
+    """Return `1e-3 * `, or nothing where it is one."""
+    found = config.get(of)
+    return "" if found == 1 else f"{value(found)} * "
+
+
+def scaled(config: Config, of: str, over: str = "") -> str:
+    """Return a stage that multiplies, or divides where `over` is said; nothing for one."""
+    found = config.get(of)
+    if found is None or found == 1:
+        return ""
+    return f" | scale({f'1 / {value(found)}' if over else value(found)})"
+
+
+def capped(config: Config, of: str = "final_logit_softcapping") -> str:
+    """Return a stage that caps softly, or nothing."""
+    found = config.get(of)
+    return "" if found is None else f" | softcap({value(found)})"
+
+
+def score(config: Config, of: str = "attn_logit_softcapping") -> str:
+    """Return the cap on the logits of attention, or nothing."""
+    found = config.get(of)
+    return "" if found is None else f"softcap({value(found)})"
+
+
+def scale(config: Config, of: str = "query_pre_attn_scalar") -> str:
+    """Return a scale that is the root of a field's inverse, where it is not the head's size."""
+    found = config.get(of)
+    return "" if found == head_size(config) else f"{value(found)} ** -0.5"
+
+
+def direct(config: Config, of: str) -> str:
+    """Return a field as it stands where it is not one over the root of the head's size."""
+    found = config.get(of)
+    return "" if found == head_size(config) ** -0.5 else value(found)
+
+
+def mask(config: Config, window: str = "sliding_window", use: str = "") -> str:
+    """Return a causal mask, with a window where one is said (and `use` allows)."""
+    if use and not config.get(use):
+        return "causal"
+    size = config.get(window) if config.has(window) else None
+    return f"causal and window({size})" if size else "causal"
+
+
+def rope(
+    config: Config,
+    of: str = "",
+    style: str = "half",
+    dims: str = "",
+    size: str = "",
+    field: str = "rope_parameters",
+    behind: str = "",
+    inverse: str = "",
+) -> str:
+    """Return a rotation: its base, how many features, how they pair, what is scaled.
+
+    `of` is a kind of layer with rope parameters of its own, `dims` a field that says how many
+    features turn, `size` one that says how many there are; `behind` turns the last ones.
+    """
+    said = config.get(field)
+    if of and of in said:
+        said = said[of]
+    elif any(isinstance(each, Mapping) for each in said.values()):
+        raise config.unsupported(field, "the same for all layers of this kind")
+    name = said.get("rope_type", "default")
+    if name not in SCALINGS:
+        where = field if field in config.fields else "rope_parameters"
+        raise config.unsupported(where, f"a rope_type of {', '.join(SCALINGS)}")
+    parts = [f"theta = {value(said['rope_theta'])}"]
+    whole = config.get(size) if size else head_size(config)
+    share = said.get("partial_rotary_factor") or 1
+    turned = config.get(dims) if dims else int(whole * share)
+    if name == "proportional":
+        turned = whole
+    if behind:
+        parts.append(f"dims = -{turned}")
+    elif turned != whole:
+        parts.append(f"dims = {turned}")
+    if style != "half":
+        parts.append(f"style = {style}")
+    scaling = SCALINGS[name](config, said)
+    _all_known(config, field, said, name)
+    if scaling:
+        parts.append(f"scaling = {scaling}")
+    if inverse:
+        parts.append("inverse = true")
+    return f"rope({', '.join(parts)})"
+
+
+def _all_known(config: Config, field: str, said: Mapping[str, Any], name: str) -> None:
+    """Refuse a key of rope parameters that its type does not know."""
+    usual = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "max_position_embeddings"}
+    known = usual | KEYS.get(name, set())
+    for key, each in said.items():
+        if key not in known and each is not None:
+            help = f"a {name} rotation knows {', '.join(sorted(known - usual)) or 'no such field'}"
+            raise config.error("L602", f"`{field}.{key}` = {each} is not supported", key, help)
+
+
+def _length(config: Config, said: Mapping[str, Any]) -> Any:
+    """Return the length a model was first trained with."""
+    if said.get("original_max_position_embeddings"):
+        return said["original_max_position_embeddings"]
+    if config.has("original_max_position_embeddings"):
+        return config.get("original_max_position_embeddings")
+    return config.get("max_position_embeddings")
+
+
+def _yarn(config: Config, said: Mapping[str, Any]) -> str:
+    length = _length(config, said)
+    factor = said.get("factor") or config.get("max_position_embeddings") / length
+    parts = [value(factor), str(length)]
+    for key, usual in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+        if said.get(key) is not None and said[key] != usual:
+            parts.append(f"{key} = {value(said[key])}")
+    if said.get("attention_factor") is not None:
+        parts.append(f"attention_factor = {value(said['attention_factor'])}")
+    if said.get("mscale") and said.get("mscale_all_dim"):
+        parts += [f"{key} = {value(said[key])}" for key in ("mscale", "mscale_all_dim")]
+    return f"yarn({', '.join(parts)})"
+
+
+def _longrope(config: Config, said: Mapping[str, Any]) -> str:
+    length = _length(config, said)
+    factor = said.get("factor") or config.get("max_position_embeddings") / length
+    parts = [value(said["short_factor"]), value(said["long_factor"]), str(length)]
+    if said.get("attention_factor") is not None:
+        parts.append(f"attention_factor = {value(said['attention_factor'])}")
+    elif factor != 1:
+        parts.append(f"factor = {value(float(factor))}")
+    return f"longrope({', '.join(parts)})"
+
+
+def _llama3(config: Config, said: Mapping[str, Any]) -> str:
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return f"llama3({', '.join(value(said[key]) for key in keys)})"
+
+
+def _proportional(config: Config, said: Mapping[str, Any]) -> str:
+    factor = said.get("factor") or 1
+    share = value(said.get("partial_rotary_factor") or 1)
+    return f"proportional({share}{'' if factor == 1 else f', {value(factor)}'})"
+
+
+SCALINGS: dict[str, Callable[[Config, Mapping[str, Any]], str]] = {
+    "default": lambda config, said: "",
+    "linear": lambda config, said: f"linear({value(said['factor'])})",
+    "dynamic": lambda config, said: f"dynamic({value(said['factor'])}, {_length(config, said)})",
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
+    "proportional": _proportional,
+}
+_LENGTH = "original_max_position_embeddings"
+KEYS: dict[str, set[str]] = {  # what each type of rotation reads besides what all do
+    "default": {_LENGTH},
+    "linear": {"factor"},
+    "dynamic": {"factor", _LENGTH},
+    "yarn": {"factor", _LENGTH, "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
+             "mscale_all_dim"},
+    "longrope": {"factor", _LENGTH, "short_factor", "long_factor", "attention_factor"},
+    "llama3": {"factor", _LENGTH, "low_freq_factor", "high_freq_factor"},
+    "proportional": {"factor", _LENGTH},
+}  # fmt: skip
+
+READERS: dict[str, Callable[..., str]] = {
+    each.__name__: each
+    for each in (
+        head_dim, kv_heads, activation, gated, mlp, rms, layer_norm, centred, eps, factor, scaled,
+        capped, score, scale, direct, mask, rope,
+    )
+}  # fmt: skip
