@@ -19,7 +19,7 @@ from typing import Any
 
 from ..grammar.diagnostics import Diagnostic, LoomError
 from ..grammar.source import Source, Span
-from .inert import INERT
+from .inert import DERIVED, INERT
 
 PIP = "pip install 'headloom[hf]'"
 
@@ -40,7 +40,7 @@ class Config:
 
     def get(self, name: str) -> Any:
         """Return a field, or what the kind says in its place. Raises `LoomError` (L604)."""
-        if name in self.fixed:
+        if self.fixed.get(name) is not None:
             return self.fixed[name]
         where = self.where(name)
         try:
@@ -53,8 +53,8 @@ class Config:
 
     def has(self, name: str) -> bool:
         """Return whether a field is there and says anything."""
-        if name in self.fixed:
-            return self.fixed[name] is not None
+        if self.fixed.get(name) is not None:
+            return True
         try:
             return _at(self.fields, self.where(name)) is not None
         except LookupError:
@@ -105,7 +105,7 @@ class Config:
         found = []
         for name, value in _leaves(self.fields):
             first = name.partition(".")[0]
-            known = name in self.seen or first in self.seen or first in INERT or name in INERT
+            known = {name, first} & (self.seen | INERT) or DERIVED.get(name) in self.seen
             said = value not in (None, False, [], {}) and value != usual.get(name)
             if said and not known and not first.startswith("_"):
                 found.append(name)

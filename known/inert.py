@@ -40,3 +40,12 @@ INERT = frozenset(
     num_nextn_predict_layers num_mtp_layers mtp_num_layers
     """.split()
 )
+
+DERIVED = {  # fields from which a class makes others, which are read
+    "use_sliding_window": "layer_types",
+    "max_window_layers": "layer_types",
+    "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "attention_types": "attention_layers",
+}

@@ -22,10 +22,37 @@ model.layers.{i}.post_feedforward_layernorm.{t} -> layers.{i}.ffn_post_norm.{t}
 ONE_NORM = """
 model.layers.{i}.input_layernorm.{t} -> layers.{i}.y_norm.{t}
 """
+BOTH = """
+model.layers.{i}.post_attention_layernorm.{t} -> layers.{i}.ffn_norm.{t}
+model.layers.{i}.post_self_attn_layernorm.{t} -> layers.{i}.attn_post_norm.{t}
+model.layers.{i}.post_mlp_layernorm.{t} -> layers.{i}.ffn_post_norm.{t}
+"""
+UP_DOWN = """
+model.layers.{i}.mlp.fc1.{t} -> layers.{i}.ffn.up_proj.{t}
+model.layers.{i}.mlp.fc2.{t} -> layers.{i}.ffn.down_proj.{t}
+"""
+XIELU = (
+    UP_DOWN
+    + """
+model.layers.{i}.attention_layernorm.weight -> layers.{i}.attn_norm.weight
+model.layers.{i}.feedforward_layernorm.weight -> layers.{i}.ffn_norm.weight
+model.layers.{i}.mlp.act_fn.alpha_p -> layers.{i}.ffn.down_xielu.above
+model.layers.{i}.mlp.act_fn.alpha_n -> layers.{i}.ffn.down_xielu.below
+model.layers.{i}.mlp.act_fn.{t} -> - it is always the same
+"""
+)
 UNIT = """
 model.norm.weight -> norm.w
 model.layers.{i}.self_attn.{p}_norm.weight -> layers.{i}.attn.{p}_unit_rms.w
 model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.w
+"""
+UNIT_BEFORE = """
+model.layers.{i}.post_attention_layernorm.weight -> layers.{i}.ffn_norm.w
+"""
+UNIT_BOTH = """
+model.layers.{i}.post_attention_layernorm.weight -> layers.{i}.attn_post_norm.w
+model.layers.{i}.pre_feedforward_layernorm.weight -> layers.{i}.ffn_norm.w
+model.layers.{i}.post_feedforward_layernorm.weight -> layers.{i}.ffn_post_norm.w
 """
 FUSED = """
 model.layers.{i}.self_attn.qkv_proj.{t} -> layers.{i}.attn.(q|k|v)_proj.{t}

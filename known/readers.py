@@ -41,6 +41,11 @@ def head_dim(config: Config) -> str:
     return "" if fills else str(size)
 
 
+def size_of_head(config: Config) -> str:
+    """Return `head_dim` as it is."""
+    return str(head_size(config))
+
+
 def kv_heads(config: Config, of: str = "num_key_value_heads") -> str:
     """Return `kv_heads` where there are fewer than heads."""
     heads = config.get("num_attention_heads")
@@ -277,7 +282,7 @@ KEYS: dict[str, set[str]] = {  # what each type of rotation reads besides what a
 READERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
-        head_dim, kv_heads, activation, gated, mlp, rms, layer_norm, centred, eps, factor, scaled,
+        head_dim, size_of_head, kv_heads, activation, gated, mlp, rms, layer_norm, centred, eps, factor, scaled,
         capped, score, scale, direct, mask, rope,
     )
 }  # fmt: skip

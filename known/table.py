@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .kind import Kind
+from .kinds.gemma import GEMMAS
 from .kinds.llama import LLAMA_LIKE
 
-KINDS: dict[str, Kind] = {**LLAMA_LIKE}
+KINDS: dict[str, Kind] = {**LLAMA_LIKE, **GEMMAS}

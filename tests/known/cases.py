@@ -29,10 +29,46 @@ def turning(theta: float, **more: Any) -> dict[str, Any]:
 PARTLY = {"rope_parameters": turning(1e4, partial_rotary_factor=0.5)}
 WINDOWS = {"sliding_window": 5, "layer_types": [LOCAL, FULL]}
 CASES: dict[str, dict[str, Any]] = {
-    "llama": {"head_dim": 6, "attention_bias": True, "mlp_bias": True},
+    "llama": {"head_dim": 6},
+    "llama/biased": {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-5},
+    "cwm": {"head_dim": 6, "rope_parameters": turning(1e4), **WINDOWS},
     "mistral": {"head_dim": 6, "sliding_window": 5},
+    "ministral": {"head_dim": 6, **WINDOWS},
+    "phi3": {
+        "sliding_window": 5,
+        "original_max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        **PARTLY,
+    },
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 6, "use_sliding_window": True, "max_window_layers": 1, **WINDOWS},
+    "seed_oss": {"head_dim": 6},
+    "smollm3": {"num_hidden_layers": 3, "no_rope_layers": [1, 1, 0]},
+    "helium": {"head_dim": 8},
+    "ernie4_5": {"head_dim": 6, "use_bias": True},
+    "arcee": {"head_dim": 8},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "apertus": {"rope_parameters": turning(1e4)},
+    "nanochat": {},
+    "olmo": {"clip_qkv": 0.8},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 5, "layer_types": [LOCAL, FULL]},
+    "exaone4": {"sliding_window": 5, "layer_types": [LOCAL, FULL]},
+    "bitnet": {},
+    "hunyuan_v1_dense": {"head_dim": 6},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 8.0,
+    },
+    "jais2": {"head_dim": 8},
+    "diffllama": {},
+    "gemma": {"head_dim": 6},
+    "gemma2": {"head_dim": 6, "query_pre_attn_scalar": 9, **WINDOWS},
+    "vaultgemma": {"head_dim": 6, "query_pre_attn_scalar": 9, **WINDOWS},
+    "gemma3_text": {"head_dim": 6, "query_pre_attn_scalar": 9, **WINDOWS},
 }
 
 
