@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ class Config:
     seen: set[str] = field(default_factory=set)
     lately: list[str] = field(default_factory=list)
 
+    def of(self, names: Mapping[str, str], fixed: Mapping[str, Any]) -> Config:
+        """Return this configuration with what a kind calls its fields; what was read is shared."""
+        return replace(self, names=names, fixed=fixed)
+
     def get(self, name: str) -> Any:
         """Return a field, or what the kind says in its place. Raises `LoomError` (L604)."""
         if self.fixed.get(name) is not None:
@@ -51,14 +55,19 @@ class Config:
         self.lately.append(where)
         return found
 
+    def knows(self, name: str) -> bool:
+        """Return whether a field is there, whatever it says."""
+        try:
+            _at(self.fields, self.where(name))
+        except LookupError:
+            return False
+        return True
+
     def has(self, name: str) -> bool:
         """Return whether a field is there and says anything."""
         if self.fixed.get(name) is not None:
             return True
-        try:
-            return _at(self.fields, self.where(name)) is not None
-        except LookupError:
-            return False
+        return self.knows(name) and _at(self.fields, self.where(name)) is not None
 
     def where(self, name: str) -> str:
         """Return what a field is called in this configuration."""
@@ -67,6 +76,10 @@ class Config:
             first, dot, rest = name.partition(".")
             name = self.aliases.get(first, first) + dot + rest
         return name
+
+    def note(self, name: str) -> None:
+        """Mark a field as read that says nothing here."""
+        self.seen.add(self.where(name))
 
     def taken(self) -> tuple[str, ...]:
         """Return which fields were read since this was asked last."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from ..compiler.loading import Loaded, load
 from . import store
 from .config import Config, read
 from .kind import Kind
-from .table import KINDS
+from .table import chosen
 from .weights import Weights, groups_of, resolved, rules
 from .write import model_name, write
 
@@ -81,11 +81,8 @@ def from_hf(what: Any) -> Known:
     """
     given = what.config if hasattr(what, "state_dict") else what
     config = read(given)
-    if config.kind not in KINDS:
-        known = ", ".join(sorted(KINDS))
-        raise config.error("L601", f"the kind `{config.kind}` is not known", "model_type", known)
-    kind = KINDS[config.kind]
-    config = replace(config, names=kind.names, fixed=kind.fixed)
+    kind = chosen(config)
+    config = config.of(kind.names, kind.fixed)
     text = write(kind, config)
     _all_read(config)
     arch = load(text, "loom")

@@ -58,3 +58,11 @@ FUSED = """
 model.layers.{i}.self_attn.qkv_proj.{t} -> layers.{i}.attn.(q|k|v)_proj.{t}
 model.layers.{i}.mlp.gate_up_proj.{t} -> layers.{i}.ffn.(gate|up)_proj.{t}
 """
+PHI = """
+model.final_layernorm.{t} -> norm.{t}
+model.layers.{i}.input_layernorm.{t} -> layers.{i}.y_norm.{t}
+model.layers.{i}.self_attn.dense.{t} -> layers.{i}.attn.o_proj.{t}
+model.layers.{i}.self_attn.{p}_layernorm.{t} -> layers.{i}.attn.{p}_norm.{t}
+model.layers.{i}.mlp.fc1.{t} -> layers.{i}.ffn.up_proj.{t}
+model.layers.{i}.mlp.fc2.{t} -> layers.{i}.ffn.down_proj.{t}
+"""

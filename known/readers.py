@@ -150,6 +150,27 @@ def direct(config: Config, of: str) -> str:
     return "" if found == head_size(config) ** -0.5 else value(found)
 
 
+def clip(config: Config, of: str = "clip_qkv") -> str:
+    """Return a stage that clips, or nothing."""
+    found = config.get(of)
+    return f" | clip(-{value(found)}, {value(found)})" if found else ""
+
+
+def power_of_two(config: Config, of: str) -> str:
+    """Return nothing; refuse another number than a power of two."""
+    count = config.get(of)
+    if count & (count - 1):
+        raise config.unsupported(of, "a power of two: the slopes of others are laid otherwise")
+    return ""
+
+
+def same(config: Config, of: str, to: str) -> str:
+    """Return a field that another one must equal."""
+    if config.get(of) != config.get(to):
+        raise config.unsupported(to, f"the same as `{of}`, {config.get(of)}")
+    return value(config.get(of))
+
+
 def mask(config: Config, window: str = "sliding_window", use: str = "") -> str:
     """Return a causal mask, with a window where one is said (and `use` allows)."""
     if use and not config.get(use):
@@ -195,6 +216,7 @@ def rope(
     if style != "half":
         parts.append(f"style = {style}")
     scaling = SCALINGS[name](config, said)
+    config.note(_LENGTH)
     _all_known(config, field, said, name)
     if scaling:
         parts.append(f"scaling = {scaling}")
@@ -283,6 +305,6 @@ READERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
         head_dim, size_of_head, kv_heads, activation, gated, mlp, rms, layer_norm, centred, eps, factor, scaled,
-        capped, score, scale, direct, mask, rope,
+        capped, score, scale, direct, clip, power_of_two, same, mask, rope,
     )
 }  # fmt: skip

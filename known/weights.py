@@ -11,7 +11,8 @@ Rules are lines, of which the first that fits a name counts:
 `{i}`, `{j}` are numbers, `{any}` is anything, any other name a word. Several of ours in brackets
 are the rows of theirs one after the other, with `in 4` (or `in` a field) in each of so many
 groups; the rows of experts are the second dimension. `across` is a transposed matrix, `beside`
-columns one after the other, `stacked` a row (or an expert) of ours. `-` is what has no place in
+columns one after the other, `stacked` a row (or an expert) of ours, `after 2` leaves out the
+first rows of theirs. `-` is what has no place in
 ours, and why. Where several of theirs make one of ours they are joined in order.
 """
 
@@ -46,6 +47,7 @@ class Rule:
     across: bool = False
     stacked: bool = False
     beside: bool = False
+    after: int = 0
     reason: str = ""
 
 
@@ -78,7 +80,9 @@ def rule(line: str, sizes: Mapping[str, int]) -> Rule:
     groups = words[words.index("in") + 1] if "in" in words else "1"
     count = int(groups) if groups.isdecimal() else sizes[groups]
     several = tuple(f"{before}{name}{after}" for name in names)
-    return Rule(theirs, several, count, *(it in words for it in ("across", "stacked", "beside")))
+    kinds = (it in words for it in ("across", "stacked", "beside"))
+    after = int(words[words.index("after") + 1]) if "after" in words else 0
+    return Rule(theirs, several, count, *kinds, after=after)
 
 
 def groups_of(text: str) -> set[str]:
@@ -230,6 +234,7 @@ def apart(row: Row, tensor: Tensor, shapes: Mapping[str, Shape]) -> list[Tensor]
         tensor = tensor.mT
     if rule.stacked:
         tensor = tensor[None]
+    tensor = tensor[rule.after :]
     if len(row.ours) == 1:
         return [tensor]
     if rule.beside:
@@ -262,6 +267,8 @@ def together(row: Row, parts: list[Tensor]) -> Tensor:
         whole = whole[0]
     if rule.across and whole.ndim > 1:
         whole = whole.mT
+    if rule.after:  # rows that nothing reads
+        whole = torch.cat([torch.zeros_like(whole[: rule.after]), whole])
     return whole.reshape(row.shape)
 
 

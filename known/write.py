@@ -34,9 +34,6 @@ Lines = dict[str, tuple[str, tuple[str, ...]]]  # a setting: its text, the field
 
 def write(kind: Kind, config: Config) -> str:
     """Return the description of a configured model. Raises `LoomError` for what cannot be said."""
-    for name, wanted in kind.needs.items():
-        if config.has(name) and config.get(name) != wanted:
-            raise config.unsupported(name, f"{wanted!r} alone")
     config.taken()
     mixers, mixers_from = _listed(kind.mixers, config)
     parts, parts_from = _listed(kind.parts, config)
@@ -55,9 +52,9 @@ def write(kind: Kind, config: Config) -> str:
     model = {
         **{name: model[name] for name in ("vocab", "width") if name in model},
         "layers": (written(called), beside),
-        "layer": model.pop("layer", ("pre", ())),
+        **({"layer": model["layer"]} if "layer" in model else {}),
         "ffn": ffns[usual],
-        **{name: each for name, each in model.items() if name not in ("vocab", "width")},
+        **{name: each for name, each in model.items() if name not in ("vocab", "width", "layer")},
     }
     body = [*blocks.texts, f"model {model_name(config)} {{", *_shown(model), "}"]
     text = "\n".join(body)

@@ -142,8 +142,7 @@ LLAMA_LIKE: dict[str, Kind] = {
         "OLMo; Groeneveld et al. 2024: norms that learn nothing; what q, k and v hold is clipped",
         fixed={"attention_bias": None},
         block={
-            name: "x | linear{{attention_bias? (bias = true)}}"
-            "{{clip_qkv?  | clip(-{{clip_qkv}}, {{clip_qkv}})}} | split"
+            name: "x | linear{{attention_bias? (bias = true)}}{{clip()}} | split"
             for name in "qkv"
         },
         model={"norm": "plain_layer_norm"},

@@ -27,11 +27,12 @@ def turning(theta: float, **more: Any) -> dict[str, Any]:
 
 
 PARTLY = {"rope_parameters": turning(1e4, partial_rotary_factor=0.5)}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 WINDOWS = {"sliding_window": 5, "layer_types": [LOCAL, FULL]}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 6},
     "llama/biased": {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-5},
-    "cwm": {"head_dim": 6, "rope_parameters": turning(1e4), **WINDOWS},
+    "cwm": {**ENDS, "head_dim": 6, "rope_parameters": turning(1e4), **WINDOWS},
     "mistral": {"head_dim": 6, "sliding_window": 5},
     "ministral": {"head_dim": 6, **WINDOWS},
     "phi3": {
@@ -69,6 +70,39 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 6, "query_pre_attn_scalar": 9, **WINDOWS},
     "vaultgemma": {"head_dim": 6, "query_pre_attn_scalar": 9, **WINDOWS},
     "gemma3_text": {"head_dim": 6, "query_pre_attn_scalar": 9, **WINDOWS},
+    "gpt2": {"n_inner": 40},
+    "gpt_bigcode": {"n_inner": 40, "num_key_value_heads": 1},
+    "gpt_bigcode/heads": {"n_inner": 40, "multi_query": False, "num_key_value_heads": 4},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 5,
+    },
+    "gptj": {"n_inner": 40, "rotary_dim": 4},
+    "codegen": {"n_inner": 40, "rotary_dim": 4},
+    "gpt_neox": PARTLY,
+    "gpt_neox/serial": {"use_parallel_residual": False, "attention_bias": False},
+    "bloom": {},
+    "falcon": {"ffn_hidden_size": 40},
+    "falcon/40b": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 40},
+    "falcon/11b": {
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+    },
+    "falcon/rw": {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    "mpt": {},
+    "mpt/clipped": {"attn_config": {"clip_qkv": 0.8, "softmax_scale": 0.3}},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 32},
+    "phi": PARTLY,
+    "phi/normed": {"qk_layernorm": True, "num_key_value_heads": 4},
+    "stablelm": {},
+    "stablelm/12b": {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True},
+    "persimmon": {},
+    "nemotron": {"head_dim": 8},
+    "starcoder2": {"sliding_window": 5},
+    "cohere": {"logit_scale": 0.25},
+    "cohere/normed": {"use_qk_norm": True, "attention_bias": True},
+    "cohere2": {"head_dim": 6, **WINDOWS},
 }
 
 
@@ -81,7 +115,10 @@ def configured(case: str) -> Any:
     """Return their configuration of a case."""
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[kind(case)](**{**SIZES, **CASES[case]})
+    made = CONFIG_MAPPING[kind(case)]
+    known = {*made().to_dict(), *made.attribute_map}
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    return made(**{**sizes, **CASES[case]})
 
 
 def made(case: str, attention: str = "eager") -> nn.Module:
