@@ -51,4 +51,36 @@ layer damped(attn, ffn) {
   out = y + {{factor(of = residual_multiplier)}}(y | norm | ffn)
 }
 """,
+    "plain_moe": """
+ffn plain_moe(experts, top, expert, shared = none) : moe(experts, top, expert = expert,
+    shared = shared, balance = none) {
+  let w = score * chosen  # not brought to one
+}
+""",
+    "gated_moe": """
+ffn gated_moe(experts, top, expert, shared) : moe(experts, top, expert = expert, shared = shared,
+    balance = none) {
+  let open = x | linear(1) | sigmoid
+  let w    = score * chosen{{norm_topk_prob?  / max(sum(score * chosen), 1e-20)}}
+  out = (x | mixture(expert, w)) + open * (x | shared)
+}
+""",
+    "biased": """
+ffn biased(experts, top, expert, shared = none, router = sigmoid) : moe(experts, top,
+    expert = expert, shared = shared, router = router, balance = none) {
+  param bias[experts] = 0  # it only chooses
+  let chosen = score + bias | largest(top)
+  let w      = {{factor(of = routed_scaling_factor)}}score * chosen{{norm_topk_prob?  / (sum(score * chosen) + {{choice_eps}})}}
+}
+""",
+    "grouped": """
+ffn grouped(experts, top, groups, open, expert, shared = none) : moe(experts, top,
+    expert = expert, shared = shared, router = sigmoid, balance = none) {
+  param bias[experts] = 0  # it only chooses
+  let choice = score + bias | split(groups)
+  let open_  = sum(choice | top(2)) | largest(open, over = heads)
+  let chosen = where(open_ > 0, choice, -1e9) | merge | largest(top)
+  let w      = {{factor(of = routed_scaling_factor)}}score * chosen{{norm_topk_prob?  / (sum(score * chosen) + {{choice_eps}})}}
+}
+""",
 }

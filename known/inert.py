@@ -49,6 +49,8 @@ DERIVED = {  # fields from which a class makes others, which are read
     "layer_types": "use_sliding_window",
     "num_kv_heads": "multi_query",
     "num_key_value_heads": "multi_query",
+    "qk_head_dim": "qk_nope_head_dim",
+    "head_dim": "qk_rope_head_dim",
     "no_rope_layer_interval": "no_rope_layers",
     "attention_types": "attention_layers",
 }

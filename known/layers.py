@@ -39,10 +39,19 @@ def first(config: Config, of: str, before: str, after: str) -> list[str]:
     return [before if at < count else after for at in range(config.get("num_hidden_layers"))]
 
 
-def stepped(config: Config, yes: str = "sparse", no: str = "dense") -> list[str]:
+def between(config: Config, of: str, to: str, step: str) -> list[str]:
+    """Sparse from one layer to another, both of them too, in every so many; else dense."""
+    low, high, every = (config.get(each) for each in (of, to, step))
+    depth = range(config.get("num_hidden_layers"))
+    high = high if high >= 0 else len(depth) - 1
+    found = [low <= at <= high and (at + 1) % every == 0 for at in depth]
+    return ["sparse" if each else "dense" for each in found]
+
+
+def stepped(config: Config, experts: str = "num_experts", yes: str = "sparse", no: str = "dense") -> list[str]:
     """Sparse in every `decoder_sparse_step`th layer but those `mlp_only_layers` names."""
     step, without = config.get("decoder_sparse_step"), config.get("mlp_only_layers") or []
-    count = config.get("num_experts")
+    count = config.get(experts)
     depth = range(config.get("num_hidden_layers"))
     found = [at not in without and count > 0 and (at + 1) % step == 0 for at in depth]
     return [yes if each else no for each in found]
@@ -53,6 +62,7 @@ LISTS: dict[str, Callable[..., list[str]]] = {
     "listed": listed,
     "chosen": chosen,
     "first": first,
+    "between": between,
     "stepped": stepped,
 }
 

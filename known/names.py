@@ -66,3 +66,35 @@ model.layers.{i}.self_attn.{p}_layernorm.{t} -> layers.{i}.attn.{p}_norm.{t}
 model.layers.{i}.mlp.fc1.{t} -> layers.{i}.ffn.up_proj.{t}
 model.layers.{i}.mlp.fc2.{t} -> layers.{i}.ffn.down_proj.{t}
 """
+MOE = """
+model.layers.{i}.mlp.gate.weight -> layers.{i}.ffn.route_proj.weight
+model.layers.{i}.mlp.gate.e_score_correction_bias -> layers.{i}.ffn.bias
+model.layers.{i}.mlp.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight
+model.layers.{i}.mlp.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight
+model.layers.{i}.mlp.experts.{j}.{p}_proj.weight -> layers.{i}.ffn.experts.{p}_proj.weight stacked
+model.layers.{i}.mlp.shared_experts.{p}_proj.weight -> layers.{i}.ffn.shared.{p}_proj.weight
+model.layers.{i}.mlp.shared_expert.{p}_proj.weight -> layers.{i}.ffn.shared.{p}_proj.weight
+model.layers.{i}.mlp.shared_expert_gate.weight -> layers.{i}.ffn.open_proj.weight
+model.layers.{i}.block_sparse_moe.gate.weight -> layers.{i}.ffn.route_proj.weight
+model.layers.{i}.block_sparse_moe.experts.{j}.w1.weight -> layers.{i}.ffn.experts.gate_proj.weight stacked
+model.layers.{i}.block_sparse_moe.experts.{j}.w2.weight -> layers.{i}.ffn.experts.down_proj.weight stacked
+model.layers.{i}.block_sparse_moe.experts.{j}.w3.weight -> layers.{i}.ffn.experts.up_proj.weight stacked
+"""
+GRANITE_MOE = """
+model.layers.{i}.block_sparse_moe.router.weight -> layers.{i}.ffn.route_proj.weight
+model.layers.{i}.block_sparse_moe.router.layer.weight -> layers.{i}.ffn.route_proj.weight
+model.layers.{i}.block_sparse_moe.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight
+model.layers.{i}.block_sparse_moe.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight
+model.layers.{i}.block_sparse_moe.input_linear.weight -> layers.{i}.ffn.experts.(gate|up)_proj.weight
+model.layers.{i}.block_sparse_moe.output_linear.weight -> layers.{i}.ffn.experts.down_proj.weight
+model.layers.{i}.shared_mlp.input_linear.weight -> layers.{i}.ffn.shared.(gate|up)_proj.weight
+model.layers.{i}.shared_mlp.output_linear.weight -> layers.{i}.ffn.shared.down_proj.weight
+"""
+LATENT = """
+model.layers.{i}.self_attn.q_a_proj.{t} -> layers.{i}.attn.q_proj_0.{t}
+model.layers.{i}.self_attn.q_a_layernorm.{t} -> layers.{i}.attn.q_norm.{t}
+model.layers.{i}.self_attn.q_b_proj.{t} -> layers.{i}.attn.q_proj_1.{t}
+model.layers.{i}.self_attn.kv_a_proj_with_mqa.{t} -> layers.{i}.attn.(c|kr)_proj.{t}
+model.layers.{i}.self_attn.kv_a_layernorm.{t} -> layers.{i}.attn.c_norm.{t}
+model.layers.{i}.self_attn.kv_b_proj.{t} -> layers.{i}.attn.(k|v)_proj.{t} in num_attention_heads
+"""

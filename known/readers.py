@@ -7,6 +7,7 @@ returns a piece of text, empty where the default of the language is meant.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import log
 from typing import Any
 
 from .config import Config
@@ -66,10 +67,15 @@ def _biased(config: Config, bias: str) -> bool:
 
 
 def gated(
-    config: Config, act: str = "hidden_act", hidden: str = "intermediate_size", bias: str = ""
+    config: Config,
+    act: str = "hidden_act",
+    hidden: str = "intermediate_size",
+    bias: str = "",
+    times: str = "",
 ) -> str:
-    """Return a feed-forward with a gate."""
-    name, size, biased = activation(config, act), config.get(hidden), _biased(config, bias)
+    """Return a feed-forward with a gate; `times` is a field that multiplies the hidden width."""
+    name, biased = activation(config, act), _biased(config, bias)
+    size = config.get(hidden) * (config.get(times) if times else 1)
     if name == "silu" and not biased:
         return f"swiglu(hidden = {size})"
     return f"gated({name}, hidden = {size}{', bias = true' if biased else ''})"
@@ -87,6 +93,63 @@ def mlp(
     size = config.get(hidden) if said else int(times) * config.get("hidden_size")
     biased = ", bias = true" if _biased(config, bias) else ""
     return f"mlp({activation(config, act)}, hidden = {size}{biased})"
+
+
+def moe(
+    config: Config,
+    experts: str = "num_experts",
+    top: str = "num_experts_per_tok",
+    hidden: str = "moe_intermediate_size",
+    norm: str = "",
+    shared: str = "",
+    times: str = "",
+) -> str:
+    """Return experts, each a feed-forward with a gate, and one that is shared where it is said.
+
+    Without `norm`, or where it says so, what experts weigh is brought to one.
+    """
+    said = [f"experts = {config.get(experts)}", f"top = {config.get(top)}"]
+    said.append(f"expert = {gated(config, hidden=hidden)}")
+    if shared and config.has(shared) and config.get(shared) and (not times or config.get(times)):
+        said.append(f"shared = {gated(config, hidden=shared, times=times)}")
+    if norm and not config.get(norm):
+        return f"plain_moe({', '.join(said)})"
+    return f"moe({', '.join(said)}, balance = none)"
+
+
+def choosing(
+    config: Config,
+    experts: str = "n_routed_experts",
+    top: str = "num_experts_per_tok",
+    hidden: str = "moe_intermediate_size",
+    times: str = "n_shared_experts",
+    groups: str = "n_group",
+    router: str = "",
+) -> str:
+    """Return experts that a bias helps to choose, among the best groups where there are several."""
+    said = [f"experts = {config.get(experts)}", f"top = {config.get(top)}"]
+    name = "biased"
+    if groups and (config.get(groups) or 1) > 1:
+        name = "grouped"
+        said += [f"groups = {config.get(groups)}", f"open = {config.get('topk_group')}"]
+    elif groups:
+        config.note("topk_group")
+    said.append(f"expert = {gated(config, hidden=hidden)}")
+    if times and config.get(times):
+        said.append(f"shared = {gated(config, hidden=hidden, times=times)}")
+    if router:
+        said.append(f"router = {router}")
+    return f"{name}({', '.join(said)})"
+
+
+def latent_scale(config: Config) -> str:
+    """Return the scale of latent attention, where YaRN changes it."""
+    said = config.get("rope_parameters")
+    every = said.get("mscale_all_dim")
+    if said.get("rope_type", "default") == "default" or not every or said["factor"] <= 1:
+        return ""
+    more = 0.1 * every * log(said["factor"]) + 1
+    return f"head_dim ** -0.5 * {value(more)} ** 2"
 
 
 def rms(config: Config, of: str = "rms_norm_eps") -> str:
@@ -304,7 +367,7 @@ KEYS: dict[str, set[str]] = {  # what each type of rotation reads besides what a
 READERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
-        head_dim, size_of_head, kv_heads, activation, gated, mlp, rms, layer_norm, centred, eps, factor, scaled,
+        head_dim, size_of_head, kv_heads, activation, gated, mlp, moe, choosing, latent_scale, rms, layer_norm, centred, eps, factor, scaled,
         capped, score, scale, direct, clip, power_of_two, same, mask, rope,
     )
 }  # fmt: skip

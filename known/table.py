@@ -7,11 +7,12 @@ from typing import Any
 
 from .config import Config
 from .kind import Kind
+from .kinds.experts import WITH_EXPERTS
 from .kinds.gemma import GEMMAS
 from .kinds.gpt import GPT_LIKE
 from .kinds.llama import LLAMA_LIKE
 
-KINDS: dict[str, Kind | tuple[Kind, ...]] = {**LLAMA_LIKE, **GEMMAS, **GPT_LIKE}
+KINDS: dict[str, Kind | tuple[Kind, ...]] = {**LLAMA_LIKE, **GEMMAS, **GPT_LIKE, **WITH_EXPERTS}
 
 
 def chosen(config: Config) -> Kind:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import Counter
+from contextlib import suppress
 
+from ..grammar.diagnostics import LoomError
 from ..grammar.format import format_loom
 from ..grammar.parse import parse
 from .config import Config
@@ -39,6 +41,7 @@ def write(kind: Kind, config: Config) -> str:
     parts, parts_from = _listed(kind.parts, config)
     blocks = _blocks(kind, config, list(dict.fromkeys(mixers)))
     ffns = {name: _line(kind.ffns[name], config) for name in dict.fromkeys(parts)}
+    _pass_over(kind, config, {*mixers, *parts})
     usual = Counter(parts).most_common(1)[0][0]
     model = _filled(kind.model, config)
     wrap = model.get("layer", ("pre", ()))[0]
@@ -61,6 +64,16 @@ def write(kind: Kind, config: Config) -> str:
     defs = _definitions(text, kind, config)
     head = _comment(f"{kind.about} (`{config.kind}` in Transformers)")
     return format_loom(parse("\n".join([head, *defs, text, ""])))
+
+
+def _pass_over(kind: Kind, config: Config, used: set[str]) -> None:
+    """Note the fields of what no layer has: they say nothing here."""
+    for name, said in [*kind.blocks.items(), *kind.ffns.items()]:
+        for text in [said] if isinstance(said, str) else said.values():
+            if name not in used:
+                with suppress(LoomError):
+                    fill(text, config)
+    config.taken()
 
 
 def model_name(config: Config) -> str:

@@ -27,8 +27,26 @@ def turning(theta: float, **more: Any) -> dict[str, Any]:
 
 
 PARTLY = {"rope_parameters": turning(1e4, partial_rotary_factor=0.5)}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 WINDOWS = {"sliding_window": 5, "layer_types": [LOCAL, FULL]}
+SMALL = {"moe_intermediate_size": 12}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 9,
+    "q_lora_rank": 11,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
+GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "n_routed_experts": 12}
+ONE_GROUP = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse"]}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 6},
     "llama/biased": {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-5},
@@ -103,6 +121,87 @@ CASES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "cohere/normed": {"use_qk_norm": True, "attention_bias": True},
     "cohere2": {"head_dim": 6, **WINDOWS},
+    "mixtral": {"intermediate_size": 12, "num_local_experts": 8},
+    "minimax_m2": {"intermediate_size": 12, "num_local_experts": 8, "num_experts_per_tok": 2,
+                   "head_dim": 8},
+    "qwen2_moe": {**SMALL, "num_experts": 8, "shared_expert_intermediate_size": 14},
+    "qwen3_moe": {
+        **SMALL,
+        "head_dim": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
+    "mellum": {**SMALL, **WINDOWS, "head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "olmoe": {"intermediate_size": 12, "num_experts": 16, "num_experts_per_tok": 4,
+              "clip_qkv": 0.8},
+    "flex_olmo": {**ENDS, "pad_token_id": 0, "intermediate_size": 12},
+    "granitemoe": {"intermediate_size": 12, "attention_multiplier": 0.3, "logits_scaling": 4.0},
+    "granitemoeshared": {
+        "intermediate_size": 12,
+        "shared_intermediate_size": 14,
+        "residual_multiplier": 0.22,
+    },
+    "ernie4_5_moe": {
+        **SMALL,
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 1,
+    },
+    "hunyuan_v1_moe": {"head_dim": 8, "intermediate_size": 12, "num_experts": 8, "moe_topk": 2},
+    "gpt_oss": {
+        "head_dim": 6,
+        "intermediate_size": 12,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_parameters": turning(1e4),
+        **WINDOWS,
+    },
+    "gpt_oss/yarn": {
+        "head_dim": 8,
+        "intermediate_size": 12,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_parameters": YARN,
+        **WINDOWS,
+    },
+    "glm4_moe": {
+        **SMALL, **ONE_GROUP, "n_routed_experts": 8, "head_dim": 8, "use_qk_norm": True,
+        "attention_bias": True, "routed_scaling_factor": 1.5,
+    },
+    "solar_open": {**SMALL, **GROUPS, "head_dim": 8},
+    "dots1": {
+        **SMALL, **ONE_GROUP, "n_routed_experts": 8, "head_dim": 8, "n_shared_experts": 2,
+        "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    },
+    "exaone_moe": {
+        **SMALL, **WINDOWS, **DENSE_FIRST, **ONE_GROUP, "first_k_dense_replace": 1,
+        "num_experts": 8, "head_dim": 8,
+    },
+    "afmoe": {
+        **SMALL, **WINDOWS, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2,
+        "route_scale": 1.5, "mup_enabled": True,
+    },
+    "deepseek_v2": {
+        **SMALL, **LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {**SMALL, **LATENT, **GROUPS, "first_k_dense_replace": 1},
+    "deepseek_v3/yarn": {
+        **SMALL, **LATENT, **GROUPS, "q_lora_rank": None, "attention_bias": True,
+        "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8},
+    },
+    "glm4_moe_lite": {
+        **SMALL, **LATENT, **DENSE_FIRST, **ONE_GROUP, "n_routed_experts": 8,
+    },
+    "youtu": LATENT,
+    "minicpm3": {**LATENT, "dim_model_base": 8},
+    "cohere2_moe": {
+        **WINDOWS, **DENSE_FIRST, "head_dim": 8, "intermediate_size": 12,
+        "prefix_dense_intermediate_size": 40,
+    },
 }
 
 
@@ -138,4 +237,4 @@ def made(case: str, attention: str = "eager") -> nn.Module:
     return model
 
 
-BIASES = ("correction_bias", "balancing_biases")
+BIASES = ("correction_bias", "balancing_biases", "expert_bias")
