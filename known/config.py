@@ -11,6 +11,7 @@ no field is passed over in silence:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -51,7 +52,7 @@ class Config:
             found = _at(self.fields, where)
         except LookupError:
             raise self.missing(where) from None
-        self.seen.add(where)
+        self.seen.add(re.sub(r"\.\d+$", "", where))  # one of a list
         self.lately.append(where)
         return found
 
@@ -128,9 +129,12 @@ class Config:
 def _at(fields: Mapping[str, Any], name: str) -> Any:
     found: Any = fields
     for part in name.split("."):
-        if not isinstance(found, Mapping):
+        if isinstance(found, list | tuple):
+            found = found[int(part)]
+        elif isinstance(found, Mapping):
+            found = found[part]
+        else:
             raise LookupError(name)
-        found = found[part]
     return found
 
 

@@ -32,7 +32,7 @@ INERT = frozenset(
 
     summary_type summary_use_proj summary_activation summary_proj_to_labels
 
-    max_position_embeddings n_positions max_seq_len n_ctx max_sequence_length slow_but_exact
+    max_position_embeddings model_max_length n_positions max_seq_len n_ctx max_sequence_length slow_but_exact
     attention_softmax_in_fp32 scale_attention_softmax_in_fp32 reorder_and_upcast_attn
     residual_in_fp32 use_mambapy use_associative_scan use_mamba_kernels chunk_size
     mamba_chunk_size rope_parameters.max_position_embeddings
@@ -50,6 +50,10 @@ DERIVED = {  # fields from which a class makes others, which are read
     "num_kv_heads": "multi_query",
     "num_key_value_heads": "multi_query",
     "qk_head_dim": "qk_nope_head_dim",
+    "expand": "intermediate_size",
+    "mamba_expand": "mamba_d_ssm",
+    "time_step_rank": "num_heads",
+    "attn_layer_indices": "layers_block_type",
     "head_dim": "qk_rope_head_dim",
     "no_rope_layer_interval": "no_rope_layers",
     "attention_types": "attention_layers",

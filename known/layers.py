@@ -48,6 +48,17 @@ def between(config: Config, of: str, to: str, step: str) -> list[str]:
     return ["sparse" if each else "dense" for each in found]
 
 
+def periodic(config: Config, of: str, offset: str, yes: str, no: str) -> list[str]:
+    """One in every so many layers, from an offset on, else the other."""
+    every, start = config.get(of), config.get(offset)
+    return [yes if at % every == start else no for at in range(config.get("num_hidden_layers"))]
+
+
+def has(config: Config, of: str) -> list[str]:
+    """Sparse where a number is above zero, else dense."""
+    return all_of(config, "sparse" if config.get(of) else "dense")
+
+
 def stepped(config: Config, experts: str = "num_experts", yes: str = "sparse", no: str = "dense") -> list[str]:
     """Sparse in every `decoder_sparse_step`th layer but those `mlp_only_layers` names."""
     step, without = config.get("decoder_sparse_step"), config.get("mlp_only_layers") or []
@@ -63,6 +74,8 @@ LISTS: dict[str, Callable[..., list[str]]] = {
     "chosen": chosen,
     "first": first,
     "between": between,
+    "has": has,
+    "periodic": periodic,
     "stepped": stepped,
 }
 

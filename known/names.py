@@ -98,3 +98,38 @@ model.layers.{i}.self_attn.kv_a_proj_with_mqa.{t} -> layers.{i}.attn.(c|kr)_proj
 model.layers.{i}.self_attn.kv_a_layernorm.{t} -> layers.{i}.attn.c_norm.{t}
 model.layers.{i}.self_attn.kv_b_proj.{t} -> layers.{i}.attn.(k|v)_proj.{t} in num_attention_heads
 """
+FEED = """
+model.layers.{i}.feed_forward.{p}_proj.{t} -> layers.{i}.ffn.{p}_proj.{t}
+model.layers.{i}.feed_forward.gate.weight -> layers.{i}.ffn.route_proj.weight
+model.layers.{i}.feed_forward.router.weight -> layers.{i}.ffn.route_proj.weight
+model.layers.{i}.feed_forward.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight
+model.layers.{i}.feed_forward.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight
+model.layers.{i}.feed_forward.experts.{j}.{p}_proj.weight -> layers.{i}.ffn.experts.{p}_proj.weight stacked
+"""
+MAMBA = """
+in_proj.{t} -> layers.{i}.attn.(u|gate)_proj.{t}
+conv1d.{t} -> layers.{i}.attn.u_conv.{t}
+x_proj.weight -> layers.{i}.attn.(time_proj_0|k_proj|q_proj).weight
+dt_proj.{t} -> layers.{i}.attn.time_proj_1.{t}
+dt_layernorm.weight -> layers.{i}.attn.time_norm.weight
+b_layernorm.weight -> layers.{i}.attn.k_norm.weight
+c_layernorm.weight -> layers.{i}.attn.q_norm.weight
+A_log -> layers.{i}.attn.rate
+D -> layers.{i}.attn.skip
+out_proj.{t} -> layers.{i}.attn.o_proj.{t}
+"""
+MAMBA2 = """
+in_proj.{t} -> layers.{i}.attn.(gate_|v|k|q|time)_proj.{t}
+conv1d.{t} -> layers.{i}.attn.(v|k|q)_conv.{t}
+dt_bias -> layers.{i}.attn.shift
+A_log -> layers.{i}.attn.rate
+D -> layers.{i}.attn.skip
+norm.weight -> layers.{i}.attn.o_norm.weight
+norm.weight -> layers.{i}.attn.gain
+out_proj.{t} -> layers.{i}.attn.o_proj.{t}
+"""
+
+
+def under(module: str, lines: str) -> str:
+    """Return lines of a module of theirs that stands under a longer name."""
+    return "".join(f"{module}{line}\n" for line in lines.split("\n") if line)

@@ -112,7 +112,7 @@ def moe(
     said.append(f"expert = {gated(config, hidden=hidden)}")
     if shared and config.has(shared) and config.get(shared) and (not times or config.get(times)):
         said.append(f"shared = {gated(config, hidden=shared, times=times)}")
-    if norm and not config.get(norm):
+    if norm == "never" or (norm and not config.get(norm)):
         return f"plain_moe({', '.join(said)})"
     return f"moe({', '.join(said)}, balance = none)"
 
@@ -140,6 +140,50 @@ def choosing(
     if router:
         said.append(f"router = {router}")
     return f"{name}({', '.join(said)})"
+
+
+def several(config: Config, of: str) -> str:
+    """Return 1 where there are several, else nothing."""
+    return "1" if config.get(of) > 1 else ""
+
+
+def group_norm(config: Config, of: str) -> str:
+    """Return a gated output normed, each of some groups of its features by itself."""
+    groups = config.get(of)
+    if groups == 1:
+        return f"o | merge | gate(gate_) | {rms(config)}"
+    inner = f"split({groups}) | rms_norm({eps(config)}scale = false) | merge"
+    return f"(o | merge | gate(gate_) | {inner}) * gain"
+
+
+def state_size(config: Config, whole: str = "") -> str:
+    """Return the features of a head, which all heads together must have as many of."""
+    size, heads = config.get("mamba_d_head"), config.get("mamba_n_heads")
+    if whole:
+        total = config.get(whole)
+    else:
+        whole, total = "mamba_expand", config.get("mamba_expand") * config.get("hidden_size")
+    if size * heads != total:
+        raise config.unsupported(whole, f"what makes {size} * {heads} features of all heads")
+    return str(size)
+
+
+def where(config: Config, of: str, **given: str) -> str:
+    """Return a rotation where a field says so."""
+    return rope(config) if config.get(of) == given["is"] else ""
+
+
+def lfm_gated(config: Config) -> str:
+    """Return LFM2's feed-forward, whose width the configuration may ask to be adjusted."""
+    size = config.get("intermediate_size")
+    if config.get("block_auto_adjust_ff_dim"):
+        size = int(2 * size / 3)
+        times, of = config.get("block_ffn_dim_multiplier"), config.get("block_multiple_of")
+        size = size if times is None else of * ((int(times * size) + of - 1) // of)
+    else:
+        config.note("block_ffn_dim_multiplier")
+        config.note("block_multiple_of")
+    return f"swiglu(hidden = {size})"
 
 
 def latent_scale(config: Config) -> str:
@@ -367,7 +411,8 @@ KEYS: dict[str, set[str]] = {  # what each type of rotation reads besides what a
 READERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
-        head_dim, size_of_head, kv_heads, activation, gated, mlp, moe, choosing, latent_scale, rms, layer_norm, centred, eps, factor, scaled,
+        head_dim, size_of_head, kv_heads, activation, gated, mlp, moe, choosing,
+        latent_scale, several, group_norm, where, lfm_gated, state_size, rms, layer_norm, centred, eps, factor, scaled,
         capped, score, scale, direct, clip, power_of_two, same, mask, rope,
     )
 }  # fmt: skip

@@ -11,8 +11,15 @@ from .kinds.experts import WITH_EXPERTS
 from .kinds.gemma import GEMMAS
 from .kinds.gpt import GPT_LIKE
 from .kinds.llama import LLAMA_LIKE
+from .kinds.recurrent import RECURRENT
 
-KINDS: dict[str, Kind | tuple[Kind, ...]] = {**LLAMA_LIKE, **GEMMAS, **GPT_LIKE, **WITH_EXPERTS}
+KINDS: dict[str, Kind | tuple[Kind, ...]] = {
+    **LLAMA_LIKE,
+    **GEMMAS,
+    **GPT_LIKE,
+    **WITH_EXPERTS,
+    **RECURRENT,
+}
 
 
 def chosen(config: Config) -> Kind:
@@ -39,5 +46,6 @@ def _unmet(row: Kind, config: Config) -> Iterator[tuple[str, Any]]:
         if not config.knows(name):
             continue
         found = config.get(name)
+        found = list(found) if isinstance(found, tuple) else found
         if found != wanted and not (found is None and not wanted):
             yield name, wanted

@@ -33,6 +33,21 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+STATES = {"state_size": 4, "num_heads": 4, "head_dim": 16, "expand": 2}
+SPACES = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 4,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+}
+DELTA = {
+    "layer_types": ["linear_attention", FULL],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 WINDOWS = {"sliding_window": 5, "layer_types": [LOCAL, FULL]}
 SMALL = {"moe_intermediate_size": 12}
@@ -185,8 +200,8 @@ CASES: dict[str, dict[str, Any]] = {
         "route_scale": 1.5, "mup_enabled": True,
     },
     "deepseek_v2": {
-        **SMALL, **LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+        **SMALL, **{**LATENT, "kv_lora_rank": 10}, "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
     },
     "deepseek_v3": {**SMALL, **LATENT, **GROUPS, "first_k_dense_replace": 1},
     "deepseek_v3/yarn": {
@@ -201,6 +216,48 @@ CASES: dict[str, dict[str, Any]] = {
     "cohere2_moe": {
         **WINDOWS, **DENSE_FIRST, "head_dim": 8, "intermediate_size": 12,
         "prefix_dense_intermediate_size": 40,
+    },
+    "mamba": {"state_size": 4, "time_step_rank": 3, "expand": 2},
+    "falcon_mamba": {"state_size": 4, "time_step_rank": 3, "expand": 2},
+    "mamba2": {**STATES, "n_groups": 1},
+    "mamba2/groups": {**STATES, "n_groups": 2, "use_bias": True},
+    "jamba": {
+        "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "mamba_d_state": 4, "mamba_dt_rank": 3, "use_mamba_kernels": False,
+    },
+    "bamba": {**SPACES, "attn_layer_indices": [1]},
+    "granitemoehybrid": {
+        **SPACES, "mamba_n_groups": 2, "layer_types": ["linear_attention", FULL],
+        "intermediate_size": 12, "shared_intermediate_size": 14, "residual_multiplier": 0.22,
+    },
+    "granitemoehybrid/dense": {
+        **SPACES, "layer_types": ["linear_attention", FULL], "num_local_experts": 0,
+        "shared_intermediate_size": 14, "position_embedding_type": "rope",
+    },
+    "falcon_h1": {
+        **SPACES, "mamba_d_ssm": 64, "key_multiplier": 0.7, "ssm_in_multiplier": 1.3,
+        "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 1.3], "mlp_multipliers": [0.9, 1.1],
+        "attention_in_multiplier": 0.8, "attention_out_multiplier": 1.2,
+        "ssm_out_multiplier": 0.7, "embedding_multiplier": 2.0, "lm_head_multiplier": 0.5,
+    },
+    "qwen3_next": {
+        **SMALL, **DELTA, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 14,
+    },
+    "qwen3_5_text": {**DELTA, "head_dim": 8},
+    "lfm2": {"layer_types": ["conv", FULL], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {
+        **SMALL, "layer_types": ["conv", FULL], "num_dense_layers": 1, "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "lfm3": {
+        "head_dim": 8, "num_hidden_layers": 3, "layer_types": ["conv", LOCAL, FULL],
+        "sliding_window": 5,
+    },
+    "kimi_linear": {
+        **SMALL, **DENSE_FIRST, **{**LATENT, "q_lora_rank": None},
+        "layer_types": ["linear_attention", FULL], "num_experts": 8, "num_experts_per_token": 2,
+        "num_expert_group": 1, "topk_group": 1, "linear_num_heads": 4, "linear_head_dim": 6,
     },
 }
 
