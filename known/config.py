@@ -52,8 +52,9 @@ class Config:
             found = _at(self.fields, where)
         except LookupError:
             raise self.missing(where) from None
-        self.seen.add(re.sub(r"\.\d+$", "", where))  # one of a list
-        self.lately.append(where)
+        whole = re.sub(r"\.\d+$", "", where)  # of one of a list
+        self.seen.add(whole)
+        self.lately.append(whole)
         return found
 
     def knows(self, name: str) -> bool:

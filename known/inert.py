@@ -53,7 +53,6 @@ DERIVED = {  # fields from which a class makes others, which are read
     "expand": "intermediate_size",
     "mamba_expand": "mamba_d_ssm",
     "time_step_rank": "num_heads",
-    "attn_layer_indices": "layers_block_type",
     "head_dim": "qk_rope_head_dim",
     "no_rope_layer_interval": "no_rope_layers",
     "attention_types": "attention_layers",

@@ -19,9 +19,10 @@ def all_of(config: Config, it: str) -> list[str]:
 
 def listed(config: Config, of: str = "layer_types", usual: str = "") -> list[str]:
     """As a list of the configuration names them; without one, what is usual."""
-    if not config.has(of) and usual:
+    said = config.get(of)
+    if said is None and usual:
         return all_of(config, usual)
-    found = list(config.get(of))
+    found = list(said)
     depth = config.get("num_hidden_layers")
     if len(found) != depth:
         raise config.unsupported(of, f"one for each of {depth} layers")
@@ -54,6 +55,12 @@ def periodic(config: Config, of: str, offset: str, yes: str, no: str) -> list[st
     return [yes if at % every == start else no for at in range(config.get("num_hidden_layers"))]
 
 
+def among(config: Config, of: str, yes: str, no: str) -> list[str]:
+    """One in the layers that a list names, else the other."""
+    found = config.get(of) or []
+    return [yes if at in found else no for at in range(config.get("num_hidden_layers"))]
+
+
 def has(config: Config, of: str) -> list[str]:
     """Sparse where a number is above zero, else dense."""
     return all_of(config, "sparse" if config.get(of) else "dense")
@@ -74,6 +81,7 @@ LISTS: dict[str, Callable[..., list[str]]] = {
     "chosen": chosen,
     "first": first,
     "between": between,
+    "among": among,
     "has": has,
     "periodic": periodic,
     "stepped": stepped,

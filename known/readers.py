@@ -36,14 +36,7 @@ def head_size(config: Config) -> int:
 
 
 def head_dim(config: Config) -> str:
-    """Return `head_dim` where heads do not just fill the width."""
-    size = head_size(config)
-    fills = size * config.get("num_attention_heads") == config.get("hidden_size")
-    return "" if fills else str(size)
-
-
-def size_of_head(config: Config) -> str:
-    """Return `head_dim` as it is."""
+    """Return how many features a head has."""
     return str(head_size(config))
 
 
@@ -411,7 +404,7 @@ KEYS: dict[str, set[str]] = {  # what each type of rotation reads besides what a
 READERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
-        head_dim, size_of_head, kv_heads, activation, gated, mlp, moe, choosing,
+        head_dim, kv_heads, activation, gated, mlp, moe, choosing,
         latent_scale, several, group_norm, where, lfm_gated, state_size, rms, layer_norm, centred, eps, factor, scaled,
         capped, score, scale, direct, clip, power_of_two, same, mask, rope,
     )

@@ -62,7 +62,7 @@ def write(kind: Kind, config: Config) -> str:
     body = [*blocks.texts, f"model {model_name(config)} {{", *_shown(model), "}"]
     text = "\n".join(body)
     defs = _definitions(text, kind, config)
-    head = _comment(f"{kind.about} (`{config.kind}` in Transformers)")
+    head = _comment(_about(kind, config))
     return format_loom(parse("\n".join([head, *defs, text, ""])))
 
 
@@ -79,6 +79,13 @@ def _pass_over(kind: Kind, config: Config, used: set[str]) -> None:
 def model_name(config: Config) -> str:
     """Return what the model is called in the text."""
     return re.sub(r"\W", "_", config.kind)
+
+
+def _about(kind: Kind, config: Config) -> str:
+    """Return `NAME (WHO; in Transformers): WHAT` of `NAME; WHO: WHAT`."""
+    name, _, rest = kind.about.partition("; ")
+    who, colon, what = rest.partition(": ")
+    return f"{name} ({who}; `{config.kind}` in Transformers){colon}{what}"
 
 
 def _comment(text: str) -> str:
@@ -174,7 +181,7 @@ def _definitions(text: str, kind: Kind, config: Config) -> list[str]:
         for name in known:
             if name in words and name not in found:
                 said, fields = _line(known[name].strip("\n"), config)
-                note = f"# {', '.join(fields)}\n" if fields else ""
+                note = _comment(", ".join(fields)) + "\n" if fields else ""
                 found[name] = f"{note}{said}\n"
                 waiting.append(said)
     return [found[name] for name in known if name in found]

@@ -229,8 +229,8 @@ model.layers.{i}.self_attn.key_layernorm.weight -> layers.{i}.attn.k_norm.weight
         block={
             "heads": "{{num_attention_heads}} / 2",
             "kv_heads": "{{num_key_value_heads}} / 2",
-            "head_dim": "{{size_of_head()}}",
-            "value_dim": "2 * {{size_of_head()}}",
+            "head_dim": "{{head_dim()}}",
+            "value_dim": "2 * {{head_dim()}}",
             "param lambda_q1[head_dim]": "normal(0.1)",
             "param lambda_k1[head_dim]": "normal(0.1)",
             "param lambda_q2[head_dim]": "normal(0.1)",

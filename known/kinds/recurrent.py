@@ -112,8 +112,8 @@ backbone.layers.{i}.norm.weight -> layers.{i}.attn_norm.weight
 BAMBA = LLAMA.but(
     "Bamba; IBM et al. 2024: state spaces (Mamba 2), attention in some layers",
     needs=LIMITS,
-    mixers=TYPES,
-    blocks={"linear_attention": STATE_BLOCK, "full_attention": ATTENTION},
+    mixers="among(of = attn_layer_indices, yes = attention, no = space)",
+    blocks={"space": STATE_BLOCK, "attention": ATTENTION},
     defs={"state_space": STATE_SPACE},
     weights=PRE_FF + FEED + under("model.layers.{i}.mamba.", MAMBA2),
 )

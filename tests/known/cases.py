@@ -220,7 +220,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4, "time_step_rank": 3, "expand": 2},
     "falcon_mamba": {"state_size": 4, "time_step_rank": 3, "expand": 2},
     "mamba2": {**STATES, "n_groups": 1},
-    "mamba2/groups": {**STATES, "n_groups": 2, "use_bias": True},
+    "mamba2/groups": {**STATES, "n_groups": 2},
     "jamba": {
         "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
         "mamba_d_state": 4, "mamba_dt_rank": 3, "use_mamba_kernels": False,
@@ -277,11 +277,12 @@ def configured(case: str) -> Any:
     return made(**{**sizes, **CASES[case]})
 
 
-def made(case: str, attention: str = "eager") -> nn.Module:
+def made(case: str) -> nn.Module:
     """Return their model of a case, all of its weights random."""
     from transformers import AutoModelForCausalLM
 
     config = configured(case)
+    attention = "sdpa" if config.model_type == "falcon" else "eager"  # which adds ALiBi twice there
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
