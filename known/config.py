@@ -27,7 +27,10 @@ PIP = "pip install 'headloom[hf]'"
 
 @dataclass
 class Config:
-    """Fields by their names, dots between levels; `names` and `fixed` are what a kind calls them."""
+    """Fields by their names, dots between levels.
+
+    `names` is what a kind calls them, `fixed` what it says in their place, `seen` which were read.
+    """
 
     source: Source
     kind: str

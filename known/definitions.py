@@ -70,7 +70,8 @@ ffn biased(experts, top, expert, shared = none, router = sigmoid) : moe(experts,
     expert = expert, shared = shared, router = router, balance = none) {
   param bias[experts] = 0  # it only chooses
   let chosen = score + bias | largest(top)
-  let w      = {{factor(of = routed_scaling_factor)}}score * chosen{{norm_topk_prob?  / (sum(score * chosen) + {{choice_eps}})}}
+  let w      = {{factor(of = routed_scaling_factor)}}score * chosen{{norm_topk_prob?  /
+      (sum(score * chosen) + {{choice_eps}})}}
 }
 """,
     "grouped": """
@@ -80,7 +81,8 @@ ffn grouped(experts, top, groups, open, expert, shared = none) : moe(experts, to
   let choice = score + bias | split(groups)
   let open_  = sum(choice | top(2)) | largest(open, over = heads)
   let chosen = where(open_ > 0, choice, -1e9) | merge | largest(top)
-  let w      = {{factor(of = routed_scaling_factor)}}score * chosen{{norm_topk_prob?  / (sum(score * chosen) + {{choice_eps}})}}
+  let w      = {{factor(of = routed_scaling_factor)}}score * chosen{{norm_topk_prob?  /
+      (sum(score * chosen) + {{choice_eps}})}}
 }
 """,
 }

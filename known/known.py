@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compiler.api import compile as compile_
@@ -67,11 +68,20 @@ class Known:
         import torch
 
         given = {"backend": backend, "device": device, "dtype": dtype, "seed": seed}
-        module = compile_(self.arch, self.name, optimize=optimize, **given)  # type: ignore[arg-type]
+        module = compile_(self.arch, self.name, optimize=optimize, **given)
         if self._store.tensors is not None:
             with torch.no_grad():
                 module.load_state_dict(self.weights.ours(self._store.tensors()))
         return module
+
+    def save(self, path: str | Path) -> None:
+        """Write their weights as ours, as safetensors. Raises `LoomError` where there are none."""
+        from safetensors.torch import save_file
+
+        if self._store.tensors is None:
+            raise self._config.error("L606", "there are no weights beside this configuration")
+        found = self.weights.ours(self._store.tensors())
+        save_file({name: each.contiguous() for name, each in found.items()}, str(path))
 
 
 def from_hf(what: Any) -> Known:

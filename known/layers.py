@@ -1,7 +1,7 @@
 """Which mixer and which feed-forward stand in each layer, and how a list of them is written.
 
-    >>> written(["local", "local", "global"] * 4)
-    '([local] * 2 + [global]) * 4'
+>>> written(["local", "local", "global"] * 4)
+'([local] * 2 + [global]) * 4'
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def has(config: Config, of: str) -> list[str]:
     return all_of(config, "sparse" if config.get(of) else "dense")
 
 
-def stepped(config: Config, experts: str = "num_experts", yes: str = "sparse", no: str = "dense") -> list[str]:
+def stepped(config: Config, experts: str = "num_experts") -> list[str]:
     """Sparse in every `decoder_sparse_step`th layer but those `mlp_only_layers` names."""
     step, without = config.get("decoder_sparse_step"), config.get("mlp_only_layers") or []
     count = config.get(experts)
     depth = range(config.get("num_hidden_layers"))
     found = [at not in without and count > 0 and (at + 1) % step == 0 for at in depth]
-    return [yes if each else no for each in found]
+    return ["sparse" if each else "dense" for each in found]
 
 
 LISTS: dict[str, Callable[..., list[str]]] = {

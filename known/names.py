@@ -76,16 +76,21 @@ model.layers.{i}.mlp.shared_experts.{p}_proj.weight -> layers.{i}.ffn.shared.{p}
 model.layers.{i}.mlp.shared_expert.{p}_proj.weight -> layers.{i}.ffn.shared.{p}_proj.weight
 model.layers.{i}.mlp.shared_expert_gate.weight -> layers.{i}.ffn.open_proj.weight
 model.layers.{i}.block_sparse_moe.gate.weight -> layers.{i}.ffn.route_proj.weight
-model.layers.{i}.block_sparse_moe.experts.{j}.w1.weight -> layers.{i}.ffn.experts.gate_proj.weight stacked
-model.layers.{i}.block_sparse_moe.experts.{j}.w2.weight -> layers.{i}.ffn.experts.down_proj.weight stacked
-model.layers.{i}.block_sparse_moe.experts.{j}.w3.weight -> layers.{i}.ffn.experts.up_proj.weight stacked
+model.layers.{i}.block_sparse_moe.experts.{j}.w1.weight
+    -> layers.{i}.ffn.experts.gate_proj.weight stacked
+model.layers.{i}.block_sparse_moe.experts.{j}.w2.weight
+    -> layers.{i}.ffn.experts.down_proj.weight stacked
+model.layers.{i}.block_sparse_moe.experts.{j}.w3.weight
+    -> layers.{i}.ffn.experts.up_proj.weight stacked
 """
 GRANITE_MOE = """
 model.layers.{i}.block_sparse_moe.router.weight -> layers.{i}.ffn.route_proj.weight
 model.layers.{i}.block_sparse_moe.router.layer.weight -> layers.{i}.ffn.route_proj.weight
-model.layers.{i}.block_sparse_moe.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight
+model.layers.{i}.block_sparse_moe.experts.gate_up_proj
+    -> layers.{i}.ffn.experts.(gate|up)_proj.weight
 model.layers.{i}.block_sparse_moe.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight
-model.layers.{i}.block_sparse_moe.input_linear.weight -> layers.{i}.ffn.experts.(gate|up)_proj.weight
+model.layers.{i}.block_sparse_moe.input_linear.weight
+    -> layers.{i}.ffn.experts.(gate|up)_proj.weight
 model.layers.{i}.block_sparse_moe.output_linear.weight -> layers.{i}.ffn.experts.down_proj.weight
 model.layers.{i}.shared_mlp.input_linear.weight -> layers.{i}.ffn.shared.(gate|up)_proj.weight
 model.layers.{i}.shared_mlp.output_linear.weight -> layers.{i}.ffn.shared.down_proj.weight
@@ -104,7 +109,8 @@ model.layers.{i}.feed_forward.gate.weight -> layers.{i}.ffn.route_proj.weight
 model.layers.{i}.feed_forward.router.weight -> layers.{i}.ffn.route_proj.weight
 model.layers.{i}.feed_forward.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight
 model.layers.{i}.feed_forward.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight
-model.layers.{i}.feed_forward.experts.{j}.{p}_proj.weight -> layers.{i}.ffn.experts.{p}_proj.weight stacked
+model.layers.{i}.feed_forward.experts.{j}.{p}_proj.weight
+    -> layers.{i}.ffn.experts.{p}_proj.weight stacked
 """
 MAMBA = """
 in_proj.{t} -> layers.{i}.attn.(u|gate)_proj.{t}
@@ -132,4 +138,4 @@ out_proj.{t} -> layers.{i}.attn.o_proj.{t}
 
 def under(module: str, lines: str) -> str:
     """Return lines of a module of theirs that stands under a longer name."""
-    return "".join(f"{module}{line}\n" for line in lines.split("\n") if line)
+    return "".join(f"{module}{line}\n" for line in lines.split("\n") if line.strip())

@@ -6,11 +6,11 @@ returns a piece of text, empty where the default of the language is meant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import log
-from typing import Any
 
 from .config import Config
+from .rotations import head_size, rope
 from .words import value
 
 ACTIVATIONS = {
@@ -26,13 +26,6 @@ ACTIVATIONS = {
     "tanh": "tanh",
     "xielu": "xielu",
 }
-
-
-def head_size(config: Config) -> int:
-    """Return how many features a head has."""
-    if config.has("head_dim"):
-        return int(config.get("head_dim"))
-    return int(config.get("hidden_size")) // int(config.get("num_attention_heads"))
 
 
 def head_dim(config: Config) -> str:
@@ -279,133 +272,12 @@ def mask(config: Config, window: str = "sliding_window", use: str = "") -> str:
     return f"causal and window({size})" if size else "causal"
 
 
-def rope(
-    config: Config,
-    of: str = "",
-    style: str = "half",
-    dims: str = "",
-    size: str = "",
-    field: str = "rope_parameters",
-    behind: str = "",
-    inverse: str = "",
-) -> str:
-    """Return a rotation: its base, how many features, how they pair, what is scaled.
-
-    `of` is a kind of layer with rope parameters of its own, `dims` a field that says how many
-    features turn, `size` one that says how many there are; `behind` turns the last ones.
-    """
-    said = config.get(field)
-    if of and of in said:
-        said = said[of]
-    elif any(isinstance(each, Mapping) for each in said.values()):
-        raise config.unsupported(field, "the same for all layers of this kind")
-    name = said.get("rope_type", "default")
-    if name not in SCALINGS:
-        where = field if field in config.fields else "rope_parameters"
-        raise config.unsupported(where, f"a rope_type of {', '.join(SCALINGS)}")
-    parts = [f"theta = {value(said['rope_theta'])}"]
-    whole = config.get(size) if size else head_size(config)
-    share = said.get("partial_rotary_factor") or 1
-    turned = config.get(dims) if dims else int(whole * share)
-    if name == "proportional":
-        turned = whole
-    if behind:
-        parts.append(f"dims = -{turned}")
-    elif turned != whole:
-        parts.append(f"dims = {turned}")
-    if style != "half":
-        parts.append(f"style = {style}")
-    scaling = SCALINGS[name](config, said)
-    config.note(_LENGTH)
-    _all_known(config, field, said, name)
-    if scaling:
-        parts.append(f"scaling = {scaling}")
-    if inverse:
-        parts.append("inverse = true")
-    return f"rope({', '.join(parts)})"
-
-
-def _all_known(config: Config, field: str, said: Mapping[str, Any], name: str) -> None:
-    """Refuse a key of rope parameters that its type does not know."""
-    usual = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "max_position_embeddings"}
-    known = usual | KEYS.get(name, set())
-    for key, each in said.items():
-        if key not in known and each is not None:
-            help = f"a {name} rotation knows {', '.join(sorted(known - usual)) or 'no such field'}"
-            raise config.error("L602", f"`{field}.{key}` = {each} is not supported", key, help)
-
-
-def _length(config: Config, said: Mapping[str, Any]) -> Any:
-    """Return the length a model was first trained with."""
-    if said.get("original_max_position_embeddings"):
-        return said["original_max_position_embeddings"]
-    if config.has("original_max_position_embeddings"):
-        return config.get("original_max_position_embeddings")
-    return config.get("max_position_embeddings")
-
-
-def _yarn(config: Config, said: Mapping[str, Any]) -> str:
-    length = _length(config, said)
-    factor = said.get("factor") or config.get("max_position_embeddings") / length
-    parts = [value(factor), str(length)]
-    for key, usual in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
-        if said.get(key) is not None and said[key] != usual:
-            parts.append(f"{key} = {value(said[key])}")
-    if said.get("attention_factor") is not None:
-        parts.append(f"attention_factor = {value(said['attention_factor'])}")
-    if said.get("mscale") and said.get("mscale_all_dim"):
-        parts += [f"{key} = {value(said[key])}" for key in ("mscale", "mscale_all_dim")]
-    return f"yarn({', '.join(parts)})"
-
-
-def _longrope(config: Config, said: Mapping[str, Any]) -> str:
-    length = _length(config, said)
-    factor = said.get("factor") or config.get("max_position_embeddings") / length
-    parts = [value(said["short_factor"]), value(said["long_factor"]), str(length)]
-    if said.get("attention_factor") is not None:
-        parts.append(f"attention_factor = {value(said['attention_factor'])}")
-    elif factor != 1:
-        parts.append(f"factor = {value(float(factor))}")
-    return f"longrope({', '.join(parts)})"
-
-
-def _llama3(config: Config, said: Mapping[str, Any]) -> str:
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return f"llama3({', '.join(value(said[key]) for key in keys)})"
-
-
-def _proportional(config: Config, said: Mapping[str, Any]) -> str:
-    factor = said.get("factor") or 1
-    share = value(said.get("partial_rotary_factor") or 1)
-    return f"proportional({share}{'' if factor == 1 else f', {value(factor)}'})"
-
-
-SCALINGS: dict[str, Callable[[Config, Mapping[str, Any]], str]] = {
-    "default": lambda config, said: "",
-    "linear": lambda config, said: f"linear({value(said['factor'])})",
-    "dynamic": lambda config, said: f"dynamic({value(said['factor'])}, {_length(config, said)})",
-    "yarn": _yarn,
-    "longrope": _longrope,
-    "llama3": _llama3,
-    "proportional": _proportional,
-}
-_LENGTH = "original_max_position_embeddings"
-KEYS: dict[str, set[str]] = {  # what each type of rotation reads besides what all do
-    "default": {_LENGTH},
-    "linear": {"factor"},
-    "dynamic": {"factor", _LENGTH},
-    "yarn": {"factor", _LENGTH, "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
-             "mscale_all_dim"},
-    "longrope": {"factor", _LENGTH, "short_factor", "long_factor", "attention_factor"},
-    "llama3": {"factor", _LENGTH, "low_freq_factor", "high_freq_factor"},
-    "proportional": {"factor", _LENGTH},
-}  # fmt: skip
-
 READERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
         head_dim, kv_heads, activation, gated, mlp, moe, choosing,
-        latent_scale, several, group_norm, where, lfm_gated, state_size, rms, layer_norm, centred, eps, factor, scaled,
+        latent_scale, several, group_norm, where, lfm_gated, state_size, rms, layer_norm, centred,
+        eps, factor, scaled,
         capped, score, scale, direct, clip, power_of_two, same, mask, rope,
     )
 }  # fmt: skip

@@ -80,4 +80,5 @@ def _empty(what: Any, config: Config) -> Any:
     said = dict(config.fields) if not hasattr(what, "to_dict") else what.to_dict()
     kind = said.pop("model_type")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**said))
+        make: Any = AutoModelForCausalLM.from_config
+        return make(CONFIG_MAPPING[kind](**said))

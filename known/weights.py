@@ -8,9 +8,9 @@ Rules are lines, of which the first that fits a name counts:
     transformer.h.{i}.mlp.c_fc.{t} -> layers.{i}.ffn.up_proj.{t} across
     {any}rotary_emb.inv_freq -> - it follows from the configuration
 
-`{i}`, `{j}` are numbers, `{any}` is anything, any other name a word. Several of ours in brackets
-are the rows of theirs one after the other, with `in 4` (or `in` a field) in each of so many
-groups; the rows of experts are the second dimension. `across` is a transposed matrix, `beside`
+An arrow may begin the next line. `{i}`, `{j}` are numbers, `{any}` is anything, any other name a
+word. Several of ours in brackets are the rows of theirs one after the other, with `in 4` (or `in` a
+field) in each of so many groups; the rows of experts are the second dimension. `across` is a transposed matrix, `beside`
 columns one after the other, `stacked` a row (or an expert) of ours, `after 2` leaves out the
 first rows of theirs. `-` is what has no place in
 ours, and why. Where several of theirs make one of ours they are joined in order.
@@ -80,9 +80,9 @@ def rule(line: str, sizes: Mapping[str, int]) -> Rule:
     groups = words[words.index("in") + 1] if "in" in words else "1"
     count = int(groups) if groups.isdecimal() else sizes[groups]
     several = tuple(f"{before}{name}{after}" for name in names)
-    kinds = (it in words for it in ("across", "stacked", "beside"))
     after = int(words[words.index("after") + 1]) if "after" in words else 0
-    return Rule(theirs, several, count, *kinds, after=after)
+    across, stacked, beside = (it in words for it in ("across", "stacked", "beside"))
+    return Rule(theirs, several, count, across, stacked, beside, after)
 
 
 def groups_of(text: str) -> set[str]:
@@ -92,7 +92,8 @@ def groups_of(text: str) -> set[str]:
 
 def rules(text: str, sizes: Mapping[str, int]) -> tuple[Rule, ...]:
     """Read lines; `sizes` are what the words after `in` stand for."""
-    return tuple(rule(line, sizes) for line in text.splitlines() if line.strip())
+    lines = re.sub(r"\n +->", " ->", text).splitlines()
+    return tuple(rule(line, sizes) for line in lines if line.strip())
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ class Weights:
             seam = _seam(shapes[0], self.shapes[name])
             whole = list(shapes[0])
             whole[seam] = sum(each[seam] for each in shapes)
-            cut[name] = list(ours[name].reshape(whole).split([it[seam] for it in shapes], seam))
+            cut[name] = list(
+                torch.split(ours[name].reshape(whole), [it[seam] for it in shapes], seam)
+            )
         done: dict[str, Tensor] = {}
         for row in self.rows:
             if row.ours:
@@ -204,7 +207,8 @@ def _misfits(weights: Weights) -> list[str]:
         try:
             parts = weights._parts(row)
         except (RuntimeError, ValueError) as problem:
-            wrong.append(f"`{row.theirs}` {list(row.shape)} is not {', '.join(row.ours)}: {problem}")
+            names = ", ".join(row.ours)
+            wrong.append(f"`{row.theirs}` {list(row.shape)} is not {names}: {problem}")
             continue
         for name, shape in zip(row.ours, parts, strict=True):
             filled[name] += math.prod(shape)
@@ -229,6 +233,8 @@ def _axis(row: Row, rank: int, rows: int) -> int:
 
 def apart(row: Row, tensor: Tensor, shapes: Mapping[str, Shape]) -> list[Tensor]:
     """Take a tensor of theirs apart: one part for each of ours."""
+    import torch
+
     rule = row.rule
     if rule.across and tensor.ndim > 1:
         tensor = tensor.mT
@@ -239,14 +245,14 @@ def apart(row: Row, tensor: Tensor, shapes: Mapping[str, Shape]) -> list[Tensor]
         return [tensor]
     if rule.beside:
         sizes = [shapes[each][1] for each in row.ours]
-        return list(tensor.split(_shared(tensor.shape[1], sizes), 1))
+        return list(torch.split(tensor, _shared(tensor.shape[1], sizes), 1))
     at = _axis(row, tensor.ndim, tensor.shape[1] if tensor.ndim > 1 else 1)
     sizes = [
         math.prod(shapes[it]) if tensor.ndim == 1 else shapes[it][at if not rule.stacked else 1]
         for it in row.ours
     ]
     sizes = _shared(tensor.shape[at] // rule.groups, sizes)
-    parts = tensor.unflatten(at, (rule.groups, -1)).split(sizes, at + 1)
+    parts = torch.split(torch.unflatten(tensor, at, (rule.groups, -1)), sizes, at + 1)
     return [part.flatten(at, at + 1) for part in parts]
 
 
@@ -261,7 +267,7 @@ def together(row: Row, parts: list[Tensor]) -> Tensor:
         whole = torch.cat(parts, 1)
     else:
         at = _axis(row, parts[0].ndim, parts[0].shape[1] if parts[0].ndim > 1 else 1)
-        lists = [part.unflatten(at, (rule.groups, -1)) for part in parts]
+        lists = [torch.unflatten(part, at, (rule.groups, -1)) for part in parts]
         whole = torch.cat(lists, at + 1).flatten(at, at + 1)
     if rule.stacked:
         whole = whole[0]

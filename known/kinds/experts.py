@@ -193,8 +193,10 @@ ffn routed(experts, top, hidden) : moe(experts, top, expert = bounded(hidden), b
         weights="""
 model.layers.{i}.self_attn.sinks -> layers.{i}.attn.z
 model.layers.{i}.mlp.router.{t} -> layers.{i}.ffn.route_proj.{t}
-model.layers.{i}.mlp.experts.gate_up_proj -> layers.{i}.ffn.experts.(gate|up)_proj.weight across in intermediate_size
-model.layers.{i}.mlp.experts.gate_up_proj_bias -> layers.{i}.ffn.experts.(gate|up)_proj.bias in intermediate_size
+model.layers.{i}.mlp.experts.gate_up_proj
+    -> layers.{i}.ffn.experts.(gate|up)_proj.weight across in intermediate_size
+model.layers.{i}.mlp.experts.gate_up_proj_bias
+    -> layers.{i}.ffn.experts.(gate|up)_proj.bias in intermediate_size
 model.layers.{i}.mlp.experts.down_proj -> layers.{i}.ffn.experts.down_proj.weight across
 model.layers.{i}.mlp.experts.down_proj_bias -> layers.{i}.ffn.experts.down_proj.bias
 """,

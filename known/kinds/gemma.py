@@ -20,9 +20,7 @@ BLOCK = {
     "scale": "{{scale(of = query_pre_attn_scalar)}}",
     "score": "{{score(of = attn_logit_softcapping)}}",
 }
-UNIT_NORMED = {
-    name: "x | linear{{attention_bias? (bias = true)}} | split | unit_rms" for name in "qk"
-}
+UNIT_NORMED = dict.fromkeys("qk", "x | linear{{attention_bias? (bias = true)}} | split | unit_rms")
 GEMMA2 = GEMMA.but(
     "Gemma 2; Gemma Team 2024: norms on both sides of each part, soft caps, a window in every "
     "other layer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..kind import Kind, Settings
-from ..names import BEFORE, DECODER, ONE_NORM, PHI
+from ..names import BEFORE, ONE_NORM, PHI
 from .llama import ATTENTION, LLAMA, PLAIN_OUT, TYPES, by_type
 
 BIASED: Settings = {
@@ -105,7 +105,8 @@ gpt_neox.layers.{i}.attention.bias -> - a causal mask
 gpt_neox.layers.{i}.attention.masked_bias -> - a causal mask
 gpt_neox.layers.{i}.input_layernorm.{t} -> layers.{i}.attn_norm.{t}
 gpt_neox.layers.{i}.post_attention_layernorm.{t} -> layers.{i}.ffn_norm.{t}
-gpt_neox.layers.{i}.attention.query_key_value.{t} -> layers.{i}.attn.(q|k|v)_proj.{t} in num_attention_heads
+gpt_neox.layers.{i}.attention.query_key_value.{t}
+    -> layers.{i}.attn.(q|k|v)_proj.{t} in num_attention_heads
 gpt_neox.layers.{i}.attention.dense.{t} -> layers.{i}.attn.o_proj.{t}
 gpt_neox.layers.{i}.mlp.dense_h_to_4h.{t} -> layers.{i}.ffn.up_proj.{t}
 gpt_neox.layers.{i}.mlp.dense_4h_to_h.{t} -> layers.{i}.ffn.down_proj.{t}
@@ -135,7 +136,8 @@ transformer.h.{i}.input_layernorm.{t} -> layers.{i}.y_norm.{t}
 transformer.h.{i}.post_attention_layernorm.{t} -> layers.{i}.ffn_norm.{t}
 transformer.h.{i}.ln_attn.{t} -> layers.{i}.attn_norm.{t}
 transformer.h.{i}.ln_mlp.{t} -> layers.{i}.ffn_norm.{t}
-transformer.h.{i}.self_attention.query_key_value.{t} -> layers.{i}.attn.(q|k|v)_proj.{t} in num_attention_heads
+transformer.h.{i}.self_attention.query_key_value.{t}
+    -> layers.{i}.attn.(q|k|v)_proj.{t} in num_attention_heads
 transformer.h.{i}.self_attention.dense.{t} -> layers.{i}.attn.o_proj.{t}
 transformer.h.{i}.mlp.dense_h_to_4h.{t} -> layers.{i}.ffn.up_proj.{t}
 transformer.h.{i}.mlp.dense_4h_to_h.{t} -> layers.{i}.ffn.down_proj.{t}
@@ -160,7 +162,8 @@ FALCON = BLOOM.but(
     model={"embed": ""},
 )
 GROUPED = """
-transformer.h.{i}.self_attention.query_key_value.{t} -> layers.{i}.attn.(q|k|v)_proj.{t} in num_kv_heads
+transformer.h.{i}.self_attention.query_key_value.{t}
+    -> layers.{i}.attn.(q|k|v)_proj.{t} in num_kv_heads
 """
 ONE_HEAD = """
 transformer.h.{i}.self_attention.query_key_value.{t} -> layers.{i}.attn.(q|k|v)_proj.{t}
@@ -216,17 +219,17 @@ COHERE = LLAMA.but(
         "norm": "{{centred()}}",
         "head": "x | norm | linear(vocab){{scaled(of = logit_scale)}}",
     },
-    weights=PARALLEL + """
+    weights=PARALLEL
+    + """
 model.layers.{i}.self_attn.{p}_norm.weight -> layers.{i}.attn.{p}_weight
 """,
 )
 PHI_KIND = LLAMA.but(
     "Phi-2; Javaheripi & Bubeck 2023: both parts read the same norm, biases everywhere",
     fixed={"attention_bias": True, "mlp_bias": True},
-    block={
-        name: "x | linear(bias = true) | split{{qk_layernorm?  | {{layer_norm()}}}}"
-        for name in "qk"
-    },
+    block=dict.fromkeys(
+        "qk", "x | linear(bias = true) | split{{qk_layernorm?  | {{layer_norm()}}}}"
+    ),
     ffns={"dense": "{{mlp(bias = mlp_bias)}}"},
     model={
         "layer": "parallel",
@@ -335,8 +338,11 @@ transformer.blocks.{i}.ffn.{p}_proj.weight -> layers.{i}.ffn.{p}_proj.weight
         },
         ffns={"dense": "{{mlp(act = activation_function, hidden = ffn_dim, bias = enable_bias)}}"},
         names={"word_embed": "word_embed_proj_dim"},
-        needs={"do_layer_norm_before": True, "_remove_final_layer_norm": False,
-               "layer_norm_elementwise_affine": True},
+        needs={
+            "do_layer_norm_before": True,
+            "_remove_final_layer_norm": False,
+            "layer_norm_elementwise_affine": True,
+        },
         model={
             "vocab": "{{vocab_size}}",
             "width": "{{same(of = hidden_size, to = word_embed_proj_dim)}}",
@@ -367,7 +373,8 @@ model.decoder.layers.{i}.fc2.{t} -> layers.{i}.ffn.down_proj.{t}
             "layer": "{{use_parallel_residual? parallel}}",
             "norm": "{{layer_norm()}}",
         },
-        weights=ONE_NORM + """
+        weights=ONE_NORM
+        + """
 model.layers.{i}.self_attn.q_layernorm.norms.{j}.weight -> layers.{i}.attn.q_weight stacked
 model.layers.{i}.self_attn.k_layernorm.norms.{j}.weight -> layers.{i}.attn.k_weight stacked
 """,
@@ -376,8 +383,10 @@ model.layers.{i}.self_attn.k_layernorm.norms.{j}.weight -> layers.{i}.attn.k_wei
         "Persimmon; Adept 2023: relu squared; queries and keys normed head by head",
         block={"kv_heads": ""},
         model={"layer": "", "head": ""},
-        weights=BEFORE + """
-model.layers.{i}.self_attn.query_key_value.{t} -> layers.{i}.attn.(q|k|v)_proj.{t} in num_attention_heads
+        weights=BEFORE
+        + """
+model.layers.{i}.self_attn.query_key_value.{t}
+    -> layers.{i}.attn.(q|k|v)_proj.{t} in num_attention_heads
 model.layers.{i}.mlp.dense_h_to_4h.{t} -> layers.{i}.ffn.up_proj.{t}
 model.layers.{i}.mlp.dense_4h_to_h.{t} -> layers.{i}.ffn.down_proj.{t}
 """,
@@ -415,8 +424,6 @@ model.layers.{i}.mlp.c_proj.{t} -> layers.{i}.ffn.down_proj.{t}
         "Command R7B; Cohere 2024: as Command R; local layers with positions, global ones without",
         fixed={"use_qk_norm": None},
         mixers=TYPES,
-        blocks=by_type(
-            {**ATTENTION, "position": ""}, position="{{rope(style = interleaved)}}"
-        ),
+        blocks=by_type({**ATTENTION, "position": ""}, position="{{rope(style = interleaved)}}"),
     ),
 }

@@ -141,10 +141,7 @@ LLAMA_LIKE: dict[str, Kind] = {
     "olmo": PLAIN.but(
         "OLMo; Groeneveld et al. 2024: norms that learn nothing; what q, k and v hold is clipped",
         fixed={"attention_bias": None},
-        block={
-            name: "x | linear{{attention_bias? (bias = true)}}{{clip()}} | split"
-            for name in "qkv"
-        },
+        block=dict.fromkeys("qkv", "x | linear{{attention_bias? (bias = true)}}{{clip()}} | split"),
         model={"norm": "plain_layer_norm"},
     ),
     "olmo2": PLAIN.but(

@@ -51,12 +51,8 @@ def selective(norm: str = "", inner: str = "{{mamba_expand}} * {{hidden_size}}")
     }
 
 
-CONVOLVED = (
-    " | conv({{mamba_d_conv}}{{mamba_conv_bias? , bias = true}}) | {{activation()}}"
-)
-GROUPED = (
-    " | split({{mamba_n_groups}}) | repeat({{mamba_n_heads}} / {{mamba_n_groups}})"
-)
+CONVOLVED = " | conv({{mamba_d_conv}}{{mamba_conv_bias? , bias = true}}) | {{activation()}}"
+GROUPED = " | split({{mamba_n_groups}}) | repeat({{mamba_n_heads}} / {{mamba_n_groups}})"
 STATES = (
     "x | linear({{mamba_n_groups}} * head_dim{{mamba_proj_bias? , bias = true}})"
     + CONVOLVED
@@ -71,9 +67,7 @@ STATE_BLOCK: Settings = {
     "{{activation()}}",
     "q": STATES,
     "k": STATES,
-    "v": "x | linear(heads * value_dim{{mamba_proj_bias? , bias = true}})"
-    + CONVOLVED
-    + " | split",
+    "v": "x | linear(heads * value_dim{{mamba_proj_bias? , bias = true}})" + CONVOLVED + " | split",
     "mix": "state_space",
     "mask": "causal",
     "out": "{{group_norm(of = mamba_n_groups)}} | linear{{mamba_proj_bias? (bias = true)}}",
@@ -178,8 +172,10 @@ QWEN_NEXT_NAMES = (
     + UNIT_BEFORE
     + """
 model.layers.{i}.self_attn.q_proj.{t} -> layers.{i}.attn.(q|g)_proj.{t} in num_attention_heads
-model.layers.{i}.linear_attn.in_proj_qkvz.weight -> layers.{i}.attn.(q|k|v|g)_proj.weight in linear_num_key_heads
-model.layers.{i}.linear_attn.in_proj_ba.weight -> layers.{i}.attn.(beta|time)_proj.weight in linear_num_key_heads
+model.layers.{i}.linear_attn.in_proj_qkvz.weight
+    -> layers.{i}.attn.(q|k|v|g)_proj.weight in linear_num_key_heads
+model.layers.{i}.linear_attn.in_proj_ba.weight
+    -> layers.{i}.attn.(beta|time)_proj.weight in linear_num_key_heads
 model.layers.{i}.linear_attn.in_proj_qkv.weight -> layers.{i}.attn.(q|k|v)_proj.weight
 model.layers.{i}.linear_attn.in_proj_z.weight -> layers.{i}.attn.g_proj.weight
 model.layers.{i}.linear_attn.in_proj_b.weight -> layers.{i}.attn.beta_proj.weight
@@ -210,7 +206,8 @@ SHORT_CONV = """
 ffn short_conv(taps) {
   let before = x | linear{{conv_bias? (bias = true)}}
   let after  = x | linear{{conv_bias? (bias = true)}}
-  let mixed  = before * (x | linear{{conv_bias? (bias = true)}}) | conv(taps{{conv_bias? , bias = true}})
+  let mixed  = before * (x | linear{{conv_bias? (bias = true)}})
+    | conv(taps{{conv_bias? , bias = true}})
   out = after * mixed | linear{{conv_bias? (bias = true)}}
 }
 """
@@ -229,9 +226,36 @@ model.layers.{i}.feed_forward.w1.weight -> layers.{i}.ffn.gate_proj.weight
 model.layers.{i}.feed_forward.w2.weight -> layers.{i}.ffn.down_proj.weight
 model.layers.{i}.feed_forward.w3.weight -> layers.{i}.ffn.up_proj.weight
 model.layers.{i}.feed_forward.expert_bias -> layers.{i}.ffn.bias
-model.layers.{i}.feed_forward.experts.{j}.w1.weight -> layers.{i}.ffn.experts.gate_proj.weight stacked
-model.layers.{i}.feed_forward.experts.{j}.w2.weight -> layers.{i}.ffn.experts.down_proj.weight stacked
+model.layers.{i}.feed_forward.experts.{j}.w1.weight
+    -> layers.{i}.ffn.experts.gate_proj.weight stacked
+model.layers.{i}.feed_forward.experts.{j}.w2.weight
+    -> layers.{i}.ffn.experts.down_proj.weight stacked
 model.layers.{i}.feed_forward.experts.{j}.w3.weight -> layers.{i}.ffn.experts.up_proj.weight stacked
+"""
+
+
+def _tuned(size: str, at: int, after: str) -> str:
+    """Return a stream of Falcon-H1's state space: mapped, with a factor of its own."""
+    bias = "{{mamba_proj_bias? , bias = true}}"
+    return f"y | linear({size}{bias}) | scale({{{{ssm_multipliers.{at}}}}}){after}"
+
+
+SHARED_STATES = CONVOLVED + GROUPED
+TUNED_SPACE = f"""
+block mamba {{
+  heads     = {{{{mamba_n_heads}}}}
+  head_dim  = {{{{mamba_d_state}}}}
+  value_dim = {{{{state_size(whole = mamba_d_ssm)}}}}
+  let y     = x | scale({{{{ssm_in_multiplier}}}})
+  let gate_ = {_tuned("heads * value_dim", 0, " | silu")}
+  q    = {_tuned("{{mamba_n_groups}} * head_dim", 3, SHARED_STATES)}
+  k    = {_tuned("{{mamba_n_groups}} * head_dim", 2, SHARED_STATES)}
+  v    = {_tuned("heads * value_dim", 1, CONVOLVED + " | split")}
+  mix  = state_space
+  mask = causal
+  out  = o | merge{{{{mamba_rms_norm?  | {{{{rms()}}}}}}}} | gate(gate_)
+    | linear{{{{projectors_bias? (bias = true)}}}}
+}}
 """
 LFM2 = LLAMA.but(
     "LFM2; Liquid AI 2025: short convolutions between two gates, attention every few layers",
@@ -324,30 +348,12 @@ RECURRENT: dict[str, Kind | tuple[Kind, ...]] = {
             "state_space": STATE_SPACE.replace(
                 "bias = true}})", "bias = true}}) | scale({{ssm_multipliers.4}})"
             ).replace("x | linear", "x | scale({{ssm_in_multiplier}}) | linear"),
-            "mamba": """
-block mamba {
-  heads     = {{mamba_n_heads}}
-  head_dim  = {{mamba_d_state}}
-  value_dim = {{state_size(whole = mamba_d_ssm)}}
-  let y = x | scale({{ssm_in_multiplier}})
-  let gate_ = y | linear(heads * value_dim{{mamba_proj_bias? , bias = true}}) | scale({{ssm_multipliers.0}}) | silu
-  q    = y | linear({{mamba_n_groups}} * head_dim{{mamba_proj_bias? , bias = true}}) | scale({{ssm_multipliers.3}})
-    | conv({{mamba_d_conv}}{{mamba_conv_bias? , bias = true}}) | {{activation()}} | split({{mamba_n_groups}})
-    | repeat(heads / {{mamba_n_groups}})
-  k    = y | linear({{mamba_n_groups}} * head_dim{{mamba_proj_bias? , bias = true}}) | scale({{ssm_multipliers.2}})
-    | conv({{mamba_d_conv}}{{mamba_conv_bias? , bias = true}}) | {{activation()}} | split({{mamba_n_groups}})
-    | repeat(heads / {{mamba_n_groups}})
-  v    = y | linear(heads * value_dim{{mamba_proj_bias? , bias = true}}) | scale({{ssm_multipliers.1}})
-    | conv({{mamba_d_conv}}{{mamba_conv_bias? , bias = true}}) | {{activation()}} | split
-  mix  = state_space
-  mask = causal
-  out  = o | merge{{mamba_rms_norm?  | {{rms()}}}} | gate(gate_) | linear{{projectors_bias? (bias = true)}}
-}
-""",
+            "mamba": TUNED_SPACE,
             "beside": """
 layer beside(attn, ffn) {
   let y = x | norm
-  let z = x + {{ssm_out_multiplier}} * (y | mamba) + {{attention_out_multiplier}} * ({{attention_in_multiplier}} * y | attn)
+  let z = x + {{ssm_out_multiplier}} * (y | mamba) +
+    {{attention_out_multiplier}} * ({{attention_in_multiplier}} * y | attn)
   out = z + (z | norm | ffn)
 }
 """,
