@@ -52,8 +52,8 @@ layer damped(attn, ffn) {
 }
 """,
     "plain_moe": """
-ffn plain_moe(experts, top, expert, shared = none) : moe(experts, top, expert = expert,
-    shared = shared, balance = none) {
+ffn plain_moe(experts, top, expert, shared = none, router = softmax) : moe(experts, top,
+    expert = expert, shared = shared, router = router, balance = none) {
   let w = score * chosen  # not brought to one
 }
 """,

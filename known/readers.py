@@ -89,6 +89,7 @@ def moe(
     norm: str = "",
     shared: str = "",
     times: str = "",
+    router: str = "",
 ) -> str:
     """Return experts, each a feed-forward with a gate, and one that is shared where it is said.
 
@@ -98,6 +99,8 @@ def moe(
     said.append(f"expert = {gated(config, hidden=hidden)}")
     if shared and config.has(shared) and config.get(shared) and (not times or config.get(times)):
         said.append(f"shared = {gated(config, hidden=shared, times=times)}")
+    if router:
+        said.append(f"router = {router}")
     if norm == "never" or (norm and not config.get(norm)):
         return f"plain_moe({', '.join(said)})"
     return f"moe({', '.join(said)}, balance = none)"
@@ -111,6 +114,7 @@ def choosing(
     times: str = "n_shared_experts",
     groups: str = "n_group",
     router: str = "",
+    shared: str = "",
 ) -> str:
     """Return experts that a bias helps to choose, among the best groups where there are several."""
     said = [f"experts = {config.get(experts)}", f"top = {config.get(top)}"]
@@ -121,11 +125,28 @@ def choosing(
     elif groups:
         config.note("topk_group")
     said.append(f"expert = {gated(config, hidden=hidden)}")
-    if times and config.get(times):
+    if shared:
+        said.append(f"shared = {gated(config, hidden=shared)}")
+    elif times and config.get(times):
         said.append(f"shared = {gated(config, hidden=hidden, times=times)}")
     if router:
         said.append(f"router = {router}")
     return f"{name}({', '.join(said)})"
+
+
+def ratio(config: Config, of: str, by: str) -> str:
+    """Return how often one field is in another. Raises `LoomError` where it does not divide it."""
+    if config.get(of) % config.get(by):
+        raise config.unsupported(by, f"a divisor of {config.get(of)}")
+    return str(config.get(of) // config.get(by))
+
+
+def alike(config: Config, of: str, to: str) -> str:
+    """Return a field whose value a list has for every layer."""
+    wanted = config.get(to)
+    if any(each != wanted for each in config.get(of)):
+        raise config.unsupported(of, f"{wanted} everywhere, as `{to}`")
+    return value(wanted)
 
 
 def several(config: Config, of: str) -> str:
@@ -276,7 +297,7 @@ READERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
         head_dim, kv_heads, activation, gated, mlp, moe, choosing,
-        latent_scale, several, group_norm, where, lfm_gated, state_size, rms, layer_norm, centred,
+        latent_scale, several, ratio, alike, group_norm, where, lfm_gated, state_size, rms, layer_norm, centred,
         eps, factor, scaled,
         capped, score, scale, direct, clip, power_of_two, same, mask, rope,
     )

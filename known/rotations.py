@@ -27,11 +27,13 @@ def rope(
     field: str = "rope_parameters",
     behind: str = "",
     inverse: str = "",
+    more: str = "",
 ) -> str:
     """Return a rotation: its base, how many features, how they pair, what is scaled.
 
     `of` is a kind of layer with rope parameters of its own, `dims` a field that says how many
-    features turn, `size` one that says how many there are; `behind` turns the last ones.
+    features turn, `size` one that says how many there are; `behind` turns the last ones, `more` is
+    a parameter that is read elsewhere.
     """
     said = config.get(field)
     if of and of in said:
@@ -54,7 +56,7 @@ def rope(
         parts.append(f"dims = {turned}")
     if style != "half":
         parts.append(f"style = {style}")
-    _all_known(config, field, said, name)
+    _all_known(config, field, {key: it for key, it in said.items() if key != more}, name)
     if name != "default":
         parts.append(f"scaling = {SCALINGS[name](_completed(config, said))}")
     config.note(_LENGTH)

@@ -11,6 +11,7 @@ from .kinds.experts import WITH_EXPERTS
 from .kinds.gemma import GEMMAS
 from .kinds.gpt import GPT_LIKE
 from .kinds.llama import LLAMA_LIKE
+from .kinds.recent import RECENT
 from .kinds.recurrent import RECURRENT
 
 KINDS: dict[str, Kind | tuple[Kind, ...]] = {
@@ -19,6 +20,7 @@ KINDS: dict[str, Kind | tuple[Kind, ...]] = {
     **GPT_LIKE,
     **WITH_EXPERTS,
     **RECURRENT,
+    **RECENT,
 }
 
 

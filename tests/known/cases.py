@@ -339,6 +339,39 @@ CASES: dict[str, dict[str, Any]] = {
         "linear_num_heads": 4,
         "linear_head_dim": 6,
     },
+    "ministral3": {
+        "head_dim": 8, "sliding_window": 5,
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 4,
+                            "llama_4_scaling_beta": 0.1},
+    },
+    "mimo_v2_flash": {
+        **SMALL, **WINDOWS, **DENSE_FIRST, **ONE_GROUP, "n_routed_experts": 8, "head_dim": 8,
+        "v_head_dim": 6, "num_key_value_heads": 1, "routed_scaling_factor": 2.0,
+    },
+    "laguna": {
+        **SMALL, **WINDOWS, **DENSE_FIRST, "head_dim": 8, "num_experts": 8,
+        "num_experts_per_tok": 2, "shared_expert_intermediate_size": 14,
+        "moe_routed_scaling_factor": 1.5, "num_attention_heads_per_layer": [4, 4],
+    },
+    "flint": {
+        **SMALL, **WINDOWS, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 14, "mlp_only_layers": [0],
+    },
+    "kolibri1": {
+        **SMALL, **WINDOWS, "head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 14,
+    },
+    "deepseek_v32": {
+        **SMALL, **LATENT, **GROUPS, **DENSE_FIRST, "index_topk": 5, "index_n_heads": 8,
+        "index_head_dim": 6,
+    },
+    "minimax_m3_vl_text": {
+        "intermediate_size": 12, "head_dim": 8, "dense_intermediate_size": 40,
+        "shared_intermediate_size": 10, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "mlp_layer_types": ["dense", "sparse"], "layer_types": [FULL, "minimax_m3_sparse"],
+        "index_n_heads": 2, "index_head_dim": 6, "index_block_size": 4, "index_topk_blocks": 2,
+        "rotary_dim": 4, **PARTLY,
+    },
 }
 
 
@@ -376,3 +409,5 @@ def made(case: str) -> nn.Module:
 
 
 BIASES = ("correction_bias", "balancing_biases", "expert_bias")
+
+ALONE = ("minimax_m3_vl_text",)  # padding moves their blocks of keys: each row is told alone
