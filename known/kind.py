@@ -22,6 +22,7 @@ class Kind:
     model: Settings
     weights: str
     mixers: str = "all(it = attention)"  # which block each layer has, one of `layers.LISTS`
+    around: Mapping[str, str] = field(default_factory=dict)  # layers with a text of their own
     parts: str = "all(it = dense)"  # which feed-forward
     names: Mapping[str, str] = field(default_factory=dict)  # what a field is called here
     fixed: Mapping[str, Any] = field(default_factory=dict)  # what no field says, being always so

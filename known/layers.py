@@ -23,10 +23,15 @@ def listed(config: Config, of: str = "layer_types", usual: str = "") -> list[str
     if said is None and usual:
         return all_of(config, usual)
     found = list(said)
-    depth = config.get("num_hidden_layers")
+    depth = config.get("num_hidden_layers") if config.knows("num_hidden_layers") else len(found)
     if len(found) != depth:
         raise config.unsupported(of, f"one for each of {depth} layers")
     return [str(each) for each in found]
+
+
+def as_many(config: Config, of: str, it: str) -> list[str]:
+    """The same for every one of a list."""
+    return [it] * len(config.get(of))
 
 
 def chosen(config: Config, of: str, yes: str, no: str) -> list[str]:
@@ -61,6 +66,12 @@ def among(config: Config, of: str, yes: str, no: str) -> list[str]:
     return [yes if at in found else no for at in range(config.get("num_hidden_layers"))]
 
 
+def cycled(config: Config, of: str) -> list[str]:
+    """A list that begins again where it ends."""
+    found = list(config.get(of))
+    return [found[at % len(found)] for at in range(config.get("num_hidden_layers"))]
+
+
 def has(config: Config, of: str) -> list[str]:
     """Sparse where a number is above zero, else dense."""
     return all_of(config, "sparse" if config.get(of) else "dense")
@@ -78,10 +89,12 @@ def stepped(config: Config, experts: str = "num_experts") -> list[str]:
 LISTS: dict[str, Callable[..., list[str]]] = {
     "all": all_of,
     "listed": listed,
+    "as_many": as_many,
     "chosen": chosen,
     "first": first,
     "between": between,
     "among": among,
+    "cycled": cycled,
     "has": has,
     "periodic": periodic,
     "stepped": stepped,

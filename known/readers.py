@@ -7,7 +7,7 @@ returns a piece of text, empty where the default of the language is meant.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log
+from math import frexp, log
 
 from .config import Config
 from .rotations import head_size, rope
@@ -115,8 +115,14 @@ def choosing(
     groups: str = "n_group",
     router: str = "",
     shared: str = "",
+    act: str = "hidden_act",
+    alone: str = "",
 ) -> str:
-    """Return experts that a bias helps to choose, among the best groups where there are several."""
+    """Return experts that a bias helps to choose, among the best groups where there are several.
+
+    With `alone` they have no gates. `shared` is a field that says the width of a shared one.
+    """
+    feed = mlp if alone else gated
     said = [f"experts = {config.get(experts)}", f"top = {config.get(top)}"]
     name = "biased"
     if groups and (config.get(groups) or 1) > 1:
@@ -124,9 +130,9 @@ def choosing(
         said += [f"groups = {config.get(groups)}", f"open = {config.get('topk_group')}"]
     elif groups:
         config.note("topk_group")
-    said.append(f"expert = {gated(config, hidden=hidden)}")
+    said.append(f"expert = {feed(config, act, hidden)}")
     if shared:
-        said.append(f"shared = {gated(config, hidden=shared)}")
+        said.append(f"shared = {feed(config, act, shared)}")
     elif times and config.get(times):
         said.append(f"shared = {gated(config, hidden=hidden, times=times)}")
     if router:
@@ -147,6 +153,27 @@ def alike(config: Config, of: str, to: str) -> str:
     if any(each != wanted for each in config.get(of)):
         raise config.unsupported(of, f"{wanted} everywhere, as `{to}`")
     return value(wanted)
+
+
+def overridden(config: Config, of: str) -> str:
+    """Return a field of the layers that see all, where each of them has the same one of its own."""
+    own = {int(at): said for at, said in (config.get("per_layer_config") or {}).items()}
+    types = config.get("layer_types")
+    found = {said.get(of, config.get(of)) for said in own.values()} or {config.get(of)}
+    apart = {at for at, said in own.items() if set(said) - {"head_dim", "num_key_value_heads"}}
+    if len(found) > 1 or apart or any(types[at] != "full_attention" for at in own):
+        raise config.unsupported("per_layer_config", "head_dim and num_key_value_heads, the same "
+                                 "for all layers that see all")  # fmt: skip
+    if len(own) not in (0, types.count("full_attention")):
+        raise config.unsupported("per_layer_config", "all layers that see all, or none")
+    return value(found.pop())
+
+
+def in_bfloat16(config: Config, of: str) -> str:
+    """Return the root of a field, rounded as bfloat16 rounds it."""
+    root = config.get(of) ** 0.5
+    step = 2.0 ** (frexp(root)[1] - 8)
+    return value(round(root / step) * step)
 
 
 def several(config: Config, of: str) -> str:
@@ -297,7 +324,7 @@ READERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
         head_dim, kv_heads, activation, gated, mlp, moe, choosing,
-        latent_scale, several, ratio, alike, group_norm, where, lfm_gated, state_size, rms, layer_norm, centred,
+        latent_scale, several, overridden, in_bfloat16, ratio, alike, group_norm, where, lfm_gated, state_size, rms, layer_norm, centred,
         eps, factor, scaled,
         capped, score, scale, direct, clip, power_of_two, same, mask, rope,
     )

@@ -47,8 +47,8 @@ def write(kind: Kind, config: Config) -> str:
     wrap = model.get("layer", ("pre", ()))[0]
     called = [
         blocks.places[mixer]
-        if part == usual and mixer not in blocks.feeds
-        else f"{wrap}({blocks.places[mixer]}, {ffns[part][0]})"
+        if part == usual and mixer not in {*blocks.feeds, *kind.around}
+        else f"{kind.around.get(mixer, wrap)}({blocks.places[mixer]}, {ffns[part][0]})"
         for mixer, part in zip(mixers, parts, strict=True)
     ]
     beside = tuple(dict.fromkeys(mixers_from + parts_from))

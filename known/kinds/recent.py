@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..kind import Kind, Settings
-from ..names import BOTH, MOE, UNIT, UNIT_BEFORE
+from ..names import AFTER, BOTH, MOE, UNIT, UNIT_BEFORE
 from .experts import CHOICE, LATENT_BLOCK, PARTS, SPARSE, V3
 from .llama import ATTENTION, LLAMA, MISTRAL, PER_HEAD, PLAIN, PLAIN_OUT, QWEN3, TYPES, by_type
 
@@ -75,6 +75,14 @@ model.layers.{i}.self_attn.indexer.wk.weight -> layers.{i}.attn.known_proj.weigh
 model.layers.{i}.self_attn.indexer.k_norm.{t} -> layers.{i}.attn.known_norm.{t}
 model.layers.{i}.self_attn.indexer.weights_proj.weight -> layers.{i}.attn.w_proj.weight
 """
+BEAM: Settings = {
+    **ATTENTION,
+    **PER_HEAD,
+    "param gate_bias[heads, 1]": "0",
+    "let gate": "(x | linear(heads * head_dim) | split) + gate_bias | sigmoid",
+    "position": "",
+    "out": "o | gate(gate) | merge | linear{{attention_bias? (bias = true)}}",
+}
 RECENT: dict[str, Kind | tuple[Kind, ...]] = {
     "ministral3": MISTRAL.but(
         "Ministral 3; Mistral AI 2025: queries grow with the logarithm of their place",
@@ -192,5 +200,69 @@ model.layers.{i}.mlp.shared_experts.gate_up_proj.weight -> layers.{i}.ffn.shared
         + UNIT
         + UNIT_BEFORE
         + MOE,
+    ),
+    "beam": LLAMA.but(
+        "Beam; 2026: what parts add scaled by the depth, gated attention; queries of layers "
+        "without positions grow with their place",
+        fixed={"mlp_bias": False, **CHOICE},
+        needs={"rope_parameters.full_attention": None},
+        mixers=TYPES,
+        blocks={
+            "full_attention": {
+                **BEAM,
+                "q": "(x | linear{{attention_bias? (bias = true)}} | split | {{rms()}}) * "
+                "(1 + (index + 1) / 2048) ** 0.1",
+            },
+            "sliding_attention": {
+                **BEAM,
+                "position": "{{rope(of = sliding_attention)}}",
+                "mask": "causal and window({{sliding_window}})",
+            },
+        },
+        parts=PARTS,
+        ffns={"sparse": "{{choosing(experts = num_experts, times = )}}"},
+        model={"layer": "deeper", "head": "x | norm | linear(vocab){{capped()}}"},
+        defs={
+            "deeper": """
+layer deeper(attn, ffn) {  # what comes in and what is added keep their sum's size
+  let a = 2 * layer + 2
+  let y = ((a - 1) / a) ** 0.5 * x + a ** -0.5 * (x | norm | attn | norm)
+  out = (a / (a + 1)) ** 0.5 * y + (a + 1) ** -0.5 * (y | norm | ffn | norm)
+}
+""".replace("  let a = 2 * layer + 2\n", "")
+            .replace("(a + 1)", "(2 * layer + 3)")
+            .replace("(a - 1)", "(2 * layer + 1)")
+            .replace("(a /", "((2 * layer + 2) /")
+            .replace("/ a)", "/ (2 * layer + 2))")
+            .replace(" a **", " (2 * layer + 2) **")
+        },
+        weights="""
+model.layers.{i}.self_attn.gate_bias -> layers.{i}.attn.gate_bias
+model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.weight
+model.layers.{i}.pre_feedforward_layernorm.weight -> layers.{i}.ffn_norm.weight
+"""
+        + AFTER
+        + MOE,
+    ),
+    "axk1": V3.but(
+        "A.X K1; SK Telecom 2026: DeepSeek-V3 with a norm after its experts",
+        parts=PARTS,
+        ffns={
+            "sparse": "normed(experts = {{n_routed_experts}}, top = {{num_experts_per_tok}}, "
+            "groups = {{n_group}}, open = {{topk_group}}, "
+            "expert = {{gated(hidden = moe_intermediate_size)}}, "
+            "shared = {{gated(hidden = moe_intermediate_size, times = n_shared_experts)}})"
+        },
+        defs={
+            "normed": """
+ffn normed(experts, top, groups, open, expert, shared) : grouped(experts, top, groups, open,
+    expert, shared) {
+  out = (x | mixture(expert, w)) + (x | shared) | {{rms()}}
+}
+"""
+        },
+        weights="""
+model.layers.{i}.mlp.post_mlp_layernorm.weight -> layers.{i}.ffn.o_norm.weight
+""",
     ),
 }

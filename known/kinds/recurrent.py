@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..kind import Kind, Settings
 from ..names import FEED, LATENT, MAMBA, MAMBA2, MOE, UNIT, UNIT_BEFORE, under
 from .experts import CHOICE, GRANITE_EXPERTS, LATENT_BLOCK, PARTS
-from .llama import ATTENTION, LLAMA, MODEL, PER_HEAD, TYPES, by_type
+from .llama import ATTENTION, LLAMA, MODEL, PER_HEAD, TYPES, WHOLE, by_type
 
 NO_FFN = {"none": "none"}
 SELECTIVE = """
@@ -443,5 +443,150 @@ model.layers.{i}.self_attn.g_b_proj.weight -> layers.{i}.attn.g_proj_1.weight
 """
         + LATENT
         + MOE,
+    ),
+    "olmo_hybrid": LLAMA.but(
+        "OLMo Hybrid; OLMo Team 2026: gated delta rules; attention as in OLMo 2",
+        fixed={"mlp_bias": False},
+        mixers=TYPES,
+        around={"full_attention": "inner"},
+        blocks={
+            "linear_attention": {
+                **DELTA_BLOCK,
+                "out": "o | rms_norm(eps = 1e-5) | gate(g) | merge | linear",
+            },
+            "full_attention": {**ATTENTION, **WHOLE},
+        },
+        defs={
+            "gated_deltanet": DELTA.replace("{{delta_factor}}", "{{linear_allow_neg_eigval? 2 * }}")
+        },
+        weights="""
+model.layers.{i}.input_layernorm.weight -> layers.{i}.attn_norm.weight
+model.layers.{i}.linear_attn.a_proj.weight -> layers.{i}.attn.time_proj.weight
+model.layers.{i}.linear_attn.b_proj.weight -> layers.{i}.attn.beta_proj.weight
+model.layers.{i}.linear_attn.{p}_proj.weight -> layers.{i}.attn.{p}_proj.weight
+model.layers.{i}.linear_attn.o_norm.weight -> layers.{i}.attn.o_norm.weight
+model.layers.{i}.post_attention_layernorm.weight -> layers.{i}.attn_post_norm.weight
+model.layers.{i}.post_attention_layernorm.weight -> layers.{i}.ffn_norm.weight
+model.layers.{i}.post_feedforward_layernorm.weight -> layers.{i}.ffn_post_norm.weight
+"""
+        + QWEN_NEXT_NAMES,
+    ),
+    "nemotron_h": LLAMA.but(
+        "Nemotron-H; NVIDIA 2025: each layer is one part: a state space, attention, a feed-forward",
+        names={
+            "rms_norm_eps": "layer_norm_epsilon",
+            "mamba_n_heads": "mamba_num_heads",
+            "mamba_d_head": "mamba_head_dim",
+            "mamba_d_state": "ssm_state_size",
+            "mamba_n_groups": "n_groups",
+            "mamba_d_conv": "conv_kernel",
+            "mamba_conv_bias": "use_conv_bias",
+            "mamba_proj_bias": "use_bias",
+            "hidden_act": "mamba_hidden_act",
+        },
+        fixed=CHOICE,
+        needs={"moe_latent_size": None, "sliding_window": None},
+        mixers="listed(of = layers_block_type)",
+        parts="as_many(of = layers_block_type, it = none)",
+        blocks={
+            "linear_attention": {**STATE_BLOCK, "value_dim": "{{mamba_d_head}}"},
+            "full_attention": STILL,
+            "mlp": "{{mlp(act = mlp_hidden_act, bias = mlp_bias)}}",
+            "moe": "{{choosing(act = mlp_hidden_act, groups = n_group, alone = yes, "
+            "shared = moe_shared_expert_intermediate_size)}}",
+        },
+        ffns=NO_FFN,
+        defs={
+            "state_space": STATE_SPACE.replace(
+                "softplus(time + shift)", "max(softplus(time + shift), {{time_step_min}})"
+            )
+        },
+        weights=under("model.layers.{i}.mixer.", MAMBA2)
+        + """
+model.embeddings.weight -> embed_tokens.weight
+model.norm_f.weight -> norm.weight
+model.layers.{i}.norm.weight -> layers.{i}.attn_norm.weight
+model.layers.{i}.mixer.{p}_proj.{t} -> layers.{i}.attn.{p}_proj.{t}
+model.layers.{i}.mixer.gate.weight -> layers.{i}.attn.route_proj.weight
+model.layers.{i}.mixer.gate.e_score_correction_bias -> layers.{i}.attn.bias
+model.layers.{i}.mixer.experts.{p}_proj -> layers.{i}.attn.experts.{p}_proj.weight
+model.layers.{i}.mixer.experts.{j}.{p}_proj.weight
+    -> layers.{i}.attn.experts.{p}_proj.weight stacked
+model.layers.{i}.mixer.shared_experts.{p}_proj.weight -> layers.{i}.attn.shared.{p}_proj.weight
+""",
+    ),
+    "rwkv": Kind(
+        about="RWKV; Peng et al. 2023: keys weigh exponentially, all before fade",
+        names={"layer_norm_eps": "layer_norm_epsilon"},
+        blocks={
+            "attention": {
+                "heads": "1",
+                "head_dim": "{{attention_hidden_size}}",
+                "param k_share[width]": "0.5",
+                "param v_share[width]": "0.5",
+                "param r_share[width]": "0.5",
+                "let before": "x | shift(1)",
+                "let r": "r_share * x + (1 - r_share) * before | linear(head_dim) | sigmoid",
+                "q": "k",
+                "k": "k_share * x + (1 - k_share) * before | linear(head_dim) | split(1)",
+                "v": "v_share * x + (1 - v_share) * before | linear(head_dim) | split(1)",
+                "mix": "wkv",
+                "mask": "causal",
+                "out": "o | merge | gate(r) | linear",
+            }
+        },
+        ffns={"dense": "channel_mix(hidden = {{intermediate_size}})"},
+        model={
+            "vocab": "{{vocab_size}}",
+            "width": "{{hidden_size}}",
+            "norm": "{{layer_norm()}}",
+            "embed": "x | {{layer_norm()}}",
+            "tie": "{{tie_word_embeddings}}",
+        },
+        defs={
+            "wkv": """
+mix wkv {
+  param decay[heads, head_dim] = 0
+  param bonus[heads, head_dim] = 0
+  state N[value_dim] = 0
+  state D[value_dim] = 0
+  o <- (N + exp(bonus + k) * v) / (D + exp(bonus + k))
+  N <- exp(-exp(decay)) * N + exp(k) * v
+  D <- exp(-exp(decay)) * D + exp(k)
+}
+""",
+            "channel_mix": """
+ffn channel_mix(hidden) {
+  param k_share[width] = 0.5
+  param r_share[width] = 0.5
+  let before = x | shift(1)
+  let r      = r_share * x + (1 - r_share) * before | linear | sigmoid
+  let up     = k_share * x + (1 - k_share) * before | linear(hidden) | squared_relu
+  out = up | linear(width) | gate(r)
+}
+""",
+        },
+        weights="""
+rwkv.embeddings.weight -> embed_tokens.weight
+rwkv.blocks.0.pre_ln.{t} -> embed_norm.{t}
+rwkv.ln_out.{t} -> norm.{t}
+head.weight -> lm_head.weight
+rwkv.blocks.{i}.ln1.{t} -> layers.{i}.attn_norm.{t}
+rwkv.blocks.{i}.ln2.{t} -> layers.{i}.ffn_norm.{t}
+rwkv.blocks.{i}.attention.time_decay -> layers.{i}.attn.decay
+rwkv.blocks.{i}.attention.time_first -> layers.{i}.attn.bonus
+rwkv.blocks.{i}.attention.time_mix_key -> layers.{i}.attn.k_share
+rwkv.blocks.{i}.attention.time_mix_value -> layers.{i}.attn.v_share
+rwkv.blocks.{i}.attention.time_mix_receptance -> layers.{i}.attn.r_share
+rwkv.blocks.{i}.attention.key.weight -> layers.{i}.attn.k_proj.weight
+rwkv.blocks.{i}.attention.value.weight -> layers.{i}.attn.v_proj.weight
+rwkv.blocks.{i}.attention.receptance.weight -> layers.{i}.attn.r_proj.weight
+rwkv.blocks.{i}.attention.output.weight -> layers.{i}.attn.o_proj.weight
+rwkv.blocks.{i}.feed_forward.time_mix_key -> layers.{i}.ffn.k_share
+rwkv.blocks.{i}.feed_forward.time_mix_receptance -> layers.{i}.ffn.r_share
+rwkv.blocks.{i}.feed_forward.key.weight -> layers.{i}.ffn.up_proj.weight
+rwkv.blocks.{i}.feed_forward.receptance.weight -> layers.{i}.ffn.r_proj.weight
+rwkv.blocks.{i}.feed_forward.value.weight -> layers.{i}.ffn.o_proj.weight
+""",
     ),
 }
