@@ -37,7 +37,8 @@ INERT = frozenset(
         # other heads
         "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
         # lengths, precision, ways to compute
-        "max_position_embeddings", "model_max_length", "n_positions", "max_seq_len", "n_ctx", "context_length", "rescale_every",
+        "max_position_embeddings", "model_max_length", "n_positions", "max_seq_len", "n_ctx",
+        "context_length", "rescale_every",
         "max_sequence_length", "slow_but_exact", "attention_softmax_in_fp32",
         "scale_attention_softmax_in_fp32", "reorder_and_upcast_attn", "residual_in_fp32",
         "use_mambapy", "use_associative_scan", "use_mamba_kernels", "chunk_size",

@@ -324,8 +324,8 @@ READERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
         head_dim, kv_heads, activation, gated, mlp, moe, choosing,
-        latent_scale, several, overridden, in_bfloat16, ratio, alike, group_norm, where, lfm_gated, state_size, rms, layer_norm, centred,
-        eps, factor, scaled,
+        latent_scale, several, overridden, in_bfloat16, ratio, alike, group_norm, where, lfm_gated,
+        state_size, rms, layer_norm, centred, eps, factor, scaled,
         capped, score, scale, direct, clip, power_of_two, same, mask, rope,
     )
 }  # fmt: skip

@@ -10,10 +10,10 @@ Rules are lines, of which the first that fits a name counts:
 
 An arrow may begin the next line. `{i}`, `{j}` are numbers, `{any}` is anything, any other name a
 word. Several of ours in brackets are the rows of theirs one after the other, with `in 4` (or `in` a
-field) in each of so many groups; the rows of experts are the second dimension. `across` is a transposed matrix, `beside`
-columns one after the other, `stacked` a row (or an expert) of ours, `after 2` leaves out the
-first rows of theirs. `-` is what has no place in
-ours, and why. Where several of theirs make one of ours they are joined in order.
+field) in each of so many groups; the rows of experts are the second dimension. `across` is a
+transposed matrix, `beside` columns one after the other, `stacked` a row (or an expert) of ours,
+`after 2` leaves out the first rows of theirs. `-` is what has no place in ours, and why. Where
+several of theirs make one of ours they are joined in order.
 """
 
 from __future__ import annotations

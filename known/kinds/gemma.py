@@ -30,9 +30,7 @@ GEMMA2 = GEMMA.but(
     model={"layer": "sandwich", "head": CAPPED},
     weights=UNIT_BOTH,
 )
-RMS_NORMED = {
-    name: "x | linear{{attention_bias? (bias = true)}} | split | {{rms()}}" for name in "qk"
-}
+RMS_NORMED = dict.fromkeys("qk", "x | linear{{attention_bias? (bias = true)}} | split | {{rms()}}")
 GEMMA4 = GEMMA2.but(
     "Gemma 4; Gemma Team 2026: layers that see all have heads of their own, and values that may "
     "be their keys",
@@ -141,7 +139,8 @@ model.layers.{i}.temporal_block.conv_1d.{t} -> layers.{i}.attn.u_conv.{t}
 model.layers.{i}.temporal_block.rg_lru.recurrent_param -> layers.{i}.attn.rate
 model.layers.{i}.temporal_block.rg_lru.input_gate_weight -> layers.{i}.attn.open__proj.weight across
 model.layers.{i}.temporal_block.rg_lru.input_gate_bias -> layers.{i}.attn.open_bias
-model.layers.{i}.temporal_block.rg_lru.recurrent_gate_weight -> layers.{i}.attn.fade_proj.weight across
+model.layers.{i}.temporal_block.rg_lru.recurrent_gate_weight
+    -> layers.{i}.attn.fade_proj.weight across
 model.layers.{i}.temporal_block.rg_lru.recurrent_gate_bias -> layers.{i}.attn.fade_bias
 """,
 )

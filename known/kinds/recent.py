@@ -195,7 +195,8 @@ model.layers.{i}.self_attn.indexer.k_proj.weight -> layers.{i}.attn.known_proj.w
 model.layers.{i}.self_attn.indexer.q_norm.weight -> layers.{i}.attn.asked_unit_rms.w
 model.layers.{i}.self_attn.indexer.k_norm.weight -> layers.{i}.attn.known_unit_rms.w
 model.layers.{i}.mlp.gate_up_proj.weight -> layers.{i}.ffn.(gate|up)_proj.weight
-model.layers.{i}.mlp.shared_experts.gate_up_proj.weight -> layers.{i}.ffn.shared.(gate|up)_proj.weight
+model.layers.{i}.mlp.shared_experts.gate_up_proj.weight
+    -> layers.{i}.ffn.shared.(gate|up)_proj.weight
 """
         + UNIT
         + UNIT_BEFORE
