@@ -27,7 +27,7 @@ _DOOR = {
     "from_hf": ".known.known",
     "LoomError": ".grammar.diagnostics",
     "NotVerifiedError": ".compiler.verify.certificate",
-    "NotExportedError": ".export.export",
+    "NotExportedError": ".export.request",
     "attention": ".export.attention",
     "register_attention": ".export.attention",
     "Diagnostic": ".grammar.diagnostics",
