@@ -289,6 +289,53 @@ mix kda {
 }
 """
 KIMI_CONV = "x | linear | conv({{linear_conv_kernel_dim}}) | silu | split"
+KIMI_BLOCK: Settings = {
+    "heads": "{{linear_num_heads}}",
+    "head_dim": "{{linear_head_dim}}",
+    "let g": "x | linear(head_dim) | linear(heads * value_dim) | sigmoid | split",
+    "q": KIMI_CONV + " | l2_norm",
+    "k": KIMI_CONV + " | l2_norm",
+    "v": KIMI_CONV,
+    "mix": "kda",
+    "mask": "causal",
+    "out": "o | {{rms()}} | gate(g) | merge | linear",
+}
+KIMI = LLAMA.but(
+    "Kimi Linear; Kimi Team 2025: Kimi delta attention, latent attention without positions",
+    fixed={"mlp_bias": False, **CHOICE},
+    names={
+        "norm_topk_prob": "moe_renormalize",
+        "n_group": "num_expert_group",
+        "n_routed_experts": "num_experts",
+        "num_experts_per_tok": "num_experts_per_token",
+        "n_shared_experts": "num_shared_experts",
+    },
+    mixers=TYPES,
+    blocks={
+        "linear_attention": KIMI_BLOCK,
+        "full_attention": {
+            **LATENT_BLOCK,
+            "scale": "",
+            "let kr": "x | linear({{qk_rope_head_dim}}) | repeat(heads)",
+            "q": "x | {{q_lora_rank? linear({{q_lora_rank}}) | rms_norm | }}linear | split",
+        },
+    },
+    parts=PARTS,
+    ffns={"sparse": "{{choosing()}}"},
+    defs={"kda": KIMI_DELTA},
+    weights="""
+model.layers.{i}.self_attn.conv1d.weight -> layers.{i}.attn.(q|k|v)_conv.weight
+model.layers.{i}.self_attn.forget_gate.f_a_proj.weight -> layers.{i}.attn.time_proj_0.weight
+model.layers.{i}.self_attn.forget_gate.f_b_proj.weight -> layers.{i}.attn.time_proj_1.weight
+model.layers.{i}.self_attn.forget_gate.dt_bias -> layers.{i}.attn.time_proj_1.bias
+model.layers.{i}.self_attn.forget_gate.A_log -> layers.{i}.attn.rate
+model.layers.{i}.self_attn.b_proj.weight -> layers.{i}.attn.beta_proj.weight
+model.layers.{i}.self_attn.g_a_proj.weight -> layers.{i}.attn.g_proj_0.weight
+model.layers.{i}.self_attn.g_b_proj.weight -> layers.{i}.attn.g_proj_1.weight
+"""
+    + LATENT
+    + MOE,
+)
 RECURRENT: dict[str, Kind | tuple[Kind, ...]] = {
     "mamba": MAMBA_KIND,
     "falcon_mamba": MAMBA_KIND.but(
@@ -398,52 +445,7 @@ model.layers.{i}.input_layernorm.weight -> layers.{i}.y_norm.weight
         ffns={"dense": "{{gated()}}"},
         model={"layer": "{{use_sandwich_norm? sandwich}}"},
     ),
-    "kimi_linear": LLAMA.but(
-        "Kimi Linear; Kimi Team 2025: Kimi delta attention, latent attention without positions",
-        fixed={"mlp_bias": False, **CHOICE},
-        names={
-            "norm_topk_prob": "moe_renormalize",
-            "n_group": "num_expert_group",
-            "n_routed_experts": "num_experts",
-            "num_experts_per_tok": "num_experts_per_token",
-            "n_shared_experts": "num_shared_experts",
-        },
-        mixers=TYPES,
-        blocks={
-            "linear_attention": {
-                "heads": "{{linear_num_heads}}",
-                "head_dim": "{{linear_head_dim}}",
-                "let g": "x | linear(head_dim) | linear(heads * value_dim) | sigmoid | split",
-                "q": KIMI_CONV + " | l2_norm",
-                "k": KIMI_CONV + " | l2_norm",
-                "v": KIMI_CONV,
-                "mix": "kda",
-                "mask": "causal",
-                "out": "o | {{rms()}} | gate(g) | merge | linear",
-            },
-            "full_attention": {
-                **LATENT_BLOCK,
-                "scale": "",
-                "let kr": "x | linear({{qk_rope_head_dim}}) | repeat(heads)",
-                "q": "x | {{q_lora_rank? linear({{q_lora_rank}}) | rms_norm | }}linear | split",
-            },
-        },
-        parts=PARTS,
-        ffns={"sparse": "{{choosing()}}"},
-        defs={"kda": KIMI_DELTA},
-        weights="""
-model.layers.{i}.self_attn.conv1d.weight -> layers.{i}.attn.(q|k|v)_conv.weight
-model.layers.{i}.self_attn.forget_gate.f_a_proj.weight -> layers.{i}.attn.time_proj_0.weight
-model.layers.{i}.self_attn.forget_gate.f_b_proj.weight -> layers.{i}.attn.time_proj_1.weight
-model.layers.{i}.self_attn.forget_gate.dt_bias -> layers.{i}.attn.time_proj_1.bias
-model.layers.{i}.self_attn.forget_gate.A_log -> layers.{i}.attn.rate
-model.layers.{i}.self_attn.b_proj.weight -> layers.{i}.attn.beta_proj.weight
-model.layers.{i}.self_attn.g_a_proj.weight -> layers.{i}.attn.g_proj_0.weight
-model.layers.{i}.self_attn.g_b_proj.weight -> layers.{i}.attn.g_proj_1.weight
-"""
-        + LATENT
-        + MOE,
-    ),
+    "kimi_linear": KIMI,
     "olmo_hybrid": LLAMA.but(
         "OLMo Hybrid; OLMo Team 2026: gated delta rules; attention as in OLMo 2",
         fixed={"mlp_bias": False},
@@ -587,6 +589,38 @@ rwkv.blocks.{i}.feed_forward.time_mix_receptance -> layers.{i}.ffn.r_share
 rwkv.blocks.{i}.feed_forward.key.weight -> layers.{i}.ffn.up_proj.weight
 rwkv.blocks.{i}.feed_forward.receptance.weight -> layers.{i}.ffn.r_proj.weight
 rwkv.blocks.{i}.feed_forward.value.weight -> layers.{i}.ffn.o_proj.weight
+""",
+    ),
+    "bailing_hybrid": KIMI.but(
+        "Ling 2.5; Ant Group 2026: Kimi delta attention that fades within bounds; latent attention "
+        "with a gate for each head",
+        blocks={
+            "linear_attention": {
+                **KIMI_BLOCK,
+                "let g": "x | linear(heads * value_dim) | sigmoid | split",
+            },
+            "full_attention": {
+                **LATENT_BLOCK,
+                "let g": "x | linear(heads) | sigmoid",
+                "q": "x | linear | split | "
+                "{{rope(size = qk_rope_head_dim, style = interleaved, behind = yes)}}",
+                "out": "o | gate(g) | merge | linear{{attention_bias? (bias = true)}}",
+            },
+        },
+        fixed={"rope_interleave": True},
+        defs={
+            "kda": KIMI_DELTA.replace(
+                "x | linear(head_dim) | linear(heads * head_dim, bias = true) | softplus | split",
+                "x | linear(heads * head_dim, bias = true) | split",
+            ).replace(
+                "exp(-exp(rate) * time)",
+                "exp({{kda_safe_gate? {{kda_lower_bound}} * sigmoid(exp(rate) * time)}}"
+                "{{kda_safe_gate! -exp(rate) * softplus(time)}})",
+            )
+        },
+        weights="""
+model.layers.{i}.self_attn.forget_gate.f_proj.weight -> layers.{i}.attn.time_proj.weight
+model.layers.{i}.self_attn.forget_gate.dt_bias -> layers.{i}.attn.time_proj.bias
 """,
     ),
 }
