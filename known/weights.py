@@ -8,8 +8,9 @@ Rules are lines, of which the first that fits a name counts:
     transformer.h.{i}.mlp.c_fc.{t} -> layers.{i}.ffn.up_proj.{t} across
     {any}rotary_emb.inv_freq -> - it follows from the configuration
 
-An arrow may begin the next line. `{i}`, `{j}` are numbers, `{2i}`, `{2i+1}` made of one, `{any}` is anything, any other name a
-word. Several of ours in brackets are the rows of theirs one after the other, with `in 4` (or `in` a
+An arrow may begin the next line. `{i}`, `{j}` are numbers, `{any}` is anything, any other name a
+word; in ours `{2i}` and `{2i+1}` are two layers that one of theirs is, `{last}` is the highest.
+Several of ours in brackets are the rows of theirs one after the other, with `in 4` (or `in` a
 field) in each of so many groups; the rows of experts are the second dimension. `across` is a
 transposed matrix, `beside` columns one after the other, `stacked` a row (or an expert) of ours,
 `after 2` leaves out the first rows of theirs. `-` is what has no place in ours, and why. Where
