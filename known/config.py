@@ -123,7 +123,7 @@ class Config:
         found = []
         for name, value in _leaves(self.fields):
             first = name.partition(".")[0]
-            known = {name, first} & (self.seen | INERT) or DERIVED.get(name) in self.seen
+            known = {name, first} & (self.seen | INERT) or self.seen & {*DERIVED.get(name, ())}
             said = value not in (None, False, [], {}) and value != usual.get(name)
             if said and not known and not first.startswith("_"):
                 found.append(name)

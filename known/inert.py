@@ -48,19 +48,19 @@ INERT = frozenset(
     }
 )  # fmt: skip
 
-DERIVED = {  # fields from which a class makes others, which are read
-    "use_sliding_window": "layer_types",
-    "max_window_layers": "layer_types",
-    "sliding_window_pattern": "layer_types",
-    "_sliding_window_pattern": "layer_types",
-    "layer_types": "use_sliding_window",
-    "num_kv_heads": "multi_query",
-    "num_key_value_heads": "multi_query",
-    "qk_head_dim": "qk_nope_head_dim",
-    "expand": "intermediate_size",
-    "mamba_expand": "mamba_d_ssm",
-    "time_step_rank": "num_heads",
-    "head_dim": "qk_rope_head_dim",
-    "no_rope_layer_interval": "no_rope_layers",
-    "attention_types": "attention_layers",
+DERIVED = {  # fields that a class makes others of, or makes of others, which are read
+    "use_sliding_window": ("layer_types",),
+    "max_window_layers": ("layer_types",),
+    "sliding_window_pattern": ("layer_types",),
+    "_sliding_window_pattern": ("layer_types",),
+    "layer_types": ("indexer_types", "use_sliding_window"),
+    "num_kv_heads": ("multi_query",),
+    "num_key_value_heads": ("multi_query",),
+    "qk_head_dim": ("qk_nope_head_dim",),
+    "expand": ("intermediate_size",),
+    "mamba_expand": ("mamba_d_ssm",),
+    "time_step_rank": ("num_heads",),
+    "head_dim": ("qk_rope_head_dim",),
+    "no_rope_layer_interval": ("no_rope_layers",),
+    "attention_types": ("attention_layers",),
 }

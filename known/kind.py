@@ -22,8 +22,8 @@ class Kind:
     model: Settings
     weights: str
     mixers: str = "all(it = attention)"  # which block each layer has, one of `layers.LISTS`
-    around: Mapping[str, str] = field(default_factory=dict)  # layers with a text of their own
-    parts: str = "all(it = dense)"  # which feed-forward
+    around: Mapping[str, str] = field(default_factory=dict)  # other layers, by block or ffn
+    parts: str = "all(it = dense)"  # which feed-forward; nothing where layers say it themselves
     names: Mapping[str, str] = field(default_factory=dict)  # what a field is called here
     fixed: Mapping[str, Any] = field(default_factory=dict)  # what no field says, being always so
     needs: Mapping[str, Any] = field(default_factory=dict)  # fields that must say just this

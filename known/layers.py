@@ -72,6 +72,12 @@ def cycled(config: Config, of: str) -> list[str]:
     return [found[at % len(found)] for at in range(config.get("num_hidden_layers"))]
 
 
+def halves(config: Config, of: str, then: str, last: str) -> list[str]:
+    """Two for each layer of theirs, of two lists in turn, and one after all."""
+    pairs = zip(listed(config, of), listed(config, then), strict=True)
+    return [*(each for pair in pairs for each in pair), last]
+
+
 def has(config: Config, of: str) -> list[str]:
     """Sparse where a number is above zero, else dense."""
     return all_of(config, "sparse" if config.get(of) else "dense")
@@ -95,6 +101,7 @@ LISTS: dict[str, Callable[..., list[str]]] = {
     "between": between,
     "among": among,
     "cycled": cycled,
+    "halves": halves,
     "has": has,
     "periodic": periodic,
     "stepped": stepped,

@@ -139,3 +139,14 @@ out_proj.{t} -> layers.{i}.attn.o_proj.{t}
 def under(module: str, lines: str) -> str:
     """Return lines of a module of theirs that stands under a longer name."""
     return "".join(f"{module}{line}\n" for line in lines.split("\n") if line.strip())
+
+
+INDEXER = """
+model.layers.{i}.self_attn.q_a_proj.{t} -> layers.{i}.attn.a_proj.{t}
+model.layers.{i}.self_attn.q_a_layernorm.{t} -> layers.{i}.attn.a_norm.{t}
+model.layers.{i}.self_attn.q_b_proj.{t} -> layers.{i}.attn.q_proj.{t}
+model.layers.{i}.self_attn.indexer.wq_b.weight -> layers.{i}.attn.asked_proj.weight
+model.layers.{i}.self_attn.indexer.wk.weight -> layers.{i}.attn.known_proj.weight
+model.layers.{i}.self_attn.indexer.k_norm.{t} -> layers.{i}.attn.known_norm.{t}
+model.layers.{i}.self_attn.indexer.weights_proj.weight -> layers.{i}.attn.w_proj.weight
+"""

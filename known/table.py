@@ -13,12 +13,14 @@ from .kinds.gpt import GPT_LIKE
 from .kinds.llama import LLAMA_LIKE
 from .kinds.recent import RECENT
 from .kinds.recurrent import RECURRENT
+from .kinds.spaces import SPACES
 
 KINDS: dict[str, Kind | tuple[Kind, ...]] = {
     **LLAMA_LIKE,
     **GEMMAS,
     **GPT_LIKE,
     **WITH_EXPERTS,
+    **SPACES,
     **RECURRENT,
     **RECENT,
 }

@@ -9,7 +9,8 @@ Rules are lines, of which the first that fits a name counts:
     {any}rotary_emb.inv_freq -> - it follows from the configuration
 
 An arrow may begin the next line. `{i}`, `{j}` are numbers, `{any}` is anything, any other name a
-word. Several of ours in brackets are the rows of theirs one after the other, with `in 4` (or `in` a
+word; in ours `{2i}` and `{2i+1}` are two layers that one of theirs is, `{last}` is the highest.
+Several of ours in brackets are the rows of theirs one after the other, with `in 4` (or `in` a
 field) in each of so many groups; the rows of experts are the second dimension. `across` is a
 transposed matrix, `beside` columns one after the other, `stacked` a row (or an expert) of ours,
 `after 2` leaves out the first rows of theirs. `-` is what has no place in ours, and why. Where
@@ -190,13 +191,24 @@ def resolved(
 def _row(rules: tuple[Rule, ...], name: str, shape: Shape, ours: Mapping[str, Shape]) -> Row | None:
     for each in rules:
         if found := _pattern(each.theirs).fullmatch(name):
-            names = tuple(it.format(**found.groupdict()) for it in each.ours)
+            names = tuple(_named(it, found.groupdict(), ours) for it in each.ours)
             if names == ("lm_head.weight",) and "lm_head.weight" not in ours:
                 return Row(name, shape, (), each, TIED)
             if not each.reason and not all(it in ours for it in names):
                 continue
             return Row(name, shape, names, each, each.reason)
     return None
+
+
+def _named(ours: str, said: Mapping[str, str], known: Mapping[str, Shape]) -> str:
+    """Fill a pattern; `{2i}` and `{2i+1}` are two layers of one of theirs, `{last}` the highest."""
+    if "{last}" in ours:
+        layers = (re.match(r"layers\.(\d+)\.", name) for name in known)
+        ours = ours.replace("{last}", str(max(int(each[1]) for each in layers if each)))
+    if "i" in said:
+        for each, more in (("{2i}", 0), ("{2i+1}", 1)):
+            ours = ours.replace(each, str(2 * int(said["i"]) + more))
+    return ours.format(**said)
 
 
 def _misfits(weights: Weights) -> list[str]:

@@ -38,19 +38,19 @@ def write(kind: Kind, config: Config) -> str:
     """Return the description of a configured model. Raises `LoomError` for what cannot be said."""
     config.taken()
     mixers, mixers_from = _listed(kind.mixers, config)
-    parts, parts_from = _listed(kind.parts, config)
+    parts, parts_from = _listed(kind.parts, config) if kind.parts else (["none"] * len(mixers), ())
     blocks = _blocks(kind, config, list(dict.fromkeys(mixers)))
     ffns = {name: _line(kind.ffns[name], config) for name in dict.fromkeys(parts)}
     _pass_over(kind, config, {*mixers, *parts})
     usual = Counter(parts).most_common(1)[0][0]
     model = _filled(kind.model, config)
     wrap = model.get("layer", ("pre", ()))[0]
-    called = [
-        blocks.places[mixer]
-        if part == usual and mixer not in {*blocks.feeds, *kind.around}
-        else f"{kind.around.get(mixer, wrap)}({blocks.places[mixer]}, {ffns[part][0]})"
-        for mixer, part in zip(mixers, parts, strict=True)
-    ]
+    called = []
+    for mixer, part in zip(mixers, parts, strict=True):
+        around = kind.around.get(mixer, kind.around.get(part, wrap))
+        plain = part == usual and mixer not in blocks.feeds and around == wrap
+        place = blocks.places[mixer]
+        called.append(place if plain or not around else f"{around}({place}, {ffns[part][0]})")
     beside = tuple(dict.fromkeys(mixers_from + parts_from))
     model = {
         **{name: model[name] for name in ("vocab", "width") if name in model},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..kind import Kind, Settings
-from ..names import AFTER, BOTH, MOE, UNIT, UNIT_BEFORE
+from ..names import AFTER, BOTH, DECODER, INDEXER, LATENT, MOE, UNIT, UNIT_BEFORE
 from .experts import CHOICE, LATENT_BLOCK, PARTS, SPARSE, V3
 from .llama import ATTENTION, LLAMA, MISTRAL, PER_HEAD, PLAIN, PLAIN_OUT, QWEN3, TYPES, by_type
 
@@ -66,15 +66,19 @@ V32_BLOCK: Settings = {
     "let w": "x | linear({{index_n_heads}})",
     "select": "top({{index_topk}}, sum_streams(w[i] * relu(dot(asked[i], known[j]))), per = layer)",
 }
-INDEXER = """
-model.layers.{i}.self_attn.q_a_proj.{t} -> layers.{i}.attn.a_proj.{t}
-model.layers.{i}.self_attn.q_a_layernorm.{t} -> layers.{i}.attn.a_norm.{t}
-model.layers.{i}.self_attn.q_b_proj.{t} -> layers.{i}.attn.q_proj.{t}
-model.layers.{i}.self_attn.indexer.wq_b.weight -> layers.{i}.attn.asked_proj.weight
-model.layers.{i}.self_attn.indexer.wk.weight -> layers.{i}.attn.known_proj.weight
-model.layers.{i}.self_attn.indexer.k_norm.{t} -> layers.{i}.attn.known_norm.{t}
-model.layers.{i}.self_attn.indexer.weights_proj.weight -> layers.{i}.attn.w_proj.weight
-"""
+# the same of a layer of theirs that is two of ours, whose only part is `part`
+OF_LANES = "".join(
+    line.replace("layers.{i}.attn.", "layers.{2i}.part.").replace(
+        "-> layers.{i}.ffn.", "-> layers.{2i+1}.part."
+    )
+    + "\n"
+    for line in (INDEXER + LATENT + SINKS + MOE + DECODER).split("\n")
+)
+LANES = "".join(
+    f"model.layers.{{i}}.{theirs}_hc.{name} -> layers.{ours}.(read|write)_logits.{own}\n"
+    for theirs, ours in (("attn", "{2i}"), ("ffn", "{2i+1}"))
+    for name, own in (("fn", "o_proj.weight"), ("base", "base"), ("scale", "scale_"))
+)
 BEAM: Settings = {
     **ATTENTION,
     **PER_HEAD,
@@ -265,5 +269,153 @@ ffn normed(experts, top, groups, open, expert, shared) : grouped(experts, top, g
         weights="""
 model.layers.{i}.mlp.post_mlp_layernorm.weight -> layers.{i}.ffn.o_norm.weight
 """,
+    ),
+    "axk2": V3.but(
+        "A.X K2; SK Telecom 2026: latent attention that reads chosen tokens, gated; gated norms",
+        fixed={"rope_interleave": True},
+        mixers="listed(of = layer_types)",
+        around={"dense": "half_gated"},
+        blocks={
+            "indexed_attention": {
+                **V32_BLOCK,
+                "let e": "x | linear({{q_lora_rank}}{{attention_bias? , bias = true}})",
+                "let a": "e | rms_norm",
+                "let both": "a | concat(e)",
+                "let gate": "both | linear(heads * value_dim) | sigmoid",
+                "q": "both | linear(heads * head_dim) | split | "
+                "{{rope(size = qk_rope_head_dim, style = interleaved, behind = yes)}}",
+                "out": "o | merge | gate(gate) | linear{{attention_bias? (bias = true)}}",
+            }
+        },
+        parts=PARTS,
+        model={"layer": "gated_pre"},
+        defs={
+            "gated_norm": """
+stage gated_norm {
+  let y = x | {{rms()}}
+  y * (y | linear({{gated_norm_rank}}) | silu | linear(features) | sigmoid)
+}
+""",
+            "gated_pre": """
+layer gated_pre(attn, ffn) {
+  let y = x + (x | gated_norm | attn)
+  out = y + (y | gated_norm | ffn)
+}
+""",
+            "half_gated": """
+layer half_gated(attn, ffn) {
+  let y = x + (x | gated_norm | attn)
+  out = y + (y | norm | ffn)
+}
+""",
+        },
+        weights="""
+model.layers.{i}.self_attn.q_a_proj.{t} -> layers.{i}.attn.e_proj.{t}
+model.layers.{i}.self_attn.q_gate_proj.{t}
+    -> layers.{i}.attn.(q|gate)_proj.{t} in num_attention_heads
+model.layers.{i}.input_layernorm.norm.weight -> layers.{i}.y_gated_norm.y_norm.weight
+model.layers.{i}.input_layernorm.mlp.fc1.weight -> layers.{i}.y_gated_norm.o_proj_0.weight
+model.layers.{i}.input_layernorm.mlp.fc2.weight -> layers.{i}.y_gated_norm.o_proj_1.weight
+model.layers.{i}.post_attention_layernorm.norm.weight -> layers.{i}.o_gated_norm.y_norm.weight
+model.layers.{i}.post_attention_layernorm.mlp.fc1.weight
+    -> layers.{i}.o_gated_norm.o_proj_0.weight
+model.layers.{i}.post_attention_layernorm.mlp.fc2.weight
+    -> layers.{i}.o_gated_norm.o_proj_1.weight
+"""
+        + INDEXER,
+    ),
+    "hy_v4": V3.but(
+        "Hy4; Tencent 2026: latent attention, gated, with sinks, that reads chosen tokens; layers "
+        "above use the same choice; lanes that keep to themselves",
+        fixed={"rope_interleave": False},
+        needs={"attention_bias": False, "n_group": 1, "topk_group": 1},
+        mixers="halves(of = indexer_types, then = mlp_layer_types, last = close)",
+        parts="",
+        around=dict.fromkeys(("full", "shared", "dense", "sparse", "close"), ""),
+        blocks={
+            "full": "lane(choosing)",
+            "shared": "lane(sharing)",
+            "dense": "lane({{gated()}})",
+            "sparse": "lane(mixed(experts = {{n_routed_experts}}, top = {{num_experts_per_tok}}))",
+            "close": "close",
+        },
+        ffns={"none": "none"},
+        model={"lanes": "{{hc_mult}}", "head": "x | pick(0) | norm | linear(vocab)"},
+        defs={
+            "reading": """
+block reading {
+  heads     = {{same(of = num_attention_heads, to = num_key_value_heads)}}
+  head_dim  = {{qk_nope_head_dim}} + {{qk_rope_head_dim}}
+  value_dim = {{v_head_dim}}
+  let a    = x | linear({{q_lora_rank}}) | rms_norm
+  let c    = x | linear({{kv_lora_rank}}) | rms_norm
+  let kr   = x | linear({{qk_rope_head_dim}}) | {{rope(size = qk_rope_head_dim)}} | repeat(heads)
+  let gate = x | linear(heads * value_dim) | sigmoid
+  q         = a | linear | split | {{rope(size = qk_rope_head_dim, behind = yes)}}
+  k         = c | linear(heads * {{qk_nope_head_dim}}) | split | concat(kr)
+  v         = c | linear | split
+  mask      = causal
+  normalize = sink
+  out       = o | merge | gate(gate) | linear
+}
+""",
+            "choosing": """
+block choosing : reading {
+  let asked = a | linear({{index_n_heads}} * {{index_head_dim}}) | split({{index_n_heads}})
+    | {{rope(size = index_head_dim, dims = qk_rope_head_dim, behind = yes)}}
+  let known = x | linear({{index_head_dim}}) | layer_norm(eps = 1e-6)
+    | {{rope(size = index_head_dim, dims = qk_rope_head_dim, behind = yes)}}
+  let w     = x | linear({{index_n_heads}})
+  select = top({{index_topk}}, sum_streams(w[i] * relu(dot(asked[i], known[j]))), per = layer)
+}
+""",
+            "sharing": """
+block sharing : reading {
+  select = at(layer - 2).select
+}
+""",
+            "logits": """
+stage logits(count) {
+  param scale_ = 1
+  param base[count] = 0
+  scale_ * (x | linear(count)) + base
+}
+""",
+            "lane": """
+layer lane(part) {
+  let w     = x | merge | rms_norm({{eps()}}scale = false)
+  let read  = sigmoid(w | logits(lanes)) + {{hc_eps}}
+  let write = {{hc_magnitude}} * sigmoid(w | logits(lanes)) + {{hc_eps}}
+  let y     = read * x | sum_heads | norm | part
+  out = x + write * (y | repeat(lanes))
+}
+""",
+            "close": """
+layer close {
+  let read = sigmoid(x | merge | rms_norm({{eps()}}scale = false) | logits(lanes)) + {{hc_eps}}
+  out = read * x | sum_heads | repeat(lanes)
+}
+""",
+            "cut": """
+ffn cut(hidden) : swiglu(hidden = hidden) {
+  let gate = x | linear(hidden) | min({{swiglu_limit}})
+  let up   = x | linear(hidden) | clip(-{{swiglu_limit}}, {{swiglu_limit}})
+}
+""",
+            "mixed": """
+ffn mixed(experts, top) : biased(experts, top, cut({{moe_intermediate_size}}),
+    {{gated(hidden = moe_intermediate_size, times = n_shared_experts)}}) {}
+""",
+        },
+        weights="".join(
+            f"""
+model.layers.{{i}}.input_layernorm.weight -> layers.{{2i}}.part_norm.weight
+model.layers.{{i}}.post_attention_layernorm.weight -> layers.{{2i+1}}.part_norm.weight
+model.hc_head.hc_{name} -> layers.{{last}}.read_logits.{own}
+"""
+            for name, own in (("fn", "o_proj.weight"), ("base", "base"), ("scale", "scale_"))
+        )
+        + LANES
+        + OF_LANES,
     ),
 }

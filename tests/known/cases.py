@@ -59,6 +59,7 @@ LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 5,
 }
+FULL_LATENT = {name: each for name, each in LATENT.items() if name != "q_lora_rank"}
 GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "n_routed_experts": 12}
 ONE_GROUP = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse"]}
@@ -454,6 +455,44 @@ CASES: dict[str, dict[str, Any]] = {
         "lru_width": 24,
         "attention_window_size": 5,
         "num_key_value_heads": 1,
+    },
+    "axk2": {
+        **SMALL,
+        **LATENT,
+        **DENSE_FIRST,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "index_topk": 5,
+        "index_n_heads": 8,
+        "index_head_dim": 6,
+        "gated_norm_rank": 3,
+        "layer_types": ["indexed_attention"] * 2,
+    },
+    "hy_v4": {
+        **SMALL,
+        **LATENT,
+        **DENSE_FIRST,
+        **ONE_GROUP,
+        "n_routed_experts": 8,
+        "hc_mult": 3,
+        "indexer_types": ["full", "shared"],
+        "index_topk": 5,
+        "index_n_heads": 8,
+        "index_head_dim": 6,
+        "swiglu_limit": 1.5,
+        "routed_scaling_factor": 2.5,
+    },
+    "bailing_hybrid": {
+        **SMALL,
+        **DENSE_FIRST,
+        **FULL_LATENT,
+        "layer_types": ["linear_attention", FULL],
+        "num_experts": 12,
+        "num_experts_per_token": 3,
+        "num_expert_group": 4,
+        "topk_group": 2,
+        "linear_num_heads": 4,
+        "linear_head_dim": 6,
     },
 }
 

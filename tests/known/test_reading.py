@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import headloom as hl
+from headloom.cli import main
 from headloom.known import codes, config, from_hf
 from headloom.known.layers import written
 
@@ -138,6 +141,26 @@ def test_a_configuration_alone_has_names_and_no_weights() -> None:
     assert torch.equal(one.embed_tokens.weight, again.embed_tokens.weight)
     assert repr(known).startswith("<qwen2: ")
     assert str(known) == known.text
+
+
+def test_the_command_writes_a_text_and_its_weights(tmp_path: Path) -> None:
+    theirs = made("gpt2")
+    theirs.save_pretrained(tmp_path / "theirs")
+    text, weights = tmp_path / "gpt2.loom", tmp_path / "gpt2.safetensors"
+    asked = ["import", str(tmp_path / "theirs"), "-o", str(text), "--weights", str(weights)]
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 0, done.output
+    ours = hl.compile(text, "gpt2", backend="torch").eval()
+    ours.load_state_dict(load_file(weights))
+    with torch.no_grad():
+        assert torch.allclose(ours(TOKENS), theirs(TOKENS).logits, atol=1e-5)
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    done = CliRunner().invoke(main, ["import", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "L601" in done.stderr
 
 
 def test_misfits_are_said_all_at_once() -> None:
