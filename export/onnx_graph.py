@@ -38,6 +38,7 @@ MOST = 2**31 - 2**20  # bytes of one file; weights beyond it lie in a file besid
 
 def converted(program: Program) -> ir.Model:
     """Translate a program. Raises `NoProgramError` where ONNX has no operator for one of it."""
+    _one_kind_of_bounds(program)
     with torch.no_grad(), warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
@@ -52,6 +53,19 @@ def converted(program: Program) -> ir.Model:
             raise NoProgramError(_why(problem)) from None
     assert made is not None
     return cleaned(simplified(made.model))
+
+
+def _one_kind_of_bounds(program: Program) -> None:
+    """Make both bounds of a clamp of floats floats: the exporter takes no `clamp(x, 0.01, 2)`."""
+    for graph in program.exported.graph_module.modules():
+        if not isinstance(graph, torch.fx.GraphModule):
+            continue
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.clamp.default):
+            x, *bounds = node.args
+            value = x.meta.get("val") if isinstance(x, torch.fx.Node) else None
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                floats = (float(each) if isinstance(each, int) else each for each in bounds)
+                node.args = (x, *floats)
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -173,8 +187,8 @@ def _why(problem: BaseException) -> str:
     if found := _MISSING.search(text):
         name = found[1] if found[2] == "default" else f"{found[1]}.{found[2]}"
         return f"ONNX has no operator for `{name}`{part}"
-    last = [line for line in text.splitlines() if line.strip()]
-    return f"PyTorch's exporter to ONNX says{part}: {last[-1]}"
+    said = str(chain[-1]).strip().splitlines() or [type(chain[-1]).__name__]
+    return f"PyTorch's exporter to ONNX says{part}: {said[0]}"
 
 
 def _causes(problem: BaseException | None) -> Iterator[BaseException]:

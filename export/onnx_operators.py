@@ -30,6 +30,13 @@ def floor(x: Any) -> Any:
     return op.Identity(x) if x.dtype.is_integer() else op.Floor(x)
 
 
+def power(x: Any, exponent: Any) -> Any:
+    """Raise to a power, which is a float where either is: ONNX gives the type of the base."""
+    if x.dtype.is_integer() and exponent.dtype.is_floating_point():
+        x = op.CastLike(x, exponent)
+    return op.Pow(x, exponent)
+
+
 def attention(
     q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
     *, scale: float | None = None, enable_gqa: bool = False,
@@ -75,6 +82,28 @@ def searchsorted(
     found = op.Cast(less(among, op.Unsqueeze(x, last)), to=_INT64)
     count = op.ReduceSum(found, last, keepdims=0)
     return op.Cast(count, to=ir.DataType.INT32) if out_int32 else count
+
+
+def from_bits(x: Any, dtype: int) -> Any:
+    """Read whole numbers of 32 bits as the floats that have these bits."""
+    if (x.dtype, dtype) != (ir.DataType.INT32, ir.DataType.FLOAT):
+        raise NotImplementedError("bits are read as float32, of int32, alone")
+    number = op.Constant
+    size = op.BitwiseAnd(x, number(value=ir.tensor(0x7FFFFFFF, ir.DataType.INT32)))
+    step = number(value=ir.tensor(2**23, ir.DataType.INT32))
+    exponent = op.Div(size, step)
+    within = op.Cast(op.Sub(size, op.Mul(exponent, step)), to=ir.DataType.DOUBLE)
+    small = op.Equal(exponent, number(value=ir.tensor(0, ir.DataType.INT32)))
+    power = op.Cast(op.Max(exponent, number(value=ir.tensor(1, ir.DataType.INT32))),
+                    to=ir.DataType.DOUBLE)  # fmt: skip
+    double = lambda value: number(value=ir.tensor(float(value), ir.DataType.DOUBLE))  # noqa: E731
+    lead = op.Where(small, double(0), double(2**23))
+    found = op.Mul(op.Add(lead, within), op.Pow(double(2), op.Sub(power, double(150))))
+    beyond = op.Where(op.Equal(within, double(0)), double("inf"), double("nan"))
+    top = op.Equal(exponent, number(value=ir.tensor(255, ir.DataType.INT32)))
+    found = op.Where(top, beyond, found)
+    negative = op.Less(x, number(value=ir.tensor(0, ir.DataType.INT32)))
+    return op.Cast(op.Where(negative, op.Neg(found), found), to=ir.DataType.FLOAT)
 
 
 _EXTREME = """
@@ -176,10 +205,12 @@ aten, prims = torch.ops.aten, torch.ops.prims
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.floor.default: floor,
+    aten.pow.Tensor_Tensor: power,
     aten.cummax.default: cummax,
     aten.cummin.default: cummin,
     aten.searchsorted.Tensor: searchsorted,
     aten.sort.stable: sort,
+    aten.view.dtype: from_bits,
     aten.linalg_solve_triangular.default: linalg_solve_triangular,
     prims.prod.default: prod,
 }

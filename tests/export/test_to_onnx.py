@@ -259,6 +259,26 @@ def test_places_in_a_sorted_row(right, rows):
     numpy.testing.assert_array_equal(got, place(row, x, right=right))
 
 
+def test_bits_that_are_read_as_floats():
+    x = torch.tensor([0.0, -0.0, 1.0, -1.5, 3.4028235e38, 1e-45, -1e-40, 1.17549435e-38, 0.1])
+    draw = torch.randn(60, generator=torch.Generator().manual_seed(0)).exp() ** 9
+    bits = torch.cat([x, draw, torch.tensor([torch.inf, -torch.inf])]).view(torch.int32)
+    (got,) = computed(lambda x: x.view(torch.float32), bits)
+    numpy.testing.assert_array_equal(got, bits.view(torch.float32))
+
+
+def test_a_power_of_whole_numbers():
+    x, exponent = torch.arange(6).reshape(3, 2), torch.full((3, 2), 1.5)
+    (got,) = computed(lambda x, e: x**e, x, exponent)
+    numpy.testing.assert_allclose(got, x**exponent, rtol=1e-6)
+
+
+def test_bounds_of_two_kinds():
+    x = torch.randn(3, 4)
+    (got,) = computed(lambda x: x.clamp(0.5, 2), x)
+    numpy.testing.assert_array_equal(got, x.clamp(0.5, 2))
+
+
 def test_whole_numbers_are_round():
     x = torch.arange(6).reshape(3, 2)
     (got,) = computed(lambda x: x.floor(), x)
