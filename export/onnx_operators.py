@@ -6,6 +6,7 @@ the next is a `Scan`, whose body is text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,14 +97,17 @@ def from_bits(x: Any, dtype: int) -> Any:
     small = op.Equal(exponent, number(value=ir.tensor(0, ir.DataType.INT32)))
     power = op.Cast(op.Max(exponent, number(value=ir.tensor(1, ir.DataType.INT32))),
                     to=ir.DataType.DOUBLE)  # fmt: skip
-    double = lambda value: number(value=ir.tensor(float(value), ir.DataType.DOUBLE))  # noqa: E731
-    lead = op.Where(small, double(0), double(2**23))
-    found = op.Mul(op.Add(lead, within), op.Pow(double(2), op.Sub(power, double(150))))
-    beyond = op.Where(op.Equal(within, double(0)), double("inf"), double("nan"))
+    lead = op.Where(small, _double(0.0), _double(2.0**23))
+    found = op.Mul(op.Add(lead, within), op.Pow(_double(2.0), op.Sub(power, _double(150.0))))
+    beyond = op.Where(op.Equal(within, _double(0.0)), _double(math.inf), _double(math.nan))
     top = op.Equal(exponent, number(value=ir.tensor(255, ir.DataType.INT32)))
     found = op.Where(top, beyond, found)
     negative = op.Less(x, number(value=ir.tensor(0, ir.DataType.INT32)))
     return op.Cast(op.Where(negative, op.Neg(found), found), to=ir.DataType.FLOAT)
+
+
+def _double(value: float) -> Any:
+    return op.Constant(value=ir.tensor(value, ir.DataType.DOUBLE))
 
 
 _EXTREME = """
