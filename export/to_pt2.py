@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..compiler.model import Model
+from ..compiler.model import Block, Model, Pairwise
 from ..compiler.verify.cases import Case
 from ..compiler.verify.verify import Finding
 from . import compiled
@@ -53,12 +53,20 @@ class Programs:
 
 
 def obstacles(request: Request) -> Sequence[str]:
-    """Say what cannot be a program: whatever PyTorch's exporter says it cannot take."""
+    """Say what cannot be a program: tokens in turn, whatever else the exporter cannot take."""
+    if turns := [each.name for each in request.subject.blocks if _keeps(each)]:
+        names = " and ".join(f"`{each}`" for each in dict.fromkeys(turns))
+        return (f"`keep` of {names} takes tokens in turn: no program is for every length",)
     try:
         made = programs(request)
     except NoProgramError as problem:
         return (str(problem),)
     return compiled.obstacles(made.named) if request.options.aot else ()
+
+
+def _keeps(block: Block) -> bool:
+    mixes = (each.mix for each in block.mixings.values())
+    return any(isinstance(each, Pairwise) and each.keep is not None for each in mixes)
 
 
 def write(request: Request, folder: Path) -> None:

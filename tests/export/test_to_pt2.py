@@ -94,6 +94,11 @@ def test_a_step_leaves_its_cache_alone():
     assert all(torch.equal(one, two) for one, two in zip(cache, before, strict=True))
 
 
+def test_tokens_in_turn_are_an_obstacle(tmp_path):
+    with pytest.raises(hl.NotExportedError, match="`keep` of `tova` takes tokens in turn"):
+        hl.export(hl.zoo("tova").arch, "tova", to="pt2", out=tmp_path / "made")
+
+
 def test_where_no_program_can_step_the_certificate_says_why(tmp_path, monkeypatch):
     def refusing(_):
         raise NoProgramError("`c` cannot be free: it would be 37 alone")
