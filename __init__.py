@@ -27,6 +27,7 @@ _DOOR = {
     "LoomError": ".grammar.diagnostics",
     "NotVerifiedError": ".compiler.verify.certificate",
     "NotExportedError": ".export.export",
+    "register_attention": ".export.attention",
     "Diagnostic": ".grammar.diagnostics",
 }
 

@@ -267,3 +267,20 @@ def test_prompts_of_all_lengths_decode_to_the_tokens_of_runs_alone(side):
             now = model(now, cache=cache).argmax(-1)
             together.append(now)
     assert torch.cat(together, 1).tolist() == alone
+
+
+def test_the_first_call_with_a_cache_is_made_as_a_whole_sequence_is(monkeypatch):
+    module, x = compiled("mask = causal"), drawn(2, 9)
+    expected = module(x)
+    taken = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **more: taken.append(more.get("is_causal", False)) or plain(*args, **more),
+    )
+    cache = module.init_cache(2, 9)
+    with torch.no_grad():
+        close(module(x[:, :6], cache=cache), expected[:, :6])
+        close(module(x[:, 6:], cache=cache), expected[:, 6:])
+    assert taken == [True, False]
