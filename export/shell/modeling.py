@@ -1,0 +1,564 @@
+"""A model that is exported by Headloom, as Transformers calls it.
+
+The architecture is another file's; it needs PyTorch, and layers of Transformers' that can be
+computed again for their gradients.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import can_return_tuple
+
+from .architecture import Architecture, Batch, begin
+from .configuration import LoomConfig
+
+__all__ = ["LoomForCausalLM", "LoomForSequenceClassification", "LoomModel"]
+
+# What holds of this architecture.
+PROJECTION: str | None = "lm_head"  # the module that makes logits of features
+OBSTACLE: str | None = None  # why it cannot go on token by token
+UNHEARD: str | None = None  # why what its layers give cannot be shown
+READS_TOKENS: bool = False  # whether layers read the tokens themselves
+LAYOUT: dict[str, bool] = {"cuts": True, "rows": False}  # how it lays sequences out
+
+
+class LoomCache(Cache):
+    """What the tokens so far left behind, of rows that may differ in length."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__(layers=[])
+        self.held = held  # the architecture's own
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.batch_size} rows of {self.held.lengths.tolist()})"
+
+    @property
+    def batch_size(self) -> int:
+        """The number of rows."""
+        return int(self.held.batch)
+
+    @property
+    def is_initialized(self) -> bool:
+        """It is from the beginning."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile a step with it: rows of any length are told apart."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` puts it back as it was."""
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Return how many tokens a row was given in all, padding included."""
+        return int(self.held.length)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
+        """Return how many tokens of a sequence fit, -1 for any number."""
+        limit = self.held.limit
+        return -1 if limit is None else int(limit)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+        """Return how long a mask of so many more tokens is, and where it begins."""
+        return self.get_seq_length() + query_length, 0
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise `NotImplementedError`: its model alone knows what it holds."""
+        raise NotImplementedError(f"{type(self).__name__} is written by its model")
+
+    def reset(self) -> None:
+        """Empty all rows."""
+        self.held.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row b go on from row `beam_idx[b]`."""
+        self.held.reorder(beam_idx.to(self.held.device))
+        self._mark()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, in this order."""
+        rows = torch.arange(self.batch_size, device=self.held.device)
+        self.reorder_cache(rows[indices.to(rows.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have each row so many times."""
+        rows = torch.arange(self.batch_size, device=self.held.device)
+        self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def activate_past_recording(self) -> None:
+        """Remember from here on what rings and states need to go back."""
+        self.held.mark()
+
+    def _mark(self) -> None:
+        """Remember from here on, where anything was remembered."""
+        if self.held.calls is not None:
+            self.held.mark()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens of every row, -k of them; what they are is 0 or below.
+
+        Rings and states go back to where recording began or the last crop ended, or after.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError("`crop` takes the number of tokens to take back, as 0 or below")
+        recording = self.held.calls is not None
+        if tokens_to_remove:
+            self.held.crop(tokens_to_remove)
+        if recording:
+            self.held.mark()
+
+
+class LoomPreTrainedModel(PreTrainedModel):
+    """The architecture as `model`, and its weights under Transformers' conventions."""
+
+    config_class = LoomConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = [
+        Architecture.__name__
+    ]  # its layers share how a batch stands
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        self.model = Architecture()
+        self._drawn = not any(each.is_meta for each in self.model.parameters())
+        self._fit_vocabulary(config.vocab_size)
+
+    def _fit_vocabulary(self, size: int) -> None:
+        """Have tables of so many tokens, where those of the architecture were resized."""
+        table, projection = self.get_input_embeddings(), self._projection
+        assert isinstance(table, nn.Embedding)
+        if table.num_embeddings == size:
+            return
+        self.model.embed_tokens = nn.Embedding(size, table.embedding_dim)
+        if isinstance(projection, nn.Linear):
+            biased = projection.bias is not None
+            self._set_projection(nn.Linear(projection.in_features, size, bias=biased))
+
+    @property
+    def _projection(self) -> nn.Module | None:
+        return None if PROJECTION is None else self.model.get_submodule(PROJECTION)
+
+    def _set_projection(self, module: nn.Module) -> None:
+        assert PROJECTION is not None
+        self.model.set_submodule(PROJECTION, module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the table of tokens."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another table of tokens in place."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return what makes logits of features, where there is such a module."""
+        projection = self._projection
+        return None if isinstance(projection, nn.Identity) else projection
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Put another module that makes logits in place."""
+        self._set_projection(new_embeddings)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what is not of the architecture, which draws its own tensors."""
+        if module is getattr(self, "score", None):
+            super()._init_weights(module)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw what is given by no file, as the architecture does; constants are made again."""
+        super().initialize_weights()
+        if self._drawn:
+            return
+        held = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        lacking = [
+            name for name, each in held.items() if not getattr(each, "_is_hf_initialized", False)
+        ]
+        if not lacking:
+            return
+        made = Architecture()
+        drawn = {**dict(made.named_parameters()), **dict(made.named_buffers())}
+        for name in lacking:
+            if held[name].shape == drawn[name].shape:
+                held[name].copy_(drawn[name])
+            else:  # a table of a vocabulary that was resized
+                nn.init.normal_(held[name], std=0.02)
+
+    def make_cache(self, batch_size: int, max_length: int | None = None) -> LoomCache:
+        """Return an empty cache of so many rows; without a length it grows."""
+        if OBSTACLE is not None:
+            raise ValueError(f"this model cannot decode: {OBSTACLE}")
+        return LoomCache(self.model.init_cache(batch_size, max_length))
+
+    def _compute(
+        self,
+        x: Tensor,
+        *,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        keep: int | Tensor = 0,
+        states: list[Tensor] | None = None,
+        context: None = None,  # noqa: ARG002  a cache that goes back says it
+    ) -> tuple[Tensor, Tensor]:
+        """Return features [b, n, width], and what is made of those that are kept.
+
+        x is tokens [b, n], or what the table would give of them [b, n, width]. The stream before
+        each layer is added to `states`.
+        """
+        if cache is None:
+            batch = Batch(x, None, attention_mask, segments, None, positions, **LAYOUT)
+        else:
+            batch = begin(self.model, x, cache, attention_mask, None, None, positions, **LAYOUT)
+            cache.note(self._compute, False, x=x, attention_mask=attention_mask)
+            cache.also(positions=positions)
+        features: list[Tensor] = []
+
+        def meets(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+            features.append(batch.give(args[0]))
+            return features[0][:, kept(keep)]
+
+        def hears(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert states is not None
+            states.append(batch.give(args[0]))
+
+        hooks = []
+        projection = self._projection
+        if projection is not None:
+            hooks.append(projection.register_forward_pre_hook(meets))
+        if states is not None:
+            hooks += [each.register_forward_pre_hook(hears) for each in self.model.layers]
+        tokens = x
+        if x.ndim == 3:
+            tokens = x.new_zeros(x.shape[:2], dtype=torch.int64)
+            hooks.append(self.model.embed_tokens.register_forward_hook(lambda *_: batch.take(x)))
+        try:
+            y = self.model(batch.take(tokens), batch=batch, cache=cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if cache is not None:
+            cache.advance(batch)
+        if projection is None:
+            y = batch.give(y)
+            return y, y[:, kept(keep)]
+        return features[0], y
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        keep: int | Tensor,
+        wanted: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Cache | None, tuple[Tensor, ...] | None]:
+        """Return features, what is made of them, the cache and the streams that were asked for."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either `input_ids` or `inputs_embeds`")
+        if inputs_embeds is not None and READS_TOKENS:
+            raise ValueError("layers of this model read the tokens: give `input_ids`")
+        asked = {name: wanted.get(name) for name in ("output_attentions", "output_hidden_states")}
+        asked = {
+            name: getattr(self.config, name) if each is None else each
+            for name, each in asked.items()
+        }
+        if asked["output_attentions"]:
+            raise ValueError("this model keeps no attention maps: leave `output_attentions` out")
+        states: list[Tensor] | None = [] if asked["output_hidden_states"] else None
+        if states is not None and UNHEARD is not None:
+            raise ValueError(f"`output_hidden_states` cannot be given: {UNHEARD}")
+        x = inputs_embeds if input_ids is None else input_ids
+        assert x is not None
+        mask = own_mask(attention_mask, x)
+        past = None if past_key_values is None else self._own(past_key_values).held
+        positions, segments = placed(position_ids, mask, x, past)
+        cache = past_key_values
+        if cache is None and self._uses_cache(use_cache, segments):
+            cache = self.make_cache(len(x))
+        features, y = self._compute(
+            x,
+            cache=None if cache is None else self._own(cache).held,
+            attention_mask=mask,
+            positions=positions,
+            segments=segments,
+            keep=keep,
+            states=states,
+        )
+        return features, y, cache, None if states is None else (*states, features)
+
+    @staticmethod
+    def _own(cache: Cache) -> LoomCache:
+        """Return a cache of this model's own kind; raise `ValueError` for another."""
+        if isinstance(cache, LoomCache):
+            return cache
+        raise ValueError(
+            "a cache of this model holds more than keys and values: leave `past_key_values` "
+            f"out, or give one of its `make_cache`, not a {type(cache).__name__}"
+        )
+
+    def _uses_cache(self, asked: bool | None, segments: Tensor | None) -> bool:
+        """Say whether a call begins a cache; training and several sequences in a row need none."""
+        if self.training and getattr(self, "is_gradient_checkpointing", False):
+            return False
+        if asked and segments is not None:
+            raise ValueError("`position_ids` begin anew in a row: a cache holds one sequence")
+        if asked is not None:
+            return asked
+        spare = self.training or segments is not None or OBSTACLE is not None
+        return bool(self.config.use_cache) and not spare
+
+
+class LoomModel(LoomPreTrainedModel):
+    """The features of each token, before they are mapped to the vocabulary."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^model\.{PROJECTION}\."]
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        if PROJECTION is not None:
+            self._set_projection(nn.Identity())
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return features [b, n, width]; a mask 0 is padding, on any side."""
+        features, _, cache, states = self._run(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            1,
+            kwargs,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=features, past_key_values=cache, hidden_states=states
+        )
+
+
+class LoomForCausalLM(LoomPreTrainedModel, GenerationMixin):
+    """Logits of each token, their loss, and `generate`."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        f"model.{PROJECTION}.weight": "model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits [b, n, vocab]: of all tokens, of the last so many, or of those numbered.
+
+        `labels` [b, n] are the tokens themselves, -100 where none is to be told; the loss is that
+        of telling each from those before it, and what the architecture adds in training.
+        """
+        _, logits, cache, states = self._run(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            logits_to_keep,
+            kwargs,
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+            if self.training and hasattr(self.model, "auxiliary_loss"):
+                loss = loss + self.model.auxiliary_loss().to(loss)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=states
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Go on from tokens, as Transformers says; raise `ValueError` where it cannot decode."""
+        if OBSTACLE is not None:
+            raise ValueError(f"this model cannot decode: {OBSTACLE}")
+        return super().generate(*args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Leave positions out: the cache counts them."""
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Make a cache of this model's own kind, which grows, or of fixed length: `static`."""
+        how = generation_config.cache_implementation
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            return
+        if how not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"`cache_implementation` is 'dynamic' or 'static' for this model, not {how!r}"
+            )
+        length = None
+        if how == "static":
+            length = max(max_cache_length, generation_config.max_cache_len or 0)
+        rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache = self.make_cache(batch_size * rows, length)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+
+class LoomForSequenceClassification(LoomPreTrainedModel):
+    """Labels of a whole sequence, from the features of its last token."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^model\.{PROJECTION}\."]
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        if PROJECTION is not None:
+            self._set_projection(nn.Identity())
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Return logits [b, labels]. Padding is told by the mask, or else by `pad_token_id`."""
+        features, _, cache, states = self._run(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            1,
+            kwargs,
+        )
+        pad = self.config.pad_token_id
+        if attention_mask is None and input_ids is not None and pad is not None:
+            attention_mask = input_ids != pad
+        row = torch.arange(len(features), device=features.device)
+        logits = self.score(features[row, last_tokens(attention_mask, features)])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                labels=labels, pooled_logits=logits, config=self.config, **kwargs
+            )
+            if self.training and hasattr(self.model, "auxiliary_loss"):
+                loss = loss + self.model.auxiliary_loss().to(loss)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=states
+        )
+
+
+def kept(keep: int | Tensor) -> Any:
+    """Return which tokens are kept: all, the last so many, or those that are numbered."""
+    return slice(-keep, None) if isinstance(keep, int) else keep
+
+
+def own_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return what of a mask [b, past + n] is of x [b, n, …]; None where nothing is padding."""
+    if attention_mask is None:
+        return None
+    n = x.shape[1]
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < n:
+        raise ValueError(
+            f"`attention_mask` must be [b, {n}], or longer by the tokens before; "
+            f"it is {list(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - n :]
+    full = not torch.compiler.is_compiling() and bool(mask.all())
+    return None if full else mask
+
+
+def placed(
+    position_ids: Tensor | None, mask: Tensor | None, x: Tensor, held: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return positions where they are not what would be counted, and the numbers of sequences.
+
+    Without padding and a cache, a row holds several sequences where its positions begin anew.
+    """
+    if position_ids is None:
+        return None, None
+    b, n = x.shape[:2]
+    positions = position_ids.expand(b, n)
+    if torch.compiler.is_compiling():
+        return positions, None
+    step = torch.arange(n, device=x.device).expand(b, n)
+    segments = None
+    if held is None and mask is None:
+        anew = (positions == 0) & (step > 0)
+        counted = step - torch.where(anew, step, 0).cummax(1)[0]
+        segments = anew.long().cumsum(1) if bool(anew.any()) else None
+    else:
+        before = 0 if held is None else held.since
+        before = before[:, None] if isinstance(before, Tensor) else before
+        live = torch.ones_like(step).bool() if mask is None else mask.bool()
+        counted = torch.where(live, before + live.cumsum(1) - 1, positions)
+    return None if torch.equal(counted, positions) else positions, segments
+
+
+def last_tokens(mask: Tensor | None, features: Tensor) -> Tensor:
+    """Return the place [b] of the last token of each row that is no padding."""
+    b, n = features.shape[:2]
+    step = torch.arange(n, device=features.device).expand(b, n)
+    if mask is None:
+        return step[:, -1]
+    return torch.where(mask[:, -n:].bool(), step, 0).amax(1)

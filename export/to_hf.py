@@ -1,0 +1,67 @@
+"""A folder that Transformers opens: `from_pretrained(folder, trust_remote_code=True)`.
+
+made/config.json              sizes, and where the classes are
+made/configuration_tiny.py    the configuration
+made/modeling_tiny.py         the classes that Transformers calls
+made/architecture_tiny.py     the text that `headloom build` writes
+made/generation_config.json   how `generate` goes on by default
+made/model.safetensors        the weights, under `model.`
+made/README.md                what it is, how to open it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..compiler.verify.verify import Finding
+from .opened import opened
+from .place import write_text, writing
+from .readme import fenced, readme
+from .request import Request
+from .shelled import Shelled, shelled, standing_apart
+
+WEIGHTS = "model.safetensors"
+
+
+def obstacles(request: Request) -> Sequence[str]:
+    """Say what Transformers has no class for, or what the shell cannot call."""
+    return standing_apart(request)
+
+
+def write(request: Request, folder: Path) -> None:
+    """Write the texts, the configuration and the weights."""
+    from safetensors.torch import save_file
+
+    made = shelled(request)
+    for name, text in made.files.items():
+        write_text(folder / name, text)
+    state = {f"model.{name}": each for name, each in request.module.state_dict().items()}
+    with writing(folder / WEIGHTS, sum(each.nbytes for each in state.values())) as path:
+        save_file(state, str(path), metadata={"format": "pt"})
+    write_text(folder / "README.md", _readme(request, made))
+
+
+def check(request: Request, folder: Path) -> Iterator[Finding]:
+    """Open the folder with Transformers alone: call it, decode with it, save and load it."""
+    made = shelled(request)
+    yield from opened(request, folder, made.autos, made.decodes)
+
+
+def _readme(request: Request, made: Shelled) -> str:
+    auto = "AutoModelForCausalLM" if "AutoModelForCausalLM" in made.autos else "AutoModel"
+    lines = [
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)',
+    ]
+    names = ", ".join(f"`{each}`" for each in made.autos)
+    says = (
+        f"It opens as {names} of Transformers 5, which runs the code of this folder: read "
+        f"`architecture_{made.name}.py`, the architecture, and `modeling_{made.name}.py`, what "
+        "stands around it. Headloom is not needed."
+    )
+    front = "---\nlibrary_name: transformers\n"
+    if made.decodes:
+        front += "pipeline_tag: text-generation\n"
+    return f"{front}---\n\n{readme(request, says, fenced('python', lines))}"
