@@ -181,16 +181,16 @@ def _modeling(request: Request, what: Model, cls: str, name: str, code: Code, sp
     }
     text = _renamed("modeling.py", cls, name, code)
     for key, value in values.items():
-        written = f'"{value}"' if isinstance(value, str) else repr(value).replace("'", '"')
-        text, count = re.subn(
-            rf"^({key}: [^=]+ = ).*?(  # .*)$",
-            lambda found, written=written: found[1] + written + found[2],
-            text,
-            count=1,
-            flags=re.MULTILINE,
-        )
-        assert count == 1, key
+        text = _valued(text, key, value)
     return text
+
+
+def _valued(text: str, key: str, value: object) -> str:
+    """Return a text with the value of a constant, before the comment that says what it is."""
+    written = f'"{value}"' if isinstance(value, str) else repr(value).replace("'", '"')
+    line = next(each for each in text.splitlines() if each.startswith(f"{key}: "))
+    typed, _, rest = line.partition(" = ")
+    return text.replace(line, f"{typed} = {written}  #{rest.rpartition('#')[2]}")
 
 
 def _rows(what: Model) -> bool:

@@ -4,19 +4,18 @@ The architecture is another file's; it needs PyTorch, and layers of Transformers
 computed again for their gradients.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .architecture import Architecture, Batch, begin
 from .configuration import LoomConfig
@@ -64,16 +63,16 @@ class LoomCache(Cache):
         """Whether `crop` puts it back as it was."""
         return True
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many tokens a row was given in all, padding included."""
         return int(self.held.length)
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """Return how many tokens of a sequence fit, -1 for any number."""
         limit = self.held.limit
         return -1 if limit is None else int(limit)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return how long a mask of so many more tokens is, and where it begins."""
         return self.get_seq_length() + query_length, 0
 
@@ -129,10 +128,9 @@ class LoomPreTrainedModel(PreTrainedModel):
     config_class = LoomConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = [
-        Architecture.__name__
-    ]  # its layers share how a batch stands
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    # Layers share how a batch stands, so that all are on one device.
+    _no_split_modules: list[str] = [Architecture.__name__]
+    _skip_keys_device_placement: list[str] = ["past_key_values"]
 
     def __init__(self, config: LoomConfig) -> None:
         super().__init__(config)
@@ -217,7 +215,7 @@ class LoomPreTrainedModel(PreTrainedModel):
         segments: Tensor | None = None,
         keep: int | Tensor = 0,
         states: list[Tensor] | None = None,
-        context: None = None,  # noqa: ARG002  a cache that goes back says it
+        context: None = None,  # what goes back to a mark says it
     ) -> tuple[Tensor, Tensor]:
         """Return features [b, n, width], and what is made of those that are kept.
 
@@ -319,7 +317,7 @@ class LoomPreTrainedModel(PreTrainedModel):
 
     def _uses_cache(self, asked: bool | None, segments: Tensor | None) -> bool:
         """Say whether a call begins a cache; training and several sequences in a row need none."""
-        if self.training and getattr(self, "is_gradient_checkpointing", False):
+        if self.training and any(map(computed_again, self.model.layers)):
             return False
         if asked and segments is not None:
             raise ValueError("`position_ids` begin anew in a row: a cache holds one sequence")
@@ -332,7 +330,7 @@ class LoomPreTrainedModel(PreTrainedModel):
 class LoomModel(LoomPreTrainedModel):
     """The features of each token, before they are mapped to the vocabulary."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^model\.{PROJECTION}\."]
+    _keys_to_ignore_on_load_unexpected: list[str] = [rf"^model\.{PROJECTION}\."]
 
     def __init__(self, config: LoomConfig) -> None:
         super().__init__(config)
@@ -370,9 +368,7 @@ class LoomModel(LoomPreTrainedModel):
 class LoomForCausalLM(LoomPreTrainedModel, GenerationMixin):
     """Logits of each token, their loss, and `generate`."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        f"model.{PROJECTION}.weight": "model.embed_tokens.weight"
-    }
+    _tied_weights_keys: dict[str, str] = {f"model.{PROJECTION}.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LoomConfig) -> None:
         super().__init__(config)
@@ -421,7 +417,8 @@ class LoomForCausalLM(LoomPreTrainedModel, GenerationMixin):
         """Go on from tokens, as Transformers says; raise `ValueError` where it cannot decode."""
         if OBSTACLE is not None:
             raise ValueError(f"this model cannot decode: {OBSTACLE}")
-        return super().generate(*args, **kwargs)
+        generation: Any = super()
+        return generation.generate(*args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """Leave positions out: the cache counts them."""
@@ -433,14 +430,14 @@ class LoomForCausalLM(LoomPreTrainedModel, GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         """Make a cache of this model's own kind, which grows, or of fixed length: `static`."""
         how = generation_config.cache_implementation
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(
+            usual: Any = super()
+            return usual._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-            return
         if how not in (None, "dynamic", "static"):
             raise ValueError(
                 f"`cache_implementation` is 'dynamic' or 'static' for this model, not {how!r}"
@@ -453,19 +450,20 @@ class LoomForCausalLM(LoomPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+        return None
 
 
 class LoomForSequenceClassification(LoomPreTrainedModel):
     """Labels of a whole sequence, from the features of its last token."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^model\.{PROJECTION}\."]
+    _keys_to_ignore_on_load_unexpected: list[str] = [rf"^model\.{PROJECTION}\."]
 
     def __init__(self, config: LoomConfig) -> None:
         super().__init__(config)
         if PROJECTION is not None:
             self._set_projection(nn.Identity())
-        self.num_labels = config.num_labels
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.num_labels = config.num_labels or 2
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -506,6 +504,11 @@ class LoomForSequenceClassification(LoomPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache, hidden_states=states
         )
+
+
+def computed_again(layer: nn.Module) -> bool:
+    """Say whether a layer in training is computed again for its gradients."""
+    return bool(getattr(layer, "gradient_checkpointing", False))
 
 
 def kept(keep: int | Tensor) -> Any:
