@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...compiler.pieces.batches import Batch
-from ...compiler.pieces.caches import Cache, begin
+from ...compiler.pieces.caches import Cache
 
-__all__ = ["Architecture", "Batch", "Cache", "begin"]
+__all__ = ["Architecture", "Batch", "Cache"]
 
 
 class Architecture(nn.Module):

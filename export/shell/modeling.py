@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .architecture import Architecture, Batch, begin
+from .architecture import Architecture, Batch
 from .configuration import LoomConfig
 
 __all__ = ["LoomForCausalLM", "LoomForSequenceClassification", "LoomModel"]
@@ -159,7 +159,8 @@ class LoomPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the table of tokens."""
-        return self.model.embed_tokens
+        table: nn.Module = self.model.embed_tokens
+        return table
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Put another table of tokens in place."""
@@ -222,12 +223,12 @@ class LoomPreTrainedModel(PreTrainedModel):
         x is tokens [b, n], or what the table would give of them [b, n, width]. The stream before
         each layer is added to `states`.
         """
-        if cache is None:
-            batch = Batch(x, None, attention_mask, segments, None, positions, **LAYOUT)
-        else:
-            batch = begin(self.model, x, cache, attention_mask, None, None, positions, **LAYOUT)
-            cache.note(self._compute, False, x=x, attention_mask=attention_mask)
-            cache.also(positions=positions)
+        past = None if cache is None else cache.past
+        batch = Batch(x, past, attention_mask, segments, None, positions, **LAYOUT)
+        if cache is not None:
+            cache.expect(batch, self.model)
+            given = {"x": x, "attention_mask": attention_mask, "positions": positions}
+            cache.note(self._compute, False, **given)
         features: list[Tensor] = []
 
         def meets(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
