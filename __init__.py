@@ -26,7 +26,7 @@ _DOOR = {
     "zoo": ".compiler.api",
     "LoomError": ".grammar.diagnostics",
     "NotVerifiedError": ".compiler.verify.certificate",
-    "NotExportedError": ".export.export",
+    "NotExportedError": ".export.request",
     "register_attention": ".export.attention",
     "Diagnostic": ".grammar.diagnostics",
 }

@@ -423,6 +423,8 @@ def verify(
     type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
     help="What it is in [default: as the weights are].",
 )
+@click.option("--portable", is_flag=True, help="pt2: PyTorch's core operators where there are.")
+@click.option("--aot", is_flag=True, help="pt2: compiled for this processor too (takes minutes).")
 @width_option
 @json_option
 def export(what: str, to: str, out: str, json: bool, **given: Any) -> None:
@@ -435,8 +437,8 @@ def export(what: str, to: str, out: str, json: bool, **given: Any) -> None:
     Example: headloom export examples/gemma_like.loom:tiny_gemma --to py --out gemma
     """
     from .compiler.verify.certificate import NotVerifiedError
-    from .export.export import NotExportedError
     from .export.export import export as exported
+    from .export.request import NotExportedError
 
     path, name = _split(what)
     try:

@@ -81,7 +81,7 @@ def _parts(x: Tensor, given: dict[str, Tensor], sizes: Sequence[int]) -> Iterabl
     ends = list(accumulate(sizes))
     for start, end in zip([0, *ends], ends, strict=False):
         more = {name: each for name, each in given.items() if name != "context" or not start}
-        yield x[:, start:end], more
+        yield x[:, start:end].contiguous(), more  # operators in core form ask for it
 
 
 def expecting(
@@ -122,27 +122,39 @@ def _decode(module: nn.Module, calls: tuple[Call, ...]) -> tuple[Tensor, ...]:
 
 
 def forwarded(
-    request: Request, compared: list[Compared], script: str, given: dict[str, Any], note: str = ""
+    request: Request,
+    compared: list[Compared],
+    script: str,
+    given: dict[str, Any],
+    note: str = "",
+    check: str = "forward",
 ) -> Finding:
     """Make calls where Headloom is not; the script's `run` takes them as `calls`."""
     calls = [call for each in compared for call in each.calls]
-    return found(request, "forward", compared, lambda: [
-        (each,) for each in apart(script, calls=calls, **given)
-    ], note)  # fmt: skip
+
+    def run() -> list[tuple[Tensor]]:
+        return [(each,) for each in apart(script, calls=calls, **given)]
+
+    return found(request, check, compared, run, note)
 
 
 def decoded(
-    request: Request, compared: list[Compared], script: str, given: dict[str, Any], note: str = ""
+    request: Request,
+    compared: list[Compared],
+    script: str,
+    given: dict[str, Any],
+    note: str = "",
+    check: str = "decoding",
 ) -> Finding:
     """Decode where Headloom is not; the script's `run` takes (batch, length, parts) as `calls`."""
     if not request.decodes:
         why = request.subject.obstacle or "it gives one answer for a whole sequence"
-        return Finding(request.what.name, "decoding", None, note=why)
+        return Finding(request.what.name, check, None, note=why)
     calls = [
         (each.case.batch, sum(x.shape[1] for x, _ in each.calls), list(each.calls))
         for each in compared
     ]
-    return found(request, "decoding", compared, lambda: apart(script, calls=calls, **given), note)
+    return found(request, check, compared, lambda: apart(script, calls=calls, **given), note)
 
 
 def found(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 Axes = tuple[str | None, ...]  # the free size of each dimension, None where it is settled
 
@@ -29,8 +31,39 @@ class Program:
     @property
     def limits(self) -> str:
         """What its sizes may not be, in words."""
-        return ", ".join(f"{name} is {size} at least" for name, size in self.least.items()
-                         if size > 1)  # fmt: skip
+        least = {name: size for name, size in self.least.items() if size > 1}
+        return ", ".join(f"{name} is {size} at least" for name, size in least.items())
+
+    @property
+    def operators(self) -> frozenset[Any]:
+        """What its graphs call, those of loops too."""
+        return frozenset(
+            node.target
+            for each in self.exported.graph_module.modules()
+            if isinstance(each, GraphModule)
+            for node in each.graph.nodes
+            if node.op == "call_function" and not isinstance(node.target, BuiltinFunctionType)
+        )
+
+    @property
+    def loops(self) -> bool:
+        """Whether it goes through tokens one after the other."""
+        return torch.ops.higher_order.scan in self.operators
+
+    @property
+    def beyond_core(self) -> tuple[str, ...]:
+        """The operators that are not of PyTorch's smallest set."""
+        others = (
+            each for each in self.operators if torch.Tag.core not in getattr(each, "tags", ())
+        )
+        names = {str(each).removesuffix(".default") for each in others}
+        return tuple(sorted(names - {"aten._assert_tensor_metadata"}))  # it computes nothing
+
+    def decomposed(self) -> Program:
+        """Return the program in core operators, where there are rules for it."""
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return replace(self, exported=self.exported.run_decompositions())
 
 
 def trace(
@@ -47,8 +80,12 @@ def trace(
     least = dict.fromkeys(most, 1)
     try:
         return Program(_exported(module, given, _dims(axes, _sizes(least, most))))
-    except UserError:
+    except (UserError, RuntimeError):  # a guard; that of a number is no `UserError`
+        pass
+    try:
         free = _exported(module, given, _dims(axes, dict.fromkeys(most, Dim.AUTO)))
+    except Exception as problem:  # whatever it is that the exporter cannot take
+        raise NoProgramError(str(problem).strip().partition("\n")[0]) from problem
     least |= {name: size for name, size in _least(free, axes).items() if size > 2}
     try:  # what is found of itself is never free down to one
         return Program(_exported(module, given, _dims(axes, _sizes(least, most))), least)
@@ -75,7 +112,22 @@ def _dims(axes: Any, sizes: Mapping[str, Any]) -> Any:
 def _exported(module: nn.Module, given: Mapping[str, Any], dims: Any) -> ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(module, (), dict(given), dynamic_shapes=dims, strict=False)
+        program = torch.export.export(module, (), dict(given), dynamic_shapes=dims, strict=False)
+    for each in program.graph_module.modules():
+        if isinstance(each, GraphModule):
+            _without_autocast(each)
+            for node in each.graph.nodes:  # where the text lay on the machine it was traced on
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+def _without_autocast(graph: GraphModule) -> None:
+    """Take out that autocast is off for a while: it is off all the time, and is not saved."""
+    targets = (torch.amp.autocast_mode._exit_autocast, torch.amp.autocast_mode._enter_autocast)
+    for target in targets:
+        for node in [each for each in graph.graph.nodes if each.target is target]:
+            graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def _least(program: ExportedProgram, axes: Mapping[str, Any]) -> dict[str, int]:

@@ -34,12 +34,14 @@ class First(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, condition: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Map x [b, n, …] to y, and the tensors of the cache after it."""
         cache = _begun(self.module, x)
         for each in _counting(cache):
             each.rows = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        y = self.module(x, cache=cache, **given)
+        y = self.module(x, cache=cache, **_given(context=context, condition=condition))
         return (y, *_tensors(cache))
 
 
@@ -50,13 +52,20 @@ class Step(nn.Module):
         super().__init__()
         self.module, self.spec, self.room = module, spec, room
 
-    def forward(self, x: Tensor, cache: list[Tensor], **given: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, cache: list[Tensor], condition: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Map x [b, 1, …] and the tensors of a cache to y, and those after it."""
         made = _begun(self.module, x)
         bound = _NEVER if self.room is None else cache[self.room].shape[-2] - made.front
         _restored(made, self.spec, cache, bound)
-        y = self.module(x, cache=made, **given)
+        y = self.module(x, cache=made, **_given(condition=condition))
         return (y, *_tensors(made))
+
+
+def _given(**given: Tensor | None) -> dict[str, Tensor]:
+    """Return the arguments that there are."""
+    return {name: each for name, each in given.items() if each is not None}
 
 
 _NEVER = 2**30  # more tokens than any row has had, where nothing that is kept tells how many
@@ -70,12 +79,6 @@ def spec_of(module: nn.Module, x: Tensor, given: dict[str, Tensor]) -> tuple[Kep
     with torch.no_grad():
         module(x, cache=cache, **given)
     return tuple(kept for kept, _ in _every(cache))
-
-
-def growing(module: nn.Module, spec: tuple[Kept, ...]) -> tuple[int, ...]:
-    """Return the numbers of the tensors that hold something of every token."""
-    parts = [part for part, _ in _parts(_begun(module, next(module.parameters())))]
-    return tuple(at for at, each in enumerate(spec) if each.part >= 0 and _grows(parts[each.part]))
 
 
 def _begun(module: nn.Module, x: Tensor) -> Any:

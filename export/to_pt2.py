@@ -9,8 +9,8 @@ made/README.md      how to load and call them
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ from torch import Tensor
 from ..compiler.model import Model
 from ..compiler.verify.cases import Case
 from ..compiler.verify.verify import Finding
+from . import compiled
 from .archive import save
 from .checking import decoded, decoding, forward, forwarded
 from .place import write_text
 from .program import NoProgramError, Program, trace
 from .readme import fenced, readme
 from .request import Request
-from .steps import First, Kept, Step, spec_of
+from .steps import First, Step, spec_of
 
+OPTIONS = frozenset({"portable", "aot"})
 MODEL, FIRST, DECODE = "model.pt2", "first.pt2", "decode.pt2"
 DRAWN = Case(3, 37, 23, seed=9)  # what programs are traced with: all sizes are apart
 OTHER = Case(2, 29, 19, seed=9)
@@ -52,16 +54,18 @@ class Programs:
 def obstacles(request: Request) -> Sequence[str]:
     """Say what cannot be a program: whatever PyTorch's exporter says it cannot take."""
     try:
-        programs(request)
+        made = programs(request)
     except NoProgramError as problem:
         return (str(problem),)
-    return ()
+    return compiled.obstacles(made.named) if request.options.aot else ()
 
 
 def write(request: Request, folder: Path) -> None:
     """Write every program, and how to load them."""
     for name, each in programs(request).named.items():
         save(each.exported, folder / name)
+        if request.options.aot:
+            compiled.write(request, each, folder / compiled.called(name))
     write_text(folder / "README.md", _readme(request))
 
 
@@ -81,6 +85,19 @@ def check(request: Request, folder: Path) -> Iterator[Finding]:
             if each.limits
         )
     yield decoded(request, steps, _LOAD + _DECODE, given, note)
+    if request.options.aot:
+        yield from compiled.check(request, calls, steps, given, (_FORWARD, _DECODE))
+    if request.options.portable:
+        yield _portable(request)
+
+
+def _portable(request: Request) -> Finding:
+    """Say which operators are left that are not of PyTorch's core set."""
+    made = programs(request).named.values()
+    left = sorted({name for each in made for name in each.beyond_core})
+    ours = [name for name in left if name.startswith("headloom")]
+    note = f"others than core: {', '.join(left)}" if left else ""
+    return Finding(request.what.name, "core operators", not ours, len(made), 0.0, note)
 
 
 # ── the programs ─────────────────────────────────────────────────────────────────────────
@@ -93,23 +110,27 @@ def programs(request: Request) -> Programs:
     takes = taken(request)
     axes = {name: _axes(name, each) for name, each in {takes: x, **given}.items()}
     most = _most(request, given)
-    model = _said("model", lambda: trace(request.module, {takes: x, **given}, axes, most))
+    portable = request.options.portable
+    model = _traced(
+        "model", lambda: trace(request.module, {takes: x, **given}, axes, most), portable
+    )
     if not request.decodes:
         return Programs(model)
     given = {name: each for name, each in given.items() if name != "segments"}
-    axes = {"x": axes[takes], "given": {name: axes[name] for name in given}}
-    first = _said("first", lambda: trace(First(request.module), {"x": x, **given},
-                  {"x": axes["x"], **axes["given"]}, most))  # fmt: skip
-    return Programs(model, first, _said("decode", lambda: _decode(request)))
+    axes = {"x": axes[takes], **{name: axes[name] for name in given}}
+    first = _traced(
+        "first", lambda: trace(First(request.module), {"x": x, **given}, axes, most), portable
+    )
+    return Programs(model, first, _traced("decode", lambda: _decode(request), portable))
 
 
-def _said(which: str, make: Any) -> Program:
+def _traced(which: str, make: Callable[[], Program], portable: bool) -> Program:
     """Trace a program; what stands in its way says which it is."""
     try:
         made: Program = make()
     except NoProgramError as problem:
         raise NoProgramError(f"{which}: {problem}") from None
-    return made
+    return made.decomposed() if portable else made
 
 
 def _decode(request: Request) -> Program:
@@ -147,8 +168,6 @@ def taken(request: Request) -> str:
 
 def _drawn(request: Request, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     subject = request.subject
-    from dataclasses import replace
-
     return subject.inputs(replace(subject.fitting(case), dtype=request.dtype))
 
 
@@ -199,44 +218,53 @@ def run(folder, takes, calls):
 """
 
 
-def _readme(request: Request) -> str:
-    made = programs(request)
-    says = (
-        "Programs of `torch.export`, which need PyTorch alone. `model.pt2` is called with a batch "
-        "of whole sequences."
-    )
-    name = taken(request)
-    lines = ["import torch", "", 'model = torch.export.load("model.pt2").module()',
-             f"y = model({_arguments(request, name)})"]  # fmt: skip
-    parts = [says, fenced("python", lines)]
-    if made.decode is not None:
-        parts += [_DECODES, fenced("python", _decoding_lines(request))]
-    return readme(request, *parts)
-
+# ── how to load it ───────────────────────────────────────────────────────────────────────
 
 _DECODES = (
     "`first.pt2` begins sequences and gives their cache too: a list of tensors, of which the "
     "first says how many tokens each row has had. `decode.pt2` goes on with one more token of "
-    "each row, and gives the cache after it. A part that grows comes back longer by one."
+    "each row, and gives the cache after it; what grows with the sequence comes back longer by one."
 )
 
 
-def _arguments(request: Request, name: str, context: bool = True) -> str:
-    _, given = _drawn(request, DRAWN)
-    more = [each for each in given if each != "segments" or context]
-    return ", ".join([f"{name}={name}", *(f"{each}={each}" for each in more)])
+def _readme(request: Request) -> str:
+    made = programs(request)
+    name, least = taken(request), made.model.least.get("n", 1)
+    x, given = _drawn(request, Case(2, max(9, least), 7, seed=9))
+    more = "".join(f", {each}={each}" for each in given)
+    lines = ["import torch", "", _example(request, name, x)]
+    lines += [_example(request, each, one) for each, one in given.items()]
+    lines += ['model = torch.export.load("model.pt2").module()', f"y = model({name}={name}{more})"]
+    parts = ["Programs of `torch.export`, which need PyTorch alone.", fenced("python", lines)]
+    if made.decode is not None:
+        parts += [_DECODES, fenced("python", _decoding_lines(name, list(given)))]
+    limits = [f"In `{file}` {each.limits}." for file, each in made.named.items() if each.limits]
+    return readme(request, *parts, *limits, *([_COMPILED] if request.options.aot else []))
 
 
-def _decoding_lines(request: Request) -> list[str]:
-    _, given = _drawn(request, DRAWN)
+_COMPILED = (
+    "`model.aot.pt2` and its like are compiled for the processor of the machine that wrote them: "
+    '`torch._inductor.aoti_load_package("model.aot.pt2")` is called as the program is.'
+)
+
+
+def _example(request: Request, name: str, x: Tensor) -> str:
+    """Return a line that makes an argument."""
+    size = tuple(x.shape)
+    if name == "segments":
+        return f"segments = torch.zeros({size}, dtype=torch.int64)"
+    if not x.is_floating_point():
+        return f"{name} = torch.randint({int(x.max()) + 1}, {size})"
+    dtype = "" if request.dtype_name == "float32" else f", dtype={request.dtype}"
+    return f"{name} = torch.randn({size}{dtype})"
+
+
+def _decoding_lines(name: str, given: list[str]) -> list[str]:
     first = "".join(f", {each}={each}" for each in given if each != "segments")
     later = "".join(f", {each}={each}" for each in given if each not in ("segments", "context"))
     return [
         'first = torch.export.load("first.pt2").module()',
         'decode = torch.export.load("decode.pt2").module()',
-        f"y, *cache = first(x=x{first})",
-        f"y, *cache = decode(x=x_next, cache=cache{later})  # x_next [b, 1, …]",
+        f"y, *cache = first(x={name}{first})",
+        f"y, *cache = decode(x={name}[:, -1:].contiguous(), cache=cache{later})  # the next token",
     ]
-
-
-__all__ = ["Kept", "check", "obstacles", "write"]

@@ -53,7 +53,7 @@ from headloom.search.training import Training
 ROOT = Path(__file__).parent.parent
 TEXTS = {
     name: (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("language.md", "python.md", "models.md", "zoo.md", "architecture.md")
+    for name in ("language.md", "python.md", "models.md", "zoo.md", "export.md", "architecture.md")
 }
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"\b[LW]\d{3}\b")
