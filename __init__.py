@@ -27,6 +27,7 @@ _DOOR = {
     "LoomError": ".grammar.diagnostics",
     "NotVerifiedError": ".compiler.verify.certificate",
     "NotExportedError": ".export.request",
+    "attention": ".export.attention",
     "register_attention": ".export.attention",
     "Diagnostic": ".grammar.diagnostics",
 }

@@ -536,6 +536,7 @@ class Block:
     tensors: tuple[Weight, ...]
     out: Flow
     regularize: Flow | None = None  # a number that training adds to the loss
+    moves: tuple[Stream, ...] = ()  # what a forward pass in training sets tensors to, after it
     span: Span = field(default=NOWHERE, compare=False, repr=False)
     shared: tuple[str, ...] | None = None
     borrows: tuple[str, ...] = ()
@@ -602,9 +603,19 @@ class Block:
 
     @property
     def flows(self) -> tuple[Flow, ...]:
-        """Every flow: of the streams, of the output, of what training adds to the loss."""
-        more = () if self.regularize is None else (self.regularize,)
-        return (*(each.flow for each in self.streams), self.out, *more)
+        """Every flow: of the streams, of the output, of what only training does."""
+        return (*(each.flow for each in self.streams), self.out, *self.aside)
+
+    @property
+    def aside(self) -> tuple[Flow, ...]:
+        """What only training does: the term of the loss, and what it moves tensors to."""
+        added = () if self.regularize is None else (self.regularize,)
+        return (*added, *(each.flow for each in self.moves))
+
+    @property
+    def moving(self) -> bool:
+        """Whether training moves a tensor of its own, or of a part."""
+        return bool(self.moves) or any(each.what.moving for each in self.parts)
 
     def stream(self, name: str) -> Stream | None:
         return next((each for each in self.streams if each.name == name), None)
@@ -678,7 +689,7 @@ class Block:
 
     def keeping(self, names: Iterable[str] = ()) -> Block:
         """Return it with the streams that reach its output, or are among the names."""
-        ends = [self.out] if self.regularize is None else [self.out, self.regularize]
+        ends = [self.out, *self.aside]
         own = {each.name: each for each in self.streams}
         ends += [Read(name, own[name].shape) for name in names if name in own]
         kept = reaching(own, ends)

@@ -1,13 +1,16 @@
-"""A block's attention in the models of Transformers, under a name.
+"""A block's attention alone, of queries, keys and values that others have made.
+
+    attend = hl.attention("mine.loom", "local")
+    o = attend(q, k, v)
 
     hl.register_attention("capped", "mine.loom", "local")
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="capped")
 
-The model keeps its projections, positions, scale, caches and weights; what a block says of pairs,
-`similarity`, `score`, `mask`, `select`, `normalize`, `weights`, takes the place of the model's own
-attention and mask. A block is made for the heads that a layer brings, of the text
+What a block says of pairs is kept: `similarity`, `score`, `mask`, `select`, `normalize`, `weights`.
+Projections, positions, scale and caches are the caller's. A block is made for the heads that it is
+given, of the text
 
-    block registered : local {
+    block given : local {
       heads = 8; kv_heads = 2; head_dim = 64; …
       q = x | slice(0, 512) | split(8)
       k = x | slice(512, 640) | split(2)
@@ -15,15 +18,14 @@ attention and mask. A block is made for the heads that a layer brings, of the te
       out = o | merge
     }
 
-of whole sequences, and the same with keys and values of a `context` for calls that go on from a
-cache of the model.
+of whole sequences, and the same with keys and values of a `context` for fewer queries than keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -35,10 +37,25 @@ from ..compiler.api import What, architecture, build_module
 from ..compiler.api import target as target_of
 from ..compiler.checking.check import check, find
 from ..compiler.facts.parameters import weights
-from ..compiler.model import Architecture, Block, Mixing, Pairwise, Read, flow_nodes
+from ..compiler.model import Architecture, Block, Mixing, Model, Pairwise, Read, flow_nodes
 from ..grammar.parse import parse
 
-OWN = ("q", "k", "v", "o", "registered_rest")
+OWN = ("q", "k", "v", "o", "given_rest")
+
+
+def attention(
+    what: What, block: str | None = None, *, backend: str = "auto", optimize: str = "default"
+) -> Attention:
+    """Return a block's attention as a function of queries, keys and values.
+
+    Raises `LoomError` for a wrong description, `ValueError` where a block has what no caller
+    brings: weights, streams of its own, a recurrence.
+    """
+    arch = architecture(what)
+    found = _of_pairs(find(arch, block))
+    made = _derived(arch, found.name, _Sizes(2 * found.heads // found.kv_heads, 2, 8, 8, 1.0, 0.0))
+    _expect_nothing_of_its_own(found.name, made)
+    return Attention(arch, found, backend, optimize)
 
 
 def register_attention(
@@ -55,18 +72,18 @@ def register_attention(
     configuration calls them: `{"full_attention": "far", "sliding_attention": "near"}`. Without it,
     it is the only one. Both the attention and its mask are registered; prefill, steps with the
     model's caches, padding, packed rows and training work as with `sdpa`. The scale is the
-    model's, and so is dropout. Maps are not returned. Raises `LoomError` for a wrong description,
-    `ValueError` where a block has what a model of theirs has no place for: weights, streams of its
-    own, a recurrence; `ImportError` without Transformers 5.
+    model's, and so is dropout. Maps are not returned. Raises what `attention` does, `ImportError`
+    without Transformers 5.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     arch = architecture(what)
-    named = block if isinstance(block, Mapping) else {"": find(arch, block).name}
-    for each in named.values():
-        _expect_of_pairs(arch, each)
-    attention = _Registered(arch, dict(named), backend, optimize)
-    AttentionInterface.register(name, attention)
+    named = block if isinstance(block, Mapping) else {"": block}
+    made = {
+        kind: attention(arch, each, backend=backend, optimize=optimize)
+        for kind, each in named.items()
+    }
+    AttentionInterface.register(name, _Registered(made))
     AttentionMaskInterface.register(name, told)
 
 
@@ -137,9 +154,9 @@ class _Sizes:
         width, far = (at, "") if whole else (self.width, f"context_width = {sum(sizes[1:])}")
         source = "x" if whole else "context"
         rest = width - self.heads * self.value_dim
-        out = "o | merge" if not rest else "o | merge | concat(registered_rest)"
+        out = "o | merge" if not rest else "o | merge | concat(given_rest)"
         return f"""
-block registered : {base} {{
+block given : {base} {{
   width = {width}; {far}
   heads = {self.heads}; kv_heads = {self.kv_heads}
   head_dim = {self.head_dim}; value_dim = {self.value_dim}
@@ -148,7 +165,7 @@ block registered : {base} {{
   {side["q"]}
   {side["k"]}
   {side["v"]}
-  {f"let registered_rest = x | slice(0, {rest})" if rest else ""}
+  {f"let given_rest = x | slice(0, {rest})" if rest else ""}
   out = {out}
 }}
 """
@@ -159,63 +176,109 @@ block registered : {base} {{
         return self.heads * max(self.head_dim, self.value_dim)
 
 
-def _derived(arch: Architecture, base: str, sizes: _Sizes, whole: bool) -> Block:
-    made = find(check(parse(f"{arch.text}\n{sizes.text(base, whole)}")), "registered")
+def _derived(arch: Architecture, base: str, sizes: _Sizes, whole: bool = True) -> Block:
+    made = find(check(parse(f"{arch.text}\n{sizes.text(base, whole)}")), "given")
     assert isinstance(made, Block)
     return made
 
 
-def _expect_of_pairs(arch: Architecture, name: str) -> None:
-    """Raise `ValueError` where a block is more than an attention to given keys."""
-    found = find(arch, name)
+def _of_pairs(found: Block | Model) -> Block:
+    """Return what was found, a block whose queries meet keys, or raise `ValueError`."""
     if not isinstance(found, Block) or found.kind != "block":
-        raise ValueError(f"`{name}` is no block; an attention is registered by its block")
+        raise ValueError(f"`{found.name}` is no block; name the block whose attention it is")
     mixing = found.mixings.get("o")
     if mixing is None or not isinstance(mixing.mix, Pairwise):
-        raise ValueError(f"`{name}` is a recurrence; only attention to keys can be registered")
-    groups = found.heads // found.kv_heads
-    made = _derived(arch, name, _Sizes(2 * groups, 2, 8, 8, 1.0, 0.0), True)
+        raise ValueError(f"`{found.name}` is a recurrence; it has no attention to keys")
+    return found
+
+
+def _expect_nothing_of_its_own(name: str, made: Block) -> None:
+    """Raise `ValueError` where a block is more than an attention to keys that are given."""
     learned = ", ".join(f"`{each.name}`" for each in weights(made))
     if learned:
-        raise ValueError(f"`{name}` has weights of its own, {learned}; a model of Transformers has "
-                         "no place for them: make them `const`")  # fmt: skip
+        raise ValueError(f"`{name}` has weights of its own, {learned}, for which its caller has no "
+                         "place: make them `const`")  # fmt: skip
     for stream in made.streams:
         nodes = flow_nodes(stream.flow)
         if stream.name not in OWN and any(
             isinstance(node, Mixing) or (isinstance(node, Read) and node.name in ("x", "context"))
             for node in nodes
         ):
-            raise ValueError(f"`{name}` reads `{stream.name}`, a stream of its own; a registered "
-                             "attention has queries, keys and values alone")  # fmt: skip
+            raise ValueError(f"`{name}` reads `{stream.name}`, a stream of its own, where only "
+                             "queries, keys and values are given")  # fmt: skip
 
 
-class _Registered:
-    """What a layer of Transformers calls."""
+class Attention:
+    """A block's attention, made anew for heads of other sizes."""
 
-    def __init__(
-        self, arch: Architecture, named: dict[str, str], backend: str, optimize: str
-    ) -> None:
-        self.arch, self.named = arch, named
+    def __init__(self, arch: Architecture, block: Block, backend: str, optimize: str) -> None:
+        self.arch, self.block = arch, block
         self.backend, self.optimize = backend, optimize
         self.made = cache(self._made)
 
+    @cached_property
+    def by_distance(self) -> bool:
+        """Whether `i` and `j` matter through i - j alone: keys may then be counted from any."""
+        return all(map(of_distance, cast(Pairwise, self.block.mixings["o"].mix).exprs))
+
     def _made(
-        self, name: str, sizes: _Sizes, whole: bool, device: torch.device, dtype: torch.dtype
+        self, sizes: _Sizes, whole: bool, device: torch.device, dtype: torch.dtype
     ) -> nn.Module:
-        block = _derived(self.arch, name, sizes, whole)
+        block = _derived(self.arch, self.block.name, sizes, whole)
         target = target_of(self.backend, device, self.optimize)
         return build_module(block, target, device=device, dtype=dtype)
 
-    def _name(self, layer: nn.Module) -> str:
-        """Return the block for a layer."""
-        if "" in self.named:
-            return self.named[""]
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        places: Tensor | None = None,
+        there: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """Return what queries [b, h, n, d] get of keys [b, g, m, d] and values [b, g, m, e].
+
+        That is [b, h, n, e]. Queries are the last n of m tokens, or stand at `places` [b, n] among
+        those keys that are `there` [b, m]; where n is m, `segments` [b, n] are sequences of their
+        own. `scale` is 1 / √d where it is not given; `dropout` is of the weights.
+        """
+        (heads, n, d), (groups, m) = query.shape[1:], key.shape[1:3]
+        scale = d**-0.5 if scale is None else float(scale)
+        sizes = _Sizes(heads, groups, d, value.shape[-1], scale, float(dropout))
+        made = self.made(sizes, n == m, query.device, query.dtype).train(dropout > 0)
+        x = _features(query)
+        if n == m:
+            given = {"attention_mask": there, "segments": segments}
+            x = torch.cat([x, _features(key), _features(value)], -1)
+            found = made(x, **{name: each for name, each in given.items() if each is not None})
+        else:
+            places = torch.arange(m - n, m, device=x.device) if places is None else places
+            x = F.pad(x, (0, sizes.width - x.shape[-1]))
+            context = torch.cat([_features(key), _features(value)], -1)
+            found = made(x, context=context, context_mask=there, positions=places)
+        mixed: Tensor = found[..., : heads * sizes.value_dim]
+        return mixed.reshape(*mixed.shape[:2], heads, -1).transpose(1, 2)
+
+
+class _Registered:
+    """What a layer of Transformers calls: the attention for its kind of layer."""
+
+    def __init__(self, made: dict[str, Attention]) -> None:
+        self.made = made
+
+    def _of(self, layer: nn.Module) -> Attention:
+        if "" in self.made:
+            return self.made[""]
         kinds = getattr(getattr(layer, "config", None), "layer_types", None)
         kind = getattr(layer, "layer_type", None) or (kinds and kinds[cast(int, layer.layer_idx)])
-        if kind not in self.named:
-            known = ", ".join(self.named)
+        if kind not in self.made:
+            known = ", ".join(self.made)
             raise ValueError(f"there is a block for layers of {known}, none for {kind!r}")
-        return self.named[cast(str, kind)]
+        return self.made[cast(str, kind)]
 
     def __call__(
         self,
@@ -229,40 +292,27 @@ class _Registered:
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Return what queries [b, h, n, d] get of keys and values [b, g, m, ·]: [b, n, h, e]."""
-        (heads, n, d), (groups, m) = query.shape[1:], key.shape[1:3]
-        if attention_mask is not None and attention_mask.dtype != torch.int64:
-            raise ValueError("a registered attention makes its own mask: give `attention_mask` as "
-                             "[batch, tokens], 1 a token and 0 padding")  # fmt: skip
-        scale = d**-0.5 if scaling is None else float(scaling)
-        sizes = _Sizes(heads, groups, d, value.shape[-1], scale, float(dropout))
-        name = self._name(module)
+        attend = self._of(module)
         rows: tuple[Tensor, ...] = ()
         if attention_mask is not None:
+            if attention_mask.dtype != torch.int64:
+                raise ValueError("a registered attention makes its own mask: give `attention_mask` "
+                                 "as [batch, tokens], 1 a token and 0 padding")  # fmt: skip
             rows = attention_mask[:, :, 0].unbind(1)
-        made = self.made(name, sizes, n == m, query.device, query.dtype).train(module.training)
-        if len(rows) > 3:
-            self._expect_distances(name)
-        x = _features(query)
-        if n == m:
-            more: dict[str, Any] = {}
-            if len(rows) > 1:
-                more["attention_mask"] = rows[1].bool()
-            if len(rows) > 2:
-                more["segments"] = rows[2]
-            found = made(torch.cat([x, _features(key), _features(value)], -1), **more)
-        else:
-            places = torch.arange(m - n, m, device=x.device) if not rows else rows[0][:, :n]
-            there = rows[1].bool() if len(rows) > 1 else None
-            x = F.pad(x, (0, sizes.width - x.shape[-1]))
-            context = torch.cat([_features(key), _features(value)], -1)
-            found = made(x, context=context, context_mask=there, positions=places)
-        return found[..., : heads * sizes.value_dim].unflatten(-1, (heads, -1)), None
-
-    def _expect_distances(self, name: str) -> None:
-        mixing = cast(Block, find(self.arch, name)).mixings["o"]
-        if not all(map(of_distance, cast(Pairwise, mixing.mix).exprs)):
-            raise ValueError(f"`{name}` reads places, `i` or `j`, and the model's cache has "
-                             "dropped the first keys: use a cache that keeps all")  # fmt: skip
+        if len(rows) > 3 and not attend.by_distance:
+            raise ValueError(f"`{attend.block.name}` reads places, `i` or `j`, and the model's "
+                             "cache has dropped the first keys; keep them")  # fmt: skip
+        done = attend(
+            query,
+            key,
+            value,
+            scale=scaling,
+            dropout=dropout if module.training else 0.0,
+            places=rows[0][:, : query.shape[2]] if rows else None,
+            there=rows[1].bool() if len(rows) > 1 else None,
+            segments=rows[2] if len(rows) > 2 and query.shape[2] == key.shape[2] else None,
+        )
+        return done.transpose(1, 2), None
 
 
 def _features(x: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class Body:
     def __init__(self, library: Library, call: Expr, findings: Findings) -> None:
         self.settings: dict[str, syntax.Setting] = {}
         self.lets: dict[str, syntax.Let | syntax.Param] = {}
+        self.moves: dict[str, syntax.Update] = {}
         self.block = library.item(call, "block")
         self.span = self.block.span
         self.branch = ""
@@ -83,11 +84,11 @@ class Body:
         findings: Findings,
     ) -> None:
         what = "a block" if branches is not None else "a branch"
-        seen: set[str] = set()
+        seen: set[tuple[bool, str]] = set()
         for statement in body:
             with findings.guard():
                 name = getattr(statement, "name", "")
-                if name and name in seen:
+                if name and (isinstance(statement, syntax.Update), name) in seen:
                     raise error(
                         "L211",
                         f"`{name}` is set twice in {what}",
@@ -95,7 +96,7 @@ class Body:
                         "",
                         "keep one of them",
                     )
-                seen.add(name)
+                seen.add((isinstance(statement, syntax.Update), name))
                 match statement:
                     case syntax.Setting():
                         if branches is None and name in WHOLE_BLOCK:
@@ -117,6 +118,8 @@ class Body:
                         self.settings[name] = statement
                     case syntax.Let() | syntax.Param():
                         self.lets[name] = statement
+                    case syntax.Update() if branches is not None:
+                        self.moves[name] = statement
                     case syntax.Branch() if branches is not None:
                         if why := taken(name):
                             raise error(
@@ -129,6 +132,8 @@ class Body:
                         branches[name] = statement
                     case _:
                         help = f"{what} is made of settings, `let`, `param` and `const`"
+                        if isinstance(statement, syntax.Update):
+                            help = "what training moves is said outside of the branch"
                         raise error(
                             "L202", f"this does not belong in {what}", statement.span, "", help
                         )

@@ -33,11 +33,22 @@ from ..graph.operations import Attend, Scan
 from ..graph.roots import Roots
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan
-from ..model import MAPS, OFFERED, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
+from ..model import (
+    MAPS,
+    OFFERED,
+    Apply,
+    Block,
+    Mixing,
+    Pairwise,
+    Recurrence,
+    Statistic,
+    flow_nodes,
+)
 from ..plan.attention import Attention
 from ..text.text import call, ident, indent
 
 _KEYS, CONTEXT, TAILS = "keys", "context", "tails"  # the parts that a block has once
+_OF_QUERIES = tuple(f"{each}_queries" for each in ("sum", "mean", "max", "running"))
 _CLASSES: dict[type[Part], str] = {
     Keys: "KeyValueCache",
     State: "StateCache",
@@ -228,6 +239,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
                 return True
             own = pooling(flow.keys)[0] != "m"  # a context is all of one
             others = ("convolve", *(GROUPED if own else ()))
+            if flow.keys != flow.queries:  # else a key is of one sequence, as its queries are
+                others += _OF_QUERIES
             if any(calls(expr, name) for expr in flow.mix.exprs for name in others):
                 return True
             select = flow.mix.select
@@ -237,6 +250,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
             matrices = [each for each in flow.mix.states if len(each.shape) == 2]
             if any(float(evaluate(each.init, {})) for each in matrices):
                 return True
+        elif isinstance(flow, Statistic) and flow.kind == "columns" and flow.shape.tokens != "n":
+            return True
         elif isinstance(flow, Apply):
             op = OPS[flow.op]
             own = all(pooling(each.shape.tokens)[0] != "m" for each in flow.inputs)

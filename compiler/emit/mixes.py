@@ -23,6 +23,7 @@ from ..lowerings.way import Call
 from ..plan.attention import Attention
 from ..plan.plan import Plan
 from ..text.pairs import table_name
+from ..text.tensors import stored
 from ..text.text import call, comment, ident, indent, shared_name, shared_text
 from .caches import own_part, part_name, plain_name
 from .stages import Stages
@@ -192,7 +193,7 @@ class Mixes(Stages):
             return "batch.doc" if self.block.marks else "batch.number"
         if node.name in self.borrows and name in along_keys(self.graph, node):
             return self._seen_as(node, name)
-        return f"self.{name}" if self.graph.is_tensor(name) else plain_name(name)
+        return stored(self.block, name) if self.graph.is_tensor(name) else plain_name(name)
 
     def _advance(self, node: Node[Attend], named: Mapping[str, str], places: bool) -> list[str]:
         """Write the lines that take new tokens into the cache, and say where the keys stand."""

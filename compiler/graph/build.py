@@ -52,10 +52,11 @@ def build(block: Block) -> Graph:
         builder.flow(stream.flow, stream.name)
     output = builder.flow(block.out, "y" if block.stream("y") is None else "out")
     auxiliary = None if block.regularize is None else builder.flow(block.regularize, "auxiliary")
+    moved = tuple((each.name, builder.flow(each.flow, f"{each.name}.next")) for each in block.moves)
     named = {"out": output, **dict.fromkeys(MAPS, "o")}
     shared = {name: named.get(name) or builder.given(name) for name in block.shared or ()}
     shared |= {f"{name}[j]": builder.given(name) for name in block.lent}
-    return Graph(block, tuple(builder.nodes), output, tuple(shared.items()), auxiliary)
+    return Graph(block, tuple(builder.nodes), output, tuple(shared.items()), auxiliary, moved)
 
 
 def tensors_read(*exprs: Expr | None) -> tuple[str, ...]:

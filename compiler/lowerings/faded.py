@@ -23,6 +23,7 @@ from ..graph.operations import Stage
 from ..graph.sides import KEY, QUERY, at_token
 from ..plan.attention import Attention
 from ..text.pairs import operand
+from ..text.tensors import stored
 from ..text.text import call, indent, tupled
 from . import tiles
 from .calls import needed
@@ -122,7 +123,7 @@ def methods(attention: Attention) -> list[str]:
     texts = [replace(writer, layout=side).value(each).text
              for side, each in zip((QUERY, KEY), found, strict=True)]  # fmt: skip
     met = call("s = fading_products", ["q", "k", *texts])
-    tensors = tuple(f"self.{each}" for each in attention.tensors)
+    tensors = tuple(stored(attention.graph.block, each) for each in attention.tensors)
     every = [groups["queries"], groups["keys"], groups["places"], tensors, ()]
     args = [f"self.{name}_weights_of_faded", "v", *map(tupled, every), "ordered=True"]
     head = signature(f"{name}_faded", general(attention), "Tensor")

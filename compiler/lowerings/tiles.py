@@ -15,6 +15,7 @@ from __future__ import annotations
 from ...grammar.syntax import Name
 from ..plan.attention import CHOOSES, Attention
 from ..plan.plan import Target
+from ..text.tensors import stored
 from ..text.text import call, indent, tupled
 from . import carry, distance, sdpa
 from .way import Way
@@ -128,7 +129,7 @@ def methods(attention: Attention, target: Target) -> list[str]:
         return [*_in_turn(attention, given), "", *weights(attention)]
     biased = not at_all and distance.obstacle(attention) is None
     args = [f"self.{name}_weights", "v", *(tupled(groups[key]) for key in ("queries", "keys"))]
-    tensors = [f"self.{each}" for each in attention.tensors]
+    tensors = [stored(attention.graph.block, each) for each in attention.tensors]
     if groups["places"] or tensors:
         args.append(tupled(groups["places"]))
     if tensors:
@@ -173,13 +174,16 @@ def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
     """Return the method of an attention that its own values read, or whose keys are carried."""
     name, groups = method_name(attention), arguments(attention)
     if attention.by_turns:
-        groups = {**groups, "tensors": tuple(f"self.{each}" for each in attention.tensors)}
+        groups = {
+            **groups,
+            "tensors": tuple(stored(attention.graph.block, each) for each in attention.tensors),
+        }
         stand = (tupled(groups[key]) for key in groups if key != "tables")
         parts = [f"self.{name}_weights", "v", *stand, "ordered=ordered"]
         body = call("return turn_by_turn", parts)
         return [*signature(name, given, "tuple[Tensor, ...]"), *indent(body)]
     args = [each for key in groups if key != "tensors" for each in groups[key]]
-    args += [f"self.{each}" for each in attention.tensors]
+    args += [stored(attention.graph.block, each) for each in attention.tensors]
     carries, again = attention.mix.carry is not None, attention.mix.again is not None
     several = bool(again or attention.running or attention.node.op.statistics or attention.maps)
     made = ["*through_itself(p, share, v, ordered)"] if again else ["mixed(p, v)"]
@@ -198,7 +202,7 @@ def _summed(attention: Attention, given: tuple[str, ...]) -> list[str]:
     name, groups = method_name(attention), arguments(attention)
     sums = tuple(sums_before(attention, at) for at in range(len(attention.running)))
     keys = tuple(each for each in groups["keys"] if each not in sums)
-    tensors = tuple(f"self.{each}" for each in attention.tensors)
+    tensors = tuple(stored(attention.graph.block, each) for each in attention.tensors)
     given_groups = (groups["queries"], keys, groups["places"], tensors, sums)
     args = [f"self.{name}_weights", "v", *map(tupled, given_groups)]
     args += [f"scale={attention.mix.scale!r}"] if takes_products(attention) else []
@@ -209,7 +213,7 @@ def _summed(attention: Attention, given: tuple[str, ...]) -> list[str]:
 def _carried(attention: Attention, given: tuple[str, ...]) -> list[str]:
     """Return the method of an attention whose keys are carried by one product a token."""
     name, groups = method_name(attention), arguments(attention)
-    tensors = tuple(f"self.{each}" for each in attention.tensors)
+    tensors = tuple(stored(attention.graph.block, each) for each in attention.tensors)
     given_groups = (groups["queries"], groups["keys"], groups["places"], tensors)
     args = [f"self.{name}_weights", "v", *map(tupled, given_groups), "(along, by)"]
     body = call("return carried_tiles", [*args, "fresh", "idle", "ordered=ordered"])

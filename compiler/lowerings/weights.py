@@ -315,12 +315,12 @@ class Writer:
 
     def sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""
-        both = self.told == ("own", "other")
+        both = self.told == ("own", "other") and not self.attention.among_others
         queries = "torch.tensor(q.shape[-2], device=q.device)"
-        if both:
+        if "own" in self.told:
             queries = "tokens_of(own, None if own is None else own.mT, q)"
         keys = "torch.tensor(k.shape[-2], device=q.device)"
-        if self.told:
+        if "other" in self.told:
             keys = f"tokens_of({'own' if both else 'None'}, other, k)"
         made = {
             "wide": "torch.promote_types(q.dtype, torch.float32)",
@@ -333,7 +333,9 @@ class Writer:
 
     @property
     def _together(self) -> str:
-        return f"together({'own' if 'own' in self.told else 'None'}, other)"
+        own, other = (each if each in self.told else "None" for each in ("own", "other"))
+        name = "both_there" if self.attention.among_others and own == "own" else "together"
+        return f"{name}({own}, {other})"
 
     def visibility(self) -> str:
         """Write who sees whom, and return the text of it; "" where all see all."""
@@ -349,7 +351,9 @@ class Writer:
             text = replace(self.pairs, wide=".double()").value(self.mask).text
             self.lines.append(f"visible = {text}")
             together = f"visible = visible & {self._together}"
-            self.lines += ["if other is not None:", f"    {together}"] if self.told else []
+            said = self.told if self.attention.among_others else self.told[-1:]
+            asked = " or ".join(f"{each} is not None" for each in said)
+            self.lines += [f"if {asked}:", f"    {together}"] if said else []
         elif self.told:
             told = f"visible = {self._together}"
             self.lines += [told, "if visible is None:", f"    {every}"]

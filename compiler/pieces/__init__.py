@@ -6,6 +6,7 @@ may use anything but math, torch and other pieces.
 
 FILES = (
     "constants",
+    "moving",
     "patches",
     "positions",
     "stages",

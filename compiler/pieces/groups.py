@@ -153,6 +153,12 @@ def run_of_groups(run: Tensor | None, stride: int) -> Tensor | None:
     return None if run is None else run[:, ::stride].clamp(max=0)
 
 
+def where_begun(y: Tensor, run: Tensor | None, stride: int) -> Tensor:
+    """Return y [b, groups, d], 0 where none of the `stride` tokens is; run is [b, n]."""
+    of_groups = run_of_groups(run, stride)
+    return y if of_groups is None else y.masked_fill((of_groups < 0)[..., None], 0)
+
+
 def rows_at(x: Tensor, at: Tensor) -> Tensor:
     """Return the tokens of x [b, (heads,) groups, d] at numbers [b or 1, 1, 1, m].
 

@@ -104,11 +104,19 @@ class Attention:
     def sequences(self) -> tuple[str, ...]:
         """What tells whose tokens are whose: numbers of sequences, or None.
 
-        `own` along the queries, `other` along the keys.
+        `own` along the queries, `other` along the keys. Where these are other tokens, queries are
+        told apart from padding alone, and only where some are read together.
         """
-        if pooling(str(self.keys))[0] not in ("n", "m"):
-            return ()
-        return ("own", "other") if self.node.dims[2] == self.keys else ("other",)
+        of_keys, of_queries = (
+            pooling(str(each))[0] in ("n", "m") for each in (self.keys, self.node.dims[2])
+        )
+        own = of_queries and not self.by_rows if self.among_others else of_keys
+        return (*(["own"] if own else []), *(["other"] if of_keys else []))
+
+    @cached_property
+    def among_others(self) -> bool:
+        """Whether queries and keys are different lists of tokens, or groups of other sizes."""
+        return self.node.dims[2] != self.keys
 
     # what goes from token to token
 

@@ -44,6 +44,7 @@ from .cases import (
     difference,
     gradients,
     kernel_cases,
+    moved,
 )
 from .export import exported_output
 from .kernels import CalledOperators, ahead_of_time, interpreted
@@ -371,7 +372,7 @@ def _training(subject: Subject) -> str | tuple[int, float]:
     draws = any(OPS[node.op].random for node in stages) or any(
         calls(expr, "coin") for mix in mixes for expr in mix.exprs
     )
-    if not draws and not subject.adds:
+    if not (draws or subject.adds or subject.moves):
         return "it computes the same in training"
     worst, count = 0.0, 0
     modules = [deepcopy(each).train() for each in (subject.oracle, subject.module)]
@@ -385,6 +386,10 @@ def _training(subject: Subject) -> str | tuple[int, float]:
         worst = max(worst, compare("the output in training", case, got, expected, 1e-8))
         for name, grad in wanted.items():
             error = compare(f"the gradient of {name} in training", case, grads[name], grad, 1e-8)
+            worst, count = max(worst, error), count + 1
+        expects, gets = map(moved, modules)
+        for name, after in expects.items():
+            error = compare(f"what {name} is moved to", case, gets[name], after, 1e-8)
             worst, count = max(worst, error), count + 1
     return count, worst
 
