@@ -21,6 +21,7 @@ from .readme import fenced, readme
 from .request import Request
 from .shelled import Shelled, shelled, standing_apart
 
+OPTIONS: frozenset[str] = frozenset()
 WEIGHTS = "model.safetensors"
 
 

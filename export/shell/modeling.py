@@ -186,14 +186,14 @@ class LoomPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
         if self._drawn:
             return
-        held = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for module in self.model.modules():
+            if hasattr(module, "set_constants"):
+                module.set_constants()
+        held = self.model.state_dict(keep_vars=True)
         lacking = [
             name for name, each in held.items() if not getattr(each, "_is_hf_initialized", False)
         ]
-        if not lacking:
-            return
-        made = Architecture()
-        drawn = {**dict(made.named_parameters()), **dict(made.named_buffers())}
+        drawn = Architecture().state_dict() if lacking else {}
         for name in lacking:
             if held[name].shape == drawn[name].shape:
                 held[name].copy_(drawn[name])
