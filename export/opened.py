@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..compiler.verify.cases import Case
 from ..compiler.verify.verify import Finding
 from .checking import Call, Compared, expecting, forward, found
 from .request import Request
+from .shelled import Shelled
 
 STEPS = 8  # how many tokens are generated
 
@@ -24,7 +25,7 @@ _RUN = """\
 import os, tempfile, warnings
 import torch
 
-def run(folder, autos, calls, padded, prompt, steps):
+def run(folder, autos, main, takes, gives, calls, padded, prompt, steps):
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as kept:
         os.environ.update(HF_MODULES_CACHE=kept + "/modules", HF_HUB_OFFLINE="1")
@@ -35,41 +36,44 @@ def run(folder, autos, calls, padded, prompt, steps):
             made = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
             return made if auto == "AutoConfig" else made.eval()
 
+        def call(model, x, mask=None):
+            return getattr(model(**{takes: x, "attention_mask": mask}), gives)
+
+        def live(y, mask):
+            return y[mask.bool()] if y.ndim == 3 else y
+
         with torch.no_grad():
             opened = {auto: load(auto) for auto in autos}
-            speaks = "AutoModelForCausalLM" in opened
-            model = opened["AutoModelForCausalLM" if speaks else "AutoModel"]
-
-            def call(model, x, mask=None):
-                made = model(input_ids=x, attention_mask=mask)
-                return made.logits if speaks else made.last_hidden_state
-
+            for auto in autos[1:]:
+                opened[auto](**{takes: calls[0]})
+            model = opened[main]
             made = {"calls": [call(model, x) for x in calls]}
-            made["padded"] = [call(model, x, mask)[mask.bool()] for x, mask in padded]
-            made["labels"] = opened["AutoModelForSequenceClassification"](calls[0]).logits
+            made["padded"] = [live(call(model, x, mask), mask) for x, mask in padded]
             if prompt is not None:
                 x, mask = prompt
                 made["tokens"] = model.generate(
                     x, attention_mask=mask, do_sample=False, max_new_tokens=steps,
                     eos_token_id=None, pad_token_id=0)
             model.save_pretrained(kept + "/saved")
-            again = load("AutoModelForCausalLM" if speaks else "AutoModel", kept + "/saved")
+            again = load(main, kept + "/saved")
             made["again"] = [call(again, x) for x in calls]
             return made
 """
 
 
-def opened(
-    request: Request, folder: Path, autos: Sequence[str], decodes: bool
-) -> Iterator[Finding]:
+def opened(request: Request, folder: Path, made: Shelled) -> Iterator[Finding]:
     """Yield what each comparison with the module found; first, whether the folder opens."""
     name, whole, padded = request.what.name, forward(request, whole=True), _padded(request)
-    prompt = _prompt(request) if decodes else None
+    prompt = _prompt(request) if made.decodes else None
+    main = "AutoModelForCausalLM" if "AutoModelForCausalLM" in made.autos else made.autos[1]
     try:
         ran = apart(
             _RUN,
             folder=str(folder),
-            autos=list(autos),
+            autos=list(made.autos),
+            main=main,
+            takes=made.takes,
+            gives="last_hidden_state" if main == "AutoModel" else "logits",
             calls=[x for each in whole for x, _ in each.calls],
             padded=[(x, given["attention_mask"]) for x, given in padded.calls],
             prompt=prompt,
@@ -78,7 +82,7 @@ def opened(
     except RuntimeError as problem:
         yield Finding(name, "opens", False, note=str(problem))
         return
-    yield Finding(name, "opens", True, len(autos), note=f"as {', '.join(autos)}")
+    yield Finding(name, "opens", True, len(made.autos), note=f"as {', '.join(made.autos)}")
     yield found(request, "forward", whole, lambda: [(y,) for y in ran["calls"]])
     yield found(request, "padding", [padded], lambda: [ran["padded"]], "on the left and the right")
     yield _generated(request, prompt, ran)
@@ -98,8 +102,8 @@ def _padded(request: Request) -> Compared:
 
 def _live(module: nn.Module, calls: tuple[Call, ...]) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        made = [module(x, **given)[given["attention_mask"].bool()] for x, given in calls]
-    return tuple(made)
+        made = [(module(x, **given), given["attention_mask"].bool()) for x, given in calls]
+    return tuple(y[mask] if y.ndim == 3 else y for y, mask in made)
 
 
 def _prompt(request: Request) -> tuple[Tensor, Tensor]:
@@ -119,7 +123,7 @@ def _generated(
     """Compare what `generate` gives with the most likely token of each step of the module."""
     name = request.what.name
     if prompt is None:
-        why = request.subject.obstacle or "it gives features"
+        why = request.subject.obstacle or "it gives no logits of a vocabulary"
         return Finding(name, "generate", None, note=why)
     got = ran["tokens"]
     expected = greedy(request.module, *prompt)

@@ -29,6 +29,7 @@ class Shelled:
     """What is written of a model beside its weights."""
 
     name: str  # that of the model, as a part of others
+    takes: str  # what Transformers calls its first argument
     files: dict[str, str]
     autos: tuple[str, ...]  # the classes of Transformers that open it
     decodes: bool
@@ -40,11 +41,6 @@ def standing_apart(request: Request) -> list[str]:
     if not isinstance(what, Model):
         return [f"`{what.name}` is a block: Transformers opens models"]
     found = []
-    if what.vocab is None:
-        takes = "features" if what.patches is None else "images"
-        found.append(f"it takes {takes}: only a model with a `vocab` is exported")
-    if what.classifies:
-        found.append("its head gives one answer for a sequence: export it with the head `lm`")
     if request.subject.crosses:
         found.append("it reads a `context`: only a model that reads its own tokens is exported")
     if what.condition is not None:
@@ -57,7 +53,8 @@ def standing_apart(request: Request) -> list[str]:
     shared = next((name for name in twice if name not in once), None)
     if shared is not None:
         found.append(f"`{shared}` is the tensor of another name too")
-    if what.head.out.shape.dim == what.vocab and not projects(untied(what)):
+    speaks = what.vocab is not None and what.head.out.shape.dim == what.vocab
+    if speaks and not what.classifies and not projects(untied(what)):
         found.append(f"its head is more than functions of one `linear({what.vocab})`")
     return found
 
@@ -67,24 +64,130 @@ def shelled(request: Request) -> Shelled:
     what = request.what
     assert isinstance(what, Model)
     apart = untied(what)
-    name, cls = ident(what.name).lower(), class_name(what.name)
-    speaks = projects(apart)
-    autos = {"AutoConfig": f"configuration_{name}.{cls}Config"}
-    autos |= {"AutoModel": f"modeling_{name}.{cls}Model"}
-    if speaks:
-        autos |= {"AutoModelForCausalLM": f"modeling_{name}.{cls}ForCausalLM"}
-    autos |= {
-        "AutoModelForSequenceClassification": f"modeling_{name}.{cls}ForSequenceClassification"
-    }
-    code = generate(apart, Target("torch"))
-    files = {
-        "config.json": _json(_configuration(request, what, cls, name, autos)),
-        "generation_config.json": _json(_generation(what)),
-        f"configuration_{name}.py": _renamed("configuration.py", cls, name, code),
-        f"modeling_{name}.py": _modeling(request, what, cls, name, code, speaks),
-        f"architecture_{name}.py": checkpointed(code, layers(request)),
-    }
-    return Shelled(name, files, tuple(autos), speaks and decodes(what))
+    made = _Shell(request, what, generate(apart, Target("torch")), projects(apart))
+    return Shelled(
+        made.name,
+        made.takes,
+        made.files,
+        tuple(made.autos),
+        made.speaks and decodes(what),
+    )
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """A model with its text, in which the map to the vocabulary is a module of its own."""
+
+    request: Request
+    what: Model
+    code: Code
+    speaks: bool  # whether its head is functions of one such map
+
+    @property
+    def name(self) -> str:
+        return ident(self.what.name).lower()
+
+    @property
+    def cls(self) -> str:
+        return class_name(self.what.name)
+
+    @property
+    def takes(self) -> str:
+        """What Transformers calls its first argument."""
+        if self.what.vocab is not None:
+            return "input_ids"
+        return "inputs_embeds" if self.what.patches is None else "pixel_values"
+
+    @property
+    def autos(self) -> dict[str, str]:
+        """Which class opens it as which, by module and name."""
+        ends = ["Model"]
+        if self.what.classifies:
+            kind = "Sequence" if self.what.patches is None else "Image"
+            ends = [f"For{kind}Classification"]
+        elif self.what.vocab is not None:
+            ends += ["ForCausalLM"] if self.speaks else []
+            ends += ["ForSequenceClassification"]
+        found = {"AutoConfig": f"configuration_{self.name}.{self.cls}Config"}
+        for end in ends:
+            auto = "AutoModel" if end == "Model" else f"AutoModel{end}"
+            found[auto] = f"modeling_{self.name}.{self.cls}{end}"
+        return found
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What is written, by name."""
+        classes = "modeling"
+        if self.what.classifies:
+            classes = "classifying"
+        elif self.what.vocab is None:
+            classes = "encoding"
+        return {
+            "config.json": _json(self.configuration),
+            "generation_config.json": _json({"use_cache": decodes(self.what)}),
+            f"architecture_{self.name}.py": checkpointed(self.code, layers(self.request)),
+            f"caching_{self.name}.py": self.renamed("caching"),
+            f"configuration_{self.name}.py": self.renamed("configuration"),
+            f"modeling_{self.name}.py": self.renamed(classes),
+            f"pretrained_{self.name}.py": self.renamed("pretrained"),
+        }
+
+    @property
+    def configuration(self) -> dict[str, object]:
+        what = self.what
+        own = [each.rpartition(".")[2] for each in self.autos.values() if "modeling" in each]
+        first = f"{self.cls}ForCausalLM"
+        made: dict[str, object] = {
+            "architectures": [first if first in own else own[0]],
+            "auto_map": self.autos,
+            "dtype": self.request.dtype_name,
+            "hidden_size": what.width,
+            "model_type": f"headloom_{self.name}",
+            "num_hidden_layers": len(what.steps),
+            "tie_word_embeddings": ties(what),
+            "use_cache": decodes(what),
+            "vocab_size": what.vocab,
+        }
+        if what.positions:
+            made["max_position_embeddings"] = what.positions
+        if what.classifies:
+            labels = [f"LABEL_{at}" for at in range(what.head.out.shape.dim)]
+            made["id2label"] = {str(at): each for at, each in enumerate(labels)}
+            made["label2id"] = {each: at for at, each in enumerate(labels)}
+        return made
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """What holds of the architecture, by the names that the shell reads."""
+        what = self.what
+        why = self.request.subject.obstacle
+        if not self.speaks:
+            why = "it gives no logits of a vocabulary"
+        return {
+            "PROJECTION": PROJECTION if self.speaks else None,
+            "OBSTACLE": why,
+            "UNHEARD": _unheard(what),
+            "READS_TOKENS": "tokens" in what.reads,
+            "LAYOUT": {"cuts": not what.marks, "rows": _rows(what)},
+            "CLASSES": what.head.out.shape.dim,
+        }
+
+    def renamed(self, file: str) -> str:
+        """Return a text of the shell with the names of the model, and what holds of it."""
+        text = (SHELL / f"{file}.py").read_text(encoding="utf-8")
+        for key, value in self.constants.items():
+            text = _valued(text, key, value)
+        text = text.replace(
+            "from .architecture import Architecture, ",
+            f"from .architecture import {self.code.name} as Architecture\n"
+            "from .architecture import ",
+        )
+        text = re.sub(r"^from \.(\w+) import", rf"from .\1_{self.name} import", text, flags=re.M)
+        text = text.replace('"headloom_loom"', f'"headloom_{self.name}"')
+        text = text.replace("loom_input", self.takes)
+        kind = "Sequence" if self.what.patches is None else "Image"
+        text = text.replace("LoomForClassification", f"LoomFor{kind}Classification")
+        return re.sub(r"\bLoom(?=[A-Z])", self.cls, text)
 
 
 def untied(model: Model) -> Model:
@@ -137,58 +240,20 @@ def checkpointed(code: Code, classes: Sequence[str]) -> str:
         "from transformers.modeling_layers import GradientCheckpointingLayer\n",
         1,
     )
+    again = {"nn.Module": "GradientCheckpointingLayer"}
+    again |= {"Constants": "GradientCheckpointingLayer, Constants"}
     for name in classes:
-        text = text.replace(
-            f"\nclass {name}(nn.Module):\n", f"\nclass {name}(GradientCheckpointingLayer):\n", 1
-        )
-    return text
-
-
-def _configuration(
-    request: Request, what: Model, cls: str, name: str, autos: dict[str, str]
-) -> dict[str, object]:
-    own = [each.rpartition(".")[2] for each in autos.values() if "modeling" in each]
-    most = {"max_position_embeddings": what.positions} if what.positions else {}
-    first = f"{cls}ForCausalLM"
-    return {
-        "architectures": [first if first in own else own[0]],
-        "auto_map": autos,
-        "dtype": request.dtype_name,
-        "hidden_size": what.width,
-        **most,
-        "model_type": f"headloom_{name}",
-        "num_hidden_layers": len(what.steps),
-        "tie_word_embeddings": ties(what),
-        "use_cache": decodes(what),
-        "vocab_size": what.vocab,
-    }
-
-
-def _generation(what: Model) -> dict[str, object]:
-    return {"use_cache": decodes(what)}
-
-
-def _modeling(request: Request, what: Model, cls: str, name: str, code: Code, speaks: bool) -> str:
-    why = request.subject.obstacle
-    if not speaks:
-        why = "it gives features, and not logits of a vocabulary"
-    values: dict[str, object] = {
-        "PROJECTION": PROJECTION if speaks else None,
-        "OBSTACLE": why,
-        "UNHEARD": _unheard(what),
-        "READS_TOKENS": "tokens" in what.reads,
-        "LAYOUT": {"cuts": not what.marks, "rows": _rows(what)},
-    }
-    text = _renamed("modeling.py", cls, name, code)
-    for key, value in values.items():
-        text = _valued(text, key, value)
+        for base, bases in again.items():
+            text = text.replace(f"\nclass {name}({base}):\n", f"\nclass {name}({bases}):\n", 1)
     return text
 
 
 def _valued(text: str, key: str, value: object) -> str:
-    """Return a text with the value of a constant, before the comment that says what it is."""
+    """Return a text with the value of a constant, if it is in it, before what is said of it."""
     written = f'"{value}"' if isinstance(value, str) else repr(value).replace("'", '"')
-    line = next(each for each in text.splitlines() if each.startswith(f"{key}: "))
+    line = next((each for each in text.splitlines() if each.startswith(f"{key}: ")), None)
+    if line is None:
+        return text
     typed, _, rest = line.partition(" = ")
     return text.replace(line, f"{typed} = {written}  #{rest.rpartition('#')[2]}")
 
@@ -201,19 +266,6 @@ def _unheard(what: Model) -> str | None:
     if what.lanes is not None:
         return f"its stream is of {what.lanes} lanes"
     return "learned tokens stand before each sequence" if what.memory is not None else None
-
-
-def _renamed(file: str, cls: str, name: str, code: Code) -> str:
-    """Return a text of the shell with the names of a model."""
-    text = (SHELL / file).read_text(encoding="utf-8")
-    text = text.replace(
-        "from .architecture import Architecture, ",
-        f"from .architecture_{name} import {code.name} as Architecture\n"
-        f"from .architecture_{name} import ",
-    )
-    text = text.replace("from .configuration import", f"from .configuration_{name} import")
-    text = text.replace('"headloom_loom"', f'"headloom_{name}"')
-    return re.sub(r"\bLoom(?=[A-Z])", cls, text)
 
 
 def _json(given: dict[str, object]) -> str:

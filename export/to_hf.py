@@ -2,8 +2,10 @@
 
 made/config.json              sizes, and where the classes are
 made/configuration_tiny.py    the configuration
-made/modeling_tiny.py         the classes that Transformers calls
 made/architecture_tiny.py     the text that `headloom build` writes
+made/modeling_tiny.py         the classes that Transformers calls
+made/pretrained_tiny.py       what they share
+made/caching_tiny.py          their cache
 made/generation_config.json   how `generate` goes on by default
 made/model.safetensors        the weights, under `model.`
 made/README.md                what it is, how to open it
@@ -45,12 +47,11 @@ def write(request: Request, folder: Path) -> None:
 
 def check(request: Request, folder: Path) -> Iterator[Finding]:
     """Open the folder with Transformers alone: call it, decode with it, save and load it."""
-    made = shelled(request)
-    yield from opened(request, folder, made.autos, made.decodes)
+    yield from opened(request, folder, shelled(request))
 
 
 def _readme(request: Request, made: Shelled) -> str:
-    auto = "AutoModelForCausalLM" if "AutoModelForCausalLM" in made.autos else "AutoModel"
+    auto = "AutoModelForCausalLM" if "AutoModelForCausalLM" in made.autos else made.autos[1]
     lines = [
         f"from transformers import {auto}",
         "",

@@ -23,7 +23,12 @@ class Architecture(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, tokens: Tensor, *, cache: Cache | None = None, batch: Batch | None = None
+        self,
+        tokens: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        batch: Batch | None = None,
     ) -> Tensor:
         """Return what the model makes of tokens [b, n]; `batch` says how they stand."""
         raise NotImplementedError

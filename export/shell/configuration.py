@@ -13,7 +13,7 @@ class LoomConfig(PreTrainedConfig):
     model_type = "headloom_loom"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    vocab_size: int = 0
+    vocab_size: int | None = None
     hidden_size: int = 0
     num_hidden_layers: int = 0
     max_position_embeddings: int | None = None

@@ -22,7 +22,6 @@ from transformers import dynamic_module_utils  # noqa: E402  it is not a need of
 ROOT = Path(__file__).parent.parent.parent
 MODELS = sorted(path.stem for path in (ROOT / "examples" / "models").glob("*.loom"))
 SAMPLE = ("bloom", "gemma2", "qwen3_next")  # constants; a window, tied; states beside keys
-SEES = ("siglip",)  # no language model
 
 TEXT = """
 block near { heads = 2; position = rope; mask = causal and window(4) }
@@ -40,6 +39,10 @@ model front { vocab = 32; width = 16; layers = [near, fades]; memory = 3 }
 model features { vocab = 32; width = 16; layers = [near]; head = none }
 model raw { width = 16; layers = [near]; head = none }
 model classes { vocab = 32; width = 16; layers = [both]; head = classify(3) }
+model sees { patches = patches(4, image = [8, 8]); width = 16; layers = [both] * 2; head = none }
+model sorts { patches = patches(4); width = 16; layers = [both]; head = classify(3) }
+layer steered(attn, ffn) { out = x + (x | attn) * (condition | linear(16)) + (x | ffn) }
+model told { vocab = 32; width = 16; layers = [near]; layer = steered; condition_width = 8 }
 model crosses { vocab = 32; width = 16; layers = [near, reads] }
 model twice { vocab = 32; width = 16; layers = [near]
   head = (x | linear(vocab)) * (x | silu | linear(vocab)) }
@@ -121,8 +124,9 @@ def test_what_is_in_the_folder(arch, folder, tmp_path):
     to_hf.write(of_module(module, None, Options()), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        "README.md", "architecture_tiny.py", "config.json", "configuration_tiny.py",
-        "generation_config.json", "model.safetensors", "modeling_tiny.py",
+        "README.md", "architecture_tiny.py", "caching_tiny.py", "config.json",
+        "configuration_tiny.py", "generation_config.json", "model.safetensors",
+        "modeling_tiny.py", "pretrained_tiny.py",
     }  # fmt: skip
     assert all((tmp_path / name).read_bytes() == (out / name).read_bytes() for name in names)
     config = json.loads((out / "config.json").read_text())
@@ -142,7 +146,7 @@ def test_published_models(name, tmp_path):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", [each for each in MODELS if each not in (*SAMPLE, *SEES)])
+@pytest.mark.parametrize("name", [each for each in MODELS if each not in SAMPLE])
 def test_all_published_models(name, tmp_path):
     path = ROOT / "examples" / "models" / f"{name}.loom"
     assert hl.export(path, to="hf", out=tmp_path / "made").ok
@@ -152,8 +156,7 @@ def test_all_published_models(name, tmp_path):
     ("name", "why"),
     [
         ("near", "`near` is a block: Transformers opens models"),
-        ("raw", "it takes features: only a model with a `vocab` is exported"),
-        ("classes", "its head gives one answer for a sequence: export it with the head `lm`"),
+        ("told", "it reads a `condition`, which Transformers does not give"),
         ("crosses", "it reads a `context`: only a model that reads its own tokens is exported"),
         ("twice", r"its head is more than functions of one `linear\(32\)`"),
     ],
@@ -392,6 +395,63 @@ def test_features_alone(arch, folder):
     x, _ = batch()
     got = load("AutoModel", out).eval()(x).last_hidden_state
     assert torch.allclose(got, module(x), atol=1e-6)
+
+
+# other models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sees", "sorts", "raw", "classes", "encodes"])
+def test_every_kind_is_checked(arch, tmp_path, name):
+    made = hl.export(arch, name, to="hf", out=tmp_path / "made")
+    assert [each.ok for each in made.checks] == [True, True, True, None, True]
+
+
+def test_images(arch, folder):
+    module, out = written(arch, "sees", folder)
+    images = torch.randn(2, 3, 8, 8)
+    model = load("AutoModel", out).eval()
+    made = model(pixel_values=images, output_hidden_states=True)
+    assert torch.allclose(made.last_hidden_state, module(images), atol=1e-6)
+    assert len(made.hidden_states) == 3
+    with pytest.raises(ValueError, match="some of it is padding"):
+        model(images, attention_mask=torch.tensor([1, 1, 1, 0]), output_hidden_states=True)
+    with pytest.raises(ValueError, match="give `pixel_values`"):
+        model()
+    model.train().activation_checkpointing_enable()
+    model(images).last_hidden_state.square().mean().backward()
+    assert all(each.grad is not None for each in model.parameters())
+
+
+def test_classes_of_images(arch, folder):
+    module, out = written(arch, "sorts", folder)
+    images, labels = torch.randn(2, 3, 8, 12), torch.tensor([0, 2])
+    made = load("AutoModelForImageClassification", out).eval()(images, labels=labels)
+    assert torch.allclose(made.logits, module(images), atol=1e-6)
+    expected = torch.nn.functional.cross_entropy(module(images), labels)
+    assert torch.allclose(made.loss, expected, atol=1e-6)
+
+
+def test_classes_of_sequences(arch, folder):
+    module, out = written(arch, "classes", folder)
+    x, mask = batch()
+    model = load("AutoModelForSequenceClassification", out).eval()
+    got = model(x, attention_mask=mask).logits
+    assert torch.allclose(got, module(x, attention_mask=mask), atol=1e-6)
+    with pytest.raises(ValueError, match="this model tells 3 classes apart, not 5"):
+        load("AutoModelForSequenceClassification", out, num_labels=5)
+
+
+def test_features_of_features(arch, folder):
+    module, out = written(arch, "raw", folder)
+    x = torch.randn(2, 9, 16)
+    model = load("AutoModel", out).eval()
+    assert torch.allclose(model(x).last_hidden_state, module(x), atol=1e-6)
+    with pytest.raises(NotImplementedError, match="this model takes `inputs_embeds`"):
+        model.get_input_embeddings()
+    again = folder / "raw_again"
+    model.save_pretrained(again)
+    assert torch.equal(load("AutoModel", again).eval()(x)[0], model(x)[0])
 
 
 # weights
