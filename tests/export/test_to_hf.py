@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,16 @@ def test_what_is_in_the_folder(arch, folder, tmp_path):
     texts = "".join((out / name).read_text() for name in names if name.endswith(".py"))
     assert "import headloom" not in texts
     assert "Loom" not in texts.replace("Headloom", "")
+
+
+@pytest.mark.parametrize("name", ["tiny", "sees", "raw", "classes"])
+def test_the_readme_says_how(arch, folder, name):
+    module, out = written(arch, name, folder)
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+    space: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(out)), space)
+    held = space["model"].model.state_dict()
+    assert all(torch.equal(held[name], each) for name, each in module.state_dict().items())
 
 
 @pytest.mark.slow
