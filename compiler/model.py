@@ -351,6 +351,38 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Which keys stay held from one query to the next; what does not is gone for good.
+
+    Query i reads, of the keys that were held after the query before it and its own, those that the
+    mask shows it. Of these stay held: what is `always`, and of the others the `count` with the best
+    score, which may read `s` before `score`, the weights `p` before `weights`, and `o`, the vector
+    that p mixes of the values. `share` heads that stand together hold the same: what one of them
+    reads, by the sum of the scores of those that do. Of equal scores the first is better.
+    `running_queries` sums over the queries so far.
+    """
+
+    count: int
+    score: Expr
+    share: int = 1
+    always: Expr = FALSE
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        """Every expression of a pair."""
+        return (self.score, self.always)
+
+    @property
+    def running(self) -> tuple[Expr, ...]:
+        """What its score sums over the queries up to one, inner ones first."""
+        return _running(self.score)
+
+    def mapped(self, change: Callable[[Expr], Expr]) -> Keep:
+        """Return it with each of these changed."""
+        return replace(self, score=change(self.score), always=change(self.always))
+
+
+@dataclass(frozen=True, slots=True)
 class Pairwise:
     """`mix = attend`: every query against every key.
 
@@ -371,22 +403,27 @@ class Pairwise:
     again: Expr | None = None
     carry: Expr | None = None
     select: Select | None = None
+    keep: Keep | None = None
 
     @property
     def in_turn(self) -> bool:
         """Whether tokens leave more behind than their keys and values, each after the one before.
 
-        What is mixed goes into values, tokens change keys, or queries add to sums over the keys.
+        What is mixed goes into values, tokens change or forget keys, or queries add to sums over
+        the keys.
         """
-        return self.again is not None or self.carry is not None or bool(self.running)
+        further = (self.again, self.carry, self.keep)
+        return any(each is not None for each in further) or bool(self.running)
 
     @property
     def running(self) -> tuple[Expr, ...]:
         """What its expressions sum over the queries up to one, inner ones first.
 
-        What a selection sums comes first: it sees what is not chosen too.
+        What a selection sums comes first: it sees what is not chosen too. What says which keys are
+        held sums of those alone.
         """
         chosen = () if self.select is None else self.select.running
+        chosen += () if self.keep is None else self.keep.running
         return (*chosen, *_running(self.score, self.weights))
 
     @property
@@ -395,6 +432,7 @@ class Pairwise:
         met = () if self.similarity is None else (self.similarity,)
         again = () if self.again is None else (self.again,)
         chosen = () if self.select is None else self.select.exprs
+        chosen += () if self.keep is None else self.keep.exprs
         return (*met, self.score, self.mask, *chosen, *self.normalize.exprs, self.weights, *again)
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Pairwise:
@@ -408,6 +446,7 @@ class Pairwise:
             similarity=None if self.similarity is None else change(self.similarity),
             again=None if self.again is None else change(self.again),
             select=None if self.select is None else self.select.mapped(change),
+            keep=None if self.keep is None else self.keep.mapped(change),
         )
 
 

@@ -14,6 +14,7 @@ from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
+CALLERS = frozenset({"b", "n", "m"})  # the sizes that a caller chooses
 Axes = tuple[str | None, ...]  # the free size of each dimension, None where it is settled
 
 
@@ -31,8 +32,8 @@ class Program:
     @property
     def limits(self) -> str:
         """What its sizes may not be, in words."""
-        least = {name: size for name, size in self.least.items() if size > 1}
-        return ", ".join(f"{name} is {size} at least" for name, size in least.items())
+        least = {name: self.least.get(name, 1) for name in sorted(CALLERS)}
+        return ", ".join(f"{name} is {size} at least" for name, size in least.items() if size > 1)
 
     @property
     def operators(self) -> frozenset[Any]:
@@ -82,15 +83,26 @@ def trace(
         return Program(_exported(module, given, _dims(axes, _sizes(least, most))))
     except (UserError, RuntimeError):  # a guard; that of a number is no `UserError`
         pass
-    try:
-        free = _exported(module, given, _dims(axes, dict.fromkeys(most, Dim.AUTO)))
-    except Exception as problem:  # whatever it is that the exporter cannot take
-        raise NoProgramError(str(problem).strip().partition("\n")[0]) from problem
+    free = _as_free_as_it_is(module, given, axes, most)
     least |= {name: size for name, size in _least(free, axes).items() if size > 2}
     try:  # what is found of itself is never free down to one
-        return Program(_exported(module, given, _dims(axes, _sizes(least, most))), least)
+        found = _exported(module, given, _dims(axes, _sizes(least, most)))
+        return Program(found, least | _least_that_runs(found, given, axes))
     except UserError:
-        return Program(free, _least(free, axes))
+        return Program(free, _least_that_runs(free, given, axes))
+
+
+def _as_free_as_it_is(
+    module: nn.Module, given: Mapping[str, Any], axes: Any, most: Mapping[str, int | None]
+) -> ExportedProgram:
+    """Export for the sizes that guards leave: the exporter's own choice is two or more."""
+    found = dict.fromkeys(most, Dim.AUTO)
+    for sizes in ({**found, "b": Dim("b", min=1)}, found):
+        try:
+            return _exported(module, given, _dims(axes, sizes))
+        except Exception as problem:  # whatever it is that the exporter cannot take
+            why = problem
+    raise NoProgramError(str(why).strip().partition("\n")[0]) from why
 
 
 def _sizes(least: Mapping[str, int], most: Mapping[str, int | None]) -> dict[str, Any]:
@@ -149,6 +161,42 @@ def _least(program: ExportedProgram, axes: Mapping[str, Any]) -> dict[str, int]:
                 raise NoProgramError(f"`{size}` cannot be free: it would be {length} alone")
             found[size] = max(found.get(size, 1), int(bounds.lower))
     return found
+
+
+def _least_that_runs(
+    program: ExportedProgram, given: Mapping[str, Any], axes: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the least of each size that passes every guard: some say more than a bound does."""
+    least, runs = _least(program, axes), program.module()
+    drawn = dict(_drawn(given, axes))
+    for name in CALLERS & least.keys():  # a cache is as long as the call before has left it
+        while least[name] < drawn[name]:
+            try:
+                with torch.no_grad():
+                    runs(**{each: _shortened(given[each], axes[each], name, least[name])
+                            for each in given})  # fmt: skip
+                break
+            except (AssertionError, RuntimeError):
+                least[name] += 1
+    return least
+
+
+def _drawn(given: Any, axes: Any) -> list[tuple[str, int]]:
+    """Return every size with its length in what a program was traced with."""
+    if isinstance(axes, Mapping):
+        return [pair for name, each in axes.items() for pair in _drawn(given[name], each)]
+    if isinstance(axes, list):
+        return [pair for one, each in zip(given, axes, strict=True) for pair in _drawn(one, each)]
+    return [(name, given.shape[at]) for at, name in enumerate(axes) if name is not None]
+
+
+def _shortened(x: Any, axes: Any, name: str, length: int) -> Any:
+    """Return arguments in which one size is shorter."""
+    if isinstance(axes, list):
+        return [_shortened(one, each, name, length) for one, each in zip(x, axes, strict=True)]
+    for at, each in enumerate(axes):
+        x = x.narrow(at, 0, length).contiguous() if each == name else x
+    return x
 
 
 def _named(axes: Mapping[str, Any]) -> list[tuple[str, Axes]]:

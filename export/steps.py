@@ -98,12 +98,18 @@ class _Exactly:
     part: Any
 
     def __call__(self, tokens: Any) -> None:
-        more = tokens - self.part.capacity
+        first = isinstance(self.part.capacity, int) and not self.part.capacity
+        more = tokens if first else _AT_A_STEP
         self.part.capacity = tokens
         self.part.kept = {
-            name: torch.cat([x, x.new_zeros(*x.shape[:-2], more, x.shape[-1])], -2)
+            name: torch.cat([x, x.new_zeros(*x.shape[:-2], more, x.shape[-1])], -2).narrow(
+                -2, 0, tokens
+            )
             for name, x in self.part.kept.items()
         }
+
+
+_AT_A_STEP = 2  # no step adds more tokens, or groups of them, of which some room may be spare
 
 
 def _grows(part: Any) -> bool:
@@ -136,7 +142,7 @@ def _every(cache: Any) -> Iterator[tuple[Kept, Tensor]]:
 
 
 def _tensors(cache: Any) -> list[Tensor]:
-    return [x for _, x in _every(cache)]
+    return [x.contiguous() for _, x in _every(cache)]
 
 
 def _restored(cache: Any, spec: tuple[Kept, ...], tensors: list[Tensor], bound: Any) -> None:

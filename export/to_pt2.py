@@ -158,7 +158,8 @@ def _decode(request: Request) -> Program:
     sizes = dict.fromkeys([name for each in axes for name in each if name], None)
     along = {"x": ("b", *[None] * (x.ndim - 1)), "cache": axes}
     along |= {name: _axes(name, each) for name, each in given.items()}
-    return trace(step, {"x": x[:, :1], "cache": cache, **given}, along, {"b": None, **sizes})
+    x = x[:, :1].contiguous()
+    return trace(step, {"x": x, "cache": cache, **given}, along, {"b": None, **sizes})
 
 
 def taken(request: Request) -> str:

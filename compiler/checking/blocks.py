@@ -52,7 +52,7 @@ _GUESSES = {
 _ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = (
     "position", "similarity", "score", "normalize", "weights", "scale", "dropout",
-    "carry", "select",
+    "carry", "select", "keep",
 )  # fmt: skip
 
 
@@ -423,4 +423,6 @@ def sees_something(mixing: Mixing) -> bool:
     mask = mixing.mix.mask
     if mixing.mix.select is not None:
         return False
+    if mixing.mix.keep is not None:  # its own key is never gone before it is read
+        return sees_itself(mask)
     return mask == TRUE or (not mixing.crosses and sees_itself(mask))

@@ -25,7 +25,8 @@ SETTINGS = {
     "head_dim": "width / heads", "value_dim": "head_dim", "source": "x", "q": "", "k": "", "v": "",
     "position": "none", "similarity": "dot", "scale": "head_dim ** -0.5", "score": "s",
     "carry": "k",
-    "mask": "all", "select": "none", "normalize": "softmax", "weights": "p", "mix": "attend",
+    "mask": "all", "select": "none", "keep": "none", "normalize": "softmax", "weights": "p",
+    "mix": "attend",
     "out": "o | merge | linear", "dropout": "0", "regularize": "none", "grid": "",
 }  # fmt: skip
 

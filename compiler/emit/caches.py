@@ -15,6 +15,7 @@ from ...ops.shape import pooling
 from ..algebra.masks import reads_others
 from ..facts import decoding
 from ..facts.kept import (
+    Budget,
     Context,
     Groups,
     Held,
@@ -134,7 +135,9 @@ class Caches:
                 made = f"TakenCache({made})" if part.taken else made
                 lines += indent([f"{ident(part_name(part))}={made},"], 2)
                 continue
-            head = f"{ident(part_name(part))}={_CLASSES[type(part)]}"
+            budget = isinstance(part, Keys) and part.budget is not None
+            kind = "BudgetCache" if budget else _CLASSES[type(part)]
+            head = f"{ident(part_name(part))}={kind}"
             lines += indent(call(head, self._arguments(part), "),"), 2)
         return [*lines, "    )"]
 
@@ -151,6 +154,8 @@ class Caches:
         sizes = ", ".join(map(_size, part.streams))
         ring = [] if part.ring is None else [f"ring={part.ring}"]
         ring += [f"prefix={part.prefix}"] if part.prefix else []
+        if part.budget is not None:
+            ring = [f"groups={part.budget.groups}", f"slots={part.budget.slots}"]
         for name in ("wide", "changing"):
             marked = [f'"{ident(each.name)}",' for each in part.streams if getattr(each, name)]
             ring += [f"{name}=({' '.join(marked)})"] if marked else []
@@ -202,6 +207,8 @@ def own_part(node: str) -> str:
 def _described(part: Part) -> str:
     """Say what a cache is room for."""
     match part:
+        case Keys(budget=Budget(slots=int(slots))):
+            return f"room for the {slots} keys and values that stay"
         case Keys():
             what = "so many tokens" if part.ring is None else "the last tokens"
             return f"room for the keys and values of {what}"

@@ -160,11 +160,13 @@ class _Builder:
         grid: Dims = (*dims[:-1], mixing.keys)
         q, k, v = (each.name for each in mixing.inputs[:3])
         own = "" if name == "o" else f"{name}."
+        chosen = () if mix.select is None else mix.select.exprs
+        chosen += () if mix.keep is None else mix.keep.exprs
         read = {
             part: tuple(self.given(each) for each in tensors_read(*exprs))
             for part, exprs in (
                 ("score", (mix.score,)),
-                ("mask", (mix.mask, *(() if mix.select is None else mix.select.exprs))),
+                ("mask", (mix.mask, *chosen)),
                 ("weights", (mix.weights,)),
             )
         }
@@ -175,7 +177,9 @@ class _Builder:
         op = Similarity(mix.scale, mix.similarity, mix.carry)
         s = self.add(f"{own}s", op, (q, k, *met), grid)
         s = self.add(f"{own}s.1", Score(mix.score), (s, *read["score"]), grid)
-        visible = self.add(f"{own}visible", Mask(mix.mask, mix.select), read["mask"], grid)
+        visible = self.add(
+            f"{own}visible", Mask(mix.mask, mix.select, mix.keep), read["mask"], grid
+        )
         p = self.add(f"{own}p", Normalize(mix.normalize), (s, visible, *normal), grid)
         p = self.add(f"{own}p.1", Weights(mix.weights), (p, visible, *read["weights"]), grid)
         p = self.add(f"{own}p.2", Drop(mix.dropout), (p,), grid)

@@ -38,6 +38,8 @@ def obstacle(attention: Attention) -> str | None:
     found = of_channels(attention)
     if isinstance(found, str):
         return found
+    if attention.mix.keep is not None:
+        return attention.in_turn
     if (why := tiles.obstacle(attention)) is not None:
         return why
     own = attention.node.dims[2] == "n" and not attention.crosses

@@ -17,7 +17,7 @@ from ..plan.attention import CHOOSES, Attention
 from ..plan.plan import Target
 from ..text.tensors import stored
 from ..text.text import call, indent, tupled
-from . import carry, distance, sdpa
+from . import carry, distance, forgetting, sdpa
 from .way import Way
 from .weights import (
     arguments,
@@ -33,6 +33,8 @@ from .weights import (
 
 def obstacle(attention: Attention) -> str | None:
     """Return why not some queries can be attended to without the others."""
+    if attention.mix.keep is not None:
+        return None
     if attention.summed or isinstance(attention.products, tuple):
         return None
     if isinstance(attention.products, str):
@@ -48,6 +50,8 @@ def obstacle(attention: Attention) -> str | None:
 
 def reason(attention: Attention) -> str:
     """Say what a tile is made of."""
+    if attention.mix.keep is not None:
+        return forgetting.reason(attention)
     if attention.summed:
         return "some queries after the others, with the keys up to their own and a sum for each key"
     if attention.products is not None:
@@ -82,6 +86,8 @@ def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
     groups = arguments(attention)
     kinds = ("queries", "keys", "places", "tables")
     given = ("v", *(each for key in kinds for each in groups[key]))
+    if attention.mix.keep is not None:
+        return (*given, *forgetting.sums(attention))
     if attention.in_turn is not None:
         carried = [carry.variable(each) for each in attention.carriers]
         carried += ["fresh", "idle"] if attention.mix.carry is not None else []
@@ -121,6 +127,8 @@ def methods(attention: Attention, target: Target) -> list[str]:
     groups = arguments(attention)
     name, told = method_name(attention), attention.sequences
     given, at_all = parameters(attention, asked), whole(attention, asked)
+    if attention.mix.keep is not None:
+        return forgetting.methods(attention, given, at_all)
     if attention.summed and not at_all:
         return [*_summed(attention, given), "", *weights(attention)]
     if attention.products is not None and not at_all:
@@ -230,6 +238,8 @@ def _reach(attention: Attention) -> list[str]:
 
 def _dense(attention: Attention) -> str:
     """Say what is computed of every pair."""
+    if attention.mix.keep is not None:
+        return f"{forgetting.reason(attention)}, all tokens in one tile"
     if attention.mix.again is not None:
         some = "of some queries at a time" if attention.by_turns else "of every pair"
         return f"{attention.in_turn}: a triangular system {some}"

@@ -111,6 +111,7 @@ def weights(attention: Attention, biased: bool = False, met: list[str] | None = 
     writer = Writer(attention, biased, met)
     given = [each for group in arguments(attention).values() for each in group]
     given += ["bias"] if biased else []
+    given += ["kept"] if attention.mix.keep is not None else []
     carries = attention.mix.carry is not None
     given = [*(["s"] if carries or takes_products(attention) else []), *given]
     several = bool(attention.node.op.statistics or attention.maps or attention.running)
@@ -152,6 +153,7 @@ class Writer:
         self.lines: list[str] = []
         self.weighing = ""  # which pairs may weigh something, "" for all
         self.sums = 0  # rows and columns that were summed
+        self.running = attention.running
 
     @property
     def _sees_something(self) -> bool:
@@ -178,6 +180,16 @@ class Writer:
 
     def lines_of_weights(self) -> list[str]:
         """Return the body of the method."""
+        self.meet()
+        if self.biased:
+            self.lines = self._with_bias()
+        else:
+            self._logits()
+            self._weigh()
+        return self.sized()
+
+    def meet(self) -> None:
+        """Write the similarities."""
         attention, mix = self.attention, self.mix
         dims = f"[b, {attention.heads}, {attention.node.dims[2]}, {attention.keys}]"
         self.lines += self.heads_of_keys()
@@ -192,12 +204,6 @@ class Writer:
             text = f"{atomic(self._text(mix.similarity))}.to(wide)"
             times = "" if mix.scale == 1 else f" * {mix.scale!r}"
             self.lines += comment(f"s = {text}{times}", dims)
-        if self.biased:
-            self.lines = self._with_bias()
-        else:
-            self._logits()
-            self._weigh()
-        return self.sized()
 
     def _logits(self) -> None:
         """Write who sees whom, and the score."""
@@ -280,7 +286,7 @@ class Writer:
 
         One that chooses sees more keys: its sums are others.
         """
-        running = self.attention.running
+        running = self.running
         select = self.mix.select
         first = 0 if chooses or select is None else len(select.running)
         count = Counter(of_maps(expr))
@@ -361,6 +367,8 @@ class Writer:
             self.lines.append(every)
         if self.mix.select is not None:
             self._choose(self.mix.select)
+        if self.mix.keep is not None:
+            self.lines.append("visible = visible & kept")
 
     def _choose(self, select: Select) -> None:
         """Write which of the visible keys are read."""

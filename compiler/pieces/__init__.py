@@ -24,6 +24,7 @@ FILES = (
     "batches",
     "parts",
     "groups",
+    "forgetting",
     "caches",
     "taken",
 )  # in the order of an emitted file

@@ -125,11 +125,15 @@ class Attention:
         """Why some tokens are not attended to without those before them, if so."""
         if self.mix.again is not None:
             return "its values read what it mixes"
+        if self.mix.keep is not None:
+            return "each query forgets keys, which those after it do not read"
         return None if self.mix.carry is None else "each token carries the keys before it"
 
     @cached_property
     def running(self) -> tuple[Expr, ...]:
-        """What it sums over the queries up to one, where a cache may keep the sums."""
+        """What its weights sum over the queries up to one, where a cache may keep the sums."""
+        if self.mix.keep is not None:  # its sums are of what stays held, not of weights
+            return ()
         own = self.node.dims[2] == "n" and not self.crosses
         return self.mix.running if own and extent(self.mix.mask).causal else ()
 

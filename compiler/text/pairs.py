@@ -283,6 +283,8 @@ class Pairs(Values):
     def leaf(self, expr: Name | Index) -> Text:
         if isinstance(expr, Name):
             name = "rows" if expr.id == "sum" else expr.id
+            if name == "o":
+                return self._along(Operand(name, QUERY), name, 1, heads=True)
             if elsewhere(name) is not None:
                 return Text(ident(name), 0)
             place = name.partition(".")[0]  # `j`, or `j.to(wide)`

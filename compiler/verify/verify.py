@@ -176,7 +176,8 @@ def _chooses(subject: Subject) -> bool:
     """Say whether it chooses by numbers: of almost equal ones, others where they are rounded."""
     mixes = [each.mix for block in subject.blocks for each in block.mixings.values()]
     stages = [node for block in _wholes(subject.what) for node in _stages(block)]
-    return any(isinstance(mix, Pairwise) and mix.select is not None for mix in mixes) or any(
+    chosen = ((mix.select, mix.keep) for mix in mixes if isinstance(mix, Pairwise))
+    return any(each is not None for pair in chosen for each in pair) or any(
         node.op in _CHOICES for node in stages
     )
 
@@ -359,6 +360,8 @@ def _extreme(subject: Subject) -> str | tuple[int, float]:
 
 def _weighs(mix: object) -> bool:
     """Say whether a mix chooses by functions of the map."""
+    if isinstance(mix, Pairwise) and mix.keep is not None:
+        return True
     if not isinstance(mix, Pairwise) or mix.select is None:
         return False
     return any(calls(mix.select.score, name) for name in MAP_FUNCTIONS)
@@ -421,7 +424,7 @@ def _interpreted(subject: Subject) -> Result:
     return count + batches, max(worst, error), note
 
 
-_BY_TILES = ("over_tiles", "turn_by_turn", "carried_tiles", "summed_tiles")
+_BY_TILES = ("over_tiles", "turn_by_turn", "carried_tiles", "summed_tiles", "forgetting")
 
 
 def _tiles(subject: Subject) -> Result:

@@ -72,6 +72,14 @@ def by_hand(module: nn.Module, x: Tensor, count: int, size: int) -> Tensor:
     return done
 
 
+@pytest.mark.parametrize("options", ["", ", size = 4, always = blocks(4)", ", within = mean"])
+def test_a_score_may_be_a_constant(options: str) -> None:
+    module, oracle = both(
+        f"block a {{ heads = 4; width = 12; mask = causal; select = top(2, 0{options}) }}"
+    )
+    torch.testing.assert_close(module(drawn(11)), oracle(drawn(11)), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("gathered", [False, True])
 def test_the_best_blocks_and_its_own(gathered: bool) -> None:
     module, oracle = both(MOBA.replace("OPTIONS", ""))

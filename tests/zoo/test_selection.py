@@ -223,11 +223,6 @@ def sparsed(row: Row, i: int) -> set[int]:
     return {j for j in range(row.n) if j // 4 in kept}
 
 
-def h2o(row: Row, i: int) -> set[int]:
-    heavy = row.p[: i + 1].sum(0)
-    return set(range(max(i - 3, 0), i + 1)) | best({j: float(heavy[j]) for j in range(i - 3)}, 3)
-
-
 def snapkv(row: Row, i: int) -> set[int]:
     if i < 14:
         return set(range(i + 1))
@@ -306,25 +301,13 @@ def sample_attention(row: Row, i: int) -> set[int]:
     return {j for j in range(i + 1) if j in kept or i - j < 3}
 
 
-def caote(row: Row, i: int) -> set[int]:
-    """How far the output moves without a key, worked out by leaving it out."""
-    near = {i, max(i - 1, 0)}
-    v, moved = row.streams["v"][row.b, row.h], {}
-    full = row.s[i, : i + 1].softmax(0) @ v[: i + 1]
-    for j in range(i + 1):
-        if j not in near:
-            others = [c for c in range(i + 1) if c != j]
-            moved[j] = float((row.s[i, others].softmax(0) @ v[others] - full).norm())
-    return near | best(moved, 4)
-
-
 CHOOSES: dict[str, Chooses] = {
     each.__name__: each
     for each in (moba, quest, block_sparse, minference_blocks, hip, loki, dma, routing_transformer,
                  reformer, recycled_attention, sparse_dllm, biformer, spargeattn, sale, sparsed,
-                 h2o, snapkv,
+                 snapkv,
                  seer_attention, seer_attention_r, sparse_vggt, proxyattn, xattention,
-                 sample_attention, caote)
+                 sample_attention)
 }  # fmt: skip
 
 
@@ -377,7 +360,6 @@ EVERYTHING: dict[str, tuple[tuple[str, str], ...]] = {
     "biformer": (("count = 2", "count = 64"),),
     "spargeattn": (("share = 0.6", "share = 1"),),
     "sale": (("threshold = 0.7", "threshold = 0"),),
-    "h2o": (("count = 3", "count = 64"),),
     "snapkv": (("count = 3", "count = 64"),),
     "hip": (("count = 2", "count = 64"),),
     "seer_attention": (("count = 2", "count = 64"),),
@@ -385,7 +367,6 @@ EVERYTHING: dict[str, tuple[tuple[str, str], ...]] = {
     "sparse_vggt": (("count = 2", "count = 64"),),
     "proxyattn": (("count = 3", "count = 64"),),
     "xattention": (("share = 0.7", "share = 1"),),
-    "caote": (("count = 4", "count = 64"),),
     "mosa": (("select = top(count, router[j, h], rows = longest)", ""),),
 }
 
