@@ -24,6 +24,7 @@ _DOOR = {
     "show": ".compiler.api",
     "verify": ".compiler.verify.certificate",
     "zoo": ".compiler.api",
+    "from_hf": ".known.known",
     "LoomError": ".grammar.diagnostics",
     "NotVerifiedError": ".compiler.verify.certificate",
     "NotExportedError": ".export.request",

@@ -236,6 +236,30 @@ def fmt(files: tuple[str, ...], to: str | None, only_check: bool) -> None:
         sys.exit(1)
 
 
+@command(name="import")
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True))
+@click.option("-o", "--out", type=click.Path(dir_okay=False), help="Where to write the text.")
+@click.option(
+    "--weights", type=click.Path(dir_okay=False), help="Where to write its weights, as ours."
+)
+def import_(folder: str, out: str | None, weights: str | None) -> None:
+    """Describe a model of Hugging Face: a folder with a config.json, and safetensors for weights.
+
+    Example: headloom import Qwen3-0.6B -o qwen.loom --weights qwen.safetensors
+    """
+    from .known.known import from_hf
+
+    known = from_hf(folder)
+    if weights is not None:
+        known.save(weights)
+        click.echo(f"wrote {weights} ({len(known.weights.shapes)} tensors)", err=True)
+    if out is None:
+        click.echo(known.text, nl=False)
+    else:
+        Path(out).write_text(known.text, encoding="utf-8")
+        click.echo(f"wrote {out} ({len(known.text.splitlines())} lines)", err=True)
+
+
 # ── looking at an architecture ───────────────────────────────────────────────────────────
 
 
@@ -313,9 +337,10 @@ def explain(what: str, width: int | None, backend: str, optimize: str, json: boo
 
 def _explain_code(code: str) -> None:
     from .compiler.checking.codes import CODES as COMPILER
+    from .known.codes import CODES as KNOWN
     from .search.codes import CODES as SEARCH
 
-    codes = COMPILER | SEARCH
+    codes = COMPILER | SEARCH | KNOWN
     if code not in codes:
         raise click.UsageError(f"there is no code {code}; there are {', '.join(sorted(codes))}")
     entry = codes[code]

@@ -60,8 +60,8 @@ def _readme(request: Request, made: Shelled) -> str:
     names = ", ".join(f"`{each}`" for each in made.autos)
     says = (
         f"It opens as {names} of Transformers 5.23 or later, which runs the code of this "
-        f"folder: read `architecture_{made.name}.py`, the architecture, and `modeling_{made.name}.py`, what "
-        "stands around it. Headloom is not needed."
+        f"folder: read `architecture_{made.name}.py`, the architecture, and "
+        f"`modeling_{made.name}.py`, what stands around it. Headloom is not needed."
     )
     front = "---\nlibrary_name: transformers\n"
     if made.decodes:
