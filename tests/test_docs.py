@@ -55,9 +55,14 @@ ROOT = Path(__file__).parent.parent
 TEXTS = {
     name: (ROOT / "docs" / name).read_text(encoding="utf-8")
     for name in (
-        "language.md", "python.md", "models.md", "known.md", "zoo.md", "export.md",
+        "language.md",
+        "python.md",
+        "models.md",
+        "known.md",
+        "zoo.md",
+        "export.md",
         "architecture.md",
-    )  # fmt: skip
+    )
 }
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"\b[LW]\d{3}\b")

@@ -465,6 +465,27 @@ def test_features_of_features(arch, folder):
     assert torch.equal(load("AutoModel", again).eval()(x)[0], model(x)[0])
 
 
+def test_a_model_of_theirs_goes_back(folder):
+    config = transformers.Gemma2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.Gemma2ForCausalLM(config).eval()
+    theirs.save_pretrained(folder / "theirs")
+    module = hl.from_hf(folder / "theirs").compile().eval()
+    out = folder / "back"
+    out.mkdir()
+    to_hf.write(of_module(module, None, Options()), out)
+    ours = load("AutoModelForCausalLM", out).eval()
+    x, mask = batch()
+    live = mask.bool()
+    expected = theirs(x, attention_mask=mask).logits[live]
+    assert torch.allclose(ours(x, attention_mask=mask).logits[live], expected, atol=1e-5)
+    expected = theirs.generate(x, attention_mask=mask, do_sample=False, **NEW)
+    assert torch.equal(ours.generate(x, attention_mask=mask, **NEW), expected)
+
+
 # weights
 
 
