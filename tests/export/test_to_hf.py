@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hf")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(place / "modules"))
+        patch.syspath_prepend(place / "modules")  # or it stays there
+        _forget_code()
         yield place
+        _forget_code()
+
+
+def _forget_code() -> None:
+    """Forget the code of folders, which is imported from one place at a time."""
+    for name in [each for each in sys.modules if each.startswith("transformers_modules")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
