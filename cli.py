@@ -436,7 +436,7 @@ def verify(
 
 @command()
 @click.argument("what", metavar="FILE[:NAME]")
-@click.option("--to", required=True, type=click.Choice(["py", "pt2"]), help="What to write.")
+@click.option("--to", required=True, type=click.Choice(["py", "pt2", "hf"]), help="What to write.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder that is made.")
 @click.option(
     "--weights",

@@ -33,6 +33,7 @@ class Target(Protocol):
 TARGETS = {  # name → its module
     "py": ".to_py",
     "pt2": ".to_pt2",
+    "hf": ".to_hf",
 }
 
 
