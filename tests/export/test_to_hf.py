@@ -166,7 +166,7 @@ def test_published_models(name, tmp_path):
     assert hl.export(path, to="hf", out=tmp_path / "made").ok
 
 
-@pytest.mark.sweep
+@pytest.mark.hours
 @pytest.mark.parametrize("name", [each for each in MODELS if each not in SAMPLE])
 def test_all_published_models(name, tmp_path):
     path = ROOT / "examples" / "models" / f"{name}.loom"
