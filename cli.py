@@ -437,7 +437,7 @@ def verify(
 @command()
 @click.argument("what", metavar="FILE[:NAME]")
 @click.option(
-    "--to", required=True, type=click.Choice(["py", "pt2", "onnx"]), help="What to write."
+    "--to", required=True, type=click.Choice(["py", "pt2", "onnx", "hf"]), help="What to write."
 )
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder that is made.")
 @click.option(

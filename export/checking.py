@@ -35,12 +35,13 @@ class Compared:
     tolerance: float
 
 
-def forward(request: Request, least: int = 1) -> list[Compared]:
-    """Return calls of odd sizes, of so many tokens at least."""
+def forward(request: Request, least: int = 1, whole: bool = False) -> list[Compared]:
+    """Return calls of odd sizes, of so many tokens at least; of a `whole` sequence in each row."""
     found = []
     for case in cases(request, least):
+        case = replace(case, whole=whole)
         call = inputs(request, case)
-        found.append(_compared(request, case, (call,), _call))
+        found.append(expecting(request, case, (call,), _call))
     return found
 
 
@@ -55,7 +56,7 @@ def decoding(request: Request, least: int = 1) -> list[Compared]:
         first = max(least, (case.tokens + 1) // 2)
         sizes = [first, *[1] * min(5, case.tokens - first)]
         parts = tuple(_parts(x, given, sizes))
-        found.append(_compared(request, case, parts, _decode))
+        found.append(expecting(request, case, parts, _decode))
     return found
 
 
@@ -83,7 +84,7 @@ def _parts(x: Tensor, given: dict[str, Tensor], sizes: Sequence[int]) -> Iterabl
         yield x[:, start:end].contiguous(), more  # operators in core form ask for it
 
 
-def _compared(
+def expecting(
     request: Request,
     case: Case,
     calls: tuple[Call, ...],

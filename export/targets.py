@@ -34,6 +34,7 @@ TARGETS = {  # name → its module
     "py": ".to_py",
     "pt2": ".to_pt2",
     "onnx": ".to_onnx",
+    "hf": ".to_hf",
 }
 
 

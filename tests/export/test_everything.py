@@ -1,6 +1,7 @@
-"""The zoo, the examples and the models, exported to `py` and `pt2`: equal, or refused and why.
+"""The zoo, the examples and the models, exported to `py`, `pt2` and `onnx`: equal, or refused and why.
 
-A few of each run always; all of them take an hour or more, as `-m sweep`.
+A few of each run always; all of them take hours, by `-m hours`. Models for Transformers are in
+`test_to_hf.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ SAMPLE: dict[tuple[str, str], Any] = {
     ("pt2", "alibi"): pytest.mark.slow,
 }
 REFUSED = {  # target and name → what the refusal says
-    ("pt2", name): f"`keep` of `{name}` takes tokens in turn" for name in ("caote", "h2o", "tova")
+    (to, name): f"`keep` of `{name}` takes tokens in turn"
+    for to in ("pt2", "onnx")
+    for name in ("caote", "h2o", "tova")
+} | {
+    ("onnx", "mesa_net"): "PyTorch's exporter to ONNX says",
+    ("onnx", "sigma_reparam"): "ONNX has no operator for `aten._linalg_svd` in `q_proj`",
 }
 
 
@@ -35,9 +41,9 @@ def found() -> list[Any]:
     return [
         pytest.param(
             to, name, path, id=f"{to}-{name}",
-            marks=SAMPLE.get((to, name), pytest.mark.sweep),
+            marks=SAMPLE.get((to, name), pytest.mark.hours),
         )
-        for to in TARGETS
+        for to in TARGETS if to != "hf"
         for name, path in named
     ]  # fmt: skip
 

@@ -15,12 +15,10 @@ import pytest
 import torch
 
 import headloom as hl
-from headloom.compiler import zoo
-from headloom.compiler.api import Target
 from headloom.export import onnx_graph, to_onnx
 from headloom.export.onnx_operators import OPSET
 from headloom.export.program import NoProgramError, trace
-from headloom.export.request import Options, Request, of_description, of_module
+from headloom.export.request import Options, Request, of_module
 
 from .test_export import digests
 
@@ -304,28 +302,3 @@ def test_a_small_number_that_is_added_stays():
     x = torch.zeros(3, 5)
     (got,) = computed(lambda x: x / (x + 1e-15), x)
     numpy.testing.assert_array_equal(got, x)
-
-
-# ── the zoo ──────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", zoo.names())
-def test_the_zoo(tmp_path, name):
-    what = zoo.entry(name).what()
-    request = of_description(what, Target("torch"), None, None, Options())
-    stirred(request.module)
-    if obstacles := to_onnx.obstacles(request):
-        assert name in REFUSED, obstacles
-        assert REFUSED[name] in obstacles[0]
-        return
-    assert name not in REFUSED
-    assert checked(request, tmp_path)
-
-
-REFUSED = {  # by what
-    "caote": "`n` cannot be free",
-    "mesa_net": "PyTorch's exporter to ONNX says",
-    "sigma_reparam": "no operator for `aten._linalg_svd` in `q_proj`",
-    "tova": "`n` cannot be free",
-}
