@@ -75,7 +75,8 @@ def check(request: Request, folder: Path) -> Iterator[Finding]:
     answers = cache(lambda: run(folder, plan))
     yield found(request, "forward", calls, lambda: answers()[: len(calls)], _limits(made.model))
     if made.first is None:
-        yield undecoded(request)
+        none = undecoded(request)
+        yield replace(none, note=made.why) if made.why else none
         return
     limits = {FIRST: _limits(made.first), DECODE: _limits(made.decode)}
     note = "; ".join(f"{name}: {each}" for name, each in limits.items() if each)

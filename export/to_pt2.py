@@ -54,9 +54,6 @@ class Programs:
 
 def obstacles(request: Request) -> Sequence[str]:
     """Say what cannot be a program: tokens in turn, whatever else the exporter cannot take."""
-    if turns := [each.name for each in request.subject.blocks if _keeps(each)]:
-        names = " and ".join(f"`{each}`" for each in dict.fromkeys(turns))
-        return (f"`keep` of {names} takes tokens in turn: no program is for every length",)
     try:
         made = programs(request)
     except NoProgramError as problem:
@@ -118,6 +115,10 @@ def _portable(request: Request) -> Finding:
 @lru_cache(maxsize=1)  # traced for what stands in the way, then written
 def programs(request: Request) -> Programs:
     """Trace every program. Raises `NoProgramError` where one cannot be."""
+    if turns := [each.name for each in request.subject.blocks if _keeps(each)]:
+        names = " and ".join(f"`{each}`" for each in dict.fromkeys(turns))
+        raise NoProgramError(f"`keep` of {names} takes tokens in turn: no program is for every "
+                             "length")  # fmt: skip
     x, given = _drawn(request, DRAWN)
     takes = taken(request)
     axes = {name: _axes(name, each) for name, each in {takes: x, **given}.items()}

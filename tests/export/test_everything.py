@@ -1,4 +1,4 @@
-"""The zoo, the examples and the models, exported to `py`, `pt2` and `onnx`: equal, or refused and why.
+"""The zoo, the examples and the models in `py`, `pt2` and `onnx`: equal, or refused and why.
 
 A few of each run always; all of them take hours, by `-m hours`. Models for Transformers are in
 `test_to_hf.py`.
