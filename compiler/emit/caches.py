@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 
 from ...grammar.expr import calls, evaluate
 from ...grammar.functions import GROUPED
+from ...grammar.syntax import POOLED
 from ...ops import OPS
 from ...ops.shape import pooling
 from ..algebra.masks import reads_others
@@ -227,7 +228,7 @@ def own_rows(block: Block, training: bool = True) -> bool:
             if flow.keys == "n" and flow.queries != "n":
                 return True
             own = pooling(flow.keys)[0] != "m"  # a context is all of one
-            others = ("convolve", *(GROUPED if own else ()))
+            others = ("convolve", *((*GROUPED, POOLED) if own else ()))
             if any(calls(expr, name) for expr in flow.mix.exprs for name in others):
                 return True
             select = flow.mix.select
