@@ -161,7 +161,9 @@ class Caches:
     def weight(self) -> str:
         """Write what says the dtype and device of the module."""
         default = "" if weights(self.block) else ", torch.empty(0)"
-        return f"weight = next(self.parameters(){default})"
+        shares = any(part.once is not None for part in self.block.parts)
+        of = "weights_of(self)" if shares else "self.parameters()"
+        return f"weight = next({of}{default})"
 
 
 def part_name(part: Part) -> str:
