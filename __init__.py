@@ -26,15 +26,20 @@ _DOOR = {
     "zoo": ".compiler.api",
     "LoomError": ".grammar.diagnostics",
     "NotVerifiedError": ".compiler.verify.certificate",
+    "NotExportedError": ".export.export",
+    "attention": ".export.attention",
+    "register_attention": ".export.attention",
     "Diagnostic": ".grammar.diagnostics",
 }
 
-__all__ = [*_DOOR, "__version__", "search"]
+_FOLDERS = ("search", "export")  # a folder of such a name can be called
+
+__all__ = [*_DOOR, *_FOLDERS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "search":  # the folder of this name is callable
-        return import_module(".search", __name__)
+    if name in _FOLDERS:
+        return import_module(f".{name}", __name__)
     if name not in _DOOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_DOOR[name], __name__), name)

@@ -409,6 +409,56 @@ def verify(
         sys.exit(NOT_VERIFIED)
 
 
+@command()
+@click.argument("what", metavar="FILE[:NAME]")
+@click.option("--to", required=True, type=click.Choice(["py"]), help="What to write.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder that is made.")
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A safetensors file, or a state dict of torch.save; else weights are drawn.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+    help="What it is in [default: as the weights are].",
+)
+@width_option
+@json_option
+def export(what: str, to: str, out: str, json: bool, **given: Any) -> None:
+    """Write a block or model as a folder that works where Headloom is not installed.
+
+    The folder is loaded and run by another process before it takes its place; what was compared
+    is printed, exit 3 if something does not hold.
+
+    \b
+    Example: headloom export examples/gemma_like.loom:tiny_gemma --to py --out gemma
+    """
+    from .compiler.verify.certificate import NotVerifiedError
+    from .export.export import NotExportedError
+    from .export.export import export as exported
+
+    path, name = _split(what)
+    try:
+        certificate = exported(path, name, to=to, out=out, **given)
+    except NotVerifiedError as problem:
+        certificate = problem.certificate
+    except NotExportedError as problem:
+        if json:
+            _print_json({"ok": False, "obstacles": problem.obstacles})
+        raise click.ClickException(str(problem)) from None
+    except ValueError as problem:
+        raise click.UsageError(str(problem)) from None
+    if json:
+        _print_json(certificate.to_json())
+    else:
+        certificate.show()
+    if not certificate.ok:
+        sys.exit(NOT_VERIFIED)
+    if not json:
+        click.echo(f"wrote {out}", err=True)
+
+
 # ── searching ────────────────────────────────────────────────────────────────────────────
 
 

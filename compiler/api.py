@@ -111,7 +111,25 @@ def build_module(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        return construct(code, dtype).to(device=device)
+        made = construct(code, dtype).to(device=device)
+    _ORIGINS[type(made)] = what, target
+    return made
+
+
+_ORIGINS: dict[type[nn.Module], tuple[Block | Model, Target]] = {}  # as long as the process lives
+
+
+def origin(module: nn.Module) -> tuple[Block | Model, Target]:
+    """Return what a module was made of, and what for.
+
+    Raises `ValueError` for one that `compile` has not made in this process.
+    """
+    if type(module) not in _ORIGINS:
+        raise ValueError(
+            f"this {type(module).__name__} is not of `hl.compile` in this process: "
+            "give its description, and its weights in a file"
+        )
+    return _ORIGINS[type(module)]
 
 
 def construct(code: Code, dtype: DType | None = None) -> nn.Module:

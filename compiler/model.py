@@ -351,6 +351,38 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Which keys stay held from one query to the next; what does not is gone for good.
+
+    Query i reads, of the keys that were held after the query before it and its own, those that the
+    mask shows it. Of these stay held: what is `always`, and of the others the `count` with the best
+    score, which may read `s` before `score`, the weights `p` before `weights`, and `o`, the vector
+    that p mixes of the values. `share` heads that stand together hold the same: what one of them
+    reads, by the sum of the scores of those that do. Of equal scores the first is better.
+    `running_queries` sums over the queries so far.
+    """
+
+    count: int
+    score: Expr
+    share: int = 1
+    always: Expr = FALSE
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        """Every expression of a pair."""
+        return (self.score, self.always)
+
+    @property
+    def running(self) -> tuple[Expr, ...]:
+        """What its score sums over the queries up to one, inner ones first."""
+        return _running(self.score)
+
+    def mapped(self, change: Callable[[Expr], Expr]) -> Keep:
+        """Return it with each of these changed."""
+        return replace(self, score=change(self.score), always=change(self.always))
+
+
+@dataclass(frozen=True, slots=True)
 class Pairwise:
     """`mix = attend`: every query against every key.
 
@@ -371,22 +403,27 @@ class Pairwise:
     again: Expr | None = None
     carry: Expr | None = None
     select: Select | None = None
+    keep: Keep | None = None
 
     @property
     def in_turn(self) -> bool:
         """Whether tokens leave more behind than their keys and values, each after the one before.
 
-        What is mixed goes into values, tokens change keys, or queries add to sums over the keys.
+        What is mixed goes into values, tokens change or forget keys, or queries add to sums over
+        the keys.
         """
-        return self.again is not None or self.carry is not None or bool(self.running)
+        further = (self.again, self.carry, self.keep)
+        return any(each is not None for each in further) or bool(self.running)
 
     @property
     def running(self) -> tuple[Expr, ...]:
         """What its expressions sum over the queries up to one, inner ones first.
 
-        What a selection sums comes first: it sees what is not chosen too.
+        What a selection sums comes first: it sees what is not chosen too. What says which keys are
+        held sums of those alone.
         """
         chosen = () if self.select is None else self.select.running
+        chosen += () if self.keep is None else self.keep.running
         return (*chosen, *_running(self.score, self.weights))
 
     @property
@@ -395,6 +432,7 @@ class Pairwise:
         met = () if self.similarity is None else (self.similarity,)
         again = () if self.again is None else (self.again,)
         chosen = () if self.select is None else self.select.exprs
+        chosen += () if self.keep is None else self.keep.exprs
         return (*met, self.score, self.mask, *chosen, *self.normalize.exprs, self.weights, *again)
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Pairwise:
@@ -408,6 +446,7 @@ class Pairwise:
             similarity=None if self.similarity is None else change(self.similarity),
             again=None if self.again is None else change(self.again),
             select=None if self.select is None else self.select.mapped(change),
+            keep=None if self.keep is None else self.keep.mapped(change),
         )
 
 
@@ -536,6 +575,7 @@ class Block:
     tensors: tuple[Weight, ...]
     out: Flow
     regularize: Flow | None = None  # a number that training adds to the loss
+    moves: tuple[Stream, ...] = ()  # what a forward pass in training sets tensors to, after it
     span: Span = field(default=NOWHERE, compare=False, repr=False)
     shared: tuple[str, ...] | None = None
     borrows: tuple[str, ...] = ()
@@ -602,9 +642,19 @@ class Block:
 
     @property
     def flows(self) -> tuple[Flow, ...]:
-        """Every flow: of the streams, of the output, of what training adds to the loss."""
-        more = () if self.regularize is None else (self.regularize,)
-        return (*(each.flow for each in self.streams), self.out, *more)
+        """Every flow: of the streams, of the output, of what only training does."""
+        return (*(each.flow for each in self.streams), self.out, *self.aside)
+
+    @property
+    def aside(self) -> tuple[Flow, ...]:
+        """What only training does: the term of the loss, and what it moves tensors to."""
+        added = () if self.regularize is None else (self.regularize,)
+        return (*added, *(each.flow for each in self.moves))
+
+    @property
+    def moving(self) -> bool:
+        """Whether training moves a tensor of its own, or of a part."""
+        return bool(self.moves) or any(each.what.moving for each in self.parts)
 
     def stream(self, name: str) -> Stream | None:
         return next((each for each in self.streams if each.name == name), None)
@@ -678,7 +728,7 @@ class Block:
 
     def keeping(self, names: Iterable[str] = ()) -> Block:
         """Return it with the streams that reach its output, or are among the names."""
-        ends = [self.out] if self.regularize is None else [self.out, self.regularize]
+        ends = [self.out, *self.aside]
         own = {each.name: each for each in self.streams}
         ends += [Read(name, own[name].shape) for name in names if name in own]
         kept = reaching(own, ends)

@@ -66,6 +66,7 @@ class Weight:
     shape: tuple[int, ...]
     init: Expr | str
     learned: bool = True
+    moved: bool = False  # by training, without a gradient; then it is not learned
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,12 @@ _HEADS = Name("heads")
 
 def reads(bodies: tuple[Body, ...]) -> tuple[tuple[str, Production], ...]:
     """Return what statements offer, as productions with their kinds; later bodies go before."""
-    named = {each.name: each for body in bodies for each in body if hasattr(each, "name")}
+    named: dict[str, syntax.Statement] = {
+        each.name: each
+        for body in bodies
+        for each in body
+        if hasattr(each, "name") and not isinstance(each, syntax.Update)
+    }
     sides = tuple(at for at, name in (("i", "q"), ("j", "k")) if _of_x(named, name))
     found = []
     for name, each in named.items():

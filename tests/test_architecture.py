@@ -1,4 +1,7 @@
-"""Imports point one way: cli → {search, bench} → compiler → {ops, kernels} → grammar; no cycles."""
+"""Imports point one way, from the commands down to the grammar; there are no cycles.
+
+cli → {search, bench, export} → compiler → {ops, kernels} → grammar
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import pytest
 from headloom.compiler.pieces import FILES
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("grammar", "ops", "kernels", "compiler", "search", "bench")
+FOLDERS = ("grammar", "ops", "kernels", "compiler", "search", "bench", "export")
 MAY_IMPORT = {
     "grammar": {"grammar"},
     "ops": {"ops", "grammar"},
@@ -22,6 +25,7 @@ MAY_IMPORT = {
     "compiler": {"compiler", "ops", "kernels", "grammar"},
     "search": {"search", "compiler", "ops", "grammar"},
     "bench": {"bench", "compiler", "grammar"},
+    "export": {"export", "compiler", "grammar"},
 }
 ROOMS = (
     "algebra",

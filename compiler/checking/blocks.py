@@ -34,11 +34,12 @@ from ..model import (
 )
 from ..model import Part as Whole
 from .depth import Depth
-from .flows import Target, elaborate, regularizing
+from .flows import Target, elaborate, moving, regularizing
 from .inheritance import Body
 from .layers import numbered, whole
 from .library import Library
 from .mixing import Part
+from .moving import is_undeclared
 from .scope import Findings, Scope
 
 _GUESSES = {
@@ -51,7 +52,7 @@ _GUESSES = {
 _ABOUT_SHAPES = ("L206", "L207", "L216")
 _PAIRWISE_ONLY = (
     "position", "similarity", "score", "normalize", "weights", "scale", "dropout",
-    "carry", "select",
+    "carry", "select", "keep",
 )  # fmt: skip
 
 
@@ -196,6 +197,7 @@ class _Builder:
         scope.elaborate = self._stream
         self.numbers = numbers
         self.regularize: Flow | None = None
+        self.moves: tuple[Stream, ...] = ()
 
     def build(self) -> Flow | None:
         """Elaborate every stream; return `out`."""
@@ -204,7 +206,7 @@ class _Builder:
             self._grid()
         for statement in body.lets.values():
             with guard():
-                scope.declare(statement)
+                scope.declare(statement, moved=statement.name in body.moves)
         main = Part(scope, body)
         with guard():
             main.declare()
@@ -228,9 +230,15 @@ class _Builder:
         regularize: Flow | None = None
         with guard():
             regularize = self._regularize()
+        moves = []
+        for update in body.moves.values():
+            if is_undeclared(scope, body.lets.get(update.name)):
+                continue
+            with guard():
+                moves.append(moving(scope, update))
         if out is None or scope.findings.diagnostics:
             return None
-        self.regularize = regularize
+        self.regularize, self.moves = regularize, tuple(moves)
         return out
 
     def _regularize(self) -> Flow | None:
@@ -273,7 +281,8 @@ class _Builder:
 
     def assemble(self, out: Flow, shared: Iterable[str]) -> Block:
         """Put together what is needed."""
-        ends = [out] if self.regularize is None else [out, self.regularize]
+        added = [] if self.regularize is None else [self.regularize]
+        ends = [out, *added, *(each.flow for each in self.moves)]
         needed = reaching(self.scope.streams, ends)
         for name in shared:
             read = "o" if name in MAPS else name
@@ -282,6 +291,8 @@ class _Builder:
         flows = numbered([*(each.flow for each in kept), *ends])
         streams = tuple(replace(each, flow=flow) for each, flow in zip(kept, flows, strict=False))
         out, *more = flows[len(kept) :]
+        regularize = more.pop(0) if added else None
+        moves = tuple(replace(each, flow=flow) for each, flow in zip(self.moves, more, strict=True))
         nodes = [node for flow in flows for node in flow_nodes(flow)]
         reads_context = any(isinstance(node, Read) and node.name == "context" for node in nodes)
         modules = {node.module for node in nodes if isinstance(node, Apply | Whole)}
@@ -308,7 +319,8 @@ class _Builder:
             streams=streams,
             tensors=tuple(self.scope.tensors.values()),
             out=out,
-            regularize=next(iter(more), None),
+            regularize=regularize,
+            moves=moves,
             span=self.body.span,
         )
 
@@ -411,4 +423,6 @@ def sees_something(mixing: Mixing) -> bool:
     mask = mixing.mix.mask
     if mixing.mix.select is not None:
         return False
+    if mixing.mix.keep is not None:  # its own key is never gone before it is read
+        return sees_itself(mask)
     return mask == TRUE or (not mixing.crosses and sees_itself(mask))

@@ -332,6 +332,25 @@ OWN: dict[str, Code] = {
             "block a { heads = 4 }\nmodel m { width = 32; layers = [half(a)] }",
         ),
         Code(
+            "L244",
+            "training cannot move this",
+            "`NAME <- expression` says what each forward pass in training sets a `param` of the "
+            "block to, without a gradient. The expression has its shape, and reads tensors and "
+            "means over the batch: `mean(stream)`, `mean_each(stream)`. What runs several times, "
+            "by `loop` or `once`, is not moved.",
+            "block a { heads = 4; let t = x | linear(heads); param b[heads] = 0; b <- b + t; "
+            "score = s + b[h] }",
+        ),
+        Code(
+            "L245",
+            "this cannot be kept",
+            "`keep = top(count, e, per = kv_head, always = …)` says which keys stay held from one "
+            "query to the next, under a causal mask; the others are gone for good. So expressions "
+            "read a pair's own query and key, and sums over the queries so far in `e` alone; heads "
+            "that hold other keys have streams of their own along them.",
+            "block a { heads = 4; mask = causal; keep = above(0.1, p) }",
+        ),
+        Code(
             "W001",
             "a block depends on the number of tokens",
             "An expression reads `n` or `m`, or the scaling of `rope` depends on how long a "

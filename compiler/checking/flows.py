@@ -30,6 +30,7 @@ from ..model import (
     Flow,
     Part,
     Read,
+    Stream,
     Taken,
     flow_mapped,
     flow_nodes,
@@ -37,6 +38,7 @@ from ..model import (
 )
 from .arithmetic import applied, composed, exactly, joint, reduces, statistic
 from .library import is_once, put
+from .moving import expect_moved, moved_shape, several_times
 from .names import module_name
 from .options import bound, option_value
 from .routing import as_experts
@@ -50,18 +52,20 @@ OFFERS = {  # where a model gives them
     "tokens": "a model with a `vocab` has it, unless learned tokens stand in front (`memory`)",
     "turn": "every model has it: how often the layer has run before",
 }
-MEANS = {"mean": "average", "mean_each": "average_each"}  # over a batch, in `regularize`
+MEANS = {"mean": "average", "mean_each": "average_each"}  # over a batch, in training
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a pipeline is for: its name, and the shape it must have (None: any).
 
-    The tokens of the shape only say what it would run along; any will do.
+    The tokens of the shape only say what it would run along; any will do. What only training does
+    may take means over the `batch`.
     """
 
     name: str
     shape: Shape | None = None
+    batch: bool = False
 
     @property
     def module(self) -> str:
@@ -118,7 +122,7 @@ def elaborate(scope: Scope, expr: Expr, target: Target) -> Flow:
 
 def regularizing(scope: Scope, value: Expr) -> Flow:
     """Return the flow of the one number that training adds to the loss (L229)."""
-    flow = elaborate(scope, value, Target("regularize"))
+    flow = elaborate(scope, value, Target("regularize", batch=True))
     if flow.shape != Shape("1", 1):
         raise error(
             "L229",
@@ -128,6 +132,14 @@ def regularizing(scope: Scope, value: Expr) -> Flow:
             "take the mean of each term: `0.01 * mean(entropy(o))`",
         )
     return flow
+
+
+def moving(scope: Scope, update: syntax.Update) -> Stream:
+    """Return what a forward pass in training sets a tensor to (L244)."""
+    wanted = moved_shape(scope, update)
+    flow = elaborate(scope, update.value, Target(f"{update.name} <-", batch=True))
+    expect_moved(scope, update, flow, wanted)
+    return Stream(update.name, flow)
 
 
 def _stays_wide(scope: Scope, flow: Flow) -> bool:
@@ -280,9 +292,9 @@ def _arithmetic(scope: Scope, expr: Expr, target: Target) -> Flow:
             return operand(joint(scope, part))
         if isinstance(part, Call) and part.function in STATISTICS:
             return operand(statistic(scope, part, part.function))
-        if isinstance(part, Call) and part.function in MEANS and target.name == "regularize":
+        if isinstance(part, Call) and part.function in MEANS and target.batch:
             (arg,) = exactly(part, part.args, 1)
-            flow = _flow(scope, arg, Target("regularize"))
+            flow = _flow(scope, arg, replace(target, shape=None))
             return operand(applied(MEANS[part.function], {}, (flow,), part.span))
         if isinstance(part, Call) and part.function not in {**FUNCTIONS, **VECTOR_FUNCTIONS}:
             stage = scope.library.find("stage", part.function)
@@ -342,6 +354,8 @@ def _pipe(scope: Scope, head: Flow, stages: Sequence[Expr], target: Target) -> F
     for step, out in zip(steps, wanted, strict=True):
         if isinstance(step, _Whole):
             what = step.make(head.shape)
+            if step.once is not None and what.moving:
+                raise several_times(step.span)
             if step.taken is not None:
                 expect_taken(what, head.shape, step.others[0].shape, step.span)
             shape = what.out.shape

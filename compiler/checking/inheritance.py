@@ -25,7 +25,8 @@ SETTINGS = {
     "head_dim": "width / heads", "value_dim": "head_dim", "source": "x", "q": "", "k": "", "v": "",
     "position": "none", "similarity": "dot", "scale": "head_dim ** -0.5", "score": "s",
     "carry": "k",
-    "mask": "all", "select": "none", "normalize": "softmax", "weights": "p", "mix": "attend",
+    "mask": "all", "select": "none", "keep": "none", "normalize": "softmax", "weights": "p",
+    "mix": "attend",
     "out": "o | merge | linear", "dropout": "0", "regularize": "none", "grid": "",
 }  # fmt: skip
 
@@ -47,6 +48,7 @@ class Body:
     def __init__(self, library: Library, call: Expr, findings: Findings) -> None:
         self.settings: dict[str, syntax.Setting] = {}
         self.lets: dict[str, syntax.Let | syntax.Param] = {}
+        self.moves: dict[str, syntax.Update] = {}
         self.block = library.item(call, "block")
         self.span = self.block.span
         self.branch = ""
@@ -83,11 +85,11 @@ class Body:
         findings: Findings,
     ) -> None:
         what = "a block" if branches is not None else "a branch"
-        seen: set[str] = set()
+        seen: set[tuple[bool, str]] = set()
         for statement in body:
             with findings.guard():
                 name = getattr(statement, "name", "")
-                if name and name in seen:
+                if name and (isinstance(statement, syntax.Update), name) in seen:
                     raise error(
                         "L211",
                         f"`{name}` is set twice in {what}",
@@ -95,7 +97,7 @@ class Body:
                         "",
                         "keep one of them",
                     )
-                seen.add(name)
+                seen.add((isinstance(statement, syntax.Update), name))
                 match statement:
                     case syntax.Setting():
                         if branches is None and name in WHOLE_BLOCK:
@@ -117,6 +119,8 @@ class Body:
                         self.settings[name] = statement
                     case syntax.Let() | syntax.Param():
                         self.lets[name] = statement
+                    case syntax.Update() if branches is not None:
+                        self.moves[name] = statement
                     case syntax.Branch() if branches is not None:
                         if why := taken(name):
                             raise error(
@@ -129,6 +133,8 @@ class Body:
                         branches[name] = statement
                     case _:
                         help = f"{what} is made of settings, `let`, `param` and `const`"
+                        if isinstance(statement, syntax.Update):
+                            help = "what training moves is said outside of the branch"
                         raise error(
                             "L202", f"this does not belong in {what}", statement.span, "", help
                         )

@@ -38,8 +38,9 @@ from ..model import (
 )
 from .arithmetic import applied
 from .around import NONE, Around
-from .flows import Target, elaborate, regularizing
+from .flows import Target, elaborate, moving, regularizing
 from .library import Library, bind, is_once, put, substitute_statement
+from .moving import is_undeclared
 from .scope import Findings, Scope
 
 
@@ -70,6 +71,7 @@ class _Layer:
         self.kind = self.syntax.kind
         self.parts: dict[str, Expr] = {}
         self.lets: dict[str, syntax.Let | syntax.Param] = {}
+        self.moves: dict[str, syntax.Update] = {}
         self.out: syntax.Setting | None = None
         self.added: syntax.Setting | None = None
         numbers: dict[str, Value] = dict.fromkeys(("width", "features"), around.width)
@@ -139,7 +141,8 @@ class _Layer:
 
     def _take(self, statement: syntax.Statement, seen: set[str]) -> None:
         name = getattr(statement, "name", "")
-        if name and name in seen:
+        key = f"{name} <-" if isinstance(statement, syntax.Update) else name
+        if name and key in seen:
             raise error(
                 "L211",
                 f"`{name}` is set twice in one {self.kind}",
@@ -147,12 +150,14 @@ class _Layer:
                 "",
                 "keep one of them",
             )
-        seen.add(name)
+        seen.add(key)
         match statement:
             case syntax.Let(_, value):
                 self.lets[name] = replace(statement, value=self._handed(value))
             case syntax.Param():
                 self.lets[name] = statement
+            case syntax.Update():
+                self.moves[name] = statement
             case syntax.Setting("out", value, None):
                 self.out = replace(statement, value=self._handed(value))
             case syntax.Setting("regularize", value, None):
@@ -163,7 +168,8 @@ class _Layer:
                     f"this does not belong in a {self.kind}",
                     statement.span,
                     "",
-                    "it is made of `let`, `param`, `const`, `out = …` and `regularize = …`",
+                    "it is made of `let`, `param`, `const`, `NAME <- …`, `out = …` and "
+                    "`regularize = …`",
                 )
 
     # what it means
@@ -188,7 +194,7 @@ class _Layer:
         scope.elaborate = stream
         for statement in lets.values():
             with guard():
-                scope.declare(statement)
+                scope.declare(statement, moved=statement.name in self.moves)
         scope.offer(self.around.offered)
         for name in lets:
             with guard():
@@ -200,6 +206,12 @@ class _Layer:
         if more is not None:
             with guard():
                 added = regularizing(scope, more)
+        moves: list[Stream] = []
+        for update in self.moves.values():
+            if is_undeclared(scope, self.lets.get(update.name)):
+                continue
+            with guard():
+                moves.append(moving(scope, update))
         self.findings.settle()
         assert made is not None
         above = [
@@ -207,10 +219,11 @@ class _Layer:
             for name in scope.streams
             if name in self.library.read_above
         ]
-        kept = reaching(scope.streams, [made, *above, *([] if added is None else [added])])
+        aside = [*([] if added is None else [added]), *(each.flow for each in moves)]
+        kept = reaching(scope.streams, [made, *above, *aside])
         streams = [each for name, each in scope.streams.items() if name in kept]
         block = composed(self.syntax.name, self.kind, scope, streams, made, self.syntax.span)
-        block = replace(block, regularize=added)
+        block = replace(block, regularize=added, moves=tuple(moves))
         return block if shape.heads is None else replace(block, given=shape)
 
     def _pruned(self) -> tuple[dict[str, syntax.Let | syntax.Param], Expr, Expr | None]:
@@ -331,16 +344,20 @@ def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> 
         depth=scope.depth,
     )
     inner.elaborate = lambda let, own, name: Stream(name, elaborate(own, let.value, Target(name)))
+    updates = [each for each in declared if isinstance(each, syntax.Update)]
+    written = {each.name for each in updates}
     for each in declared:
+        if isinstance(each, syntax.Update):
+            continue
         if not isinstance(each, syntax.Let | syntax.Param):
             raise error(
                 "L202",
                 "this does not belong in a stage",
                 each.span,
                 "",
-                "it is made of `let`, `param`, `const` and a value",
+                "it is made of `let`, `param`, `const`, `NAME <- …` and a value",
             )
-        inner.declare(each)
+        inner.declare(each, moved=each.name in written)
     inner.offer({} if scope.around is None else scope.around.offered)
     if not isinstance(last, syntax.Result):
         raise error(
@@ -354,9 +371,11 @@ def _stage(scope: Scope, stage: syntax.Definition, call: Expr, given: Shape) -> 
     if isinstance(value, Pipe) and value.head is None:
         value = replace(value, head=Name("x", value.span))
     out = elaborate(inner, value, Target("out"))
-    kept = reaching(inner.streams, [out])
+    moves = tuple(moving(inner, each) for each in updates)
+    kept = reaching(inner.streams, [out, *(each.flow for each in moves)])
     streams = [each for name, each in inner.streams.items() if name in kept]
-    block = replace(composed(stage.name, "stage", inner, streams, out, stage.span), given=given)
+    block = composed(stage.name, "stage", inner, streams, out, stage.span)
+    block = replace(block, given=given, moves=moves)
     for node in (node for flow in block.flows for node in applies(flow)):
         if heads is not None and not _same_for_heads(node, heads):
             raise error(

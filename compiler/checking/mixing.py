@@ -15,6 +15,7 @@ from ...ops import OPS, Shape
 from ..algebra.masks import extent, linear
 from ..model import (
     SAME_DOCUMENT,
+    Keep,
     Mixing,
     Pairwise,
     Read,
@@ -29,6 +30,7 @@ from .depth import Found, place_of
 from .flows import Target, elaborate
 from .inheritance import Body
 from .itself import require_strict, values_apart
+from .keeping import require_held, resolve_keep
 from .mixers import resolve_mixer
 from .scalars import Axes, resolve, resolve_normalizer, streams_read
 from .scope import Scope
@@ -239,6 +241,9 @@ class Part:
         with scope.findings.guard():
             select = resolve_select(scope, body.get("select"), axes, mask)
         chosen = None if select is None else select.score
+        keep: Keep | None = None
+        with scope.findings.guard():
+            keep = resolve_keep(scope, body.get("keep"), axes)
         with scope.findings.guard():
             score = resolve(scope, self._score(), "score", axes, chosen)
         with scope.findings.guard():
@@ -262,8 +267,11 @@ class Part:
         scope.findings.settle()
         assert normalize is not None
         mix = Pairwise(
-            scale, score, mask, normalize, weights, dropout, similarity, again, carry, select
+            scale, score, mask, normalize, weights, dropout, similarity, again, carry, select, keep
         )
+        if keep is not None:
+            shapes = tuple(each.shape for each in operands)
+            require_held(scope, mix, axes, shapes, body.span_of("keep"))
         if carry is not None:
             require_fit(mix, (axes.queries, axes.keys), operands[1].name, body.span_of("carry"))
         return mix, tuple(operands)
@@ -285,6 +293,8 @@ class Part:
                 f"{axes.queries} × {axes.keys} tokens, and {there.queries} × {there.keys} in "
                 f"`{below.title}`"
             )
+        elif there.mix.keep is not None:
+            why, help = f"`{below.title}` does not hold all keys", "leave its `keep` out"
         elif there.mix.mask != mask:
             why = f"mask = {show(mask)}, and {show(there.mix.mask)} in `{below.title}`"
         elif _reads_own(mask):

@@ -35,6 +35,7 @@ from .handed import stack
 from .inheritance import SETTINGS as OF_BLOCKS
 from .layers import composed, elaborate_part, whole
 from .library import Library, bind, is_once, named, parsed, put, standard, standard_names
+from .moving import several_times
 from .patches import read_patches
 from .scope import Findings, Scope
 from .spellings import instead
@@ -467,6 +468,8 @@ class _Reader:
         done = stack(layers, self.steps, finish, has)
         expect_read(done)
         self._require_one(done)
+        if any(layer.moving and self.steps.count(at) > 1 for at, layer in enumerate(done)):
+            raise several_times(self.get("layers").span)
         if encoder is not None and not any(layer.context_width for layer in done):
             self._unread(warnings)
         return done

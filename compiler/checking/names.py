@@ -35,7 +35,8 @@ MODULE = frozenset((
     "training", "type", "xpu", "zero_grad",
 ))  # fmt: skip
 METHODS = frozenset((
-    "attend", "auxiliary", "auxiliary_loss", "constants", "init_cache", "initial", "set_constants",
+    "add_moved", "attend", "auxiliary", "auxiliary_loss", "constants", "held", "hold", "init_cache",
+    "initial", "move", "set_constants",
 ))  # fmt: skip
 
 

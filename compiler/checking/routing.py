@@ -42,6 +42,8 @@ def _obstacle(part: Block) -> str:
         return f"it is a {part.kind}, which is no feed-forward"
     if part.reads or part.context_width is not None or part.regularize is not None:
         return "it reads more than the tokens it is sent, or adds to the loss"
+    if part.moving:
+        return "training moves a tensor in it"
     for tensor in part.tensors:
         if not tensor.learned or len(tensor.shape) > 1:
             return f"`{tensor.name}` is neither a number nor features that are learned"

@@ -53,11 +53,12 @@ FREE = {
     "normalize": PLACES | {"s", "seen", "sum", "tau"},
     "weights": PLACES | {"p", "seen"},
     "select": PLACES | {"s"},
+    "keep": PLACES | {"s", "p"},
     "statistic": PLACES | {"p", "seen"},
 }
-_OF_MAPS = ("score", "weights", "statistic", "select")  # what may look at other pairs
+_OF_MAPS = ("score", "weights", "statistic", "select", "keep")  # what may look at other pairs
 _CALLED = {"normalize": "a normaliser", "weights": "`weights`", "statistic": "`rows` or `columns`",
-           "stage": "a function of streams"}  # fmt: skip
+           "keep": "`keep`", "stage": "a function of streams"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,8 @@ class _Resolver(Resolver):
 
     def name(self, expr: Name) -> Value:
         scope, id = self.scope, expr.id
+        if id == "o" and self.what == "keep":  # what the pair's query has mixed
+            return Value(expr, (int(scope.numbers["value_dim"]),))
         if id in self.free:
             return Value(expr)
         if definition := scope.library.find(self.what, id):
@@ -412,14 +415,14 @@ class _Resolver(Resolver):
         stream = scope.streams.get(name)
         mixing = stream.flow if stream is not None else None
         if self.what != "select" or base.name != "p" or not isinstance(mixing, Mixing) or not (
-            isinstance(mixing.mix, Pairwise)
+            isinstance(mixing.mix, Pairwise) and mixing.mix.keep is None
         ):  # fmt: skip
             raise error(
                 "L214",
                 f"`{show(base)}` cannot be read here",
                 expr.span,
                 "",
-                "the score of a `select` reads the weights of a branch that attends: "
+                "the score of a `select` reads the weights of a branch that holds all its keys: "
                 "`near.p[h, i, j]`",
             )
         items = tuple(self.scalar(each) for each in expr.items)

@@ -182,8 +182,13 @@ class Scope:
     def _has(self, name: str) -> bool:
         return name in self.declared or name in self.tensors
 
-    def declare(self, statement: syntax.Let | syntax.Param, prefix: str = "") -> str:
-        """Take up a `let`, `param` or `const`; return the name it gets in the block."""
+    def declare(
+        self, statement: syntax.Let | syntax.Param, prefix: str = "", moved: bool = False
+    ) -> str:
+        """Take up a `let`, `param` or `const`; return the name it gets in the block.
+
+        What training moves is not learned.
+        """
         name, of_definition = statement.name, bool(prefix)
         if self.branch:
             prefix = f"{self.branch}_{prefix}" if prefix else self.branch
@@ -209,7 +214,9 @@ class Scope:
             assert self.elaborate is not None
             self.declared[name] = partial(self.elaborate, statement, self)
         else:
-            self.tensors[name] = self._tensor(name, statement)
+            tensor = self._tensor(name, statement)
+            moved = moved and statement.learned
+            self.tensors[name] = replace(tensor, learned=False, moved=True) if moved else tensor
         return name
 
     def _tensor(self, name: str, statement: syntax.Param) -> Weight:
@@ -270,6 +277,14 @@ class Scope:
             return self._expanded[key]
         scalars = self._scalars(definition, values)
         for statement in definition.body:
+            if isinstance(statement, syntax.Update) and definition.kind in SCALAR:
+                raise error(
+                    "L244",
+                    f"a {definition.kind} moves nothing",
+                    statement.span,
+                    "",
+                    "write it in the block, beside the `param`",
+                )
             if isinstance(statement, syntax.Let | syntax.Param):
                 bound = substitute_statement(statement, values)
                 assert isinstance(bound, syntax.Let | syntax.Param)

@@ -14,7 +14,7 @@ from ...grammar.show import show
 from ...ops.shape import pooling
 from ..facts.kept import Part, Within, along_keys
 from ..facts.parameters import constants
-from ..graph.graph import Node, is_wide, made_by
+from ..graph.graph import AnyNode, Node, is_wide, made_by
 from ..graph.operations import Attend, Input, Scan, Stage, Whole
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan, tiles
@@ -23,6 +23,7 @@ from ..lowerings.operators import Operator
 from ..model import MAPS, Block, Pairwise, elsewhere
 from ..plan.plan import Plan
 from ..text.tensors import constants as constant_lines
+from ..text.tensors import held
 from ..text.tensors import parameter as parameter_lines
 from ..text.text import LIMIT, braced, call, ident, indent, shared_name, shared_text
 from .caches import CONTEXT, begins_within, own_rows, part_name, plain_name
@@ -39,7 +40,9 @@ def block_class(
     """
     writer, graph = _Writer(plan, kernels, classes, alone), plan.graph
     fixed = constants(plan.block)
-    base = "Constants" if fixed else "nn.Module"
+    bases = ["Constants"] if fixed else []
+    bases += ["Moving"] if plan.block.moves else []
+    base = ", ".join(bases or ["nn.Module"])
     lines = [f"class {name}({base}):", *indent(_docstring(plan.block)), ""]
     lines += offered_line(plan.block)
     lines += indent(writer.constructor())
@@ -109,7 +112,8 @@ class _Writer(Mixes):
         lines = [f"def __init__({arguments}) -> None:", "    super().__init__()"]
         lines += indent(modules(self.graph, Once(self.classes), making))
         for tensor in self.block.tensors:
-            lines += indent(parameter_lines(tensor)) if tensor.learned else []
+            made = tensor.learned or tensor.moved
+            lines += indent(parameter_lines(tensor)) if made else []
         if constants(self.block):
             lines.append("    self.set_constants()")
         if self.graph.auxiliary is not None:
@@ -153,6 +157,8 @@ class _Writer(Mixes):
         body = [f'expect("x", x, {width}, self)'] if self.block.given is None else []
         if self.obstacle is not None:
             body += ["if cache is not None:", self._refusal]
+        body += ["self.hold()"] if self.block.moves else []
+        begun = len(body)
         body += self._opened()
         if self._isolates:
             body.append(f"x, spoilt = batch.clean(x, causal={self.obstacle is None})")
@@ -164,16 +170,21 @@ class _Writer(Mixes):
         body += self._streams()
         end = self.graph.node(self.graph.output)
         give = "finish(out, batch, cache)" if self.obstacle is None else "batch.give(out)"
-        if out.tokens != "n":
-            body += self._assign(end, "return")
+        of, stride = pooling(out.tokens)
+        if of == "n" and stride > 1:
+            body += self._assigned_last(end, "out =")
+            body.append(f"return where_begun(out, batch.run, {stride})")
+        elif out.tokens != "n":
+            body += self._assigned_last(end, "return")
         else:
-            body += self._assign(end, "out =")
+            body += self._assigned_last(end, "out =")
             if self._isolates:
                 body += ["if spoilt is not None:", "    out = out.masked_fill(spoilt, torch.nan)"]
             if self.hands_on:
                 body.append(f"out = {give} if outer else out")
             else:
                 body.append(f"return {give} if outer else out")
+        body[begun:begun] = held(self.block, body[begun:])
         if self.hands_on:
             own = [f'"{key}": {text}' for key, text in self._given().items()]
             body += braced("return out, ", own if self.block.kind == "block" else self.handed_on())
@@ -326,8 +337,9 @@ class _Writer(Mixes):
     @cached_property
     def _needs_run(self) -> bool:
         """Whether the forward pass reads the number of each token's sequence."""
-        along = any(each == "n" for node in self.attentions for each in (self._key_tokens(node),))
-        return along or self._by_sequence("n")
+        along = any(self._key_tokens(node) == "n" for node in self.attentions)
+        asked = any("own" in self.facts(node).sequences for node in self.graph.of(Attend))
+        return along or asked or self._by_sequence("n")
 
     def _by_sequence(self, tokens: str) -> bool:
         """Say whether a stage along these tokens tells their sequences apart."""
@@ -351,7 +363,7 @@ class _Writer(Mixes):
         ]
         needed = frozenset().union(*(self.roots.of[name] for name in ends))
         for node in graph.nodes:
-            if node.name in (graph.output, graph.auxiliary):
+            if self._stands_last(node):
                 continue
             lines = []
             if made_by(node, Scan):
@@ -381,17 +393,47 @@ class _Writer(Mixes):
         return sorted(stride for at, stride in map(pooling, axes) if at == of and stride > 1)
 
     def _training(self, lines: list[str]) -> list[str]:
-        """Write what training adds to the loss, and what only that needs."""
-        if self.graph.auxiliary is None:
+        """Write what only training does, and what only that needs."""
+        if not self.graph.aside:
             return []
-        loss = self.graph.node(self.graph.auxiliary)
-        assert made_by(loss, Stage)
-        added = [
-            f"loss = {self._text(loss)}",
-            "again = not outer and self.auxiliary is not None",
-            "self.auxiliary = loss if not again else self.auxiliary + loss",
-        ]
+        added = []
+        if self.graph.auxiliary is not None:
+            added = [
+                f"loss = {self._aside(self.graph.auxiliary)}",
+                "again = not outer and self.auxiliary is not None",
+                "self.auxiliary = loss if not again else self.auxiliary + loss",
+            ]
+        if self.graph.moved:
+            added += ["with torch.no_grad():", *indent(self._moved())]
+            to = [f"{tensor}={plain_name(name)}" for tensor, name in self.graph.moved]
+            added += call("self.move", to)
         return ["if self.training:", *indent([*lines, *added])]
+
+    def _aside(self, name: str) -> str:
+        """Write what only training does."""
+        node = self.graph.node(name)
+        assert made_by(node, Stage)
+        return self._text(node) if self._stands_last(node) else plain_name(name)
+
+    def _moved(self) -> list[str]:
+        """Write what tensors are moved to."""
+        self.exact = True
+        names = dict.fromkeys(name for _, name in self.graph.moved)
+        nodes = [node for node in map(self.graph.node, names) if self._stands_last(node)]
+        lines = [line for each in nodes for line in self._assign(each, f"{ident(each.name)} =")]
+        self.exact = False
+        return [*held(self.block, lines, exact=True), *lines] or ["pass"]
+
+    def _stands_last(self, node: AnyNode) -> bool:
+        """Whether the output, or what only training does, has no other line that reads it."""
+        last = node.name in (self.graph.output, *self.graph.aside)
+        return last and (not self.graph.readers(node.name) or self._inlined(node))
+
+    def _assigned_last(self, node: AnyNode, head: str) -> list[str]:
+        """Write the output."""
+        if self._stands_last(node):
+            return self._assign(node, head)
+        return [f"{head} {plain_name(node.name)}"]
 
     def auxiliary_loss(self) -> list[str]:
         return [
@@ -403,12 +445,12 @@ class _Writer(Mixes):
 
     def _context(self, far: list[str]) -> list[str]:
         """Write what is made of a context, once for each of them."""
-        laid = ["context_run = far.run"]
-        if self.obstacle is not None:  # with a cache, every sequence has a row
-            laid = [
-                "context = batch.of_rows(context)",
-                "context_run = None if far.run is None else batch.of_rows(far.run)",
-            ]
+        laid = [
+            "context = batch.of_rows(context)",
+            "context_run = None if far.run is None else batch.of_rows(far.run)",
+        ]
+        if self.obstacle is None:  # with a cache, every sequence has a row
+            laid = ["context_run = far.run", "if cache is None:", *indent(laid)]
         axes = self._pooled_axes("m")
         after = [f"context_run_{each} = run_of_groups(context_run, {each})" for each in axes]
         starts = "context_starts_{0} = torch.arange(0, context.shape[1], {0}, device=x.device)"

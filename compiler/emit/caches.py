@@ -16,6 +16,7 @@ from ...ops.shape import pooling
 from ..algebra.masks import reads_others
 from ..facts import decoding
 from ..facts.kept import (
+    Budget,
     Context,
     Groups,
     Held,
@@ -34,11 +35,22 @@ from ..graph.operations import Attend, Scan
 from ..graph.roots import Roots
 from ..graph.sides import QUERY, read_along
 from ..lowerings import scan
-from ..model import MAPS, OFFERED, Apply, Block, Mixing, Pairwise, Recurrence, flow_nodes
+from ..model import (
+    MAPS,
+    OFFERED,
+    Apply,
+    Block,
+    Mixing,
+    Pairwise,
+    Recurrence,
+    Statistic,
+    flow_nodes,
+)
 from ..plan.attention import Attention
 from ..text.text import call, ident, indent
 
 _KEYS, CONTEXT, TAILS = "keys", "context", "tails"  # the parts that a block has once
+_OF_QUERIES = tuple(f"{each}_queries" for each in ("sum", "mean", "max", "running"))
 _CLASSES: dict[type[Part], str] = {
     Keys: "KeyValueCache",
     State: "StateCache",
@@ -124,7 +136,9 @@ class Caches:
                 made = f"TakenCache({made})" if part.taken else made
                 lines += indent([f"{ident(part_name(part))}={made},"], 2)
                 continue
-            head = f"{ident(part_name(part))}={_CLASSES[type(part)]}"
+            budget = isinstance(part, Keys) and part.budget is not None
+            kind = "BudgetCache" if budget else _CLASSES[type(part)]
+            head = f"{ident(part_name(part))}={kind}"
             lines += indent(call(head, self._arguments(part), "),"), 2)
         return [*lines, "    )"]
 
@@ -141,6 +155,8 @@ class Caches:
         sizes = ", ".join(map(_size, part.streams))
         ring = [] if part.ring is None else [f"ring={part.ring}"]
         ring += [f"prefix={part.prefix}"] if part.prefix else []
+        if part.budget is not None:
+            ring = [f"groups={part.budget.groups}", f"slots={part.budget.slots}"]
         for name in ("wide", "changing"):
             marked = [f'"{ident(each.name)}",' for each in part.streams if getattr(each, name)]
             ring += [f"{name}=({' '.join(marked)})"] if marked else []
@@ -194,6 +210,8 @@ def own_part(node: str) -> str:
 def _described(part: Part) -> str:
     """Say what a cache is room for."""
     match part:
+        case Keys(budget=Budget(slots=int(slots))):
+            return f"room for the {slots} keys and values that stay"
         case Keys():
             what = "so many tokens" if part.ring is None else "the last tokens"
             return f"room for the keys and values of {what}"
@@ -231,6 +249,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
                 return True
             own = pooling(flow.keys)[0] != "m"  # a context is all of one
             others = ("convolve", *((*GROUPED, POOLED) if own else ()))
+            if flow.keys != flow.queries:  # else a key is of one sequence, as its queries are
+                others += _OF_QUERIES
             if any(calls(expr, name) for expr in flow.mix.exprs for name in others):
                 return True
             select = flow.mix.select
@@ -240,6 +260,8 @@ def own_rows(block: Block, training: bool = True) -> bool:
             matrices = [each for each in flow.mix.states if len(each.shape) == 2]
             if any(float(evaluate(each.init, {})) for each in matrices):
                 return True
+        elif isinstance(flow, Statistic) and flow.kind == "columns" and flow.shape.tokens != "n":
+            return True
         elif isinstance(flow, Apply):
             op = OPS[flow.op]
             own = all(pooling(each.shape.tokens)[0] != "m" for each in flow.inputs)

@@ -67,7 +67,7 @@ def is_local(block: Block) -> bool:
         or node.op.definition.whole_rows
         for node in graph.of(Stage)
     )
-    alone = alone and all(each.taken is None for each in block.parts)
+    alone = alone and all(each.taken is None for each in block.parts) and not block.moves
     return block.kind in _CALLED and alone and len(_keeping(block)) <= 1
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ...kernels.recurrence import Recurrence
 from ...ops.shape import pooling
-from ..facts.kept import Held, along_keys, sums_of
+from ..facts.kept import Held, Keys, along_keys, sums_of
 from ..graph.graph import AnyNode, Node
 from ..graph.operations import Attend, Scan
 from ..lowerings import carry, chunk, gathered, scan, tiles, weights
@@ -23,6 +23,7 @@ from ..lowerings.way import Call
 from ..plan.attention import Attention
 from ..plan.plan import Plan
 from ..text.pairs import table_name
+from ..text.tensors import stored
 from ..text.text import call, comment, ident, indent, shared_name, shared_text
 from .caches import own_part, part_name, plain_name
 from .stages import Stages
@@ -100,7 +101,8 @@ class Mixes(Stages):
         given |= {ident(name): shared_text(name) for name in facts.maps_below}
         also = [f"{ident(node.name)}_values"] if facts.mix.again is not None else []
         also += [f"{ident(node.name)}_keys"] if facts.mix.carry is not None else []
-        sums = range(len(facts.running))
+        sums = range(len(facts.mix.running))
+        also += _held(node) if facts.mix.keep is not None else []
         also += [f"{ident(node.name)}_sums_written_{at}" for at in sums]
         given |= {weights.sums_before(facts, at): weights.sums_before(facts, at) for at in sums}
         also += [f"shared_{each}" for each in facts.maps]
@@ -131,6 +133,8 @@ class Mixes(Stages):
         held, mix = self.kept.read_by(node.name), self.facts(node).mix
         if held is None or not mix.in_turn:
             return []
+        if mix.keep is not None:
+            return self._budget_taken_up(node, held)
         cache, own = self.cache(part_name(held)), ident(node.name)
         made = {} if mix.again is None else {node.v: f"{own}_values"}
         made |= {} if mix.carry is None else {node.k: f"{own}_keys"}
@@ -147,6 +151,17 @@ class Mixes(Stages):
         lines += call(f"{cache}.take_up", ["batch", *written(held.streams)])
         return [f"if {cache} is not None:", *indent(lines)]
 
+    def _budget_taken_up(self, node: Node[Attend], held: Keys) -> list[str]:
+        """Write how the cache takes up what a query left, of all that it found."""
+        cache, own, mix = self.cache(part_name(held)), ident(node.name), node.op.mix
+        made = {
+            sums_of(node.name, at): f"{own}_sums_written_{at}" for at in range(len(mix.running))
+        }
+        every = [each.name for each in held.streams]
+        given = [f"{ident(each)}={made.get(each) or self._seen_as(node, each)}" for each in every]
+        lines = call(f"{cache}.take_up", ["batch", *_held(node), *given])
+        return [f"if {cache} is not None:", *indent(lines)]
+
     def _standing(self, node: Node[Attend], facts: Attention) -> dict[str, str]:
         """Return what says where queries and keys stand, and of which sequences they are."""
         borrowed, held = node.name in self.borrows, self.kept.read_by(node.name)
@@ -154,7 +169,8 @@ class Mixes(Stages):
         own = shared_text(node.k, "run") if borrowed else "run_j" if held else "run"
         other = own if self._key_tokens(node) == "n" else _run_of(self._key_tokens(node))
         queries = str(node.dims[2])
-        mine = "batch.own" if facts.by_rows else "run"
+        mine = "batch.own" if facts.by_rows and facts.mix.keep is None else "run"
+        laid = "by_key" if facts.mix.keep is None else "by_slot"
         start = "batch.start"
         if borrowed and self.obstacle is None:
             start = "batch.start if cache is None else None"
@@ -162,9 +178,9 @@ class Mixes(Stages):
             start = f"{ident(part_name(held))}_start"
         return {
             "i": f"by_query({'positions' if node.dims[2] == 'n' else at})",
-            "j": f"by_key({shared_text(node.k, 'places') if borrowed else 'places'})",
+            "j": f"{laid}({shared_text(node.k, 'places') if borrowed else 'places'})",
             "own": f"by_query({mine if queries == 'n' else _run_of(queries)})",
-            "other": f"by_key({other})",
+            "other": f"{laid}({other})",
             "start": start,
             "ordered": "batch.given is None",
             "fresh": "batch.fresh",
@@ -192,7 +208,7 @@ class Mixes(Stages):
             return "batch.doc" if self.block.marks else "batch.number"
         if node.name in self.borrows and name in along_keys(self.graph, node):
             return self._seen_as(node, name)
-        return f"self.{name}" if self.graph.is_tensor(name) else plain_name(name)
+        return stored(self.block, name) if self.graph.is_tensor(name) else plain_name(name)
 
     def _advance(self, node: Node[Attend], named: Mapping[str, str], places: bool) -> list[str]:
         """Write the lines that take new tokens into the cache, and say where the keys stand."""
@@ -200,9 +216,10 @@ class Mixes(Stages):
         if node.name in self.borrows:
             return []
         if held is None:
+            mix = self.facts(node).mix
             none = [
                 f"{weights.sums_before(self.facts(node), at)} = None"
-                for at in range(len(self.facts(node).running))
+                for at in range(len(mix.running if mix.keep else self.facts(node).running))
             ]
             if not places:
                 return none
@@ -252,6 +269,11 @@ class Mixes(Stages):
 
 def _target(node: AnyNode) -> str:
     return plain_name(node.name)
+
+
+def _held(node: Node[Attend]) -> list[str]:
+    """Return the variables of which keys are held after the queries, and whether they are."""
+    return [f"{ident(node.name)}_held", f"{ident(node.name)}_alive"]
 
 
 def _statistics(node: Node[Attend]) -> list[str]:

@@ -12,12 +12,15 @@ from ..facts.kept import Groups, carries, lookback
 from ..graph.graph import AnyNode, Node, is_wide, made_by
 from ..graph.operations import Input, Stage, TensorRead, Whole
 from ..model import Taken, elsewhere
+from ..text.tensors import is_moved
 from ..text.text import LIMIT, atomic, call, comment, ident, shared_text
 from .caches import TAILS, Caches, part_name, plain_name
 
 
 class Stages(Caches):
     """Writes the nodes that are stages."""
+
+    exact = False  # whether what training moves is read as it is stored
 
     def _remembered(self, node: Node[Stage], head: str, dims: str) -> list[str]:
         """Write a stage that reads the tokens before those it is given."""
@@ -186,6 +189,8 @@ class Stages(Caches):
     def tensor_text(self, node: AnyNode) -> str:
         """Write a param or const as a stream of one token."""
         lifted = {0: "[None, None, None]", 1: "[None, None]", 2: "[:, None]"}[len(node.dims)]
+        if is_moved(self.block, node.name):
+            return f"{ident(node.name)}_{'exact' if self.exact else 'held'}{lifted}"
         return f"self.{node.name}{lifted}"
 
     @staticmethod

@@ -24,7 +24,7 @@ from ...ops.shape import axis_size
 from ..algebra.levels import affine_parts
 from ..model import Apply, Block, Mixing, Model, Recurrence, Select, applies
 from .dtypes import DType, size
-from .kept import kept
+from .kept import budget_of, kept
 from .parameters import model_weights, weights
 
 
@@ -121,6 +121,7 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
     mix = mixing.mix
     each = 2 * (mixing.inputs[0].shape.dim + mixing.shape.dim)
     chosen = () if mix.select is None else mix.select.exprs
+    chosen += () if mix.keep is None else mix.keep.exprs
     each += sum(_scalar_ops(expr) for expr in mix.exprs if expr not in (mix.mask, *chosen))
     if mix.carry is not None:  # each further token does it to each key that its query sees
         key = mixing.inputs[1].shape
@@ -131,6 +132,11 @@ def _mixing_flops(mixing: Mixing, tokens: int, block: Block) -> int:
     from ..algebra.counting import pairs  # loads numpy, and a search may never ask
 
     seen = pairs(mix.mask, rows, columns, mixing.heads)
+    if mix.keep is not None:  # once for the weights, and once for what stays
+        budget = budget_of(mix, mixing.heads)
+        assert budget is not None
+        read = min(seen, mixing.heads * rows * (budget.of(columns) + 1))
+        return (2 * each + _scalar_ops(mix.keep.score)) * read
     if mix.select is None:
         return each * seen
     return each * _read(mix.select, mix.mask, seen, (rows, columns, mixing.heads)) + _choosing(

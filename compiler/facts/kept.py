@@ -19,13 +19,13 @@ from math import prod
 
 from ...ops import Shape
 from ...ops.shape import axis_size
-from ..algebra.masks import extent, in_order, remembered, widest
+from ..algebra.masks import Extent, extent, in_order, remembered, widest
 from ..graph.graph import AnyNode, Graph, Node, is_wide, made_by, shape_of
 from ..graph.operations import Attend, Scan, Stage, Whole
 from ..graph.passes import simplest
 from ..graph.roots import Roots
 from ..graph.sides import KEY, read_along
-from ..model import Block
+from ..model import Block, Pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,25 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """How many heads hold keys of their own, and how many of them at most; None for all."""
+
+    groups: int
+    slots: int | None
+
+    def of(self, tokens: int) -> int:
+        """Return how many keys are held at most after so many tokens."""
+        return tokens if self.slots is None else min(tokens, self.slots)
+
+
+@dataclass(frozen=True, slots=True)
 class Keys:
     """What the attentions `readers` read of each token before.
 
     `early` is that of all keys that are there before anything is mixed; it is the first reader
     that brings them. With a `ring`, of the first `prefix` tokens and the last `ring` alone;
-    `ordered` is whether they are read in the order of the tokens.
+    `ordered` is whether they are read in the order of the tokens. With a `budget` it is what is
+    held from query to query, and where those tokens stood.
     """
 
     readers: tuple[str, ...]
@@ -63,8 +76,13 @@ class Keys:
     ring: int | None
     prefix: int
     ordered: bool
+    budget: Budget | None = None
 
     def bytes(self, tokens: int, size: int) -> int:
+        if self.budget is not None:
+            held = self.budget.of(tokens)
+            places = 8 * self.budget.groups * held
+            return places + sum(each.bytes(held, size) for each in self.streams)
         held = tokens if self.ring is None else min(tokens, self.prefix + self.ring)
         return sum(each.bytes(held, size) for each in self.streams)
 
@@ -220,7 +238,30 @@ def _keys(graph: Graph, roots: Roots) -> Iterator[Keys]:
         streams = _held(graph, (*read, *lent))
         if nodes[0].op.mix.in_turn:
             streams = _changing(nodes[0], streams)
-        yield Keys(readers, only is None, streams, ring, prefix, ordered)
+        budget = budget_of(nodes[0].op.mix, int(nodes[0].dims[1])) if only is not None else None
+        if budget is not None:
+            ring, prefix = None, 0
+        yield Keys(readers, only is None, streams, ring, prefix, ordered, budget)
+
+
+def budget_of(mix: Pairwise, heads: int) -> Budget | None:
+    """Return how many keys stay held from query to query; None where nothing is forgotten.
+
+    They are as many as are chosen and can always stay, by positions, but not more than are seen.
+    """
+    if mix.keep is None:
+        return None
+    stays, seen = (_most(extent(each)) for each in (mix.keep.always, mix.mask))
+    known = [] if stays is None else [mix.keep.count + stays]
+    known += [] if seen is None else [seen]
+    return Budget(heads // mix.keep.share, min(known, default=None))
+
+
+def _most(reach: Extent) -> int | None:
+    """Return how many keys are within reach of a query and not after it; None for any number."""
+    if reach.low > reach.high:
+        return reach.prefix
+    return None if reach.back is None else reach.prefix + reach.back + 1
 
 
 def _changing(node: Node[Attend], streams: tuple[Held, ...]) -> tuple[Held, ...]:

@@ -6,8 +6,9 @@ The names are the keys of every module's state dict (the reference, the emitted 
     >>> [each.name for each in weights(block)]
     ['q_proj.weight', 'k_proj.weight', 'v_proj.weight', 'slope', 'o_proj.weight']
 
-Constants (`const`) are not among them: the text determines them, so a module keeps them in
-buffers outside its state dict. torch is imported only where values are drawn.
+What training moves without a gradient is among them. Constants (`const`) are not: the text
+determines them, so a module keeps them in buffers outside its state dict. torch is imported only
+where values are drawn.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def owned(apply: Apply | Part, seen: set[Span] | None = None) -> tuple[Weight, .
 
 
 def weights(block: Block, seen: set[Span] | None = None) -> tuple[Weight, ...]:
-    """Return a block's learned tensors: those of its streams, its own, those of `out`."""
+    """Return a block's tensors but constants: those of its streams, its own, those of `out`."""
     seen = set() if seen is None else seen
     found: dict[str, Weight] = {}
     for flow in [each.flow for each in block.streams]:
         found.update({each.name: each for each in _of_flow(flow, seen)})
-    found.update({each.name: each for each in block.tensors if each.learned})
+    found.update({each.name: each for each in block.tensors if each.learned or each.moved})
     for flow in block.flows[len(block.streams) :]:
         found.update({each.name: each for each in _of_flow(flow, seen)})
     if block.experts is None:
@@ -69,11 +70,11 @@ def _of_flow(flow: Flow, seen: set[Span]) -> Iterator[Weight]:
 
 def constants(block: Block) -> tuple[Weight, ...]:
     """Return the tensors that the text fixes: buffers that are not in the state dict."""
-    return tuple(each for each in block.tensors if not each.learned)
+    return tuple(each for each in block.tensors if not (each.learned or each.moved))
 
 
 def model_weights(model: Model) -> tuple[Weight, ...]:
-    """Return a model's learned tensors, the input's first and the head's last."""
+    """Return a model's tensors but constants, the input's first and the head's last."""
     width = model.width
     found: list[Weight] = []
     seen: set[Span] = set()

@@ -52,10 +52,11 @@ def build(block: Block) -> Graph:
         builder.flow(stream.flow, stream.name)
     output = builder.flow(block.out, "y" if block.stream("y") is None else "out")
     auxiliary = None if block.regularize is None else builder.flow(block.regularize, "auxiliary")
+    moved = tuple((each.name, builder.flow(each.flow, f"{each.name}.next")) for each in block.moves)
     named = {"out": output, **dict.fromkeys(MAPS, "o")}
     shared = {name: named.get(name) or builder.given(name) for name in block.shared or ()}
     shared |= {f"{name}[j]": builder.given(name) for name in block.lent}
-    return Graph(block, tuple(builder.nodes), output, tuple(shared.items()), auxiliary)
+    return Graph(block, tuple(builder.nodes), output, tuple(shared.items()), auxiliary, moved)
 
 
 def tensors_read(*exprs: Expr | None) -> tuple[str, ...]:
@@ -159,11 +160,13 @@ class _Builder:
         grid: Dims = (*dims[:-1], mixing.keys)
         q, k, v = (each.name for each in mixing.inputs[:3])
         own = "" if name == "o" else f"{name}."
+        chosen = () if mix.select is None else mix.select.exprs
+        chosen += () if mix.keep is None else mix.keep.exprs
         read = {
             part: tuple(self.given(each) for each in tensors_read(*exprs))
             for part, exprs in (
                 ("score", (mix.score,)),
-                ("mask", (mix.mask, *(() if mix.select is None else mix.select.exprs))),
+                ("mask", (mix.mask, *chosen)),
                 ("weights", (mix.weights,)),
             )
         }
@@ -174,7 +177,9 @@ class _Builder:
         op = Similarity(mix.scale, mix.similarity, mix.carry)
         s = self.add(f"{own}s", op, (q, k, *met), grid)
         s = self.add(f"{own}s.1", Score(mix.score), (s, *read["score"]), grid)
-        visible = self.add(f"{own}visible", Mask(mix.mask, mix.select), read["mask"], grid)
+        visible = self.add(
+            f"{own}visible", Mask(mix.mask, mix.select, mix.keep), read["mask"], grid
+        )
         p = self.add(f"{own}p", Normalize(mix.normalize), (s, visible, *normal), grid)
         p = self.add(f"{own}p.1", Weights(mix.weights), (p, visible, *read["weights"]), grid)
         p = self.add(f"{own}p.2", Drop(mix.dropout), (p,), grid)

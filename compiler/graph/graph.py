@@ -75,6 +75,7 @@ class Graph:
     output: str
     shared: tuple[tuple[str, str], ...] = ()  # what the layer above reads → its node
     auxiliary: str | None = None  # what training adds to the loss
+    moved: tuple[tuple[str, str], ...] = ()  # a tensor → the node of what training sets it to
 
     @property
     def lent(self) -> dict[str, str]:
@@ -83,10 +84,15 @@ class Graph:
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """What the graph is for: its output, what it shares, what training adds to the loss."""
+        """What the graph is for: its output, what it shares, what only training does."""
         shared = tuple(name for _, name in self.shared)
-        more = () if self.auxiliary is None else (self.auxiliary,)
-        return (self.output, *shared, *more)
+        return (self.output, *shared, *self.aside)
+
+    @property
+    def aside(self) -> tuple[str, ...]:
+        """What only training needs: the term of the loss, and what it moves tensors to."""
+        added = () if self.auxiliary is None else (self.auxiliary,)
+        return (*added, *(name for _, name in self.moved))
 
     def node(self, name: str) -> AnyNode:
         return next(each for each in self.nodes if each.name == name)
@@ -138,8 +144,10 @@ class Graph:
         done = tuple(renaming(each) for each in nodes)
         shared = tuple((label, follow(name)) for label, name in self.shared)
         auxiliary = None if self.auxiliary is None else follow(self.auxiliary)
+        moved = tuple((tensor, follow(name)) for tensor, name in self.moved)
+        output = follow(self.output)
         return replace(
-            self, nodes=done, output=follow(self.output), shared=shared, auxiliary=auxiliary
+            self, nodes=done, output=output, shared=shared, auxiliary=auxiliary, moved=moved
         )
 
 

@@ -18,7 +18,7 @@ from ...grammar.source import Span
 from ...grammar.syntax import Expr, Index, Name
 from ...ops import OPS
 from ...ops.op import Op
-from ..model import Block, Normalizer, Pairwise, Recurrence, Select, Taken
+from ..model import Block, Keep, Normalizer, Pairwise, Recurrence, Select, Taken
 
 Change = Callable[[Expr], Expr]
 
@@ -135,14 +135,16 @@ class Score(_Formula):
 
 @dataclass(frozen=True, slots=True)
 class Mask(_Formula):
-    """Who sees whom, and which of those it reads."""
+    """Who sees whom, which of those it reads, and which stay held."""
 
     select: Select | None = None
+    keep: Keep | None = None
     name: ClassVar[str] = "mask"
 
     def mapped(self, change: Change) -> Self:
         select = None if self.select is None else self.select.mapped(change)
-        return replace(self, expr=change(self.expr), select=select)
+        keep = None if self.keep is None else self.keep.mapped(change)
+        return replace(self, expr=change(self.expr), select=select, keep=keep)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,11 @@ _OF_PAIRS = frozenset(("s", "p", "seen", "sum", "tau"))  # what stands for pairs
 def sides(expr: Expr) -> frozenset[str]:
     """Return what an expression depends on: `i`, `j`, and `pair` where it is of pairs as such."""
     found: set[str] = set()
+    streams = {id(node.base) for node in walk(expr) if isinstance(node, Index)}
     for node in walk(expr):
         if isinstance(node, Name):
             found |= {node.id} & {QUERY, KEY}
+            found |= {QUERY} if node.id == "o" and id(node) not in streams else set()
             found |= {PAIR} if node.id in _OF_PAIRS else set()
         if isinstance(node, Call) and node.function in MAP_FUNCTIONS:
             found.add(PAIR)
@@ -69,6 +71,8 @@ def reduces(expr: Expr) -> bool:
 def rank(graph: Graph, expr: Expr) -> int:
     """Return how many dimensions an expression's value has: 0 for a number, 1 for a vector."""
     match expr:
+        case Name("o"):  # what a query has mixed
+            return 1
         case Number() | Name() | Call("sum" | "mean" | "norm" | "dot"):
             return 0
         case Index(Name(name), items):

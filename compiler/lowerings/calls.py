@@ -1,7 +1,7 @@
 """Which calls a lowering takes, where it does not take all of them.
 
-causal, in a kernel                plain: no cache, no positions, one sequence a row
-causal and document, in a kernel   counted: no cache, no positions
+causal, in a kernel                plain: nothing in a cache, no positions, one sequence a row
+causal and document, in a kernel   counted: nothing in a cache, no positions
 context, in a kernel               context_run: no padding
 a number of each key, by sdpa      exact: float32 at least
 """
@@ -24,8 +24,9 @@ _REFUSED = {
 def needed(attention: Attention, *, documents: bool) -> tuple[str, ...]:
     """Return what must hold of a call that is a whole sequence in order, () for every call.
 
-    `plain`: no cache, no positions, one sequence a row; `counted`: no cache, no positions; `run`
-    and `context_run`: no padding. Where `documents` are told apart, rows may hold several.
+    `plain`: nothing in a cache, no positions, one sequence a row; `counted`: the same of rows of
+    several; `run` and `context_run`: no padding. Where `documents` are told apart, a row may hold
+    several.
     """
     own = attention.node.dims[2] == "n" and not attention.crosses
     if own and documents:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ...grammar.syntax import Expr, Index, Name
 from ..graph.graph import Graph
 from ..plan.attention import Attention
+from ..text.tensors import stored
 from ..text.text import atomic, ident, indent, tupled
 from ..text.values import Text, Values
 
@@ -39,7 +40,7 @@ class _OfKeys(Values):
             case Name(id):
                 return Text(variable(id), self.ranks[id])
             case Index(Name(id), items):
-                text = f"self.{id}.to(k.dtype)"
+                text = f"{stored(self.graph.block, id)}.to(k.dtype)"
                 text += self.lead if items else ""
                 return Text(text, len(self.graph.node(id).dims) - len(items))
         raise TypeError(f"{type(expr).__name__} in a `carry`")

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...grammar.expr import FALSE, TRUE
+from ...grammar.syntax import Number
 from ..model import Select
 from ..plan.attention import Attention
 from ..text.pairs import Pairs
@@ -90,6 +91,8 @@ class _Writer:
         return replace(self.pairs, wide=".double()").value(getattr(self.select, name)).text
 
     def _score(self) -> str:
+        if isinstance(self.select.score, Number):  # all groups are as good
+            return self.pairs.typed.format(self.select.score.value)
         return self.pairs.value(self.select.score).text
 
     def _rows(self) -> list[str]:

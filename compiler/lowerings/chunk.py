@@ -20,6 +20,7 @@ from ..graph.graph import Graph, Node
 from ..graph.operations import Scan
 from ..model import State
 from ..plan.recurrences import Chunked, Memory, Sum, kernels_of, number_in_query, ranks_of
+from ..text.tensors import stored
 from ..text.text import atomic, call, ident, indent
 from ..text.values import Text, Values, lifted
 from . import scan
@@ -64,7 +65,7 @@ class _Values(Values):
             case Index(Name(id), items):
                 along = "[:, None]" if items else ""
                 rank = len(self.graph.node(id).dims) - len(items)
-                return Text(f"self.{id}.to(wide){along}", rank)
+                return Text(f"{stored(self.graph.block, id)}.to(wide){along}", rank)
         raise TypeError(f"{type(expr).__name__} in a mixer")
 
 

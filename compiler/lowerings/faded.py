@@ -23,6 +23,7 @@ from ..graph.operations import Stage
 from ..graph.sides import KEY, QUERY, at_token
 from ..plan.attention import Attention
 from ..text.pairs import operand
+from ..text.tensors import stored
 from ..text.text import call, indent, tupled
 from . import tiles
 from .calls import needed
@@ -37,6 +38,8 @@ def obstacle(attention: Attention) -> str | None:
     found = of_channels(attention)
     if isinstance(found, str):
         return found
+    if attention.mix.keep is not None:
+        return attention.in_turn
     if (why := tiles.obstacle(attention)) is not None:
         return why
     own = attention.node.dims[2] == "n" and not attention.crosses
@@ -122,7 +125,7 @@ def methods(attention: Attention) -> list[str]:
     texts = [replace(writer, layout=side).value(each).text
              for side, each in zip((QUERY, KEY), found, strict=True)]  # fmt: skip
     met = call("s = fading_products", ["q", "k", *texts])
-    tensors = tuple(f"self.{each}" for each in attention.tensors)
+    tensors = tuple(stored(attention.graph.block, each) for each in attention.tensors)
     every = [groups["queries"], groups["keys"], groups["places"], tensors, ()]
     args = [f"self.{name}_weights_of_faded", "v", *map(tupled, every), "ordered=True"]
     head = signature(f"{name}_faded", general(attention), "Tensor")

@@ -26,6 +26,7 @@ from ..graph.operations import Attend
 from ..graph.sides import rank
 from ..plan.attention import CHOOSES, Attention
 from ..text.pairs import widened
+from ..text.tensors import stored
 from ..text.text import atomic, call, indent
 from ..text.values import Text, Values
 from . import sdpa
@@ -92,7 +93,7 @@ class _Mods(Values):
             f"{atomic(self.value(item).text)}.long().clamp(0, {int(size) - 1})"
             for item, size in sizes
         ]
-        return Text(f"self.{name}[{', '.join(items)}]", 0)
+        return Text(f"{stored(self.graph.block, name)}[{', '.join(items)}]", 0)
 
 
 def method(attention: Attention) -> list[str]:

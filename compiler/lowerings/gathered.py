@@ -21,6 +21,7 @@ from ..algebra.masks import extent
 from ..graph.sides import KEY
 from ..plan.attention import Attention
 from ..text.pairs import Pairs, table_name
+from ..text.tensors import stored
 from ..text.text import atomic, call, ident, indent, tupled
 from . import choosing
 from .calls import needed
@@ -105,9 +106,10 @@ def method(attention: Attention) -> list[str]:
     streams = [each.variable for each in operands(attention)]
     tables = [table_name(each) for each in attention.tables]
     tensors = [ident(each) for each in attention.tensors]
+    held = [stored(attention.graph.block, each) for each in attention.tensors]
     given = ["q", "k", "v", *streams, *tables]
     args = [f"self.{name}_choice", f"self.{name}_reads", "q", "k", "v"]
-    args += [tupled(streams), tupled(tables), tupled([f"self.{each}" for each in tensors])]
+    args += [tupled(streams), tupled(tables), tupled(held)]
     sizes = [f"size={select.size}", f"share={select.share}", f"scale={attention.mix.scale!r}"]
     at_steps = [*args[:5], "i", *args[5:], *sizes]
     args += sizes

@@ -97,7 +97,7 @@ def _side(node: Node[Attend], side: Side) -> kernel.Tensor:
 def _tensor(graph: Graph, node: Node[Attend], name: str) -> kernel.Tensor:
     """Return what a kernel reads; to it n are the queries' tokens and m the keys'."""
     made = graph.node(name)
-    learned = {each.name for each in weights(graph.block)}
+    learned = {each.name for each in weights(graph.block) if each.learned}
     if isinstance(made.op, TensorRead):
         return kernel.Tensor(name, made.dims, batched=False, differentiable=name in learned)
     axes: dict[int | str, str] = {graph.node(node.k).dims[2]: "m", node.dims[2]: "n"}

@@ -19,6 +19,7 @@ from ..algebra.levels import affine_parts
 from ..graph.graph import AnyNode, Graph, Node
 from ..graph.operations import Scan
 from ..model import Recurrence, State, Update
+from ..text.tensors import stored
 from ..text.text import atomic, call, ident, indent, tupled
 from ..text.values import Text, Values, lifted
 
@@ -41,7 +42,8 @@ class _Ranks(Values):
             case Name(id):
                 return Text(self.texts.get(id, variable(id)), self.known[id])
             case Index(Name(id), items):
-                return Text(f"self.{id}.to(wide)", len(self.graph.node(id).dims) - len(items))
+                own = stored(self.graph.block, id)
+                return Text(f"{own}.to(wide)", len(self.graph.node(id).dims) - len(items))
         raise TypeError(f"{type(expr).__name__} in a mixer")
 
 
@@ -164,7 +166,7 @@ def by_kernel(graph: Graph, node: Node[Scan], cache: str, kernel: str) -> list[s
     streams, tensors = [], []
     for name in node.inputs:
         if graph.is_tensor(name):
-            tensors.append(f"self.{name}")
+            tensors.append(stored(graph.block, name))
         elif name != "doc":
             streams.append(_by_heads(graph, node, name))
     lines = opened(node, cache)

@@ -15,8 +15,9 @@ from __future__ import annotations
 from ...grammar.syntax import Name
 from ..plan.attention import CHOOSES, Attention
 from ..plan.plan import Target
+from ..text.tensors import stored
 from ..text.text import call, indent, tupled
-from . import carry, distance, sdpa
+from . import carry, distance, forgetting, sdpa
 from .way import Way
 from .weights import (
     arguments,
@@ -32,6 +33,8 @@ from .weights import (
 
 def obstacle(attention: Attention) -> str | None:
     """Return why not some queries can be attended to without the others."""
+    if attention.mix.keep is not None:
+        return None
     if attention.summed or isinstance(attention.products, tuple):
         return None
     if isinstance(attention.products, str):
@@ -47,6 +50,8 @@ def obstacle(attention: Attention) -> str | None:
 
 def reason(attention: Attention) -> str:
     """Say what a tile is made of."""
+    if attention.mix.keep is not None:
+        return forgetting.reason(attention)
     if attention.summed:
         return "some queries after the others, with the keys up to their own and a sum for each key"
     if attention.products is not None:
@@ -81,6 +86,8 @@ def parameters(attention: Attention, asked: str | None) -> tuple[str, ...]:
     groups = arguments(attention)
     kinds = ("queries", "keys", "places", "tables")
     given = ("v", *(each for key in kinds for each in groups[key]))
+    if attention.mix.keep is not None:
+        return (*given, *forgetting.sums(attention))
     if attention.in_turn is not None:
         carried = [carry.variable(each) for each in attention.carriers]
         carried += ["fresh", "idle"] if attention.mix.carry is not None else []
@@ -120,6 +127,8 @@ def methods(attention: Attention, target: Target) -> list[str]:
     groups = arguments(attention)
     name, told = method_name(attention), attention.sequences
     given, at_all = parameters(attention, asked), whole(attention, asked)
+    if attention.mix.keep is not None:
+        return forgetting.methods(attention, given, at_all)
     if attention.summed and not at_all:
         return [*_summed(attention, given), "", *weights(attention)]
     if attention.products is not None and not at_all:
@@ -128,7 +137,7 @@ def methods(attention: Attention, target: Target) -> list[str]:
         return [*_in_turn(attention, given), "", *weights(attention)]
     biased = not at_all and distance.obstacle(attention) is None
     args = [f"self.{name}_weights", "v", *(tupled(groups[key]) for key in ("queries", "keys"))]
-    tensors = [f"self.{each}" for each in attention.tensors]
+    tensors = [stored(attention.graph.block, each) for each in attention.tensors]
     if groups["places"] or tensors:
         args.append(tupled(groups["places"]))
     if tensors:
@@ -173,13 +182,16 @@ def _in_turn(attention: Attention, given: tuple[str, ...]) -> list[str]:
     """Return the method of an attention that its own values read, or whose keys are carried."""
     name, groups = method_name(attention), arguments(attention)
     if attention.by_turns:
-        groups = {**groups, "tensors": tuple(f"self.{each}" for each in attention.tensors)}
+        groups = {
+            **groups,
+            "tensors": tuple(stored(attention.graph.block, each) for each in attention.tensors),
+        }
         stand = (tupled(groups[key]) for key in groups if key != "tables")
         parts = [f"self.{name}_weights", "v", *stand, "ordered=ordered"]
         body = call("return turn_by_turn", parts)
         return [*signature(name, given, "tuple[Tensor, ...]"), *indent(body)]
     args = [each for key in groups if key != "tensors" for each in groups[key]]
-    args += [f"self.{each}" for each in attention.tensors]
+    args += [stored(attention.graph.block, each) for each in attention.tensors]
     carries, again = attention.mix.carry is not None, attention.mix.again is not None
     several = bool(again or attention.running or attention.node.op.statistics or attention.maps)
     made = ["*through_itself(p, share, v, ordered)"] if again else ["mixed(p, v)"]
@@ -198,7 +210,7 @@ def _summed(attention: Attention, given: tuple[str, ...]) -> list[str]:
     name, groups = method_name(attention), arguments(attention)
     sums = tuple(sums_before(attention, at) for at in range(len(attention.running)))
     keys = tuple(each for each in groups["keys"] if each not in sums)
-    tensors = tuple(f"self.{each}" for each in attention.tensors)
+    tensors = tuple(stored(attention.graph.block, each) for each in attention.tensors)
     given_groups = (groups["queries"], keys, groups["places"], tensors, sums)
     args = [f"self.{name}_weights", "v", *map(tupled, given_groups)]
     args += [f"scale={attention.mix.scale!r}"] if takes_products(attention) else []
@@ -209,7 +221,7 @@ def _summed(attention: Attention, given: tuple[str, ...]) -> list[str]:
 def _carried(attention: Attention, given: tuple[str, ...]) -> list[str]:
     """Return the method of an attention whose keys are carried by one product a token."""
     name, groups = method_name(attention), arguments(attention)
-    tensors = tuple(f"self.{each}" for each in attention.tensors)
+    tensors = tuple(stored(attention.graph.block, each) for each in attention.tensors)
     given_groups = (groups["queries"], groups["keys"], groups["places"], tensors)
     args = [f"self.{name}_weights", "v", *map(tupled, given_groups), "(along, by)"]
     body = call("return carried_tiles", [*args, "fresh", "idle", "ordered=ordered"])
@@ -226,6 +238,8 @@ def _reach(attention: Attention) -> list[str]:
 
 def _dense(attention: Attention) -> str:
     """Say what is computed of every pair."""
+    if attention.mix.keep is not None:
+        return f"{forgetting.reason(attention)}, all tokens in one tile"
     if attention.mix.again is not None:
         some = "of some queries at a time" if attention.by_turns else "of every pair"
         return f"{attention.in_turn}: a triangular system {some}"

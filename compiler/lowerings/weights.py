@@ -111,6 +111,7 @@ def weights(attention: Attention, biased: bool = False, met: list[str] | None = 
     writer = Writer(attention, biased, met)
     given = [each for group in arguments(attention).values() for each in group]
     given += ["bias"] if biased else []
+    given += ["kept"] if attention.mix.keep is not None else []
     carries = attention.mix.carry is not None
     given = [*(["s"] if carries or takes_products(attention) else []), *given]
     several = bool(attention.node.op.statistics or attention.maps or attention.running)
@@ -152,6 +153,7 @@ class Writer:
         self.lines: list[str] = []
         self.weighing = ""  # which pairs may weigh something, "" for all
         self.sums = 0  # rows and columns that were summed
+        self.running = attention.running
 
     @property
     def _sees_something(self) -> bool:
@@ -178,6 +180,16 @@ class Writer:
 
     def lines_of_weights(self) -> list[str]:
         """Return the body of the method."""
+        self.meet()
+        if self.biased:
+            self.lines = self._with_bias()
+        else:
+            self._logits()
+            self._weigh()
+        return self.sized()
+
+    def meet(self) -> None:
+        """Write the similarities."""
         attention, mix = self.attention, self.mix
         dims = f"[b, {attention.heads}, {attention.node.dims[2]}, {attention.keys}]"
         self.lines += self.heads_of_keys()
@@ -192,12 +204,6 @@ class Writer:
             text = f"{atomic(self._text(mix.similarity))}.to(wide)"
             times = "" if mix.scale == 1 else f" * {mix.scale!r}"
             self.lines += comment(f"s = {text}{times}", dims)
-        if self.biased:
-            self.lines = self._with_bias()
-        else:
-            self._logits()
-            self._weigh()
-        return self.sized()
 
     def _logits(self) -> None:
         """Write who sees whom, and the score."""
@@ -280,7 +286,7 @@ class Writer:
 
         One that chooses sees more keys: its sums are others.
         """
-        running = self.attention.running
+        running = self.running
         select = self.mix.select
         first = 0 if chooses or select is None else len(select.running)
         count = Counter(of_maps(expr))
@@ -315,12 +321,12 @@ class Writer:
 
     def sized(self) -> list[str]:
         """Return the lines, the heads and numbers of tokens first where they are read."""
-        both = self.told == ("own", "other")
+        both = self.told == ("own", "other") and not self.attention.among_others
         queries = "torch.tensor(q.shape[-2], device=q.device)"
-        if both:
+        if "own" in self.told:
             queries = "tokens_of(own, None if own is None else own.mT, q)"
         keys = "torch.tensor(k.shape[-2], device=q.device)"
-        if self.told:
+        if "other" in self.told:
             keys = f"tokens_of({'own' if both else 'None'}, other, k)"
         made = {
             "wide": "torch.promote_types(q.dtype, torch.float32)",
@@ -333,7 +339,9 @@ class Writer:
 
     @property
     def _together(self) -> str:
-        return f"together({'own' if 'own' in self.told else 'None'}, other)"
+        own, other = (each if each in self.told else "None" for each in ("own", "other"))
+        name = "both_there" if self.attention.among_others and own == "own" else "together"
+        return f"{name}({own}, {other})"
 
     def visibility(self) -> str:
         """Write who sees whom, and return the text of it; "" where all see all."""
@@ -349,7 +357,9 @@ class Writer:
             text = replace(self.pairs, wide=".double()").value(self.mask).text
             self.lines.append(f"visible = {text}")
             together = f"visible = visible & {self._together}"
-            self.lines += ["if other is not None:", f"    {together}"] if self.told else []
+            said = self.told if self.attention.among_others else self.told[-1:]
+            asked = " or ".join(f"{each} is not None" for each in said)
+            self.lines += [f"if {asked}:", f"    {together}"] if said else []
         elif self.told:
             told = f"visible = {self._together}"
             self.lines += [told, "if visible is None:", f"    {every}"]
@@ -357,6 +367,8 @@ class Writer:
             self.lines.append(every)
         if self.mix.select is not None:
             self._choose(self.mix.select)
+        if self.mix.keep is not None:
+            self.lines.append("visible = visible & kept")
 
     def _choose(self, select: Select) -> None:
         """Write which of the visible keys are read."""

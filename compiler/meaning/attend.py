@@ -29,10 +29,10 @@ from ...grammar.expr import names as names_of
 from ...grammar.functions import GROUPED, MAP_FUNCTIONS
 from ...grammar.syntax import POOLED, Binary, Call, Compare, Expr, Index, Name, Unary, walk
 from ...ops.shape import pooling
-from ..model import Mixing, Normalizer, Pairwise, Select, Statistic, is_map_elsewhere
+from ..model import Keep, Mixing, Normalizer, Pairwise, Select, Statistic, is_map_elsewhere
 from .carry import carried_logits
 from .pairs import Groups, Map, Pairs
-from .select import selected
+from .select import kept, selected
 from .values import Value, value
 
 
@@ -71,10 +71,9 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
     visible = scope.dense(mix.mask)
     if mix.select is not None:
         visible = _read_of(mix.select, mix, scope, visible, (q, k), mixing.heads // k.shape[1])
-    pairs = Pairs(*visible.nonzero(as_tuple=True))
-    scope.map = Map(pairs, scope.shape)
-    rows = scope.map.rows
-    names = scope.names(pairs) | {"seen": rows.sizes[rows.of].double()}
+    if mix.keep is not None:
+        visible = _still_held(mix.keep, mix, scope, visible, (q, k), given)
+    pairs, rows, names = _placed(scope, visible)
 
     def read(expr: Expr, more: Mapping[str, Value]) -> Value:
         return scope.evaluate(expr, pairs, {**names, **more})
@@ -83,21 +82,8 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         """One number a pair, in the precision of q."""
         return torch.as_tensor(read(expr, more)).to(q).expand(pairs.key.shape)
 
-    names |= {
-        node.id: given.below[node.id][visible]
-        for expr in (mix.score, mix.weights)
-        for node in walk(expr)
-        if isinstance(node, Name) and is_map_elsewhere(node.id)
-    }
-    group = mixing.heads // k.shape[1]
-    if mix.carry is not None:
-        carriers = {each.name for each in mixing.inputs[3:]} & names_of(mix.carry) - {"k"}
-        streams = {name: wide(given.streams[name]) for name in carriers}
-        s = carried_logits(mix.carry, q, k, streams, given.tensors)[visible]
-    elif mix.similarity is None:
-        s = (q @ k.repeat_interleave(group, dim=1).mT)[visible]
-    else:
-        s = column(mix.similarity, {})
+    names |= _maps_below(mix, given, visible)
+    s = _met(mix, scope, visible, (q, k), given, column)
     logits = column(mix.score, {"s": mix.scale * s})
     plain = normalize(mix.normalize, logits, rows, read).to(q).expand(pairs.key.shape)
     weight = column(mix.weights, {"s": logits, "p": plain})
@@ -131,6 +117,97 @@ def attend(mixing: Mixing, given: Given) -> Mixed:
         return dense.sum(-2 if kind == "columns" else -1)[..., None].to(o.dtype)
 
     return Mixed(o, map_s, map_p, statistic)
+
+
+def _placed(scope: _Scope, visible: Tensor) -> tuple[Pairs, Groups, dict[str, Value]]:
+    """Return the visible pairs, of which the scope's map is then, their rows, and their names."""
+    pairs = Pairs(*visible.nonzero(as_tuple=True))
+    scope.map = Map(pairs, scope.shape)
+    rows = scope.map.rows
+    return pairs, rows, scope.names(pairs) | {"seen": rows.sizes[rows.of].double()}
+
+
+def _maps_below(mix: Pairwise, given: Given, visible: Tensor) -> dict[str, Value]:
+    """Return what expressions read of the maps of other layers, at every pair."""
+    return {
+        node.id: given.below[node.id][visible]
+        for expr in (mix.score, mix.weights)
+        for node in walk(expr)
+        if isinstance(node, Name) and is_map_elsewhere(node.id)
+    }
+
+
+def _met(
+    mix: Pairwise,
+    scope: _Scope,
+    visible: Tensor,
+    met: tuple[Tensor, Tensor],
+    given: Given,
+    column: Callable[[Expr, Mapping[str, Value]], Tensor],
+) -> Tensor:
+    """Return the similarity of every visible pair."""
+    q, k = met
+    if mix.carry is not None:
+        mixing = scope.mixing
+        carriers = {each.name for each in mixing.inputs[3:]} & names_of(mix.carry) - {"k"}
+        streams = {name: wide(given.streams[name]) for name in carriers}
+        return carried_logits(mix.carry, q, k, streams, given.tensors)[visible]
+    if mix.similarity is None:
+        return (q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT)[visible]
+    return column(mix.similarity, {})
+
+
+def _still_held(
+    keep: Keep,
+    mix: Pairwise,
+    scope: _Scope,
+    shown: Tensor,
+    met: tuple[Tensor, Tensor],
+    given: Given,
+) -> Tensor:
+    """Return which of the pairs that a mask shows are read [b, heads, n, m], query by query.
+
+    The weights of all queries so far are made anew for each. No gradient comes of it.
+    """
+    b, heads, queries, keys = shown.shape
+    seen = torch.zeros_like(shown)
+    held = shown.new_zeros(b, heads // keep.share, keys)
+    for i in range(queries):
+        held[..., i] = True  # its own key
+        seen[:, :, i] = shown[:, :, i] & held.repeat_interleave(keep.share, 1)
+        with torch.no_grad():
+            score = _score_of_held(keep, mix, scope, seen, met, given)[:, :, i]
+        row, always = seen[:, :, i], scope.dense(keep.always)[:, :, i]
+        held = kept(keep, row, score, always)
+    return seen
+
+
+def _score_of_held(
+    keep: Keep,
+    mix: Pairwise,
+    scope: _Scope,
+    seen: Tensor,
+    met: tuple[Tensor, Tensor],
+    given: Given,
+) -> Tensor:
+    """Return by what keys stay held [b, heads, n, m], of the pairs that are read so far."""
+    pairs, rows, names = _placed(scope, seen)
+    names |= _maps_below(mix, given, seen)
+
+    def read(expr: Expr, more: Mapping[str, Value]) -> Value:
+        return scope.evaluate(expr, pairs, {**names, **more})
+
+    def column(expr: Expr, more: Mapping[str, Value]) -> Tensor:
+        return torch.as_tensor(read(expr, more)).to(met[0]).expand(pairs.key.shape)
+
+    s = mix.scale * _met(mix, scope, seen, met, given, column)
+    logits = column(mix.score, {"s": s})
+    p = normalize(mix.normalize, logits, rows, read).to(met[0]).expand(pairs.key.shape)
+    every = met[0].new_zeros(scope.shape).index_put(tuple(pairs), p)
+    v = wide(given.streams[scope.mixing.inputs[2].name])
+    o = (every @ v.repeat_interleave(scope.shape[1] // v.shape[1], 1))[pairs[:3]]
+    score = column(keep.score, {"s": s, "p": p, "o": o})
+    return met[0].new_zeros(scope.shape).index_put(tuple(pairs), score)
 
 
 def _read_of(

@@ -33,6 +33,8 @@ def run_alone(
     x: Tensor,
     *,
     cuts: bool,
+    stride: int = 1,
+    listed: bool = False,
     context: Tensor | None = None,
     attention_mask: Tensor | None = None,
     context_mask: Tensor | None = None,
@@ -43,7 +45,9 @@ def run_alone(
 ) -> Tensor:
     """Return alone(x, context, segments, positions, condition) of every sequence, as x is laid out.
 
-    With `cuts`, a segment is a sequence of its own; else segments are handed on.
+    With `cuts`, a segment is a sequence of its own; else segments are handed on. Where one token
+    comes out for each `stride`, a row is one sequence, and what it has no tokens for is zero. Where
+    it is `listed`, a list of tokens comes out, as many for any sequence.
     """
     b, n = x.shape[:2]
     if cu_seqlens is not None:
@@ -66,11 +70,13 @@ def run_alone(
             None if places is None else places[row : row + 1, at],
             None if condition is None else condition[row : row + 1],
         )
-        by_token = y.ndim == 3 and y.shape[1] == len(at)
+        by_token = stride == 1 and not listed and y.ndim == 3 and y.shape[1] == len(at)
         if whole is None:
-            whole = y.new_zeros(b, *((n,) if by_token else y.shape[1:2]), *y.shape[2:])
+            size = (-(-n // stride),) if by_token or stride > 1 else y.shape[1:2]
+            whole = y.new_zeros(b, *size, *y.shape[2:])
         rows = torch.tensor([row], device=x.device)
-        where = (rows[:, None], at[None]) if by_token else (rows,)
+        at = at if by_token else torch.arange(y.shape[1], device=x.device)
+        where = (rows[:, None], at[None]) if y.ndim == 3 else (rows,)
         whole = whole.index_put(where, y)
     assert whole is not None
     return whole

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ...grammar.source import Span
 from ...ops import OPS, Run
+from ...ops.shape import pooling
 from ..facts.parameters import constants, initial, model_weights, owned, weights
 from ..model import (
     Apply,
@@ -61,7 +62,7 @@ def reference(
         module = ReferenceModel(what)
         tensors = model_weights(what)
     for weight in tensors:
-        _own(module, weight.name, nn.Parameter(initial(weight, generator, dtype)))
+        _own(module, weight.name, initial(weight, generator, dtype), weight.learned)
     ends = module._ends if isinstance(module, ReferenceModel) else []
     for part in (*module.modules(), *ends):
         if isinstance(part, ReferenceBlock):
@@ -126,11 +127,16 @@ class ReferenceBlock(nn.Module):
         where they begin and end; positions [n] or [b, n] where every token stands (default:
         counted from 0 in each sequence). A context's count from 0.
         """
-        self._added.clear()
-        return run_alone(
+        every = [each for each in self.modules() if isinstance(each, ReferenceBlock)]
+        for each in every:
+            each._added.clear()
+        of, stride = pooling(self.architecture.out.shape.tokens)
+        y = run_alone(
             self._alone,
             x,
             cuts=not self.architecture.marks,
+            stride=stride if of == "n" else 1,
+            listed=of != "n",
             context=context,
             attention_mask=attention_mask,
             context_mask=context_mask,
@@ -138,6 +144,9 @@ class ReferenceBlock(nn.Module):
             cu_seqlens=cu_seqlens,
             positions=positions,
         )
+        for each in every:
+            each._move()
+        return y
 
     def _alone(
         self,
@@ -199,8 +208,12 @@ class ReferenceBlock(nn.Module):
             else:
                 streams[stream.name] = self._flow(stream.flow, given)
         made = {each.name: streams[each.name] for each in block.streams}
-        if block.regularize is not None and self.training:
-            parts = {id(each): self._flow(each.inputs[0], given) for each in self._averages()}
+        if block.aside and self.training:
+            parts = {
+                id(each): self._flow(each.inputs[0], given)
+                for each in self._averages()
+                if not any(map(_is_average, applies(each.inputs[0])))
+            }
             self._added.append((self._uses, given, parts))
         self._uses += 1
         out = self._flow(block.out, given)
@@ -220,23 +233,38 @@ class ReferenceBlock(nn.Module):
         if flow is None or not self._added:
             return torch.zeros(())
         uses = sorted({use for use, _, _ in self._added})
-        return torch.stack([self._added_by(flow, use) for use in uses]).sum()
+        return torch.stack([self._of_batch([flow], use)[0].sum() for use in uses]).sum()
 
-    def _added_by(self, flow: Flow, use: int) -> Tensor:
-        """Return what one use of a block adds to the loss."""
+    def _of_batch(self, flows: Sequence[Flow], use: int) -> list[Tensor]:
+        """Return what flows give for all sequences of the batch, in one use of a block."""
         added = [(given, parts) for at, given, parts in self._added if at == use]
         made: dict[int, Tensor] = {}
         for each in self._averages():
-            every = [_in_one_row(parts[id(each)]) for _, parts in added]
-            run = Run({}, True, shapes=(each.inputs[0].shape,))
-            made[id(each)] = OPS[each.op].eager([torch.cat(every, -2)], {}, {}, run)
-        return self._flow(flow, added[0][0], made).sum()
+            of = each.inputs[0]
+            every = [
+                parts[id(each)] if id(each) in parts else self._flow(of, given, dict(made))
+                for given, parts in added
+            ]
+            run = Run({}, True, shapes=(of.shape,))
+            rows = torch.cat(list(map(_in_one_row, every)), -2)
+            made[id(each)] = OPS[each.op].eager([rows], {}, {}, run)
+        return [self._flow(each, added[0][0], made) for each in flows]
 
     def _averages(self) -> list[Apply]:
-        """Return the means over the batch that are added to the loss."""
-        flow = self.architecture.regularize
-        found = () if flow is None else applies(flow)
-        return [each for each in found if each.op in ("average", "average_each")]
+        """Return the means over the batch that training takes, inner ones first."""
+        found = (each for flow in self.architecture.aside for each in applies(flow))
+        return [each for each in found if _is_average(each)]
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        """Set what a forward pass in training moves, all of it as it was before."""
+        moves = self.architecture.moves
+        if not (moves and self._added):
+            return
+        made = self._of_batch([each.flow for each in moves], 0)
+        for each, value in zip(moves, made, strict=True):
+            old = self._tensor(each.name)
+            setattr(self._root[0], each.name, value.to(old.dtype).reshape(old.shape))
 
     def _flow(self, flow: Flow, given: Given, made: dict[int, Tensor] | None = None) -> Tensor:
         """Return what a flow gives; what several read in it is made once."""
@@ -380,7 +408,7 @@ class ReferenceModel(nn.Module):
         x = patches_of(model, x)
         if model.encoder is not None and context is not None:
             context = patches_of(model.encoder, context)
-        return run_alone(
+        y = run_alone(
             self._alone,
             x,
             cuts=not self.architecture.marks,
@@ -392,6 +420,9 @@ class ReferenceModel(nn.Module):
             positions=positions,
             condition=condition,
         )
+        for each in self._blocks():
+            each._move()
+        return y
 
     def _alone(
         self,
@@ -407,7 +438,7 @@ class ReferenceModel(nn.Module):
         if model.encoder is not None:
             if context is None:
                 raise ValueError(f"model `{model.name}` reads a context, and none was given")
-            context = self.encoder(context)
+            context = self.encoder._alone(context, None, None, None, None)
         tokens = None
         *first, embed, head = (each.train(self.training) for each in self._ends)
         if model.vocab is None:
@@ -509,6 +540,11 @@ def _positions(given: Tensor | None, x: Tensor) -> Tensor:
     return given.expand(batch, tokens)
 
 
+def _is_average(flow: Apply) -> bool:
+    """Say whether it is a mean over the batch."""
+    return flow.op in ("average", "average_each")
+
+
 def _in_one_row(x: Tensor) -> Tensor:
     """Return a stream [b, (heads,) n, d] with all its tokens after one another, b = 1."""
     return x.movedim(-2, 1).flatten(0, 1)[None].movedim(1, -2)
@@ -549,14 +585,17 @@ def _expect(name: str, x: Tensor, block: Block) -> None:
         raise ValueError(f"`{name}` should be [{dims}], it is {list(x.shape)}")
 
 
-def _own(root: nn.Module, name: str, tensor: nn.Parameter) -> None:
-    """Register a parameter under a dotted name, making the modules on the way."""
+def _own(root: nn.Module, name: str, tensor: Tensor, learned: bool) -> None:
+    """Register a parameter or a buffer under a dotted name, making the modules on the way."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
-    root.register_parameter(last, tensor)
+    if learned:
+        root.register_parameter(last, nn.Parameter(tensor))
+    else:
+        root.register_buffer(last, tensor)
 
 
 def _tensor(root: nn.Module, name: str) -> Tensor:

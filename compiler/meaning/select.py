@@ -1,4 +1,4 @@
-"""The meaning of `select`: which of the visible keys a query reads, by content.
+"""The meaning of `select` and `keep`: which of the visible keys a query reads, by content.
 
 Keys and queries are laid out in whole groups, what is missing at the end as pairs that nobody
 sees. Then every choice is one row of a table: [batch, heads that choose, rows that choose, groups].
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..model import Select
+from ..model import Keep, Select
 
 
 def selected(
@@ -49,6 +49,18 @@ def selected(
     spread = chosen.repeat_interleave(select.share, 1).repeat_interleave(select.rows, 2)
     spread = spread.repeat_interleave(select.size, 3)[:, :heads, :n, :m]
     return always | (visible & spread)
+
+
+def kept(keep: Keep, read: Tensor, score: Tensor, always: Tensor) -> Tensor:
+    """Return which keys stay held [b, choosing heads, m], of those a query reads [b, heads, m]."""
+    b, heads, keys = read.shape
+    shape = (b, heads // keep.share, keep.share, keys)
+    stays = (read & always).reshape(shape).any(2)
+    free = read.reshape(shape).any(2) & ~stays
+    e = score.double().masked_fill(~read, 0).reshape(shape).sum(2)
+    e = e.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    held: Tensor = stays | (free & (_better(e, free).sum(-1) < keep.count))
+    return held
 
 
 def _tiles(select: Select, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ may use anything but math, torch and other pieces.
 
 FILES = (
     "constants",
+    "moving",
     "patches",
     "positions",
     "stages",
@@ -23,6 +24,7 @@ FILES = (
     "batches",
     "parts",
     "groups",
+    "forgetting",
     "caches",
     "taken",
 )  # in the order of an emitted file

@@ -140,7 +140,7 @@ class Batch:
             self.run = run.masked_fill(~live, -1)
             self.own = filled(self.run, count)
         self.positions = self.place if self.given is None else self.given
-        self.counted = past is None and self.given is None
+        self.counted = self.bound == 0 and self.given is None
         self.plain = self.counted and not self.cut
 
     @property

@@ -24,7 +24,9 @@ class Constants(nn.Module):
 
     def set_constants(self, *loaded: object) -> None:
         """Make the constants, where they are and in their dtype."""
-        like = next(self.buffers(recurse=False), torch.empty(0))
+        buffers = self.named_buffers(recurse=False)
+        own = (each for name, each in buffers if name in self._non_persistent_buffers_set)
+        like = next(own, torch.empty(0))
         if like.is_meta and loaded:  # of weights that were assigned to it, if they are there
             like = next(self.parameters(), torch.empty(0))
         for name, value in self.constants(like.device).items():

@@ -10,7 +10,6 @@ weights again, group by group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -85,15 +84,15 @@ def over_steps(
 
 
 class Readers(NamedTuple):
-    """Which queries read each group, sorted by groups, then by units.
+    """Which queries read each group of keys, of one unit of heads after the other.
 
-    `row` [pairs] is where a query of a unit stands among all, `chosen` whether the group was (else
-    only what is always read of it is), None where all were. `ends` says of each group where the
-    pairs of each unit begin, and end.
+    `pairs` are sorted numbers: group, partly, query, chosen, in so many bits as one takes, a query
+    `bits`. Those who read a group `partly` do not see all of it, or only what is always read of it.
+    `ends` says of each unit where those of a group begin, whole and then partly, and end.
     """
 
-    row: Tensor
-    chosen: Tensor | None
+    pairs: Tensor
+    bits: int
     ends: list[list[int]]
 
 
@@ -123,12 +122,13 @@ def over_groups(
     (b, heads, n, _), m = q.shape, k.shape[2]
     each, count = min(share, heads // k.shape[1]), -(-m // size)
     units = b * (heads // each)
-    some = max(size, 2**19 // max(1, units * count) // size * size)
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    some = max(size, 2**20 // max(1, units * count) // size * size)
+    found: list[Tensor] = []
+    bits = n.bit_length()
     with torch.no_grad():
         for a in range(0, n, some):
             e = min(n, a + some)
-            near = min(count, -(-e // size)) if causal else count
+            near = min(count, -(-e // (16 * size)) * 16) if causal else count
             first = torch.arange(0, near * size, size, device=q.device)[None, None, None]
             i = torch.arange(a, e, device=q.device)[None, None, :, None]
             mine = [x if x is None or x.shape[-2] == 1 else x[..., a:e, :] for x in queries]
@@ -136,15 +136,13 @@ def over_groups(
             shape, times = (b, heads // share, e - a, near), share // each
             chosen, forced, full = made
             full = (full & (first + size <= m)).expand(shape)
-            for into, (unit, query, group, flag) in zip(
-                found, pairs_of(chosen, forced, full, shape), strict=True
-            ):
-                units_of = unit[:, None] * times + torch.arange(times, device=q.device)
-                key = (group[:, None] * units + units_of) * n + (query[:, None] + a)
-                into.append((key if into is found[0] else 2 * key + flag[:, None]).flatten())
-        parts = sorted_readers(torch.cat(found[1]), True, n, count, units)
-        whole = sorted_readers(torch.cat(found[0]), False, n, count, units)
-    done: Tensor = OverGroups.apply(q, k, v, (sees, whole, parts, size, each, scale))
+            for partly, of in enumerate(pairs_of(chosen, forced, full, shape)):
+                chooser, query, group, flag = (x[:, None] for x in of)
+                unit = chooser * times + torch.arange(times, device=q.device)
+                key = ((unit * count + group) * 2 + partly << bits) + query + a
+                found.append((2 * key + flag).flatten())
+        readers = sorted_readers(torch.cat(found), bits, count, units)
+    done: Tensor = OverGroups.apply(q, k, v, (sees, readers, size, each, scale))
     return done
 
 
@@ -162,11 +160,11 @@ def pairs_of(
         whole = chosen & full.flatten(0, 1)
         some = (chosen | forced) & ~whole
         first, second = whole.nonzero(as_tuple=True), some.nonzero(as_tuple=True)
-        return (*first, first[0]), (*second, chosen[second])
+        return (*first, torch.ones_like(first[0])), (*second, chosen[second])
     group, there = (x.expand(*shape[:3], -1).flatten(0, 1) for x in chosen)
     whole = full.gather(-1, group.view(*shape[:3], -1)).flatten(0, 1) & there
     who, query, at = whole.nonzero(as_tuple=True)
-    first = who, query, group[who, query, at], who
+    first = who, query, group[who, query, at], torch.ones_like(who)
     who, query, at = (there & ~whole).nonzero(as_tuple=True)
     second = who, query, group[who, query, at], torch.ones_like(who)
     if not bool(forced.any()):
@@ -186,14 +184,12 @@ def pairs_of(
     return first, tuple(torch.cat(each) for each in zip(second, third, strict=True))
 
 
-def sorted_readers(keys: Tensor, marked: bool, n: int, count: int, units: int) -> Readers:
-    """Return pairs, numbered by group, unit and query, as who reads what; some may be marked."""
+def sorted_readers(keys: Tensor, bits: int, count: int, units: int) -> Readers:
+    """Return pairs, numbered by unit and then as `Readers` has them, as who reads what."""
     keys = keys.sort().values
-    flag = (keys % 2).bool() if marked else None
-    keys = keys // 2 if marked else keys
-    ends = torch.bincount(keys // n, minlength=count * units).cumsum(0).view(count, units)
-    begun = F.pad(ends[:-1, -1], (1, 0))[:, None]
-    return Readers(keys % (units * n), flag, torch.cat([begun, ends], 1).tolist())
+    ends = torch.bincount(keys >> bits + 1, minlength=2 * count * units).cumsum(0)
+    ends = F.pad(ends, (1, 0)).unfold(0, 2 * count + 1, 2 * count)
+    return Readers(keys, bits, ends.tolist())
 
 
 def widened(x: Tensor) -> Tensor:
@@ -201,62 +197,50 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def in_units(x: Tensor, each: int) -> Tensor:
-    """Return x [b, h, n, d] as rows of units, `each` heads beside one another: [·, each, d]."""
-    b, heads, n, d = x.shape
-    x = widened(x).reshape(b * heads // each, each, n, d)
-    return x.transpose(1, 2).reshape(-1, each, d)
+def unit_of(x: Tensor, unit: int, each: int) -> Tensor:
+    """Return x [b, h, n, d] of `each` heads that stand together, widened: [n, each, d]."""
+    b, heads = x.shape[:2]
+    at = x.reshape(b * heads // each, each, *x.shape[2:])[unit]
+    return widened(at).transpose(0, 1)
 
 
-def out_of_units(x: Tensor, like: Tensor) -> Tensor:
-    """Return what `in_units` was given, of the size of q [b, h, n, ·]."""
-    b, heads, n, _ = like.shape
-    each, d = x.shape[1:]
-    return x.view(-1, n, each, d).transpose(1, 2).reshape(b, heads, n, d)
+def grouped_keys(x: Tensor, unit: int, times: int, size: int) -> Tensor:
+    """Return x [b, g, m, d] in groups of keys, of those that a unit reads: [groups, size, d].
 
-
-def grouped_keys(x: Tensor, size: int, units: int) -> Tensor:
-    """Return x [b, g, m, d] in groups of keys, for units that share heads: [groups, units, …]."""
-    b, heads, m, d = x.shape
-    x = F.pad(widened(x), (0, 0, 0, -m % size)).view(b, heads, -1, size, d)
-    x = x.repeat_interleave(units // heads, 1) if units > heads else x
-    return x.flatten(0, 1).transpose(0, 1)
-
-
-def ungrouped_keys(x: Tensor, like: Tensor, units: int) -> Tensor:
-    """Return the gradient of what `grouped_keys` was given, of that of what it gave."""
-    b, heads, m, d = like.shape
-    x = x.transpose(0, 1).reshape(b, heads, units // heads, -1, d).sum(2)
-    return x[:, :, :m].to(like.dtype)
-
-
-def steps_of(given: Any, n: int, m: int, device: torch.device) -> Any:
-    """Yield each group with the rows that read it, where those of each unit end, and who sees what.
-
-    The last is [rows · each, size], None where all is seen.
+    As many units as `times` read the same.
     """
-    sees, whole, parts, size, each, _ = given
-    for group in range(-(-m // size)):
-        for readers in (whole, parts):
-            first, *ends = readers.ends[group]
-            if first == ends[-1]:
-                continue
-            rows, shown = readers.row[first : ends[-1]], None
-            if readers.chosen is not None:
-                j = torch.arange(group * size, (group + 1) * size, device=device)
-                i = (rows % n)[None, None, :, None]
-                seen, always = sees(i, j[None, None, None])
-                chosen = readers.chosen[first : ends[-1], None]
-                shown = (seen[0, 0] & (always[0, 0] | chosen) & (j < m)).repeat_interleave(each, 0)
-            yield group, rows, [each * (end - first) for end in (first, *ends)], shown
+    x = widened(x.flatten(0, 1)[unit // times])
+    x = F.pad(x, (0, 0, 0, -len(x) % size)) if len(x) % size else x
+    return x.reshape(-1, size, x.shape[-1])
 
 
-def by_units(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
-    """Return rows of a [rows, ·] times the matrix of their unit in b [units, ·, ·]."""
-    for unit, (first, last) in enumerate(pairwise(ends)):
-        if last > first:
-            torch.mm(a[first:last], b[unit], out=out[first:last])
-    return out
+PARTS = 32  # of how many groups it is said at once who sees what
+
+
+def steps_of(given: Any, unit: int, m: int) -> Any:
+    """Yield each group with the queries of a unit that read it, and what the last of them miss.
+
+    That is [queries · each, size], of those who read it partly; None where there are none.
+    """
+    sees, (numbers, bits, every), size, each, _ = given
+    begun = every[unit]
+    for first in range(0, len(begun) // 2, PARTS):
+        ends = begun[2 * first : 2 * (first + PARTS) + 1]
+        pairs = numbers[ends[0] : ends[-1]]
+        rows = pairs >> 1 & (1 << bits) - 1
+        partly = (pairs >> bits + 1 & 1).bool()
+        i, part = rows[partly, None], pairs[partly, None]
+        group = (part >> bits + 2) - unit * (len(begun) // 2)
+        j = group * size + torch.arange(size, device=part.device)
+        seen, always = (x[0, 0] for x in sees(i[None, None], j[None, None]))
+        missed = ~(seen & (always | (part & 1).bool()) & (j < m)).repeat_interleave(each, 0)
+        done = 0
+        for at in range(0, len(ends) - 1, 2):
+            a, whole, e = (x - ends[0] for x in ends[at : at + 3])
+            if a < e:
+                last = done + each * (e - whole)
+                yield first + at // 2, rows[a:e], missed[done:last] if whole < e else None
+                done = last
 
 
 class Room:
@@ -273,24 +257,30 @@ class Room:
         return self.of[at][: rows * columns].view(rows, columns)
 
 
-def row_maxima(given: Any, queries: Tensor, keys: Tensor, n: int, m: int) -> Tensor | None:
-    """Return the largest logit of each row [rows, each, 1]; None where none can be too large.
+def hidden_at_end(s: Tensor, missed: Tensor | None, value: float) -> Tensor:
+    """Fill what the last rows of s miss, in place."""
+    if missed is not None:
+        s[len(s) - len(missed) :].masked_fill_(missed, value)
+    return s
+
+
+def row_maxima(steps: Any, queries: Tensor, keys: Tensor) -> Tensor | None:
+    """Return the largest logit of each row [n, each]; None where none can be too large.
 
     Of queries and keys whose products are small, e to the power of a logit is a number as it is.
-    keys are [groups, units, d, size].
+    keys are [groups, d, size].
     """
-    longest = queries.norm(dim=-1).amax() * keys.norm(dim=-2).amax()
-    if longest < 60:
+    longest = queries.square().sum(-1).amax() * keys.square().sum(-2).amax()
+    if longest < 60 * 60:
         return None
-    lowest, room = torch.finfo(queries.dtype).min, Room(queries)
+    lowest = torch.finfo(queries.dtype).min
     most = queries.new_full(queries.shape[:2], lowest)
-    for group, rows, ends, shown in steps_of(given, n, m, queries.device):
+    for group, rows, missed in steps:
         x = queries.index_select(0, rows).flatten(0, 1)
-        s = by_units(x, keys[group], ends, room.matrix(0, len(x), keys.shape[-1]))
-        s = s if shown is None else s.masked_fill_(~shown, lowest)
+        s = hidden_at_end(x @ keys[group], missed, lowest)
         found = torch.maximum(most.index_select(0, rows), s.amax(-1).view(len(rows), -1))
         most.index_copy_(0, rows, found)
-    return most[..., None]
+    return most
 
 
 class OverGroups(torch.autograd.Function):
@@ -299,56 +289,64 @@ class OverGroups(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, given: Any) -> Tensor:
         """Go through the groups, and add what each gives to the rows that read it."""
-        _, _, _, size, each, scale = given
-        n, m, units = q.shape[2], k.shape[2], q.shape[1] // each
-        queries = in_units(widened(q) * scale, each)
-        keys = grouped_keys(k, size, units).mT.contiguous()
-        values = grouped_keys(v, size, units).contiguous()
-        most = row_maxima(given, queries, keys, n, m)
-        mixed = queries.new_zeros(len(queries), each, values.shape[-1])
-        total, room = queries.new_zeros(len(queries), each), Room(queries)
-        for group, rows, ends, shown in steps_of(given, n, m, q.device):
-            x = queries.index_select(0, rows).flatten(0, 1)
-            p = by_units(x, keys[group], ends, room.matrix(0, len(x), size))
-            p = p if most is None else p.sub_(most.index_select(0, rows).view(-1, 1))
-            p = p if shown is None else p.masked_fill_(~shown, -torch.inf)
-            p.exp_()
-            total.index_add_(0, rows, p.sum(-1).view(-1, each))
-            part = by_units(p, values[group], ends, room.matrix(1, len(x), values.shape[-1]))
-            mixed.index_add_(0, rows, part.view(len(rows), each, -1))
-        total = total[..., None]
-        lse = torch.where(total > 0, total.log() if most is None else most + total.log(), torch.inf)
-        out = out_of_units(mixed.div_(total.masked_fill(total == 0, 1)), q)
+        *_, size, each, scale = given
+        (b, heads, n, _), (groups, m) = q.shape, k.shape[1:3]
+        out = v.new_empty(b * heads // each, each, n, v.shape[-1])
+        lse = widened(q).new_empty(b * heads // each, n, each)
+        times, room = heads // each // groups, Room(lse)
+        for unit in range(len(lse)):
+            queries = unit_of(q, unit, each).mul(scale).contiguous()
+            keys = grouped_keys(k, unit, times, size).mT.contiguous()
+            values = grouped_keys(v, unit, times, size)
+            most = row_maxima(steps_of(given, unit, m), queries, keys)
+            mixed, total = queries.new_zeros(n, each, v.shape[-1]), queries.new_zeros(n, each)
+            for group, rows, missed in steps_of(given, unit, m):
+                count = len(rows) * each
+                x = room.matrix(0, count, queries.shape[-1]).view(len(rows), each, -1)
+                torch.index_select(queries, 0, rows, out=x)
+                p = torch.mm(x.flatten(0, 1), keys[group], out=room.matrix(1, count, size))
+                p = p if most is None else p.sub_(most.index_select(0, rows).view(-1, 1))
+                hidden_at_end(p, missed, -torch.inf).exp_()
+                total.index_add_(0, rows, p.sum(-1).view(-1, each))
+                part = torch.mm(p, values[group], out=room.matrix(2, count, v.shape[-1]))
+                mixed.index_add_(0, rows, part.view(len(rows), each, -1))
+            found = total.log() if most is None else most + total.log()
+            lse[unit] = torch.where(total > 0, found, torch.inf)
+            out[unit] = mixed.div_(total.masked_fill_(total == 0, 1)[..., None]).transpose(0, 1)
+        out = out.view(b, heads, n, -1)
         ctx.given = given
         ctx.save_for_backward(q, k, v, out, lse)
-        return out.to(v.dtype)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Make the weights of each group again."""
         q, k, v, out, lse = ctx.saved_tensors
-        _, _, _, size, each, scale = ctx.given
-        n, m, units = q.shape[2], k.shape[2], q.shape[1] // each
-        inner = in_units((widened(grads[0]) * out).sum(-1, keepdim=True), each)
-        queries, given = in_units(widened(q) * scale, each), in_units(grads[0], each)
-        keys, values = (grouped_keys(x, size, units).contiguous() for x in (k, v))
-        turned, of_values = keys.mT.contiguous(), values.mT.contiguous()
-        of_q, room = torch.zeros_like(queries), Room(queries)
-        of_k, of_v = torch.zeros_like(keys), torch.zeros_like(values)
-        for group, rows, ends, shown in steps_of(ctx.given, n, m, q.device):
-            x, y = (z.index_select(0, rows).flatten(0, 1) for z in (queries, given))
-            p = by_units(x, turned[group], ends, room.matrix(0, len(x), size))
-            p = p.sub_(lse.index_select(0, rows).view(-1, 1))
-            p = p if shown is None else p.masked_fill_(~shown, -torch.inf)
-            p.exp_()
-            s = by_units(y, of_values[group], ends, room.matrix(1, len(x), size))
-            s = s.sub_(inner.index_select(0, rows).view(-1, 1)).mul_(p)
-            for unit, (first, last) in enumerate(pairwise(ends)):
-                of_v[group, unit].addmm_(p[first:last].mT, y[first:last])
-                of_k[group, unit].addmm_(s[first:last].mT, x[first:last])
-            part = by_units(s, keys[group], ends, room.matrix(2, len(x), keys.shape[-1]))
-            of_q.index_add_(0, rows, part.view(len(rows), each, -1))
-        of_q = out_of_units(of_q, q).mul_(scale)
-        of_k, of_v = ungrouped_keys(of_k, k, units), ungrouped_keys(of_v, v, units)
-        return of_q.to(q.dtype), of_k, of_v, None
+        *_, size, each, scale = ctx.given
+        (b, heads, n, d), (groups, m) = q.shape, k.shape[1:3]
+        times, room = heads // each // groups, Room(lse)
+        of_q = q.new_empty(b * heads // each, each, n, d)
+        of_k, of_v = (lse.new_zeros(b * groups, -(-m // size), size, x.shape[-1]) for x in (k, v))
+        for unit in range(len(lse)):
+            queries = unit_of(q, unit, each).mul(scale).contiguous()
+            given = unit_of(grads[0], unit, each).contiguous()
+            inner = (given * unit_of(out, unit, each)).sum(-1)
+            keys = grouped_keys(k, unit, times, size)
+            turned, of_values = keys.mT.contiguous(), grouped_keys(v, unit, times, size).mT
+            mine, of_values = torch.zeros_like(queries), of_values.contiguous()
+            into_k, into_v = of_k[unit // times], of_v[unit // times]
+            for group, rows, missed in steps_of(ctx.given, unit, m):
+                x, y = (z.index_select(0, rows).flatten(0, 1) for z in (queries, given))
+                p = torch.mm(x, turned[group], out=room.matrix(0, len(x), size))
+                p = p.sub_(lse[unit].index_select(0, rows).view(-1, 1))
+                hidden_at_end(p, missed, -torch.inf).exp_()
+                s = torch.mm(y, of_values[group], out=room.matrix(1, len(x), size))
+                s = s.sub_(inner.index_select(0, rows).view(-1, 1)).mul_(p)
+                into_v[group].addmm_(p.mT, y)
+                into_k[group].addmm_(s.mT, x)
+                part = torch.mm(s, keys[group], out=room.matrix(2, len(x), d))
+                mine.index_add_(0, rows, part.view(len(rows), each, -1))
+            of_q[unit] = mine.mul_(scale).transpose(0, 1)
+        of_k, of_v = (x.view(b, groups, -1, x.shape[-1])[:, :, :m] for x in (of_k, of_v))
+        return of_q.view_as(q), of_k.to(k.dtype), of_v.to(v.dtype), None

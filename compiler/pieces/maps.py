@@ -35,6 +35,13 @@ def together(own: Tensor | None, other: Tensor | None) -> Any:
     return other >= 0 if own is None else own == other
 
 
+def both_there(own: Tensor | None, other: Tensor | None) -> Any:
+    """Say which pairs of a query and a key of other tokens are no padding; None where all are."""
+    if own is None or other is None:
+        return together(None, own if other is None else other)
+    return (own >= 0) & (other >= 0)
+
+
 def hiding(visible: Tensor, s: Tensor) -> Tensor:
     """Return what hides logits s [b, h, n, m] that are not visible, when it is added to them."""
     return torch.where(visible, s.new_zeros(()), torch.finfo(s.dtype).min)
@@ -188,7 +195,7 @@ class NormalExp(torch.autograd.Function):
 def rank_keys(x: Tensor) -> Tensor:
     """Return how many of its row are larger than each x, or as large and before it."""
     order = torch.argsort(x, dim=-1, descending=True, stable=True)
-    return torch.argsort(order, dim=-1)
+    return torch.argsort(order, dim=-1).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def coin(s: Tensor, rate: float, training: bool) -> Tensor:

@@ -104,11 +104,19 @@ class Attention:
     def sequences(self) -> tuple[str, ...]:
         """What tells whose tokens are whose: numbers of sequences, or None.
 
-        `own` along the queries, `other` along the keys.
+        `own` along the queries, `other` along the keys. Where these are other tokens, queries are
+        told apart from padding alone, and only where some are read together.
         """
-        if pooling(str(self.keys))[0] not in ("n", "m"):
-            return ()
-        return ("own", "other") if self.node.dims[2] == self.keys else ("other",)
+        of_keys, of_queries = (
+            pooling(str(each))[0] in ("n", "m") for each in (self.keys, self.node.dims[2])
+        )
+        own = of_queries and not self.by_rows if self.among_others else of_keys
+        return (*(["own"] if own else []), *(["other"] if of_keys else []))
+
+    @cached_property
+    def among_others(self) -> bool:
+        """Whether queries and keys are different lists of tokens, or groups of other sizes."""
+        return self.node.dims[2] != self.keys
 
     # what goes from token to token
 
@@ -117,11 +125,15 @@ class Attention:
         """Why some tokens are not attended to without those before them, if so."""
         if self.mix.again is not None:
             return "its values read what it mixes"
+        if self.mix.keep is not None:
+            return "each query forgets keys, which those after it do not read"
         return None if self.mix.carry is None else "each token carries the keys before it"
 
     @cached_property
     def running(self) -> tuple[Expr, ...]:
-        """What it sums over the queries up to one, where a cache may keep the sums."""
+        """What its weights sum over the queries up to one, where a cache may keep the sums."""
+        if self.mix.keep is not None:  # its sums are of what stays held, not of weights
+            return ()
         own = self.node.dims[2] == "n" and not self.crosses
         return self.mix.running if own and extent(self.mix.mask).causal else ()
 

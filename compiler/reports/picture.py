@@ -16,7 +16,7 @@ from ..algebra.normalizers import exponential
 from ..algebra.points import visible_pairs
 from ..graph.graph import AnyNode
 from ..graph.operations import Attend, Scan, Stage, StatisticOf
-from ..model import Block, Mixing, Pairwise, Select
+from ..model import Block, Keep, Mixing, Pairwise, Select
 from ..plan.plan import Plan
 
 _HALVES = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
@@ -69,6 +69,7 @@ def _told(node: AnyNode, path: str | None) -> str:
             shown += _option("similarity", mix.similarity) + _option("score", mix.score)
             shown += _option("mask", mix.mask)
             shown += [] if mix.select is None else [f"select: {_selected(mix.select)}"]
+            shown += [] if mix.keep is None else [f"keep: {_held(mix.keep)}"]
             shown.append(f"normalize: {mix.normalize.name}{' (exponential)' if form else ''}")
             shown += _option("weights", mix.weights)
             shown.append(f"rate: {mix.dropout}")
@@ -90,6 +91,14 @@ def _selected(select: Select) -> str:
     said += ["counted = true"] if select.counted else []
     said += [f"among = {show(select.among)}"] if select.among != TRUE else []
     said += [f"within = {select.within}"] if select.within else []
+    return f"{', '.join(said)})"
+
+
+def _held(keep: Keep) -> str:
+    """Write what stays held as the language has it, the heads that share it as a number."""
+    said = [f"top({keep.count}, {show(keep.score)}"]
+    said += [f"heads = {keep.share}"] if keep.share > 1 else []
+    said += [f"always = {show(keep.always)}"] if keep.always != FALSE else []
     return f"{', '.join(said)})"
 
 

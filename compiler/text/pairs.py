@@ -43,6 +43,7 @@ from ..graph.sides import (
     token,
 )
 from ..model import MAPS, elsewhere, is_map_elsewhere
+from .tensors import stored
 from .text import atomic, ident
 from .values import Text, Values
 
@@ -233,7 +234,7 @@ class Pairs(Values):
         """Write the products of queries and a row of a tensor that each pair picks."""
         assert isinstance(row.base, Name)
         name, size = row.base.id, int(self.graph.node(row.base.id).dims[-2])
-        table = ident(name) if self.local else f"self.{name}"
+        table = ident(name) if self.local else stored(self.graph.block, name)
         at = self._place(row.items[-1], size)
         return f"of_table({self.side(QUERY).value(query).text}, {table}, {at})"
 
@@ -282,6 +283,8 @@ class Pairs(Values):
     def leaf(self, expr: Name | Index) -> Text:
         if isinstance(expr, Name):
             name = "rows" if expr.id == "sum" else expr.id
+            if name == "o":
+                return self._along(Operand(name, QUERY), name, 1, heads=True)
             if elsewhere(name) is not None:
                 return Text(ident(name), 0)
             place = name.partition(".")[0]  # `j`, or `j.to(wide)`
@@ -292,7 +295,7 @@ class Pairs(Values):
         name = expr.base.id
         made = self.graph.node(name)
         tensor = isinstance(made.op, TensorRead)
-        own = ident(name) if self.local else f"self.{name}"
+        own = ident(name) if self.local else stored(self.graph.block, name)
         if tensor and expr.items[:1] == (Name("h"),) and made.dims[0] == self.heads:
             lead = ":, None, None" if self.layout == PAIR else ":, None"
             if len(expr.items) == 1:

@@ -7,13 +7,36 @@ becomes  h = torch.arange(8, dtype=torch.float64)  and  slope = 2 ** (-8 * (h + 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from ...grammar.dialect import write
 from ...grammar.expr import calls, evaluate, names, rebuild
 from ...grammar.syntax import Call, Expr, Index, Name
 from ...ops import Weight
+from ..model import Block
 from .text import atomic, braced, call, comment, ident, indent
+
+
+def stored(block: Block, name: str) -> str:
+    """Return the text that reads a tensor of a block in its methods."""
+    return f'self.held("{name}")' if is_moved(block, name) else f"self.{name}"
+
+
+def is_moved(block: Block, name: str) -> bool:
+    """Say whether training moves a tensor."""
+    return any(each.name == name for each in block.moves)
+
+
+def held(block: Block, lines: Sequence[str], exact: bool = False) -> list[str]:
+    """Return the lines that bring what training moves into the variables that others read.
+
+    `t_held` is in the module's precision, `t_exact` as it is stored.
+    """
+    kind, more = ("exact", ", exact=True") if exact else ("held", "")
+    texts = {f"{ident(each.name)}_{kind}": each.name for each in block.moves}
+    read = re.findall(rf"\w+_{kind}\b", "\n".join(lines))
+    return [f'{name} = self.held("{of}"{more})' for name, of in texts.items() if name in read]
 
 
 def parameter(weight: Weight) -> list[str]:
@@ -22,7 +45,10 @@ def parameter(weight: Weight) -> list[str]:
     if (value := _filled(weight)) is None:
         before, drawn = _computed(weight, "dtype=torch.float64")
         value = f"{atomic(drawn)}.to(torch.get_default_dtype())"
-    made = call(f"self.{weight.name} = nn.Parameter", [value])
+    if weight.moved:
+        made = call("self.add_moved", [f'"{weight.name}"', value])
+    else:
+        made = call(f"self.{weight.name} = nn.Parameter", [value])
     return [*before, *made[:-1], f"{made[-1]}  # {_shape(weight)}"]
 
 

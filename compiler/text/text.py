@@ -48,8 +48,8 @@ _OURS = frozenset((
     "sees", "keeps", "offers", "forced", "groups",
 ))  # fmt: skip
 _MADE = re.compile(  # what the text calls its own
-    r"_$|__\d+$|_[ghijt]$|_cache$|^side_\d+$|^repeated_\d+$|(?:run|starts)_\d+$|^previous_|^below_|^layer_|^shared_|^lent_"
-    r"|_(?:added|asked|before|decay|key|level|given|past|query|read|start|value|written)s?(?:_\d+)?$"
+    r"_$|__(?:\d+|next)$|_[ghijt]$|_cache$|^side_\d+$|^repeated_\d+$|(?:run|starts)_\d+$|^previous_|^below_|^layer_|^shared_|^lent_"
+    r"|_(?:added|asked|before|decay|key|level|given|past|query|read|start|value|written|held|exact)s?(?:_\d+)?$"
 )
 
 

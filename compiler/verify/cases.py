@@ -88,6 +88,11 @@ class Subject:
         return any(each.regularize is not None for each in every)
 
     @property
+    def moves(self) -> bool:
+        """Whether training moves a tensor without a gradient."""
+        return bool(moved(self.module))
+
+    @property
     def crosses(self) -> bool:
         """Whether it reads a context."""
         encoder = self.what.encoder if isinstance(self.what, Model) else None
@@ -186,11 +191,17 @@ def kernel_cases(subject: Subject) -> tuple[tuple[Case, ...], str]:
     return tuple(cases), f"many heads: one sequence of {lengths} tokens"
 
 
+def moved(module: nn.Module) -> dict[str, Tensor]:
+    """Return what of a module's state dict training moves without a gradient."""
+    learned = dict(module.named_parameters())
+    return {name: each for name, each in module.state_dict().items() if name not in learned}
+
+
 def _stir(module: nn.Module) -> None:
     """Move weights away from zeros and ones, where mistakes would not show."""
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for each in module.parameters():
+        for each in (*module.parameters(), *moved(module).values()):
             each.add_(torch.randn(each.shape, generator=draw, dtype=torch.float64), alpha=0.05)
 
 

@@ -44,6 +44,7 @@ from .cases import (
     difference,
     gradients,
     kernel_cases,
+    moved,
 )
 from .export import exported_output
 from .kernels import CalledOperators, ahead_of_time, interpreted
@@ -175,7 +176,8 @@ def _chooses(subject: Subject) -> bool:
     """Say whether it chooses by numbers: of almost equal ones, others where they are rounded."""
     mixes = [each.mix for block in subject.blocks for each in block.mixings.values()]
     stages = [node for block in _wholes(subject.what) for node in _stages(block)]
-    return any(isinstance(mix, Pairwise) and mix.select is not None for mix in mixes) or any(
+    chosen = ((mix.select, mix.keep) for mix in mixes if isinstance(mix, Pairwise))
+    return any(each is not None for pair in chosen for each in pair) or any(
         node.op in _CHOICES for node in stages
     )
 
@@ -358,6 +360,8 @@ def _extreme(subject: Subject) -> str | tuple[int, float]:
 
 def _weighs(mix: object) -> bool:
     """Say whether a mix chooses by functions of the map."""
+    if isinstance(mix, Pairwise) and mix.keep is not None:
+        return True
     if not isinstance(mix, Pairwise) or mix.select is None:
         return False
     return any(calls(mix.select.score, name) for name in MAP_FUNCTIONS)
@@ -371,7 +375,7 @@ def _training(subject: Subject) -> str | tuple[int, float]:
     draws = any(OPS[node.op].random for node in stages) or any(
         calls(expr, "coin") for mix in mixes for expr in mix.exprs
     )
-    if not draws and not subject.adds:
+    if not (draws or subject.adds or subject.moves):
         return "it computes the same in training"
     worst, count = 0.0, 0
     modules = [deepcopy(each).train() for each in (subject.oracle, subject.module)]
@@ -385,6 +389,10 @@ def _training(subject: Subject) -> str | tuple[int, float]:
         worst = max(worst, compare("the output in training", case, got, expected, 1e-8))
         for name, grad in wanted.items():
             error = compare(f"the gradient of {name} in training", case, grads[name], grad, 1e-8)
+            worst, count = max(worst, error), count + 1
+        expects, gets = map(moved, modules)
+        for name, after in expects.items():
+            error = compare(f"what {name} is moved to", case, gets[name], after, 1e-8)
             worst, count = max(worst, error), count + 1
     return count, worst
 
@@ -416,7 +424,7 @@ def _interpreted(subject: Subject) -> Result:
     return count + batches, max(worst, error), note
 
 
-_BY_TILES = ("over_tiles", "turn_by_turn", "carried_tiles", "summed_tiles")
+_BY_TILES = ("over_tiles", "turn_by_turn", "carried_tiles", "summed_tiles", "forgetting")
 
 
 def _tiles(subject: Subject) -> Result:

@@ -119,6 +119,8 @@ SETTINGS = {
     "weights = p * max_keys(p) / (1 + max_keys(p))",
     "running_over_queries_of_a_window": "heads = 4; mask = window(3); "
     "score = s + running_queries(s) - 0.2 * running_keys(1)",
+    "ranked_groups": f"{CAUSAL}; "
+    "weights = where(max_group(-rank_keys(p), j // 4) + rank_keys(p) < 2, p, 0)",
     "ranked_window": "heads = 4; mask = causal and window(4); "
     "weights = where(rank_keys(floor(8 * p)) < 2, p, 0)",
     "read_by_its_values": "heads = 4; kv_heads = 2; value_heads = 4; mask = causal; "
@@ -195,6 +197,10 @@ SETTINGS = {
     "k = x | split; v = x | split; scale = 0.1 }; "
     "let part = columns(share, p) / columns(share, 1); regularize = mean(part * log(part))",
     "regularized_columns": "heads = 4; regularize = mean((1 - columns(o, p)) ** 2)",
+    "moved": f"{CAUSAL}; param t[heads] = 0.5 + h; param c[width] = 0.1; "
+    "let r = x | linear(heads); t <- 0.9 * t + 0.1 * mean_each((r - mean_each(r)) ** 2); "
+    "c <- c + 0.01 * sign(mean_each(x)); "
+    "score = s * t[h]; regularize = mean(r * t); out = (o | merge | linear) * c",
     # other tokens
     "latent_keys": "heads = 4; source = latents(5)",
     "latent_memory": f"{CAUSAL}; branch memory {{ source = latents(3, 8); mask = all }}; "

@@ -62,6 +62,14 @@ BODIES = {
     "delta": "mix = gated_delta; mask = causal; k = x | linear | conv(3) | split | l2_norm",
     "centred conv": "k = x | linear | conv(3, causal = false) | split",
     "cross": "source = context",
+    "columns of a context": "source = context; "
+    "out = o * (1 + (columns(o, p * (j + 1)) | mean_tokens)) | merge | linear",
+    "queries of a context": "source = context; weights = p / (1 + sum_queries(p * (j + 1)))",
+    "lengths of a context": "source = context; score = s * log(n + m)",
+    "queries of groups": "source = x | pool(mean, size = 2); score = s + max_queries(s)",
+    "columns of latents": "source = latents(3); "
+    "out = o * (1 + (columns(o, p * (j + 1)) | mean_tokens)) | merge | linear",
+    "groups come out": "q = x | pool(mean, size = 2) | linear | split",
     "latents": "branch l { q = latents(2) | linear | split; k = x | linear | split; "
     "v = x | linear | split; mask = all }; k = l; v = l",
 }
@@ -75,6 +83,20 @@ def test_a_batch_is_what_its_sequences_are_alone(name):
     for check in ("as if alone", "rows of a cache"):
         assert found[check].ok is not False, found[check]
     assert found["as if alone"].ok
+
+
+def test_a_context_is_laid_out_for_every_layer_of_a_model():
+    text = """
+    block mean { heads = 2; mask = causal; out = o - (o | mean_tokens) | merge | linear }
+    block cross { heads = 2; source = context }
+    model m { width = 16; layers = [mean, cross] }
+    """
+    model = hl.compile(hl.load(text, format="loom"), "m", dtype=torch.float64, seed=0).eval()
+    x, context = drawn(2, 7)[..., :16], drawn(2, 3, seed=1)[..., :16]
+    segments = torch.tensor([[0] * 3 + [1] * 4, [0] * 6 + [1]])
+    y = model(x, context=context, segments=segments)
+    close(y[1:, :6], model(x[1:, :6], context=context[1:]))
+    close(y[:1, 3:], model(x[:1, 3:], context=context[:1]))
 
 
 def test_segments_that_only_mark_tokens_cut_nothing():
@@ -267,3 +289,20 @@ def test_prompts_of_all_lengths_decode_to_the_tokens_of_runs_alone(side):
             now = model(now, cache=cache).argmax(-1)
             together.append(now)
     assert torch.cat(together, 1).tolist() == alone
+
+
+def test_the_first_call_with_a_cache_is_made_as_a_whole_sequence_is(monkeypatch):
+    module, x = compiled("mask = causal"), drawn(2, 9)
+    expected = module(x)
+    taken = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **more: taken.append(more.get("is_causal", False)) or plain(*args, **more),
+    )
+    cache = module.init_cache(2, 9)
+    with torch.no_grad():
+        close(module(x[:, :6], cache=cache), expected[:, :6])
+        close(module(x[:, 6:], cache=cache), expected[:, 6:])
+    assert taken == [True, False]

@@ -72,6 +72,14 @@ def by_hand(module: nn.Module, x: Tensor, count: int, size: int) -> Tensor:
     return done
 
 
+@pytest.mark.parametrize("options", ["", ", size = 4, always = blocks(4)", ", within = mean"])
+def test_a_score_may_be_a_constant(options: str) -> None:
+    module, oracle = both(
+        f"block a {{ heads = 4; width = 12; mask = causal; select = top(2, 0{options}) }}"
+    )
+    torch.testing.assert_close(module(drawn(11)), oracle(drawn(11)), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("gathered", [False, True])
 def test_the_best_blocks_and_its_own(gathered: bool) -> None:
     module, oracle = both(MOBA.replace("OPTIONS", ""))
@@ -303,3 +311,14 @@ def test_a_choice_is_passed_on_over_any_distance() -> None:
             given.append(module(tokens))
             torch.testing.assert_close(given[-1], oracle(tokens), rtol=0, atol=1e-12)
     torch.testing.assert_close(given[0], given[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("length", [7, 32, 136, 137, 512])
+def test_the_largest_of_many_are_those_of_topk(length):
+    draw = torch.Generator().manual_seed(length)
+    x = torch.randint(-9, 9, (3, 5, length), generator=draw).float()
+    x[0, 0], x[1, 1, ::2] = -torch.inf, torch.inf
+    best, place = groups.largest_of(x, min(17, length))
+    assert torch.equal(best, x.topk(min(17, length), -1).values)
+    assert torch.equal(x.gather(-1, place), best)
+    assert all(len(set(row.tolist())) == len(row) for row in place.flatten(0, 1))

@@ -7,6 +7,7 @@ assert_close(flat(x), plain(x))
 
 from __future__ import annotations
 
+import copy
 from functools import cache, lru_cache
 from typing import Any, Self
 
@@ -85,15 +86,28 @@ class Mechanism:
         return self.what
 
     def set(self, **values: Any) -> Self:
-        """Give parameters values; `q_proj_weight` is `q_proj.weight`."""
-        mine = {name.replace(".", "_"): each for name, each in self.meaning.named_parameters()}
+        """Give tensors values; `q_proj_weight` is `q_proj.weight`."""
+        mine = {name.replace(".", "_"): each for name, each in self._tensors().items()}
         with torch.no_grad():
             for name, value in values.items():
                 mine[name].copy_(torch.as_tensor(value, dtype=torch.float64).expand_as(mine[name]))
         return self
 
     def parameter(self, name: str) -> Tensor:
-        return dict(self.meaning.named_parameters())[name].detach()
+        return self._tensors()[name].detach()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return what is learned, and what training moves."""
+        return {**dict(self.meaning.named_parameters()), **dict(self.meaning.named_buffers())}
+
+    def trained(self, *batches: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of what is compiled, after a forward pass in training for each x."""
+        module = copy.deepcopy(self.module).train()
+        module.load_state_dict(self.meaning.state_dict())
+        with torch.no_grad():
+            for x in batches:
+                module(x)
+        return module.state_dict()
 
     def __call__(self, x: Tensor, **given: Tensor) -> Tensor:
         """Return what the compiled block or model makes of x."""

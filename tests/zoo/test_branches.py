@@ -130,8 +130,13 @@ def test_136_isab_passes_as_many_directions_as_points():
     assert (ranks == 4).all()  # of eight features
 
 
+def probing() -> Mechanism:
+    """Return it with statistics that norm nothing."""
+    return Mechanism("efficient_probing").set(spread=1 - 1e-6)
+
+
 def test_105_each_query_pools_its_own_block():
-    mechanism = Mechanism("efficient_probing")
+    mechanism = probing()
     queries = mechanism.parameter("q_latents.weight").unflatten(1, (4, 32))[0]
     a = (queries @ X.mT / 32**0.5).softmax(-1)
     values = mapped(mechanism, "v_proj", X)
@@ -140,14 +145,28 @@ def test_105_each_query_pools_its_own_block():
 
 
 def test_105_of_no_query_it_is_the_mean():
-    mechanism = Mechanism("efficient_probing").set(q_latents_weight=0)
+    mechanism = probing().set(q_latents_weight=0)
     assert_close(mechanism(X), mapped(mechanism, "v_proj", X.mean(1, keepdim=True)))
 
 
 def test_105_of_one_patch_it_is_its_value():
-    mechanism = Mechanism("efficient_probing")
+    mechanism = probing()
     x = tokens(1)
     assert_close(mechanism(x), mapped(mechanism, "v_proj", x))
+
+
+def test_105_statistics_follow_what_is_pooled():
+    mechanism = probing()
+    batches, centre, spread = [tokens(5, seed=at) for at in range(3)], torch.zeros(32), 1 - 1e-6
+    for x in batches:
+        pooled = mechanism(x)[:, 0]
+        centre = 0.9 * centre + 0.1 * pooled.mean(0)
+        spread = 0.9 * spread + 0.1 * pooled.var(0, unbiased=False)
+    moved = mechanism.trained(*batches)
+    assert_close(moved["centre"], centre)
+    assert_close(moved["spread"], spread)
+    normed = mechanism.set(centre=centre, spread=spread)(X)
+    assert_close(normed, (probing()(X) - centre) / (spread + 1e-6).sqrt())
 
 
 def test_105_has_few_parameters_and_no_order():
@@ -570,7 +589,7 @@ def test_133_is_torchs_spectral_norm_times_a_factor():
 
 
 def test_118_of_equal_streams_both_are_plain_attention():
-    mechanism = Mechanism("sal")
+    mechanism = Mechanism("sal", part="shadowed")
     plain = Mechanism("shaw", like=mechanism)
     plain.set(
         v_proj_weight=mechanism.parameter("values_proj.weight"),
@@ -580,8 +599,31 @@ def test_118_of_equal_streams_both_are_plain_attention():
     assert_close(mechanism(torch.cat([X, X], -1)), torch.cat([y, y], -1))
 
 
-def test_118_classes_alone_say_who_reads_whom():
+def test_118_codes_follow_their_words():
+    mechanism = Mechanism("sal", ("rate = 0.01", "rate = 0.1"))
+    codes = mechanism.parameter("embed_quantised.code").clone()
+    batches = [torch.cat([tokens(3, seed=at), X[:, :3]], -1) for at in range(3)]
+    for x in batches:
+        words = x[..., :32].flatten(0, 1)
+        unit = words / (words.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        nearest = (unit @ codes.mT).argmax(-1)
+        for c, code in enumerate(codes.clone()):
+            own = unit[nearest == c]
+            towards = 0.9 * code + 0.1 * own.mean(0) if len(own) else code
+            codes[c] = towards / (towards.square().sum() + 1e-6).sqrt()
+    assert_close(mechanism.trained(*batches)["embed_quantised.code"], codes)
+
+
+def test_118_words_of_one_class_are_read_alike():
     mechanism = Mechanism("sal")
+    longer = torch.linspace(1, 3, X.shape[1])[:, None]
+    plain, scaled = (mechanism(torch.cat([each, X], -1)) for each in (X, longer * X))
+    assert_close(plain[..., 32:], scaled[..., 32:])  # of one direction, so of one code
+    assert (plain[..., :32] - scaled[..., :32]).abs().max() > 1e-3
+
+
+def test_118_classes_alone_say_who_reads_whom():
+    mechanism = Mechanism("sal", part="shadowed")
     classes, one, two = X, tokens(seed=1), tokens(seed=2)
     first, second, both = (
         mechanism(torch.cat([each, classes], -1)) for each in (one, two, 3 * one - 2 * two)
@@ -1101,6 +1143,38 @@ def test_173_mega_written_out():
     assert_close(mechanism(X), X + update * (found - X))
 
 
+def test_173_an_encoder_averages_both_ways():
+    mechanism = Mechanism("mega_encoder")
+    streams = mechanism.streams(X)
+    x, lags = streams["normed"], torch.arange(N, dtype=torch.float64)
+    both = torch.zeros_like(x)
+    for back in ("", "back_"):
+        delta, alpha, beta, gamma = (
+            mechanism.parameter(f"average_moving_{back}{name}")
+            for name in ("delta", "alpha", "beta", "gamma")
+        )
+        p = delta.sigmoid()
+        fades = (1 - p * alpha.sigmoid()) ** lags[:, None, None]
+        turned = beta + torch.tensor([1, -1, 1, -1])
+        kernel = (gamma * 4**-0.5 * p * turned * fades).sum(-1).T
+        told = x.flip(1) if back else x
+        made = conv1d(pad(told.mT, (N - 1, 0)), kernel.flip(-1)[:, None], groups=32).mT
+        both = both + (made.flip(1) if back else made)
+    assert_close(merge(streams["average"]), both)
+    p = mechanism.parameter
+    mean = silu(both + p("omega") * x)
+    update, z, reset, hx = (
+        mapped(mechanism, f"{name}_proj", mean) for name in ("update", "z", "reset", "hx")
+    )
+    z = silu(z)
+    q, k = p("qf") * z + p("qs"), p("kf") * z + p("ks")
+    gaps = torch.arange(N) - torch.arange(N)[:, None]
+    a = (q @ k.mT / 16**0.5 + p("bias")[gaps + 32]).softmax(-1)
+    read = silu(reset) * (a @ silu(mapped(mechanism, "v_proj", x)))
+    found = silu(hx + mapped(mechanism, "found_proj", read))
+    assert_close(mechanism(X), X + update.sigmoid() * (found - X))
+
+
 def test_173_a_closed_gate_leaves_the_input():
     mechanism = Mechanism("mega").set(update_proj_weight=0, update_proj_bias=-900)
     assert_close(mechanism(X), X)
@@ -1189,12 +1263,28 @@ def test_171_others_have_no_order_and_may_be_doubled():
     assert_close(mechanism(torch.cat([first, others, others], 1))[:, :1], y)
 
 
-PAGE = tokens(width=64)
+PAGE = tokens(width=36)
+
+
+def boxes(mechanism: Mechanism, x: Tensor) -> Tensor:
+    """Return the embeddings of boxes, looked up in four tables."""
+    left, top, right, bottom = ((20 * (x[..., 32:] + 1)).floor().clip(0, 39).long()).unbind(-1)
+    tables = [mechanism.parameter(f"layers.0.attn.{name}_proj.weight").mT
+              for name in ("across", "down", "high", "wide")]  # fmt: skip
+
+    def looked_up(at: Tensor, table: Tensor) -> Tensor:
+        inside = ((at >= 0) & (at < 40))[..., None]
+        return torch.where(inside, table[at.clip(0, 39)], 0)
+
+    found = looked_up(left, tables[0]) + looked_up(right, tables[0]) + looked_up(top, tables[1])
+    found = found + looked_up(bottom, tables[1])
+    found = found + looked_up(bottom - top, tables[2]) + looked_up(right - left, tables[3])
+    return normed(mechanism, "layers.0.attn.layout_norm", found)
 
 
 def skimmed(mechanism: Mechanism, x: Tensor) -> Tensor:
     """Layers of BERT that share a map, then a norm."""
-    text, layout = x.chunk(2, -1)
+    text, layout = x[..., :32], boxes(mechanism, x)
     q, k = (split(mapped(mechanism, f"layers.0.attn.{name}_proj", layout)) for name in "qk")
     p = (8**-0.5 * q @ k.mT).softmax(-1)
     for layer in (f"layers.{at}.attn." for at in range(3)):
@@ -1206,7 +1296,7 @@ def skimmed(mechanism: Mechanism, x: Tensor) -> Tensor:
         text = normed(
             mechanism, f"{layer}o_norm", text + mapped(mechanism, f"{layer}inner_proj_1", inner)
         )
-    return torch.cat([text, layout], -1)
+    return torch.cat([text, x[..., 32:]], -1)
 
 
 def test_99_one_map_serves_all_layers():
@@ -1338,3 +1428,32 @@ def test_250_where_nothing_is_preferred_all_goes_into_the_state():
     mechanism = Mechanism("natsl")
     mechanism.set(stay_proj_weight=mechanism.parameter("vote_proj.weight"))
     assert_close(mechanism(X), natsl(mechanism, torch.zeros(2, 2, 3, dtype=torch.bool)))
+
+
+def test_99_an_encoder_reads_what_the_map_of_boxes_gives_most():
+    mechanism = Mechanism("skimming_mask")
+    layout, text = boxes(mechanism, PAGE), PAGE[..., :32]
+    asked, known = (
+        split(mapped(mechanism, f"layers.0.attn.{name}_proj", layout))
+        for name in ("asked", "known")
+    )
+    s = asked @ known.mT
+    read = torch.zeros_like(s).scatter_(-1, s.topk(4).indices, 1.0).bool()
+    for layer in (f"layers.{at}.attn." for at in range(3)):
+        q, k, v = (split(mapped(mechanism, f"{layer}{name}_proj", text)) for name in "qkv")
+        o = merge(softmax(8**-0.5 * q @ k.mT, read) @ v)
+        text = normed(
+            mechanism, f"{layer}read_norm", text + mapped(mechanism, f"{layer}read_proj", o)
+        )
+        inner = gelu(mapped(mechanism, f"{layer}inner_proj_0", text))
+        text = normed(
+            mechanism, f"{layer}o_norm", text + mapped(mechanism, f"{layer}inner_proj_1", inner)
+        )
+    assert_close(mechanism(PAGE), torch.cat([text, PAGE[..., 32:]], -1))
+
+
+def test_99_a_mask_of_all_keys_is_the_dense_encoder():
+    wide = Mechanism("skimming_mask", ("count = 4", f"count = {N}"))
+    layers = "[lowest(places, count)] + [again] * 2"
+    dense = Mechanism("skimming_mask", (layers, "[encoder] * 3"), like=wide)
+    assert_close(wide(PAGE), dense(PAGE))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import (
+    conv2d,
     fold,
     linear,
     one_hot,
@@ -19,7 +20,16 @@ from torch.nn.functional import (
 
 from headloom.compiler.meaning.attend import Given, Places, attend
 
-from .mechanisms import MHA, Mechanism, assert_close, causal, softmax, tokens, visible
+from .mechanisms import (
+    MHA,
+    Mechanism,
+    assert_close,
+    causal,
+    normed,
+    softmax,
+    tokens,
+    visible,
+)
 
 FULL = MHA.replace("; mask = causal", "")
 N = 24
@@ -74,10 +84,6 @@ SETS: dict[str, tuple[Tensor, Sees]] = {
         lambda h, i, j, d: (  # i and j count from the beginning of their document
             j - d.index(d[i]) < ((i - d.index(d[i])) // 4 + 1) * 4 and d[i] == d[j]
         ),
-    ),
-    "parallel_context": (
-        row((0, 3), (1, 6), (2, 9), (9, 6)),
-        lambda h, i, j, d: j <= i and (d[i] == 9 or d[j] in (0, d[i])),
     ),
     "blindsight": (
         row((0, 2), (3, 1), (2, 6), (0, 3), (5, 2), (4, 5), (0, 5)),
@@ -145,7 +151,6 @@ DENSE: dict[str, tuple[tuple[str, str], ...]] = {
     "dam": (("where(h % 16 <= h // 16 or h % 16 == 9, 1, 0)", "1"), ("i - j < 16 and", ""),
             ("clip(i - j, 0, 15)", "15")),
     "a_shape": (("where(h < 2, 1, 4)", "40"), ("position = rope", "position = none")),
-    "parallel_context": (("position = rope", "position = none"),),
 }  # fmt: skip
 
 
@@ -216,31 +221,6 @@ def test_40_areas_of_causal_documents():
     segments, _ = SETS["share_question"]
     pairs = (weights(Mechanism("share_question"), tokens(N), segments)[0, 0] != 0).sum()
     assert pairs == sum(n * (n + 1) // 2 for n in (6, 5, 9, 4)) + 6 * 18
-
-
-def test_122_a_piece_runs_beside_the_prefix():
-    mechanism = Mechanism("parallel_context")
-    x = tokens(N)
-    pair = torch.cat([x[:, :3], x[:, 9:18]], 1)
-    positions = torch.cat([torch.arange(3), torch.arange(9, 18)])
-    alone = Mechanism("rope", like=mechanism)(pair, positions=positions)
-    y = mechanism(x, segments=row((0, 3), (1, 6), (2, 9), (9, 6)))
-    assert_close(y[:, 9:18], alone[:, 3:])
-
-
-def test_122_the_question_sees_as_in_dense_attention():
-    mechanism = Mechanism("parallel_context")
-    x = tokens(N)
-    seen = weights(mechanism, x, row((0, 3), (1, 6), (2, 9), (9, 6)))[0, 0] != 0
-    assert torch.equal(seen[18:], causal(N)[18:])
-
-
-def test_122_without_a_prefix_pieces_are_documents():
-    mechanism = Mechanism("parallel_context")
-    x = tokens(N)
-    segments = row((1, 9), (2, 15))
-    packed = Mechanism("document_packing", like=mechanism)
-    assert_close(mechanism(x, segments=segments), packed(x, segments=segments))
 
 
 def test_206_what_objects_see_does_not_depend_on_prompts():
@@ -384,7 +364,7 @@ def test_191_one_size_for_all_heads_is_streaming():
 
 
 def test_59_a_window_over_all_is_latent_attention():
-    wide = Mechanism("asa_local", ("window(8)", "window(40)"))
+    wide = Mechanism("asa", ("window(8)", "window(40)"), part="local")
     latent = Mechanism(
         "mla", ("q    = x | linear(32) | rms_norm | linear", "q = x | linear"), like=wide
     )
@@ -393,7 +373,7 @@ def test_59_a_window_over_all_is_latent_attention():
 
 
 def test_59_values_and_keys_are_read_within_the_window():
-    mechanism = Mechanism("asa_local")
+    mechanism = Mechanism("asa", part="local")
     x = tokens(N, 64)
     q, k, v = (mechanism.streams(x)[name] for name in "qkv")
     near = torch.arange(N)[:, None] - torch.arange(N) < 8
@@ -583,32 +563,61 @@ def overlapped(mechanism: Mechanism, bias: Callable[[Tensor], Tensor]) -> None:
     assert_close(inside(mechanism(x)), through(mechanism, o))
 
 
+ONE = ("step = 2", "step = 1")  # every pixel asks
+BARE = ("cols = 10", "cols = 8")
+
+
 def test_207_windows_may_be_cut_out_and_padded():
-    mechanism = Mechanism("halo")
-    across, down = (mechanism.parameter(name) for name in ("across", "down"))
-    turn = across[offsets(1) + 5] + down[offsets(0) + 5]  # [16, 36, d]
+    mechanism = Mechanism("halo", ONE)
+    beside, below = (mechanism.parameter(name) for name in ("beside", "below"))
+    turn = beside[offsets(1) + 5] + below[offsets(0) + 5]  # [16, 36, d]
     overlapped(mechanism, lambda q: 4**-0.5 * torch.einsum("bhwqd,qkd->bhwqk", q, turn))
 
 
+def cells(side: int) -> Tensor:
+    """Return where the pixels of an image stand, row by row, cell by cell of 2 x 2."""
+    return torch.arange(side * side).view(side // 2, 2, side // 2, 2).transpose(1, 2).flatten()
+
+
+def test_207_queries_a_stride_apart_are_rows_of_the_whole():
+    strided = Mechanism("halo")
+    x = framed()
+    every = Mechanism("halo", ONE, like=strided)(x)
+    asked = cells(10)[3::4]
+    assert asked[:6].tolist() == [11, 13, 15, 17, 19, 31]
+    assert_close(strided(x[:, cells(10)]), every[:, asked])
+
+
 def test_207_without_a_halo_blocks_are_windows():
-    bare = Mechanism("halo", ("halo(4, 1)", "halo(4, 0)"), ("[10, 10]", "[8, 8]"))
-    bare.set(across=0, down=0)
+    bare = Mechanism("halo", ONE, BARE, ("halo(4, 1, step)", "halo(4, 0, step)"))
+    bare.set(beside=0, below=0)
     windows = Mechanism("crossformer_sda", ("score = relative\n", "head_dim = 4\n"), like=bare)
     x = tokens(64)
     assert_close(bare(x), windows(x))
 
 
 def test_207_blocks_of_one_pixel_are_stand_alone():
-    one = visible("halo", 30, ("halo(4, 1)", "halo(1, 1)"), ("[10, 10]", "[6, 5]"))
-    assert torch.equal(one, visible("stand_alone", 30))
+    change = ("cols = 10", "cols = 5"), ("halo(4, 1, step)", "halo(1, 1, step)")
+    assert torch.equal(visible("halo", 30, ONE, *change), visible("stand_alone", 30))
 
 
 def test_207_a_block_as_large_as_the_image_is_global():
-    wide = Mechanism("halo", ("halo(4, 1)", "halo(8, 0)"), ("[10, 10]", "[8, 8]"))
-    wide.set(across=0, down=0)
+    wide = Mechanism("halo", ONE, BARE, ("halo(4, 1, step)", "halo(8, 0, step)"))
+    wide.set(beside=0, below=0)
     x = tokens(64)
     full = Mechanism("block full { width = 32; heads = 4; head_dim = 4 }", like=wide)
     assert_close(wide(x), full(x))
+
+
+def test_193_patches_of_several_sizes_are_convolutions():
+    mechanism, x = Mechanism("crossformer_cel"), tokens(64)
+    image = normed(mechanism, "v_norm", x).mT.unflatten(-1, (8, 8))
+    made = []
+    for name, size in (("o_proj", 2), ("wide_proj", 4)):
+        weight = mechanism.parameter(f"{name}.weight").view(16, size, size, 32).permute(0, 3, 1, 2)
+        bias = mechanism.parameter(f"{name}.bias")
+        made.append(conv2d(image, weight, bias, stride=2, padding=size // 2 - 1))
+    assert_close(mechanism(x[:, cells(8)]), torch.cat(made, 1).flatten(2).mT)
 
 
 def sphere(*shape: int, seed: int = 0) -> Tensor:
@@ -831,7 +840,7 @@ def test_49_is_mllamas_cross_attention():
     )
     config._attn_implementation = "eager"
     theirs = MllamaTextCrossAttention(config, 0).double().eval()
-    mechanism = Mechanism("mllama_cross").set(gate_=0.8)
+    mechanism = Mechanism("mllama_cross", part="cross").set(gate_=0.8)
     with torch.no_grad():
         for name in "qkvo":
             getattr(theirs, f"{name}_proj").weight.copy_(mechanism.parameter(f"{name}_proj.weight"))
@@ -844,15 +853,45 @@ def test_49_is_mllamas_cross_attention():
 
 
 def test_49_a_closed_gate_adds_nothing():
-    mechanism = Mechanism("mllama_cross").set(gate_=0)
+    mechanism = Mechanism("mllama_cross", part="cross").set(gate_=0)
     assert not mechanism(tokens(N), context=tokens(9, seed=5)).any()
 
 
 def test_49_no_image_token_is_preferred_where_all_are_the_same():
-    mechanism = Mechanism("mllama_cross")
+    mechanism = Mechanism("mllama_cross", part="cross")
     image = tokens(1, seed=5).expand(-1, 9, -1)
     y = mechanism(tokens(N), context=image)
     assert_close(y, mechanism(tokens(N), context=image[:, :4]))
+
+
+@torch.no_grad()
+def layers_of(mechanism: Mechanism, x: Tensor, context: Tensor) -> list[dict[str, Tensor]]:
+    """Return the streams of four blocks, of which each reads the same tokens."""
+    found: list[dict[str, Tensor]] = []
+    for at in range(4):
+        layer = mechanism.meaning.get_submodule(f"layers.{at}.attn")
+        found.append(layer.layer(x, found, context)[1])
+    return found
+
+
+def test_49_later_layers_read_what_some_head_of_the_first_gave_most():
+    mechanism, x, image = Mechanism("mllama_cross"), tokens(N), tokens(9, seed=5)
+    made = layers_of(mechanism, x, image)
+    k = made[1]["k"].repeat_interleave(2, 1)
+    given = (8**-0.5 * made[1]["q"] @ k.mT).softmax(-1)[:, :, :8].sum(2)
+    kept = one_hot(given.topk(2, -1).indices, 9).sum((1, 2)) > 0  # [b, m]
+    assert (kept.sum(-1) < 9).all()
+    k, v = (made[3][name].repeat_interleave(2, 1) for name in "kv")
+    p = softmax(8**-0.5 * made[3]["q"] @ k.mT, kept[:, None, None])
+    gate = mechanism.parameter("layers.3.attn.gate_").tanh()
+    assert_close(made[3]["o"], gate * (p @ v))
+
+
+def test_49_where_every_token_is_kept_nothing_is_trimmed():
+    mechanism = Mechanism("mllama_cross", ("count = 2", "count = 9"))
+    whole = Mechanism("mllama_cross", ("trimmed(1)]", "cross]"), like=mechanism)
+    x, image = tokens(N), tokens(9, seed=5)
+    assert_close(mechanism(x, context=image), whole(x, context=image))
 
 
 def unit(x: Tensor, weight: Tensor, bias: Tensor | float = 0.0) -> Tensor:

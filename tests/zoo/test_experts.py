@@ -23,6 +23,7 @@ ROUTED = {
     "expert_choice": "score_proj",
     "fired_experts": "w_proj",
     "skipping_expert": "score_proj",
+    "balanced_experts": "route_proj",
 }
 
 
@@ -48,6 +49,10 @@ def best(scores: Tensor, count: int) -> Tensor:
     return torch.stack(rows)
 
 
+def shared_out(scores: Tensor) -> Tensor:
+    return scores / scores.sum(-1, keepdim=True)
+
+
 EXPERTS: dict[str, tuple[Expert, Weigh]] = {
     "switch_experts": (plain(relu), lambda t: best(t.softmax(-1), 1)),
     "fine_grained_experts": (gated, lambda t: 2 * best(t.softmax(-1), 4)),
@@ -57,6 +62,7 @@ EXPERTS: dict[str, tuple[Expert, Weigh]] = {
     ),
     "fired_experts": (gated, relu),
     "skipping_expert": (gated, lambda t: best(t.softmax(-1), 2)),
+    "balanced_experts": (gated, lambda t: shared_out(best(t.sigmoid(), 2))),  # of no bias
 }
 
 
@@ -92,6 +98,34 @@ def whole(joined: Joined, name: str, x: Tensor) -> Tensor:
 def test_D303_tokens_are_sent_as_loops_send_them(name):
     joined = Joined(name)
     joined.agrees(lambda x: whole(joined, name, x))
+
+
+def test_D303_a_bias_balances_experts_over_three_steps():
+    joined = Joined("balanced_experts", ("rate = 0.001", "rate = 0.25"))
+    biases = [torch.zeros(4, dtype=torch.float64) for _ in joined.places]
+    batches = [torch.randn(2, 6, 32, dtype=torch.float64) for _ in range(3)]
+    with torch.no_grad():
+        for x in batches:
+            for place, bias in zip(joined.places, biases, strict=True):
+                x = x + place.after("attn", x)
+                y = place.normed("ffn_norm", x)
+                p = Place(place.layer.get_submodule("ffn"))
+                load, own = [0] * 4, y.clone()
+                for b in range(2):
+                    for t in range(6):
+                        score = linear(y[b, t], p["route_proj.weight"]).sigmoid()
+                        sent = (score + bias).topk(2).indices.tolist()
+                        total = score[sent].sum()
+                        own[b, t] = sum(score[e] / total * gated(p, e, y[b, t]) for e in sent)
+                        for e in sent:
+                            load[e] += 1
+                x = x + own
+                for e in range(4):
+                    bias[e] += 0.25 * ((load[e] < 6) - (load[e] > 6))  # of 24, six are its part
+    moved = joined.trained(*batches)
+    for at, bias in enumerate(biases):
+        assert_close(moved[f"layers.{at}.ffn.bias"], bias)
+        assert bias.any()
 
 
 def test_D303_hashed_tokens_of_one_id_share_an_expert():

@@ -212,6 +212,15 @@ def test_238_alpha_at_its_mean_scales_softmax():
     assert_close(scaled(X), Mechanism(MHA, like=scaled)(X) / 2)
 
 
+def test_238_the_mean_of_alpha_runs_in_training():
+    mechanism, average = Mechanism("affine_scaled"), torch.full((4,), 0.5).double()
+    batches = [tokens(7, seed=at) for at in range(3)]
+    for x in batches:
+        alpha = mechanism.streams(x)["alpha"]
+        average = 0.9 * average + 0.1 * alpha.mean((0, 1))
+    assert_close(mechanism.trained(*batches)["average"], average)
+
+
 def test_238_is_attention_and_a_mean_of_values():
     mechanism = Mechanism("affine_scaled")
     streams = mechanism.streams(X)

@@ -168,23 +168,27 @@ def test_yoco_keeps_windows_and_one_whole_layer():
     ]
 
 
-def test_253_rows_see_what_the_layer_below_saw_most_of():
+def test_253_layers_read_the_blocks_that_weigh_most_in_the_last_that_saw_everything():
     mechanism = Mechanism("hylra")
     layers = [mechanism.meaning.get_submodule(f"layers.{at}.attn") for at in range(6)]
     found: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for layer in layers:
-            found.append(layer.layer(LONG, found)[1])
-    chosen = found[1]["p"].topk(4, dim=-1).indices
-    top = torch.zeros_like(found[1]["p"]).scatter_(-1, chosen, 1.0).bool() & causal(20)
-    for each in found[2:4]:
-        assert torch.equal(each["p"] > 0, top)
-        assert_close(each["p"], softmax(8**-0.5 * each["q"] @ each["k"].mT, top))
+            found.append(layer.layer(LONG + len(found), found)[1])
+    for reads, by in (((2, 3), 1), ((5,), 4)):
+        p = softmax(8**-0.5 * found[by]["q"] @ found[by]["k"].mT)
+        blocks = p.unflatten(-1, (5, 4)).sum(-1)
+        best = torch.zeros_like(blocks).scatter_(-1, blocks.topk(2).indices, 1.0)
+        read = best.repeat_interleave(4, -1).bool() & causal(20)
+        for each in (found[at] for at in reads):
+            own = softmax(8**-0.5 * each["q"] @ each["k"].mT, read)
+            assert_close(each["o"], own @ each["v"])
 
 
-def test_253_as_many_keys_as_tokens_are_the_dense_model():
-    mechanism = Mechanism("hylra", ("count = 4", "count = 99"))
-    dense = Mechanism("hylra", ("weights = among(count)", ""), like=mechanism)
+def test_253_as_many_blocks_as_there_are_are_the_dense_model():
+    mechanism = Mechanism("hylra", ("count = 2", "count = 99"))
+    policy = "[full, full, reuse(size, count), again, full, reuse(size, count)]"
+    dense = Mechanism("hylra", (policy, "[full] * 6"), like=mechanism)
     assert_close(mechanism(LONG), dense(LONG))
 
 
@@ -1005,7 +1009,7 @@ def test_229_balance_is_that_of_the_code():
 
 
 def test_118_positions_are_read_by_the_classes():
-    mechanism = Mechanism("sal")
+    mechanism = Mechanism("sal", part="shadowed")
     q, k = parts(mechanism, torch.cat([X, X], -1), *"qk")
     table = mechanism.parameter("both_relative_table")
     places = (torch.arange(N) - torch.arange(N)[:, None]).clamp(-4, 4) + 4

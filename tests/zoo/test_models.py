@@ -7,7 +7,17 @@ import re
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, conv2d, fold, gelu, layer_norm, rms_norm, silu, unfold
+from torch.nn.functional import (
+    conv1d,
+    conv2d,
+    fold,
+    gelu,
+    interpolate,
+    layer_norm,
+    rms_norm,
+    silu,
+    unfold,
+)
 
 from headloom.compiler.api import build_module
 from headloom.compiler.plan.plan import Target
@@ -126,36 +136,55 @@ def test_20_one_layer_alone_reads_that_layer():
 
 KINDS = torch.tensor([[0] * 5 + [1] * 6]).expand(2, -1)
 VIDEO = tokens(9, seed=5)
+SLOTS = torch.tensor([[0] * 8 + [1] * 3]).expand(2, -1)
+FRAMES = tokens(32, seed=5)  # two frames of 4 x 4
+TEXT = torch.where(SLOTS[..., None] == 1, X, 0)
+
+
+def projected(mechanism: Mechanism, x: Tensor) -> Tensor:
+    layer = Part(mechanism, "layers.0.part")
+    up, down = ("v_linear_0.o_proj", "v_linear_1.o_proj")
+    return layer.map(down, gelu(layer.map(up, x)))
+
+
+def test_42_frames_are_pooled_and_stand_before_the_text():
+    pooled = "alone(pooled(up, down, side, grid))"
+    layers = f"[{pooled}, plain, alone(reader(up, down))]"
+    mechanism = Mechanism("crosslmm", (layers, f"[{pooled}]"))
+    image = FRAMES.unflatten(1, (2, 4, 4)).permute(0, 1, 4, 2, 3).flatten(0, 1)
+    small = interpolate(image, size=(2, 2), mode="bilinear", align_corners=False)
+    small = small.unflatten(0, (2, 2)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+    x = torch.cat([projected(mechanism, small), X[:, 8:]], 1)
+    y = rms_norm(x, (32,), mechanism.parameter("norm.weight"), 1e-6)
+    assert_close(mechanism(TEXT, context=FRAMES, segments=SLOTS), y)
 
 
 def test_42_vision_and_text_read_with_weights_of_their_own():
-    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=-0.4)
-    layer = Part(mechanism)
+    mechanism = Mechanism("crosslmm").set(
+        layers_2_part_visual_gate=0.7, layers_2_part_text_gate=-0.4
+    )
+    layer = Part(mechanism, "layers.2.part")
     own = attended(*layer.three("", X, X, X), is_causal=True)
     met = layer.norm("met", X + layer.map("met", own))
-    sides = []
-    for name, part in (("visual", met[:, :5]), ("text", met[:, 5:])):
-        read = attended(*layer.three(f"{name}_", part, VIDEO, VIDEO))
+    video, sides = projected(mechanism, FRAMES), []
+    for name, part in (("visual", met[:, :8]), ("text", met[:, 8:])):
+        read = attended(*layer.three(f"{name}_", part, video, video))
         sides.append(part + layer[f"{name}_gate"].tanh() * read)
     told = torch.cat(sides, 1)
     y = told + layer.map("o", gelu(layer.map("inner", told)))
-    assert_close(mechanism(X, context=VIDEO, segments=KINDS), y)
+    with torch.no_grad():
+        block = mechanism.meaning.get_submodule("layers.2.part")
+        assert_close(block.layer(X, (), FRAMES, SLOTS)[0], y)
 
 
-def test_42_closed_gates_leave_the_model_as_it_was():
-    mechanism = Mechanism("crosslmm").set(visual_gate=0, text_gate=0)
-    one = mechanism(X, context=VIDEO, segments=KINDS)
-    assert_close(one, mechanism(X, context=2 * VIDEO, segments=KINDS))
-
-
-def test_42_a_video_of_one_token_adds_its_value():
-    mechanism = Mechanism("crosslmm").set(visual_gate=0.7, text_gate=0, o_proj_weight=0)
-    one = tokens(1, seed=5)
-    added = mechanism(X, context=one, segments=KINDS) - mechanism(
-        X, context=0 * one, segments=KINDS
-    )
-    value = math.tanh(0.7) * mapped(mechanism, "visual_v_proj", one)
-    assert_close(added, torch.where(KINDS[..., None] == 0, value, 0))
+def test_42_closed_gates_leave_the_model_on_pooled_tokens():
+    mechanism = Mechanism("crosslmm").set(layers_2_part_visual_gate=0, layers_2_part_text_gate=0)
+    centre = FRAMES.unflatten(1, (2, 4, 4)).clone()
+    pooled = centre.unflatten(2, (2, 2)).unflatten(4, (2, 2))
+    other = pooled.mean((3, 5), keepdim=True).expand_as(pooled).flatten(1, 5)
+    assert (other - FRAMES).abs().max() > 0.1
+    one, two = (mechanism(TEXT, context=each, segments=SLOTS) for each in (FRAMES, other))
+    assert_close(one, two)
 
 
 def test_65_is_lxmerts_layer():
@@ -686,6 +715,9 @@ def test_151_without_turns_rows_sum_to_one_and_know_the_length_of_the_query():
 
 def test_234_layers_of_windows_and_of_linear_attention():
     mechanism = Mechanism("l2vit")
+    centre, spread = torch.linspace(-1, 1, 32).double(), torch.linspace(0.5, 2, 32).double()
+    statistics = {"centre": centre, "spread": spread}
+    mechanism.set(**{f"layers_1_c_batch_normed_{name}": x for name, x in statistics.items()})
     x = PIXELS
     one, two = Part(mechanism, "layers.0"), Part(mechanism, "layers.1")
 
@@ -708,6 +740,7 @@ def test_234_layers_of_windows_and_of_linear_attention():
     o = attn["factor"][:, None, None] * (a @ v) / a.sum(-1, keepdim=True).clip(min=100)
     x = x + attn.map("o", merge(o))
     y = gelu(near("layers.1.wide", two.norm("wide", x)))
+    y = (y - centre) / (spread + 1e-5).sqrt()
     y = two["c_batch_normed.gain"] * y + two["c_batch_normed.shift"]
     x = network(two, x + near("layers.1.wider", y))
     assert_close(mechanism(PIXELS), normed(mechanism, "norm", x))

@@ -74,7 +74,7 @@ DENSE: dict[str, tuple[tuple[str, str], ...]] = {
     "dilated_window": (("dilated(4, 1)", "dilated(40, 1)"), ("dilated(4, 2)", "dilated(40, 1)")),
     "prefix_lm": (("prefix(4)", "prefix(1)"),),
     "star_attention": (("star(32, 8, 4)", "star(0, 8, 4)"), ("position = rope", "position = none")),
-    "blockrank": (("ranked(4, 6)", "ranked(4, 1)"),),
+    "blockrank": (("ranked(size, blocks_)", "ranked(size, 1)"),),
     "moa": (("h + 1", "10"), ("position = rope", "position = none")),
     "document_packing": (("position = rope", "position = none"),),
 }  # fmt: skip
@@ -214,6 +214,21 @@ def test_204_the_query_does_not_see_the_order_of_documents():
     y = mechanism(x)
     assert_close(mechanism(swapped)[:, 20:], y[:, 20:])
     assert_close(mechanism(swapped)[:, 12:16], y[:, 4:8])
+
+
+def test_204_the_last_tokens_are_to_look_at_what_answers():
+    mechanism, x = Mechanism("blockrank"), tokens(24)
+    answers = torch.tensor([[0] * 8 + [1] * 4 + [0] * 4 + [1] * 4 + [0] * 4, [0] * 4 + [1] * 4
+                            + [0] * 16])  # fmt: skip
+    mechanism.module.load_state_dict(mechanism.meaning.state_dict())
+    mechanism.module.train()(x, segments=answers)
+    loss = mechanism.module.auxiliary_loss()
+    mechanism.module.eval()
+    p = mechanism.logits(x)[:, :, 22:, 4:20].softmax(-1)
+    score = p.unflatten(-1, (4, 4)).sum(-1).mean((1, 2)) / 0.05  # of each document
+    right = score.masked_fill(answers[:, 4:20:4] == 0, -torch.inf)
+    assert_close(loss.detach(), 0.1 * (score.logsumexp(-1) - right.logsumexp(-1)).mean())
+    assert_close(mechanism(x, segments=answers), mechanism(x))
 
 
 def test_166_a_head_of_one_band_is_blocks_and_a_sink():

@@ -29,8 +29,9 @@ def _folded(node: AnyNode) -> AnyNode:
     if not made_by(node, Attend) or node.op.mix.similarity is not None:
         return node
     mix = node.op.mix
-    if mix.select is not None and "s" in names(mix.select.score):  # which is the s before `score`
-        return node
+    for chosen in (mix.select, mix.keep):
+        if chosen is not None and "s" in names(chosen.score):  # which is the s before `score`
+            return node
     found: set[float] = set()
     bare = _without(mix.score, found)
     if len(found) != 1 or found & {0.0, 1.0} or bare == S:

@@ -72,6 +72,7 @@ def _fused(
         score=Name("s") if score is None else score.op.expr,
         mask=mask.op.expr,
         select=mask.op.select,
+        keep=mask.op.keep,
         normalize=normalize.op.normalizer,
         weights=Name("p") if weights is None else weights.op.expr,
         dropout=0.0 if drop is None else drop.op.rate,
