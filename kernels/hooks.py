@@ -227,12 +227,12 @@ class _Body:
         """Return the text of an expression; what it would say twice gets a line of its own."""
         expr = _floated(expr, self.spec)
         while (twice := _said_twice(expr)) is not None:
-            stem = twice.function if isinstance(twice, Call) else "part"
-            name = self._fresh(stem, ())
-            text = write(twice, "triton", self._leaf)
-            self.lines.append(wrapped(f"{name} = ", text))
-            self.bound[twice] = name
-            expr = _replaced(expr, twice, Name(name))
+            if twice not in self.bound:
+                name = self._fresh(twice.function if isinstance(twice, Call) else "part", ())
+                text = write(twice, "triton", self._leaf)
+                self.lines.append(wrapped(f"{name} = ", text))
+                self.bound[twice] = name
+            expr = _replaced(expr, twice, Name(self.bound[twice]))
         return write(expr, "triton", self._leaf)
 
     def _leaf(self, leaf: Name | Index) -> str:

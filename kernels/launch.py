@@ -276,7 +276,7 @@ class Pairwise:
         ]
         found = zip(self._learned(tensors), (*of_learned, *into), strict=True)
         made = (  # an operator returns no two views of one tensor
-            x.to(like.dtype, copy=x._base is not None) for like, x in found
+            x.to(like.dtype, copy=x.untyped_storage().nbytes() > x.nbytes) for like, x in found
         )
         return *(each.to(dtype) for each in (dq, dk, dv)), *made
 

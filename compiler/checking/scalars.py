@@ -428,10 +428,10 @@ class _Resolver(Resolver):
         items = tuple(self.scalar(each) for each in expr.items)
         shape = Shape(mixing.queries, 1, mixing.heads)
         along = len(items) == 3 and items[1] == Name("i") and mixing.queries == self.axes.queries
-        if not along or not names(items[2]) <= {"j"}:
+        if not along or not names(items[2]) <= {"h", "i", "j"}:
             raise error(
                 "L214",
-                f"`{show(base)}` is read at a head, at `i`, and at a number made of `j`",
+                f"`{show(base)}` is read at a head, at `i`, and at a number made of `i` and `j`",
                 expr.span,
                 "",
                 f"write `{show(base)}[h, i, j // 16]`",

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 
 from ...grammar.expr import calls, evaluate
 from ...grammar.functions import GROUPED
+from ...grammar.syntax import POOLED
 from ...ops import OPS
 from ...ops.shape import pooling
 from ..algebra.masks import reads_others
@@ -176,7 +177,9 @@ class Caches:
     def weight(self) -> str:
         """Write what says the dtype and device of the module."""
         default = "" if weights(self.block) else ", torch.empty(0)"
-        return f"weight = next(self.parameters(){default})"
+        shares = any(part.once is not None for part in self.block.parts)
+        of = "weights_of(self)" if shares else "self.parameters()"
+        return f"weight = next({of}{default})"
 
 
 def part_name(part: Part) -> str:
@@ -245,7 +248,7 @@ def own_rows(block: Block, training: bool = True) -> bool:
             if flow.keys == "n" and flow.queries != "n":
                 return True
             own = pooling(flow.keys)[0] != "m"  # a context is all of one
-            others = ("convolve", *(GROUPED if own else ()))
+            others = ("convolve", *((*GROUPED, POOLED) if own else ()))
             if flow.keys != flow.queries:  # else a key is of one sequence, as its queries are
                 others += _OF_QUERIES
             if any(calls(expr, name) for expr in flow.mix.exprs for name in others):

@@ -34,6 +34,7 @@ def run_alone(
     *,
     cuts: bool,
     stride: int = 1,
+    listed: bool = False,
     context: Tensor | None = None,
     attention_mask: Tensor | None = None,
     context_mask: Tensor | None = None,
@@ -45,7 +46,8 @@ def run_alone(
     """Return alone(x, context, segments, positions, condition) of every sequence, as x is laid out.
 
     With `cuts`, a segment is a sequence of its own; else segments are handed on. Where one token
-    comes out for each `stride`, a row is one sequence, and what it has no tokens for is zero.
+    comes out for each `stride`, a row is one sequence, and what it has no tokens for is zero. Where
+    it is `listed`, a list of tokens comes out, as many for any sequence.
     """
     b, n = x.shape[:2]
     if cu_seqlens is not None:
@@ -68,7 +70,7 @@ def run_alone(
             None if places is None else places[row : row + 1, at],
             None if condition is None else condition[row : row + 1],
         )
-        by_token = stride == 1 and y.ndim == 3 and y.shape[1] == len(at)
+        by_token = stride == 1 and not listed and y.ndim == 3 and y.shape[1] == len(at)
         if whole is None:
             size = (-(-n // stride),) if by_token or stride > 1 else y.shape[1:2]
             whole = y.new_zeros(b, *size, *y.shape[2:])

@@ -136,6 +136,7 @@ class ReferenceBlock(nn.Module):
             x,
             cuts=not self.architecture.marks,
             stride=stride if of == "n" else 1,
+            listed=of != "n",
             context=context,
             attention_mask=attention_mask,
             context_mask=context_mask,

@@ -174,10 +174,13 @@ def rows_at(x: Tensor, at: Tensor) -> Tensor:
 
 
 def columns_at(x: Tensor, at: Tensor) -> Tensor:
-    """Return the columns of a map x [b, h, n, keys] at numbers [b or 1, 1, 1, m]."""
+    """Return the columns of a map x [b, h, n, keys] at numbers [b or 1, h or 1, n or 1, m]."""
     if not x.shape[-1]:
         return x.new_zeros(*x.shape[:-1], at.shape[-1])
-    return at_groups(x, at.long().clamp(0, x.shape[-1] - 1))
+    at = at.long().clamp(0, x.shape[-1] - 1)
+    if at.numel() == at.shape[-1]:  # the same for every query
+        return at_groups(x, at)
+    return x.gather(-1, at.expand(*x.shape[:-1], -1))
 
 
 def groups_of_keys(j: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -133,6 +134,15 @@ class Again:
     def init_cache(self, batch: int, length: int | None = None) -> Any:
         """Return what the part keeps, still empty."""
         return self.part.init_cache(batch, length)
+
+
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters of a module, then those of parts in it that stand elsewhere."""
+    yield from module.parameters()
+    for each in module.modules():
+        for part in vars(each).values():
+            if isinstance(part, Again):
+                yield from weights_of(part.part)
 
 
 class HeadLinear(nn.Module):

@@ -163,3 +163,29 @@ def test_a_context_is_all_of_one(name, check):
     """Its rows were taken apart as those of x; what a cache brought had no run of groups."""
     far = subject(f"context_width = 12; source = context; {CONTEXTS[name]}")
     assert CHECKS[check](far)[1] < 1e-9
+
+
+APART = {
+    "its own keys": "above(0, off.p[h, i, j])",
+    "diagonals": "above(0, off.p[h, i, i - j])",
+    "of another head": "above(0, off.p[1 - h, i, (i - j) // 2])",
+}
+
+
+@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("check", ["forward", "as if alone", "in tiles", "decoding"])
+def test_a_map_beside_is_read_at_any_key(name, check):
+    """In a packed row, numbers of keys were counted from the row's first token."""
+    off = "branch off { score = 0; select = top(2, dot(q[h, i], k[h, j])) }"
+    each = subject(f"mask = causal; {off}; select = {APART[name]}")
+    assert CHECKS[check](each)[1] < 1e-9
+
+
+def test_chosen_distances_are_diagonals():
+    """Every query reads the keys 0 and 3 before it."""
+    off = "branch off { mask = all; score = 0; select = top(2, where(j == 0 or j == 3, 1, 0)) }"
+    chosen = subject(f"mask = causal; {off}; select = above(0, off.p[h, i, i - j])")
+    plain = subject("mask = causal and (i == j or i - j == 3)")
+    plain.module.load_state_dict(chosen.module.state_dict())
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    torch.testing.assert_close(chosen.module(x), plain.module(x))

@@ -10,7 +10,8 @@ from headloom.compiler.checking.check import check, find
 from headloom.compiler.meaning.reference import reference
 from headloom.compiler.pipeline import lower
 from headloom.compiler.plan.plan import Target
-from headloom.compiler.verify.cases import Subject
+from headloom.compiler.verify import cases as verify_cases
+from headloom.compiler.verify.cases import CASES, Subject
 from headloom.compiler.verify.verify import CHECKS
 from headloom.grammar.parse import parse
 
@@ -49,6 +50,17 @@ def test_queries_of_latents_and_numbers_of_keys():
     """Queries run along latents, keys and a stream that the score reads along the tokens."""
     settings = "width = 16; heads = 2; q = latents(4) | linear | split; let g = x | linear(1)"
     what = find(check(parse(f"block a {{ {settings}; score = s + g[j]; out = o | merge }}")), "a")
+    cases, worst, *_ = CHECKS["kernels in the interpreter"](Subject.of(what))
+    assert cases > 0
+    assert worst < 1e-5
+
+
+def test_what_a_query_says_in_several_ways_is_learned(monkeypatch):
+    """Each way has a gradient by row, all in one buffer, of which an operator returned views."""
+    monkeypatch.setattr(verify_cases, "CASES", CASES[:2])
+    settings = "width = 8; heads = 2; param u[heads, 8] = 1; param w[heads, 8] = 1"
+    score = "s * tanh(dot(x[i], u[h])) + dot(x[i], w[h]) * (i - j)"
+    what = find(check(parse(f"block a {{ {settings}; score = {score} }}")), "a")
     cases, worst, *_ = CHECKS["kernels in the interpreter"](Subject.of(what))
     assert cases > 0
     assert worst < 1e-5

@@ -257,3 +257,13 @@ def test_without_gradients_the_numbers_are_the_same() -> None:
     with torch.inference_mode():
         y = module(x)
     torch.testing.assert_close(y.clone(), module(x).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_list_is_a_list_where_a_row_has_as_many_tokens():
+    """What came out for a row of three tokens was laid out as if it were of these tokens."""
+    text = "block a { width = 16; heads = 2; q = latents(3) | linear | split }"
+    meaning = reference(find(check(parse(text)), "a"), dtype=torch.float64)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    alone = torch.cat([meaning(x[:1, 2:]), meaning(x[1:, :4])])
+    torch.testing.assert_close(meaning(x, attention_mask=mask), alone)

@@ -22,6 +22,8 @@ from headloom.ops.bucket import factors
 TEXT = """
 block a { heads = 2; mask = causal and window(4); position = rope }
 block low(up) { heads = 2; mask = causal; q = ((x | up) + (x | linear(3) | linear(16))) | split }
+block lent(q_, k_) { heads = 2; mask = causal; q = x | q_ | split; k = x | k_ | split
+                     v = x | k_ | split; out = o | merge | q_ }
 block scaled { heads = 2; mask = causal; scale = layer + 1 }
 block turning { heads = 2; mask = causal; v = x * (1 + turn) | linear | split
                 out = o * sigmoid(turn) | merge | linear }
@@ -42,6 +44,8 @@ MODELS = {
     "feed-forwards and norms": "ffn = once(swiglu); norm = once(rms); layers = [a] * 3; vocab = 9",
     "a map within blocks": "let up = once(linear(16)); layers = [low(up)] * 2 + "
                            "[two(low(up), low(up), rms_norm)]",
+    "all maps of a block": "let q_ = once(linear(16)); let k_ = once(linear(16)); "
+                           "layers = [lent(q_, k_)] * 2",
     "a layer in layers": "let core = once(pre(a, swiglu)); layers = [rezero(core), rezero(core)]",
     "what runs again": "let up = once(linear(16)); layers = loop(2, [low(up), low(up)])",
     "turns": "layers = [a] + loop(3, [moved(a), pre(turning, none)])",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -49,6 +50,17 @@ def test_ragged_reads_are_masked_and_repeats_are_named() -> None:
     assert "tanh * tanh" in text
     assert "table_at = read(T[1] + h * 33 + (tl.minimum(tl.maximum(i - j, -16), 16) + 16))" in text
     assert learned_sums(spec) == ({"t": "bhi->bih"}, {})
+
+
+def test_a_name_stands_for_one_thing() -> None:
+    """What several gradients repeat lost its name to the next, which took it for something else."""
+    tensors = tuple(Tensor(name, ("n", 8), True, True) for name in "abc")
+    place = "(a[i, h] + i % 4 * b[i, h] + i // 4 * c[i, h])"
+    spec = attend(f"s * {place} * floor({place}) * tanh({place})", tensors=tensors)
+    text = print_hooks(spec, "_x")["row_pairs"]
+    bound = re.findall(r"^    (\w+) = ", text, re.MULTILINE)
+    assert {"floor", "tanh", "d_a", "d_b", "d_c"} <= set(bound)
+    assert len(bound) == len(set(bound))
 
 
 def test_an_index_takes_the_nearest_end_where_it_may_lie_outside() -> None:
