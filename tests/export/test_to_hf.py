@@ -422,7 +422,14 @@ def test_features_alone(arch, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sees", "sorts", "raw", "classes", "encodes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(each, marks=pytest.mark.sweep) for each in ("sees", "raw", "classes")),
+        "sorts",
+        "encodes",
+    ],
+)
 def test_every_kind_is_checked(arch, tmp_path, name):
     made = hl.export(arch, name, to="hf", out=tmp_path / "made")
     assert [each.ok for each in made.checks] == [True, True, True, None, True]

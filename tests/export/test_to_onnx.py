@@ -109,7 +109,9 @@ def test_whole_sequences(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "deltas", "far"])
+@pytest.mark.parametrize(
+    "name", ["far", *(pytest.param(each, marks=pytest.mark.hours) for each in ("tiny", "deltas"))]
+)
 def test_token_by_token(tmp_path, name):
     made = hl.export(module(name), to="onnx", out=tmp_path / "made")
     assert [(each.check, each.ok) for each in made.checks] == [

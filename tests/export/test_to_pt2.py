@@ -47,7 +47,7 @@ def test_whole_sequences_and_steps(tmp_path, name):
     assert made.checks[0].note == "of 1, 5, 19, 33, 67 tokens"
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize("name", ["full", "fades", "tiny", "far", "reads", "blocks"])
 def test_more_of_them(tmp_path, name):
     test_whole_sequences_and_steps(tmp_path, name)
@@ -147,7 +147,7 @@ def test_a_loop_is_not_compiled_for_free_lengths():
     assert made.decomposed().beyond_core == ("scan",)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_core_operators_alone(tmp_path):
     made = hl.export(module("near"), to="pt2", out=tmp_path / "made", portable=True)
     assert made.ok
@@ -161,7 +161,7 @@ def test_options_of_another_target(tmp_path, option):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "far"])
+@pytest.mark.parametrize("name", [pytest.param("tiny", marks=pytest.mark.hours), "far"])
 def test_the_readme_says_how(tmp_path, name):
     hl.export(module(name), to="pt2", out=tmp_path / "made")
     text = (tmp_path / "made" / "README.md").read_text()
@@ -170,7 +170,7 @@ def test_the_readme_says_how(tmp_path, name):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path / "made")
 
 
-@pytest.mark.sweep
+@pytest.mark.hours
 def test_compiled_ahead_of_time(tmp_path):
     made = hl.export(module("full"), to="pt2", out=tmp_path / "made", aot=True)
     assert [each.check for each in made.checks][-2:] == ["compiled forward", "compiled decoding"]
