@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, leaky_relu, linear
 
-from .mechanisms import MHA, Mechanism, assert_close, mapped, merge, softmax, split, tokens
+from .mechanisms import MHA, Mechanism, assert_close, causal, mapped, merge, softmax, split, tokens
 
 N = 22
 ROPE = "block plain { width = 32; heads = 4; mask = causal; position = rope }"
@@ -257,3 +257,182 @@ def test_254_a_shift_by_pixels_reads_the_image_beside():
         moved = torch.zeros_like(image)
         moved[:, :, :6, :7] = image[:, :, 2:, 1:]
         assert_close(part, moved.flatten(2, 3))
+
+
+def block_rows(value: Tensor, size: int) -> Tensor:
+    """Return the sums of a row over blocks."""
+    return value.unflatten(-1, (-1, size)).sum(-1)
+
+
+def budget(value: Tensor, gamma: float, size: int) -> int:
+    """Return how many blocks: of the largest numbers whose running sum stays within gamma."""
+    kept = int((value.sort(descending=True, stable=True).values.cumsum(0) <= gamma).sum())
+    return (kept + 1) // size + 1
+
+
+def flexprefill(
+    q: Tensor, k: Tensor, gamma: float, tau: float, least: int, size: int = 4, ends: int = 2
+) -> tuple[Tensor, bool]:
+    """Return what one head reads [n, n], after `get_active_blocks`, and whether means decide."""
+    n, d = q.shape
+    count = n // size
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    p = (q @ k.mT / d**0.5).masked_fill(j > i, -torch.inf).softmax(-1)[-ends:]
+    vertical = p.mean(0)
+    slash = torch.zeros(n, dtype=q.dtype)
+    for row, at in zip(p, range(n - ends, n), strict=True):
+        slash[: at + 1] += row[: at + 1].flip(0) / ends
+    means = k.unflatten(0, (count, size)).mean(1)
+    told = (q[-ends:].mean(0) @ means.mT / d**0.5).softmax(-1)
+    own = block_rows(vertical, size)
+    middle = (told + own) / 2
+    apart = ((told * (told / middle).log()).sum() + (own * (own / middle).log()).sum()) / 2
+    aware = bool(apart.sqrt() < tau)
+    tops = []
+    for value in (vertical, slash):
+        many = least if aware else min(max(budget(value, gamma, size), least), count)
+        blocks = block_rows(value, size)
+        blocks[0] = torch.inf
+        tops.append(set(blocks.argsort(descending=True, stable=True)[:many].tolist()))
+    keep = torch.zeros(count, count, dtype=torch.bool)
+    for r in range(count):
+        for c in range(r + 1):
+            keep[r, c] = c in tops[0] or r - c in tops[1]
+    if aware:
+        mean_q = q.unflatten(0, (count, size)).mean(1)
+        s = mean_q @ means.mT / d**0.5
+        a = s.masked_fill(~torch.ones_like(keep).tril(), -torch.inf).softmax(-1).flatten()
+        order = a.argsort(descending=True, stable=True)
+        taken = order[a[order].cumsum(0) <= gamma * count]
+        chosen = torch.zeros(count * count, dtype=torch.bool)
+        chosen[taken] = True
+        keep |= chosen.view(count, count)
+    return keep.repeat_interleave(size, 0).repeat_interleave(size, 1) & (j <= i), aware
+
+
+@pytest.mark.parametrize(("tau", "heads"), [(0.0, 0), (0.3, 2), (1.0, 4)])
+def test_31_heads_choose_as_they_do_in_its_code(tau, heads):
+    """Of a prompt of 16; with no head, some, or all of them decided by means."""
+    mechanism = Mechanism("flexprefill", ("tau = 0.3", f"tau = {tau}"))
+    x = tokens(16, batch=1)
+    with torch.no_grad():
+        streams = mechanism.meaning.layer(x, {})[1]
+    q, k, v = (streams[name][0] for name in ("asked", "known", "told"))
+    found = [flexprefill(q[h], k[h], 0.7, tau, 1) for h in range(4)]
+    seen = torch.stack([keep for keep, _ in found])
+    assert sum(aware for _, aware in found) == heads
+    assert seen[:, 0, 0].all()
+    assert seen.diagonal(dim1=1, dim2=2).all()
+    assert not seen.all()
+    assert (seen <= causal(16)).all()
+    assert_close(mechanism(x), out(mechanism, (softmax(q @ k.mT / 8**0.5, seen) @ v)[None]))
+
+
+def test_31_a_share_of_everything_is_dense_and_so_is_what_follows_the_prompt():
+    wide = Mechanism("flexprefill", ("gamma = 0.7", "gamma = 1.1"))
+    with torch.no_grad():
+        streams = wide.meaning.layer(tokens(N), {})[1]
+    q, k, v = (streams[name] for name in ("asked", "known", "told"))
+    dense = out(wide, softmax(q @ k.mT / 8**0.5) @ v)
+    assert_close(wide(tokens(N)), dense)
+    usual = Mechanism("flexprefill", like=wide)(tokens(N))
+    assert_close(usual[:, 16:], dense[:, 16:])
+    assert not torch.allclose(usual[:, :16], dense[:, :16])
+
+
+def fewest(value: Tensor, share: float) -> list[int]:
+    """Return the fewest blocks whose sums reach a share of all."""
+    kept, mass = [], 0.0
+    for at in value.argsort(descending=True, stable=True).tolist():
+        if mass >= share * float(value.sum()):
+            break
+        kept.append(at)
+        mass += float(value[at])
+    return kept
+
+
+def stripes(p: Tensor, columns: float, slashes: float) -> Tensor:
+    """Return what a head reads [n, n]: the first block, and blocks of columns and diagonals."""
+    n = len(p)
+    sampled = [i for i in range(n) if i % 8 >= 6 or i >= n - 2]
+    column, slash = torch.zeros(n, dtype=p.dtype), torch.zeros(n, dtype=p.dtype)
+    for i in sampled:
+        for j in range(i + 1):
+            column[j] += p[i, j]
+            slash[i - j] += p[i, j]
+    of_c, of_s = (fewest(block_rows(each, 2), share) for each, share in
+                  ((column, columns), (slash, slashes)))  # fmt: skip
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    for i in range(n):
+        for j in range(i + 1):
+            seen[i, j] = j < 2 or j // 2 in of_c or (i - j) // 2 in of_s
+    return seen
+
+
+@pytest.mark.parametrize(("columns", "slashes"), [(0.4, 0.4), (0.2, 0.7), (1, 0.1), (0.1, 1)])
+def test_150_columns_and_diagonals_by_what_the_last_rows_give(columns, slashes):
+    mechanism = Mechanism(
+        "sample_stripes",
+        ("columns_ = 0.4, slashes = 0.4", f"columns_ = {columns}, slashes = {slashes}"),
+    )
+    x = tokens(N, batch=1)
+    q, k, v = (mechanism.streams(x)[name] for name in "qkv")
+    s = q @ k.mT / 8**0.5
+    seen = torch.stack([stripes(each, columns, slashes) for each in softmax(s)[0]])
+    assert (seen == causal(N)).all() == (1 in (columns, slashes))
+    assert_close(mechanism(x), out(mechanism, softmax(s, seen) @ v))
+
+
+def neighbourhoods(k: int, size: int = 8) -> Tensor:
+    """Return the pixels [64, k · k] that the window of each reads, kept inside of the image."""
+    start = (torch.arange(size) - k // 2).clamp(0, size - k)
+    line = start[:, None] + torch.arange(k)
+    at = line[:, None, :, None] * size + line[None, :, None, :]
+    return at.reshape(size * size, k * k)
+
+
+def contmix(mechanism: Mechanism, x: Tensor) -> Tensor:
+    """ContMix as its code has it, tap by tap, with the borders of neighbourhood attention."""
+    p, b = mechanism.parameter, len(x)
+    image = x.mT.unflatten(-1, (8, 8))
+    regions = torch.nn.functional.adaptive_avg_pool2d(image, 2).flatten(2).mT  # [b, 4, c]
+    q = split(mapped(mechanism, "alike_q_proj", x)) * 8**-0.5
+    k = split(mapped(mechanism, "alike_k_proj", regions))
+    taps = mapped(mechanism, "taps_proj", q @ k.mT)  # [b, groups, 64, 9 + 25]
+    rows, cols = torch.arange(64) // 8, torch.arange(64) % 8
+    made = []
+    for part, name, size in ((taps[..., :9], "near", 3), (taps[..., 9:], "far", 5)):
+        at = neighbourhoods(size)
+        bias = p(f"{name}_tapped_table")[
+            :, rows[at] - rows[:, None] + size - 1, cols[at] - cols[:, None] + size - 1
+        ]
+        values = split(x[..., :16] if name == "near" else x[..., 16:])[:, :, at]
+        made.append(merge(((part + bias).softmax(-1)[..., None] * values).sum(-2)))
+    mixed = mapped(mechanism, "mixed_proj", torch.cat(made, -1))
+    kernel = p("fixed")[:, None]
+    still = torch.nn.functional.conv2d(image, kernel, p("fixed_bias"), padding=3, groups=32)
+    both = mixed + still.flatten(2).mT
+    whole = torch.nn.functional.gelu(
+        mapped(mechanism, "whole_proj_0", both.mean(1, keepdim=True)))  # fmt: skip
+    gate = torch.nn.functional.silu(mapped(mechanism, "gate__proj", x))
+    both = both * mapped(mechanism, "whole_proj_1", whole).sigmoid() * gate
+    assert both.shape == (b, 64, 32)
+    return linear(both, p("o_proj.weight"))
+
+
+def test_218_taps_by_what_regions_say():
+    mechanism, x = Mechanism("contmix"), tokens(64)
+    assert_close(mechanism(x), contmix(mechanism, x))
+
+
+def test_218_without_taps_a_window_is_its_mean_and_a_constant_stays():
+    mechanism, x = Mechanism("contmix"), tokens(64)
+    mechanism.set(taps_proj_weight=0, taps_proj_bias=0, near_tapped_table=0, far_tapped_table=0)
+    with torch.no_grad():
+        found = mechanism.meaning.layer(x, {})[1]
+    mean = split(x[..., :16])[:, :, neighbourhoods(3)].mean(-2)
+    assert_close(found["near"], mean)
+    usual, even = Mechanism("contmix"), torch.ones(2, 64, 1).double() * tokens(1)
+    with torch.no_grad():
+        found = usual.meaning.layer(even, {})[1]
+    assert_close(merge(found["far"]), even[..., 16:])
