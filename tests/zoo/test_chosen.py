@@ -7,9 +7,29 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample, leaky_relu, linear
+from torch.nn.functional import (
+    adaptive_avg_pool2d,
+    conv2d,
+    gelu,
+    grid_sample,
+    leaky_relu,
+    linear,
+    rms_norm,
+    silu,
+)
 
-from .mechanisms import MHA, Mechanism, assert_close, causal, mapped, merge, softmax, split, tokens
+from .mechanisms import (
+    MHA,
+    Mechanism,
+    assert_close,
+    causal,
+    mapped,
+    merge,
+    normed,
+    softmax,
+    split,
+    tokens,
+)
 
 N = 22
 ROPE = "block plain { width = 32; heads = 4; mask = causal; position = rope }"
@@ -395,7 +415,7 @@ def contmix(mechanism: Mechanism, x: Tensor) -> Tensor:
     """ContMix as its code has it, tap by tap, with the borders of neighbourhood attention."""
     p, b = mechanism.parameter, len(x)
     image = x.mT.unflatten(-1, (8, 8))
-    regions = torch.nn.functional.adaptive_avg_pool2d(image, 2).flatten(2).mT  # [b, 4, c]
+    regions = adaptive_avg_pool2d(image, 2).flatten(2).mT  # [b, 4, c]
     q = split(mapped(mechanism, "alike_q_proj", x)) * 8**-0.5
     k = split(mapped(mechanism, "alike_k_proj", regions))
     taps = mapped(mechanism, "taps_proj", q @ k.mT)  # [b, groups, 64, 9 + 25]
@@ -410,11 +430,11 @@ def contmix(mechanism: Mechanism, x: Tensor) -> Tensor:
         made.append(merge(((part + bias).softmax(-1)[..., None] * values).sum(-2)))
     mixed = mapped(mechanism, "mixed_proj", torch.cat(made, -1))
     kernel = p("fixed")[:, None]
-    still = torch.nn.functional.conv2d(image, kernel, p("fixed_bias"), padding=3, groups=32)
+    still = conv2d(image, kernel, p("fixed_bias"), padding=3, groups=32)
     both = mixed + still.flatten(2).mT
-    whole = torch.nn.functional.gelu(
+    whole = gelu(
         mapped(mechanism, "whole_proj_0", both.mean(1, keepdim=True)))  # fmt: skip
-    gate = torch.nn.functional.silu(mapped(mechanism, "gate__proj", x))
+    gate = silu(mapped(mechanism, "gate__proj", x))
     both = both * mapped(mechanism, "whole_proj_1", whole).sigmoid() * gate
     assert both.shape == (b, 64, 32)
     return linear(both, p("o_proj.weight"))
@@ -436,3 +456,140 @@ def test_218_without_taps_a_window_is_its_mean_and_a_constant_stays():
     with torch.no_grad():
         found = usual.meaning.layer(even, {})[1]
     assert_close(merge(found["far"]), even[..., 16:])
+
+
+def heads_of(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Return plain attention of streams [b, n, d] in four heads; what is not seen is left out."""
+    q, k, v = (split(each) for each in (q, k, v))
+    s = q @ k.mT / q.shape[-1] ** 0.5
+    s = s if seen is None else s.masked_fill(~seen, -torch.inf)
+    return merge(s.softmax(-1) @ v)
+
+
+def crossed(m: Mechanism, x: Tensor) -> Tensor:
+    """Return TextMonkey's tokens after the window that crosses its crops, as a rolled image."""
+    low = mapped(m, "low_proj", x)
+    y = normed(m, "normed_norm", low)
+    q, k, v = (mapped(m, f"crossed_{part}_proj", y) for part in "qkv")
+    rows, cols = torch.arange(64) // 8, torch.arange(64) % 8
+    region = (rows + 2) // 4 * 8 + (cols + 2) // 4
+    seen = region[:, None] == region
+    down, across = ((each[:, None] - each).clamp(-3, 3) + 3 for each in (rows, cols))
+    q, k, v = (split(each) for each in (q, k, v))
+    s = q @ k.mT / 4**0.5 + m.parameter("crossed_relative_table")[:, down, across]
+    met = low + mapped(m, "met_proj", merge(s.masked_fill(~seen, -torch.inf).softmax(-1) @ v))
+    wide = gelu(mapped(m, "wide_proj", normed(m, "wide_norm", met)))
+    told = gelu(mapped(m, "all__proj_0", met + mapped(m, "seen__proj", wide)))
+    return x + mapped(m, "all__proj_1", told)
+
+
+def resampled(m: Mechanism, x: Tensor, count: int) -> Tensor:
+    """Return what TextMonkey's resampler makes of tokens [1, n, 32]."""
+    unit = x[0] / x[0].norm(dim=-1, keepdim=True)
+    near = unit @ unit.mT - 2 * torch.ones(len(unit), len(unit)).tril()
+    kept = near.amax(-1).argsort(descending=True)[len(unit) - count :].sort().values
+    stay = x[:, kept]
+    small, asked = (
+        normed(m, "small_norm", mapped(m, "small_proj", x)),
+        mapped(m, "asked_proj", stay),
+    )
+    own = normed(m, "own_norm", asked)
+    both = torch.cat([small, own], 1)
+    k, v = (mapped(m, f"everything_{part}_linear.o_proj", both) for part in "kv")
+    told = asked + mapped(m, "told_proj", heads_of(mapped(m, "wanted_proj", own), k, v))
+    inner = gelu(mapped(m, "inner_proj", normed(m, "inner_norm", told)))
+    return stay + mapped(m, "o_proj_1", told + mapped(m, "o_proj_0", inner))
+
+
+@pytest.mark.parametrize("count", [6, 64])
+def test_202_the_tokens_least_like_others_stay_in_their_order(count):
+    mechanism = Mechanism("textmonkey", ("count = 6", f"count = {count}"))
+    x = tokens(64, batch=1)
+    y = crossed(mechanism, x)
+    assert_close(mechanism(x), resampled(mechanism, y, count))
+    if count == 64:
+        with torch.no_grad():
+            assert_close(mechanism.meaning.layer(x, {})[1]["stay"], y)
+
+
+def test_202_what_crosses_is_nothing_where_its_last_map_is():
+    mechanism, x = Mechanism("textmonkey"), tokens(64)
+    mechanism.set(all__proj_1_weight=0, all__proj_1_bias=0)
+    with torch.no_grad():
+        assert_close(mechanism.meaning.layer(x, {})[1]["all_"], x)
+
+
+def summed_up(m: Mechanism, x: Tensor, context: Tensor, keep: int, count: int) -> Tensor:
+    """Return BUS's summary [b, count, 32], one image after the other."""
+    made = []
+    for each, text in zip(x, context, strict=True):
+        beside = torch.cat([each, text[:1].expand(len(each), -1)], -1)
+        hidden = mapped(m, "met_proj", beside).relu()
+        hidden = mapped(m, "told_proj_0", hidden).relu()
+        score = mapped(m, "told_proj_1", hidden).sigmoid()[:, 0]
+        order = 1 + score[1:].argsort(descending=True, stable=True)
+        best, rest = order[:keep].sort().values, order[keep:]
+        known = [each[:1], each[best]]
+        if len(rest):
+            known.append((score[rest] / score[rest].sum() @ each[rest])[None])
+        sequence = torch.cat(known)[None]
+        query = each[None, order[:count].sort().values]
+        y = normed(m, "normed_norm", query)
+        q, k, v = (mapped(m, f"each_other_{part}_proj", y) for part in "qkv")
+        query = query + mapped(m, "then__proj", heads_of(q, k, v))
+        q = mapped(m, "wanted_proj", normed(m, "wanted_norm", query))
+        k, v = (mapped(m, f"kept_{part}_linear.o_proj", sequence) for part in "kv")
+        read = query + mapped(m, "read_proj", heads_of(q, k, v))
+        wide = gelu(mapped(m, "wide_proj", normed(m, "wide_norm", read)))
+        made.append(read + mapped(m, "o_proj", wide))
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize("keep", [8, 21])
+def test_221_the_best_patches_are_kept_and_the_rest_is_one(keep):
+    """With as many as there are, nothing is melted, and there is no token of it."""
+    mechanism = Mechanism("bus", ("keep = 8", f"keep = {keep}"))
+    x, context = tokens(N), tokens(5, seed=3)
+    assert_close(mechanism(x, context=context), summed_up(mechanism, x, context, keep, 3))
+
+
+def test_221_patches_in_another_order_are_the_same_set():
+    mechanism, x, context = Mechanism("bus"), tokens(N), tokens(5, seed=3)
+    order = torch.cat([torch.zeros(1).long(), torch.arange(N - 1, 0, -1)])
+    found = mechanism(x[:, order], context=context)
+    assert_close(found.flip(1), mechanism(x, context=context))
+
+
+def read(m: Mechanism, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what two layers and a norm make of x [1, n, 32], and what the probes say [n]."""
+    place = torch.arange(x.shape[1])
+    slope = 2.0 ** (-2 * torch.arange(1, 5, dtype=x.dtype))[:, None, None]
+    told = x
+    for at in (0, 1):
+        one = f"layers.{at}"
+        y = rms_norm(x, (32,), m.parameter(f"{one}.y_one.o_norm.weight"), 1e-6)
+        q, k, v = (split(mapped(m, f"{one}.attn.{part}_linear.o_proj", y)) for part in "qkv")
+        s = q @ k.mT / 8**0.5 - slope * (place[:, None] - place)
+        o = softmax(s) @ v
+        if at == 1:
+            probe = m.parameter(f"{one}.attn.sure_proj.weight")
+            told = (o @ probe.mT).sigmoid()[0, [0, 2], :, 0].mean(0)
+        x = x + mapped(m, f"{one}.attn.o_linear.o_proj", merge(o))
+        y = rms_norm(x, (32,), m.parameter(f"{one}.o_two.o_norm.weight"), 1e-6)
+        gate, up = (mapped(m, f"{one}.ffn.{part}_proj", y) for part in ("gate", "up"))
+        x = x + mapped(m, f"{one}.ffn.down_proj", silu(gate) * up)
+    return rms_norm(x, (32,), m.parameter("norm.weight"), 1e-6), told
+
+
+@pytest.mark.parametrize(("enough", "ends"), [(0.5, {4, 8, 12}), (0, {4}), (1, {12})])
+def test_162_a_question_is_read_with_what_was_found_to_be_enough(enough, ends):
+    mechanism = Mechanism("when_to_stop", ("enough = 0.5", f"enough = {enough}"))
+    found = set()
+    for seed in range(9):
+        x = tokens(17, batch=1, seed=seed)
+        told = read(mechanism, x[:, :12])[1]
+        end = next((at for at in (4, 8) if told[at - 1] > enough), 12)
+        found.add(end)
+        left = torch.cat([x[:, :end], x[:, 12:]], 1)
+        assert_close(mechanism(x)[:, 12:], read(mechanism, left)[0][:, end:])
+    assert found == ends
