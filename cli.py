@@ -236,6 +236,30 @@ def fmt(files: tuple[str, ...], to: str | None, only_check: bool) -> None:
         sys.exit(1)
 
 
+@command(name="import")
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True))
+@click.option("-o", "--out", type=click.Path(dir_okay=False), help="Where to write the text.")
+@click.option(
+    "--weights", type=click.Path(dir_okay=False), help="Where to write its weights, as ours."
+)
+def import_(folder: str, out: str | None, weights: str | None) -> None:
+    """Describe a model of Hugging Face: a folder with a config.json, and safetensors for weights.
+
+    Example: headloom import Qwen3-0.6B -o qwen.loom --weights qwen.safetensors
+    """
+    from .known.known import from_hf
+
+    known = from_hf(folder)
+    if weights is not None:
+        known.save(weights)
+        click.echo(f"wrote {weights} ({len(known.weights.shapes)} tensors)", err=True)
+    if out is None:
+        click.echo(known.text, nl=False)
+    else:
+        Path(out).write_text(known.text, encoding="utf-8")
+        click.echo(f"wrote {out} ({len(known.text.splitlines())} lines)", err=True)
+
+
 # ── looking at an architecture ───────────────────────────────────────────────────────────
 
 
@@ -313,9 +337,10 @@ def explain(what: str, width: int | None, backend: str, optimize: str, json: boo
 
 def _explain_code(code: str) -> None:
     from .compiler.checking.codes import CODES as COMPILER
+    from .known.codes import CODES as KNOWN
     from .search.codes import CODES as SEARCH
 
-    codes = COMPILER | SEARCH
+    codes = COMPILER | SEARCH | KNOWN
     if code not in codes:
         raise click.UsageError(f"there is no code {code}; there are {', '.join(sorted(codes))}")
     entry = codes[code]
@@ -411,7 +436,9 @@ def verify(
 
 @command()
 @click.argument("what", metavar="FILE[:NAME]")
-@click.option("--to", required=True, type=click.Choice(["py"]), help="What to write.")
+@click.option(
+    "--to", required=True, type=click.Choice(["py", "pt2", "onnx", "hf"]), help="What to write."
+)
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder that is made.")
 @click.option(
     "--weights",
@@ -423,20 +450,23 @@ def verify(
     type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
     help="What it is in [default: as the weights are].",
 )
+@click.option("--portable", is_flag=True, help="pt2: PyTorch's core operators where there are.")
+@click.option("--aot", is_flag=True, help="pt2: compiled for this processor too (takes minutes).")
 @width_option
 @json_option
 def export(what: str, to: str, out: str, json: bool, **given: Any) -> None:
     """Write a block or model as a folder that works where Headloom is not installed.
 
     The folder is loaded and run by another process before it takes its place; what was compared
-    is printed, exit 3 if something does not hold.
+    is printed, exit 3 if something does not hold. `py` is text and weights, `pt2` programs of
+    torch.export, `onnx` models of ONNX (it needs headloom[onnx]).
 
     \b
     Example: headloom export examples/gemma_like.loom:tiny_gemma --to py --out gemma
     """
     from .compiler.verify.certificate import NotVerifiedError
-    from .export.export import NotExportedError
     from .export.export import export as exported
+    from .export.request import NotExportedError
 
     path, name = _split(what)
     try:

@@ -35,27 +35,28 @@ class Compared:
     tolerance: float
 
 
-def forward(request: Request, least: int = 1) -> list[Compared]:
-    """Return calls of odd sizes, of so many tokens at least."""
+def forward(request: Request, least: int = 1, whole: bool = False) -> list[Compared]:
+    """Return calls of odd sizes, of so many tokens at least; of a `whole` sequence in each row."""
     found = []
     for case in cases(request, least):
+        case = replace(case, whole=whole)
         call = inputs(request, case)
-        found.append(_compared(request, case, (call,), _call))
+        found.append(expecting(request, case, (call,), _call))
     return found
 
 
-def decoding(request: Request) -> list[Compared]:
+def decoding(request: Request, least: int = 1) -> list[Compared]:
     """Return sequences given in parts: the first half at once, then token by token."""
     if not request.decodes:
         return []
     found = []
-    for case in cases(request, 2):
+    for case in cases(request, least + 1):
         case = replace(case, whole=True)
         x, given = inputs(request, case)
-        first = (case.tokens + 1) // 2
+        first = max(least, (case.tokens + 1) // 2)
         sizes = [first, *[1] * min(5, case.tokens - first)]
         parts = tuple(_parts(x, given, sizes))
-        found.append(_compared(request, case, parts, _decode))
+        found.append(expecting(request, case, parts, _decode))
     return found
 
 
@@ -80,10 +81,10 @@ def _parts(x: Tensor, given: dict[str, Tensor], sizes: Sequence[int]) -> Iterabl
     ends = list(accumulate(sizes))
     for start, end in zip([0, *ends], ends, strict=False):
         more = {name: each for name, each in given.items() if name != "context" or not start}
-        yield x[:, start:end], more
+        yield x[:, start:end].contiguous(), more  # operators in core form ask for it
 
 
-def _compared(
+def expecting(
     request: Request,
     case: Case,
     calls: tuple[Call, ...],
@@ -96,6 +97,20 @@ def _compared(
     exact = run(deepcopy(request.module).double(), tuple(map(_widened, calls)))
     most = max(bar(own, other) for own, other in zip(expected, exact, strict=True))
     return Compared(case, calls, expected, most)
+
+
+def within_precision(request: Request, compared: Sequence[Compared]) -> list[Compared]:
+    """Return calls with the bar of another computation: what the module itself is off in float32.
+
+    Its sums are taken in another order, so it may be off as much as the module is.
+    """
+    found, wide = [], deepcopy(request.module).double()
+    for each in compared:
+        run = _decode if len(each.calls) > 1 else _call
+        exact = run(wide, tuple(map(_widened, each.calls)))
+        own = max(bar(one, other) for one, other in zip(each.expected, exact, strict=True))
+        found.append(replace(each, tolerance=max(own, each.tolerance)))
+    return found
 
 
 def _widened(call: Call) -> Call:
@@ -121,27 +136,44 @@ def _decode(module: nn.Module, calls: tuple[Call, ...]) -> tuple[Tensor, ...]:
 
 
 def forwarded(
-    request: Request, compared: list[Compared], script: str, given: dict[str, Any], note: str = ""
+    request: Request,
+    compared: list[Compared],
+    script: str,
+    given: dict[str, Any],
+    note: str = "",
+    check: str = "forward",
 ) -> Finding:
     """Make calls where Headloom is not; the script's `run` takes them as `calls`."""
     calls = [call for each in compared for call in each.calls]
-    return found(request, "forward", compared, lambda: [
-        (each,) for each in apart(script, calls=calls, **given)
-    ], note)  # fmt: skip
+
+    def run() -> list[tuple[Tensor]]:
+        return [(each,) for each in apart(script, calls=calls, **given)]
+
+    return found(request, check, compared, run, note)
 
 
 def decoded(
-    request: Request, compared: list[Compared], script: str, given: dict[str, Any], note: str = ""
+    request: Request,
+    compared: list[Compared],
+    script: str,
+    given: dict[str, Any],
+    note: str = "",
+    check: str = "decoding",
 ) -> Finding:
     """Decode where Headloom is not; the script's `run` takes (batch, length, parts) as `calls`."""
     if not request.decodes:
-        why = request.subject.obstacle or "it gives one answer for a whole sequence"
-        return Finding(request.what.name, "decoding", None, note=why)
+        return undecoded(request, check)
     calls = [
         (each.case.batch, sum(x.shape[1] for x, _ in each.calls), list(each.calls))
         for each in compared
     ]
-    return found(request, "decoding", compared, lambda: apart(script, calls=calls, **given), note)
+    return found(request, check, compared, lambda: apart(script, calls=calls, **given), note)
+
+
+def undecoded(request: Request, check: str = "decoding") -> Finding:
+    """Say why nothing is decoded."""
+    why = request.subject.obstacle or "it gives one answer for a whole sequence"
+    return Finding(request.what.name, check, None, note=why)
 
 
 def found(

@@ -5,7 +5,6 @@ certificate = export("gemma.loom", "tiny", to="py", out="made", weights="tiny.sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -16,16 +15,8 @@ from ..compiler.checking.check import find
 from ..compiler.facts.dtypes import DType
 from ..compiler.verify.certificate import Certificate
 from .place import expect_free, whole
-from .request import Options, Request, of_description, of_module
+from .request import NotExportedError, Options, Request, of_description, of_module
 from .targets import TARGETS, target
-
-
-class NotExportedError(ValueError):
-    """Something cannot be exported; `obstacles` say which part and why."""
-
-    def __init__(self, name: str, to: str, obstacles: Sequence[str]) -> None:
-        super().__init__(f"`{name}` cannot be exported to {to}: {'; '.join(obstacles)}")
-        self.obstacles = tuple(obstacles)
 
 
 def export(
@@ -52,6 +43,8 @@ def export(
     out = Path(out)
     expect_free(out)
     options = Options(portable, aot)
+    if not set(options.asked) <= target(to).OPTIONS:
+        raise ValueError(f"{to} does not take {' and '.join(options.asked)}")
     if isinstance(what, nn.Module):
         if weights is not None or width is not None or context_width is not None:
             raise ValueError("a module has its weights and widths; leave them out")

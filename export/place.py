@@ -21,6 +21,7 @@ def expect_free(out: Path) -> None:
 def whole(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` to write into; at the end it takes its place, or is deleted."""
     expect_free(out)
+    out = out.absolute()  # who looks at it meanwhile stands elsewhere
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
         folder = Path(name) / out.name

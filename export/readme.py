@@ -27,4 +27,4 @@ def called(what: Block | Model) -> str:
         takes = "tokens [b, n]" if what.vocab is not None else f"features [b, n, {what.taken}]"
     else:
         takes = f"features [b, n, {what.width}]"
-    return f"It is called with {takes}; b and n are of any size."
+    return f"It is called with {takes}."

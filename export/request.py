@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -17,12 +18,25 @@ from ..compiler.plan.plan import Target
 from ..compiler.verify.cases import Subject
 
 
+class NotExportedError(ValueError):
+    """Something cannot be exported; `obstacles` say which part and why."""
+
+    def __init__(self, name: str, to: str, obstacles: Sequence[str]) -> None:
+        super().__init__(f"`{name}` cannot be exported to {to}: {'; '.join(obstacles)}")
+        self.obstacles = tuple(obstacles)
+
+
 @dataclass(frozen=True)
 class Options:
-    """What a target is asked for beside the module."""
+    """What a target may be asked for beside the module; each says which it takes."""
 
     portable: bool = False  # no operators but PyTorch's smallest set
     aot: bool = False  # compiled for this machine's processor too
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The names of those that are asked for."""
+        return tuple(each.name for each in fields(self) if getattr(self, each.name))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a module can be exported to, one row each.
 
-A target is a module with three functions. To add one, write it and add its row.
+A target is a module with three functions. To add one, write it, add its row here, and its name
+to the command.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from .request import Request
 
 
 class Target(Protocol):
-    """One way to take a module elsewhere."""
+    """One way to take a module elsewhere. `OPTIONS` are those of `Options` that it takes."""
+
+    OPTIONS: frozenset[str]
 
     def obstacles(self, request: Request) -> Sequence[str]:
         """Say which parts cannot be exported, and why. Nothing has been written yet."""
@@ -29,6 +32,9 @@ class Target(Protocol):
 
 TARGETS = {  # name → its module
     "py": ".to_py",
+    "pt2": ".to_pt2",
+    "onnx": ".to_onnx",
+    "hf": ".to_hf",
 }
 
 

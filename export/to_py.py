@@ -16,6 +16,7 @@ from .place import write_text, writing
 from .readme import fenced, readme
 from .request import Request
 
+OPTIONS: frozenset[str] = frozenset()
 TEXT, WEIGHTS = "model.py", "model.safetensors"
 
 # What runs apart: it loads the folder as its README says, and makes every call.

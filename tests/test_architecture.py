@@ -1,6 +1,6 @@
 """Imports point one way, from the commands down to the grammar; there are no cycles.
 
-cli → {search, bench, export} → compiler → {ops, kernels} → grammar
+cli → {search, bench, export, known} → compiler → {ops, kernels} → grammar
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from headloom.compiler.pieces import FILES
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("grammar", "ops", "kernels", "compiler", "search", "bench", "export")
+FOLDERS = ("grammar", "ops", "kernels", "compiler", "search", "bench", "export", "known")
 MAY_IMPORT = {
     "grammar": {"grammar"},
     "ops": {"ops", "grammar"},
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "search": {"search", "compiler", "ops", "grammar"},
     "bench": {"bench", "compiler", "grammar"},
     "export": {"export", "compiler", "grammar"},
+    "known": {"known", "compiler", "grammar"},
 }
 ROOMS = (
     "algebra",

@@ -40,6 +40,7 @@ from headloom.grammar.syntax import (
     File,
     Name,
 )
+from headloom.known import codes as known_codes
 from headloom.ops import OPS, UNNAMED
 from headloom.search import codes as search_codes
 from headloom.search import plan
@@ -53,12 +54,20 @@ from headloom.search.training import Training
 ROOT = Path(__file__).parent.parent
 TEXTS = {
     name: (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("language.md", "python.md", "models.md", "zoo.md", "architecture.md")
+    for name in (
+        "language.md",
+        "python.md",
+        "models.md",
+        "known.md",
+        "zoo.md",
+        "export.md",
+        "architecture.md",
+    )
 }
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"\b[LW]\d{3}\b")
 LANGUAGE = TEXTS["language.md"]
-CODES = compiler_codes.CODES | search_codes.CODES
+CODES = compiler_codes.CODES | search_codes.CODES | known_codes.CODES
 
 
 def blocks(*kinds: str) -> list[Any]:

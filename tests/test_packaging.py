@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOT_COPIED = (".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "shared")
-FOLDERS = ("grammar", "ops", "kernels", "compiler", "search", "bench", "export")
+FOLDERS = ("grammar", "ops", "kernels", "compiler", "search", "bench", "export", "known")
 
 
 def tree() -> set[str]:

@@ -101,7 +101,7 @@ class Mixes(Stages):
         given |= {ident(name): shared_text(name) for name in facts.maps_below}
         also = [f"{ident(node.name)}_values"] if facts.mix.again is not None else []
         also += [f"{ident(node.name)}_keys"] if facts.mix.carry is not None else []
-        sums = range(len(facts.mix.running))
+        sums = range(facts.kept_sums)
         also += _held(node) if facts.mix.keep is not None else []
         also += [f"{ident(node.name)}_sums_written_{at}" for at in sums]
         given |= {weights.sums_before(facts, at): weights.sums_before(facts, at) for at in sums}
@@ -216,10 +216,9 @@ class Mixes(Stages):
         if node.name in self.borrows:
             return []
         if held is None:
-            mix = self.facts(node).mix
             none = [
                 f"{weights.sums_before(self.facts(node), at)} = None"
-                for at in range(len(mix.running if mix.keep else self.facts(node).running))
+                for at in range(self.facts(node).kept_sums)
             ]
             if not places:
                 return none

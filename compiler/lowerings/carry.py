@@ -92,6 +92,6 @@ def products(attention: Attention) -> list[str]:
         text, rank = writer.value(expr)
         spread = f"{atomic(text)}{'' if rank else '[..., None]'}"
         lines.append(
-            f"{name} = {spread}.expand(len(k), {attention.key_heads}, q.shape[2], k.shape[-1])"
+            f"{name} = {spread}.expand(k.shape[0], {attention.key_heads}, q.shape[2], k.shape[-1])"
         )
     return lines

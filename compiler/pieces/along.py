@@ -170,7 +170,7 @@ def drop_sequence(
     if not training:
         return x
     if run is None:
-        drawn = torch.rand(len(x), 1, dtype=torch.float32, device=x.device)
+        drawn = torch.rand(x.shape[0], 1, dtype=torch.float32, device=x.device)
     else:
         each = torch.rand(run.shape, dtype=torch.float32, device=x.device)
         drawn = each.gather(1, run.clamp(min=0))

@@ -19,7 +19,7 @@ class Past(NamedTuple):
         """Return the segment of the token before the first of doc [b, n], as [b, 1]."""
         if self.doc is not None:
             return self.doc[:, None]
-        none_yet = torch.as_tensor(self.since, device=doc.device).expand(len(doc)) == 0
+        none_yet = torch.as_tensor(self.since, device=doc.device).expand(doc.shape[0]) == 0
         return torch.where(none_yet[:, None], doc[:, :1], 0)
 
 
@@ -158,7 +158,7 @@ class Batch:
             assert isinstance(self.before, int)
             return self.before + self.place.shape[-1]
         last = (self.run >= 0).sum(1, keepdim=True) - 1
-        before = torch.as_tensor(self.before, device=last.device).expand(len(last))
+        before = torch.as_tensor(self.before, device=last.device).expand(last.shape[0])
         if not self.place.shape[-1]:
             return before
         place = self.place.expand(self.run.shape).gather(1, last.clamp(min=0))
@@ -235,8 +235,8 @@ class Batch:
 
     def of_context(self, context: Tensor, mask: Tensor | None) -> Any:
         """Return how the tokens of a context [b, m, …] stand; a mask says which are any."""
-        if len(context) != self.shape[0]:
-            raise ValueError(f"`context` has {len(context)} rows, the batch {self.shape[0]}")
+        if context.shape[0] != self.shape[0]:
+            raise ValueError(f"`context` has {context.shape[0]} rows, the batch {self.shape[0]}")
         return Batch(context, None, per_token("context_mask", mask, context))
 
     def of_rows(self, context: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def in_front(memory: Tensor, x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
         doc = None if doc is None else torch.cat([doc[:, :1].expand(-1, count), doc], 1)
         if given is not None:
             first = torch.arange(count, device=x.device)
-            first = first if given.ndim == 1 else first.expand(len(given), -1)
+            first = first if given.ndim == 1 else first.expand(given.shape[0], -1)
             given = torch.cat([first, given], -1)
     if past is not None:
         past = Past(since, batch.bound + count if batch.bound else 0, past.doc)
@@ -283,7 +283,7 @@ def in_front(memory: Tensor, x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
 
 def by_rows(context: Tensor, far: Batch, batch: Batch) -> tuple[Tensor, Batch]:
     """Return the context of each row of a batch in which sequences have rows, and how it stands."""
-    if batch.owner is None or len(context) == len(batch.owner):
+    if batch.owner is None or context.shape[0] == len(batch.owner):
         return context, far
     context = context[batch.owner]
     return context, Batch(context, None, None if far.live is None else far.live[batch.owner])
@@ -302,7 +302,7 @@ def without_front(y: Tensor, within: Batch, batch: Batch) -> Tensor:
 def at_positions(table: nn.Embedding, batch: Batch) -> Tensor:
     """Return the rows of a table where tokens stand; raise `ValueError` past its end."""
     count, needed = table.num_embeddings, batch.bound + batch.place.shape[-1]
-    if needed > count and batch.run is None and batch.given is None:
+    if batch.run is None and batch.given is None and needed > count:
         raise ValueError(f"this model has {count} positions; {needed} are needed")
     try:
         rows: Tensor = table(batch.positions)
@@ -323,7 +323,8 @@ def per_token(name: str, given: Tensor | None, x: Tensor) -> Tensor | None:
     if given is None:
         return None
     b, n = x.shape[:2]
-    if given.shape not in ((n,), (1, n), (b, n)):
+    rows = given.shape[:-1]  # asked for one by one: a compiler has a guard for each answer
+    if given.ndim not in (1, 2) or given.shape[-1] != n or not (rows in ((), (b,)) or rows == (1,)):
         raise ValueError(f"`{name}` must be [{n}] or [{b}, {n}], it is {list(given.shape)}")
     return given if name == "positions" and given.ndim == 1 else given.expand(b, n)
 

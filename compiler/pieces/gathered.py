@@ -22,14 +22,14 @@ GATHER_FROM: int | None = None  # from how many tokens on groups are gathered, w
 def gathers(x: Tensor, least: int) -> bool:
     """Say whether there are so many tokens, x [b, n, …], that it pays to gather chosen groups."""
     least = least if GATHER_FROM is None else GATHER_FROM
-    return x.shape[1] >= max(1, least) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.shape[1] >= max(1, least)
 
 
 def steps_gather(q: Tensor, k: Tensor, least: int) -> bool:
     """Say whether so few queries meet so many keys that only the chosen groups are looked up."""
     least = least if GATHER_FROM is None else GATHER_FROM
-    few = q.shape[2] <= 8 and k.shape[2] >= max(1, least)
-    return few and not torch.compiler.is_compiling()
+    few = not torch.compiler.is_compiling() and q.shape[2] <= 8
+    return few and k.shape[2] >= max(1, least)
 
 
 def over_steps(

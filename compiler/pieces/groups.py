@@ -56,7 +56,7 @@ def batch_of_groups(batch: Batch, count: int, size: int, stride: int, start: int
         every = -(-after // stride)
         place = torch.arange(bound, every, device=device)
         return GroupBatch(place, bound, bound, every, None)
-    rows = len(batch.place) if batch.run is None else len(batch.run)
+    rows = (batch.place if batch.run is None else batch.run).shape[0]
     since, ends = (
         torch.as_tensor(x, device=device).expand(rows)[:, None] for x in (batch.before, after)
     )
@@ -84,7 +84,7 @@ def new_groups(
     at = stride * groups.place[..., None] + torch.arange(start, start + size, device=x.device)
     since, ends = (torch.as_tensor(each, device=x.device) for each in (batch.before, batch.after))
     if at.ndim == 3:
-        since, ends = (each.expand(len(x))[:, None, None] for each in (since, ends))
+        since, ends = (each.expand(x.shape[0])[:, None, None] for each in (since, ends))
     inside = (at >= 0) & (at < ends)
     place = (at - since + before.shape[-2]).clamp(0, max(0, every.shape[-2] - 1))
     if at.ndim == 2:
@@ -278,7 +278,7 @@ def any_of_rows(x: Tensor, rows: tuple[Tensor, int]) -> Tensor:
 def of_heads(x: Tensor, share: int, heads: int) -> Tensor:
     """Return x [b, h or 1, n, m] with the heads that share in a dimension: [b, h / share, …]."""
     x = x.expand(-1, heads, -1, -1)
-    return x.view(len(x), heads // share, share, *x.shape[2:])
+    return x.view(x.shape[0], heads // share, share, *x.shape[2:])
 
 
 def top_groups(e: Tensor, free: Tensor, count: Tensor | int) -> Tensor:
@@ -287,6 +287,8 @@ def top_groups(e: Tensor, free: Tensor, count: Tensor | int) -> Tensor:
     `count` is a number, or one of each row [b, h, n, 1].
     """
     groups, fixed = e.shape[-1], isinstance(count, int)
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not fixed):
+        return top_of_any(e, free, count)
     room = torch.as_tensor(count, device=e.device)
     most = count if isinstance(count, int) else int(room.max()) if room.numel() else 0
     if fixed and groups <= most:
@@ -301,11 +303,32 @@ def top_groups(e: Tensor, free: Tensor, count: Tensor | int) -> Tensor:
         at = (room - 1).clamp(0, best.shape[-1] - 1).expand(*e.shape[:-1], 1)
         chosen = free & (e >= (least := best.gather(-1, at))) & (room > 0)
     if torch.compiler.is_compiling() or bool((chosen.sum(-1, keepdim=True) > room).any()):
-        above = chosen & (e > least)  # of those that are as good as the last, the first ones
-        equal = chosen & ~above
-        left = room - above.sum(-1, keepdim=True)
-        chosen = above | (equal & (equal.cumsum(-1) <= left))
+        chosen = first_of_equals(e, chosen, least, room)
     return chosen
+
+
+def first_of_equals(e: Tensor, chosen: Tensor, least: Tensor, room: Tensor) -> Tensor:
+    """Keep so many of what is chosen, of those that are as good as the last the first ones."""
+    above = chosen & (e > least)
+    equal = chosen & ~above
+    return above | (equal & (equal.cumsum(-1) <= room - above.sum(-1, keepdim=True)))
+
+
+def top_of_any(e: Tensor, free: Tensor, count: Tensor | int) -> Tensor:
+    """Choose as `top_groups` does, in one text for any number of groups, which is not asked for.
+
+    Behind them stand as many that are not free as may be missing.
+    """
+    groups, room = e.shape[-1], torch.as_tensor(count, device=e.device)
+    e = torch.where(free, e, -torch.inf).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    more = max(count, 1) if isinstance(count, int) else 1
+    padded = torch.nn.functional.pad(e, (0, more), value=-torch.inf)
+    if isinstance(count, int):
+        least = padded.topk(more, -1, sorted=False).values.amin(-1, keepdim=True)
+    else:
+        at = (room - 1).clamp(0, groups).expand(*e.shape[:-1], 1)
+        least = padded.sort(-1, descending=True).values.gather(-1, at)
+    return first_of_equals(e, free & (e >= least) & (room > 0), least, room)
 
 
 def best_groups(e: Tensor, free: Tensor, count: int) -> tuple[Tensor, Tensor]:

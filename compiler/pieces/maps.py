@@ -151,7 +151,7 @@ class SumAfter(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         """Sum from the last key back."""
-        return F.pad(x[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, min(1, x.shape[-1])))
+        return F.pad(x, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -160,7 +160,7 @@ class SumAfter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
         """Sum from the first key on."""
-        return F.pad(grad[..., :-1].cumsum(-1), (min(1, grad.shape[-1]), 0))
+        return F.pad(grad, (1, 0))[..., :-1].cumsum(-1)
 
 
 def normal_exp(x: Tensor) -> Tensor:

@@ -125,9 +125,10 @@ class KeyValueCache(Part):
     def start(self, batch: Batch) -> int | None:
         """Return which of the keys of `update` is that of the first new token, where it is one."""
         held = batch.bound
+        if batch.start is None or "positions" in self.kept or (batch.cut and held):
+            return None
         goes_round = self.is_ring and held > 0 and held + batch.place.shape[-1] > self.capacity
-        noted = "positions" in self.kept
-        return None if goes_round or noted or (batch.cut and held) else batch.start
+        return None if goes_round else batch.start
 
     def update(self, batch: Batch, **new: Tensor) -> tuple[Any, ...]:
         """Take up new tokens.
@@ -138,15 +139,16 @@ class KeyValueCache(Part):
         """
         count, held = batch.place.shape[-1], batch.bound
         new = self._prepared(batch, new)
-        if batch.cut or (self.is_ring and count > 1 and held + count > self.capacity):
+        traced = torch.compiler.is_exporting()
+        if batch.cut or (self.is_ring and count > 1 and (traced or held + count > self.capacity)):
             found, places, run = self._and_new(batch, new)
             self._write(batch, new)
         else:
-            first = min(held + count, self.capacity)
+            first = self.capacity if traced else min(held + count, self.capacity)
             found = {name: x[..., :first, :] for name, x in self._write(batch, new).items()}
             places, run = self._slots(batch.after, first)
             found, places, run = self._as_they_came(found, places, run)
-            run = run.expand(len(self), -1)
+            run = run.expand(self.rows, -1)
         return self._given_back(batch, found, places, run)
 
     def beside(self, batch: Batch, **new: Tensor) -> tuple[Any, ...]:
@@ -155,7 +157,7 @@ class KeyValueCache(Part):
 
     def rewrite(self, batch: Batch, **found: Tensor) -> None:
         """Put the first of what is given in place of what is held of the tokens before."""
-        first = min(batch.bound, self.capacity)
+        first = self._held(batch)
         for name, x in found.items():
             self.kept[name][..., :first, :] = x[..., :first, :].detach()
 
@@ -172,13 +174,13 @@ class KeyValueCache(Part):
         if batch.given is None and "positions" not in self.kept:
             return new
         self._note_positions()
-        return {**new, "positions": batch.positions.expand(len(self), count)[..., None]}
+        return {**new, "positions": batch.positions.expand(self.rows, count)[..., None]}
 
     def _and_new(
         self, batch: Batch, new: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Return what is held and new tokens after it, with their places and runs."""
-        first = min(batch.bound, self.capacity)
+        first = self._held(batch)
         places, run = self._slots(batch.before, first)
         held = {name: each[..., :first, :] for name, each in self.kept.items()}
         held, places, run = self._as_they_came(held, places, run)
@@ -188,9 +190,15 @@ class KeyValueCache(Part):
             found[name] = torch.cat([each.to(dtype), new[name].to(dtype)], dim=-2)
         if batch.run is None:
             return found, torch.cat([places, batch.place]), run
-        both = (len(self), -1)
+        both = (self.rows, -1)
         places = torch.cat([places.expand(both), batch.place.expand(both)], 1)
         return found, places, torch.cat([run.expand(both), batch.run], 1)
+
+    def _held(self, batch: Batch) -> int:
+        """Return how many slots may hold something: all, where asking would be a guard."""
+        if torch.compiler.is_exporting() and batch.run is not None:
+            return self.capacity if self.is_ring else batch.bound
+        return min(batch.bound, self.capacity)
 
     def _given_back(
         self, batch: Batch, found: dict[str, Tensor], places: Tensor, run: Tensor
@@ -200,14 +208,16 @@ class KeyValueCache(Part):
             places = found.pop("positions")[..., 0]
         return (*found.values(), places, None if batch.run is None else run)
 
-    def __len__(self) -> int:
+    @property
+    def rows(self) -> int:
+        """How many rows it is for."""
         return next(iter(self.kept.values())).shape[0]
 
     def _note_positions(self) -> None:
         """Make room for the positions of keys, where they are not their numbers."""
         if "positions" not in self.kept:
             slot = torch.arange(self.capacity, device=next(iter(self.kept.values())).device)
-            self.kept["positions"] = slot.repeat(len(self), 1)[..., None]
+            self.kept["positions"] = slot.repeat(self.rows, 1)[..., None]
 
     def _make_room(self, tokens: int) -> None:
         if self.is_ring or tokens <= self.capacity:
@@ -264,7 +274,7 @@ class KeyValueCache(Part):
         if not self.is_ring:
             return place, None, None
         ring = self.capacity - self.prefix
-        stays = (place < self.prefix) | (place >= batch.bound + len(place) - ring)
+        stays = (place < self.prefix) | (place >= batch.bound + place.shape[0] - ring)
         return self._slot(place[stays]), stays, None
 
     def _slots_by_row(self, batch: Batch, run: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -365,7 +375,7 @@ class ContextCache(Part):
         """
         if self.missing is not None:
             like = next(iter(made.values()))
-            batch, tokens = len(like), like.shape[-2]
+            batch, tokens = like.shape[0], like.shape[-2]
             run = like.new_zeros(batch, tokens, dtype=torch.int64) if run is None else run
             old = next(iter(self.kept.values()))
             zeros = torch.zeros(batch, old.shape[-2], dtype=torch.int64, device=old.device)
@@ -424,7 +434,7 @@ class TailCache(Part):
         ends = (batch.run >= 0).sum(1)[:, None] + torch.arange(count, device=x.device)
         self.kept[name] = every.gather(-2, by_token(ends, x).expand(old.shape)).detach()
         back = torch.arange(count, 0, -1, device=x.device)
-        known = back <= torch.as_tensor(batch.before, device=x.device).expand(len(x))[:, None]
+        known = back <= torch.as_tensor(batch.before, device=x.device).expand(x.shape[0])[:, None]
         return old, torch.cat([torch.where(known, 0, -2), batch.run], 1)
 
     def past(self, name: str) -> Tensor | None:

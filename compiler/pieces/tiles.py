@@ -165,8 +165,9 @@ def over_tiles(
     operands = (*queries, *keys, *places, *tables, *tensors)
     none = () if line is None else (None,)
     how = Weighing(weigh, scale, reads, None)
-    few = whole or torch.compiler.is_compiling() or b * heads * n * m * width <= TILE
-    a_step = n < 8 and m >= 4096 and not (q.is_cuda or torch.compiler.is_compiling())
+    for_all = torch.compiler.is_compiling()  # then no size is asked for: it would be a guard
+    few = whole or for_all or b * heads * n * m * width <= TILE
+    a_step = not (q.is_cuda or for_all) and n < 8 and m >= 4096
     if at_once is not None and (few or q.is_cuda) and not a_step:  # whose keys are not copied
         return at_once(v, *operands)
     if few:
@@ -244,7 +245,7 @@ def ranges_of(
         if ahead is not None:
             last = [max(0, min(m, start + e + ahead)) for _, e in edges]
     found = []
-    together = own is None or start != 0 or len(own) == 1
+    together = own is None or start != 0 or own.shape[0] == 1
     for row in range(1 if together else b):
         low, high, sinks = first, last, [0] * len(edges)
         if own is not None and start == 0:

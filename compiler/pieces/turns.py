@@ -165,6 +165,8 @@ def carried_by_chunks(
 
 def side_by_side(x: Tensor, size: int) -> Tensor:
     """Return x [b, g, n, ...] as [b, g, chunks, size, ...], filled up with zeros."""
+    if x.shape[2] == size:
+        return x[:, :, None]
     pad = [0, 0] * (x.ndim - 3) + [0, -x.shape[2] % size]
     laid: Tensor = F.pad(x, pad).unflatten(2, (-1, size))
     return laid
@@ -199,6 +201,8 @@ def carried_tiles(
     size = 128  # where it is compiled, for every length of so many chunks
     if not torch.compiler.is_compiling():
         size = min(n, max(16, min(size, 8 * TILE // max(1, b * heads * m) // 16 * 16)))
+    one = torch.compiler.is_exporting()  # a loop would be unrolled, for so many chunks alone
+    size, starts = (n, [0]) if one else (size, range(0, n, size))
     along, by = (x.to(wide) for x in streams)
     along = along if idle is None else along.masked_fill(idle, 0)
     with torch.autocast(q.device.type, enabled=False):
@@ -208,7 +212,7 @@ def carried_tiles(
         )
     asked, within, left, passed = (x.unbind(-3) for x in chunks)
     old, found = k[..., : m - n, :].to(wide), []
-    for at, a in enumerate(range(0, n, size)):
+    for at, a in enumerate(starts):
         count = min(size, n - a)
         last = m - n + a + count if ordered else m
         operands = (*up_to(queries, keys, places, a, count, last), *tensors)
@@ -277,7 +281,8 @@ def carried_tile(
             parts.append(pulled @ keys.mT)
             pulled = pulled @ passed
         parts.append(pulled @ before[0][0].mT)
-        met = torch.cat(parts[::-1], -1).unflatten(2, (-1, asked.shape[2])).flatten(1, 2)
+        each = asked.shape[1] // groups
+        met = torch.cat(parts[::-1], -1).unflatten(2, (each, -1)).flatten(1, 2)
         s = torch.cat([met, within], -1)[:, :, :count]
         s = F.pad(s, (0, v.shape[-2] - s.shape[-1]))
     p, *more = several(weigh(s, *operands))

@@ -138,6 +138,11 @@ class Attention:
         return self.mix.running if own and extent(self.mix.mask).causal else ()
 
     @cached_property
+    def kept_sums(self) -> int:
+        """How many sums over the queries so far a call gives beside what is mixed."""
+        return len(self.mix.running if self.mix.keep is not None else self.running)
+
+    @cached_property
     def by_turns(self) -> bool:
         """Whether values that read what is mixed are made of some queries after the others."""
         alone = self.by_rows and self.leaves_out and not self.before and not self.draws

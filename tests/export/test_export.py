@@ -178,6 +178,12 @@ def test_a_disk_that_fills_meanwhile(tmp_path, monkeypatch):
         raise RuntimeError("a writer in another language")
 
 
+def test_a_place_beside_where_one_stands(arch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hl.export(arch, "near", to="py", out="made").ok
+    assert (tmp_path / "made" / "model.py").is_file()
+
+
 def test_no_such_target(arch, tmp_path):
     with pytest.raises(ValueError, match=rf"`to` is one of {', '.join(TARGETS)}, not 'gguf'"):
         hl.export(arch, "near", to="gguf", out=tmp_path / "made")
