@@ -593,3 +593,59 @@ def test_162_a_question_is_read_with_what_was_found_to_be_enough(enough, ends):
         left = torch.cat([x[:, :end], x[:, 12:]], 1)
         assert_close(mechanism(x)[:, 12:], read(mechanism, left)[0][:, end:])
     assert found == ends
+
+
+def top_of(value: Tensor, count: int) -> list[int]:
+    """Return where the largest numbers are, of equal ones the first."""
+    return value.argsort(descending=True, stable=True)[:count].tolist()
+
+
+def a_vl(q: Tensor, k: Tensor, v: Tensor, second: int, core: int, every: int = 3) -> Tensor:
+    """Return the mixed heads of A-VL, step by step, of one image [heads, n, d]."""
+    heads, n, d = q.shape
+    s = q @ k.mT / d**0.5
+    o = torch.zeros_like(v)
+    got = torch.zeros(heads, n, dtype=q.dtype)
+    held: list[list[int]] = [[] for _ in range(heads)]
+    image, rest, few = list(range(8)), list(range(8)), list(range(8))
+    for i in range(n):
+        if i == 12:
+            whole = s[:, 11, :12].softmax(-1).mean(0)
+            rest = top_of(whole[:8], second)
+        if i >= 8:
+            held = [[*each, i] for each in held]
+        image = [j for j in (rest if i < 12 or i % every == 0 else few) if j <= i]
+        weights = []
+        for h in range(heads):
+            at = image + held[h]
+            p = s[h, i, at].softmax(0)
+            o[h, i] = p @ v[h, at]
+            weights.append(p[: len(image)])
+            if held[h]:
+                got[h, held[h]] += s[h, i, held[h]].softmax(0)
+            if i >= 12:
+                old = [j for j in held[h] if i - j >= 3]
+                kept = [old[at] for at in top_of(got[h, old], 3)] if old else []
+                held[h] = sorted([*kept, *(j for j in held[h] if i - j < 3)])
+        if i >= 12 and i % every == 0:
+            few = [image[at] for at in top_of(torch.stack(weights).mean(0), core)]
+    return o
+
+
+@pytest.mark.parametrize(("second", "core", "every"), [(5, 2, 3), (4, 1, 2), (5, 5, 3)])
+def test_114_few_tokens_of_the_image_are_read_at_most_steps(second, core, every):
+    change = f"second = {second}, core = {core}, every = {every}"
+    mechanism = Mechanism("a_vl", ("second = 5, core = 2, every = 3", change))
+    x = tokens(N, batch=1)
+    q, k, v = (mechanism.streams(x)[name][0] for name in "qkv")
+    assert_close(mechanism(x), out(mechanism, a_vl(q, k, v, second, core, every)[None]))
+
+
+def test_114_with_room_for_all_it_is_dense_and_without_an_image_h2o():
+    wide = Mechanism(
+        "a_vl", ("second = 5, core = 2", "second = 8, core = 8"), ("count = 3", "count = 64")
+    )
+    assert_close(wide(tokens(N)), Mechanism(ROPE, like=wide)(tokens(N)))
+    bare = Mechanism("a_vl", ("vision = 8, prompt = 12", "vision = 0, prompt = 3"))
+    h2o = Mechanism("h2o", ("near = 4", "near = 3"), like=bare)
+    assert_close(bare(tokens(N)), h2o(tokens(N)))
