@@ -28,6 +28,7 @@ from .mechanisms import (
     normed,
     softmax,
     split,
+    text_of,
     tokens,
 )
 
@@ -649,3 +650,62 @@ def test_114_with_room_for_all_it_is_dense_and_without_an_image_h2o():
     bare = Mechanism("a_vl", ("vision = 8, prompt = 12", "vision = 0, prompt = 3"))
     h2o = Mechanism("h2o", ("near = 4", "near = 3"), like=bare)
     assert_close(bare(tokens(N)), h2o(tokens(N)))
+
+
+def dcal(m: Mechanism, x: Tensor, size: int, count: int) -> Tensor:
+    """Return the three lanes of two pictures beside each other [1, 2 · size, 96]."""
+    n = x.shape[1]
+    image = torch.arange(n) // size
+    same = image[:, None] == image
+    lanes = [x, x]  # within each, and across both
+    rollout = torch.eye(n, dtype=x.dtype)
+    for at in (0, 1):
+        one = f"layers.{at}"
+        for lane, seen in enumerate((same, torch.ones_like(same))):
+            y = normed(m, f"{one}.y_norm", lanes[lane])
+            q, k, v = (split(mapped(m, f"{one}.attn.{part}_proj", y)) for part in "qkv")
+            a = (q @ k.mT / 8**0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+            if lane == 0:
+                rollout = (0.5 * a[0].mean(0) + 0.5 * torch.eye(n, dtype=x.dtype)) @ rollout
+            y = lanes[lane] + mapped(m, f"{one}.attn.o_proj", merge(a @ v))
+            z = gelu(mapped(m, f"{one}.o_proj_0", normed(m, f"{one}.o_norm", y)))
+            lanes[lane] = y + mapped(m, f"{one}.o_proj_1", z)
+    assert_close(rollout.sum(-1), torch.ones(n, dtype=x.dtype))
+    keep = torch.zeros(n, dtype=torch.bool)
+    for first in range(0, n, size):
+        keep[first] = True
+        best = rollout[first, first + 1 : first + size].argsort(descending=True)[:count]
+        keep[first + 1 + best] = True
+    part = "layers.2.part"
+    y = normed(m, f"{part}.y_norm", lanes[0])
+    q, k, v = (mapped(m, f"{part}.{name}_proj", y) for name in "qkv")
+    met = lanes[0] + mapped(m, f"{part}.met_proj", heads_of(q, k, v, same))
+    wide = gelu(mapped(m, f"{part}.wide_proj", normed(m, f"{part}.wide_norm", met)))
+    chosen = keep[:, None] * (met + mapped(m, f"{part}.o_proj", wide))
+    return torch.cat([*lanes, chosen], -1)
+
+
+def features(*changes: tuple[str, str]) -> Mechanism:
+    """Return the lanes of DCAL, without what tells classes."""
+    text = text_of("dcal", *changes)
+    return Mechanism(text[: text.index("  head ")] + "  head = x | merge\n}\n")
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_67_what_the_class_came_from_reads_once_more(count):
+    """Two pictures of nine tokens; with all patches it is one more layer of attention."""
+    mechanism = features(("count = 3", f"count = {count}"))
+    x = tokens(18, batch=1)
+    assert_close(mechanism(x), dcal(mechanism, x, 9, count))
+
+
+def test_67_a_picture_beside_itself_or_alone_is_read_as_it_is():
+    mechanism, x = features(), tokens(9)
+    twice, alone = mechanism(torch.cat([x, x], 1)), mechanism(x)
+    for y in (twice, alone):
+        own, across, _ = y.split(32, -1)
+        assert_close(own, across)
+    assert_close(twice[:, :9], alone)
+    other = mechanism(torch.cat([x, tokens(9, seed=1)], 1))[:, :9]
+    assert_close(other[..., :32], alone[..., :32])
+    assert not torch.allclose(other[..., 32:64], alone[..., 32:64])
