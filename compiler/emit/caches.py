@@ -113,7 +113,7 @@ class Caches:
 
     def cache(self, part: str) -> str:
         """Return the variable of one of the caches, by its name."""
-        return "part" if len(self.kept.parts) <= 1 else f"{part}_cache"
+        return "part" if len(self.kept.parts) <= 1 else f"{part.replace('.', '__')}_cache"
 
     def init_cache(self) -> list[str]:
         gives = "None" if self.obstacle is not None else "Cache"

@@ -226,8 +226,9 @@ class Mixes(Stages):
                 return [*none, "places = positions"]
             return [f"places = torch.arange({named[node.k]}.shape[-2], device=x.device)"]
         lines: list[str] = []
+        saved = f"{ident(part_name(held))}_seen"
         if node.name != held.readers[0]:  # the first of them has brought the keys of all
-            return lines
+            return [f"{self._brought(node, held)} = {saved}"] if self._cut_off(node, held) else []
         lends = held.early and bool(self.graph.lent)
         facts = [self._facts[each] for each in held.readers]
         any_places = lends or any(each.reads_places for each in facts)
@@ -263,7 +264,23 @@ class Mixes(Stages):
         if lends:
             lines += ["lent_places = places"] if len(self.kept.keys) > 1 else []
             lines += ["lent_run = run_j"]
+        if any(self._cut_off(self._facts[each].node, held) for each in held.readers):
+            lines.append(f"{saved} = {self._brought(node, held)}")
         return lines
+
+    def _brought(self, node: Node[Attend], held: Keys) -> str:
+        """Write the variables in which the keys of several attentions come."""
+        names = [self._seen_as(node, each.name) for each in held.streams]
+        facts = [self._facts[each] for each in held.readers]
+        places = ["places"] if any(each.reads_places for each in facts) else []
+        return ", ".join([*names, *places, "run_j"])
+
+    def _cut_off(self, node: Node[Attend], held: Keys) -> bool:
+        """Whether an attention that forgets stands between it and the one that brought its keys."""
+        order = [each.name for each in self.attentions]
+        first, last = order.index(held.readers[0]), order.index(node.name)
+        between = self.attentions[first + 1 : last]
+        return any(each.op.mix.in_turn and each.name not in held.readers for each in between)
 
 
 def _target(node: AnyNode) -> str:

@@ -209,6 +209,16 @@ class Statistic(NamedTuple):
     expr: Expr | None
 
 
+def asked_again(name: str, turn: int) -> str:
+    """Return what an attention is called where its map is asked once more, from 1."""
+    return f"{name}.{turn + 1}"
+
+
+def attention_of(name: str) -> str:
+    """Return the attention that is asked, once more or not."""
+    return name.partition(".")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Attend(_Operation):
     """All of an attention in one: from similarity to combine, and what is asked of its map."""

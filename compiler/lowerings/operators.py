@@ -54,7 +54,7 @@ def operators(plan: Plan, name: str) -> tuple[Operator, ...]:
     for node in graph.mixings():
         if plan.path(node) != "triton":
             continue
-        own = name if node.name == "o" else f"{name}_{node.name}"
+        own = name if node.name == "o" else f"{name}_{node.name.replace('.', '_')}"
         if made_by(node, operations.Attend):
             found.append(
                 Operator(f"{own}_attention", node, kernel_spec(plan.attentions[node.name]))

@@ -54,7 +54,7 @@ def reads_q_or_k(attention: Attention) -> bool:
 def method_name(attention: Attention) -> str:
     """Return the name of the method that computes an attention."""
     name = attention.node.name
-    return "attend" if name == "o" else f"attend_{name}"
+    return "attend" if name == "o" else f"attend_{name.replace('.', '_')}"
 
 
 def arguments(attention: Attention) -> dict[str, tuple[str, ...]]:

@@ -30,7 +30,7 @@ from ..algebra.structure import Band, Distance, Documents, Structure, structure
 from ..checking.blocks import sees_something
 from ..graph.build import tensors_read
 from ..graph.graph import Graph, Node
-from ..graph.operations import Attend
+from ..graph.operations import Attend, attention_of
 from ..graph.sides import is_pooled, makes_vectors
 from ..model import MAPS, Pairwise, is_map_elsewhere, without_document
 from .kernel_form import KernelForm, kernel_form
@@ -88,7 +88,7 @@ class Attention:
     @cached_property
     def sees_something(self) -> bool:
         """Whether every query certainly sees a key, where no padding is."""
-        return sees_something(self.graph.block.mixings[self.node.name])
+        return sees_something(self.graph.block.mixings[attention_of(self.node.name)])
 
     @cached_property
     def tells_apart(self) -> bool:

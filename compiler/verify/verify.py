@@ -29,6 +29,8 @@ from ..algebra.points import visible_pairs
 from ..api import build_module
 from ..emit import Code
 from ..facts.decoding import other_queries
+from ..graph.operations import Attend
+from ..graph.passes import simplest
 from ..meaning.reference import reference
 from ..model import Apply, Block, Model, Pairwise, Recurrence, applies
 from ..plan.plan import Target
@@ -270,6 +272,8 @@ def _isolation(subject: Subject) -> str | tuple[int, float]:
         return "its queries or keys are not the tokens"
     if mixing.mix.in_turn:
         return "a token reaches others through those between them"
+    if len(list(simplest(block).of(Attend))) > 1:
+        return "its map is asked for what was asked of it, which other tokens have too"
     if any(_reads_others(node) for node in _stages(block)):
         return "a stage carries one token's values to another"
     if (why := other_queries(block, mixing)) is not None:

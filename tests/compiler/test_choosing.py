@@ -189,3 +189,20 @@ def test_chosen_distances_are_diagonals():
     plain.module.load_state_dict(chosen.module.state_dict())
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     torch.testing.assert_close(chosen.module(x), plain.module(x))
+
+
+CHAINED = {
+    "rows of rows": "let a = rows(o, p * j); let b = rows(o, p * a[h, j])",
+    "columns of rows": "let a = rows(o, p * p); let b = columns(o, p * a[h, i])",
+    "three, and beside them one": "let c = rows(o, p * j); let d = rows(o, p * c[h, j]);"
+        " let a = rows(o, max_keys(p)); let b = rows(o, p * d[h, j]) * a",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAINED)
+@pytest.mark.parametrize("check", ["forward", "gradients", "as if alone", "in tiles", "decoding"])
+def test_what_is_asked_of_a_map_may_be_asked_of_it_again(name, check):
+    """The attention that gave both stood before and after itself, and no order was found."""
+    each = subject(f"mask = causal; {CHAINED[name]}; out = (o * a + b) | merge | linear")
+    found = CHECKS[check](each)
+    assert isinstance(found, str) if (check, name[:3]) == ("decoding", "col") else found[1] < 1e-9

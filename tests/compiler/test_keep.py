@@ -240,3 +240,16 @@ def test_kernels_do_not_take_it():
     plan = hl.explain(hl.load(H2O, format="loom"), "a", backend="triton").lowerings[0]
     assert plan.path == "tiles"
     assert dict(plan.obstacles)["triton"].startswith("each query forgets keys")
+
+
+def test_what_forgets_stands_between_two_that_hold_everything():
+    """The second of them took the keys that were left for its own."""
+    module, oracle = both(
+        "block a { width = 16; heads = 4; mask = causal; branch one {}"
+        "; branch two { keep = top(1, running_queries(p), always = window(2)) }"
+        "; let both = one + two; branch three { score = s + both[h, i, 0] }"
+        "; out = three | merge | linear }"
+    )
+    x, cache = drawn(9), module.init_cache(2)
+    steps = torch.cat([module(x[:, t : t + 1], cache=cache) for t in range(9)], 1)
+    torch.testing.assert_close(steps, oracle(x))

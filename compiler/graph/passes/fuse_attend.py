@@ -8,13 +8,15 @@
     p.2 = drop(p.1)
     o = combine(p.2, v)
 
-What is asked of the rows and columns of the map, the attention gives too.
+What is asked of the rows and columns of the map, the attention gives too. What reads such an
+answer of the same map is asked of the attention once more.
 Whether a kernel can carry the whole is decided afterwards, by `choose`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from ....grammar.syntax import Name
 from ...model import Pairwise
@@ -30,21 +32,60 @@ from ..operations import (
     Statistic,
     StatisticOf,
     Weights,
+    asked_again,
 )
 
 
 def fuse_attend(graph: Graph) -> Graph:
     """Return the graph with every chain from similarity to combine as one `attend`."""
     made = {node.name: node for node in graph.nodes}
+    asked: dict[str, list[list[Node[StatisticOf]]]] = {}
+    again: dict[str, Node[StatisticOf]] = {}
+    for name, nodes in _asked(graph).items():
+        asked[name] = _turns(made, name, nodes)
+        for turn, later in enumerate(asked[name][1:], 1):
+            given = [
+                replace(each, inputs=(asked_again(name, turn), *each.others)) for each in later
+            ]
+            again.update({each.name: each for each in given})
+    nodes_: list[AnyNode] = []
+    for node in graph.nodes:
+        if made_by(node, Combine):
+            first, *rest = asked.get(node.name, [[]])
+            nodes_.append(_fused(made, node, first))
+            for turn, later in enumerate(rest, 1):
+                nodes_.append(replace(_fused(made, node, later), name=asked_again(node.name, turn)))
+        else:
+            nodes_.append(again.get(node.name, node))
+    return graph.rewritten(_in_order(nodes_))
+
+
+def _asked(graph: Graph) -> dict[str, list[Node[StatisticOf]]]:
+    """Return what is asked of the map of every attention, by its name."""
     asked: dict[str, list[Node[StatisticOf]]] = {}
     for node in graph.of(StatisticOf):
         asked.setdefault(node.inputs[0], []).append(node)
-    return graph.rewritten(
-        _in_order(
-            _fused(made, node, asked.get(node.name, [])) if made_by(node, Combine) else node
-            for node in graph.nodes
-        )
-    )
+    return asked
+
+
+def _turns(
+    made: dict[str, AnyNode], name: str, asked: list[Node[StatisticOf]]
+) -> list[list[Node[StatisticOf]]]:
+    """Put what is asked of one map in turns: each reads no answer but those of turns before it."""
+    own = {each.name for each in asked}
+    turn: dict[str, int] = {name: 0}
+
+    def found(node: str) -> int:
+        """Return how many of the map's answers stand behind one another in what makes a node."""
+        if node not in turn:
+            behind = max((found(each) for each in made[node].inputs), default=0)
+            turn[node] = behind + (node in own)
+        return turn[node]
+
+    turns: list[list[Node[StatisticOf]]] = [[] for _ in range(max(map(found, own)))]
+    for each in asked:
+        turns[found(each.name) - 1].append(each)
+    return turns
 
 
 def _in_order(nodes: Iterable[AnyNode]) -> list[AnyNode]:
