@@ -245,6 +245,7 @@ def test_what_is_equal_keeps_its_order(descending, dim):
         numpy.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("rows", [True, False])
 def test_places_in_a_sorted_row(right, rows):
@@ -285,6 +286,7 @@ def test_whole_numbers_are_round():
     numpy.testing.assert_array_equal(got, x)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("upper", [True, False])
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("unit", [True, False])

@@ -53,7 +53,7 @@ def test_more_of_them(tmp_path, name):
     test_whole_sequences_and_steps(tmp_path, name)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_two_exports_are_the_same_bytes_and_name_no_place(tmp_path):
     for name in ("one", "two"):
         hl.export(module("fades"), to="pt2", out=tmp_path / name)
